@@ -1,0 +1,108 @@
+# make demo, make test: everything from an empty checkout. A second run repeats only what changed inputs ask for.
+#
+# PYTHON=python       interpreter of an environment that exists; only what it lacks is installed (default: .venv, made here)
+# BASE_PYTHON=python  what .venv is made with (default: the first of python3, python3.14, ... that is 3.10 or newer)
+# TORCH=requirement   what pip installs as torch, options included; with PYTHON= only if there is no torch at all
+# OUT=folder          where the demo writes its curves and numbers
+# ARGS=arguments      more arguments for pytest or for the demo
+# FISHER_KERNELS_NATIVE=auto|on|off, FISHER_KERNELS_WERROR=ON|OFF, CXX=compiler: settings of the native build
+
+TORCH = torch==2.13.0
+OUT = build/demo
+
+ifdef PYTHON
+  PY := $(PYTHON)
+  INSTALL_TORCH = $(PY) -I -c 'from importlib.metadata import version; version("torch")' 2>/dev/null || \
+    $(PY) -m pip install $(TORCH)
+else
+  VENV := .venv/bin/python
+  PY := $(VENV)
+  INSTALL_TORCH = $(PY) -m pip install $(TORCH)
+endif
+
+# Stamps say what was done in an environment. They hold while the environment has an editable install of this
+# checkout and the settings are the same.
+STAMPS := build/make/$(subst /,-,$(PY))
+INSTALLED := $(shell $(PY) -I -c 'import importlib.metadata as m, pathlib; \
+  print(*(pathlib.Path.cwd().as_uri() in (d.read_text("direct_url.json") or "") \
+  for d in m.distributions(name="fisher_kernels")))' 2>/dev/null)
+SETTINGS := $(TORCH) $(FISHER_KERNELS_NATIVE) $(FISHER_KERNELS_WERROR) $(if $(filter-out default,$(origin CXX)),$(CXX))
+NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc)
+
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test bench lint build dist clean FORCE
+
+help:
+	@echo 'make demo    trains a CNN with AdamW, SGD, AdaFisher and AdaFisherW, side by side'
+	@echo 'make test    runs the tests'
+	@echo 'make bench   measures the kernels against their baselines'
+	@echo 'make lint    ruff and mypy'
+	@echo 'make build   environment, native module, editable install'
+	@echo 'make dist    sdist and wheel, in dist/'
+	@echo 'make clean   removes what was built, but not .venv'
+	@echo
+	@sed -n '/^# [A-Z_]*=/s/^# //p' Makefile
+
+demo: build
+	$(PY) -m fisher_kernels compare digits --optimizers adamw,sgd,adafisher,adafisherw --out $(OUT) $(ARGS)
+
+test: build
+	$(PY) -m pytest $(ARGS)
+
+bench: build
+	OMP_PROC_BIND=true $(PY) -m pytest bench $(ARGS)
+
+lint: build
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+build: $(STAMPS)/installed
+
+dist: build
+	rm -rf dist
+	$(PY) -m build --no-isolation
+
+clean:
+	rm -rf build dist fisher_kernels.egg-info fisher_kernels/_native.*.so fisher_kernels/_native_missing.txt
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name .venv -prune -o -name __pycache__ -prune -exec rm -r {} +
+
+FORCE:
+
+.venv/bin/python:
+	@for python in $(or $(BASE_PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python3.10); do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
+	    echo "$$python -m venv .venv"; $$python -m venv .venv || { rm -rf .venv; exit 1; }; exit; \
+	  fi; \
+	done; \
+	echo 'Python 3.10 or newer was not found; name one with BASE_PYTHON=' >&2; exit 1
+
+$(STAMPS)/settings: FORCE
+	@mkdir -p $(@D)
+	@$(if $(filter True,$(INSTALLED)),echo '$(SETTINGS)' | cmp -s - $@ ||) echo '$(SETTINGS)' > $@
+
+# torch alone and first: asked for by a package, it would be the newest, with gigabytes of CUDA libraries. The
+# constraint keeps what comes later from replacing it.
+$(STAMPS)/torch: $(STAMPS)/settings | $(VENV)
+	$(INSTALL_TORCH)
+	@$(PY) -I -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@
+
+$(STAMPS)/build-tools: pyproject.toml $(STAMPS)/torch
+	@echo 'Installing the build tools'
+	@$(PY) -c 'import ast, re, subprocess, sys; text = open("pyproject.toml").read(); \
+	  requires = ast.literal_eval(re.search(r"requires = (\[.*?\])", text)[1]); \
+	  sys.exit(subprocess.call([sys.executable, "-m", "pip", "install", "--quiet", *requires]))'
+	@touch $@
+
+# No stamp without a module: what was missing may be there next time, and until then every run says what it is.
+$(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/build-tools
+	$(PY) setup.py --quiet build_ext --inplace
+	@$(PY) -I -c 'import pathlib, sys, sysconfig; \
+	  sys.exit(not pathlib.Path("fisher_kernels/_native" + sysconfig.get_config_var("EXT_SUFFIX")).exists())' && touch $@ || :
+
+$(STAMPS)/installed: pyproject.toml setup.py $(STAMPS)/build-tools | $(STAMPS)/native
+	@echo 'Installing fisher_kernels, editable, with its extras'
+	@$(PY) -m pip install --quiet --no-build-isolation --constraint $(STAMPS)/torch --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Fisher-information optimizers for PyTorch, on hand-written kernels."""
