@@ -26,7 +26,8 @@ STAMPS := build/make/$(subst /,-,$(PY))
 INSTALLED := $(shell $(PY) -I -c 'import importlib.metadata as m, pathlib; \
   print(*(pathlib.Path.cwd().as_uri() in (d.read_text("direct_url.json") or "") \
   for d in m.distributions(name="fisher_kernels")))' 2>/dev/null)
-SETTINGS := $(TORCH) $(FISHER_KERNELS_NATIVE) $(FISHER_KERNELS_WERROR) $(if $(filter-out default,$(origin CXX)),$(CXX))
+SETTINGS.torch := $(TORCH)
+SETTINGS.native := $(FISHER_KERNELS_NATIVE) $(FISHER_KERNELS_WERROR) $(if $(filter-out default,$(origin CXX)),$(CXX))
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc)
 
 .DELETE_ON_ERROR:
@@ -79,13 +80,13 @@ FORCE:
 	done; \
 	echo 'Python 3.10 or newer was not found; name one with BASE_PYTHON=' >&2; exit 1
 
-$(STAMPS)/settings: FORCE
+$(STAMPS)/settings.%: FORCE
 	@mkdir -p $(@D)
-	@$(if $(filter True,$(INSTALLED)),echo '$(SETTINGS)' | cmp -s - $@ ||) echo '$(SETTINGS)' > $@
+	@$(if $(filter True,$(INSTALLED)),echo '$(SETTINGS.$*)' | cmp -s - $@ ||) echo '$(SETTINGS.$*)' > $@
 
 # torch alone and first: asked for by a package, it would be the newest, with gigabytes of CUDA libraries. The
 # constraint keeps what comes later from replacing it.
-$(STAMPS)/torch: $(STAMPS)/settings | $(VENV)
+$(STAMPS)/torch: $(STAMPS)/settings.torch | $(VENV)
 	$(INSTALL_TORCH)
 	@$(PY) -I -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@
 
@@ -96,13 +97,15 @@ $(STAMPS)/build-tools: pyproject.toml $(STAMPS)/torch
 	  sys.exit(subprocess.call([sys.executable, "-m", "pip", "install", "--quiet", *requires]))'
 	@touch $@
 
-# No stamp without a module: what was missing may be there next time, and until then every run says what it is.
-$(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/build-tools
+# The stamp has the time the build began, so that no edit made meanwhile is missed. Without a module there is none:
+# what was missing may be there next time, and until then every run says what it is.
+$(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/settings.native $(STAMPS)/build-tools
+	@touch $@.began
 	$(PY) setup.py --quiet build_ext --inplace
 	@$(PY) -I -c 'import pathlib, sys, sysconfig; \
-	  sys.exit(not pathlib.Path("fisher_kernels/_native" + sysconfig.get_config_var("EXT_SUFFIX")).exists())' && touch $@ || :
+	  sys.exit(not pathlib.Path("fisher_kernels/_native" + sysconfig.get_config_var("EXT_SUFFIX")).exists())' && mv $@.began $@ || :
 
-$(STAMPS)/installed: pyproject.toml setup.py $(STAMPS)/build-tools | $(STAMPS)/native
+$(STAMPS)/installed: pyproject.toml setup.py $(STAMPS)/settings.native $(STAMPS)/build-tools | $(STAMPS)/native
 	@echo 'Installing fisher_kernels, editable, with its extras'
 	@$(PY) -m pip install --quiet --no-build-isolation --constraint $(STAMPS)/torch --editable '.[dev]'
 	@touch $@

@@ -46,7 +46,7 @@ def why_no_native() -> str | None:
     if choice == "off":
         return "the native module was left out: FISHER_KERNELS_NATIVE=off when fisher_kernels was installed"
     if choice == "auto" and missing():
-        return f"the native module was not built, for want of {'; '.join(missing())}"
+        return f"the native module was not built when fisher_kernels was installed; missing: {', '.join(missing())}"
     return None
 
 
@@ -55,7 +55,7 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         if missing():
-            raise CompileError(f"the native module cannot be built, for want of {'; '.join(missing())}")
+            raise CompileError(f"the native module cannot be built; missing: {', '.join(missing())}")
         # CMake keeps the compiler it first saw, so another one gets another folder.
         compiler = re.sub(r"\W+", "-", os.environ.get("CXX", ""))
         folder = ROOT / "build" / f"native{SUFFIX.removesuffix('.so')}{compiler and '-' + compiler.strip('-')}"
