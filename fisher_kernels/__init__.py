@@ -1,1 +1,14 @@
 """Fisher-information optimizers for PyTorch, on hand-written kernels."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from fisher_kernels import backends, ops
+from fisher_kernels.backends import use_backend
+from fisher_kernels.optim import AdaFisher, AdaFisherW
+
+try:
+    __version__ = version("fisher_kernels")
+except PackageNotFoundError:  # imported from a source folder that was never installed
+    __version__ = "0+unknown"
+
+__all__ = ["AdaFisher", "AdaFisherW", "__version__", "backends", "ops", "use_backend"]

@@ -1,0 +1,78 @@
+"""Which implementation of an op runs: ``auto``, ``reference``, ``cpu``, ``cuda`` or ``triton``.
+
+``auto``, the default, takes the native kernels for CPU tensors and the reference wherever nothing else is built.
+``FISHER_KERNELS_BACKEND`` sets another default; :func:`use_backend` overrides it for a while.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from fisher_kernels._library import native_reason
+
+NAMES = ("reference", "cpu", "cuda", "triton")
+
+_REASONS: dict[str, str | None] = {
+    "reference": None,
+    "cpu": native_reason(),
+    "cuda": "this version has no CUDA kernels; CUDA tensors run on the reference",
+    "triton": "this version has no Triton kernels; CUDA tensors run on the reference",
+}
+_DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
+
+# Process-wide, not per thread: autograd runs backward hooks in threads of its own.
+_selected = os.environ.get("FISHER_KERNELS_BACKEND", "auto")
+
+
+def available() -> list[str]:
+    """Names of the backends that can run here, the reference first."""
+    return [name for name in NAMES if _REASONS[name] is None]
+
+
+def reasons() -> dict[str, str | None]:
+    """For every backend, why it cannot run here; None where it can."""
+    return dict(_REASONS)
+
+
+def _check(name: str) -> None:
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"backend is {name!r}, expected one of 'auto', {', '.join(map(repr, NAMES))}")
+    if name != "auto" and _REASONS[name] is not None:
+        raise RuntimeError(f"backend {name!r} is not available: {_REASONS[name]}")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op of this process on the named backend inside a ``with`` block.
+
+    Args:
+        name: ``"auto"``, ``"reference"``, ``"cpu"``, ``"cuda"`` or ``"triton"``.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the backend is not available here; the message says why.
+    """
+    global _selected
+    _check(name)
+    previous, _selected = _selected, name
+    try:
+        yield
+    finally:
+        _selected = previous
+
+
+def choose(op: str, device: str, implemented: Iterable[str]) -> str:
+    """The backend that runs ``op`` on tensors of a device type, out of those that implement it."""
+    if _selected == "auto":
+        return "cpu" if device == "cpu" and _REASONS["cpu"] is None and "cpu" in implemented else "reference"
+    _check(_selected)
+    if _selected not in implemented:
+        raise RuntimeError(f"{op}: backend {_selected!r} does not implement this op")
+    if _selected != "reference" and _DEVICES[_selected] != device:
+        raise RuntimeError(
+            f"{op}: backend {_selected!r} runs on {_DEVICES[_selected]} tensors, not on {device} tensors; "
+            "use_backend('auto') chooses by device"
+        )
+    return _selected

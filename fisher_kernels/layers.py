@@ -1,0 +1,375 @@
+"""How each layer type yields the diagonal factors of its Fisher block, and how they sit on its parameters.
+
+A rule says three things about one type of layer:
+
+- ``capture``: what the forward keeps of the layer's input (raw sums, never the input itself);
+- ``contribute``: the raw sums of one backward, from what was captured and the derivative of the output. Raw sums add up
+  over uses, micro-batches and processes; ``powers`` says how each scales with the loss;
+- ``factors`` and ``place``: the factors H (``input_factor``) and S (``output_factor``) made from those sums, and which of
+  them runs over the rows and which over the columns of weight and bias.
+
+Sources: AdaFisher, arXiv 2405.16397; Kronecker factors of convolutions, arXiv 1602.01407.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fisher_kernels.ops import channel_sum_of_squares, column_sum_of_squares, patch_sum_of_squares
+
+Factors = dict[str, Tensor]
+Placement = dict[str, tuple[Tensor | None, Tensor | None]]
+"""Parameter name -> (row factor, column factor); None stands for 1."""
+
+
+@dataclass
+class Sums:
+    """Raw sums and, for each, how many terms went into it."""
+
+    vectors: list[Tensor]
+    counts: list[float]
+
+    def add_(self, other: Sums) -> None:
+        torch._foreach_add_(self.vectors, [v.to(w) for v, w in zip(other.vectors, self.vectors, strict=True)])
+        self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+
+
+class Rule:
+    """What the rules of all layer types have in common."""
+
+    name: ClassVar[str]
+    powers: ClassVar[tuple[int, ...]] = (0, 2)
+    """Degree of each raw sum in the scale of the loss."""
+    rows_are_inputs: ClassVar[bool] = False
+    """Whether the weight's rows run over inputs, as in an Embedding, rather than over outputs."""
+
+    def capture(self, module: Any, x: Tensor) -> tuple[list[Tensor], list[int]]:
+        """Tensors and sizes that the backward needs of the input x."""
+        raise NotImplementedError
+
+    def contribute(self, module: Any, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor) -> Sums:
+        """Raw sums of one backward; grad is the derivative of the loss by the layer's output."""
+        raise NotImplementedError
+
+    def shapes(self, module: Any) -> dict[str, int]:
+        """Names and lengths of the factors, in the order of :meth:`factors`."""
+        raise NotImplementedError
+
+    def factors(self, module: Any, sums: Sums) -> Factors:
+        """Means made from raw sums."""
+        raise NotImplementedError
+
+    def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:
+        """Row and column factors of ``weight`` and ``bias``."""
+        raise NotImplementedError
+
+
+def _has_bias(module: nn.Module) -> bool:
+    return getattr(module, "bias", None) is not None
+
+
+def _means(sums: Sums) -> list[Tensor]:
+    return [vector / count for vector, count in zip(sums.vectors, sums.counts, strict=True)]
+
+
+def _with_bias_entry(module: nn.Module, means: Tensor) -> Tensor:
+    """The input factor of [h, 1]: the mean of 1^2 is 1."""
+    return torch.cat((means, means.new_ones(1))) if _has_bias(module) else means
+
+
+class Linear(Rule):
+    """``a = W h + b``: H is the mean over rows of h^2 with a 1 for the bias, S the mean over rows of s^2."""
+
+    name = "linear"
+
+    def _inputs(self, module: Any) -> int:
+        return module.in_features
+
+    def _outputs(self, module: Any) -> int:
+        return module.out_features
+
+    def capture(self, module: Any, x: Tensor) -> tuple[list[Tensor], list[int]]:
+        return [column_sum_of_squares(x)], []
+
+    def contribute(self, module: Any, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor) -> Sums:
+        rows = grad.numel() // max(grad.shape[-1], 1)
+        return Sums([captured[0], column_sum_of_squares(grad)], [rows, rows])
+
+    def shapes(self, module: Any) -> dict[str, int]:
+        return {
+            "input_factor": self._inputs(module) + _has_bias(module),
+            "output_factor": self._outputs(module),
+        }
+
+    def factors(self, module: Any, sums: Sums) -> Factors:
+        inputs, outputs = _means(sums)
+        return {"input_factor": _with_bias_entry(module, inputs), "output_factor": outputs}
+
+    def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:
+        inputs, outputs = factors["input_factor"], factors["output_factor"]
+        columns = self._inputs(module)
+        return {"weight": (outputs, inputs[:columns]), "bias": (outputs, inputs[columns:])}
+
+
+class TransposedLinear(Linear):
+    """Hugging Face's ``Conv1D``: a Linear whose weight is (inputs, outputs)."""
+
+    name = "linear, transposed"
+    rows_are_inputs = True
+
+    def _inputs(self, module: Any) -> int:
+        return module.weight.shape[0]
+
+    def _outputs(self, module: Any) -> int:
+        return module.weight.shape[1]
+
+    def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:
+        placed = super().place(module, factors)
+        outputs, inputs = placed["weight"]
+        return {**placed, "weight": (inputs, outputs)}
+
+
+def _unsqueeze_batch(x: Tensor, spatial: int) -> Tensor:
+    """x with a batch dimension, as convolutions take it without one."""
+    return x.unsqueeze(0) if x.dim() == spatial + 1 else x
+
+
+class Conv(Rule):
+    """Conv1d/2d/3d: H over (group, channel, kernel offset), the mean square of what each offset reads; S over channels."""
+
+    name = "conv"
+
+    def capture(self, module: Any, x: Tensor) -> tuple[list[Tensor], list[int]]:
+        spatial = len(module.kernel_size)
+        x = _unsqueeze_batch(x, spatial)
+        padding: Sequence[tuple[int, int]]
+        # torch keeps (before, after) of each dimension for every kind of padding, "same" included, last one first.
+        flat = module._reversed_padding_repeated_twice
+        if module.padding_mode != "zeros":
+            x = nn.functional.pad(x, flat, mode=module.padding_mode)
+            padding = [(0, 0)] * spatial
+        else:
+            padding = [(flat[2 * d], flat[2 * d + 1]) for d in reversed(range(spatial))]
+        return [patch_sum_of_squares(x, module.kernel_size, module.stride, padding, module.dilation).flatten()], []
+
+    def contribute(self, module: Any, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor) -> Sums:
+        grad = _unsqueeze_batch(grad, len(module.kernel_size))
+        positions = grad.numel() // module.out_channels
+        return Sums([captured[0], channel_sum_of_squares(grad)], [positions, positions])
+
+    def shapes(self, module: Any) -> dict[str, int]:
+        return {
+            "input_factor": module.in_channels * math.prod(module.kernel_size) + _has_bias(module),
+            "output_factor": module.out_channels,
+        }
+
+    def factors(self, module: Any, sums: Sums) -> Factors:
+        inputs, outputs = _means(sums)
+        return {"input_factor": _with_bias_entry(module, inputs), "output_factor": outputs}
+
+    def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:
+        inputs, outputs = factors["input_factor"], factors["output_factor"]
+        columns = module.in_channels * math.prod(module.kernel_size)
+        return {"weight": (outputs, inputs[:columns].view(module.groups, -1)), "bias": (outputs, inputs[columns:])}
+
+
+class ReleaseConv(Conv):
+    """The released code divides H by the size of a patch once more; it shows beside the eps of minmax only."""
+
+    def factors(self, module: Any, sums: Sums) -> Factors:
+        factors = super().factors(module, sums)
+        patch = module.in_channels // module.groups * math.prod(module.kernel_size)
+        return {**factors, "input_factor": factors["input_factor"] / patch}
+
+
+class ConvTranspose(Rule):
+    """ConvTranspose1d/2d/3d: H over input channels; S over (group, channel, kernel offset), the patch form of s."""
+
+    name = "conv, transposed"
+    powers = (0, 2, 2)
+    rows_are_inputs = True
+
+    def capture(self, module: Any, x: Tensor) -> tuple[list[Tensor], list[int]]:
+        x = _unsqueeze_batch(x, len(module.kernel_size))
+        return [channel_sum_of_squares(x)], list(x.shape[2:])
+
+    def contribute(self, module: Any, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor) -> Sums:
+        spatial = len(module.kernel_size)
+        grad = _unsqueeze_batch(grad, spatial)
+        by_channel = channel_sum_of_squares(grad)
+        windows = grad
+        padding = []
+        for d in range(spatial):
+            # What the last window leaves unread at the end is cut off or taken from the padding, so that there are as
+            # many windows as input positions.
+            extent = (sizes[d] - 1) * module.stride[d] + module.dilation[d] * (module.kernel_size[d] - 1) + 1
+            after = extent - module.padding[d] - grad.shape[2 + d]
+            windows = windows.narrow(2 + d, 0, grad.shape[2 + d] + min(after, 0))
+            padding.append((module.padding[d], max(after, 0)))
+        by_offset = patch_sum_of_squares(windows, module.kernel_size, module.stride, padding, module.dilation)
+        positions = grad.shape[0] * math.prod(sizes)
+        return Sums(
+            [captured[0], by_offset.flatten(), by_channel],
+            [positions, positions, grad.numel() // module.out_channels],
+        )
+
+    def shapes(self, module: Any) -> dict[str, int]:
+        shapes = {
+            "input_factor": module.in_channels,
+            "output_factor": module.out_channels * math.prod(module.kernel_size),
+        }
+        return {**shapes, "bias_factor": module.out_channels} if _has_bias(module) else shapes
+
+    def factors(self, module: Any, sums: Sums) -> Factors:
+        return dict(zip(self.shapes(module), _means(sums), strict=False))
+
+    def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:
+        by_offset = factors["output_factor"].view(module.groups, -1)
+        return {"weight": (factors["input_factor"], by_offset), "bias": (factors.get("bias_factor"), None)}
+
+
+def _norm_layout(module: Any, x: Tensor) -> tuple[Tensor, int]:
+    """x as (samples, positions, channels) with the affine parameters' entries as channels; and the samples."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        channels = math.prod(module.normalized_shape)
+        lead = x.shape[: x.dim() - len(module.normalized_shape)]
+        samples = lead[0] if lead else 1
+        return x.reshape(samples, math.prod(lead[1:]), channels), samples
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        x = _unsqueeze_batch(x, _instance_spatial(module))
+    samples, channels = x.shape[:2]
+    return x.reshape(samples, channels, math.prod(x.shape[2:])).transpose(1, 2), samples
+
+
+def _instance_spatial(module: nn.Module) -> int:
+    return {nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 3}[
+        next(t for t in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d) if isinstance(module, t))
+    ]
+
+
+class Norm(Rule):
+    """Scale and shift of a normalisation: ``S[c] = (sum of s over batch and positions)^2 / N``, H = 1."""
+
+    name = "norm"
+    powers = (1,)
+
+    def capture(self, module: Any, x: Tensor) -> tuple[list[Tensor], list[int]]:
+        return [], []
+
+    def contribute(self, module: Any, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor) -> Sums:
+        layout, samples = _norm_layout(module, grad)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        return Sums([layout.sum((0, 1), dtype=wide)], [samples])
+
+    def shapes(self, module: Any) -> dict[str, int]:
+        return {"output_factor": module.weight.numel()}
+
+    def factors(self, module: Any, sums: Sums) -> Factors:
+        return {"output_factor": sums.vectors[-1].square() / sums.counts[-1]}
+
+    def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:
+        outputs = factors["output_factor"]
+        return {"weight": (outputs, None), "bias": (outputs, None)}
+
+
+class ReleaseNorm(Norm):
+    """The released code's two input numbers: ``H = [sum_c u_c^2, C] / N^2`` with ``u_c`` the sum of h over T^2."""
+
+    powers = (0, 1)
+
+    def capture(self, module: Any, x: Tensor) -> tuple[list[Tensor], list[int]]:
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+            x = _unsqueeze_batch(x, _instance_spatial(module))
+        # Whatever the layer normalises, the released code calls dimension 1 of its input the channels.
+        x = x.reshape(1, -1) if x.dim() < 2 else x
+        reduced = [0, *range(2, x.dim())]
+        positions = math.prod(x.shape[2:])
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return [x.sum(reduced, dtype=wide) / positions**2], []
+
+    def contribute(self, module: Any, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor) -> Sums:
+        sums = super().contribute(module, captured, sizes, grad)
+        return Sums([captured[0], *sums.vectors], [*sums.counts, *sums.counts])
+
+    def shapes(self, module: Any) -> dict[str, int]:
+        return {"input_factor": 2, **super().shapes(module)}
+
+    def factors(self, module: Any, sums: Sums) -> Factors:
+        u, samples = sums.vectors[0], sums.counts[0]
+        inputs = torch.stack((u.square().sum(), u.new_tensor(float(u.numel())))) / samples**2
+        return {"input_factor": inputs, **super().factors(module, sums)}
+
+    def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:
+        inputs, outputs = factors["input_factor"], factors["output_factor"]
+        return {"weight": (outputs, inputs[:1]), "bias": (outputs, inputs[1:])}
+
+
+class Embedding(Rule):
+    """H[v] is the share of token v in the batch, S the mean over tokens of s^2; padding counts in neither."""
+
+    name = "embedding"
+    rows_are_inputs = True
+
+    def capture(self, module: Any, x: Tensor) -> tuple[list[Tensor], list[int]]:
+        tokens = x.flatten()
+        counts = torch.zeros(module.num_embeddings, dtype=torch.float32, device=x.device)
+        counts.index_add_(0, tokens, torch.ones_like(tokens, dtype=torch.float32))
+        if module.padding_idx is None:
+            return [counts], []
+        counts[module.padding_idx] = 0
+        return [counts, tokens != module.padding_idx], []
+
+    def contribute(self, module: Any, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor) -> Sums:
+        rows = grad.reshape(-1, module.embedding_dim)
+        if len(captured) > 1:
+            rows = rows.masked_fill(~captured[1].unsqueeze(1), 0.0)
+        outputs = column_sum_of_squares(rows)
+        return Sums([captured[0].to(outputs.dtype), outputs], [1, 1])
+
+    def shapes(self, module: Any) -> dict[str, int]:
+        return {"input_factor": module.num_embeddings, "output_factor": module.embedding_dim}
+
+    def factors(self, module: Any, sums: Sums) -> Factors:
+        counts, outputs = sums.vectors
+        tokens = counts.sum().clamp(min=1)  # stays on the device: with padding nobody else knows it
+        return {"input_factor": counts / tokens, "output_factor": outputs / tokens}
+
+    def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:
+        return {"weight": (factors["input_factor"], factors["output_factor"])}
+
+
+_NORMS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.RMSNorm,
+)
+
+
+def _is_transposed_linear(module: Any) -> bool:
+    """Hugging Face's Conv1D, told by its shape: there is no need to import transformers for it."""
+    weight = module._parameters.get("weight")
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and weight is not None and weight.dim() == 2
+
+
+def rule_for(module: nn.Module, variant: str) -> Rule | None:
+    """The rule that serves a module under a variant of AdaFisher, or None."""
+    release = variant == "release"
+    if isinstance(module, nn.Linear):
+        return Linear()
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return ConvTranspose()
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return ReleaseConv() if release else Conv()
+    if isinstance(module, _NORMS):
+        return ReleaseNorm() if release else Norm()
+    if isinstance(module, nn.Embedding):
+        return Embedding()
+    return TransposedLinear() if _is_transposed_linear(module) else None

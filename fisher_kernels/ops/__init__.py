@@ -1,0 +1,16 @@
+"""The project's ops: ``torch.ops.fisher_kernels.*`` behind plain functions."""
+
+from fisher_kernels.ops._define import ACCUMULATOR
+from fisher_kernels.ops.adafisher_step import adafisher_step_
+from fisher_kernels.ops.factor_ema import factor_ema_, minmax
+from fisher_kernels.ops.sum_of_squares import channel_sum_of_squares, column_sum_of_squares, patch_sum_of_squares
+
+__all__ = [
+    "ACCUMULATOR",
+    "adafisher_step_",
+    "channel_sum_of_squares",
+    "column_sum_of_squares",
+    "factor_ema_",
+    "minmax",
+    "patch_sum_of_squares",
+]

@@ -1,0 +1,343 @@
+"""The AdaFisher update of a whole list of parameters in one call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fisher_kernels._library import native_module
+from fisher_kernels.ops._define import ACCUMULATOR, check, check_floating, define
+
+_OP = "adafisher_step_"
+
+
+class _View(NamedTuple):
+    """A parameter seen as (groups, rows, columns)."""
+
+    groups: int
+    rows: int
+    columns: int
+
+
+def _view(i: int, param: Tensor, row_factor: Tensor | None, column_factor: Tensor | None) -> _View:
+    """How factor i divides parameter i; a factor with one element stands for a constant."""
+    numel = param.numel()
+    rows = row_factor.numel() if row_factor is not None and row_factor.numel() != 1 else None
+    groups, columns = 1, None
+    if column_factor is not None and column_factor.numel() != 1:
+        groups = column_factor.shape[0] if column_factor.dim() == 2 else 1
+        columns = column_factor.shape[-1]
+    if columns is None:
+        columns = numel // rows if rows else numel
+    if rows is None:
+        rows = numel // columns if columns else groups
+    check(
+        rows * columns == numel and groups >= 1 and rows % groups == 0,
+        lambda: (
+            f"{_OP}: row_factors[{i}] has shape {_shape(row_factor)} and column_factors[{i}] {_shape(column_factor)}, "
+            f"expected (groups * rows,) and (groups, columns) with groups * rows * columns = {numel}, the size of "
+            f"params[{i}] of shape {tuple(param.shape)}"
+        ),
+    )
+    return _View(groups, rows // groups, columns)
+
+
+def _shape(x: Tensor | None) -> str:
+    return "None" if x is None else str(tuple(x.shape))
+
+
+def _check_one_element(name: str, x: Tensor | None, device: torch.device | None) -> None:
+    if x is None:
+        return
+    check(x.numel() == 1, lambda: f"{_OP}: {name} has shape {tuple(x.shape)}, expected one element")
+    check(
+        x.dtype in (torch.float32, torch.float64),
+        lambda: f"{_OP}: {name} has dtype {x.dtype}, expected float32 or float64",
+        TypeError,
+    )
+    check(
+        x.device.type == "cpu" or x.device == device,
+        lambda: f"{_OP}: {name} is on {x.device}, expected cpu or {device}, the device of params[0]",
+    )
+
+
+def _check_tensor(
+    name: str, x: Tensor, shape: torch.Size | None, dtype: torch.dtype, like_name: str, like: Tensor
+) -> None:
+    check(
+        shape is None or x.shape == shape,
+        lambda: f"{_OP}: {name} has shape {tuple(x.shape)}, expected {tuple(like.shape)}, the shape of {like_name}",
+    )
+    check(
+        x.dtype == dtype,
+        lambda: f"{_OP}: {name} has dtype {x.dtype}, expected {dtype} beside {like_name} of dtype {like.dtype}",
+        TypeError,
+    )
+    check(
+        x.device == like.device,
+        lambda: f"{_OP}: {name} is on {x.device}, expected {like.device}, the device of {like_name}",
+    )
+
+
+def _check_layout(name: str, x: Tensor) -> None:
+    check(
+        all(stride != 0 or size <= 1 for stride, size in zip(x.stride(), x.shape, strict=True)),
+        lambda: f"{_OP}: {name} has strides {x.stride()}, expected no two elements at one address, as it is written",
+    )
+
+
+def _check(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    row_factors: Sequence[Tensor | None],
+    column_factors: Sequence[Tensor | None],
+    lr: Tensor,
+    beta: float,
+    damping: float,
+    weight_decay: float,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> list[_View]:
+    lists: dict[str, Sequence[Tensor | None]] = {
+        "grads": grads,
+        "exp_avgs": exp_avgs,
+        "steps": steps,
+        "row_factors": row_factors,
+        "column_factors": column_factors,
+    }
+    for name, values in lists.items():
+        check(
+            len(values) == len(params),
+            lambda name=name, values=values: (
+                f"{_OP}: {name} has {len(values)} tensors, expected {len(params)}, the length of params"
+            ),
+        )
+    check(0 <= beta < 1, lambda: f"{_OP}: beta is {beta}, expected 0 <= beta < 1")
+    for name, value in (("damping", damping), ("weight_decay", weight_decay)):
+        check(
+            0 <= value < math.inf,
+            lambda name=name, value=value: f"{_OP}: {name} is {value}, expected a finite number of at least 0",
+        )
+    for name, scalar in (("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
+        _check_one_element(name, scalar, params[0].device if params else None)
+    views = []
+    for i, (p, g, m, t, r, c) in enumerate(
+        zip(params, grads, exp_avgs, steps, row_factors, column_factors, strict=True)
+    ):
+        param = f"params[{i}]"
+        check_floating(_OP, param, p.dtype)
+        wide = ACCUMULATOR[p.dtype]
+        _check_tensor(f"grads[{i}]", g, p.shape, p.dtype, param, p)
+        _check_tensor(f"exp_avgs[{i}]", m, p.shape, wide, param, p)
+        check(
+            t.numel() == 1 and t.dtype == torch.float32,
+            lambda i=i, t=t: (
+                f"{_OP}: steps[{i}] is {t.dtype} of shape {tuple(t.shape)}, expected float32 of one element"
+            ),
+        )
+        for name, factor in ((f"row_factors[{i}]", r), (f"column_factors[{i}]", c)):
+            if factor is not None:
+                _check_tensor(name, factor, None, wide, param, p)
+                check(
+                    factor.is_contiguous() and factor.dim() <= 2,
+                    lambda name=name, factor=factor: (
+                        f"{_OP}: {name} has shape {tuple(factor.shape)} and strides {factor.stride()}, expected a "
+                        "contiguous vector, or (groups, columns)"
+                    ),
+                )
+        _check_layout(param, p)
+        _check_layout(f"exp_avgs[{i}]", m)
+        views.append(_view(i, p, r, c))
+    return views
+
+
+def _curvature(
+    param: Tensor, view: _View, row_factor: Tensor | None, column_factor: Tensor | None, damping: float
+) -> Tensor | float:
+    """row * column + damping in the shape of the parameter."""
+    product: Tensor | float = 1.0
+    if row_factor is not None:
+        product = row_factor.reshape((-1, 1, 1) if row_factor.numel() == 1 else (view.groups, view.rows, 1))
+    if column_factor is not None:
+        product = product * column_factor.reshape(
+            (1, 1, 1) if column_factor.numel() == 1 else (view.groups, 1, view.columns)
+        )
+    if isinstance(product, float):
+        return product + damping
+    return (product + damping).expand(*view).reshape(param.shape)
+
+
+def _fake(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    row_factors: Sequence[Tensor | None],
+    column_factors: Sequence[Tensor | None],
+    *,
+    lr: Tensor,
+    beta: float,
+    damping: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> Tensor:
+    _check(
+        params, grads, exp_avgs, steps, row_factors, column_factors,
+        lr, beta, damping, weight_decay, grad_scale, found_inf,
+    )  # fmt: skip
+    return torch.empty(len(params), dtype=torch.int64, device=params[0].device if params else None)
+
+
+def _reference(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    row_factors: Sequence[Tensor | None],
+    column_factors: Sequence[Tensor | None],
+    *,
+    lr: Tensor,
+    beta: float,
+    damping: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> Tensor:
+    views = _check(
+        params, grads, exp_avgs, steps, row_factors, column_factors,
+        lr, beta, damping, weight_decay, grad_scale, found_inf,
+    )  # fmt: skip
+    skipped = torch.zeros(len(params), dtype=torch.int64, device=params[0].device if params else None)
+    if found_inf is not None and bool(found_inf):
+        return skipped
+    for i, (w, m, t, view) in enumerate(zip(params, exp_avgs, steps, views, strict=True)):
+        t += 1
+        g = grads[i].to(m.dtype)
+        if grad_scale is not None:
+            g = g / grad_scale.to(m.device, m.dtype).reshape(())
+        if maximize:
+            g = -g
+        finite = g.isfinite()
+        skipped[i] = g.numel() - finite.sum()
+        wide = w.to(m.dtype)
+        if weight_decay and not decoupled:
+            g = g + weight_decay * wide
+        moment = beta * m + (1 - beta) * g
+        # Scalars in float64, as they come: only the elementwise work is in the moment's dtype.
+        correction = 1 - beta ** t.double().reshape(())
+        step = moment / correction.to(m.dtype) / _curvature(w, view, row_factors[i], column_factors[i], damping)
+        if weight_decay and decoupled:
+            step = step + weight_decay * wide
+        updated = wide - lr.to(m.device, m.dtype).reshape(()) * step
+        m.copy_(torch.where(finite, moment, m))
+        w.copy_(torch.where(finite, updated.to(w.dtype), w))
+    return skipped
+
+
+def _cpu(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    row_factors: Sequence[Tensor | None],
+    column_factors: Sequence[Tensor | None],
+    *,
+    lr: Tensor,
+    beta: float,
+    damping: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> Tensor:
+    skipped = torch.empty(len(params), dtype=torch.int64)
+    native_module().adafisher_step_(
+        params, grads, exp_avgs, steps, row_factors, column_factors,
+        lr, beta, damping, weight_decay, decoupled, maximize, grad_scale, found_inf, skipped, torch.get_num_threads(),
+    )  # fmt: skip
+    return skipped
+
+
+_step = define(
+    "adafisher_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] steps, "
+    "Tensor?[] row_factors, Tensor?[] column_factors, *, Tensor lr, float beta, float damping, float weight_decay, "
+    "bool decoupled, bool maximize, Tensor? grad_scale=None, Tensor? found_inf=None) -> Tensor",
+    fake=_fake,
+    reference=_reference,
+    cpu=_cpu,
+)
+
+
+def adafisher_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    row_factors: Sequence[Tensor | None],
+    column_factors: Sequence[Tensor | None],
+    *,
+    lr: float | Tensor,
+    beta: float,
+    damping: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> Tensor:
+    """One AdaFisher step of a list of parameters, in place, in one pass over memory.
+
+    With each parameter seen as (groups, rows, columns) in row-major order::
+
+        t    <- t + 1
+        g     = grad / grad_scale, negated to maximise, + weight_decay * w unless decoupled
+        m    <- beta * m + (1 - beta) * g
+        F     = row_factor[group, row] * column_factor[group, column] + damping
+        w    <- w - lr * (m / (1 - beta^t) / F + weight_decay * w if decoupled)
+
+    The curvature F, a Kronecker product of two diagonals, is never formed. An element whose gradient is NaN or infinite
+    keeps its parameter and its moment. Where ``found_inf`` is not 0 nothing changes at all, the step counts neither
+    (AdaFisher, arXiv 2405.16397, Algorithm 1).
+
+    Args:
+        params: float32, float64, bfloat16 or float16, any shapes and strides without overlap.
+        grads: of the shapes and dtypes of params.
+        exp_avgs: first moments m of the shapes of params; float64 for float64 parameters, else float32.
+        steps: number of steps t taken so far, one float32 element for each parameter.
+        row_factors: for each parameter (groups * rows,), one element that stands for all, or None for 1; contiguous, in
+            the dtype of the moment.
+        column_factors: for each parameter (columns,) or (groups, columns), one element, or None for 1.
+        lr: learning rate: a number or a tensor of one element.
+        beta: decay of the moment, 0 <= beta < 1.
+        damping: added to the product of the factors, at least 0; the product plus damping should be positive.
+        weight_decay: at least 0.
+        decoupled: decay the weights (AdaFisherW) rather than add the decay to the gradient (AdaFisher).
+        maximize: ascend rather than descend.
+        grad_scale: one element by which gradients are divided, or None.
+        found_inf: one element; the whole call does nothing where it is not 0.
+
+    Returns:
+        int64 (len(params),): how many elements of each parameter were skipped, on the device of the parameters.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape, device, length or range; the message names it,
+            and nothing is changed.
+    """
+    rate = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
+    return _step(
+        list(params), list(grads), list(exp_avgs), list(steps), list(row_factors), list(column_factors),
+        lr=rate, beta=beta, damping=damping, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize,
+        grad_scale=grad_scale, found_inf=found_inf,
+    )  # fmt: skip

@@ -1,0 +1,253 @@
+"""Normalisation and moving average of diagonal factors, for lists of vectors in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fisher_kernels._library import native_module
+from fisher_kernels.ops._define import check, define
+
+FLAT = 1e-5
+"""A vector whose spread is at most this share of its largest entry is equal to rounding: it has no shape."""
+
+
+def _check_vectors(op: str, name: str, vectors: Sequence[Tensor]) -> None:
+    for i, x in enumerate(vectors):
+        check(
+            x.dtype in (torch.float32, torch.float64),
+            lambda i=i, x=x: f"{op}: {name}[{i}] has dtype {x.dtype}, expected float32 or float64",
+            TypeError,
+        )
+        check(
+            x.dim() == 1 and x.is_contiguous(),
+            lambda i=i, x=x: (
+                f"{op}: {name}[{i}] has shape {tuple(x.shape)} and strides {x.stride()}, expected a contiguous vector"
+            ),
+        )
+
+
+def _check_like(op: str, name: str, vectors: Sequence[Tensor], like_name: str, like: Sequence[Tensor]) -> None:
+    """Each vector has the shape, dtype and device of its partner."""
+    check(
+        len(vectors) == len(like),
+        lambda: f"{op}: {name} has {len(vectors)} tensors, expected {len(like)}, the length of {like_name}",
+    )
+    for i, (x, y) in enumerate(zip(vectors, like, strict=True)):
+        check(
+            x.shape == y.shape,
+            lambda i=i, x=x, y=y: (
+                f"{op}: {name}[{i}] has shape {tuple(x.shape)}, expected {tuple(y.shape)}, the shape of {like_name}[{i}]"
+            ),
+        )
+        _check_same(op, f"{name}[{i}]", x, f"{like_name}[{i}]", y)
+
+
+def _check_same(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """Same dtype and device."""
+    check(
+        x.dtype == like.dtype,
+        lambda: f"{op}: {name} has dtype {x.dtype}, expected {like.dtype}, the dtype of {like_name}",
+        TypeError,
+    )
+    check(
+        x.device == like.device,
+        lambda: f"{op}: {name} is on {x.device}, expected {like.device}, the device of {like_name}",
+    )
+
+
+# minmax
+
+
+def _check_minmax(x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None) -> None:
+    op = "minmax"
+    check(eps >= 0, lambda: f"{op}: eps is {eps}, expected a number of at least 0")
+    _check_vectors(op, "x", x)
+    if weights is not None:
+        check(
+            len(weights) == len(x),
+            lambda: f"{op}: weights has {len(weights)} tensors, expected {len(x)}, the length of x",
+        )
+        for i, (w, v) in enumerate(zip(weights, x, strict=True)):
+            check(
+                w.numel() == 1,
+                lambda i=i, w=w: f"{op}: weights[{i}] has shape {tuple(w.shape)}, expected one element",
+            )
+            _check_same(op, f"weights[{i}]", w, f"x[{i}]", v)
+
+
+def _minmax(x: Tensor, eps: float) -> Tensor:
+    if x.numel() == 0:
+        return x.clone()
+    low, high = x.aminmax()
+    spread = high - low
+    # An infinite spread is never flat: inf <= FLAT * inf would hold.
+    flat = (spread <= FLAT * torch.maximum(low.abs(), high.abs())) & spread.isfinite()
+    scaled = (x - low) / (spread + eps)
+    scaled = torch.where(spread.isfinite(), scaled, torch.nan)
+    return torch.where(flat, torch.ones_like(x), scaled)
+
+
+def _minmax_fake(x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None = None) -> list[Tensor]:
+    _check_minmax(x, eps, weights)
+    return [torch.empty_like(v) for v in x]
+
+
+def _minmax_reference(x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None = None) -> list[Tensor]:
+    _check_minmax(x, eps, weights)
+    if weights is None:
+        return [_minmax(v, eps) for v in x]
+    return [
+        torch.where(w.reshape(()) == 0, torch.ones_like(v), _minmax(v / w.reshape(()), eps))
+        for v, w in zip(x, weights, strict=True)
+    ]
+
+
+def _minmax_cpu(x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None = None) -> list[Tensor]:
+    outs = [torch.empty_like(v) for v in x]
+    native_module().minmax(x, outs, weights or [], eps)
+    return outs
+
+
+_minmax_op = define(
+    "minmax(Tensor[] x, float eps, Tensor[]? weights=None) -> Tensor[]",
+    fake=_minmax_fake,
+    reference=_minmax_reference,
+    cpu=_minmax_cpu,
+)
+
+
+def minmax(x: Sequence[Tensor], eps: float = 1e-6, weights: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """Scale each vector to the unit interval: ``(x - min x) / (max x - min x + eps)``.
+
+    A vector whose entries are all equal to rounding (``max - min <= 1e-5 max |x|``) has no shape to normalise and
+    becomes ones; one with a NaN or an infinity becomes NaN throughout. ``eps`` is in the units of x: entries far below
+    it are squeezed towards 0 (AdaFisher, arXiv 2405.16397, section 3.2).
+
+    Args:
+        x: contiguous vectors, float32 or float64.
+        eps: added to the spread, at least 0.
+        weights: a one-element tensor for each vector, by which it is divided first (the bias correction of a moving
+            average); where it is 0, nothing was averaged yet, the result is ones. None divides by nothing.
+
+    Returns:
+        New vectors with the shapes and dtypes of x.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape, device, length or range; the message names it.
+    """
+    return _minmax_op(list(x), eps, None if weights is None else list(weights))
+
+
+# factor_ema_
+
+
+def _check_ema(
+    state: Sequence[Tensor], new: Sequence[Tensor], decay: float, gain: float, eps: float, joint: int
+) -> None:
+    op = "factor_ema_"
+    _check_vectors(op, "state", state)
+    _check_vectors(op, "new", new)
+    _check_like(op, "new", new, "state", state)
+    for name, value in (("decay", decay), ("gain", gain), ("eps", eps)):
+        check(
+            0 <= value < float("inf"),
+            lambda name=name, value=value: f"{op}: {name} is {value}, expected a finite number of at least 0",
+        )
+    check(
+        joint >= 1 and len(state) % joint == 0,
+        lambda: f"{op}: joint is {joint}, expected a divisor of {len(state)}, the length of state",
+    )
+
+
+def _ema_fake(
+    state: Sequence[Tensor],
+    new: Sequence[Tensor],
+    decay: float,
+    gain: float,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    joint: int = 1,
+) -> Tensor:
+    _check_ema(state, new, decay, gain, eps, joint)
+    device = state[0].device if state else None
+    return torch.empty(len(state) // joint, dtype=torch.int64, device=device)
+
+
+def _ema_reference(
+    state: Sequence[Tensor],
+    new: Sequence[Tensor],
+    decay: float,
+    gain: float,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    joint: int = 1,
+) -> Tensor:
+    rejected = _ema_fake(state, new, decay, gain, normalize, eps, joint).zero_()
+    for run in range(len(rejected)):
+        members = range(run * joint, (run + 1) * joint)
+        finite = torch.stack([new[i].isfinite().all() for i in members]).all()
+        for i in members:
+            value = _minmax(new[i], eps) if normalize else new[i]
+            state[i].copy_(torch.where(finite, decay * state[i] + gain * value, state[i]))
+        rejected[run] = ~finite
+    return rejected
+
+
+def _ema_cpu(
+    state: Sequence[Tensor],
+    new: Sequence[Tensor],
+    decay: float,
+    gain: float,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    joint: int = 1,
+) -> Tensor:
+    check(joint >= 1, lambda: f"factor_ema_: joint is {joint}, expected at least 1")
+    rejected = torch.empty(len(state) // joint, dtype=torch.int64)
+    native_module().factor_ema_(state, new, rejected, decay, gain, normalize, eps, joint)
+    return rejected
+
+
+_ema = define(
+    "factor_ema_(Tensor(a!)[] state, Tensor[] new, float decay, float gain, bool normalize=False, float eps=1e-6, "
+    "int joint=1) -> Tensor",
+    fake=_ema_fake,
+    reference=_ema_reference,
+    cpu=_ema_cpu,
+)
+
+
+def factor_ema_(
+    state: Sequence[Tensor],
+    new: Sequence[Tensor],
+    decay: float,
+    gain: float,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    joint: int = 1,
+) -> Tensor:
+    """Moving average of factors, in place: ``state <- decay * state + gain * new``.
+
+    With ``normalize`` each new vector goes through :func:`minmax` first. Runs of ``joint`` consecutive vectors are
+    taken or refused together: where a new vector of a run holds a NaN or an infinity, the states of that run stay as
+    they were, so one bad backward cannot poison the average (AdaFisher, arXiv 2405.16397, Eq. 4).
+
+    Args:
+        state: contiguous vectors, float32 or float64; changed in place.
+        new: vectors with the shapes and dtypes of state.
+        decay, gain: coefficients, finite and at least 0; the usual average has ``gain = 1 - decay``.
+        normalize: scale each new vector to the unit interval first.
+        eps: of :func:`minmax`.
+        joint: length of a run; divides the number of vectors.
+
+    Returns:
+        int64 (len(state) / joint,): 1 for each run that was refused, else 0; on the device of the states.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape, device, length or range; the message names it,
+            and nothing is changed.
+    """
+    return _ema(list(state), list(new), decay, gain, normalize, eps, joint)

@@ -1,0 +1,252 @@
+"""Sums of squares over columns, channels and the windows of a convolution: the raw diagonal factors of a layer.
+
+Sums of float32, bfloat16 and float16 come back in float32, of float64 in float64.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fisher_kernels._library import native_module
+from fisher_kernels.ops._define import ACCUMULATOR, check, check_floating, define
+
+
+def _check(op: str, x: Tensor, dimensions: range) -> None:
+    check_floating(op, "x", x.dtype)
+    wanted = f"at least {dimensions.start}" if dimensions.stop > 64 else f"{dimensions.start} to {dimensions.stop - 1}"
+    check(x.dim() in dimensions, lambda: f"{op}: x has shape {tuple(x.shape)}, expected {wanted} dimensions")
+
+
+def _contiguous_or_channels_last(x: Tensor) -> Tensor:
+    """x (N, C, *S) as it is if its memory is in order (N, C, *S) or (N, *S, C), else a contiguous copy."""
+    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
+
+
+# column_sum_of_squares
+
+
+def _column_fake(x: Tensor) -> Tensor:
+    _check("column_sum_of_squares", x, range(1, 1000))
+    return x.new_empty((x.shape[-1],), dtype=ACCUMULATOR[x.dtype])
+
+
+def _column_reference(x: Tensor) -> Tensor:
+    _check("column_sum_of_squares", x, range(1, 1000))
+    return x.to(ACCUMULATOR[x.dtype]).square().sum(tuple(range(x.dim() - 1))) if x.dim() > 1 else _squares(x)
+
+
+def _squares(x: Tensor) -> Tensor:
+    return x.to(ACCUMULATOR[x.dtype]).square()
+
+
+def _column_cpu(x: Tensor) -> Tensor:
+    out = _column_fake(x)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # [R, D]
+    if rows.shape[1] > 1 and rows.stride(1) != 1:
+        rows = rows.contiguous()
+    native_module().column_sum_of_squares(rows, out, torch.get_num_threads())
+    return out
+
+
+_column = define(
+    "column_sum_of_squares(Tensor x) -> Tensor", fake=_column_fake, reference=_column_reference, cpu=_column_cpu
+)
+
+
+def column_sum_of_squares(x: Tensor) -> Tensor:
+    """Sum of squares of each column: ``out[d] = sum_r x[r, d]^2``.
+
+    The diagonal of the Gram matrix ``x^T x``; divided by the number of rows, the diagonal Kronecker factor of a Linear
+    layer (Martens and Grosse, arXiv 1503.05671; AdaFisher, arXiv 2405.16397, Eq. 3).
+
+    Args:
+        x: (..., D), any strides; float32, float64, bfloat16 or float16. Leading dimensions count as rows.
+
+    Returns:
+        (D,), float64 for float64 and float32 for everything else; zeros where there are no rows.
+
+    Raises:
+        TypeError: x has another dtype.
+        ValueError: x has no dimension.
+    """
+    return _column(x)
+
+
+# channel_sum_of_squares
+
+
+def _channel_fake(x: Tensor) -> Tensor:
+    _check("channel_sum_of_squares", x, range(2, 1000))
+    return x.new_empty((x.shape[1],), dtype=ACCUMULATOR[x.dtype])
+
+
+def _channel_reference(x: Tensor) -> Tensor:
+    _check("channel_sum_of_squares", x, range(2, 1000))
+    return _squares(x).sum((0, *range(2, x.dim())))
+
+
+def _channel_cpu(x: Tensor) -> Tensor:
+    out = _channel_fake(x)
+    samples, channels = x.shape[:2]
+    positions = math.prod(x.shape[2:])
+    dense = _contiguous_or_channels_last(x).reshape(samples, channels, positions)  # [N, C, S]
+    native_module().channel_sum_of_squares(dense, out, torch.get_num_threads())
+    return out
+
+
+_channel = define(
+    "channel_sum_of_squares(Tensor x) -> Tensor", fake=_channel_fake, reference=_channel_reference, cpu=_channel_cpu
+)
+
+
+def channel_sum_of_squares(x: Tensor) -> Tensor:
+    """Sum of squares of each channel: ``out[c] = sum_{n, s} x[n, c, s]^2``.
+
+    Args:
+        x: (N, C, *S) with any number of spatial dimensions; float32, float64, bfloat16 or float16. Contiguous and
+            channels_last tensors are read in place, others are copied first.
+
+    Returns:
+        (C,), float64 for float64 and float32 for everything else; zeros where there are no samples or positions.
+
+    Raises:
+        TypeError: x has another dtype.
+        ValueError: x has fewer than two dimensions.
+    """
+    return _channel(x)
+
+
+# patch_sum_of_squares
+
+
+def _output_size(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Number of windows along each spatial dimension, after checking every argument."""
+    op = "patch_sum_of_squares"
+    _check(op, x, range(3, 6))
+    spatial = x.dim() - 2
+    arguments = (("kernel_size", kernel, 1, 1), ("stride", stride, 1, 1), ("dilation", dilation, 1, 1))
+    for name, values, least, per in (*arguments, ("padding", padding, 0, 2)):
+        check(
+            len(values) == per * spatial and all(v >= least for v in values),
+            lambda name=name, values=values, least=least, per=per: (
+                f"{op}: {name} is {list(values)}, expected {per * spatial} integers of at least {least} "
+                f"for x of shape {tuple(x.shape)}"
+            ),
+        )
+    sizes = []
+    for d in range(spatial):
+        padded = x.shape[2 + d] + padding[2 * d] + padding[2 * d + 1]
+        extent = dilation[d] * (kernel[d] - 1) + 1
+        check(
+            padded >= extent,
+            lambda d=d, padded=padded, extent=extent: (
+                f"{op}: x of shape {tuple(x.shape)} is {padded} long after padding in spatial dimension {d}, expected "
+                f"at least {extent}, the extent of kernel_size {kernel[d]} with dilation {dilation[d]}"
+            ),
+        )
+        sizes.append((padded - extent) // stride[d] + 1)
+    return sizes
+
+
+def _patch_fake(
+    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    _output_size(x, kernel_size, stride, padding, dilation)
+    return x.new_empty((x.shape[1], *kernel_size), dtype=ACCUMULATOR[x.dtype])
+
+
+def _patch_reference(
+    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    sizes = _output_size(x, kernel_size, stride, padding, dilation)
+    last_first = [p for d in reversed(range(len(sizes))) for p in padding[2 * d : 2 * d + 2]]
+    squares = torch.nn.functional.pad(_squares(x), last_first)
+    out = squares.new_empty((x.shape[1], *kernel_size))
+    for offset in itertools.product(*map(range, kernel_size)):
+        window = tuple(
+            slice(o * d, o * d + (size - 1) * s + 1, s)
+            for o, d, s, size in zip(offset, dilation, stride, sizes, strict=True)
+        )
+        read = squares[(slice(None), slice(None), *window)]  # [N, C, *windows]
+        out[(slice(None), *offset)] = read.sum((0, *range(2, x.dim())))
+    return out
+
+
+def _patch_cpu(
+    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    out = _patch_fake(x, kernel_size, stride, padding, dilation)
+    missing = 5 - x.dim()  # the kernel always sees three spatial dimensions
+    ones, zeros = [1] * missing, [0] * (2 * missing)
+    samples, channels, *spatial = x.shape
+    native_module().patch_sum_of_squares(
+        _contiguous_or_channels_last(x).reshape(samples, channels, *ones, *spatial),
+        out.view(channels, *ones, *kernel_size),
+        [*ones, *kernel_size],
+        [*ones, *stride],
+        [*zeros, *padding],
+        [*ones, *dilation],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+_patch = define(
+    "patch_sum_of_squares(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation) -> Tensor",
+    fake=_patch_fake,
+    reference=_patch_reference,
+    cpu=_patch_cpu,
+)
+
+
+def _per_dimension(value: int | Sequence[int], spatial: int) -> list[int]:
+    return [value] * spatial if isinstance(value, int) else list(value)
+
+
+def _padding_pairs(padding: int | Sequence[int] | Sequence[tuple[int, int]], spatial: int) -> list[int]:
+    """Padding as (before, after) of each spatial dimension, flattened."""
+    pairs = [padding] * spatial if isinstance(padding, int) else list(padding)
+    return [p for pair in pairs for p in ((pair, pair) if isinstance(pair, int) else pair)]
+
+
+def patch_sum_of_squares(
+    x: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | Sequence[tuple[int, int]] = 0,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """Sum of squares that each offset of a sliding window reads, over all samples and windows.
+
+    ``out[c, k] = sum_{n, l} x_padded[n, c, l * stride + k * dilation]^2``: the diagonal of the Gram matrix of the
+    unfolded patches, which are never formed. Divided by samples times windows it is the input factor of a convolution
+    (Grosse and Martens, arXiv 1602.01407; AdaFisher, arXiv 2405.16397).
+
+    Args:
+        x: (N, C, *S) with one to three spatial dimensions; float32, float64, bfloat16 or float16. Contiguous and
+            channels_last tensors are read in place, others are copied first.
+        kernel_size, stride, dilation: one integer or one for each spatial dimension, at least 1.
+        padding: zeros around x: one integer, one for each spatial dimension, or a pair (before, after) for each.
+
+    Returns:
+        (C, *kernel_size), float64 for float64 and float32 for everything else.
+
+    Raises:
+        TypeError: x has another dtype.
+        ValueError: a size is out of range, or the kernel is larger than the padded input.
+    """
+    spatial = x.dim() - 2
+    return _patch(
+        x,
+        _per_dimension(kernel_size, spatial),
+        _per_dimension(stride, spatial),
+        _padding_pairs(padding, spatial),
+        _per_dimension(dilation, spatial),
+    )

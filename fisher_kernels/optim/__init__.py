@@ -1,0 +1,5 @@
+"""Optimizers."""
+
+from fisher_kernels.optim.adafisher import AdaFisher, AdaFisherW
+
+__all__ = ["AdaFisher", "AdaFisherW"]

@@ -1,0 +1,364 @@
+"""AdaFisher and AdaFisherW: diagonal Kronecker factors of the Fisher information of every layer.
+
+Source: AdaFisher, arXiv 2405.16397 (ICLR 2025), Eq. 3, Eq. 4 and Algorithm 1; thesis arXiv 2504.20096.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from fisher_kernels.layers import Rule, rule_for
+from fisher_kernels.ops import ACCUMULATOR, adafisher_step_
+from fisher_kernels.optim.diagonal_factors import VARIANTS, DiagonalFactors, Place, count
+from fisher_kernels.optim.layerwise import LayerwiseOptimizer, evaluate_closure
+from fisher_kernels.statistics import Layer, Site
+
+
+class AdaFisher(LayerwiseOptimizer):
+    """AdaFisher: momentum divided by a Kronecker-factored diagonal of the Fisher information.
+
+    For a layer ``a = W h + b`` with s the derivative of the loss by a::
+
+        H = mean over rows of [h, 1]^2        S = mean over rows of s^2, both averaged over time
+        F[o, i] = S'[o] H'[i] + damping       (curvature; S', H' as the variant normalises them)
+        g = gradient + weight_decay * w       (AdaFisherW decays the weights instead)
+        m <- beta m + (1 - beta) g
+        w <- w - lr * m / (1 - beta^t) / F
+
+    F is never formed: the step reads one number a row and one a column. State is one moment a parameter (float32, or
+    float64 for float64 parameters) and one number a row and a column of each layer. Linear, convolutions and transposed
+    convolutions, normalisations and Embedding have rules; any other parameter takes a fallback that ``explain()`` names.
+
+    ========== ============================================= ================================ ======================
+    variant    averaged over time                            F                                lr, damping, interval
+    ========== ============================================= ================================ ======================
+    paper      H and S, decay gamma, bias-corrected          minmax(S) minmax(H) + damping    3e-3, 1e-3, 1
+    release    minmax(H), minmax(S) from 1, decay gamma / 10 S H + damping                    1e-3, 1e-3, 100
+               gain gamma / 100
+    relative   as paper                                      S H / mean(S H) + damping        1.0, 0.1, 1
+    ========== ============================================= ================================ ======================
+
+    Args:
+        model: its layers are read through hooks; ``close()`` removes them.
+        lr: learning rate, a number or a tensor of one element; None takes the variant's default, as for ``damping`` and
+            ``update_interval``.
+        beta: decay of the moment, 0 <= beta < 1.
+        gamma: decay of the factors, 0 <= gamma < 1.
+        damping: added to the curvature; in units of the mean curvature for ``"relative"``.
+        variant: ``"paper"``, ``"release"`` or ``"relative"``.
+        update_interval: factors are refreshed in one step out of so many; between refreshes the hooks do nothing.
+        eps: of minmax, in the units of S: it makes the paper variant depend on the scale of the loss.
+        weight_decay: L2 for AdaFisher, decoupled for AdaFisherW.
+        maximize: ascend.
+        params: parameter groups, each with any of these hyperparameters; None takes all parameters of the model. The
+            factor settings of a layer (variant, gamma, update_interval, eps) are those of its weight's group.
+        grad_scaler: the ``torch.amp.GradScaler`` in use, so that S is in the units of unscaled gradients also after a
+            manual ``unscale_``.
+        fallback_curvature: F of parameters without a rule; None takes the median over layers of ``mean(S') mean(H') +
+            damping``, or 1 for ``"release"``.
+        process_group: over which statistics are added up, one all-reduce a refresh; None takes the default group where
+            torch.distributed is initialised.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
+
+    Source: AdaFisher, arXiv 2405.16397, Eq. 3, Eq. 4, Algorithm 1.
+    """
+
+    decoupled: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor | None = None,
+        *,
+        beta: float = 0.9,
+        gamma: float = 0.8,
+        damping: float | None = None,
+        variant: str = "paper",
+        update_interval: int | None = None,
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        params: Iterable[Any] | None = None,
+        grad_scaler: Any = None,
+        fallback_curvature: float | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "beta": beta,
+            "gamma": gamma,
+            "damping": damping,
+            "variant": variant,
+            "update_interval": update_interval,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "fallback_curvature": fallback_curvature,
+        }
+        self._skipped: dict[tuple[int, ...], Tensor] = {}
+        self._warned = False
+        super().__init__(model, params, defaults, grad_scaler, process_group)
+
+    # Groups.
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if group["variant"] not in VARIANTS:
+            raise ValueError(f"variant is {group['variant']!r}, expected one of {', '.join(map(repr, VARIANTS))}")
+        variant = VARIANTS[group["variant"]]
+        for name in ("lr", "damping", "update_interval"):
+            if group[name] is None:
+                group[name] = getattr(variant, name)
+        group.setdefault("iteration", 0)
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"lr has shape {tuple(lr.shape)}, expected a number or a tensor of one element")
+        if group["fallback_curvature"] is not None and not 0 < group["fallback_curvature"] < math.inf:
+            raise ValueError(f"fallback_curvature is {group['fallback_curvature']}, expected a positive number or None")
+        interval = group["update_interval"]
+        if not isinstance(interval, int) or interval < 1:
+            raise ValueError(f"update_interval is {interval!r}, expected an integer of at least 1")
+        for name in ("beta", "gamma"):
+            if not 0 <= group[name] < 1:
+                raise ValueError(f"{name} is {group[name]}, expected 0 <= {name} < 1")
+        for name in ("lr", "damping", "eps", "weight_decay"):
+            if not 0 <= group[name] < math.inf:
+                raise ValueError(f"{name} is {group[name]}, expected a finite number of at least 0")
+
+    # Layers.
+
+    def _rule_for(self, module: nn.Module, owner: Parameter) -> Rule | None:
+        return rule_for(module, self._groups[owner]["variant"])
+
+    def _detail(self, role: str, layer: Layer) -> str:
+        shapes = layer.rule.shapes(layer.module)
+        if role == "bias":
+            return f"{layer.name or 'model'}.bias: output factor"
+        factors = " and ".join(f"{name.replace('_', ' ')} ({length})" for name, length in shapes.items())
+        return f"{layer.name or 'model'}.{role}: {factors}"
+
+    def _fallback_detail(self, parameter: Parameter) -> str:
+        group = self._groups[parameter]
+        if group["fallback_curvature"] is not None:
+            return f"curvature {group['fallback_curvature']}"
+        return "curvature 1" if group["variant"] == "release" else "median curvature of the group's layers"
+
+    def _rewatched(self) -> None:
+        self._numbers = {p: number for number, p in enumerate(self._groups)}
+        self._factors = DiagonalFactors(self.statistics.sites, self.state, self._groups)
+        self._arm()
+
+    def _arm(self) -> None:
+        """Let the layers whose next step refreshes their factors collect statistics."""
+        for index, site in enumerate(self.statistics.sites):
+            self.statistics.arm(index, self._due(site))
+
+    def _due(self, site: Site) -> bool:
+        group = self._groups[site.owner]
+        return group["iteration"] % group["update_interval"] == 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_skipped": self._skipped, "_warned": self._warned}
+
+    def _warn_if_silent(self) -> None:
+        """Say once that a refresh step had gradients and no statistics."""
+        waiting = [site.owner.grad for site in self.statistics.sites if self._due(site)]
+        if not self._warned and any(bool(grad.any()) for grad in waiting if grad is not None):
+            self._warned = True
+            warnings.warn(
+                f"{type(self).__name__}: a refresh step has gradients but saw no statistics of any layer. Was the model "
+                "compiled and run before the optimizer was constructed, were the gradients set by hand, or was the "
+                "optimizer closed? The step goes on with the factors it has (curvature 1 if there are none)",
+                stacklevel=5,
+            )
+
+    # Step.
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Refresh the factors where it is time, then update every parameter that has a gradient.
+
+        Under ``torch.compile`` the step stays outside the graph: it is one kernel a parameter group already.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = evaluate_closure(closure)
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
+            self.statistics.clear()  # a skipped step leaves nothing behind, and the refresh that was due is still due
+            return loss
+        self._prepare()
+        taken = self.statistics.take(grad_scale)
+        if taken:
+            self._factors.fold(taken)
+        else:
+            self._warn_if_silent()
+        for group in self.param_groups:
+            self._update(group, grad_scale, found_inf)
+            group["iteration"] += 1
+        self._arm()
+        return loss
+
+    def _prepare(self) -> None:
+        """Make the state of every parameter that has a gradient, before anything is changed."""
+        fresh = False
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.is_sparse:
+                    raise ValueError(
+                        f"a parameter of shape {tuple(p.shape)} has a sparse gradient, expected a dense one: leave it to "
+                        "torch.optim.SparseAdam (params=)"
+                    )
+                state = self.state[p]
+                if "step" not in state:
+                    fresh = True
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                    state["exp_avg"] = torch.zeros_like(p, dtype=ACCUMULATOR[p.dtype])
+        if fresh:
+            # Averages too, so that a checkpoint made from a fresh optimizer has every entry to load into.
+            for index, site in enumerate(self.statistics.sites):
+                if any(p.grad is not None for layer in site.layers for p in layer.parameters.values()):
+                    self._factors.averages(index)
+
+    def _update(self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Step one group: parameters with factors in one call, those of constant curvature in another."""
+        served, constant = _Batch(), _Batch()
+        for p in group["params"]:
+            if p.grad is not None:
+                place = self._factors.placed.get(p)
+                if place is not None:
+                    served.add(self._numbers[p], p, self.state[p], place)
+                else:
+                    constant.add(self._numbers[p], p, self.state[p], (self._factors.constant(p), None))
+        for batch, damping in ((served, group["damping"]), (constant, 0.0)):
+            if batch.params:
+                skipped = adafisher_step_(
+                    batch.params,
+                    batch.grads,
+                    batch.exp_avgs,
+                    batch.steps,
+                    batch.row_factors,
+                    batch.column_factors,
+                    lr=group["lr"],
+                    beta=group["beta"],
+                    damping=damping,
+                    weight_decay=group["weight_decay"],
+                    decoupled=self.decoupled,
+                    maximize=group["maximize"],
+                    grad_scale=grad_scale,
+                    found_inf=found_inf,
+                )
+                count(self._skipped, tuple(batch.numbers), skipped)
+
+    # Reports.
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Figures of the last step for each parameter that has taken one; reading them waits for the device.
+
+        - ``damping_share``: mean of damping / F; near 1 the method has become plain momentum SGD.
+        - ``smallest_step``, ``largest_step``: extremes of lr / F.
+        - ``cosine_with_sgd``: between the preconditioned moment and the gradient (NaN without a gradient).
+        - ``skipped_elements``: how many elements were left alone because their gradient was not finite, so far.
+        - ``refused_statistics``: how often the statistics of its layer were not finite and left out, so far.
+        """
+        skipped = _totals(self._skipped)
+        refused = _totals(self._factors.refused)
+        sites = {
+            p: index
+            for index, site in enumerate(self.statistics.sites)
+            for layer in site.layers
+            for p in layer.parameters.values()
+        }
+        report = {}
+        for name, p in self._names():
+            state, group = self.state.get(p, {}), self._groups[p]
+            if "exp_avg" not in state:
+                continue
+            curvature, damping = self._curvature(p)
+            step = float(group["lr"]) / curvature
+            direction = state["exp_avg"] / curvature
+            cosine = math.nan
+            if p.grad is not None:
+                gradient = p.grad.to(direction)
+                cosine = float(torch.cosine_similarity(direction.flatten(), gradient.flatten(), dim=0))
+            report[name] = {
+                "damping_share": float((damping / curvature).mean()),
+                "smallest_step": float(step.min()) if step.numel() else math.nan,
+                "largest_step": float(step.max()) if step.numel() else math.nan,
+                "cosine_with_sgd": -cosine if group["maximize"] else cosine,
+                "skipped_elements": skipped.get(self._numbers[p], 0),
+                "refused_statistics": refused.get(sites.get(p, -1), 0),
+            }
+        return report
+
+    def _curvature(self, p: Parameter) -> tuple[Tensor, float]:
+        """F of one parameter, formed for once, and the damping in it."""
+        exp_avg = self.state[p]["exp_avg"]
+        place = self._factors.placed.get(p)
+        if place is None:
+            constant = self._factors.constant(p)
+            return torch.ones_like(exp_avg) * (1.0 if constant is None else constant), 0.0
+        row, column = (exp_avg.new_ones(1) if factor is None else factor for factor in place)
+        groups = column.shape[0] if column.dim() == 2 else 1
+        product = row.reshape(groups, -1, 1) * column.reshape(groups, 1, -1)
+        damping = self._groups[p]["damping"]
+        return product.reshape(p.shape) + damping, damping
+
+
+class AdaFisherW(AdaFisher):
+    """AdaFisher with decoupled weight decay: ``w <- w - lr * (m / (1 - beta^t) / F + weight_decay * w)``.
+
+    Everything else, the arguments included, is as in :class:`AdaFisher`.
+    """
+
+    decoupled = True
+
+
+class _Batch:
+    """The lists that one call of the step takes."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self.params: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.exp_avgs: list[Tensor] = []
+        self.steps: list[Tensor] = []
+        self.row_factors: list[Tensor | None] = []
+        self.column_factors: list[Tensor | None] = []
+
+    def add(self, number: int, p: Parameter, state: dict[str, Tensor], place: Place) -> None:
+        assert p.grad is not None
+        self.numbers.append(number)
+        self.params.append(p)
+        self.grads.append(p.grad)
+        self.exp_avgs.append(state["exp_avg"])
+        self.steps.append(state["step"])
+        self.row_factors.append(place[0])
+        self.column_factors.append(place[1])
+
+
+def _totals(counters: Mapping[tuple[int, ...], Tensor]) -> dict[int, int]:
+    totals: dict[int, int] = {}
+    for key, values in counters.items():
+        for number, value in zip(key, values.tolist(), strict=True):
+            totals[number] = totals.get(number, 0) + value
+    return totals

@@ -1,0 +1,250 @@
+"""What the optimizers that read a model's layers share: hooks, parameter groups, state that survives, reports."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from fisher_kernels.layers import Rule
+from fisher_kernels.ops import ACCUMULATOR
+from fisher_kernels.statistics import Layer, Statistics, find_layers
+
+FALLBACK_SHARE = 0.01
+"""Share of the trained parameters above which fallbacks are worth a warning."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How one parameter is served."""
+
+    name: str
+    shape: tuple[int, ...]
+    group: int
+    rule: str
+    detail: str
+    state_bytes: int
+    frozen: bool
+
+    @property
+    def fallback(self) -> bool:
+        return self.rule == "fallback"
+
+
+class Explanations(tuple[Explanation, ...]):
+    """One :class:`Explanation` a parameter; prints as a table."""
+
+    def __str__(self) -> str:
+        table = Table(title="How each parameter is served")
+        for column in ("parameter", "shape", "group", "rule", "detail"):
+            table.add_column(column, overflow="fold")
+        table.add_column("state bytes", justify="right")
+        for row in self:
+            rule = f"{row.rule}, frozen" if row.frozen else row.rule
+            shape = " x ".join(map(str, row.shape)) or "scalar"
+            table.add_row(row.name, shape, str(row.group), rule, row.detail, f"{row.state_bytes:,}")
+        console = Console(width=120, record=False)
+        with console.capture() as capture:
+            console.print(table)
+        return capture.get()
+
+
+class LayerwiseOptimizer(Optimizer):
+    """Base of the optimizers that read the layers of ``model``; subclasses say which rule serves a layer and step.
+
+    Args:
+        model: its supported modules are watched.
+        params: parameter groups as every torch optimizer takes them; None takes all parameters of the model.
+        defaults: hyperparameters of groups that do not set them.
+        grad_scaler: the ``torch.amp.GradScaler`` whose scale is in the derivatives.
+        process_group: over which statistics are added up; None takes the default group where there is one.
+    """
+
+    _step_supports_amp_scaling = True
+
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None,
+        defaults: dict[str, Any],
+        grad_scaler: Any,
+        process_group: dist.ProcessGroup | None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model is a {type(model).__name__}, expected a torch.nn.Module: {type(self).__name__} reads its layers; "
+                "give parameter groups as params="
+            )
+        for name, parameter in model.named_parameters():
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise ValueError(f"parameter {name!r} is not initialised: run a forward pass of the lazy module first")
+        self._model = model
+        self._statistics: Statistics | None = None
+        super().__init__(model.parameters() if params is None else params, defaults)
+        self._watch(grad_scaler, process_group)
+        self._warn_of_fallbacks(self.explain())
+
+    # What subclasses define.
+
+    def _rule_for(self, module: nn.Module, owner: Parameter) -> Rule | None:
+        """The rule that serves a module whose settings are those of ``owner``'s group."""
+        raise NotImplementedError
+
+    def _fallback_detail(self, parameter: Parameter) -> str:
+        """What happens to a parameter that no rule serves."""
+        raise NotImplementedError
+
+    def _rewatched(self) -> None:
+        """Called when the watched layers or the state have changed."""
+        raise NotImplementedError
+
+    # Layers.
+
+    @property
+    def statistics(self) -> Statistics:
+        assert self._statistics is not None
+        return self._statistics
+
+    def _watch(self, grad_scaler: Any, process_group: dist.ProcessGroup | None) -> None:
+        old = self._statistics
+        self._groups = {p: group for group in self.param_groups for p in group["params"]}
+        layers = find_layers(self._model, self._rule_for, self._groups)
+        self._statistics = Statistics(layers, grad_scaler, process_group)
+        if old is not None:
+            self._statistics.adopt(old)
+            old.close()
+        self._rewatched()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; layers of the model that its parameters belong to are watched from now on."""
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        if self._statistics is not None:
+            self._watch(self._statistics.grad_scaler, self._statistics.process_group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for i, p in enumerate(group["params"]):
+            if p.dtype not in ACCUMULATOR:
+                raise TypeError(
+                    f"params[{i}] has dtype {p.dtype}, expected float32, float64, bfloat16 or float16: "
+                    f"{type(self).__name__} has no rule for others"
+                )
+
+    def close(self) -> None:
+        """Remove the hooks from the model; the optimizer goes on stepping with the factors it has."""
+        self.statistics.close()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and with them the statistics of the backward passes that produced them."""
+        self.statistics.clear()
+        super().zero_grad(set_to_none)
+
+    # State.
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; what is given is copied, and neither changed nor kept.
+
+        Moments and factors keep their precision: they take the wide dtype of their parameter (float64 for float64,
+        otherwise float32) and its device.
+        """
+        super().load_state_dict(state_dict)
+        ids = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        parameters = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        for number, p in zip(ids, parameters, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor):
+                    wide = torch.float32 if name == "step" else ACCUMULATOR[p.dtype]
+                    dtype = wide if value.is_floating_point() else value.dtype
+                    self.state[p][name] = value.detach().to(p.device, dtype, copy=True)
+        self._groups = {p: group for group in self.param_groups for p in group["params"]}
+        for group in self.param_groups:
+            for name, value in group.items():
+                if isinstance(value, Tensor):
+                    group[name] = value.detach().clone()
+        self.statistics.clear()
+        self._rewatched()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_model": self._model, "_statistics": self._statistics}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_model" in state:  # a copy or an unpickled optimizer; load_state_dict comes here too, with less
+            self._groups = {p: group for group in self.param_groups for p in group["params"]}
+            self._rewatched()
+
+    # Reports.
+
+    def _names(self) -> Iterator[tuple[str, Parameter]]:
+        names = {p: name for name, p in self._model.named_parameters()}
+        for g, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                yield names.get(p, f"param_groups[{g}]['params'][{i}]"), p
+
+    def _layers_of(self) -> dict[Parameter, list[tuple[str, Layer]]]:
+        """Parameter -> the layers that serve it, with its role in each."""
+        served: dict[Parameter, list[tuple[str, Layer]]] = {}
+        for site in self.statistics.sites:
+            for layer in site.layers:
+                for role, p in layer.parameters.items():
+                    served.setdefault(p, []).append((role, layer))
+        return served
+
+    def explain(self) -> Explanations:
+        """How each parameter is served: one row a parameter; ``print`` shows a table.
+
+        A row names the rule (a layer type, or ``"fallback"``), the factors over its rows and columns, its group, whether
+        it is frozen, and the bytes of its state so far.
+        """
+        served = self._layers_of()
+        rows = []
+        group_index = {id(group): i for i, group in enumerate(self.param_groups)}
+        for name, p in self._names():
+            uses = served.get(p, [])
+            rule = " + ".join(dict.fromkeys(layer.rule.name for _, layer in uses)) or "fallback"
+            detail = "; ".join(self._detail(role, layer) for role, layer in uses) or self._fallback_detail(p)
+            state = self.state.get(p, {})
+            size = sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, Tensor))
+            group = group_index[id(self._groups[p])]
+            rows.append(Explanation(name, tuple(p.shape), group, rule, detail, size, not p.requires_grad))
+        return Explanations(rows)
+
+    def _detail(self, role: str, layer: Layer) -> str:
+        raise NotImplementedError
+
+    def _warn_of_fallbacks(self, rows: Explanations) -> None:
+        sizes = {name: p.numel() for name, p in self._names() if p.requires_grad}
+        fallbacks = [row.name for row in rows if row.fallback and not row.frozen]
+        share = sum(sizes[name] for name in fallbacks) / max(sum(sizes.values()), 1)
+        if share > FALLBACK_SHARE:
+            shown = ", ".join(fallbacks[:5]) + (", ..." if len(fallbacks) > 5 else "")
+            warnings.warn(
+                f"{type(self).__name__}: {share:.0%} of the trained parameters have no layer rule and take a fallback "
+                f"({shown}); print(optimizer.explain()) shows each",
+                stacklevel=4,
+            )
+
+
+def evaluate_closure(closure: Callable[[], Any] | None) -> Any:
+    """The loss of a step's closure, with gradients on; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

@@ -1,0 +1,329 @@
+"""Collects the raw sums of layers during forward and backward, and hands them to the optimizer's step.
+
+A forward hook captures what it needs of a layer's input and puts a hook on the layer's output tensor; that one turns the
+derivative of the output into raw sums. They count only if the same backward also accumulates the gradient of the layer's
+parameters: evaluation passes, ``autograd.grad`` and recomputation under activation checkpointing then count as they
+should, not at all or once. Pending sums live and die with ``p.grad``: they are dropped when a backward begins with
+``p.grad`` None, by ``zero_grad`` and when the optimizer takes them in ``step()``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.nn import Parameter
+
+from fisher_kernels.layers import Rule, Sums
+
+
+@dataclass(eq=False)
+class Layer:
+    """One supported module and those of its parameters that the optimizer holds."""
+
+    name: str
+    module: nn.Module
+    rule: Rule
+    parameters: dict[str, Parameter]  # role ("weight", "bias") -> parameter
+
+    @property
+    def owner(self) -> Parameter:
+        """The parameter that keeps the layer's factors in its state and its settings in its group."""
+        return next(iter(self.parameters.values()))
+
+    def trained(self) -> list[Parameter]:
+        return [p for p in self.parameters.values() if p.requires_grad]
+
+    def serves(self, module: nn.Module) -> bool:
+        """False where a parameter was swapped, as ``functional_call`` does."""
+        return all(module._parameters.get(role) is p for role, p in self.parameters.items())
+
+
+@dataclass(eq=False)
+class Site:
+    """Where sums are added up: all uses of one weight in one orientation, by one module or by several that share it."""
+
+    owner: Parameter
+    rule: Rule
+    layers: list[Layer] = field(default_factory=list)
+    sums: Sums | None = None
+    task: int = -1
+
+    @property
+    def module(self) -> nn.Module:
+        """The module whose settings speak for the site: one with a bias if there is any."""
+        return max(self.layers, key=lambda layer: getattr(layer.module, "bias", None) is not None).module
+
+
+def find_layers(
+    model: nn.Module, rule_for: Callable[[nn.Module, Parameter], Rule | None], held: Collection[Parameter]
+) -> list[Layer]:
+    """The modules of a model that a rule serves, with the parameters that the optimizer holds.
+
+    Raises:
+        ValueError: an Embedding with ``sparse=True`` is among them: its gradient has no dense counterpart to step with.
+    """
+    layers = []
+    skipped = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    for name, module in model.named_modules():
+        parameters = {
+            role: p for role in ("weight", "bias") if (p := module._parameters.get(role)) is not None and p in held
+        }
+        if not parameters or id(module) in skipped:
+            continue
+        rule = rule_for(module, next(iter(parameters.values())))
+        if rule is None:
+            continue
+        if getattr(module, "sparse", False):
+            raise ValueError(
+                f"module {name!r} is an Embedding with sparse=True, whose gradient is sparse; construct it with "
+                "sparse=False, or leave its weight to torch.optim.SparseAdam (params=)"
+            )
+        layers.append(Layer(name, module, rule, parameters))
+    return layers
+
+
+_MODULES: weakref.WeakValueDictionary[int, Statistics] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+class Statistics:
+    """The hooks of one optimizer on the layers of one model, and the sums they have collected.
+
+    Args:
+        layers: the modules to watch.
+        grad_scaler: its scale is divided out of every derivative as the backward delivers it.
+        process_group: over which :meth:`take` adds sums; None takes the default group where there is one.
+    """
+
+    def __init__(
+        self, layers: Iterable[Layer], grad_scaler: Any = None, process_group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.grad_scaler = grad_scaler
+        self.process_group = process_group
+        self.sites: list[Site] = []
+        by_key: dict[tuple[Any, ...], Site] = {}
+        for layer in layers:
+            # Uses of one weight add up where they see it in the same orientation with factors of the same sizes.
+            key = (id(layer.owner), layer.rule.rows_are_inputs, type(layer.rule))
+            if key not in by_key:
+                by_key[key] = Site(layer.owner, layer.rule)
+                self.sites.append(by_key[key])
+            by_key[key].layers.append(layer)
+        self._attach()
+
+    def _attach(self) -> None:
+        self._number = next(_numbers)
+        _MODULES[self._number] = self
+        self._hooks: dict[int, list[_ForwardHook]] = {}
+        handles = []
+        for index, site in enumerate(self.sites):
+            for use, layer in enumerate(site.layers):
+                hook = _ForwardHook(weakref.ref(self), index, use, self._number)
+                handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+                self._hooks.setdefault(index, []).append(hook)
+        self._detach = weakref.finalize(self, _remove, handles)
+
+    def close(self) -> None:
+        """Remove the hooks; what is pending is dropped."""
+        self._detach()
+        self.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "sites": self.sites,
+            "grad_scaler": self.grad_scaler,
+            "armed": self._armed(),
+            "open": self._detach.alive,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy watches the copied modules, with hooks of its own: those that came along with the modules are inert.
+        self.sites, self.grad_scaler, self.process_group = state["sites"], state["grad_scaler"], None
+        self._attach()
+        for index, armed in enumerate(state["armed"]):
+            self.arm(index, armed)
+        if not state["open"]:
+            self.close()
+
+    def _armed(self) -> list[bool]:
+        return [any(hook.armed for hook in self._hooks[index]) for index in range(len(self.sites))]
+
+    def arm(self, index: int, armed: bool) -> None:
+        """Whether the layers of a site collect from now on; outside that their hooks do nothing."""
+        for hook in self._hooks[index]:
+            if hook.armed != armed:
+                hook.armed = armed
+
+    def clear(self) -> None:
+        """Drop what is pending."""
+        for site in self.sites:
+            site.sums, site.task = None, -1
+
+    def adopt(self, other: Statistics) -> None:
+        """Take over what another engine holds pending for the same weights."""
+        pending = {(site.owner, type(site.rule)): site for site in other.sites}
+        for site in self.sites:
+            if (old := pending.get((site.owner, type(site.rule)))) is not None:
+                site.sums, site.task = old.sums, old.task
+
+    def take(self, grad_scale: Tensor | None = None) -> list[tuple[int, Sums]]:
+        """The pending sums of every site that has any, as (index, sums), over all processes; nothing stays pending.
+
+        Args:
+            grad_scale: the loss scale that is still in the derivatives, where no ``grad_scaler`` was given.
+        """
+        taken = {index: site.sums for index, site in enumerate(self.sites) if site.sums is not None}
+        if grad_scale is not None and self.grad_scaler is None:
+            for index, sums in taken.items():
+                _rescale(sums, self.sites[index].rule, grad_scale)
+        self.clear()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1:
+            armed = [index for index, on in enumerate(self._armed()) if on]
+            taken = self._reduce(armed, taken)
+        return list(taken.items())
+
+    def _reduce(self, armed: Sequence[int], taken: dict[int, Sums]) -> dict[int, Sums]:
+        """Add the sums of all processes in one flat all-reduce.
+
+        Every process lists every armed site, one that saw nothing as zeros, so that all agree on the layout. Data
+        parallel training averages gradients: a derivative of the global mean loss is the local one over the number of
+        processes.
+        """
+        if not armed:
+            return {}
+        world = dist.get_world_size(self.process_group)
+        flat: list[Tensor] = []
+        layout: list[tuple[int, list[int]]] = []
+        for index in armed:
+            site = self.sites[index]
+            lengths = site.rule.sum_lengths(site.module)
+            layout.append((index, lengths))
+            sums = taken.get(index)
+            device = site.owner.device
+            if sums is None:
+                flat.append(torch.zeros(sum(lengths) + len(lengths), dtype=torch.float64, device=device))
+                continue
+            for vector, power in zip(sums.vectors, site.rule.powers, strict=True):
+                flat.append(vector.double() / world**power)
+            flat.append(torch.tensor(sums.counts, dtype=torch.float64, device=device))
+        total = torch.cat(flat)
+        dist.all_reduce(total, group=self.process_group)
+        reduced = {}
+        for index, lengths in layout:
+            *vectors, counts, total = torch.split(
+                total, [*lengths, len(lengths), total.numel() - sum(lengths) - len(lengths)]
+            )
+            if float(counts.sum()) > 0:
+                wide = torch.promote_types(self.sites[index].owner.dtype, torch.float32)
+                reduced[index] = Sums([v.to(wide) for v in vectors], counts.tolist())
+        return reduced
+
+    # Called by the hooks.
+
+    def capture(
+        self, index: int, use: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> tuple[list[Tensor], list[int]] | None:
+        """What the forward of one layer keeps for its backward; None where that backward cannot count."""
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return None
+        layer = self.sites[index].layers[use]
+        if not layer.serves(module) or not layer.trained():
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        with torch.no_grad():
+            return layer.rule.capture(module, x.detach())
+
+    def commit(self, index: int, use: int, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor) -> None:
+        """Add the sums of one backward of one layer, if that backward also accumulates its gradients."""
+        site = self.sites[index]
+        layer = site.layers[use]
+        trained = layer.trained()
+        if not any(_accumulates(p) for p in trained):
+            return
+        task = torch._C._current_graph_task_id()
+        if site.task != task:
+            anchor = site.owner if site.owner.requires_grad else trained[0]
+            if anchor.grad is None:
+                site.sums = None
+            site.task = task
+        with torch.no_grad():
+            sums = layer.rule.contribute(layer.module, captured, sizes, grad.detach())
+            if self.grad_scaler is not None and self.grad_scaler.is_enabled():
+                _rescale(sums, layer.rule, torch.as_tensor(self.grad_scaler.get_scale()))
+            if site.sums is None:
+                site.sums = sums
+            else:
+                site.sums.add_(sums)
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _rescale(sums: Sums, rule: Rule, scale: Tensor) -> None:
+    """Divide the scale of the loss out of raw sums."""
+    for vector, power in zip(sums.vectors, rule.powers, strict=True):
+        if power:
+            # Twice by the scale, not once by its square, which may overflow.
+            for _ in range(power):
+                vector.div_(scale.to(vector.device))
+
+
+def _accumulates(parameter: Parameter) -> bool:
+    """Whether the backward that is running will add to ``parameter.grad``."""
+    try:
+        return torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
+    except (
+        RuntimeError
+    ):  # autograd.grad with respect to the parameter itself: it returns gradients, it accumulates none
+        return False
+
+
+class _ForwardHook:
+    """The forward hook of one layer. Copies and pickles of it, which come with copies of the model, do nothing."""
+
+    def __init__(
+        self, engine: Callable[[], Statistics | None] = lambda: None, index: int = 0, use: int = 0, number: int = -1
+    ) -> None:
+        self.engine = engine
+        self.index = index
+        self.use = use
+        self.number = number
+        self.armed = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_ForwardHook, ())
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self.armed:
+            return None
+        engine = self.engine()
+        if engine is None or torch._C._functorch.peek_interpreter_stack() is not None:
+            return None
+        kept = engine.capture(self.index, self.use, module, args, kwargs, output)
+        if kept is not None:
+            output.register_hook(_OutputHook(self.engine, self.index, self.use, *kept))
+        return None
+
+
+class _OutputHook:
+    """The hook on one output of one layer; the autograd graph holds it, so it holds the engine weakly."""
+
+    def __init__(
+        self, engine: Callable[[], Statistics | None], index: int, use: int, captured: list[Tensor], sizes: list[int]
+    ) -> None:
+        self.engine, self.index, self.use, self.captured, self.sizes = engine, index, use, captured, sizes
+
+    def __call__(self, grad: Tensor) -> None:
+        engine = self.engine()
+        if engine is not None:
+            engine.commit(self.index, self.use, self.captured, self.sizes, grad)
