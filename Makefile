@@ -91,10 +91,9 @@ $(STAMPS)/torch: $(STAMPS)/settings.torch | $(VENV)
 	@$(PY) -I -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@
 
 $(STAMPS)/build-tools: pyproject.toml $(STAMPS)/torch
-	@echo 'Installing the build tools'
-	@$(PY) -c 'import ast, re, subprocess, sys; text = open("pyproject.toml").read(); \
+	$(PY) -c 'import ast, re, subprocess, sys; text = open("pyproject.toml").read(); \
 	  requires = ast.literal_eval(re.search(r"requires = (\[.*?\])", text)[1]); \
-	  sys.exit(subprocess.call([sys.executable, "-m", "pip", "install", "--quiet", *requires]))'
+	  sys.exit(subprocess.call([sys.executable, "-m", "pip", "install", *requires]))'
 	@touch $@
 
 # The stamp has the time the build began, so that no edit made meanwhile is missed. Without a module there is none:
@@ -106,6 +105,5 @@ $(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/settings.native $(STAMPS)/build-to
 	  sys.exit(not pathlib.Path("fisher_kernels/_native" + sysconfig.get_config_var("EXT_SUFFIX")).exists())' && mv $@.began $@ || :
 
 $(STAMPS)/installed: pyproject.toml setup.py $(STAMPS)/settings.native $(STAMPS)/build-tools | $(STAMPS)/native
-	@echo 'Installing fisher_kernels, editable, with its extras'
-	@$(PY) -m pip install --quiet --no-build-isolation --constraint $(STAMPS)/torch --editable '.[dev]'
+	$(PY) -m pip install --no-build-isolation --constraint $(STAMPS)/torch --editable '.[dev]'
 	@touch $@
