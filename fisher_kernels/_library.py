@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -29,6 +30,11 @@ _NATIVE, _REASON = _load()
 
 def native_module() -> ModuleType | None:
     """The compiled module, or None where it is missing; :func:`native_reason` says why."""
+    return _NATIVE
+
+
+def native() -> Any:
+    """The compiled module, where it is known to be there: its functions are checked when they are called."""
     return _NATIVE
 
 

@@ -5,8 +5,8 @@ A rule says three things about one type of layer:
 - ``capture``: what the forward keeps of the layer's input (raw sums, never the input itself);
 - ``contribute``: the raw sums of one backward, from what was captured and the derivative of the output. Raw sums add up
   over uses, micro-batches and processes; ``powers`` says how each scales with the loss;
-- ``factors`` and ``place``: the factors H (``input_factor``) and S (``output_factor``) made from those sums, and which of
-  them runs over the rows and which over the columns of weight and bias.
+- ``factors`` and ``place``: the factors H (``input_factor``) and S (``output_factor``) made from those sums, and which
+  of them runs over the rows and which over the columns of weight and bias.
 
 Sources: AdaFisher, arXiv 2405.16397; Kronecker factors of convolutions, arXiv 1602.01407.
 """
@@ -61,6 +61,10 @@ class Rule:
         """Names and lengths of the factors, in the order of :meth:`factors`."""
         raise NotImplementedError
 
+    def sum_lengths(self, module: Any) -> list[int | None]:
+        """Length of each raw sum; None where only the data tell."""
+        raise NotImplementedError
+
     def factors(self, module: Any, sums: Sums) -> Factors:
         """Means made from raw sums."""
         raise NotImplementedError
@@ -107,6 +111,9 @@ class Linear(Rule):
             "output_factor": self._outputs(module),
         }
 
+    def sum_lengths(self, module: Any) -> list[int | None]:
+        return [self._inputs(module), self._outputs(module)]
+
     def factors(self, module: Any, sums: Sums) -> Factors:
         inputs, outputs = _means(sums)
         return {"input_factor": _with_bias_entry(module, inputs), "output_factor": outputs}
@@ -136,12 +143,12 @@ class TransposedLinear(Linear):
 
 
 def _unsqueeze_batch(x: Tensor, spatial: int) -> Tensor:
-    """x with a batch dimension, as convolutions take it without one."""
+    """Give x the batch dimension that convolutions can do without."""
     return x.unsqueeze(0) if x.dim() == spatial + 1 else x
 
 
 class Conv(Rule):
-    """Conv1d/2d/3d: H over (group, channel, kernel offset), the mean square of what each offset reads; S over channels."""
+    """Conv1d/2d/3d: H[group, channel, kernel offset], the mean square of what each offset reads; S over channels."""
 
     name = "conv"
 
@@ -168,6 +175,9 @@ class Conv(Rule):
             "input_factor": module.in_channels * math.prod(module.kernel_size) + _has_bias(module),
             "output_factor": module.out_channels,
         }
+
+    def sum_lengths(self, module: Any) -> list[int | None]:
+        return [module.in_channels * math.prod(module.kernel_size), module.out_channels]
 
     def factors(self, module: Any, sums: Sums) -> Factors:
         inputs, outputs = _means(sums)
@@ -226,6 +236,9 @@ class ConvTranspose(Rule):
         }
         return {**shapes, "bias_factor": module.out_channels} if _has_bias(module) else shapes
 
+    def sum_lengths(self, module: Any) -> list[int | None]:
+        return [module.in_channels, module.out_channels * math.prod(module.kernel_size), module.out_channels]
+
     def factors(self, module: Any, sums: Sums) -> Factors:
         return dict(zip(self.shapes(module), _means(sums), strict=False))
 
@@ -235,7 +248,7 @@ class ConvTranspose(Rule):
 
 
 def _norm_layout(module: Any, x: Tensor) -> tuple[Tensor, int]:
-    """x as (samples, positions, channels) with the affine parameters' entries as channels; and the samples."""
+    """View x as (samples, positions, channels) with the affine parameters' entries as channels; and the samples."""
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         channels = math.prod(module.normalized_shape)
         lead = x.shape[: x.dim() - len(module.normalized_shape)]
@@ -257,7 +270,7 @@ class Norm(Rule):
     """Scale and shift of a normalisation: ``S[c] = (sum of s over batch and positions)^2 / N``, H = 1."""
 
     name = "norm"
-    powers = (1,)
+    powers: ClassVar[tuple[int, ...]] = (1,)
 
     def capture(self, module: Any, x: Tensor) -> tuple[list[Tensor], list[int]]:
         return [], []
@@ -270,6 +283,9 @@ class Norm(Rule):
     def shapes(self, module: Any) -> dict[str, int]:
         return {"output_factor": module.weight.numel()}
 
+    def sum_lengths(self, module: Any) -> list[int | None]:
+        return [module.weight.numel()]
+
     def factors(self, module: Any, sums: Sums) -> Factors:
         return {"output_factor": sums.vectors[-1].square() / sums.counts[-1]}
 
@@ -281,7 +297,7 @@ class Norm(Rule):
 class ReleaseNorm(Norm):
     """The released code's two input numbers: ``H = [sum_c u_c^2, C] / N^2`` with ``u_c`` the sum of h over T^2."""
 
-    powers = (0, 1)
+    powers: ClassVar[tuple[int, ...]] = (0, 1)
 
     def capture(self, module: Any, x: Tensor) -> tuple[list[Tensor], list[int]]:
         if isinstance(module, nn.modules.instancenorm._InstanceNorm):
@@ -299,6 +315,10 @@ class ReleaseNorm(Norm):
 
     def shapes(self, module: Any) -> dict[str, int]:
         return {"input_factor": 2, **super().shapes(module)}
+
+    def sum_lengths(self, module: Any) -> list[int | None]:
+        by_feature = isinstance(module, (nn.LayerNorm, nn.RMSNorm))  # their dimension 1 may be the positions
+        return [None if by_feature else module.weight.numel(), *super().sum_lengths(module)]
 
     def factors(self, module: Any, sums: Sums) -> Factors:
         u, samples = sums.vectors[0], sums.counts[0]
@@ -334,6 +354,9 @@ class Embedding(Rule):
 
     def shapes(self, module: Any) -> dict[str, int]:
         return {"input_factor": module.num_embeddings, "output_factor": module.embedding_dim}
+
+    def sum_lengths(self, module: Any) -> list[int | None]:
+        return [module.num_embeddings, module.embedding_dim]
 
     def factors(self, module: Any, sums: Sums) -> Factors:
         counts, outputs = sums.vectors

@@ -1,9 +1,9 @@
 """Collects the raw sums of layers during forward and backward, and hands them to the optimizer's step.
 
-A forward hook captures what it needs of a layer's input and puts a hook on the layer's output tensor; that one turns the
-derivative of the output into raw sums. They count only if the same backward also accumulates the gradient of the layer's
-parameters: evaluation passes, ``autograd.grad`` and recomputation under activation checkpointing then count as they
-should, not at all or once. Pending sums live and die with ``p.grad``: they are dropped when a backward begins with
+A forward hook captures what it needs of a layer's input and puts a hook on the layer's output tensor; that one turns
+the derivative of the output into raw sums. They count only if the same backward also accumulates the gradient of the
+layer's parameters: evaluation passes, ``autograd.grad`` and recomputation under activation checkpointing then count as
+they should, not at all or once. Pending sums live and die with ``p.grad``: they are dropped when a backward begins with
 ``p.grad`` None, by ``zero_grad`` and when the optimizer takes them in ``step()``.
 """
 
@@ -22,6 +22,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import Parameter
 
 from fisher_kernels.layers import Rule, Sums
+from fisher_kernels.tap import register, tap
 
 
 @dataclass(eq=False)
@@ -39,11 +40,24 @@ class Layer:
         return next(iter(self.parameters.values()))
 
     def trained(self) -> list[Parameter]:
+        """Those of its parameters that require a gradient now."""
         return [p for p in self.parameters.values() if p.requires_grad]
 
     def serves(self, module: nn.Module) -> bool:
         """False where a parameter was swapped, as ``functional_call`` does."""
         return all(module._parameters.get(role) is p for role, p in self.parameters.items())
+
+    def capture(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> tuple[list[Tensor], list[int]] | None:
+        """What the forward keeps for its backward; None where that backward cannot count."""
+        if not isinstance(output, Tensor) or not output.requires_grad or not self.serves(module) or not self.trained():
+            return None
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(x, Tensor) or x.layout != torch.strided:
+            return None
+        with torch.no_grad():
+            return self.rule.capture(module, x.detach())
 
 
 @dataclass(eq=False)
@@ -90,7 +104,6 @@ def find_layers(
     return layers
 
 
-_MODULES: weakref.WeakValueDictionary[int, Statistics] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
@@ -120,13 +133,13 @@ class Statistics:
         self._attach()
 
     def _attach(self) -> None:
-        self._number = next(_numbers)
-        _MODULES[self._number] = self
+        number = next(_numbers)
+        register(number, self)
         self._hooks: dict[int, list[_ForwardHook]] = {}
         handles = []
         for index, site in enumerate(self.sites):
             for use, layer in enumerate(site.layers):
-                hook = _ForwardHook(weakref.ref(self), index, use, self._number)
+                hook = _ForwardHook(layer, (number, index, use), weakref.ref(self))
                 handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
                 self._hooks.setdefault(index, []).append(hook)
         self._detach = weakref.finalize(self, _remove, handles)
@@ -186,60 +199,55 @@ class Statistics:
                 _rescale(sums, self.sites[index].rule, grad_scale)
         self.clear()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1:
-            armed = [index for index, on in enumerate(self._armed()) if on]
-            taken = self._reduce(armed, taken)
+            taken = self._reduce(taken)
         return list(taken.items())
 
-    def _reduce(self, armed: Sequence[int], taken: dict[int, Sums]) -> dict[int, Sums]:
+    def _reduce(self, taken: dict[int, Sums]) -> dict[int, Sums]:
         """Add the sums of all processes in one flat all-reduce.
 
         Every process lists every armed site, one that saw nothing as zeros, so that all agree on the layout. Data
         parallel training averages gradients: a derivative of the global mean loss is the local one over the number of
         processes.
         """
+        armed = [index for index, on in enumerate(self._armed()) if on]
         if not armed:
             return {}
         world = dist.get_world_size(self.process_group)
-        flat: list[Tensor] = []
-        layout: list[tuple[int, list[int]]] = []
+        lengths = self._sum_lengths(armed, taken)
+        flat = []
         for index in armed:
             site = self.sites[index]
-            lengths = site.rule.sum_lengths(site.module)
-            layout.append((index, lengths))
-            sums = taken.get(index)
-            device = site.owner.device
-            if sums is None:
-                flat.append(torch.zeros(sum(lengths) + len(lengths), dtype=torch.float64, device=device))
-                continue
-            for vector, power in zip(sums.vectors, site.rule.powers, strict=True):
-                flat.append(vector.double() / world**power)
-            flat.append(torch.tensor(sums.counts, dtype=torch.float64, device=device))
-        total = torch.cat(flat)
+            if index in taken:
+                vectors, counts = taken[index].vectors, taken[index].counts
+                flat += [v.double() / world**power for v, power in zip(vectors, site.rule.powers, strict=True)]
+                flat.append(torch.tensor(counts, dtype=torch.float64, device=vectors[0].device))
+            else:
+                flat.append(torch.zeros(sum(lengths[index]) + len(lengths[index]), dtype=torch.float64))
+        device = self.sites[armed[0]].owner.device
+        total = torch.cat([part.to(device) for part in flat])
         dist.all_reduce(total, group=self.process_group)
+        parts = iter(total.split([n for index in armed for n in (*lengths[index], len(lengths[index]))]))
         reduced = {}
-        for index, lengths in layout:
-            *vectors, counts, total = torch.split(
-                total, [*lengths, len(lengths), total.numel() - sum(lengths) - len(lengths)]
-            )
-            if float(counts.sum()) > 0:
-                wide = torch.promote_types(self.sites[index].owner.dtype, torch.float32)
-                reduced[index] = Sums([v.to(wide) for v in vectors], counts.tolist())
+        for index in armed:
+            owner = self.sites[index].owner
+            wide = torch.promote_types(owner.dtype, torch.float32)
+            vectors = [next(parts).to(owner.device, wide) for _ in lengths[index]]
+            counts = next(parts).tolist()
+            if any(counts):
+                reduced[index] = Sums(vectors, counts)
         return reduced
 
-    # Called by the hooks.
-
-    def capture(
-        self, index: int, use: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> tuple[list[Tensor], list[int]] | None:
-        """What the forward of one layer keeps for its backward; None where that backward cannot count."""
-        if not isinstance(output, Tensor) or not output.requires_grad:
-            return None
-        layer = self.sites[index].layers[use]
-        if not layer.serves(module) or not layer.trained():
-            return None
-        x = args[0] if args else next(iter(kwargs.values()))
-        with torch.no_grad():
-            return layer.rule.capture(module, x.detach())
+    def _sum_lengths(self, armed: Sequence[int], taken: dict[int, Sums]) -> dict[int, list[int]]:
+        """Lengths of the raw sums of each site, also of those that this process did not use."""
+        lengths = {index: self.sites[index].rule.sum_lengths(self.sites[index].module) for index in armed}
+        unknown = [index for index in armed if None in lengths[index]]
+        if unknown:  # a length that only the data tell: whoever has seen them says
+            seen = [taken[i].vectors[lengths[i].index(None)].numel() if i in taken else 0 for i in unknown]
+            longest = torch.tensor(seen, device=self.sites[armed[0]].owner.device)
+            dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=self.process_group)
+            for index, length in zip(unknown, longest.tolist(), strict=True):
+                lengths[index] = [length if n is None else n for n in lengths[index]]
+        return {index: [n for n in ns if n is not None] for index, ns in lengths.items()}
 
     def commit(self, index: int, use: int, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor) -> None:
         """Add the sums of one backward of one layer, if that backward also accumulates its gradients."""
@@ -289,29 +297,41 @@ def _accumulates(parameter: Parameter) -> bool:
 
 
 class _ForwardHook:
-    """The forward hook of one layer. Copies and pickles of it, which come with copies of the model, do nothing."""
+    """The forward hook of one layer. Copies and pickles of it, which come with copies of the model, do nothing.
+
+    It holds the engine weakly: the model must not keep the optimizer's statistics alive.
+    """
 
     def __init__(
-        self, engine: Callable[[], Statistics | None] = lambda: None, index: int = 0, use: int = 0, number: int = -1
+        self,
+        layer: Layer | None = None,
+        address: tuple[int, int, int] = (-1, -1, -1),
+        engine: Callable[[], Statistics | None] = lambda: None,
     ) -> None:
+        self.layer = layer
+        self.address = address
         self.engine = engine
-        self.index = index
-        self.use = use
-        self.number = number
         self.armed = False
+        self.token = torch.zeros(1)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_ForwardHook, ())
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not self.armed:
+        if not self.armed or self.layer is None:
             return None
-        engine = self.engine()
-        if engine is None or torch._C._functorch.peek_interpreter_stack() is not None:
+        compiling = torch.compiler.is_compiling()
+        if compiling and torch.compiler.is_exporting():
             return None
-        kept = engine.capture(self.index, self.use, module, args, kwargs, output)
-        if kept is not None:
-            output.register_hook(_OutputHook(self.engine, self.index, self.use, *kept))
+        if not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
+            return None
+        kept = self.layer.capture(module, args, kwargs, output)
+        if kept is None:
+            return None
+        if compiling:
+            captured, sizes = kept
+            return tap(output, captured, self.token, [*self.address, *sizes])
+        output.register_hook(_OutputHook(self.engine, self.address, *kept))
         return None
 
 
@@ -319,11 +339,16 @@ class _OutputHook:
     """The hook on one output of one layer; the autograd graph holds it, so it holds the engine weakly."""
 
     def __init__(
-        self, engine: Callable[[], Statistics | None], index: int, use: int, captured: list[Tensor], sizes: list[int]
+        self,
+        engine: Callable[[], Statistics | None],
+        address: tuple[int, int, int],
+        captured: list[Tensor],
+        sizes: list[int],
     ) -> None:
-        self.engine, self.index, self.use, self.captured, self.sizes = engine, index, use, captured, sizes
+        self.engine, self.address, self.captured, self.sizes = engine, address, captured, sizes
 
     def __call__(self, grad: Tensor) -> None:
         engine = self.engine()
         if engine is not None:
-            engine.commit(self.index, self.use, self.captured, self.sizes, grad)
+            _, index, use = self.address
+            engine.commit(index, use, self.captured, self.sizes, grad)

@@ -19,19 +19,10 @@ ACCUMULATOR = {
 """Storage dtype -> dtype of sums, moments and factors."""
 
 
-def check(condition: bool, message: Callable[[], str], error: type[Exception] = ValueError) -> None:
-    """Raise ``error`` with a message that is only formatted when the condition fails."""
-    if not condition:
-        raise error(message())
-
-
 def check_floating(op: str, name: str, dtype: torch.dtype) -> None:
     """Only the dtypes of :data:`ACCUMULATOR` are taken."""
-    check(
-        dtype in ACCUMULATOR,
-        lambda: f"{op}: {name} has dtype {dtype}, expected float32, float64, bfloat16 or float16",
-        TypeError,
-    )
+    if dtype not in ACCUMULATOR:
+        raise TypeError(f"{op}: {name} has dtype {dtype}, expected float32, float64, bfloat16 or float16")
 
 
 def _device_type(argument: Any) -> str:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fisher_kernels._library import native_module
-from fisher_kernels.ops._define import ACCUMULATOR, check, check_floating, define
+from fisher_kernels._library import native
+from fisher_kernels.ops._define import ACCUMULATOR, check_floating, define
 
 _OP = "adafisher_step_"
 
@@ -35,14 +35,12 @@ def _view(i: int, param: Tensor, row_factor: Tensor | None, column_factor: Tenso
         columns = numel // rows if rows else numel
     if rows is None:
         rows = numel // columns if columns else groups
-    check(
-        rows * columns == numel and groups >= 1 and rows % groups == 0,
-        lambda: (
+    if not (rows * columns == numel and groups >= 1 and rows % groups == 0):
+        raise ValueError(
             f"{_OP}: row_factors[{i}] has shape {_shape(row_factor)} and column_factors[{i}] {_shape(column_factor)}, "
             f"expected (groups * rows,) and (groups, columns) with groups * rows * columns = {numel}, the size of "
             f"params[{i}] of shape {tuple(param.shape)}"
-        ),
-    )
+        )
     return _View(groups, rows // groups, columns)
 
 
@@ -53,41 +51,32 @@ def _shape(x: Tensor | None) -> str:
 def _check_one_element(name: str, x: Tensor | None, device: torch.device | None) -> None:
     if x is None:
         return
-    check(x.numel() == 1, lambda: f"{_OP}: {name} has shape {tuple(x.shape)}, expected one element")
-    check(
-        x.dtype in (torch.float32, torch.float64),
-        lambda: f"{_OP}: {name} has dtype {x.dtype}, expected float32 or float64",
-        TypeError,
-    )
-    check(
-        x.device.type == "cpu" or x.device == device,
-        lambda: f"{_OP}: {name} is on {x.device}, expected cpu or {device}, the device of params[0]",
-    )
+    if x.numel() != 1:
+        raise ValueError(f"{_OP}: {name} has shape {tuple(x.shape)}, expected one element")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{_OP}: {name} has dtype {x.dtype}, expected float32 or float64")
+    if not (x.device.type == "cpu" or x.device == device):
+        raise ValueError(f"{_OP}: {name} is on {x.device}, expected cpu or {device}, the device of params[0]")
 
 
 def _check_tensor(
     name: str, x: Tensor, shape: torch.Size | None, dtype: torch.dtype, like_name: str, like: Tensor
 ) -> None:
-    check(
-        shape is None or x.shape == shape,
-        lambda: f"{_OP}: {name} has shape {tuple(x.shape)}, expected {tuple(like.shape)}, the shape of {like_name}",
-    )
-    check(
-        x.dtype == dtype,
-        lambda: f"{_OP}: {name} has dtype {x.dtype}, expected {dtype} beside {like_name} of dtype {like.dtype}",
-        TypeError,
-    )
-    check(
-        x.device == like.device,
-        lambda: f"{_OP}: {name} is on {x.device}, expected {like.device}, the device of {like_name}",
-    )
+    if not (shape is None or x.shape == shape):
+        raise ValueError(
+            f"{_OP}: {name} has shape {tuple(x.shape)}, expected {tuple(like.shape)}, the shape of {like_name}"
+        )
+    if x.dtype != dtype:
+        raise TypeError(f"{_OP}: {name} has dtype {x.dtype}, expected {dtype} beside {like_name} of dtype {like.dtype}")
+    if x.device != like.device:
+        raise ValueError(f"{_OP}: {name} is on {x.device}, expected {like.device}, the device of {like_name}")
 
 
 def _check_layout(name: str, x: Tensor) -> None:
-    check(
-        all(stride != 0 or size <= 1 for stride, size in zip(x.stride(), x.shape, strict=True)),
-        lambda: f"{_OP}: {name} has strides {x.stride()}, expected no two elements at one address, as it is written",
-    )
+    if not all(stride != 0 or size <= 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(
+            f"{_OP}: {name} has strides {x.stride()}, expected no two elements at one address, as it is written"
+        )
 
 
 def _check(
@@ -112,18 +101,13 @@ def _check(
         "column_factors": column_factors,
     }
     for name, values in lists.items():
-        check(
-            len(values) == len(params),
-            lambda name=name, values=values: (
-                f"{_OP}: {name} has {len(values)} tensors, expected {len(params)}, the length of params"
-            ),
-        )
-    check(0 <= beta < 1, lambda: f"{_OP}: beta is {beta}, expected 0 <= beta < 1")
+        if len(values) != len(params):
+            raise ValueError(f"{_OP}: {name} has {len(values)} tensors, expected {len(params)}, the length of params")
+    if not 0 <= beta < 1:
+        raise ValueError(f"{_OP}: beta is {beta}, expected 0 <= beta < 1")
     for name, value in (("damping", damping), ("weight_decay", weight_decay)):
-        check(
-            0 <= value < math.inf,
-            lambda name=name, value=value: f"{_OP}: {name} is {value}, expected a finite number of at least 0",
-        )
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{_OP}: {name} is {value}, expected a finite number of at least 0")
     for name, scalar in (("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
         _check_one_element(name, scalar, params[0].device if params else None)
     views = []
@@ -135,22 +119,18 @@ def _check(
         wide = ACCUMULATOR[p.dtype]
         _check_tensor(f"grads[{i}]", g, p.shape, p.dtype, param, p)
         _check_tensor(f"exp_avgs[{i}]", m, p.shape, wide, param, p)
-        check(
-            t.numel() == 1 and t.dtype == torch.float32,
-            lambda i=i, t=t: (
+        if not (t.numel() == 1 and t.dtype == torch.float32):
+            raise ValueError(
                 f"{_OP}: steps[{i}] is {t.dtype} of shape {tuple(t.shape)}, expected float32 of one element"
-            ),
-        )
+            )
         for name, factor in ((f"row_factors[{i}]", r), (f"column_factors[{i}]", c)):
             if factor is not None:
                 _check_tensor(name, factor, None, wide, param, p)
-                check(
-                    factor.is_contiguous() and factor.dim() <= 2,
-                    lambda name=name, factor=factor: (
+                if not (factor.is_contiguous() and factor.dim() <= 2):
+                    raise ValueError(
                         f"{_OP}: {name} has shape {tuple(factor.shape)} and strides {factor.stride()}, expected a "
                         "contiguous vector, or (groups, columns)"
-                    ),
-                )
+                    )
         _check_layout(param, p)
         _check_layout(f"exp_avgs[{i}]", m)
         views.append(_view(i, p, r, c))
@@ -160,7 +140,7 @@ def _check(
 def _curvature(
     param: Tensor, view: _View, row_factor: Tensor | None, column_factor: Tensor | None, damping: float
 ) -> Tensor | float:
-    """row * column + damping in the shape of the parameter."""
+    """Form row * column + damping in the shape of the parameter."""
     product: Tensor | float = 1.0
     if row_factor is not None:
         product = row_factor.reshape((-1, 1, 1) if row_factor.numel() == 1 else (view.groups, view.rows, 1))
@@ -263,7 +243,7 @@ def _cpu(
     found_inf: Tensor | None = None,
 ) -> Tensor:
     skipped = torch.empty(len(params), dtype=torch.int64)
-    native_module().adafisher_step_(
+    native().adafisher_step_(
         params, grads, exp_avgs, steps, row_factors, column_factors,
         lr, beta, damping, weight_decay, decoupled, maximize, grad_scale, found_inf, skipped, torch.get_num_threads(),
     )  # fmt: skip

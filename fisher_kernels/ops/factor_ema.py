@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fisher_kernels._library import native_module
-from fisher_kernels.ops._define import check, define
+from fisher_kernels._library import native
+from fisher_kernels.ops._define import define
 
 FLAT = 1e-5
 """A vector whose spread is at most this share of its largest entry is equal to rounding: it has no shape."""
@@ -16,46 +16,33 @@ FLAT = 1e-5
 
 def _check_vectors(op: str, name: str, vectors: Sequence[Tensor]) -> None:
     for i, x in enumerate(vectors):
-        check(
-            x.dtype in (torch.float32, torch.float64),
-            lambda i=i, x=x: f"{op}: {name}[{i}] has dtype {x.dtype}, expected float32 or float64",
-            TypeError,
-        )
-        check(
-            x.dim() == 1 and x.is_contiguous(),
-            lambda i=i, x=x: (
+        if x.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{op}: {name}[{i}] has dtype {x.dtype}, expected float32 or float64")
+        if not (x.dim() == 1 and x.is_contiguous()):
+            raise ValueError(
                 f"{op}: {name}[{i}] has shape {tuple(x.shape)} and strides {x.stride()}, expected a contiguous vector"
-            ),
-        )
+            )
 
 
 def _check_like(op: str, name: str, vectors: Sequence[Tensor], like_name: str, like: Sequence[Tensor]) -> None:
     """Each vector has the shape, dtype and device of its partner."""
-    check(
-        len(vectors) == len(like),
-        lambda: f"{op}: {name} has {len(vectors)} tensors, expected {len(like)}, the length of {like_name}",
-    )
+    if len(vectors) != len(like):
+        raise ValueError(f"{op}: {name} has {len(vectors)} tensors, expected {len(like)}, the length of {like_name}")
     for i, (x, y) in enumerate(zip(vectors, like, strict=True)):
-        check(
-            x.shape == y.shape,
-            lambda i=i, x=x, y=y: (
-                f"{op}: {name}[{i}] has shape {tuple(x.shape)}, expected {tuple(y.shape)}, the shape of {like_name}[{i}]"
-            ),
-        )
+        if x.shape != y.shape:
+            raise ValueError(
+                f"{op}: {name}[{i}] has shape {tuple(x.shape)}, expected {tuple(y.shape)}, "
+                f"the shape of {like_name}[{i}]"
+            )
         _check_same(op, f"{name}[{i}]", x, f"{like_name}[{i}]", y)
 
 
 def _check_same(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
     """Same dtype and device."""
-    check(
-        x.dtype == like.dtype,
-        lambda: f"{op}: {name} has dtype {x.dtype}, expected {like.dtype}, the dtype of {like_name}",
-        TypeError,
-    )
-    check(
-        x.device == like.device,
-        lambda: f"{op}: {name} is on {x.device}, expected {like.device}, the device of {like_name}",
-    )
+    if x.dtype != like.dtype:
+        raise TypeError(f"{op}: {name} has dtype {x.dtype}, expected {like.dtype}, the dtype of {like_name}")
+    if x.device != like.device:
+        raise ValueError(f"{op}: {name} is on {x.device}, expected {like.device}, the device of {like_name}")
 
 
 # minmax
@@ -63,18 +50,15 @@ def _check_same(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> 
 
 def _check_minmax(x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None) -> None:
     op = "minmax"
-    check(eps >= 0, lambda: f"{op}: eps is {eps}, expected a number of at least 0")
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps is {eps}, expected a number of at least 0")
     _check_vectors(op, "x", x)
     if weights is not None:
-        check(
-            len(weights) == len(x),
-            lambda: f"{op}: weights has {len(weights)} tensors, expected {len(x)}, the length of x",
-        )
+        if len(weights) != len(x):
+            raise ValueError(f"{op}: weights has {len(weights)} tensors, expected {len(x)}, the length of x")
         for i, (w, v) in enumerate(zip(weights, x, strict=True)):
-            check(
-                w.numel() == 1,
-                lambda i=i, w=w: f"{op}: weights[{i}] has shape {tuple(w.shape)}, expected one element",
-            )
+            if w.numel() != 1:
+                raise ValueError(f"{op}: weights[{i}] has shape {tuple(w.shape)}, expected one element")
             _check_same(op, f"weights[{i}]", w, f"x[{i}]", v)
 
 
@@ -107,7 +91,7 @@ def _minmax_reference(x: Sequence[Tensor], eps: float, weights: Sequence[Tensor]
 
 def _minmax_cpu(x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None = None) -> list[Tensor]:
     outs = [torch.empty_like(v) for v in x]
-    native_module().minmax(x, outs, weights or [], eps)
+    native().minmax(x, outs, weights or [], eps)
     return outs
 
 
@@ -152,14 +136,10 @@ def _check_ema(
     _check_vectors(op, "new", new)
     _check_like(op, "new", new, "state", state)
     for name, value in (("decay", decay), ("gain", gain), ("eps", eps)):
-        check(
-            0 <= value < float("inf"),
-            lambda name=name, value=value: f"{op}: {name} is {value}, expected a finite number of at least 0",
-        )
-    check(
-        joint >= 1 and len(state) % joint == 0,
-        lambda: f"{op}: joint is {joint}, expected a divisor of {len(state)}, the length of state",
-    )
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{op}: {name} is {value}, expected a finite number of at least 0")
+    if not (joint >= 1 and len(state) % joint == 0):
+        raise ValueError(f"{op}: joint is {joint}, expected a divisor of {len(state)}, the length of state")
 
 
 def _ema_fake(
@@ -205,9 +185,10 @@ def _ema_cpu(
     eps: float = 1e-6,
     joint: int = 1,
 ) -> Tensor:
-    check(joint >= 1, lambda: f"factor_ema_: joint is {joint}, expected at least 1")
+    if not joint >= 1:
+        raise ValueError(f"factor_ema_: joint is {joint}, expected at least 1")
     rejected = torch.empty(len(state) // joint, dtype=torch.int64)
-    native_module().factor_ema_(state, new, rejected, decay, gain, normalize, eps, joint)
+    native().factor_ema_(state, new, rejected, decay, gain, normalize, eps, joint)
     return rejected
 
 
@@ -238,7 +219,8 @@ def factor_ema_(
     Args:
         state: contiguous vectors, float32 or float64; changed in place.
         new: vectors with the shapes and dtypes of state.
-        decay, gain: coefficients, finite and at least 0; the usual average has ``gain = 1 - decay``.
+        decay: coefficient of the old, finite and at least 0.
+        gain: coefficient of the new, finite and at least 0; the usual average has ``gain = 1 - decay``.
         normalize: scale each new vector to the unit interval first.
         eps: of :func:`minmax`.
         joint: length of a run; divides the number of vectors.

@@ -12,18 +12,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fisher_kernels._library import native_module
-from fisher_kernels.ops._define import ACCUMULATOR, check, check_floating, define
+from fisher_kernels._library import native
+from fisher_kernels.ops._define import ACCUMULATOR, check_floating, define
 
 
-def _check(op: str, x: Tensor, dimensions: range) -> None:
+def _check(op: str, x: Tensor, least: int, most: int = 64) -> None:
+    """Check dtype and number of dimensions; 64 is as many as torch allows."""
     check_floating(op, "x", x.dtype)
-    wanted = f"at least {dimensions.start}" if dimensions.stop > 64 else f"{dimensions.start} to {dimensions.stop - 1}"
-    check(x.dim() in dimensions, lambda: f"{op}: x has shape {tuple(x.shape)}, expected {wanted} dimensions")
+    if not least <= x.dim() <= most:
+        wanted = f"at least {least}" if most == 64 else f"{least} to {most}"
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected {wanted} dimensions")
 
 
 def _contiguous_or_channels_last(x: Tensor) -> Tensor:
-    """x (N, C, *S) as it is if its memory is in order (N, C, *S) or (N, *S, C), else a contiguous copy."""
+    """Return x (N, C, *S) as it is if its memory is in order (N, C, *S) or (N, *S, C), else a contiguous copy."""
     return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
@@ -31,13 +33,13 @@ def _contiguous_or_channels_last(x: Tensor) -> Tensor:
 
 
 def _column_fake(x: Tensor) -> Tensor:
-    _check("column_sum_of_squares", x, range(1, 1000))
+    _check("column_sum_of_squares", x, 1)
     return x.new_empty((x.shape[-1],), dtype=ACCUMULATOR[x.dtype])
 
 
 def _column_reference(x: Tensor) -> Tensor:
-    _check("column_sum_of_squares", x, range(1, 1000))
-    return x.to(ACCUMULATOR[x.dtype]).square().sum(tuple(range(x.dim() - 1))) if x.dim() > 1 else _squares(x)
+    _check("column_sum_of_squares", x, 1)
+    return _squares(x).reshape(-1, x.shape[-1]).sum(0) if x.numel() else _column_fake(x).zero_()
 
 
 def _squares(x: Tensor) -> Tensor:
@@ -49,7 +51,7 @@ def _column_cpu(x: Tensor) -> Tensor:
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # [R, D]
     if rows.shape[1] > 1 and rows.stride(1) != 1:
         rows = rows.contiguous()
-    native_module().column_sum_of_squares(rows, out, torch.get_num_threads())
+    native().column_sum_of_squares(rows, out, torch.get_num_threads())
     return out
 
 
@@ -81,12 +83,12 @@ def column_sum_of_squares(x: Tensor) -> Tensor:
 
 
 def _channel_fake(x: Tensor) -> Tensor:
-    _check("channel_sum_of_squares", x, range(2, 1000))
+    _check("channel_sum_of_squares", x, 2)
     return x.new_empty((x.shape[1],), dtype=ACCUMULATOR[x.dtype])
 
 
 def _channel_reference(x: Tensor) -> Tensor:
-    _check("channel_sum_of_squares", x, range(2, 1000))
+    _check("channel_sum_of_squares", x, 2)
     return _squares(x).sum((0, *range(2, x.dim())))
 
 
@@ -95,7 +97,7 @@ def _channel_cpu(x: Tensor) -> Tensor:
     samples, channels = x.shape[:2]
     positions = math.prod(x.shape[2:])
     dense = _contiguous_or_channels_last(x).reshape(samples, channels, positions)  # [N, C, S]
-    native_module().channel_sum_of_squares(dense, out, torch.get_num_threads())
+    native().channel_sum_of_squares(dense, out, torch.get_num_threads())
     return out
 
 
@@ -129,28 +131,24 @@ def _output_size(
 ) -> list[int]:
     """Number of windows along each spatial dimension, after checking every argument."""
     op = "patch_sum_of_squares"
-    _check(op, x, range(3, 6))
+    _check(op, x, 3, 5)
     spatial = x.dim() - 2
     arguments = (("kernel_size", kernel, 1, 1), ("stride", stride, 1, 1), ("dilation", dilation, 1, 1))
     for name, values, least, per in (*arguments, ("padding", padding, 0, 2)):
-        check(
-            len(values) == per * spatial and all(v >= least for v in values),
-            lambda name=name, values=values, least=least, per=per: (
+        if not (len(values) == per * spatial and all(v >= least for v in values)):
+            raise ValueError(
                 f"{op}: {name} is {list(values)}, expected {per * spatial} integers of at least {least} "
                 f"for x of shape {tuple(x.shape)}"
-            ),
-        )
+            )
     sizes = []
     for d in range(spatial):
         padded = x.shape[2 + d] + padding[2 * d] + padding[2 * d + 1]
         extent = dilation[d] * (kernel[d] - 1) + 1
-        check(
-            padded >= extent,
-            lambda d=d, padded=padded, extent=extent: (
+        if not padded >= extent:
+            raise ValueError(
                 f"{op}: x of shape {tuple(x.shape)} is {padded} long after padding in spatial dimension {d}, expected "
                 f"at least {extent}, the extent of kernel_size {kernel[d]} with dilation {dilation[d]}"
-            ),
-        )
+            )
         sizes.append((padded - extent) // stride[d] + 1)
     return sizes
 
@@ -168,15 +166,14 @@ def _patch_reference(
     sizes = _output_size(x, kernel_size, stride, padding, dilation)
     last_first = [p for d in reversed(range(len(sizes))) for p in padding[2 * d : 2 * d + 2]]
     squares = torch.nn.functional.pad(_squares(x), last_first)
-    out = squares.new_empty((x.shape[1], *kernel_size))
+    sums = []
     for offset in itertools.product(*map(range, kernel_size)):
-        window = tuple(
-            slice(o * d, o * d + (size - 1) * s + 1, s)
-            for o, d, s, size in zip(offset, dilation, stride, sizes, strict=True)
-        )
-        read = squares[(slice(None), slice(None), *window)]  # [N, C, *windows]
-        out[(slice(None), *offset)] = read.sum((0, *range(2, x.dim())))
-    return out
+        read = squares
+        for dim, (o, d, s, size) in enumerate(zip(offset, dilation, stride, sizes, strict=True), start=2):
+            starts = torch.arange(size, device=x.device) * s + o * d
+            read = read.index_select(dim, starts)
+        sums.append(read.sum((0, *range(2, x.dim()))))  # over [N, *windows]
+    return torch.stack(sums, dim=1).reshape(x.shape[1], *kernel_size)
 
 
 def _patch_cpu(
@@ -186,7 +183,7 @@ def _patch_cpu(
     missing = 5 - x.dim()  # the kernel always sees three spatial dimensions
     ones, zeros = [1] * missing, [0] * (2 * missing)
     samples, channels, *spatial = x.shape
-    native_module().patch_sum_of_squares(
+    native().patch_sum_of_squares(
         _contiguous_or_channels_last(x).reshape(samples, channels, *ones, *spatial),
         out.view(channels, *ones, *kernel_size),
         [*ones, *kernel_size],
@@ -212,8 +209,9 @@ def _per_dimension(value: int | Sequence[int], spatial: int) -> list[int]:
 
 def _padding_pairs(padding: int | Sequence[int] | Sequence[tuple[int, int]], spatial: int) -> list[int]:
     """Padding as (before, after) of each spatial dimension, flattened."""
-    pairs = [padding] * spatial if isinstance(padding, int) else list(padding)
-    return [p for pair in pairs for p in ((pair, pair) if isinstance(pair, int) else pair)]
+    if isinstance(padding, int):
+        return [padding] * (2 * spatial)
+    return [p for pair in padding for p in ((pair, pair) if isinstance(pair, int) else pair)]
 
 
 def patch_sum_of_squares(
@@ -232,8 +230,10 @@ def patch_sum_of_squares(
     Args:
         x: (N, C, *S) with one to three spatial dimensions; float32, float64, bfloat16 or float16. Contiguous and
             channels_last tensors are read in place, others are copied first.
-        kernel_size, stride, dilation: one integer or one for each spatial dimension, at least 1.
+        kernel_size: one integer or one for each spatial dimension, at least 1.
+        stride: likewise, at least 1.
         padding: zeros around x: one integer, one for each spatial dimension, or a pair (before, after) for each.
+        dilation: like stride.
 
     Returns:
         (C, *kernel_size), float64 for float64 and float32 for everything else.

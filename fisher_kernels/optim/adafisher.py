@@ -35,7 +35,7 @@ class AdaFisher(LayerwiseOptimizer):
 
     F is never formed: the step reads one number a row and one a column. State is one moment a parameter (float32, or
     float64 for float64 parameters) and one number a row and a column of each layer. Linear, convolutions and transposed
-    convolutions, normalisations and Embedding have rules; any other parameter takes a fallback that ``explain()`` names.
+    convolutions, normalisations and Embedding have rules; other parameters take a fallback that ``explain()`` names.
 
     ========== ============================================= ================================ ======================
     variant    averaged over time                            F                                lr, damping, interval
@@ -176,9 +176,9 @@ class AdaFisher(LayerwiseOptimizer):
         if not self._warned and any(bool(grad.any()) for grad in waiting if grad is not None):
             self._warned = True
             warnings.warn(
-                f"{type(self).__name__}: a refresh step has gradients but saw no statistics of any layer. Was the model "
-                "compiled and run before the optimizer was constructed, were the gradients set by hand, or was the "
-                "optimizer closed? The step goes on with the factors it has (curvature 1 if there are none)",
+                f"{type(self).__name__}: a refresh step has gradients but saw no statistics of any layer. Was the "
+                "model compiled and run before the optimizer was constructed, were the gradients set by hand, or was "
+                "the optimizer closed? The step goes on with the factors it has (curvature 1 if there are none)",
                 stacklevel=5,
             )
 
@@ -186,7 +186,7 @@ class AdaFisher(LayerwiseOptimizer):
 
     @torch.compiler.disable
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Refresh the factors where it is time, then update every parameter that has a gradient.
 
         Under ``torch.compile`` the step stays outside the graph: it is one kernel a parameter group already.
@@ -224,8 +224,8 @@ class AdaFisher(LayerwiseOptimizer):
                     continue
                 if p.grad.is_sparse:
                     raise ValueError(
-                        f"a parameter of shape {tuple(p.shape)} has a sparse gradient, expected a dense one: leave it to "
-                        "torch.optim.SparseAdam (params=)"
+                        f"a parameter of shape {tuple(p.shape)} has a sparse gradient, expected a dense one: leave it "
+                        "to torch.optim.SparseAdam (params=)"
                     )
                 state = self.state[p]
                 if "step" not in state:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
@@ -57,7 +56,7 @@ class DiagonalFactors:
     def __init__(
         self,
         sites: Sequence[Site],
-        state: MutableMapping[Parameter, dict[str, Any]],
+        state: MutableMapping[Tensor, Any],
         groups: Mapping[Parameter, dict[str, Any]],
     ) -> None:
         self.sites, self.state, self.groups = sites, state, groups
@@ -170,7 +169,8 @@ class DiagonalFactors:
                 if group["variant"] != "release":
                     averages = {name: a / weight for name, a in averages.items()}
                 row, column = self.sites[index].rule.place(self.sites[index].module, averages)["weight"]
-                assert row is not None and column is not None
+                assert row is not None
+                assert column is not None
                 rows.append(row * column.mean())
                 columns.append(column.flatten() * row.mean())
         row, column = torch.stack(rows).sum(0), torch.stack(columns).sum(0)
@@ -201,13 +201,15 @@ class DiagonalFactors:
         for index in sorted(self._known):
             owner = self.sites[index].owner
             if self.groups[owner] is group:
-                means.append(math.prod(f.mean() for f in self.placed[owner] if f is not None))
+                row, column = (1.0 if factor is None else factor.mean() for factor in self.placed[owner])
+                means.append(torch.as_tensor(row * column))
         return (torch.stack(means).median() + group["damping"]).reshape(1) if means else None
 
 
 def _relative(site: Site, factors: Factors) -> Factors:
     """Factors whose products average to 1 over all entries of the layer's parameters; ones where that average is 0."""
-    total, entries = 0.0, 0
+    total: Tensor | float = 0.0
+    entries = 0
     for role, (row, column) in site.rule.place(site.module, factors).items():
         if (parameter := getattr(site.module, role, None)) is not None and row is not None:
             groups = 1 if column is None or column.dim() == 1 else column.shape[0]

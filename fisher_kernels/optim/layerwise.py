@@ -85,8 +85,8 @@ class LayerwiseOptimizer(Optimizer):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
-                f"model is a {type(model).__name__}, expected a torch.nn.Module: {type(self).__name__} reads its layers; "
-                "give parameter groups as params="
+                f"model is a {type(model).__name__}, expected a torch.nn.Module: {type(self).__name__} reads its "
+                "layers; give parameter groups as params="
             )
         for name, parameter in model.named_parameters():
             if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -210,8 +210,8 @@ class LayerwiseOptimizer(Optimizer):
     def explain(self) -> Explanations:
         """How each parameter is served: one row a parameter; ``print`` shows a table.
 
-        A row names the rule (a layer type, or ``"fallback"``), the factors over its rows and columns, its group, whether
-        it is frozen, and the bytes of its state so far.
+        A row names the rule (a layer type, or ``"fallback"``), the factors over its rows and columns, its group,
+        whether it is frozen, and the bytes of its state so far.
         """
         served = self._layers_of()
         rows = []
