@@ -1,0 +1,165 @@
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+// The kernels, as plain functions on plain structs: no Python, no torch. Every array is in row-major order unless strides
+// are given; sizes and strides count elements. The callers in python/ have checked all that is said here.
+namespace fisher_kernels {
+
+/// out[d] = sum over r of x[r, d]^2, for x [rows, columns] with unit column stride.
+struct ColumnSumOfSquares {
+  const void* x;
+  void* out;  // [columns], accumulation_dtype(dtype)
+  DType dtype;
+  int64_t rows;
+  int64_t columns;
+  int64_t row_stride;
+  int threads;
+};
+
+/// out[c] = sum over n and s of x[n, c, s]^2.
+struct ChannelSumOfSquares {
+  const void* x;
+  void* out;  // [channels], accumulation_dtype(dtype)
+  DType dtype;
+  bool channels_last;  // memory order (n, s, c) in place of (n, c, s)
+  int64_t samples;
+  int64_t channels;
+  int64_t positions;
+  int threads;
+};
+
+/// One spatial dimension of a convolution. Output position o reads input position o * stride + k * dilation - before
+/// through kernel offset k; positions outside [0, size) hold zeros.
+struct Window {
+  int64_t size;
+  int64_t outputs;
+  int64_t kernel;
+  int64_t stride;
+  int64_t dilation;
+  int64_t before;
+};
+
+/// out[c, k] = sum over samples n and output positions of the square of the input that kernel offset k reads there.
+struct PatchSumOfSquares {
+  const void* x;
+  void* out;  // [channels, kernel of depth, of height, of width], accumulation_dtype(dtype)
+  DType dtype;
+  bool channels_last;  // memory order within a sample: (depth, height, width, c) in place of (c, depth, height, width)
+  int64_t samples;
+  int64_t sample_stride;
+  int64_t channels;
+  Window depth;
+  Window height;
+  Window width;
+  int threads;
+};
+
+/// out = minmax(x / weight), where minmax(v) = (v - min v) / (max v - min v + eps), 1 where v is constant to rounding and
+/// NaN where v holds a NaN.
+struct MinMaxVector {
+  const void* x;
+  void* out;
+  double weight;
+  int64_t size;
+  DType dtype;  // float32 or float64
+};
+
+struct MinMax {
+  const MinMaxVector* vectors;
+  int64_t count;
+  double eps;
+};
+
+/// state <- decay * state + gain * (minmax(next) or next).
+struct FactorEmaVector {
+  void* state;
+  const void* next;
+  int64_t size;
+  DType dtype;  // of both: float32 or float64
+};
+
+/// Each run of `joint` consecutive vectors is refused as a whole if any `next` in it has a non-finite entry: its states stay
+/// as they were and its `rejected` is 1, else 0.
+struct FactorEma {
+  const FactorEmaVector* vectors;
+  int64_t count;  // a multiple of joint
+  int64_t joint;
+  int64_t* rejected;  // [count / joint]
+  double decay;
+  double gain;
+  double eps;
+  bool normalize;
+};
+
+/// A tensor of any strides. `contiguous` says that its elements lie in row-major order without gaps.
+struct StridedArray {
+  void* data;
+  const int64_t* sizes;
+  const int64_t* strides;
+  int dims;
+  bool contiguous;
+};
+
+/// One parameter of a step, its elements seen in row-major order as [groups, rows, columns]. The curvature of an element is
+///   F = row_factor[group, row] * column_factor[group, column] * constant_factor + damping,   a null factor being 1.
+struct AdaFisherParameter {
+  StridedArray parameter;
+  StridedArray gradient;  // same dtype
+  StridedArray moment;    // accumulation_dtype(dtype), as are the factors
+  const void* row_factor;     // [groups, rows] or null
+  const void* column_factor;  // [groups, columns] or null
+  double constant_factor;
+  int64_t groups;
+  int64_t rows;
+  int64_t columns;
+  double step_size;  // lr / (1 - beta^t)
+  DType dtype;
+
+  int64_t numel() const { return groups * rows * columns; }
+};
+
+enum class WeightDecay : uint8_t {
+  none,
+  coupled,    // added to the gradient
+  decoupled,  // taken off the parameter
+};
+
+/// g = gradient / gradient_divisor;  m <- beta * m + (1 - beta) * g;  w <- w - step_size * m / F.
+/// Elements whose g is not finite stay as they are and are counted.
+struct AdaFisherStep {
+  const AdaFisherParameter* parameters;
+  int64_t count;
+  int64_t* skipped;  // [count]
+  double lr;
+  double beta;
+  double damping;
+  double weight_decay;
+  WeightDecay decay;
+  double gradient_divisor;  // negative to maximize
+  int threads;
+};
+
+// Every file in cpu/ is compiled once per capability, that is with the flags of one instruction set, into a namespace of
+// that name.
+#define FISHER_KERNELS_DECLARE(capability)                 \
+  namespace capability {                                   \
+  void column_sum_of_squares(const ColumnSumOfSquares&);   \
+  void channel_sum_of_squares(const ChannelSumOfSquares&); \
+  void patch_sum_of_squares(const PatchSumOfSquares&);     \
+  void minmax(const MinMax&);                              \
+  void factor_ema_(const FactorEma&);                      \
+  void adafisher_step_(const AdaFisherStep&);              \
+  }
+
+FISHER_KERNELS_DECLARE(baseline)
+#if defined(__x86_64__) && !defined(FISHER_KERNELS_PORTABLE)
+#define FISHER_KERNELS_X86 1
+FISHER_KERNELS_DECLARE(avx2)
+FISHER_KERNELS_DECLARE(avx512)
+#endif
+#undef FISHER_KERNELS_DECLARE
+
+}  // namespace fisher_kernels

@@ -1,0 +1,50 @@
+#include "capability.h"
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <atomic>
+
+namespace fisher_kernels {
+
+namespace {
+
+std::vector<std::string> detect() {
+  std::vector<std::string> names{"baseline"};
+#ifdef FISHER_KERNELS_X86
+  // These ask the operating system too whether it saves the wide registers.
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2) names.push_back("avx2");
+  if (avx2 && avx512) names.push_back("avx512");
+#endif
+  return names;
+}
+
+std::atomic<int>& chosen() {
+  static std::atomic<int> position{static_cast<int>(capability_names().size()) - 1};
+  return position;
+}
+
+}  // namespace
+
+std::vector<std::string> capability_names() {
+  static const std::vector<std::string> names = detect();
+  return names;
+}
+
+int current_capability() { return chosen().load(std::memory_order_relaxed); }
+
+void set_capability(const std::string& name) {
+  const std::vector<std::string> names = capability_names();
+  const auto found = std::find(names.begin(), names.end(), name);
+  if (found == names.end()) {
+    std::string known;
+    for (const std::string& each : names) known += (known.empty() ? "" : ", ") + each;
+    throw pybind11::value_error("set_capability: name is '" + name + "', expected one of: " + known);
+  }
+  chosen().store(static_cast<int>(found - names.begin()));
+}
+
+}  // namespace fisher_kernels

@@ -1,0 +1,26 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <cstdint>
+
+// What bindings.cpp exposes. Each function reads and checks its Python arguments, releases the GIL and runs its kernel.
+namespace fisher_kernels {
+
+namespace py = pybind11;
+
+void column_sum_of_squares(py::handle x, py::handle out, int threads);
+void channel_sum_of_squares(py::handle x, py::handle out, int threads);
+void patch_sum_of_squares(py::handle x, py::handle out, const std::array<int64_t, 3>& kernel_size,
+                          const std::array<int64_t, 3>& stride, const std::array<int64_t, 6>& padding,
+                          const std::array<int64_t, 3>& dilation, int threads);
+void minmax(py::handle xs, py::handle outs, py::handle weights, double eps);
+void factor_ema_(py::handle states, py::handle next, py::handle rejected, double decay, double gain, bool normalize,
+                 double eps, int64_t joint);
+void adafisher_step_(py::handle params, py::handle grads, py::handle exp_avgs, py::handle steps, py::handle row_factors,
+                     py::handle column_factors, py::handle lr, double beta, double damping, double weight_decay,
+                     bool decoupled, bool maximize, py::handle grad_scale, py::handle found_inf, py::handle skipped,
+                     int threads);
+
+}  // namespace fisher_kernels

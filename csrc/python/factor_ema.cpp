@@ -1,0 +1,86 @@
+#include <cmath>
+#include <vector>
+
+#include "../kernels.h"
+#include "capability.h"
+#include "entry_points.h"
+#include "tensor.h"
+
+namespace fisher_kernels {
+
+namespace {
+
+/// A contiguous vector in a type that state is kept in.
+TensorView read_state_vector(py::handle object, const Argument& argument) {
+  const TensorView vector = read_tensor(object, argument);
+  check_float(vector, argument);
+  check_dtype(vector, accumulation_dtype(vector.dtype), argument);
+  check_dims(vector, 1, argument);
+  check_contiguous(vector, argument);
+  return vector;
+}
+
+TensorView read_state_vector_like(const TensorView& model, py::handle object, const Argument& argument) {
+  const TensorView vector = read_state_vector(object, argument);
+  check_dtype(vector, model.dtype, argument);
+  check_shape(vector, {model.sizes[0]}, argument);
+  return vector;
+}
+
+void check_eps(double eps, const Argument& argument) {
+  if (std::isfinite(eps) && eps >= 0) return;
+  value_error(argument, "is " + std::to_string(eps) + ", expected a finite number >= 0");
+}
+
+}  // namespace
+
+void minmax(py::handle xs, py::handle outs, py::handle weights, double eps) {
+  constexpr const char* kFunction = "minmax";
+  const Argument xs_argument{kFunction, "xs"}, outs_argument{kFunction, "outs"}, weights_argument{kFunction, "weights"};
+  const List xs_list(xs, xs_argument), outs_list(outs, outs_argument), weights_list(weights, weights_argument);
+  outs_list.check_size(xs_list.size(), outs_argument, "the number of xs");
+  if (weights_list.size() > 0) weights_list.check_size(xs_list.size(), weights_argument, "the number of xs, or none");
+  check_eps(eps, {kFunction, "eps"});
+
+  std::vector<MinMaxVector> vectors(xs_list.size());
+  for (py::ssize_t i = 0; i < xs_list.size(); ++i) {
+    const TensorView x = read_state_vector(xs_list[i], {kFunction, "xs", i});
+    const TensorView out = read_state_vector_like(x, outs_list[i], {kFunction, "outs", i});
+    const double weight = weights_list.size() > 0 ? read_scalar(weights_list[i], {kFunction, "weights", i}) : 1.0;
+    vectors[i] = {x.data, out.data, weight, x.sizes[0], x.dtype};
+  }
+
+  const py::gil_scoped_release release;
+  run(MinMax{vectors.data(), xs_list.size(), eps}, {FISHER_KERNELS_VARIANTS(minmax)});
+}
+
+void factor_ema_(py::handle states, py::handle next, py::handle rejected, double decay, double gain, bool normalize,
+                 double eps, int64_t joint) {
+  constexpr const char* kFunction = "factor_ema_";
+  const Argument next_argument{kFunction, "new"}, joint_argument{kFunction, "joint"};
+  const List states_list(states, {kFunction, "state"}), next_list(next, next_argument);
+  next_list.check_size(states_list.size(), next_argument, "the number of states");
+  if (joint < 1 || states_list.size() % joint != 0) {
+    value_error(joint_argument,
+                "is " + std::to_string(joint) + ", expected a divisor of the number of states, " + std::to_string(states_list.size()));
+  }
+  check_eps(eps, {kFunction, "eps"});
+  const Argument rejected_argument{kFunction, "rejected"};
+  const TensorView flags = read_tensor(rejected, rejected_argument);
+  check_dtype(flags, DType::int64, rejected_argument);
+  check_shape(flags, {states_list.size() / joint}, rejected_argument);
+  check_contiguous(flags, rejected_argument);
+
+  std::vector<FactorEmaVector> vectors(states_list.size());
+  for (py::ssize_t i = 0; i < states_list.size(); ++i) {
+    const TensorView state = read_state_vector(states_list[i], {kFunction, "state", i});
+    const TensorView contribution = read_state_vector_like(state, next_list[i], {kFunction, "new", i});
+    vectors[i] = {state.data, contribution.data, state.sizes[0], state.dtype};
+  }
+
+  const py::gil_scoped_release release;
+  run(FactorEma{vectors.data(), states_list.size(), joint, static_cast<int64_t*>(flags.data), decay, gain, eps, normalize},
+      {FISHER_KERNELS_VARIANTS(factor_ema_)});
+}
+
+}  // namespace fisher_kernels

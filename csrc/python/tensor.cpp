@@ -1,0 +1,158 @@
+#include "tensor.h"
+
+#include "../common/dlpack.h"
+
+namespace fisher_kernels {
+
+namespace {
+
+PyTypeObject* tensor_type = nullptr;
+dlpack::TensorFromObject tensor_from_object = nullptr;
+
+/// The message of the Python exception that is set, which is cleared.
+std::string take_python_error() {
+  const py::error_already_set error;
+  return py::str(error.value());
+}
+
+std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
+
+bool to_dtype(const dlpack::DataType& type, DType* dtype) {
+  if (type.lanes != 1) return false;
+  if (type.code == dlpack::kFloat && type.bits == 32) return *dtype = DType::float32, true;
+  if (type.code == dlpack::kFloat && type.bits == 64) return *dtype = DType::float64, true;
+  if (type.code == dlpack::kBfloat && type.bits == 16) return *dtype = DType::bfloat16, true;
+  if (type.code == dlpack::kFloat && type.bits == 16) return *dtype = DType::float16, true;
+  if (type.code == dlpack::kInt && type.bits == 64) return *dtype = DType::int64, true;
+  return false;
+}
+
+std::string torch_dtype(py::handle tensor) { return py::str(tensor.attr("dtype")); }
+
+}  // namespace
+
+std::string Argument::text() const {
+  std::string text = std::string(function) + ": " + name;
+  if (index >= 0) text += "[" + std::to_string(index) + "]";
+  return text;
+}
+
+void value_error(const Argument& argument, const std::string& fault) {
+  throw py::value_error(argument.text() + " " + fault);
+}
+
+void type_error(const Argument& argument, const std::string& fault) {
+  throw py::type_error(argument.text() + " " + fault);
+}
+
+std::string shape_text(const int64_t* sizes, int dims) {
+  std::string text = "(";
+  for (int d = 0; d < dims; ++d) text += (d > 0 ? ", " : "") + std::to_string(sizes[d]);
+  return text + (dims == 1 ? ",)" : ")");
+}
+
+void load_exchange_api() {
+  const py::object type = py::module_::import("torch").attr("Tensor");
+  if (!py::hasattr(type, "__dlpack_c_exchange_api__")) {
+    throw py::import_error("torch has no DLPack exchange interface (torch.Tensor.__dlpack_c_exchange_api__); torch >= 2.11 has");
+  }
+  const py::object capsule = type.attr("__dlpack_c_exchange_api__");
+  const auto* header = static_cast<const dlpack::ExchangeHeader*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName));
+  if (header == nullptr) throw py::error_already_set();
+  while (header != nullptr && header->version.major != dlpack::kMajorVersion) header = header->older;
+  if (header == nullptr) throw py::import_error("torch's DLPack exchange interface has no version 1");
+  const auto* api = reinterpret_cast<const dlpack::ExchangeApi*>(header);
+  if (api->tensor_from_object == nullptr) throw py::import_error("torch's DLPack exchange interface cannot read without owning");
+  tensor_from_object = api->tensor_from_object;
+  tensor_type = reinterpret_cast<PyTypeObject*>(py::object(type).release().ptr());  // kept for the life of the process
+}
+
+TensorView read_tensor(py::handle object, const Argument& argument) {
+  if (!PyType_IsSubtype(Py_TYPE(object.ptr()), tensor_type)) {
+    type_error(argument, "is of type " + type_name(object) + ", expected a torch.Tensor");
+  }
+  dlpack::Tensor tensor;
+  if (tensor_from_object(object.ptr(), &tensor) != 0) {
+    value_error(argument, "has no memory to read: " + take_python_error());
+  }
+  if (tensor.device.type != dlpack::kCpu && tensor.device.type != dlpack::kCudaHost) {
+    value_error(argument, "is on device " + std::string(py::str(object.attr("device"))) + ", expected cpu");
+  }
+  TensorView view{static_cast<char*>(tensor.data) + tensor.byte_offset, tensor.sizes, tensor.strides, tensor.dims, DType::float32};
+  if (!to_dtype(tensor.dtype, &view.dtype)) {
+    type_error(argument, "has dtype " + torch_dtype(object) + ", expected a floating-point type of 16, 32 or 64 bits, or int64");
+  }
+  return view;
+}
+
+double read_scalar(py::handle object, const Argument& argument) {
+  const TensorView tensor = read_tensor(object, argument);
+  if (tensor.numel() != 1) value_error(argument, "has shape " + tensor.shape() + ", expected one element");
+  if (tensor.dtype == DType::float64) return *static_cast<const double*>(tensor.data);
+  check_dtype(tensor, DType::float32, argument);
+  return *static_cast<const float*>(tensor.data);
+}
+
+bool is_contiguous(const TensorView& tensor) {
+  int64_t stride = 1;
+  for (int d = tensor.dims - 1; d >= 0; --d) {
+    if (tensor.sizes[d] == 0) return true;
+    if (tensor.sizes[d] != 1 && tensor.strides[d] != stride) return false;
+    stride *= tensor.sizes[d];
+  }
+  return true;
+}
+
+bool same_shape(const TensorView& a, const TensorView& b) {
+  if (a.dims != b.dims) return false;
+  for (int d = 0; d < a.dims; ++d) {
+    if (a.sizes[d] != b.sizes[d]) return false;
+  }
+  return true;
+}
+
+void check_dtype(const TensorView& tensor, DType expected, const Argument& argument) {
+  if (tensor.dtype == expected) return;
+  type_error(argument, std::string("has dtype ") + name(tensor.dtype) + ", expected " + name(expected));
+}
+
+void check_float(const TensorView& tensor, const Argument& argument) {
+  if (tensor.dtype != DType::int64) return;
+  type_error(argument, "has dtype int64, expected float32, float64, bfloat16 or float16");
+}
+
+void check_dims(const TensorView& tensor, int expected, const Argument& argument) {
+  if (tensor.dims == expected) return;
+  value_error(argument, "has shape " + tensor.shape() + ", expected " + std::to_string(expected) + " dimensions");
+}
+
+void check_shape(const TensorView& tensor, const std::vector<int64_t>& expected, const Argument& argument) {
+  const int dims = static_cast<int>(expected.size());
+  const TensorView wanted{nullptr, expected.data(), nullptr, dims, tensor.dtype};
+  if (same_shape(tensor, wanted)) return;
+  value_error(argument, "has shape " + tensor.shape() + ", expected " + wanted.shape());
+}
+
+void check_contiguous(const TensorView& tensor, const Argument& argument) {
+  if (is_contiguous(tensor)) return;
+  value_error(argument, "is not contiguous: shape " + tensor.shape() + ", strides " + shape_text(tensor.strides, tensor.dims));
+}
+
+void check_threads(int threads, const Argument& argument) {
+  if (threads < 1) value_error(argument, "is " + std::to_string(threads) + ", expected at least 1");
+}
+
+List::List(py::handle object, const Argument& argument) {
+  if (!PyList_Check(object.ptr()) && !PyTuple_Check(object.ptr())) {
+    type_error(argument, "is of type " + type_name(object) + ", expected a list");
+  }
+  items_ = PySequence_Fast_ITEMS(object.ptr());
+  size_ = PySequence_Fast_GET_SIZE(object.ptr());
+}
+
+void List::check_size(py::ssize_t expected, const Argument& argument, const char* why) const {
+  if (size_ == expected) return;
+  value_error(argument, "has " + std::to_string(size_) + " entries, expected " + std::to_string(expected) + ", " + why);
+}
+
+}  // namespace fisher_kernels

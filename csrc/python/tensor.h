@@ -1,0 +1,82 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../common/dtype.h"
+
+namespace fisher_kernels {
+
+namespace py = pybind11;
+
+/// Where a value came from, for error messages: "adafisher_step_: grads[3]".
+struct Argument {
+  const char* function;
+  const char* name;
+  py::ssize_t index = -1;  // position in a list argument, -1 for an argument that is no list
+
+  std::string text() const;
+};
+
+[[noreturn]] void value_error(const Argument& argument, const std::string& fault);
+[[noreturn]] void type_error(const Argument& argument, const std::string& fault);
+
+/// "(2, 3)", as Python prints a shape.
+std::string shape_text(const int64_t* sizes, int dims);
+
+/// A CPU tensor as it lies in memory. Sizes and strides (in elements) belong to the Python tensor, which outlives the view.
+struct TensorView {
+  void* data;
+  const int64_t* sizes;
+  const int64_t* strides;
+  int dims;
+  DType dtype;
+
+  int64_t numel() const {
+    int64_t count = 1;
+    for (int d = 0; d < dims; ++d) count *= sizes[d];
+    return count;
+  }
+
+  std::string shape() const { return shape_text(sizes, dims); }
+};
+
+/// Finds torch's DLPack exchange interface; ImportError if torch has none. Called once, when the module is loaded.
+void load_exchange_api();
+
+/// Reads a CPU tensor of one of the types in DType; TypeError or ValueError for anything else.
+TensorView read_tensor(py::handle object, const Argument& argument);
+
+/// Reads a one-element float32 or float64 tensor as a double.
+double read_scalar(py::handle object, const Argument& argument);
+
+/// True if the elements lie in row-major order without gaps. Strides of dimensions of size one do not matter.
+bool is_contiguous(const TensorView& tensor);
+
+bool same_shape(const TensorView& a, const TensorView& b);
+
+void check_dtype(const TensorView& tensor, DType expected, const Argument& argument);
+void check_float(const TensorView& tensor, const Argument& argument);
+void check_dims(const TensorView& tensor, int expected, const Argument& argument);
+void check_shape(const TensorView& tensor, const std::vector<int64_t>& expected, const Argument& argument);
+void check_contiguous(const TensorView& tensor, const Argument& argument);
+void check_threads(int threads, const Argument& argument);
+
+/// A Python list or tuple, read by position.
+class List {
+ public:
+  List(py::handle object, const Argument& argument);
+
+  py::ssize_t size() const { return size_; }
+  py::handle operator[](py::ssize_t i) const { return items_[i]; }
+  void check_size(py::ssize_t expected, const Argument& argument, const char* why) const;
+
+ private:
+  PyObject** items_;
+  py::ssize_t size_;
+};
+
+}  // namespace fisher_kernels
