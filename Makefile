@@ -5,7 +5,8 @@
 # TORCH=requirement   what pip installs as torch, options included; with PYTHON= only if there is no torch at all
 # OUT=folder          where the demo writes its curves and numbers
 # ARGS=arguments      more arguments for pytest or for the demo
-# FISHER_KERNELS_NATIVE=auto|on|off, FISHER_KERNELS_WERROR=ON|OFF, CXX=compiler: settings of the native build
+# FISHER_KERNELS_NATIVE=auto|on|off, FISHER_KERNELS_PORTABLE=ON|OFF, FISHER_KERNELS_WERROR=ON|OFF, CXX=compiler
+#                     settings of the native build, from the environment as well
 
 TORCH = torch==2.13.0
 OUT = build/demo
@@ -27,7 +28,8 @@ INSTALLED := $(shell $(PY) -I -c 'import importlib.metadata as m, pathlib; \
   print(*(pathlib.Path.cwd().as_uri() in (d.read_text("direct_url.json") or "") \
   for d in m.distributions(name="fisher_kernels")))' 2>/dev/null)
 SETTINGS.torch := $(TORCH)
-SETTINGS.native := $(FISHER_KERNELS_NATIVE) $(FISHER_KERNELS_WERROR) $(if $(filter-out default,$(origin CXX)),$(CXX))
+SETTINGS.native := native=$(FISHER_KERNELS_NATIVE) portable=$(FISHER_KERNELS_PORTABLE) \
+  werror=$(FISHER_KERNELS_WERROR) compiler=$(if $(filter-out default,$(origin CXX)),$(CXX))
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc)
 
 .DELETE_ON_ERROR:
@@ -43,7 +45,7 @@ help:
 	@echo 'make dist    sdist and wheel, in dist/'
 	@echo 'make clean   removes what was built, but not .venv'
 	@echo
-	@sed -n '/^# [A-Z_]*=/s/^# //p' Makefile
+	@sed -n '/^# [A-Z_]*=/,/^$$/s/^# //p' Makefile
 
 demo: build
 	$(PY) -m fisher_kernels compare digits --optimizers adamw,sgd,adafisher,adafisherw --out $(OUT) $(ARGS)

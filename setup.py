@@ -20,6 +20,7 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 NOTE = "_native_missing.txt"
+OPTIONS = ("FISHER_KERNELS_PORTABLE", "FISHER_KERNELS_WERROR")  # of CMakeLists.txt, ON or OFF
 # Tools installed beside the interpreter come first, whether or not its environment is active.
 PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
 
@@ -63,7 +64,7 @@ class BuildNative(build_ext):
             *("cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja', path=PATH)}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DFISHER_KERNELS_WERROR={os.environ.get('FISHER_KERNELS_WERROR') or 'OFF'}",
+            *(f"-D{option}={os.environ.get(option) or 'OFF'}" for option in OPTIONS),
         ]
         for command in (configure, ["cmake", "--build", str(folder)]):
             if subprocess.call(command, env={**os.environ, "PATH": PATH}):
