@@ -1,0 +1,59 @@
+"""What this installation and this machine are, as plain data: for `fisher-kernels info` and for result files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fisher_kernels import __version__, backends
+from fisher_kernels._library import native_module
+
+
+def describe() -> dict[str, Any]:
+    """Versions, processor, threads and backends.
+
+    ``backends`` maps every backend to None if it is available and else to the reason why it is not.
+    """
+    native = native_module()
+    return {
+        "fisher_kernels": __version__,
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": processor(),
+        "capability": native.capability() if native else None,
+        "openmp": native.openmp() if native else None,
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "backend": default_backend(),
+        "backends": backends.reasons(),
+    }
+
+
+def default_backend() -> str:
+    """What ``FISHER_KERNELS_BACKEND`` asks for, whether or not there is such a backend."""
+    return os.environ.get("FISHER_KERNELS_BACKEND", "auto")
+
+
+def version(distribution: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    """The processor's name where the system tells, else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

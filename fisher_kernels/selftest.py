@@ -1,0 +1,371 @@
+"""Every op on every available backend of this machine, checked against the reference in float64.
+
+The same inputs, exactly, go to the backend under test and, converted to float64, to the reference. The difference may
+be what rounding explains and no more: a tolerance is a small multiple of the unit roundoff u of the arithmetic, times
+the magnitudes that are added up. NaN and infinities must be in the same places.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisher_kernels import backends, ops
+from fisher_kernels.ops import ACCUMULATOR
+
+Inputs = dict[str, Any]
+Tolerance = Tensor | float
+
+_SUM_DTYPES = tuple(ACCUMULATOR)
+_FACTOR_DTYPES = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Random tensors of one dtype on one device, the same numbers every time."""
+
+    dtype: torch.dtype
+    device: torch.device
+    generator: torch.Generator
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Numbers in [0, 1) in the accumulation dtype: factors."""
+        return torch.rand(shape, generator=self.generator).to(self.device, ACCUMULATOR[self.dtype])
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op.
+
+    Attributes:
+        inputs: builds the arguments; in-place ops change them.
+        call: runs the op and returns everything it computed or changed.
+        tolerance: (the inputs in float64 and as they were, u) -> the largest admissible error of each output.
+    """
+
+    op: str
+    name: str
+    dtypes: Sequence[torch.dtype]
+    inputs: Callable[[Source], Inputs]
+    call: Callable[[Inputs], list[Tensor]]
+    tolerance: Callable[[Inputs, list[Tensor], float], list[Tolerance]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Outcome of one case; ``worst`` is the largest error in units of the tolerance."""
+
+    op: str
+    case: str
+    backend: str
+    device: str
+    dtype: str
+    passed: bool
+    worst: float | None
+    message: str | None
+
+
+def run() -> Iterator[Result]:
+    """Checks every case in every dtype on every available backend, one result each."""
+    for backend, device in _places():
+        for case in CASES:
+            for dtype in case.dtypes:
+                yield _check(case, dtype, backend, device)
+
+
+def _places() -> list[tuple[str, torch.device]]:
+    """Backends and the devices they run on."""
+    gpu = [torch.device("cuda")] if torch.cuda.is_available() else []
+    devices = {"reference": [torch.device("cpu"), *gpu], "cpu": [torch.device("cpu")], "cuda": gpu, "triton": gpu}
+    return [(backend, device) for backend in backends.available() for device in devices[backend]]
+
+
+def _check(case: Case, dtype: torch.dtype, backend: str, device: torch.device) -> Result:
+    def result(passed: bool, worst: float | None, message: str | None) -> Result:
+        dtype_name = str(dtype).removeprefix("torch.")
+        return Result(case.op, case.name, backend, device.type, dtype_name, passed, worst, message)
+
+    inputs = case.inputs(Source(dtype, device, torch.Generator().manual_seed(0)))
+    exact = _in_float64(inputs)
+    try:
+        with backends.use_backend("reference"):
+            expected = case.call(_in_float64(exact))
+        with backends.use_backend(backend):
+            actual = case.call(inputs)
+        tolerances = case.tolerance(exact, expected, torch.finfo(ACCUMULATOR[dtype]).eps / 2)
+        worst = max(_worst(*triple) for triple in zip(actual, expected, tolerances, strict=True))
+    except Exception as error:  # a self-test reports whatever goes wrong and carries on
+        return result(False, None, f"{type(error).__name__}: {error}")
+    if worst <= 1:
+        return result(True, worst, None)
+    return result(False, worst if math.isfinite(worst) else None, f"error is {worst:.3g} of what rounding explains")
+
+
+def _in_float64(value: Any) -> Any:
+    """A copy of nested inputs on the CPU, floating-point tensors in float64 except step counters."""
+    if isinstance(value, dict):
+        return {name: [t.cpu().clone() for t in v] if name == "steps" else _in_float64(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_in_float64(item) for item in value]
+    if isinstance(value, Tensor):
+        return value.to("cpu", torch.float64, copy=True)
+    return value
+
+
+def _worst(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> float:
+    """Largest error in units of the tolerance; infinite where the shape is wrong or only one side is finite."""
+    if actual.shape != expected.shape:
+        return math.inf
+    x = actual.to("cpu", torch.float64)
+    error = (x - expected).abs() / tolerance
+    error = error.masked_fill((x == expected) | (x.isnan() & expected.isnan()), 0)
+    return float(error.nan_to_num(nan=math.inf).max()) if error.numel() else 0.0
+
+
+# Sums of squares: all terms are positive, so the relative error of a sum of n rounded squares in any order stays,
+# with overwhelming probability, below a few sqrt(n) u (Higham and Mary, SIAM J. Sci. Comput. 41, 2019).
+
+
+def _sum_tolerance(inputs: Inputs, expected: list[Tensor], u: float) -> list[Tolerance]:
+    terms = max(inputs["x"].numel() // max(len(expected[0]), 1), 1)
+    return [4 * math.sqrt(terms) * u * expected[0].abs() + torch.finfo(torch.float32).tiny]
+
+
+def _sum_cases(op: str, layouts: dict[str, Callable[[Source], Tensor]], **arguments: Any) -> list[Case]:
+    function = getattr(ops, op)
+
+    def case(name: str, layout: Callable[[Source], Tensor]) -> Case:
+        return Case(
+            op,
+            name,
+            _SUM_DTYPES,
+            lambda source: {"x": layout(source)},
+            lambda inputs: [function(inputs["x"], **arguments)],
+            _sum_tolerance,
+        )
+
+    return [case(name, layout) for name, layout in layouts.items()]
+
+
+def _with_non_finite(x: Tensor) -> Tensor:
+    """x with a NaN and an infinity in two places of its first sample."""
+    flat = x.view(-1)
+    flat[1], flat[-1] = math.nan, -math.inf
+    return x
+
+
+_COLUMNS: dict[str, Callable[[Source], Tensor]] = {
+    "257 x 33": lambda s: s.normal(257, 33),
+    "1 x 1": lambda s: s.normal(1, 1),
+    "5 x 7 x 19": lambda s: s.normal(5, 7, 19),
+    "rows of a wider tensor": lambda s: s.normal(63, 50)[:, 3:40],
+    "every other column": lambda s: s.normal(63, 50)[:, ::2],
+    "transposed": lambda s: s.normal(31, 500).t(),
+    "no rows": lambda s: s.normal(0, 5),
+    "not finite": lambda s: _with_non_finite(s.normal(9, 17)),
+}
+
+_CHANNELS: dict[str, Callable[[Source], Tensor]] = {
+    "3 x 5 x 7 x 9": lambda s: s.normal(3, 5, 7, 9),
+    "channels last": lambda s: s.normal(3, 37, 5, 9).to(memory_format=torch.channels_last),
+    "one dimension": lambda s: s.normal(4, 6, 131),
+    "three dimensions": lambda s: s.normal(2, 3, 4, 5, 6),
+    "no spatial dimension": lambda s: s.normal(65, 12),
+    "slice": lambda s: s.normal(3, 8, 9, 9)[:, 1:6, 2:, ::2],
+    "no samples": lambda s: s.normal(0, 4, 3, 3),
+    "not finite": lambda s: _with_non_finite(s.normal(2, 5, 3, 3)),
+}
+
+
+def _patch_cases() -> list[Case]:
+    def case(name: str, layout: Callable[[Source], Tensor], **arguments: Any) -> list[Case]:
+        return _sum_cases("patch_sum_of_squares", {name: layout}, **arguments)
+
+    return [
+        *case("3 x 3", lambda s: s.normal(3, 5, 9, 11), kernel_size=3, padding=1),
+        *case("5 x 3, stride 2", lambda s: s.normal(3, 4, 13, 10), kernel_size=(5, 3), stride=2, padding=(2, 0)),
+        *case("dilated", lambda s: s.normal(2, 3, 17, 16), kernel_size=3, dilation=(3, 2), padding=2),
+        *case("uneven padding", lambda s: s.normal(2, 3, 8, 7), kernel_size=4, padding=((1, 2), (0, 3)), stride=3),
+        *case("1 x 1", lambda s: s.normal(4, 33, 6, 6), kernel_size=1, stride=2),
+        *case("one dimension", lambda s: s.normal(4, 6, 101), kernel_size=7, padding=3, stride=2),
+        *case("three dimensions", lambda s: s.normal(2, 3, 5, 6, 7), kernel_size=(3, 2, 3), padding=1),
+        *case(
+            "channels last",
+            lambda s: s.normal(3, 18, 9, 7).to(memory_format=torch.channels_last),
+            kernel_size=3,
+            padding=1,
+            stride=2,
+        ),
+        *case("slice", lambda s: s.normal(2, 6, 12, 12)[:, ::2, 1:, :-3], kernel_size=3),
+        *case("no samples", lambda s: s.normal(0, 4, 5, 5), kernel_size=3),
+    ]
+
+
+# Factors. The difference v - min v is exact to u of max |v|, so minmax has the error u * max |v| / (max v - min v) that
+# its input's own rounding causes, plus a few roundings of a result that is at most 1.
+
+
+def _minmax_error(v: Tensor, u: float) -> float:
+    if not v.numel() or not v.isfinite().all() or v.max() == v.min():
+        return u
+    return 8 * u * (1 + float(v.abs().max() / (v.max() - v.min())))
+
+
+def _minmax_inputs(source: Source) -> Inputs:
+    constant = torch.full_like(source.uniform(9), 0.3)
+    vectors = [source.uniform(n) for n in (1, 2, 37, 1000, 0)]
+    return {"x": [*vectors, 100 + source.uniform(50), constant, _with_non_finite(source.uniform(8))]}
+
+
+def _weights(source: Source, inputs: Inputs) -> Inputs:
+    return {**inputs, "weights": [1 + source.uniform(1) for _ in inputs["x"]]}
+
+
+def _minmax_tolerance(inputs: Inputs, expected: list[Tensor], u: float) -> list[Tolerance]:
+    return [_minmax_error(v, u) for v in inputs["x"]]
+
+
+def _ema_inputs(source: Source) -> Inputs:
+    sizes = (3, 37, 1000, 5, 8, 8)
+    state = [source.uniform(n) for n in sizes]
+    new = [source.uniform(n) for n in sizes]
+    _with_non_finite(new[3])
+    return {"state": state, "new": new}
+
+
+def _ema_case(name: str, decay: float, gain: float, **arguments: Any) -> Case:
+    def call(inputs: Inputs) -> list[Tensor]:
+        refused = ops.factor_ema_(inputs["state"], inputs["new"], decay, gain, **arguments)
+        return [*inputs["state"], refused]
+
+    def tolerance(inputs: Inputs, expected: list[Tensor], u: float) -> list[Tolerance]:
+        errors = []
+        for state, new in zip(inputs["state"], inputs["new"], strict=True):
+            of_new = _minmax_error(new, u) if arguments.get("normalize") else 0.0
+            errors.append(4 * u * (decay * state.abs() + gain) + gain * of_new)
+        return [*errors, u]
+
+    return Case("factor_ema_", name, _FACTOR_DTYPES, _ema_inputs, call, tolerance)
+
+
+# The step: about ten roundings, each of a term that is no larger than the sum of the magnitudes below, and one of the
+# stored parameter. Elements with a gradient that is not finite must keep their values exactly.
+
+_SHAPES: tuple[tuple[tuple[int, ...], tuple[int, int, int]], ...] = (
+    # (shape of the parameter, (groups, rows of each group, columns))
+    ((7, 13), (1, 7, 13)),
+    ((64, 130), (1, 64, 130)),
+    ((6, 3, 3, 3), (2, 3, 27)),
+    ((33,), (1, 33, 1)),
+    ((), (1, 1, 1)),
+    ((0, 4), (1, 0, 4)),
+    ((5, 9), (1, 1, 45)),
+)
+
+
+def _step_inputs(source: Source) -> Inputs:
+    wide = Source(ACCUMULATOR[source.dtype], source.device, source.generator)
+    params = [source.normal(*shape) for shape, _ in _SHAPES]
+    params.append(source.normal(12, 10).t())
+    params.append(source.normal(4, 6, 3, 3).to(memory_format=torch.channels_last))
+    views = [*(view for _, view in _SHAPES), (1, 10, 12), (1, 4, 54)]
+    grads = [source.normal(*p.shape) for p in params]
+    _with_non_finite(grads[1])
+    return {
+        "params": params,
+        "grads": grads,
+        "exp_avgs": [wide.normal(*p.shape) for p in params],
+        "steps": [torch.full((), float(i), device=source.device) for i in range(len(params))],
+        # The seventh parameter has no factors at all, the fourth no column factor.
+        "row_factors": [None if i == 6 else source.uniform(g * r) for i, (g, r, _) in enumerate(views)],
+        "column_factors": [None if i in (3, 6) else source.uniform(g, c) for i, (g, _, c) in enumerate(views)],
+        "views": views,
+    }
+
+
+_BETA, _DAMPING, _LR = 0.9, 1e-2, 1e-2
+
+
+def _step_case(name: str, *, scale: float | None = None, found_inf: bool = False, **options: Any) -> Case:
+    decay = options.setdefault("weight_decay", 0.0)
+    options = {"decoupled": False, "maximize": False, **options}
+
+    def call(inputs: Inputs) -> list[Tensor]:
+        device = inputs["params"][0].device
+        skipped = ops.adafisher_step_(
+            *(inputs[name] for name in ("params", "grads", "exp_avgs", "steps", "row_factors", "column_factors")),
+            lr=_LR,
+            beta=_BETA,
+            damping=_DAMPING,
+            grad_scale=None if scale is None else torch.tensor([scale], device=device),
+            found_inf=None if scale is None else torch.tensor([float(found_inf)], device=device),
+            **options,
+        )
+        return [*inputs["params"], *inputs["exp_avgs"], *inputs["steps"], skipped]
+
+    def tolerance(inputs: Inputs, expected: list[Tensor], u: float) -> list[Tolerance]:
+        of_params, of_moments = [], []
+        for i, view in enumerate(inputs["views"]):
+            w, g, m = (inputs[name][i] for name in ("params", "grads", "exp_avgs"))
+            moment = _BETA * m.abs() + (1 - _BETA) * (g.abs() / (scale or 1) + decay * w.abs())
+            curvature = _naive_curvature(inputs["row_factors"][i], inputs["column_factors"][i], view).reshape(w.shape)
+            update = moment / (1 - _BETA ** (i + 1)) / curvature + decay * w.abs()
+            finite = g.isfinite()
+            stored = inputs["stored_u"] * expected[i].abs()
+            of_params.append(torch.where(finite, 16 * u * (w.abs() + _LR * update) + stored, 0))
+            of_moments.append(torch.where(finite, 16 * u * moment, 0))
+        return [*of_params, *of_moments, *(0.0 for _ in inputs["steps"]), 0.0]
+
+    def inputs(source: Source) -> Inputs:
+        return {**_step_inputs(source), "stored_u": torch.finfo(source.dtype).eps / 2}
+
+    return Case("adafisher_step_", name, _SUM_DTYPES, inputs, call, tolerance)
+
+
+def _naive_curvature(row: Tensor | None, column: Tensor | None, view: tuple[int, int, int]) -> Tensor:
+    groups, rows, columns = view
+    product = torch.ones(view, dtype=torch.float64)
+    if row is not None:
+        product = product * row.view(groups, rows, 1)
+    if column is not None:
+        product = product * column.view(groups, 1, columns)
+    return product + _DAMPING
+
+
+CASES: Sequence[Case] = (
+    *_sum_cases("column_sum_of_squares", _COLUMNS),
+    *_sum_cases("channel_sum_of_squares", _CHANNELS),
+    *_patch_cases(),
+    Case(
+        "minmax",
+        "vectors",
+        _FACTOR_DTYPES,
+        _minmax_inputs,
+        lambda inputs: ops.minmax(inputs["x"], 1e-6),
+        _minmax_tolerance,
+    ),
+    Case(
+        "minmax",
+        "weights",
+        _FACTOR_DTYPES,
+        lambda source: _weights(source, _minmax_inputs(source)),
+        lambda inputs: ops.minmax(inputs["x"], 1e-6, inputs["weights"]),
+        _minmax_tolerance,
+    ),
+    _ema_case("raw", 0.8, 0.2),
+    _ema_case("normalised", 0.08, 0.008, normalize=True, eps=1e-6),
+    _ema_case("in pairs", 0.8, 0.2, joint=2),
+    _step_case("plain"),
+    _step_case("weight decay in the gradient", weight_decay=0.1),
+    _step_case("decoupled weight decay", weight_decay=0.1, decoupled=True),
+    _step_case("maximised and scaled", maximize=True, scale=1024.0),
+    _step_case("nothing at all after an overflow", scale=2.0, found_inf=True),
+)

@@ -1,0 +1,40 @@
+"""Small real training tasks, the optimizers to train them with, and the comparison behind ``fisher-kernels``.
+
+Adding a task is one module with a ``TASK`` and one entry in ``TASKS``; adding an optimizer is one entry in
+``OPTIMIZERS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fisher_kernels.tasks import digits, text
+from fisher_kernels.tasks.comparison import compare, summarize
+from fisher_kernels.tasks.optimizers import OPTIMIZERS, recipe
+from fisher_kernels.tasks.task import MissingExtraError, Task
+from fisher_kernels.tasks.training import Settings
+
+__all__ = [
+    "OPTIMIZERS",
+    "TASKS",
+    "MissingExtraError",
+    "Settings",
+    "Task",
+    "compare",
+    "find_task",
+    "recipe",
+    "summarize",
+]
+
+TASKS: Mapping[str, Task] = {task.name: task for task in (digits.TASK, text.TASK)}
+
+
+def find_task(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        ValueError: there is none; the message lists what there is.
+    """
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}: choose from {', '.join(TASKS)}")
+    return TASKS[name]

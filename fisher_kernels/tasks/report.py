@@ -1,0 +1,179 @@
+"""What people and programs get to see of a comparison: tables for the terminal, a JSON file, a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from fisher_kernels import environment
+from fisher_kernels.tasks.comparison import Spread, Summary, summarize
+from fisher_kernels.tasks.task import Task, require
+from fisher_kernels.tasks.training import Record, Settings
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's palette: told apart by colour-blind readers too. Lines also differ in their markers.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "osD^vPX"
+_DOTS_PER_INCH = 150
+
+
+def tables(task: Task, summaries: Sequence[Summary]) -> RenderableType:
+    """The metric epoch by epoch, and what the steps cost."""
+    seeds = len(summaries[0].seeds)
+    over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else f"seed {summaries[0].seeds[0]}"
+    return Group(
+        f"{task.name}: {task.metric.name} in {task.metric.unit} per epoch, {over}",
+        _metric_table(task, summaries),
+        "Cost, medians over iterations and seeds. Step: optimizer.step() alone. Iteration: zero_grad, forward, "
+        "backward and step. Training: all iterations of a run, without evaluation.",
+        _cost_table(summaries),
+    )
+
+
+def _metric_table(task: Task, summaries: Sequence[Summary]) -> Table:
+    table = Table()
+    table.add_column("epoch", justify="right")
+    for summary in summaries:
+        table.add_column(summary.title, justify="right")
+    epochs = len(summaries[0].metric)
+    for epoch in range(1, epochs):
+        cells = [_metric_cell(task, summary, epoch) for summary in summaries]
+        table.add_row(str(epoch), *cells, style="bold" if epoch == epochs - 1 else None)
+    return table
+
+
+def _metric_cell(task: Task, summary: Summary, epoch: int) -> str:
+    spread = summary.metric[epoch]
+    if spread is None:
+        return f"[red]diverged ({len(summary.diverged)} of {len(summary.seeds)})[/red]"
+    mean = task.metric.format(spread.mean)
+    return f"{mean} ± {task.metric.format(spread.deviation)}" if len(summary.seeds) > 1 else mean
+
+
+def _cost_table(summaries: Sequence[Summary]) -> Table:
+    table = Table()
+    table.add_column("optimizer")
+    for name in ("lr", "weight decay", "step ms", "iteration ms", "training s", "state B/param"):
+        table.add_column(name, justify="right")
+    for summary in summaries:
+        table.add_row(
+            summary.title,
+            _number(summary.hyperparameters.get("lr"), "g"),
+            _number(summary.hyperparameters.get("weight_decay"), "g"),
+            _number(summary.step_ms, ".3f"),
+            _number(summary.iteration_ms, ".2f"),
+            _number(summary.seconds[-1], ".1f"),
+            _number(summary.state_bytes_per_parameter, ".2f"),
+        )
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def document(task: Task, settings: Settings, records: Sequence[Record]) -> dict[str, Any]:
+    """Everything that is known about a comparison, as plain JSON types; figures that are not finite become null."""
+    parts = {
+        "task": task.name,
+        "metric": task.metric,
+        "settings": settings,
+        "environment": environment.describe(),
+        "summary": summarize(records, settings.epochs),
+        "runs": records,
+    }
+    return {name: _plain(part) for name, part in parts.items()}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Writes standard JSON: a figure that is not finite is an error here, see ``document``."""
+    path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def require_plotting() -> None:
+    """Raises ``MissingExtraError`` where ``draw`` would."""
+    require("matplotlib.figure", "matplotlib", "the picture of the curves")
+
+
+def draw(path: Path, task: Task, summaries: Sequence[Summary]) -> None:
+    """Writes a PNG: the metric after each epoch, against epochs and against training time, one line per optimizer."""
+    # A Figure of its own: no pyplot, so no global state and no display.
+    figure = require("matplotlib.figure", "matplotlib", "the picture of the curves").Figure(
+        figsize=(12, 5.4), dpi=_DOTS_PER_INCH, layout="constrained"
+    )
+    by_epoch, by_time = figure.subplots(1, 2, sharey=True)
+    for index, summary in enumerate(summaries):
+        # The untrained model, epoch 0, is left out: it would squeeze everything else into a corner.
+        curve = {epoch: spread for epoch, spread in enumerate(summary.metric) if epoch and spread is not None}
+        _draw_curve(by_epoch, list(curve), list(curve.values()), summary, index)
+        _draw_curve(by_time, [summary.seconds[epoch] or 0.0 for epoch in curve], list(curve.values()), summary, index)
+    seeds = len(summaries[0].seeds)
+    figure.suptitle(
+        f"{task.name}: {task.metric.name}" + (f" (mean and deviation over {seeds} seeds)" if seeds > 1 else ""),
+        fontsize="x-large",
+    )
+    by_epoch.set(xlabel="epoch", ylabel=f"{task.metric.name} ({task.metric.unit})", title="per epoch")
+    by_time.set(xlabel="training time (s)", title="against training time")
+    by_time.set_xlim(left=0)
+    by_epoch.xaxis.get_major_locator().set_params(integer=True)
+    if task.metric.unit == "%" and task.metric.higher_is_better:
+        _stretch_towards_100(by_epoch)
+    for axes in (by_epoch, by_time):
+        axes.grid(alpha=0.3)
+    by_epoch.legend(loc="lower right" if task.metric.higher_is_better else "upper right")
+    figure.savefig(path)
+
+
+def _draw_curve(axes: Axes, x: Sequence[float], curve: Sequence[Spread], summary: Summary, index: int) -> None:
+    lost = len(summary.diverged)
+    label = summary.title + (f" (diverged: {lost} of {len(summary.seeds)})" if lost else "")
+    mean = [spread.mean for spread in curve]
+    deviation = [spread.deviation for spread in curve]
+    axes.errorbar(
+        x,
+        mean,
+        yerr=deviation,
+        label=label,
+        color=_COLORS[index % len(_COLORS)],
+        marker=_MARKERS[index % len(_MARKERS)],
+        markersize=5,
+        elinewidth=1,
+        capsize=3,
+    )
+
+
+def _stretch_towards_100(axes: Axes) -> None:
+    """Gives 98 to 99 % as much room as 80 to 90 %: a logarithmic axis of what is missing to 101 %."""
+    axes.set_yscale(
+        "function",
+        functions=(
+            lambda accuracy: -np.log10(np.maximum(101 - accuracy, 1e-3)),
+            lambda position: 101 - 10 ** (-position),
+        ),
+    )
+    low = axes.get_ylim()[0]
+    axes.set_ylim(low, 100.2)
+    axes.set_yticks([tick for tick in (10, 30, 50, 70, 80, 90, 95, 97, 98, 99, 99.5, 100) if tick >= low])
+    axes.yaxis.set_major_formatter("{x:g}")

@@ -1,0 +1,90 @@
+"""What a training task is: a model, seeded batches, a loss and one figure of merit."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batch = tuple[Tensor, Tensor]
+Hyperparameters = Mapping[str, Any]
+
+
+class MissingExtraError(ImportError):
+    """A package of the ``demo`` extra is not installed."""
+
+
+def require(module: str, distribution: str, purpose: str) -> ModuleType:
+    """Imports ``module``, or raises ``MissingExtraError`` with the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{purpose} needs {distribution}, which could not be imported ({error}); "
+            "install it with: pip install 'fisher_kernels[demo]'"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The figure a task is judged by, measured on data that is never trained on."""
+
+    name: str
+    unit: str
+    higher_is_better: bool
+    decimals: int
+
+    def format(self, value: float) -> str:
+        """The value with as many decimals as mean something."""
+        return f"{value:.{self.decimals}f}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A small, real learning problem that needs no download.
+
+    The seed alone fixes the initial model and the order of the batches, so every optimizer starts from the same
+    parameters and sees the same data.
+
+    Attributes:
+        make_model: seed -> a model in training mode.
+        batches: (seed, epoch, batch_size) -> the (inputs, targets) of one epoch.
+        loss: (model, batch) -> the mean training loss, a scalar tensor.
+        evaluate: model -> the metric; leaves the model as it was.
+        steps_per_epoch: batch_size -> the number of batches of an epoch.
+        hyperparameters: what each optimizer (``"name"`` or ``"name:variant"``) uses unless told otherwise.
+    """
+
+    name: str
+    summary: str
+    metric: Metric
+    epochs: int
+    batch_size: int
+    make_model: Callable[[int], nn.Module]
+    batches: Callable[[int, int, int], Iterator[Batch]]
+    loss: Callable[[nn.Module, Batch], Tensor]
+    evaluate: Callable[[nn.Module], float]
+    steps_per_epoch: Callable[[int], int]
+    hyperparameters: Mapping[str, Hyperparameters]
+
+
+def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
+    """Builds a model from ``seed`` without touching the caller's random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def shuffled(size: int, seed: int, epoch: int) -> Tensor:
+    """A permutation of range(size) fixed by the seed and the epoch."""
+    return torch.randperm(size, generator=generator(seed, epoch))
+
+
+def generator(seed: int, epoch: int) -> torch.Generator:
+    """A random source for one epoch of one run; neighbouring runs do not meet each other's later epochs."""
+    return torch.Generator().manual_seed(1_000_003 * seed + epoch)

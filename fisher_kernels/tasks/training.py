@@ -1,0 +1,181 @@
+"""One training run, advanced epoch by epoch, with its timings and its record."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from fisher_kernels.tasks.optimizers import Recipe
+from fisher_kernels.tasks.task import Batch, Hyperparameters, Task
+
+# The first iterations of a run allocate memory and build plans; they are left out of the timings.
+WARM_UP_STEPS = 5
+
+
+OnStep = Callable[["Training"], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs of a comparison have in common."""
+
+    epochs: int
+    batch_size: int
+    cosine: bool = True
+    max_steps: int | None = None
+
+    def steps_per_epoch(self, task: Task) -> int:
+        """Iterations of one epoch."""
+        steps = task.steps_per_epoch(self.batch_size)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds per call over a run, without its first calls."""
+
+    median: float
+    mean: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Timing | None:
+        """Summary of the times of single calls in seconds; None if there was no call."""
+        if not seconds:
+            return None
+        times = sorted(1e3 * second for second in (seconds[WARM_UP_STEPS:] or seconds))
+        last = len(times) - 1
+        return cls(
+            median=statistics.median(times),
+            mean=statistics.fmean(times),
+            p20=times[round(0.2 * last)],
+            p80=times[round(0.8 * last)],
+        )
+
+
+@dataclass
+class Record:
+    """What a run leaves behind. Lists have one entry per epoch; ``metric`` and ``seconds`` start before the first.
+
+    ``seconds`` counts training iterations alone: no evaluation and no loading of data.
+    """
+
+    optimizer: str
+    title: str
+    seed: int
+    hyperparameters: Hyperparameters
+    metric: list[float] = field(default_factory=list)
+    training_loss: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    step_ms: Timing | None = None
+    iteration_ms: Timing | None = None
+    parameters: int = 0
+    state_bytes_per_parameter: float | None = None
+    diverged: str | None = None
+
+
+class Training:
+    """Trains one model with one recipe from one seed: ``evaluate`` once, then ``run_epoch`` until ``finished``."""
+
+    def __init__(self, task: Task, recipe: Recipe, seed: int, settings: Settings) -> None:
+        self.task = task
+        self.settings = settings
+        self.seed = seed
+        self.model = task.make_model(seed)
+        self.optimizer = recipe.build(self.model)
+        self.record = Record(recipe.name, recipe.title, seed, _hyperparameters(self.optimizer))
+        total = settings.epochs * settings.steps_per_epoch(task)
+        self.schedule = LambdaLR(self.optimizer, lambda step: cosine(step, total) if settings.cosine else 1.0)
+        self._step_seconds: list[float] = []
+        self._iteration_seconds: list[float] = []
+        self.record.parameters = sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done or the run has diverged."""
+        return self.record.diverged is not None or len(self.record.training_loss) >= self.settings.epochs
+
+    def run_epoch(self, on_step: OnStep | None = None) -> None:
+        """Trains one epoch and evaluates; a run that diverges stops where it is and says so in its record."""
+        epoch = len(self.record.training_loss) + 1
+        batches = self.task.batches(self.seed, epoch, self.settings.batch_size)
+        losses: list[float] = []
+        for batch in islice(batches, self.settings.max_steps):
+            losses.append(self.iterate(batch))
+            if not math.isfinite(losses[-1]):
+                self.record.diverged = f"loss {losses[-1]} in epoch {epoch}, step {len(losses)}"
+                return self._measure()
+            if on_step is not None:
+                on_step(self)
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            self.record.diverged = f"parameters not finite after epoch {epoch}"
+            return self._measure()
+        self.record.training_loss.append(statistics.fmean(losses))
+        self.evaluate()
+        self._measure()
+
+    def evaluate(self) -> None:
+        """Records the metric, and the seconds that training has taken so far."""
+        self.record.metric.append(self.task.evaluate(self.model))
+        self.record.seconds.append(sum(self._iteration_seconds))
+
+    def iterate(self, batch: Batch) -> float:
+        """One iteration, timed; returns the training loss before it."""
+        begin = time.perf_counter()
+        self.optimizer.zero_grad()
+        loss = self.task.loss(self.model, batch)
+        loss.backward()
+        before_step = time.perf_counter()
+        self.optimizer.step()
+        end = time.perf_counter()
+        self._step_seconds.append(end - before_step)
+        self._iteration_seconds.append(end - begin)
+        self.schedule.step()
+        return loss.item()
+
+    def _measure(self) -> None:
+        self.record.step_ms = Timing.of(self._step_seconds)
+        self.record.iteration_ms = Timing.of(self._iteration_seconds)
+        self.record.state_bytes_per_parameter = state_bytes(self.optimizer) / self.record.parameters
+
+    def close(self) -> None:
+        """Removes the hooks of an optimizer that has any."""
+        close = getattr(self.optimizer, "close", None)
+        if close is not None:
+            close()
+
+
+def _hyperparameters(optimizer: torch.optim.Optimizer) -> Hyperparameters:
+    """Numbers and names the optimizer runs with, its own defaults included."""
+    group = optimizer.param_groups[0]
+    return {name: value for name, value in group.items() if isinstance(value, float | int | str | tuple)}
+
+
+def cosine(step: int, total: int) -> float:
+    """Factor of the learning rate: 1 at first, 0 after the last of ``total`` steps."""
+    return 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0)))
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all tensors in the optimizer's state, each storage counted once."""
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(optimizer.state.values())}
+    return sum(sizes.values())
+
+
+def _tensors(values: Iterable[Any]) -> Iterable[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)

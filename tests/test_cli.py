@@ -1,0 +1,251 @@
+"""The command line: what it prints, what it writes, and its exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner, Result
+
+import fisher_kernels
+from fisher_kernels.cli import app
+from fisher_kernels.tasks import digits
+
+ROOT = Path(fisher_kernels.__file__).parent.parent
+SHORT = ("--epochs", "2", "--max-steps", "2")
+
+
+def invoke(*arguments: str, **environment: str) -> Result:
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "NO_COLOR": "1", **environment})
+
+
+def run_module(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "fisher_kernels", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def assert_picture(path: Path) -> None:
+    pixels = matplotlib.image.imread(path)
+    assert pixels.shape[0] >= 600
+    assert pixels.shape[1] >= 1200
+    assert pixels[..., :3].std() > 0.05
+    # Curves are drawn in colour; axes and text are grey.
+    colour = pixels[..., :3].max(axis=-1) - pixels[..., :3].min(axis=-1)
+    assert (colour > 0.3).sum() > 200
+
+
+def test_info_as_json() -> None:
+    result = invoke("info", "--json")
+    assert result.exit_code == 0
+    facts = json.loads(result.stdout)
+    assert facts["fisher_kernels"] == fisher_kernels.__version__
+    assert facts["backends"]["reference"] is None
+    assert set(facts["backends"]) == {"reference", "cpu", "cuda", "triton"}
+    assert facts["threads"] >= 1
+    assert {"torch", "triton", "python", "processor", "capability", "openmp", "backend"} <= set(facts)
+
+
+def test_info_says_why_a_backend_is_missing() -> None:
+    result = invoke("info")
+    assert result.exit_code == 0
+    for name, reason in fisher_kernels.backends.reasons().items():
+        line = next(line for line in result.stdout.splitlines() if line.startswith(f"│ {name} "))
+        assert ("yes" if reason is None else reason[:30]) in line
+
+
+@pytest.mark.parametrize("folder", ["root", "elsewhere"])
+def test_module_runs_from_any_folder(folder: str, tmp_path: Path) -> None:
+    result = run_module(ROOT if folder == "root" else tmp_path, "info", "--json")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert json.loads(result.stdout)["backends"]["reference"] is None
+
+
+def test_info_needs_no_extras() -> None:
+    code = "\n".join(
+        (
+            "import sys",
+            "sys.modules.update(dict.fromkeys(('matplotlib', 'sklearn'), None))",
+            "from fisher_kernels.cli import app",
+            "app(['info'])",
+        )
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_selftest_checks_every_op_on_every_backend() -> None:
+    result = invoke("selftest", "--json")
+    assert result.exit_code == 0, result.stdout
+    data = json.loads(result.stdout)
+    assert data["passed"] is True
+    checked = {(check["op"], check["backend"]) for check in data["checks"]}
+    # Every op is a public function of fisher_kernels.ops, and the other way round.
+    names = [name for name in fisher_kernels.ops.__all__ if name.islower()]
+    assert checked == {(name, backend) for name in names for backend in fisher_kernels.backends.available()}
+    assert {check["dtype"] for check in data["checks"]} == {"float32", "float64", "bfloat16", "float16"}
+
+
+def test_selftest_prints_a_table() -> None:
+    result = invoke("selftest")
+    assert result.exit_code == 0
+    assert "adafisher_step_" in result.stdout
+    assert "failed" not in result.stdout
+
+
+@pytest.mark.parametrize("wrong", ["value", "shape", "exception", "silent"])
+def test_selftest_has_teeth(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = fisher_kernels.ops.minmax
+
+    def broken(x: list[Tensor], eps: float, *rest: Any) -> list[Tensor]:
+        if x[0].dtype == torch.float64:
+            return right(x, eps, *rest)
+        if wrong == "exception":
+            raise RuntimeError("no [such] kernel")
+        if wrong == "value":
+            return [v * (1 + 1e-4) for v in right(x, eps, *rest)]
+        if wrong == "shape":
+            return [v[:-1] for v in right(x, eps, *rest)]
+        return [v.nan_to_num() for v in right(x, eps, *rest)]  # NaN swallowed
+
+    monkeypatch.setattr(fisher_kernels.ops, "minmax", broken)
+    result = invoke("selftest")
+    assert result.exit_code == 1
+    assert "failed: minmax, vectors, float32 on reference (cpu):" in result.stdout
+    if wrong == "exception":
+        assert "RuntimeError: no [such] kernel" in result.stdout
+    data = json.loads(invoke("selftest", "--json").stdout)
+    assert data["passed"] is False
+    assert {check["op"] for check in data["checks"] if not check["passed"]} == {"minmax"}
+
+
+def test_help_lists_commands_tasks_and_optimizers() -> None:
+    top = invoke("--help").stdout
+    for command in ("info", "train", "compare", "selftest"):
+        assert command in top
+    text = invoke("compare", "--help").stdout
+    for name in ("digits", "text", "adamw", "adafisherw", "adafisher:relative"):
+        assert name in text
+
+
+def test_compare_writes_tables_a_picture_and_json(tmp_path: Path) -> None:
+    result = invoke("compare", "digits", "--optimizers", "adamw,sgd", "--seeds", "2", *SHORT, "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    for word in ("AdamW", "SGD", "test accuracy", "step ms", "state B/param", "compare.png", "compare.json"):
+        assert word in result.stdout
+    data = json.loads((tmp_path / "compare.json").read_text())
+    assert data["task"] == "digits"
+    assert data["metric"]["unit"] == "%"
+    assert data["settings"] == {"epochs": 2, "batch_size": 64, "cosine": True, "max_steps": 2}
+    assert data["environment"]["torch"]
+    assert [(run["optimizer"], run["seed"]) for run in data["runs"]] == [
+        ("adamw", 0),
+        ("adamw", 1),
+        ("sgd", 0),
+        ("sgd", 1),
+    ]
+    for run in data["runs"]:
+        assert run["diverged"] is None
+        assert len(run["metric"]) == len(run["seconds"]) == 3
+        assert len(run["training_loss"]) == 2
+        assert 0 < run["step_ms"]["median"] < run["iteration_ms"]["median"]
+        assert run["hyperparameters"]["lr"] > 0
+    adamw, sgd = data["summary"]
+    assert adamw["metric"][2]["mean"] == pytest.approx(
+        (data["runs"][0]["metric"][2] + data["runs"][1]["metric"][2]) / 2
+    )
+    assert adamw["state_bytes_per_parameter"] == pytest.approx(8, rel=1e-2)
+    assert sgd["state_bytes_per_parameter"] == pytest.approx(4, rel=1e-2)
+    assert_picture(tmp_path / "compare.png")
+
+
+@pytest.mark.parametrize("optimizer", ["adafisher", "adafisherw"])
+def test_train_adafisher(optimizer: str, tmp_path: Path) -> None:
+    arguments = ("--variant", "relative", "--lr", "0.5", "--update-interval", "2", "--damping", "0.2")
+    result = invoke("train", "digits", "--optimizer", optimizer, *arguments, *SHORT, "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    (run,) = json.loads((tmp_path / f"{optimizer}-relative.json").read_text())["runs"]
+    assert run["optimizer"] == f"{optimizer}:relative"
+    expected = {"variant": "relative", "lr": 0.5, "update_interval": 2, "damping": 0.2}
+    assert {name: run["hyperparameters"][name] for name in expected} == expected
+    # One moment a parameter, and one number a row and a column.
+    assert 4 < run["state_bytes_per_parameter"] < 5
+    assert_picture(tmp_path / f"{optimizer}-relative.png")
+
+
+def test_train_text_prints_json_alone(tmp_path: Path) -> None:
+    result = invoke(
+        "train", "text", "--optimizer", "sgd", "--epochs", "1", "--max-steps", "1", "--batch-size", "2", "--seed", "7",
+        "--schedule", "constant", "--out", str(tmp_path), "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    data: dict[str, Any] = json.loads(result.stdout)
+    assert data == json.loads((tmp_path / "sgd.json").read_text())
+    assert data["runs"][0]["seed"] == 7
+    assert data["settings"]["batch_size"] == 2
+    assert data["settings"]["cosine"] is False
+    # An untrained model knows nothing about 256 byte values.
+    assert 5 < data["runs"][0]["metric"][0] < 7
+
+
+def test_results_go_to_a_folder_of_the_task_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert invoke("train", "digits", "--optimizer", "sgd", *SHORT).exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "results" / "digits").iterdir()) == ["sgd.json", "sgd.png"]
+
+
+def test_a_diverging_training_is_reported_and_fails(tmp_path: Path) -> None:
+    result = invoke("train", "digits", "--optimizer", "sgd", "--lr", "1e30", "--epochs", "2", "--out", str(tmp_path))
+    assert result.exit_code == 1
+    assert "diverged (1 of 1)" in result.stdout
+    assert "SGD, seed 0, diverged: loss" in result.stdout
+    (run,) = json.loads((tmp_path / "sgd.json").read_text())["runs"]
+    assert run["diverged"].startswith("loss")
+    assert (tmp_path / "sgd.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("compare", "mnist"), "unknown task 'mnist': choose from digits, text"),
+        (("compare", "digits", "--optimizers", "adamw,lion"), "unknown optimizer 'lion': choose from adamw, sgd"),
+        (("train", "digits", "--optimizer", "adafisher:fast"), "unknown variant 'fast' of adafisher"),
+        (("train", "digits", "--optimizer", "sgd", "--damping", "1"), "sgd has no hyperparameter 'damping'"),
+        (("train", "digits", "--optimizer", "sgd", "--schedule", "step"), "choose from cosine, constant"),
+        (("compare", "digits", "--seeds", "many"), "seeds is 'many', expected how many (3) or a list (4,7)"),
+        (("compare", "digits", "--seeds", "0"), "seeds is '0'"),
+        (("train", "digits", "--optimizer", "sgd", "--epochs", "0"), "epochs"),
+        (("train", "digits"), "optimizer"),
+    ],
+)
+def test_wrong_usage_is_explained(arguments: tuple[str, ...], message: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_a_backend_that_cannot_run_is_explained() -> None:
+    result = invoke("train", "digits", "--optimizer", "sgd", *SHORT, FISHER_KERNELS_BACKEND="fpga")
+    assert result.exit_code == 1
+    assert "FISHER_KERNELS_BACKEND: backend is 'fpga', expected one of 'auto', 'reference'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("sklearn.datasets", "scikit-learn"), ("matplotlib.figure", "matplotlib")]
+)
+def test_a_missing_extra_is_named(module: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    digits._load.cache_clear()
+    result = invoke("train", "digits", "--optimizer", "sgd", *SHORT, "--out", str(tmp_path))
+    assert result.exit_code == 1
+    assert name in result.stderr
+    assert "pip install 'fisher_kernels[demo]'" in result.stderr
