@@ -219,6 +219,7 @@ class AdaFisher(LayerwiseOptimizer):
         """Make the state of every parameter that has a gradient, before anything is changed."""
         fresh = False
         for group in self.param_groups:
+            self._check_not_moved(group)
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -237,6 +238,18 @@ class AdaFisher(LayerwiseOptimizer):
             for index, site in enumerate(self.statistics.sites):
                 if any(p.grad is not None for layer in site.layers for p in layer.parameters.values()):
                     self._factors.averages(index)
+
+    def _check_not_moved(self, group: dict[str, Any]) -> None:
+        """Refuse a model that changed its dtype or device since its state was made; one parameter tells."""
+        for p in group["params"]:
+            if (moment := self.state.get(p, {}).get("exp_avg")) is not None:
+                if moment.dtype != ACCUMULATOR[p.dtype] or moment.device != p.device:
+                    raise RuntimeError(
+                        f"the model was moved to {p.dtype} on {p.device} after its optimizer state was made "
+                        f"({moment.dtype} on {moment.device}); move the state along with "
+                        "optimizer.load_state_dict(optimizer.state_dict())"
+                    )
+                return
 
     def _update(self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Step one group: parameters with factors in one call, those of constant curvature in another."""

@@ -71,7 +71,7 @@ class DiagonalFactors:
         self._form(sorted(self._known))
 
     def _has_statistics(self, index: int) -> bool:
-        weight = self.state[self.sites[index].owner].get(self._prefix(index) + WEIGHT)
+        weight = self.state.get(self.sites[index].owner, {}).get(self._prefix(index) + WEIGHT)
         return weight is not None and float(weight) > 0
 
     def _prefix(self, index: int) -> str:

@@ -1,0 +1,671 @@
+"""The statistics engine in the situations that training loops bring: each test fails without the care it names."""
+
+import copy
+import functools
+import gc
+import io
+import pickle
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
+
+from fisher_kernels import AdaFisher
+
+SAMPLES, FEATURES, CLASSES = 16, 6, 4
+
+
+def mlp(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(FEATURES, 8, **kwargs), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, CLASSES, **kwargs))
+
+
+def batch(seed=1, samples=SAMPLES, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, FEATURES, generator=generator, dtype=dtype)
+    return x, torch.randint(CLASSES, (samples,), generator=generator)
+
+
+def loss_of(model, data):
+    x, y = data
+    return F.cross_entropy(model(x), y)
+
+
+def snapshot(optimizer):
+    """Copies of all parameters and of all their state, in the order of the groups."""
+    tensors = []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            tensors.append(p.detach().clone())
+            state = optimizer.state.get(p, {})
+            tensors += [state[name].clone() for name in sorted(state)]
+    return tensors
+
+
+def factors(optimizer, parameter):
+    state = optimizer.state[parameter]
+    return {name: value.clone() for name, value in state.items() if "factor" in name}
+
+
+def assert_same(actual, expected, rtol=0.0):
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * float(b.abs().max()) if b.numel() else 0.0)
+
+
+def train(model, optimizer, steps=3, run=loss_of):
+    for t in range(steps):
+        optimizer.zero_grad()
+        run(model, batch(t)).backward()
+        optimizer.step()
+    return snapshot(optimizer)
+
+
+class TestGraph:
+    """What happens to a layer's output, and which backward counts."""
+
+    def test_in_place_operations_after_a_layer(self):
+        class Net(nn.Module):
+            def __init__(self, in_place):
+                super().__init__()
+                torch.manual_seed(0)
+                self.first, self.second = nn.Linear(FEATURES, 8), nn.Linear(8, CLASSES)
+                self.in_place = in_place
+
+            def forward(self, x):
+                h = self.first(x)
+                if self.in_place:
+                    h += 1
+                    F.relu(h, inplace=True)
+                else:
+                    h = F.relu(h + 1)
+                out = self.second(h)
+                if self.in_place:
+                    out *= 2
+                    return out
+                return out * 2
+
+        results = []
+        for in_place in (False, True):
+            model = Net(in_place)
+            results.append(train(model, AdaFisher(model)))
+        assert_same(results[1], results[0])
+
+    @pytest.mark.parametrize("variant", ["paper", "relative", "release"])
+    def test_accumulation_over_micro_batches_equals_one_batch(self, variant):
+        whole, parts = mlp(), mlp()
+        one, many = AdaFisher(whole, variant=variant), AdaFisher(parts, variant=variant)
+        for t in range(3):
+            x, y = batch(t)
+            one.zero_grad()
+            loss_of(whole, (x, y)).backward()
+            many.zero_grad()
+            for half in range(2):
+                part = slice(half * 8, half * 8 + 8)
+                (loss_of(parts, (x[part], y[part])) / 2).backward()
+            if t == 0:
+                one.step(), many.step()
+                for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
+                    assert_same(list(factors(many, q).values()), list(factors(one, p).values()), rtol=1e-6)
+            else:
+                one.step(), many.step()
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_checkpointing_gives_the_same_statistics(self, reentrant):
+        class Net(nn.Module):
+            def __init__(self, checkpointed):
+                super().__init__()
+                torch.manual_seed(0)
+                self.stem = nn.Linear(FEATURES, 8)
+                self.block = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 8))
+                self.head = nn.Linear(8, CLASSES)
+                self.checkpointed = checkpointed
+
+            def forward(self, x):
+                h = self.stem(x)
+                for _ in range(2):  # the block is used twice
+                    h = checkpoint(self.block, h, use_reentrant=reentrant) if self.checkpointed else self.block(h)
+                return self.head(h)
+
+        results = []
+        for checkpointed in (False, True):
+            model = Net(checkpointed)
+            results.append(train(model, AdaFisher(model)))
+        # Recomputation adds the two uses of the block in another order: rounding of sums of 32 terms.
+        assert_same(results[1], results[0], rtol=1e-5)
+
+    @pytest.mark.parametrize("mode", ["train", "eval"])
+    def test_extra_forwards_count_for_nothing(self, mode):
+        def run(model, data):
+            model.train(mode == "train")
+            model(batch(99)[0] * 100)  # a graph that no backward runs through
+            model.train()
+            return loss_of(model, data)
+
+        plain, extra = mlp(), mlp()
+        assert_same(train(extra, AdaFisher(extra), run=run), train(plain, AdaFisher(plain)))
+
+    def test_two_backward_passes_in_a_step_add_up(self):
+        model = nn.Linear(FEATURES, CLASSES)
+        optimizer = AdaFisher(model)
+        inputs, derivatives = [], []
+        for t in range(2):
+            x, y = batch(t)
+            out = model(x)
+            out.register_hook(derivatives.append)
+            inputs.append(x)
+            F.cross_entropy(out, y).backward()
+        optimizer.step()
+        state = optimizer.state[model.weight]
+        h, s = torch.cat(inputs).double(), torch.cat(derivatives).double()
+        corrected = state["input_factor"] / state["factor_weight"], state["output_factor"] / state["factor_weight"]
+        torch.testing.assert_close(corrected[0][:-1].double(), h.square().mean(0), rtol=1e-6, atol=0)
+        torch.testing.assert_close(corrected[1].double(), s.square().mean(0), rtol=1e-6, atol=0)
+
+    @pytest.mark.parametrize("with_respect_to", ["inputs", "parameters"])
+    def test_autograd_grad_counts_for_nothing(self, with_respect_to):
+        def run(model, data):
+            x = data[0].clone().requires_grad_()
+            wanted = [x] if with_respect_to == "inputs" else list(model.parameters())
+            grads = torch.autograd.grad(1000 * loss_of(model, (x, data[1])), wanted, create_graph=True)
+            assert all(g.requires_grad for g in grads)
+            return loss_of(model, data)
+
+        plain, extra = mlp(), mlp()
+        assert_same(train(extra, AdaFisher(extra), run=run), train(plain, AdaFisher(plain)))
+
+    def test_gradient_penalty_trains(self):
+        model = mlp()
+        optimizer = AdaFisher(model)
+        x, y = batch()
+        x.requires_grad_()
+        loss = loss_of(model, (x, y))
+        (penalty,) = torch.autograd.grad(loss, x, create_graph=True)
+        (loss + penalty.square().sum()).backward()
+        optimizer.step()
+        assert all(p.isfinite().all() for p in model.parameters())
+        assert float(optimizer.state[model[0].weight]["factor_weight"]) > 0
+
+    def test_backward_to_other_leaves_counts_for_nothing(self):
+        model = mlp()
+        optimizer = AdaFisher(model)
+        x, y = batch()
+        x.requires_grad_()
+        loss_of(model, (x, y)).backward(inputs=[x])
+        assert all(site.sums is None for site in optimizer.statistics.sites)
+        loss_of(model, (x, y)).backward(inputs=[model[0].weight])
+        assert [site.sums is not None for site in optimizer.statistics.sites] == [True, False, False]
+
+    def test_torch_func_transforms_leave_no_trace(self):
+        def run(model, data):
+            parameters = {k: v.detach() for k, v in model.named_parameters()}
+
+            def single(parameters, x, y):
+                out = torch.func.functional_call(model, parameters, (x.unsqueeze(0),))
+                return F.cross_entropy(out, y.unsqueeze(0))
+
+            per_sample = torch.func.vmap(torch.func.grad(single), in_dims=(None, 0, 0))(parameters, *data)
+            assert per_sample["0.weight"].shape[0] == SAMPLES
+            torch.func.jacrev(lambda x: model(x))(data[0][:2])
+            return loss_of(model, data)
+
+        plain, extra = mlp(), mlp()
+        assert_same(train(extra, AdaFisher(extra), run=run), train(plain, AdaFisher(plain)))
+
+    def test_functional_call_with_other_parameters_leaves_no_trace(self):
+        def run(model, data):
+            others = {k: (v * 2).detach().requires_grad_() for k, v in model.named_parameters()}
+            F.cross_entropy(torch.func.functional_call(model, others, (data[0],)), data[1]).backward()
+            return loss_of(model, data)
+
+        plain, extra = mlp(), mlp()
+        assert_same(train(extra, AdaFisher(extra), run=run), train(plain, AdaFisher(plain)))
+
+    def test_a_failed_optimizer_step_of_another_loop_leaves_no_trace(self):
+        """Pending sums die with the gradients, whoever clears them."""
+        model = mlp()
+        optimizer = AdaFisher(model)
+        loss_of(model, batch(7)).backward()
+        model.zero_grad()  # not the optimizer's
+        other = mlp()
+        assert_same(train(model, optimizer), train(other, AdaFisher(other)))
+
+
+class TestLayersThatComeAndGo:
+    def test_a_layer_unused_in_some_steps_keeps_its_factors(self):
+        model = nn.ModuleList([nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES)])
+        optimizer = AdaFisher(model)
+        for t, used in enumerate(([0, 1], [0], [0, 1])):
+            optimizer.zero_grad()
+            before = factors(optimizer, model[1].weight)
+            sum(loss_of(model[i], batch(t)) for i in used).backward()
+            optimizer.step()
+            if used == [0]:
+                assert_same(list(factors(optimizer, model[1].weight).values()), list(before.values()))
+                assert float(optimizer.state[model[1].weight]["step"]) == 1
+        assert float(optimizer.state[model[1].weight]["step"]) == 2
+
+    def test_frozen_backbone_with_a_new_head(self):
+        model = mlp()
+        for p in model[:3].parameters():
+            p.requires_grad_(False)
+        optimizer = AdaFisher(model)
+        before = [p.clone() for p in model[:3].parameters()]
+        train(model, optimizer)
+        assert_same([p.detach() for p in model[:3].parameters()], before)
+        assert model[0].weight not in optimizer.state
+        assert float(optimizer.state[model[3].weight]["factor_weight"]) > 0
+
+    def test_requires_grad_toggled_in_mid_training(self):
+        model = mlp()
+        optimizer = AdaFisher(model)
+        for t, trained in enumerate((True, False, True)):
+            model[0].requires_grad_(trained)
+            optimizer.zero_grad()
+            weight, state = model[0].weight.detach().clone(), factors(optimizer, model[0].weight)
+            loss_of(model, batch(t)).backward()
+            optimizer.step()
+            same = torch.equal(weight, model[0].weight)
+            assert same is not trained
+            if not trained:
+                assert_same(list(factors(optimizer, model[0].weight).values()), list(state.values()))
+
+    @pytest.mark.parametrize("held", ["all", "bias only"])
+    def test_a_frozen_weight_with_a_trained_bias(self, held):
+        free, model = mlp(), mlp()
+        model[3].weight.requires_grad_(False)
+        params = None if held == "all" else [model[3].bias]
+        reference, optimizer = AdaFisher(free), AdaFisher(model, params=params)
+        for net, opt in ((free, reference), (model, optimizer)):
+            loss_of(net, batch()).backward()
+            opt.step()
+        torch.testing.assert_close(model[3].bias, free[3].bias, rtol=0, atol=0)
+        assert torch.equal(model[3].weight, mlp()[3].weight)
+
+
+class TestBadNumbers:
+    @pytest.mark.parametrize("set_to_none", [True, False])
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_a_skipped_step_leaves_nothing_behind(self, bad, set_to_none):
+        plain, model = mlp(), mlp()
+        reference, optimizer = AdaFisher(plain), AdaFisher(model)
+        for net, opt in ((plain, reference), (model, optimizer)):
+            train(net, opt, steps=2)
+            opt.zero_grad()
+        (loss_of(model, batch(50)) * bad).backward()
+        optimizer.zero_grad(set_to_none=set_to_none)
+        for net, opt in ((plain, reference), (model, optimizer)):
+            loss_of(net, batch(60)).backward()
+            opt.step()
+        assert_same(snapshot(optimizer), snapshot(reference))
+
+    def test_a_bad_step_that_is_not_skipped_changes_nothing_but_the_count(self):
+        model = mlp()
+        optimizer = AdaFisher(model)
+        train(model, optimizer, steps=2)
+        before = snapshot(optimizer)
+        optimizer.zero_grad()
+        (loss_of(model, batch(50)) * float("nan")).backward()
+        optimizer.step()
+        steps = [s for s, b in zip(snapshot(optimizer), before, strict=True) if not torch.equal(s, b)]
+        assert all(s.dim() == 0 and float(s) == 3 for s in steps), "only the step counts may move"
+        metrics = optimizer.metrics()["0.weight"]
+        assert metrics["skipped_elements"] == model[0].weight.numel()
+        assert metrics["refused_statistics"] == 1
+
+    @pytest.mark.parametrize("given", ["grad_scaler=", "through step"])
+    @pytest.mark.parametrize("unscaled", [False, True])
+    def test_grad_scaler(self, given, unscaled):
+        if given == "through step" and unscaled:
+            pytest.skip("after a manual unscale_ nobody tells the step the scale: grad_scaler= is for that")
+        plain, model = mlp(), mlp()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
+        reference = AdaFisher(plain)
+        optimizer = AdaFisher(model, grad_scaler=scaler if given == "grad_scaler=" else None)
+        for t in range(4):
+            data = batch(t)
+            optimizer.zero_grad(), reference.zero_grad()
+            overflow = t == 1
+            scaler.scale(loss_of(model, data) * (float("inf") if overflow else 1.0)).backward()
+            if unscaled:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+            if not overflow:
+                loss_of(plain, data).backward()
+                if unscaled:
+                    nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+                reference.step()
+        # The scale is a power of two, so that scaling is exact.
+        assert_same(snapshot(optimizer), snapshot(reference), rtol=1e-7)
+
+    def test_a_refresh_that_a_scaler_skips_is_still_due(self):
+        model = mlp()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        optimizer = AdaFisher(model, update_interval=100, grad_scaler=scaler)
+        for overflow in (True, False):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, batch()) * (float("inf") if overflow else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert float(optimizer.state[model[0].weight]["factor_weight"]) > 0
+
+    def test_clipping_leaves_the_statistics_alone(self):
+        plain, model = mlp(), mlp()
+        for net in (plain, model):
+            optimizer = AdaFisher(net)
+            loss_of(net, batch()).backward()
+            if net is model:
+                nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+            optimizer.step()
+            net.factors = factors(optimizer, net[0].weight)
+        assert_same(list(model.factors.values()), list(plain.factors.values()))
+
+
+class TestPrecision:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_autocast(self, dtype):
+        def run(model, data):
+            with torch.autocast("cpu", dtype=dtype):
+                return loss_of(model, data)
+
+        plain, model = mlp(), mlp()
+        reference, optimizer = AdaFisher(plain), AdaFisher(model)
+        train(plain, reference, steps=1), train(model, optimizer, steps=1, run=run)
+        for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+            assert optimizer.state[q]["exp_avg"].dtype == torch.float32
+            for name, factor in factors(optimizer, q).items():
+                assert factor.dtype == torch.float32
+                # Squares of activations and derivatives that went through 8 bits: a few units of 2 * 2^-8.
+                scale = float(reference.state[p][name].abs().max())
+                torch.testing.assert_close(factor, reference.state[p][name], rtol=0, atol=0.05 * scale)
+
+    def test_bfloat16_parameters(self):
+        model = mlp().bfloat16()
+        optimizer = AdaFisher(model)
+        for t in range(3):
+            optimizer.zero_grad()
+            x, y = batch(t)
+            F.cross_entropy(model(x.bfloat16()).float(), y).backward()
+            optimizer.step()
+        for p in model.parameters():
+            assert p.dtype == torch.bfloat16
+            assert p.isfinite().all()
+            assert all(v.dtype == torch.float32 for v in optimizer.state[p].values())
+
+    def test_model_moved_before_the_first_step_works(self):
+        model = mlp()
+        optimizer = AdaFisher(model)
+        model.double()
+        loss_of(model, batch(dtype=torch.float64)).backward()
+        optimizer.step()
+        other = mlp().double()
+        reference = AdaFisher(other)
+        loss_of(other, batch(dtype=torch.float64)).backward()
+        reference.step()
+        assert_same(snapshot(optimizer), snapshot(reference))
+
+    def test_model_moved_in_mid_training_is_refused_clearly(self):
+        model = mlp()
+        optimizer = AdaFisher(model)
+        train(model, optimizer)
+        model.double()
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.zero_grad()
+        loss_of(model, batch(dtype=torch.float64)).backward()
+        with pytest.raises(RuntimeError, match=r"moved.*load_state_dict"):
+            optimizer.step()
+        assert_same([p.detach() for p in model.parameters()], before)
+        optimizer.load_state_dict(optimizer.state_dict())
+        loss_of(model, batch(dtype=torch.float64)).backward()
+        optimizer.step()
+        assert all(s["exp_avg"].dtype == torch.float64 for s in optimizer.state.values())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+class TestCompile:
+    @pytest.fixture(autouse=True)
+    def _fresh_compiler(self):
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+    @pytest.mark.parametrize("interval", [1, 3])
+    def test_fullgraph_model_equals_eager(self, interval):
+        eager, compiled = mlp(), mlp()
+        reference, optimizer = AdaFisher(eager, update_interval=interval), AdaFisher(compiled, update_interval=interval)
+        graphs = []
+
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+        model = torch.compile(compiled, fullgraph=True, backend=backend)
+        expected = train(eager, reference, steps=5)
+        assert_same(train(model, optimizer, steps=5), expected, rtol=1e-6)
+        assert len(graphs) == (1 if interval == 1 else 2), "one graph with statistics, one without, no others"
+
+    def test_inductor_with_convolution_and_norm(self):
+        def make():
+            torch.manual_seed(0)
+            return nn.Sequential(
+                nn.Conv2d(1, 4, 3, padding=1, stride=2, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(),
+                nn.Linear(16, CLASSES),
+            )  # fmt: skip
+
+        x, y = torch.randn(SAMPLES, 1, 4, 4), torch.randint(CLASSES, (SAMPLES,))
+        results = []
+        for compiled in (False, True):
+            model = make()
+            optimizer = AdaFisher(model)
+            forward = torch.compile(model, fullgraph=True) if compiled else model
+            for _ in range(2):
+                optimizer.zero_grad()
+                F.cross_entropy(forward(x), y).backward()
+                optimizer.step()
+            results.append(snapshot(optimizer))
+        # Inductor fuses and reorders float32 arithmetic; the factors are sums of up to 256 terms.
+        assert_same(results[1], results[0], rtol=1e-4)
+
+    def test_compiled_step_is_right_and_stays_outside_the_graph(self):
+        plain, model = mlp(), mlp()
+        reference, optimizer = AdaFisher(plain), AdaFisher(model)
+        expected = train(plain, reference)
+        step = torch.compile(optimizer.step, backend="eager")
+        for t in range(3):
+            optimizer.zero_grad()
+            loss_of(model, batch(t)).backward()
+            step()
+        assert_same(snapshot(optimizer), expected)
+
+        @torch.compile(fullgraph=True, backend="eager")
+        def refuses():
+            optimizer.step()
+
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            refuses()
+
+    def test_model_compiled_before_the_optimizer_warns(self):
+        model = mlp()
+        compiled = torch.compile(model, backend="eager")
+        loss_of(compiled, batch()).backward()
+        optimizer = AdaFisher(model)
+        model.zero_grad()
+        loss_of(compiled, batch()).backward()
+        if all(site.sums is None for site in optimizer.statistics.sites):
+            with pytest.warns(UserWarning, match="saw no statistics"):
+                optimizer.step()
+        else:  # this torch notices hooks that come late: then there is nothing to warn of
+            optimizer.step()
+
+    def test_export_ignores_the_hooks(self):
+        model = mlp()
+        optimizer = AdaFisher(model)
+        exported = torch.export.export(model, (batch()[0],))
+        assert "fisher_kernels" not in str(exported.graph)
+        assert optimizer is not None
+
+
+def test_gradients_set_by_hand_warn_once():
+    model = mlp()
+    optimizer = AdaFisher(model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.warns(UserWarning, match="saw no statistics"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_zero_gradients_without_statistics_use_curvature_one():
+    """What checkpoint tools do to make the state of a fresh optimizer."""
+    model = mlp()
+    optimizer = AdaFisher(model, lr=0.5)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    assert_same([p.detach() for p in model.parameters()], before)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.warns(UserWarning, match="saw no statistics"):
+        optimizer.step()
+    moment = 0.1 / (1 - 0.9**2)  # the first moment was zero
+    assert_same([p.detach() for p in model.parameters()], [b - 0.5 * moment for b in before], rtol=1e-6)
+
+
+class TestCopies:
+    def test_deepcopy_of_the_model_is_inert(self):
+        model = mlp()
+        optimizer = AdaFisher(model)
+        twin = copy.deepcopy(model)
+        loss_of(twin, batch()).backward()
+        assert all(site.sums is None for site in optimizer.statistics.sites)
+
+    @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+    def test_model_and_optimizer_copied_together_train_on_alike(self, how):
+        model = mlp()
+        optimizer = AdaFisher(model, update_interval=2)
+        train(model, optimizer)
+        if how == "deepcopy":
+            twin, twin_optimizer = copy.deepcopy((model, optimizer))
+        elif how == "pickle":
+            twin, twin_optimizer = pickle.loads(pickle.dumps((model, optimizer)))
+        else:
+            buffer = io.BytesIO()
+            torch.save((model, optimizer), buffer)
+            buffer.seek(0)
+            twin, twin_optimizer = torch.load(buffer, weights_only=False)
+        assert twin_optimizer.param_groups[0]["params"][0] is twin[0].weight
+        expected = train(model, optimizer)
+        assert_same(train(twin, twin_optimizer), expected)
+        assert float(twin_optimizer.state[twin[0].weight]["step"]) == 6
+
+    def test_averaged_model_is_inert_and_averages(self):
+        plain, model = mlp(), mlp()
+        average = AveragedModel(model)
+
+        def run(net, data):
+            average.update_parameters(net)
+            average(data[0]).sum()
+            return loss_of(net, data)
+
+        optimizer = AdaFisher(model)
+        average = AveragedModel(model)  # now with hooks to copy
+        assert_same(train(model, optimizer, run=run), train(plain, AdaFisher(plain)))
+
+    def test_collection_of_the_optimizer_removes_its_hooks(self):
+        model = mlp()
+        optimizer = AdaFisher(model)
+        assert any(m._forward_hooks for m in model.modules())
+        loss = loss_of(model, batch())  # a graph with hooks of its own is alive
+        del optimizer
+        gc.collect()
+        assert not any(m._forward_hooks for m in model.modules())
+        loss.backward()
+
+    def test_close_removes_the_hooks_and_the_optimizer_steps_on(self):
+        model = mlp()
+        optimizer = AdaFisher(model)
+        train(model, optimizer)
+        state = factors(optimizer, model[0].weight)
+        optimizer.close()
+        assert not any(m._forward_hooks for m in model.modules())
+        with pytest.warns(UserWarning, match="optimizer closed"):
+            train(model, optimizer, steps=1)
+        assert_same(list(factors(optimizer, model[0].weight).values()), list(state.values()))
+
+
+def test_hooks_do_nothing_between_refreshes(monkeypatch):
+    model = mlp()
+    optimizer = AdaFisher(model, update_interval=3)
+    captured = []
+    for site in optimizer.statistics.sites:
+        original = type(site.rule).capture
+        monkeypatch.setattr(
+            type(site.rule), "capture", lambda *a, f=original: captured.append(1) or f(*a), raising=True
+        )
+    counts = []
+    for t in range(6):
+        captured.clear()
+        optimizer.zero_grad()
+        loss_of(model, batch(t)).backward()
+        optimizer.step()
+        counts.append(len(captured))
+    assert [c > 0 for c in counts] == [True, False, False, True, False, False]
+
+
+def _rank(rank, world, path, variant, results):
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    calls = []
+    original = dist.all_reduce
+    dist.all_reduce = lambda *args, **kwargs: calls.append(args[0].numel()) or original(*args, **kwargs)
+    model = mlp()
+    ddp = nn.parallel.DistributedDataParallel(model)
+    optimizer = AdaFisher(model, variant=variant, update_interval=2)
+    per_step = []
+    for t in range(4):
+        x, y = batch(t)
+        part = slice(rank * SAMPLES // world, (rank + 1) * SAMPLES // world)
+        optimizer.zero_grad()
+        calls.clear()
+        loss_of(ddp, (x[part], y[part])).backward()
+        optimizer.step()
+        per_step.append(len(calls))
+    results[rank] = ([t.tolist() for t in snapshot(optimizer)], per_step)
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo over a file is tried on Linux only")
+@pytest.mark.parametrize("variant", ["paper", "release"])
+def test_data_parallel_equals_one_process(tmp_path, variant):
+    model = mlp()
+    expected = train(model, optimizer := AdaFisher(model, variant=variant, update_interval=2), steps=4)
+    assert optimizer is not None
+    context = torch.multiprocessing.get_context("fork")
+    with context.Manager() as manager:
+        results = manager.dict()
+        run = functools.partial(_rank, world=2, path=tmp_path / "store", variant=variant, results=results)
+        processes = [context.Process(target=run, args=(rank,)) for rank in range(2)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0, 0]
+        (first, calls), (second, _) = results[0], results[1]
+    assert first == second, "every rank holds the same bits"
+    # A LayerNorm's dimension 1 is known to the data alone, so the release variant asks for its length first.
+    assert calls == ([1, 0, 1, 0] if variant == "paper" else [2, 0, 2, 0])
+    # DDP averages gradients of halves: sums of 16 terms in another order, divided by F down to the damping.
+    assert_same([torch.tensor(t) for t in first], expected, rtol=2e-5)
