@@ -1,0 +1,95 @@
+"""Sums of squares: one read of the input each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.interleaved import Case
+from bench.limits import stream_read
+from fisher_kernels.ops import channel_sum_of_squares, column_sum_of_squares, patch_sum_of_squares
+
+
+def unfold_of_the_sum(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+    """The best simple eager form: squares summed over samples, then unfolded."""
+    squares = (x * x).sum(0, keepdim=True)
+    return F.unfold(squares, kernel, padding=padding, stride=stride).sum((0, 2)).view(x.shape[1], kernel, kernel)
+
+
+def rows_and_slices(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+    """The best careful eager form: ``addcmul_`` sample by sample, then one slice for each offset."""
+    squares = torch.zeros_like(x[0])
+    for sample in x:
+        squares.addcmul_(sample, sample)
+    squares = F.pad(squares, (padding,) * 4)
+    height, width = ((n - kernel) // stride + 1 for n in squares.shape[1:])
+    out = x.new_empty(x.shape[1], kernel, kernel)
+    for i in range(kernel):
+        for j in range(kernel):
+            window = squares[:, i : i + (height - 1) * stride + 1 : stride, j : j + (width - 1) * stride + 1 : stride]
+            out[:, i, j] = window.sum((1, 2))
+    return out
+
+
+def unfold_of_x(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+    """The textbook form: every patch written out."""
+    return F.unfold(x, kernel, padding=padding, stride=stride).square().sum((0, 2)).view(x.shape[1], kernel, kernel)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 1)])
+def test_patch_sum_of_squares(run_case, kernel: int, stride: int) -> None:
+    x = torch.randn(64, 128, 32, 32)
+    geometry = (kernel, stride, kernel // 2)
+    for form in (unfold_of_the_sum, rows_and_slices, unfold_of_x):
+        torch.testing.assert_close(patch_sum_of_squares(x, *geometry), form(x, *geometry), rtol=1e-4, atol=0)
+    run_case(
+        Case(
+            op="patch_sum_of_squares",
+            shape=f"64 x 128 x 32 x 32, {kernel} x {kernel}, stride {stride}",
+            dtype=torch.float32,
+            ours=lambda: patch_sum_of_squares(x, *geometry),
+            baselines={
+                "unfold of the sum": lambda: unfold_of_the_sum(x, *geometry),
+                "addcmul_ and slices": lambda: rows_and_slices(x, *geometry),
+                "unfold of x": lambda: unfold_of_x(x, *geometry),
+            },
+            gates={"unfold of the sum": 12.0, "addcmul_ and slices": 2.5, "unfold of x": 150.0},
+            bytes_moved=x.nbytes,
+            limit=lambda: stream_read(x),
+        )
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows_and_columns", [(65536, 256), (4096, 4096)])
+def test_column_sum_of_squares(run_case, rows_and_columns: tuple[int, int], dtype: torch.dtype) -> None:
+    x = torch.randn(rows_and_columns).to(dtype)
+    run_case(
+        Case(
+            op="column_sum_of_squares",
+            shape=" x ".join(map(str, rows_and_columns)),
+            dtype=dtype,
+            ours=lambda: column_sum_of_squares(x),
+            baselines={"x.float().square().sum(0)": lambda: x.float().square().sum(0)},
+            bytes_moved=x.nbytes,
+            limit=lambda: stream_read(x),
+        )
+    )
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_channel_sum_of_squares(run_case, layout: torch.memory_format) -> None:
+    x = torch.randn(64, 128, 32, 32).contiguous(memory_format=layout)
+    run_case(
+        Case(
+            op="channel_sum_of_squares",
+            shape=f"64 x 128 x 32 x 32, {str(layout).removeprefix('torch.')}",
+            dtype=torch.float32,
+            ours=lambda: channel_sum_of_squares(x),
+            baselines={"x.square().sum((0, 2, 3))": lambda: x.square().sum((0, 2, 3))},
+            bytes_moved=x.nbytes,
+            limit=lambda: stream_read(x),
+        )
+    )

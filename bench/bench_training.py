@@ -1,0 +1,44 @@
+"""A whole training iteration of the digits CNN: forward, backward, step."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from bench.interleaved import Case, Run
+from fisher_kernels import AdaFisher
+from fisher_kernels.tasks import find_task
+
+
+def iterations(make_optimizer) -> Run:
+    """One call, one iteration; batches go round."""
+    task = find_task("digits")
+    model = task.make_model(0)
+    optimizer = make_optimizer(model)
+    batches = itertools.cycle([b for b in task.batches(0, 0, task.batch_size) if len(b[0]) == task.batch_size])
+
+    def iterate() -> None:
+        optimizer.zero_grad()
+        task.loss(model, next(batches)).backward()
+        optimizer.step()
+
+    return iterate
+
+
+@pytest.mark.parametrize(("interval", "most"), [(1, 1.10), (10, 1.05)])
+def test_iteration_of_the_digits_cnn(run_case, interval: int, most: float) -> None:
+    run_case(
+        Case(
+            op="training iteration",
+            shape=f"digits CNN, AdaFisher every {interval}",
+            dtype=torch.float32,
+            ours=iterations(lambda model: AdaFisher(model, update_interval=interval)),
+            baselines={
+                "AdamW(fused)": iterations(lambda model: torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True))
+            },
+            gates={"AdamW(fused)": 1 / most},
+            repeat=10,
+        )
+    )

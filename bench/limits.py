@@ -1,0 +1,20 @@
+"""Bare passes over memory: what no kernel that moves the same bytes can beat on this machine, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fisher_kernels._library import native
+
+
+def stream_update(writes: Sequence[Tensor], seconds: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
+    """Three reads and two writes of float32 in place, with one addition each: ``w += r, s += r``."""
+    native().stream_update(list(writes), list(seconds), list(reads), torch.get_num_threads())
+
+
+def stream_read(x: Tensor) -> None:
+    """One read of every byte of a contiguous tensor."""
+    native().stream_read(x, torch.get_num_threads())
