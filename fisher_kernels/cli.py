@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fisher_kernels import backends, environment, selftest, tasks
+from fisher_kernels import __version__, backends, environment, selftest, tasks
 from fisher_kernels.tasks import report
 from fisher_kernels.tasks.optimizers import Recipe
 from fisher_kernels.tasks.task import Task
@@ -48,6 +48,21 @@ def main() -> None:
     app()
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fisher_kernels {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def info(as_json: Json = False) -> None:
     """Show versions, the processor, and which backends are available."""
@@ -58,7 +73,7 @@ def info(as_json: Json = False) -> None:
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
         if name != "backends":
-            table.add_row(name.replace("_", " "), "none" if value is None else str(value))
+            table.add_row(name, "none" if value is None else str(value))
     availability = Table("backend", "available", title="backends", title_justify="left")
     for name, reason in facts["backends"].items():
         availability.add_row(name, "[green]yes[/green]" if reason is None else f"[yellow]no:[/yellow] {escape(reason)}")
@@ -215,7 +230,7 @@ def _run(
         _print_json(data)
     else:
         console = Console()
-        console.print(report.tables(task, summaries))
+        console.print(report.tables(task, settings, summaries))
         for record in records:
             if record.diverged:
                 console.print(f"[red]{record.title}, seed {record.seed}, diverged: {record.diverged}[/red]")

@@ -27,12 +27,15 @@ _MARKERS = "osD^vPX"
 _DOTS_PER_INCH = 150
 
 
-def tables(task: Task, summaries: Sequence[Summary]) -> RenderableType:
+def tables(task: Task, settings: Settings, summaries: Sequence[Summary]) -> RenderableType:
     """The metric epoch by epoch, and what the steps cost."""
     seeds = len(summaries[0].seeds)
     over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else f"seed {summaries[0].seeds[0]}"
+    schedule = "cosine" if settings.cosine else "constant"
     return Group(
-        f"{task.name}: {task.metric.name} in {task.metric.unit} per epoch, {over}",
+        f"{task.name}: {task.summary}; {settings.epochs} epochs, batch size {settings.batch_size}, "
+        f"{schedule} learning rate",
+        f"{task.metric.name} in {task.metric.unit} per epoch, {over}",
         _metric_table(task, summaries),
         "Cost, medians over iterations and seeds. Step: optimizer.step() alone. Iteration: zero_grad, forward, "
         "backward and step. Training: all iterations of a run, without evaluation.",
