@@ -69,6 +69,7 @@ class BuildNative(build_ext):
         for command in (configure, ["cmake", "--build", str(folder)]):
             if subprocess.call(command, env={**os.environ, "PATH": PATH}):
                 raise CompileError(f"{shlex.join(command)} failed; its messages are above")
+        self.force = True  # copies even over a newer module, which another compiler may have made
         self.mkpath(str(Path(self.get_ext_fullpath(ext.name)).parent))
         self.copy_file(str(folder / f"_native{SUFFIX}"), self.get_ext_fullpath(ext.name))
 
