@@ -13,6 +13,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Layer:
         """What the forward keeps for its backward; None where that backward cannot count."""
         if not isinstance(output, Tensor) or not output.requires_grad or not self.serves(module) or not self.trained():
             return None
-        x = args[0] if args else next(iter(kwargs.values()), None)
+        x = args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
         if not isinstance(x, Tensor) or x.layout != torch.strided:
             return None
         with torch.no_grad():
@@ -70,7 +71,7 @@ class Site:
     sums: Sums | None = None
     task: int = -1
 
-    @property
+    @cached_property
     def module(self) -> nn.Module:
         """The module whose settings speak for the site: one with a bias if there is any."""
         return max(self.layers, key=lambda layer: getattr(layer.module, "bias", None) is not None).module

@@ -5,6 +5,7 @@ Sums of float32, bfloat16 and float16 come back in float32, of float64 in float6
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -126,44 +127,49 @@ def channel_sum_of_squares(x: Tensor) -> Tensor:
 # patch_sum_of_squares
 
 
-def _output_size(
-    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+def _windows(
+    shape: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> list[int]:
-    """Number of windows along each spatial dimension, after checking every argument."""
+    """Number of windows along each spatial dimension of x, after checking every argument."""
     op = "patch_sum_of_squares"
-    _check(op, x, 3, 5)
-    spatial = x.dim() - 2
+    spatial = len(shape) - 2
     arguments = (("kernel_size", kernel, 1, 1), ("stride", stride, 1, 1), ("dilation", dilation, 1, 1))
     for name, values, least, per in (*arguments, ("padding", padding, 0, 2)):
         if not (len(values) == per * spatial and all(v >= least for v in values)):
             raise ValueError(
                 f"{op}: {name} is {list(values)}, expected {per * spatial} integers of at least {least} "
-                f"for x of shape {tuple(x.shape)}"
+                f"for x of shape {tuple(shape)}"
             )
     sizes = []
     for d in range(spatial):
-        padded = x.shape[2 + d] + padding[2 * d] + padding[2 * d + 1]
+        padded = shape[2 + d] + padding[2 * d] + padding[2 * d + 1]
         extent = dilation[d] * (kernel[d] - 1) + 1
         if not padded >= extent:
             raise ValueError(
-                f"{op}: x of shape {tuple(x.shape)} is {padded} long after padding in spatial dimension {d}, expected "
+                f"{op}: x of shape {tuple(shape)} is {padded} long after padding in spatial dimension {d}, expected "
                 f"at least {extent}, the extent of kernel_size {kernel[d]} with dilation {dilation[d]}"
             )
         sizes.append((padded - extent) // stride[d] + 1)
     return sizes
 
 
+# A layer asks with the same sizes at every step; the checks would cost more than the kernel on a small input.
+_known_windows = functools.lru_cache(maxsize=4096)(_windows)
+
+
 def _patch_fake(
     x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
-    _output_size(x, kernel_size, stride, padding, dilation)
+    _check("patch_sum_of_squares", x, 3, 5)
+    _windows(x.shape, kernel_size, stride, padding, dilation)
     return x.new_empty((x.shape[1], *kernel_size), dtype=ACCUMULATOR[x.dtype])
 
 
 def _patch_reference(
     x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
-    sizes = _output_size(x, kernel_size, stride, padding, dilation)
+    _check("patch_sum_of_squares", x, 3, 5)
+    sizes = _windows(x.shape, kernel_size, stride, padding, dilation)
     last_first = [p for d in reversed(range(len(sizes))) for p in padding[2 * d : 2 * d + 2]]
     squares = torch.nn.functional.pad(_squares(x), last_first)
     sums = []
@@ -179,7 +185,9 @@ def _patch_reference(
 def _patch_cpu(
     x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
-    out = _patch_fake(x, kernel_size, stride, padding, dilation)
+    _check("patch_sum_of_squares", x, 3, 5)
+    _known_windows(tuple(x.shape), tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation))
+    out = x.new_empty((x.shape[1], *kernel_size), dtype=ACCUMULATOR[x.dtype])
     missing = 5 - x.dim()  # the kernel always sees three spatial dimensions
     ones, zeros = [1] * missing, [0] * (2 * missing)
     samples, channels, *spatial = x.shape

@@ -62,6 +62,8 @@ class DiagonalFactors:
         self.sites, self.state, self.groups = sites, state, groups
         self.placed: dict[Parameter, Place] = {}
         self.refused: dict[tuple[int, ...], Tensor] = {}
+        self._averages: dict[int, dict[str, Tensor]] = {}
+        self._normal: dict[int, Factors] = {}
         self._central: dict[int, Tensor | None] = {}
         self._served = {p for site in sites for layer in site.layers for p in layer.parameters.values()}
         self._orientations: dict[Parameter, list[int]] = defaultdict(list)
@@ -79,6 +81,16 @@ class DiagonalFactors:
 
     def averages(self, index: int) -> dict[str, Tensor]:
         """The averages of one site by name, the weight last; made in the state on first use."""
+        if index not in self._averages:
+            self._averages[index] = self._in_state(index)
+        return self._averages[index]
+
+    def _factors(self, index: int) -> tuple[Factors, Tensor]:
+        """The averages of one site without their weight, and the weight."""
+        *factors, (_, weight) = self.averages(index).items()
+        return dict(factors), weight
+
+    def _in_state(self, index: int) -> dict[str, Tensor]:
         site = self.sites[index]
         state = self.state[site.owner]
         start = 1.0 if self.groups[site.owner]["variant"] == "release" else 0.0
@@ -103,11 +115,12 @@ class DiagonalFactors:
             group = self.groups[site.owner]
             averages = self.averages(index)
             new = site.rule.factors(site.module, sums)
+            new[WEIGHT] = torch.ones_like(averages[WEIGHT])
             key = (group["variant"], group["gamma"], group["eps"], len(averages), site.owner.device)
             indices, old, values = batches[key]
             indices.append(index)
             old += averages.values()
-            values += [a.new_ones(1) if name == WEIGHT else new[name].to(a) for name, a in averages.items()]
+            values += [new[name].to(average.dtype) for name, average in averages.items()]
         for (name, gamma, eps, joint, device), (indices, old, values) in batches.items():
             decay, gain = VARIANTS[name].coefficients(gamma)
             refused = factor_ema_(old, values, decay, gain, VARIANTS[name].normalize, eps, joint)
@@ -123,6 +136,7 @@ class DiagonalFactors:
             return
         for index, factors in self._normalized(indices).items():
             site = self.sites[index]
+            self._normal[index] = factors
             placed = site.rule.place(site.module, factors)
             for layer in site.layers:
                 self.placed.update({p: placed[role] for role, p in layer.parameters.items()})
@@ -138,16 +152,15 @@ class DiagonalFactors:
         for index in indices:
             site = self.sites[index]
             group = self.groups[site.owner]
-            averages = self.averages(index)
-            weight = averages.pop(WEIGHT)
+            factors, weight = self._factors(index)
             if group["variant"] == "paper":
-                rows = [(index, name, average, weight) for name, average in averages.items()]
+                rows = [(index, name, factor, weight) for name, factor in factors.items()]
                 batches[group["eps"], site.owner.device] += rows
                 result[index] = {}
             elif group["variant"] == "relative":
-                result[index] = _relative(site, {name: a / weight for name, a in averages.items()})
+                result[index] = _relative(site, {name: factor / weight for name, factor in factors.items()})
             else:
-                result[index] = averages
+                result[index] = factors
         for (eps, _), rows in batches.items():
             vectors = minmax([row[2] for row in rows], eps, [row[3] for row in rows])
             for (index, name, _, _), vector in zip(rows, vectors, strict=True):
@@ -164,11 +177,10 @@ class DiagonalFactors:
         rows, columns = [], []
         for index in self._orientations[owner]:
             if index in self._known:
-                averages = self.averages(index)
-                weight = averages.pop(WEIGHT)
+                factors, weight = self._factors(index)
                 if group["variant"] != "release":
-                    averages = {name: a / weight for name, a in averages.items()}
-                row, column = self.sites[index].rule.place(self.sites[index].module, averages)["weight"]
+                    factors = {name: factor / weight for name, factor in factors.items()}
+                row, column = self.sites[index].rule.place(self.sites[index].module, factors)["weight"]
                 assert row is not None
                 assert column is not None
                 rows.append(row * column.mean())
@@ -192,18 +204,20 @@ class DiagonalFactors:
         if p in self._served or (given is None and group["variant"] == "release"):
             return None
         if id(group) not in self._central:
-            self._central[id(group)] = self._median(group) if given is None else torch.tensor([given]).double()
+            self._central[id(group)] = (
+                self._median(group) if given is None else torch.tensor([given], dtype=torch.float64)
+            )
         value = self._central[id(group)]
         return None if value is None else value.to(p.device, ACCUMULATOR[p.dtype])
 
     def _median(self, group: dict[str, Any]) -> Tensor | None:
         means = []
         for index in sorted(self._known):
-            owner = self.sites[index].owner
-            if self.groups[owner] is group:
-                row, column = (1.0 if factor is None else factor.mean() for factor in self.placed[owner])
-                means.append(torch.as_tensor(row * column))
-        return (torch.stack(means).median() + group["damping"]).reshape(1) if means else None
+            if self.groups[self.sites[index].owner] is group:
+                factors = self._normal[index]
+                inputs = factors.get("input_factor")
+                means.append(factors["output_factor"].mean() * (1.0 if inputs is None else inputs.mean()))
+        return (torch.stack(means).quantile(0.5) + group["damping"]).reshape(1) if means else None
 
 
 def _relative(site: Site, factors: Factors) -> Factors:
