@@ -35,9 +35,10 @@ class Sums:
     vectors: list[Tensor]
     counts: list[float]
 
-    def add_(self, other: Sums) -> None:
-        torch._foreach_add_(self.vectors, [v.to(w) for v, w in zip(other.vectors, self.vectors, strict=True)])
-        self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+    def __add__(self, other: Sums) -> Sums:
+        # Never in place: a graph that is kept for another backward still holds what its forward captured.
+        vectors = torch._foreach_add(self.vectors, [v.to(w) for v, w in zip(other.vectors, self.vectors, strict=True)])
+        return Sums(list(vectors), [a + b for a, b in zip(self.counts, other.counts, strict=True)])
 
 
 class Rule:
@@ -255,15 +256,9 @@ def _norm_layout(module: Any, x: Tensor) -> tuple[Tensor, int]:
         samples = lead[0] if lead else 1
         return x.reshape(samples, math.prod(lead[1:]), channels), samples
     if isinstance(module, nn.modules.instancenorm._InstanceNorm):
-        x = _unsqueeze_batch(x, _instance_spatial(module))
+        x = _unsqueeze_batch(x, module._get_no_batch_dim() - 1)
     samples, channels = x.shape[:2]
     return x.reshape(samples, channels, math.prod(x.shape[2:])).transpose(1, 2), samples
-
-
-def _instance_spatial(module: nn.Module) -> int:
-    return {nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 3}[
-        next(t for t in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d) if isinstance(module, t))
-    ]
 
 
 class Norm(Rule):
@@ -301,7 +296,7 @@ class ReleaseNorm(Norm):
 
     def capture(self, module: Any, x: Tensor) -> tuple[list[Tensor], list[int]]:
         if isinstance(module, nn.modules.instancenorm._InstanceNorm):
-            x = _unsqueeze_batch(x, _instance_spatial(module))
+            x = _unsqueeze_batch(x, module._get_no_batch_dim() - 1)
         # Whatever the layer normalises, the released code calls dimension 1 of its input the channels.
         x = x.reshape(1, -1) if x.dim() < 2 else x
         reduced = [0, *range(2, x.dim())]

@@ -266,11 +266,10 @@ class Statistics:
         with torch.no_grad():
             sums = layer.rule.contribute(layer.module, captured, sizes, grad.detach())
             if self.grad_scaler is not None and self.grad_scaler.is_enabled():
-                _rescale(sums, layer.rule, torch.as_tensor(self.grad_scaler.get_scale()))
-            if site.sums is None:
-                site.sums = sums
-            else:
-                site.sums.add_(sums)
+                scale = self.grad_scaler._get_scale_async()  # on the device, where get_scale() would wait for it
+                if scale is not None:  # None before the first scale()
+                    _rescale(sums, layer.rule, scale)
+            site.sums = sums if site.sums is None else site.sums + sums
 
 
 def _remove(handles: list[Any]) -> None:

@@ -168,6 +168,20 @@ class TestGraph:
         torch.testing.assert_close(corrected[0][:-1].double(), h.square().mean(0), rtol=1e-6, atol=0)
         torch.testing.assert_close(corrected[1].double(), s.square().mean(0), rtol=1e-6, atol=0)
 
+    def test_a_graph_kept_for_several_backward_passes(self):
+        """Three times the same backward has the same means as one; sums must not be added into what a graph holds."""
+        results = []
+        for passes in (1, 3):
+            torch.manual_seed(0)
+            model = nn.Linear(FEATURES, FEATURES)
+            optimizer = AdaFisher(model)
+            loss = model(model(batch()[0])).square().mean()  # two uses in one graph
+            for _ in range(passes):
+                loss.backward(retain_graph=True)
+            optimizer.step()
+            results.append(list(factors(optimizer, model.weight).values()))
+        assert_same(results[1], results[0], rtol=1e-6)
+
     @pytest.mark.parametrize("with_respect_to", ["inputs", "parameters"])
     def test_autograd_grad_counts_for_nothing(self, with_respect_to):
         def run(model, data):

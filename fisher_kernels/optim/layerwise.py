@@ -164,11 +164,22 @@ class LayerwiseOptimizer(Optimizer):
         Moments and factors keep their precision: they take the wide dtype of their parameter (float64 for float64,
         otherwise float32) and its device.
         """
-        super().load_state_dict(state_dict)
-        ids = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        loaded = state_dict
+
+        def last_seen(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+            nonlocal loaded
+            loaded = state_dict
+
+        # Behind the hooks of others, which may have put another state in place.
+        handle = self.register_load_state_dict_pre_hook(last_seen)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        ids = itertools.chain.from_iterable(group["params"] for group in loaded["param_groups"])
         parameters = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
         for number, p in zip(ids, parameters, strict=True):
-            for name, value in state_dict["state"].get(number, {}).items():
+            for name, value in loaded["state"].get(number, {}).items():
                 if isinstance(value, Tensor):
                     wide = torch.float32 if name == "step" else ACCUMULATOR[p.dtype]
                     dtype = wide if value.is_floating_point() else value.dtype
