@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.interleaved import Case
+from bench.interleaved import Case, RunCase
 from bench.limits import stream_update
 from fisher_kernels import AdaFisher
 from fisher_kernels.ops import adafisher_step_
 
-OPTIONS = {"lr": 1e-3, "beta": 0.9, "damping": 1e-3, "weight_decay": 0.0, "decoupled": True, "maximize": False}
+OPTIONS: dict[str, Any] = {
+    "lr": 1e-3,
+    "beta": 0.9,
+    "damping": 1e-3,
+    "weight_decay": 0.0,
+    "decoupled": True,
+    "maximize": False,
+}
 
 
 class Inputs:
@@ -50,7 +59,7 @@ def adamw(count: int, size: int) -> torch.optim.AdamW:
     return torch.optim.AdamW(params, lr=1e-3, fused=True)
 
 
-def test_step_on_large_tensors(run_case) -> None:
+def test_step_on_large_tensors(run_case: RunCase) -> None:
     ours = Inputs(25, 1024)
     bare = Inputs(25, 1024)
     run_case(
@@ -70,7 +79,7 @@ def test_step_on_large_tensors(run_case) -> None:
     )
 
 
-def test_step_in_bfloat16(run_case) -> None:
+def test_step_in_bfloat16(run_case: RunCase) -> None:
     ours = Inputs(25, 1024, torch.bfloat16)
     run_case(
         Case(
@@ -85,7 +94,7 @@ def test_step_in_bfloat16(run_case) -> None:
     )
 
 
-def test_step_on_small_tensors(run_case) -> None:
+def test_step_on_small_tensors(run_case: RunCase) -> None:
     run_case(
         Case(
             op="adafisher_step_",
@@ -98,7 +107,7 @@ def test_step_on_small_tensors(run_case) -> None:
     )
 
 
-def test_host_cost_of_a_long_list(run_case) -> None:
+def test_host_cost_of_a_long_list(run_case: RunCase) -> None:
     """300 tensors of one element: no work to speak of, so that what is left is the cost of the call."""
     run_case(
         Case(
@@ -113,9 +122,10 @@ def test_host_cost_of_a_long_list(run_case) -> None:
 
 
 @pytest.mark.parametrize(("count", "size", "promised"), [(25, 1024, 1.25), (100, 64, 1.0)])
-def test_whole_optimizer_step(run_case, count: int, size: int, promised: float) -> None:
+def test_whole_optimizer_step(run_case: RunCase, count: int, size: int, promised: float) -> None:
     """``AdaFisher.step()``, Python and the refresh of all factors included: every call has had its backward."""
-    model = nn.Sequential(*[nn.Linear(size, size, bias=False) for _ in range(count)])
+    layers = [nn.Linear(size, size, bias=False) for _ in range(count)]
+    model = nn.Sequential(*layers)
     x = torch.randn(8, size)
     optimizer = AdaFisher(model)
     other = adamw(count, size)
@@ -135,4 +145,4 @@ def test_whole_optimizer_step(run_case, count: int, size: int, promised: float) 
             before=backward,
         )
     )
-    assert float(optimizer.state[model[0].weight]["step"]) > 1
+    assert float(optimizer.state[layers[0].weight]["step"]) > 1

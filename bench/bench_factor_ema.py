@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench.interleaved import Case
+from bench.interleaved import Case, RunCase
 from fisher_kernels.ops import factor_ema_, minmax
 
 LENGTHS = [64, 576, 128, 1152, 256, 2304, 512, 4608] * 12
@@ -15,7 +15,7 @@ def vectors() -> list[Tensor]:
     return [torch.rand(n) for n in LENGTHS]
 
 
-def test_minmax(run_case) -> None:
+def test_minmax(run_case: RunCase) -> None:
     x = vectors()
 
     def eager() -> list[Tensor]:
@@ -33,7 +33,7 @@ def test_minmax(run_case) -> None:
     )
 
 
-def test_factor_ema(run_case) -> None:
+def test_factor_ema(run_case: RunCase) -> None:
     state, other, new = vectors(), vectors(), vectors()
 
     def eager() -> None:

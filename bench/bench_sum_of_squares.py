@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.interleaved import Case
+from bench.interleaved import Case, RunCase
 from bench.limits import stream_read
 from fisher_kernels.ops import channel_sum_of_squares, column_sum_of_squares, patch_sum_of_squares
 
@@ -39,7 +39,7 @@ def unfold_of_x(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 1)])
-def test_patch_sum_of_squares(run_case, kernel: int, stride: int) -> None:
+def test_patch_sum_of_squares(run_case: RunCase, kernel: int, stride: int) -> None:
     x = torch.randn(64, 128, 32, 32)
     geometry = (kernel, stride, kernel // 2)
     for form in (unfold_of_the_sum, rows_and_slices, unfold_of_x):
@@ -64,7 +64,7 @@ def test_patch_sum_of_squares(run_case, kernel: int, stride: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows_and_columns", [(65536, 256), (4096, 4096)])
-def test_column_sum_of_squares(run_case, rows_and_columns: tuple[int, int], dtype: torch.dtype) -> None:
+def test_column_sum_of_squares(run_case: RunCase, rows_and_columns: tuple[int, int], dtype: torch.dtype) -> None:
     x = torch.randn(rows_and_columns).to(dtype)
     run_case(
         Case(
@@ -80,7 +80,7 @@ def test_column_sum_of_squares(run_case, rows_and_columns: tuple[int, int], dtyp
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_channel_sum_of_squares(run_case, layout: torch.memory_format) -> None:
+def test_channel_sum_of_squares(run_case: RunCase, layout: torch.memory_format) -> None:
     x = torch.randn(64, 128, 32, 32).contiguous(memory_format=layout)
     run_case(
         Case(

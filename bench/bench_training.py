@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
-from bench.interleaved import Case, Run
+from bench.interleaved import Case, Run, RunCase
 from fisher_kernels import AdaFisher
 from fisher_kernels.tasks import find_task
 
 
-def iterations(make_optimizer) -> Run:
+def iterations(make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> Run:
     """One call, one iteration; batches go round."""
     task = find_task("digits")
     model = task.make_model(0)
@@ -28,7 +30,7 @@ def iterations(make_optimizer) -> Run:
 
 
 @pytest.mark.parametrize(("interval", "most"), [(1, 1.10), (10, 1.05)])
-def test_iteration_of_the_digits_cnn(run_case, interval: int, most: float) -> None:
+def test_iteration_of_the_digits_cnn(run_case: RunCase, interval: int, most: float) -> None:
     run_case(
         Case(
             op="training iteration",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench.interleaved import Case, Row, gates_apply, measure, print_report, write_report
+from bench.interleaved import Case, Row, RunCase, gates_apply, measure, print_report, write_report
 
 _ROWS = pytest.StashKey[list[Row]]()
 
@@ -29,7 +28,7 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def run_case(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Case], list[Row]]:
+def run_case(benchmark: Any, request: pytest.FixtureRequest) -> RunCase:
     """Measure a case, report it, and fail if it does not reach what is promised."""
 
     def run(case: Case) -> list[Row]:

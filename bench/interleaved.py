@@ -64,6 +64,10 @@ class Row:
     held: bool
 
 
+RunCase = Callable[[Case], list[Row]]
+"""What the ``run_case`` fixture is."""
+
+
 def _time(run: Run, repeat: int) -> float:
     start = time.perf_counter()
     for _ in range(repeat):
