@@ -1,0 +1,91 @@
+"""Fixtures: every implementation of the ops that runs here, poisoned memory, numbers of threads."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+
+import hypothesis
+import pytest
+import torch
+
+from fisher_kernels import backends
+from fisher_kernels._library import native_module
+
+# The same examples at every run: a failure that comes and goes helps nobody.
+hypothesis.settings.register_profile(
+    "fisher_kernels",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("fisher_kernels")
+
+
+def _backends() -> list[str]:
+    return [name for name in backends.available() if name in ("reference", "cpu")]
+
+
+def _implementations() -> list[str]:
+    native = native_module()
+    capabilities = [] if native is None else [f"cpu-{name}" for name in native.capabilities()]
+    return ["reference", *capabilities]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--large", action="store_true", help="run the tests that need more than 14 GB of memory too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--large"):
+        skip = pytest.mark.skip(reason="needs more than 14 GB of memory; --large runs it")
+        for item in items:
+            if item.get_closest_marker("large"):
+                item.add_marker(skip)
+
+
+@pytest.fixture(params=_backends())
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test runs once on each backend for CPU tensors that is available here."""
+    with backends.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=_implementations())
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As ``backend``, but the native kernels run once for every instruction set of this processor."""
+    name, _, capability = str(request.param).partition("-")
+    native = native_module()
+    with backends.use_backend(name):
+        if native is None or not capability:
+            yield request.param
+            return
+        previous = native.capability()
+        native.set_capability(capability)
+        yield request.param
+        native.set_capability(previous)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads that kernels may use, until the test ends."""
+    previous = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(previous)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory holds NaN in tensors, and under glibc numbers of 1e38 and more anywhere else."""
+    m_perturb, fill = -6, 0x80  # allocations are filled with the complement of this byte, 0x7f
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    mallopt(m_perturb, fill)
+    yield
+    mallopt(m_perturb, 0)
+    torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(deterministic)

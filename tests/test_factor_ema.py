@@ -1,0 +1,387 @@
+"""minmax and factor_ema_ against their definition in float64."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fisher_kernels import use_backend
+from fisher_kernels.ops import factor_ema_, minmax
+from tests.cases import random, unaligned
+from tests.cases.factor_ema import LENGTHS, vectors
+from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DTYPES = (torch.float32, torch.float64)
+
+
+def double(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [x.to(torch.float64, copy=True) for x in tensors]
+
+
+def defined_minmax(x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None) -> list[Tensor]:
+    with use_backend("reference"):
+        return minmax(double(x), eps, None if weights is None else double(weights))
+
+
+def minmax_rounding(x: Tensor, eps: float, weight: float, dtype: torch.dtype) -> Tensor | float:
+    """How far minmax(x / weight) may lie from its definition.
+
+    Four roundings of the result, which is at most 1 (difference, spread, eps added, quotient), and two of the entries
+    before the smallest is taken off, which weigh as much as the largest entry over the spread. The backend and the
+    definition both round when x is float64, hence twice that.
+    """
+    if x.numel() < 2:
+        return 0.0  # nothing, or ones
+    v = x.double() / weight
+    spread = v.max() - v.min() + eps
+    return 2 * unit_roundoff(dtype) * (4 + 4 * float(v.abs().max() / spread))
+
+
+def check_minmax(x: Sequence[Tensor], eps: float = 1e-6, weights: Sequence[Tensor] | None = None) -> None:
+    before = copy.deepcopy((x, weights))
+    expected = defined_minmax(x, eps, weights)
+    actual = minmax(x, eps, weights)
+    assert len(actual) == len(x)
+    for i, (got, want, v) in enumerate(zip(actual, expected, x, strict=True)):
+        assert got.dtype == v.dtype
+        weight = 1.0 if weights is None else float(weights[i])
+        bound = 0.0 if weight == 0 or not v.isfinite().all() else minmax_rounding(v, eps, weight, v.dtype)
+        assert_within(got, want, bound, f"vector {i} of {v.numel()}")
+    for now, then in zip([*x, *(weights or [])], [*before[0], *(before[1] or [])], strict=True):
+        assert_same_bits(now, then, "the input")
+
+
+# The definition itself.
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6, 0.5])
+def test_minmax_definition(eps: float) -> None:
+    for x in vectors(torch.float64):
+        v = x.numpy()
+        expected = np.ones_like(v) if v.size < 2 else (v - np.min(v)) / (np.max(v) - np.min(v) + eps)
+        (actual,) = defined_minmax([x], eps, None)
+        assert_within(actual, torch.from_numpy(expected), 1e-15)
+
+
+def test_ema_definition() -> None:
+    state, new = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([8.0, 4.0, 6.0])
+    with use_backend("reference"):
+        factor_ema_([state], [new], 0.5, 0.25)
+        assert state.tolist() == [2.5, 2.0, 3.0]
+        factor_ema_([state], [new], 0.5, 0.25, normalize=True, eps=0.0)  # minmax(new) = [1, 0, 0.5]
+    assert state.tolist() == [1.5, 1.0, 1.625]
+
+
+# minmax.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("eps", [0.0, 1e-6, 0.5])
+def test_minmax(implementation: str, dtype: torch.dtype, eps: float) -> None:
+    x = vectors(dtype)
+    weights = [torch.tensor([0.2, 1.0, 0.0, 3e-4][i % 4], dtype=dtype).view((1,) * (i % 3)) for i in range(len(x))]
+    for scale in (1.0, 1e-7, -1e6):
+        scaled = [scale * v for v in x]
+        check_minmax(scaled, eps)
+        check_minmax(scaled, eps, weights)
+        check_minmax([unaligned(v) for v in scaled], eps, weights)
+
+
+def test_minmax_of_nothing(implementation: str) -> None:
+    assert minmax([]) == []
+    assert minmax([], 0.0, []) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_minmax_of_whole_numbers_is_exact(implementation: str, dtype: torch.dtype) -> None:
+    """Differences are whole numbers and the spread is a power of two: nothing is rounded."""
+    for length in (2, 5, 64, 65, 1000):
+        x = torch.arange(length, dtype=dtype) % 5
+        x[0], x[-1] = -3.0, 5.0
+        (actual,) = minmax([x], 0.0)
+        assert_within(actual, (x.double() + 3) / 8, 0.0)
+        (actual,) = minmax([x], 8.0, [torch.tensor([0.5], dtype=dtype)])
+        assert_within(actual, (2 * x.double() + 6) / 24, unit_roundoff(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [1, 2, 7, 64, 131])
+def test_minmax_of_entries_equal_to_rounding_is_ones(implementation: str, length: int, dtype: torch.dtype) -> None:
+    """Constant vectors, zeros among them, and a spread on either side of 1e-5 of the largest absolute value."""
+    for value in (0.0, 3.0, -7.0, 1e-30):
+        (actual,) = minmax([torch.full((length,), value, dtype=dtype)])
+        assert actual.tolist() == [1.0] * length
+    for sign in (1.0, -1.0):
+        for share, flat in ((0.9e-5, True), (1.1e-5, False)):
+            x = torch.full((length,), 1000.0 * sign, dtype=dtype)
+            x[-1] *= 1 - share
+            (actual,) = minmax([x])
+            assert (actual.tolist() == [1.0] * length) == (flat or length == 1), (sign, share)
+            check_minmax([x])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_minmax_of_a_vector_that_is_not_finite_is_nan(implementation: str, value: float, dtype: torch.dtype) -> None:
+    for length in (1, 2, 16, 65):
+        for place in {0, length // 2, length - 1}:
+            good = random((length,), dtype)
+            bad = good.clone()
+            bad[place] = value
+            first, second, third = minmax([good, bad, good])
+            assert second.isnan().all(), f"{value} at {place} of {length}: {second}"
+            assert_same_bits(first, third)
+            assert first.isfinite().all()
+            check_minmax([good, bad], 1e-6, [torch.tensor(0.5, dtype=dtype)] * 2)
+            # Nothing was averaged yet: what the vector holds does not matter.
+            (ones,) = minmax([bad], 1e-6, [torch.tensor(0.0, dtype=dtype)])
+            assert ones.tolist() == [1.0] * length
+
+
+def test_minmax_of_a_spread_that_overflows_is_nan(implementation: str) -> None:
+    check = [torch.tensor([-3e38, 0.0, 3e38]), torch.tensor([1.0, 3.0] * 40)]
+    actual = minmax(check)
+    assert actual[0].isnan().all()
+    assert_within(actual[1], torch.tensor([0.0, 1.0] * 40, dtype=torch.float64), 1e-6)
+
+
+# factor_ema_.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("decay", "gain"), [(0.8, 0.2), (0.08, 0.008), (0.0, 1.0), (1.0, 0.0), (2.5, 0.0)])
+def test_ema(implementation: str, dtype: torch.dtype, normalize: bool, decay: float, gain: float) -> None:
+    """state <- decay * state + gain * new: two coefficients, two products and a sum, each rounded once."""
+    for layout in (torch.clone, unaligned):
+        state = [layout(v) for v in vectors(dtype)]
+        new = [layout(v) for v in vectors(dtype, 50)]
+        around = [surroundings(v) for v in state]
+        then, given = double(state), [v.clone() for v in new]
+        expected = double(state)
+        with use_backend("reference"):
+            factor_ema_(expected, double(new), decay, gain, normalize, 1e-3)
+        rejected = factor_ema_(state, new, decay, gain, normalize, 1e-3)
+        assert_same_bits(rejected, torch.zeros(len(state), dtype=torch.int64))
+        for i, (got, want, old) in enumerate(zip(state, expected, then, strict=True)):
+            added = new[i].double()
+            bound = 4 * unit_roundoff(dtype) * decay * old.abs()
+            if normalize:
+                bound += gain * (minmax_rounding(added, 1e-3, 1.0, dtype) + 4 * unit_roundoff(dtype))
+            else:
+                bound += 4 * unit_roundoff(dtype) * gain * added.abs()
+            assert_within(got, want, 2 * bound, f"vector {i} of {got.numel()}")
+            assert_same_bits(new[i], given[i], "new")
+            assert_same_bits(surroundings(got), around[i], "the memory around the state")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ema_of_whole_numbers_is_exact(implementation: str, dtype: torch.dtype) -> None:
+    for length in LENGTHS:
+        state = [torch.arange(length, dtype=dtype)]
+        new = [torch.arange(length, dtype=dtype) % 7]
+        factor_ema_(state, new, 0.5, 0.25)
+        expected = 0.5 * torch.arange(length, dtype=torch.float64) + 0.25 * (torch.arange(length) % 7).double()
+        assert_within(state[0], expected, 0.0)
+
+
+def test_ema_of_nothing(implementation: str) -> None:
+    assert_same_bits(factor_ema_([], [], 0.5, 0.5), torch.zeros(0, dtype=torch.int64))
+    assert_same_bits(factor_ema_([torch.ones(0)], [torch.ones(0)], 0.5, 0.5), torch.zeros(1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("joint", [1, 2, 3, 12])
+def test_ema_refuses_what_is_not_finite(
+    implementation: str, dtype: torch.dtype, value: float, normalize: bool, joint: int
+) -> None:
+    """A run with one bad entry, anywhere, stays as it was to the bit; the others are updated."""
+    lengths = (5, 1, 16, 65, 0, 7, 33, 2, 64, 3, 17, 4)
+    for spoiled, place in ((1, 0), (3, 64), (3, 20), (8, 63), (11, 1)):
+        state = vectors(dtype, 0, lengths)
+        new = vectors(dtype, 50, lengths)
+        before, updated = copy.deepcopy(state), copy.deepcopy(state)
+        factor_ema_(updated, new, 0.8, 0.2, normalize, joint=joint)
+        new[spoiled][place] = value
+        rejected = factor_ema_(state, new, 0.8, 0.2, normalize, joint=joint)
+        expected = torch.zeros(12 // joint, dtype=torch.int64)
+        expected[spoiled // joint] = 1
+        assert_same_bits(rejected, expected)
+        for i in range(12):
+            kept = i // joint == spoiled // joint
+            assert_same_bits(state[i], (before if kept else updated)[i], f"vector {i}")
+            assert kept or not before[i].numel() or not torch.equal(state[i], before[i])
+
+
+def test_ema_keeps_a_state_that_is_not_finite_to_itself(implementation: str) -> None:
+    """Only what is new decides; a state once lost is not repaired, and does not spread."""
+    state = [torch.tensor([1.0, math.nan, math.inf]), torch.ones(3)]
+    rejected = factor_ema_(state, [torch.ones(3), torch.ones(3)], 0.5, 0.5)
+    assert rejected.tolist() == [0, 0]
+    assert_same_bits(state[0].isfinite(), torch.tensor([True, False, False]))
+    assert state[1].tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_list_is_its_members_one_by_one(implementation: str, normalize: bool) -> None:
+    state = vectors(torch.float32) + vectors(torch.float64)
+    new = vectors(torch.float32, 50) + vectors(torch.float64, 50)
+    one_by_one = copy.deepcopy(state)
+    for s, n in zip(one_by_one, new, strict=True):
+        factor_ema_([s], [n], 0.8, 0.2, normalize)
+    factor_ema_(state, new, 0.8, 0.2, normalize)
+    for got, want in zip(state, one_by_one, strict=True):
+        assert_same_bits(got, want)
+    for got, x in zip(minmax(new), new, strict=True):
+        assert_same_bits(got, minmax([x])[0])
+
+
+# Errors.
+
+Call = dict[str, Any]
+
+
+def minmax_call() -> Call:
+    return {"x": [torch.ones(3), torch.arange(4.0)], "eps": 1e-6, "weights": [torch.ones(()), torch.ones(1)]}
+
+
+def ema_call() -> Call:
+    return {
+        "state": [torch.ones(3), torch.ones(4)],
+        "new": [torch.ones(3), torch.arange(4.0)],
+        "decay": 0.8,
+        "gain": 0.2,
+        "normalize": False,
+        "eps": 1e-6,
+        "joint": 1,
+    }
+
+
+def entry(name: str, value: Callable[[], Tensor]) -> Callable[[Call], None]:
+    """Spoils the second tensor of a list: the first one must not be touched either."""
+
+    def spoil(call: Call) -> None:
+        call[name][1] = value()
+
+    return spoil
+
+
+def argument(name: str, value: Any) -> Callable[[Call], None]:
+    return lambda call: call.update({name: value})
+
+
+FLOAT64 = r"(torch\.)?float64"
+FLOAT32 = r"(torch\.)?float32"
+
+BAD_MINMAX: dict[str, tuple[Callable[[Call], None], type[Exception], str]] = {
+    "x dtype": (
+        entry("x", lambda: torch.ones(4, dtype=torch.bfloat16)),
+        TypeError,
+        r"x\[1\] has dtype (torch\.)?bfloat16, expected float32",
+    ),
+    "x shape": (entry("x", lambda: torch.ones(2, 2)), ValueError, r"x\[1\] has shape \(2, 2\).*expected"),
+    "x 0-d": (entry("x", lambda: torch.ones(())), ValueError, r"x\[1\] has shape \(\).*expected"),
+    "x strides": (entry("x", lambda: torch.ones(8)[::2]), ValueError, r"x\[1\].*strides \(2,\)"),
+    "eps": (argument("eps", -1.0), ValueError, r"eps is -1(\.0+)?, expected"),
+    "eps NaN": (argument("eps", math.nan), ValueError, r"eps is nan, expected"),
+    "weights length": (lambda call: call["weights"].pop(), ValueError, r"weights has 1 \w+, expected 2"),
+    "weights shape": (
+        entry("weights", lambda: torch.ones(2)),
+        ValueError,
+        r"weights\[1\] has shape \(2,\), expected one element",
+    ),
+    "weights empty": (
+        entry("weights", lambda: torch.ones(0)),
+        ValueError,
+        r"weights\[1\] has shape \(0,\), expected one element",
+    ),
+    "weights dtype": (
+        entry("weights", lambda: torch.ones((), dtype=torch.float64)),
+        TypeError,
+        rf"weights\[1\] has dtype {FLOAT64}, expected {FLOAT32}",
+    ),
+    "weights device": (
+        entry("weights", lambda: torch.ones((), device="meta")),
+        ValueError,
+        r"weights\[1\] is on (device )?meta, expected cpu",
+    ),
+    "x device": (entry("x", lambda: torch.ones(4, device="meta")), ValueError, r".*is on (device )?\w+, expected \w+"),
+}
+
+BAD_EMA: dict[str, tuple[Callable[[Call], None], type[Exception], str]] = {
+    "state dtype": (
+        entry("state", lambda: torch.ones(4, dtype=torch.float16)),
+        TypeError,
+        r"state\[1\] has dtype (torch\.)?float16, expected float32",
+    ),
+    "state shape": (entry("state", lambda: torch.ones(2, 2)), ValueError, r"state\[1\] has shape \(2, 2\)"),
+    "state strides": (entry("state", lambda: torch.ones(8)[::2]), ValueError, r"state\[1\].*strides \(2,\)"),
+    "state expanded": (entry("state", lambda: torch.ones(1).expand(4)), ValueError, r"state\[1\].*strides \(0,\)"),
+    "new length": (lambda call: call["new"].pop(), ValueError, r"new has 1 \w+, expected 2"),
+    "new dtype": (
+        entry("new", lambda: torch.ones(4, dtype=torch.float64)),
+        TypeError,
+        rf"new\[1\] has dtype {FLOAT64}, expected {FLOAT32}",
+    ),
+    "new shape": (entry("new", lambda: torch.ones(5)), ValueError, r"new\[1\] has shape \(5,\), expected \(4,\)"),
+    "new strides": (entry("new", lambda: torch.ones(8)[::2]), ValueError, r"new\[1\].*strides \(2,\)"),
+    "new device": (
+        entry("new", lambda: torch.ones(4, device="meta")),
+        ValueError,
+        r"new\[1\] is on (device )?meta, expected cpu",
+    ),
+    "joint": (argument("joint", 3), ValueError, r"joint is 3, expected a divisor of .*2"),
+    "joint zero": (argument("joint", 0), ValueError, r"joint is 0, expected"),
+    "joint negative": (argument("joint", -1), ValueError, r"joint is -1, expected"),
+    **{
+        f"{name} {value}": (argument(name, value), ValueError, rf"{name} is {value}(0*)?, expected")
+        for name in ("decay", "gain", "eps")
+        for value in (-0.5, math.inf, math.nan)
+    },
+}
+
+BAD = [("minmax", name) for name in BAD_MINMAX] + [("factor_ema_", name) for name in BAD_EMA]
+
+
+def run(op: str, call: Call) -> Any:
+    return minmax(**call) if op == "minmax" else factor_ema_(**call)
+
+
+def bad_call(op: str, name: str) -> tuple[Call, type[Exception], str]:
+    spoil, error, message = BAD_MINMAX[name] if op == "minmax" else BAD_EMA[name]
+    call = minmax_call() if op == "minmax" else ema_call()
+    run(op, copy.deepcopy(call))  # good before it is spoiled
+    spoil(call)
+    return call, error, f"^{op}: {message}"
+
+
+@pytest.mark.parametrize(("op", "name"), BAD)
+def test_bad_arguments(backend: str, op: str, name: str) -> None:
+    call, error, message = bad_call(op, name)
+    before = copy.deepcopy(call)
+    with pytest.raises(error, match=message):
+        run(op, call)
+    for key in ("x", "weights", "state", "new"):
+        for now, then in zip(call.get(key, []), before.get(key, []), strict=True):
+            if now.device.type != "meta":
+                assert_same_bits(now, then, key)
+
+
+@pytest.mark.parametrize(("op", "name"), BAD)
+def test_bad_arguments_without_data(op: str, name: str) -> None:
+    """Compilers learn of the same faults from the fakes."""
+    call, error, message = bad_call(op, name)
+    with FakeTensorMode() as mode, pytest.raises(error, match=message):
+        run(op, {k: [mode.from_tensor(x) for x in v] if isinstance(v, list) else v for k, v in call.items()})

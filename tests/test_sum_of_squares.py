@@ -1,0 +1,412 @@
+"""Sums of squares against their definition in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import mmap
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fisher_kernels import use_backend
+from fisher_kernels._library import native_module
+from fisher_kernels.ops import ACCUMULATOR, channel_sum_of_squares, column_sum_of_squares, patch_sum_of_squares
+from tests.cases import DTYPES, LAYOUTS, channels_last, contiguous, integers, random, sliced
+from tests.cases.sum_of_squares import CHANNEL_SHAPES, COLUMN_SHAPES, PATCHES, Patch
+from tests.comparison import assert_same_bits, assert_within, unit_roundoff
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+Op = Callable[[Tensor], Tensor]
+
+
+def defined(op: Op, x: Tensor) -> Tensor:
+    """The definition: the reference in float64."""
+    with use_backend("reference"):
+        return op(x.double())
+
+
+def rounding(expected: Tensor, x: Tensor, kernels: bool = True) -> Tensor:
+    """How far the sum of n squares may lie from its definition.
+
+    All terms are nonnegative, so every rounding is relative to a partial sum that the whole exceeds. In float32 a term
+    meets one rounding as it is squared, at most 63 in a run of 64, and a handful as runs are added up in float64: 72 u.
+    In float64, where nothing wider follows, and in PyTorch's own sums, which promise no more, it may meet all n. A
+    square below the normal numbers loses up to the smallest of them.
+    """
+    dtype = ACCUMULATOR[x.dtype]
+    roundings = 72 if kernels and dtype == torch.float32 else 72 + x.numel() // max(1, expected.numel())
+    return expected * (roundings * unit_roundoff(dtype)) + x.numel() * torch.finfo(dtype).smallest_normal
+
+
+def check(implementation: str, op: Op, x: Tensor, what: str = "", exact: bool = False) -> None:
+    before = x.clone()
+    expected = defined(op, x)
+    actual = op(x)
+    assert actual.dtype == ACCUMULATOR[x.dtype]
+    assert actual.is_contiguous()
+    assert_within(actual, expected, 0.0 if exact else rounding(expected, x, implementation != "reference"), what)
+    assert_same_bits(x, before, f"{what}: the input")
+
+
+def patch_op(case: Patch) -> Op:
+    return lambda x: patch_sum_of_squares(x, case.kernel_size, case.stride, case.padding, case.dilation)
+
+
+# The definition itself, against formulas written in other words.
+
+
+def windows(x: Tensor, case: Patch) -> Tensor:
+    """The sum of squares that each kernel offset reads, from the unfolded patches of a padded copy."""
+    spatial = x.dim() - 2
+
+    def each(value: Any) -> list[Any]:
+        return [value] * spatial if isinstance(value, int) else list(value)
+
+    pairs = [(p, p) if isinstance(p, int) else p for p in each(case.padding)]
+    sizes = [size + before + after for size, (before, after) in zip(x.shape[2:], pairs, strict=True)]
+    padded = torch.zeros((*x.shape[:2], *sizes), dtype=torch.float64)
+    middle = [slice(before, before + size) for size, (before, _) in zip(x.shape[2:], pairs, strict=True)]
+    padded[(slice(None), slice(None), *middle)] = x.double()
+    for d, (kernel, stride, dilation) in enumerate(
+        zip(each(case.kernel_size), each(case.stride), each(case.dilation), strict=True)
+    ):
+        padded = padded.unfold(2 + d, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    return padded.pow(2).sum((0, *range(2, 2 + spatial)))  # [N, C, *windows, *kernel] -> [C, *kernel]
+
+
+def test_column_definition() -> None:
+    x = random((3, 5, 7), torch.float64)
+    rows = x.reshape(15, 7)
+    expected = (rows.T @ rows).diagonal().clone()
+    assert_within(defined(column_sum_of_squares, x), expected, 1e-14 * expected)
+
+
+def test_channel_definition() -> None:
+    x = random((3, 5, 7, 2), torch.float64)
+    expected = torch.tensor([sum(float(v) ** 2 for v in x[:, c].flatten()) for c in range(5)], dtype=torch.float64)
+    assert_within(defined(channel_sum_of_squares, x), expected, 1e-14 * expected)
+
+
+@pytest.mark.parametrize("case", PATCHES, ids=str)
+def test_patch_definition(case: Patch) -> None:
+    x = random(case.shape, torch.float64)
+    expected = windows(x, case)
+    assert_within(defined(patch_op(case), x), expected, 1e-14 * expected)
+
+
+def test_patch_definition_by_unfold() -> None:
+    x = random((4, 3, 9, 8), torch.float64)
+    unfolded = torch.nn.functional.unfold(x, (3, 2), dilation=(2, 1), padding=(1, 2), stride=(2, 3))  # [N, C K, L]
+    expected = unfolded.square().sum((0, 2)).view(3, 3, 2)
+    actual = defined(lambda x: patch_sum_of_squares(x, (3, 2), (2, 3), (1, 2), (2, 1)), x)
+    assert_within(actual, expected, 1e-14 * expected)
+
+
+# Every implementation against the definition.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", COLUMN_SHAPES, ids=str)
+def test_column(implementation: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for name, layout in LAYOUTS.items():
+        check(implementation, column_sum_of_squares, layout(random(shape, dtype)), name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", CHANNEL_SHAPES, ids=str)
+def test_channel(implementation: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for name, layout in LAYOUTS.items():
+        check(implementation, channel_sum_of_squares, layout(random(shape, dtype)), name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", PATCHES, ids=str)
+def test_patch(implementation: str, case: Patch, dtype: torch.dtype) -> None:
+    for name, layout in LAYOUTS.items():
+        check(implementation, patch_op(case), layout(random(case.shape, dtype)), name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_of_whole_numbers_are_exact(implementation: str, dtype: torch.dtype) -> None:
+    """Squares and sums below 2^24: nothing is rounded, whatever the order."""
+    for layout in (contiguous, channels_last, sliced):
+        name = layout.__name__
+        for shape in COLUMN_SHAPES:
+            check(implementation, column_sum_of_squares, layout(integers(shape, dtype)), f"{name} {shape}", exact=True)
+        for shape in CHANNEL_SHAPES:
+            check(implementation, channel_sum_of_squares, layout(integers(shape, dtype)), f"{name} {shape}", exact=True)
+        for case in PATCHES:
+            check(implementation, patch_op(case), layout(integers(case.shape, dtype)), f"{name} {case}", exact=True)
+
+
+def test_many_rows_are_summed_in_more_than_float32(implementation: str) -> None:
+    """One after another in float32, the error over 2^18 rows would be hundreds of times what is allowed."""
+    x = random((2**18, 3), torch.float32)
+    one_after_another = np.cumsum(x.square().numpy(), axis=0, dtype=np.float32)[-1]
+    expected = defined(column_sum_of_squares, x)
+    with pytest.raises(AssertionError, match="entries are off"):
+        assert_within(torch.from_numpy(one_after_another), expected, rounding(expected, x))
+    check(implementation, column_sum_of_squares, x)
+    check(implementation, channel_sum_of_squares, x.T.reshape(1, 3, -1))
+    check(implementation, channel_sum_of_squares, x.view(-1, 3, 1))
+    check(implementation, patch_op(Patch((), 2)), x.T.reshape(1, 3, -1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_beyond_the_range(implementation: str, dtype: torch.dtype) -> None:
+    """Overflow gives infinity, NaN stays NaN, and neither spreads to the sums of other columns."""
+    largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
+    special = [largest, -largest, math.inf, -math.inf, math.nan, smallest, -0.0, largest**0.5]
+    for rows, columns in ((5, 70), (130, 9), (300, 33)):
+        x = random((rows, columns), dtype)
+        for i, value in enumerate(special):
+            x[(31 * i) % rows, i] = value
+        x[:, 8] = smallest
+        check(implementation, column_sum_of_squares, x, f"columns of {rows} x {columns}")
+        for layout in (contiguous, channels_last):
+            check(
+                implementation,
+                channel_sum_of_squares,
+                layout(x.T.reshape(1, columns, rows)),
+                f"channels of {rows} x {columns}",
+            )
+            check(
+                implementation,
+                channel_sum_of_squares,
+                layout(x.view(rows, columns, 1)),
+                f"channels of {rows} x {columns}",
+            )
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
+def test_patches_spread_a_value_only_where_they_read_it(
+    implementation: str, value: float, layout: Callable[[Tensor], Tensor]
+) -> None:
+    for case in PATCHES:
+        clean = random(case.shape, torch.float32)
+        spots = list(itertools.product(*(sorted({0, size // 2, size - 1}) for size in case.shape[2:])))
+        for spot in spots if clean.numel() else []:
+            x = clean.clone()
+            x[(-1, 0, *spot)] = value
+            check(implementation, patch_op(case), layout(x), f"{case} {spot}")
+
+
+@st.composite
+def geometries(draw: st.DrawFn) -> Patch:
+    spatial = draw(st.integers(1, 3))
+
+    def each(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw(st.integers(low, high)) for _ in range(spatial))
+
+    sizes, kernel, stride, dilation = each(0, 9), each(1, 4), each(1, 4), each(1, 3)
+    padding = []
+    for size, k, d in zip(sizes, kernel, dilation, strict=True):
+        missing = max(0, d * (k - 1) + 1 - size)  # else the kernel would not fit
+        before = draw(st.integers(0, missing + 3))
+        padding.append((before, draw(st.integers(max(0, missing - before), missing + 3))))
+    shape = (draw(st.integers(0, 3)), draw(st.integers(0, 5)), *sizes)
+    return Patch(shape, kernel, stride, tuple(padding), dilation)
+
+
+@hypothesis.settings(max_examples=100)
+@hypothesis.given(
+    case=geometries(), layout=st.sampled_from([contiguous, channels_last, sliced]), dtype=st.sampled_from(DTYPES)
+)
+def test_patch_geometry(
+    implementation: str, case: Patch, layout: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    x = layout(integers(case.shape, dtype))
+    assert_within(patch_op(case)(x), windows(x, case), 0.0, str(case))
+
+
+def test_patch_arguments_may_be_numbers_or_one_for_each_dimension(implementation: str) -> None:
+    x = integers((2, 3, 7, 8), torch.float32)
+    expected = windows(x, Patch((), (2, 2), (3, 3), ((1, 1), (1, 1)), (2, 2)))
+    assert_within(patch_sum_of_squares(x, 2, 3, 1, 2), expected, 0.0)
+    assert_within(patch_sum_of_squares(x, [2, 2], (3, 3), [1, 1], (2, 2)), expected, 0.0)
+    assert_within(patch_sum_of_squares(x, (2, 2), 3, ((1, 1), (1, 1)), 2), expected, 0.0)
+
+
+# Bits.
+
+# Enough elements that three threads have something to do.
+LARGE: tuple[tuple[Op, tuple[int, ...]], ...] = (
+    (column_sum_of_squares, (2501, 41)),
+    (column_sum_of_squares, (34, 3001)),
+    (column_sum_of_squares, (35001, 3)),
+    (channel_sum_of_squares, (7, 16, 1025)),
+    (channel_sum_of_squares, (1, 2, 50001)),
+    (channel_sum_of_squares, (501, 11, 21)),
+    (patch_op(Patch((), 3, 2, 1)), (7, 16, 32, 33)),
+    (patch_op(Patch((), 3)), (2, 3, 101, 171)),
+)
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize(("op", "shape"), LARGE, ids=[f"{i}-{shape}" for i, (_, shape) in enumerate(LARGE)])
+def test_same_bits_at_every_run_and_for_every_number_of_threads(
+    implementation: str,
+    set_threads: Callable[[int], None],
+    op: Op,
+    shape: tuple[int, ...],
+    layout: Callable[[Tensor], Tensor],
+) -> None:
+    x = layout(random(shape, torch.float32))
+    first = op(x)
+    assert_same_bits(op(x), first, "repeated")
+    check(implementation, op, x)
+    # PyTorch's own reductions, which the reference is made of, promise no more than that.
+    for threads in (1, 2, 3) if implementation != "reference" else ():
+        set_threads(threads)
+        assert_same_bits(op(x), first, f"{threads} threads")
+
+
+# Errors.
+
+BAD: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
+    "column dtype": (
+        lambda: column_sum_of_squares(torch.ones(3, 2, dtype=torch.int64)),
+        TypeError,
+        r"^column_sum_of_squares: x has dtype torch.int64, expected float32, float64, bfloat16 or float16$",
+    ),
+    "column complex": (
+        lambda: column_sum_of_squares(torch.ones(3, 2, dtype=torch.complex64)),
+        TypeError,
+        r"^column_sum_of_squares: x has dtype torch.complex64, expected float32",
+    ),
+    "column shape": (
+        lambda: column_sum_of_squares(torch.tensor(1.0)),
+        ValueError,
+        r"^column_sum_of_squares: x has shape \(\), expected at least 1 dimensions$",
+    ),
+    "channel dtype": (
+        lambda: channel_sum_of_squares(torch.ones(3, 2, dtype=torch.bool)),
+        TypeError,
+        r"^channel_sum_of_squares: x has dtype torch.bool, expected float32",
+    ),
+    "channel shape": (
+        lambda: channel_sum_of_squares(torch.ones(3)),
+        ValueError,
+        r"^channel_sum_of_squares: x has shape \(3,\), expected at least 2 dimensions$",
+    ),
+    "patch dtype": (
+        lambda: patch_sum_of_squares(torch.ones(2, 3, 4, dtype=torch.uint8), 2),
+        TypeError,
+        r"^patch_sum_of_squares: x has dtype torch.uint8, expected float32",
+    ),
+    "patch too few dimensions": (
+        lambda: patch_sum_of_squares(torch.ones(2, 3), 2),
+        ValueError,
+        r"^patch_sum_of_squares: x has shape \(2, 3\), expected 3 to 5 dimensions$",
+    ),
+    "patch too many dimensions": (
+        lambda: patch_sum_of_squares(torch.ones(1, 1, 2, 2, 2, 2), 2),
+        ValueError,
+        r"^patch_sum_of_squares: x has shape \(1, 1, 2, 2, 2, 2\), expected 3 to 5 dimensions$",
+    ),
+    **{
+        f"patch {name} {values}": (
+            lambda name=name, values=values: patch_sum_of_squares(  # type: ignore[misc]
+                torch.ones(2, 3, 5, 5), **{"kernel_size": 2, name: values}
+            ),
+            ValueError,
+            rf"^patch_sum_of_squares: {name} is {found}, expected {count} integers of at least {least} "
+            r"for x of shape \(2, 3, 5, 5\)$",
+        )
+        for name, values, found, count, least in (
+            ("kernel_size", 0, r"\[0, 0\]", 2, 1),
+            ("kernel_size", (2, 2, 2), r"\[2, 2, 2\]", 2, 1),
+            ("stride", 0, r"\[0, 0\]", 2, 1),
+            ("stride", (1, -1), r"\[1, -1\]", 2, 1),
+            ("dilation", (1,), r"\[1\]", 2, 1),
+            ("dilation", 0, r"\[0, 0\]", 2, 1),
+            ("padding", -1, r"\[-1, -1, -1, -1\]", 4, 0),
+            ("padding", ((0, 1), (2, -2)), r"\[0, 1, 2, -2\]", 4, 0),
+            ("padding", (1,), r"\[1, 1\]", 4, 0),
+        )
+    },
+    "patch kernel too large": (
+        lambda: patch_sum_of_squares(torch.ones(2, 3, 9, 4), 3, padding=((0, 0), (1, 0)), dilation=3),
+        ValueError,
+        r"^patch_sum_of_squares: x of shape \(2, 3, 9, 4\) is 5 long after padding in spatial dimension 1, "
+        r"expected at least 7, the extent of kernel_size 3 with dilation 3$",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments(backend: str, name: str) -> None:
+    call, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_without_data(name: str) -> None:
+    """Compilers learn of the same faults from the fakes."""
+    call, error, message = BAD[name]
+    with torch.device("meta"), pytest.raises(error, match=message):
+        call()
+
+
+# More than 2^31 elements.
+
+
+def zeros_without_memory(numel: int) -> Tensor:
+    """Zeros in bfloat16 that take no memory until they are written: the system maps them all to the same page."""
+    try:
+        pages = mmap.mmap(-1, 2 * numel, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        pytest.skip(f"no address space of {2 * numel} bytes: {error}")
+    return torch.frombuffer(pages, dtype=torch.bfloat16)
+
+
+needs_native = pytest.mark.skipif(native_module() is None, reason="the reference would take 16 GB of memory")
+
+
+@needs_native
+def test_more_than_2_to_31_elements() -> None:
+    size = 2**30 + 4099
+    x = zeros_without_memory(2 * size)
+    for position, value in {0: 1.0, 5: 2.0, size: 3.0, 2**31 - 1: 4.0, 2**31: 5.0, 2 * size - 1: 6.0}.items():
+        x[position] = value
+    with use_backend("cpu"):
+        actual = channel_sum_of_squares(x.view(1, 2, size))
+    assert_within(actual, torch.tensor([1 + 4, 9 + 16 + 25 + 36], dtype=torch.float64), 0.0)
+
+
+@needs_native
+def test_rows_more_than_2_to_31_elements_apart() -> None:
+    """Offsets are tested, in no time."""
+    rows, columns, stride = 3, 33, 2**30 + 7
+    x = zeros_without_memory((rows - 1) * stride + columns).as_strided((rows, columns), (stride, 1))
+    x.copy_(integers((rows, columns), x.dtype))
+    expected = x.double().square().sum(0)
+    with use_backend("cpu"):
+        assert_within(column_sum_of_squares(x), expected, 0.0)
+    sums = torch.empty(1, 1, 1, columns)
+    native = native_module()
+    assert native is not None
+    native.patch_sum_of_squares(
+        x.view(rows, 1, 1, 1, columns), sums, [1, 1, columns], [1, 1, 1], [0] * 6, [1, 1, 1], torch.get_num_threads()
+    )
+    assert_within(sums.flatten(), expected, 0.0)
+
+
+@needs_native
+def test_more_than_2_to_31_elements_at_the_same_addresses() -> None:
+    """Counts are tested, and that nothing is copied: a stride of 0 needs no memory."""
+    rows, columns = 2**19 + 3, 4096
+    x = integers((1, columns), torch.bfloat16).expand(rows, columns)
+    expected = rows * x[0].double().square()
+    with use_backend("cpu"):
+        assert_within(column_sum_of_squares(x), expected, 2 * unit_roundoff(torch.float32) * expected)
