@@ -36,9 +36,18 @@ class Sums:
     counts: list[float]
 
     def __add__(self, other: Sums) -> Sums:
+        lengths = [max(a.numel(), b.numel()) for a, b in zip(self.vectors, other.vectors, strict=True)]
+        mine = self.padded(lengths)
         # Never in place: a graph that is kept for another backward still holds what its forward captured.
-        vectors = torch._foreach_add(self.vectors, [v.to(w) for v, w in zip(other.vectors, self.vectors, strict=True)])
+        vectors = torch._foreach_add(mine, [b.to(a) for a, b in zip(mine, other.padded(lengths), strict=True)])
         return Sums(list(vectors), [a + b for a, b in zip(self.counts, other.counts, strict=True)])
+
+    def padded(self, lengths: Sequence[int]) -> list[Tensor]:
+        """The vectors with zeros behind them: those over positions are as long as the longest sequence seen."""
+        return [
+            v if v.numel() == length else nn.functional.pad(v, (0, length - v.numel()))
+            for v, length in zip(self.vectors, lengths, strict=True)
+        ]
 
 
 class Rule:
@@ -355,7 +364,9 @@ class Embedding(Rule):
 
     def factors(self, module: Any, sums: Sums) -> Factors:
         counts, outputs = sums.vectors
-        tokens = counts.sum().clamp(min=1)  # stays on the device: with padding nobody else knows it
+        # The number of tokens stays on the device: with padding nobody else knows it. Without any the means are NaN,
+        # which the average refuses.
+        tokens = counts.sum()
         return {"input_factor": counts / tokens, "output_factor": outputs / tokens}
 
     def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:

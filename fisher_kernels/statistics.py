@@ -219,7 +219,7 @@ class Statistics:
         for index in armed:
             site = self.sites[index]
             if index in taken:
-                vectors, counts = taken[index].vectors, taken[index].counts
+                vectors, counts = taken[index].padded(lengths[index]), taken[index].counts
                 flat += [v.double() / world**power for v, power in zip(vectors, site.rule.powers, strict=True)]
                 flat.append(torch.tensor(counts, dtype=torch.float64, device=vectors[0].device))
             else:
