@@ -299,7 +299,8 @@ class NaiveAdaFisher:
 
     @torch.no_grad()
     def step(self) -> None:
-        uses = [(site, module, x, out.grad) for site, module, x, out in self.uses if out.grad is not None]
+        # Without the backwards that did not happen, and batches without rows, which have no mean.
+        uses = [(site, m, x, out.grad) for site, m, x, out in self.uses if out.grad is not None and x.numel()]
         self.uses.clear()
         check_rows([use for use in uses if id(use[1]._parameters.get("weight")) in self.group_of])
         for site in self.sites.values():
@@ -317,8 +318,10 @@ class NaiveAdaFisher:
         total: Sums = {}
         for _, module, x, grad in uses:
             for name, (new, count) in sums_of(module, x, grad, group["variant"]).items():
-                old, old_count = total.get(name, (torch.zeros_like(new), 0.0))
-                total[name] = old + new, old_count + count
+                old, old_count = total.get(name, (new[:0], 0.0))
+                # The release sums a LayerNorm's input by position: of sequences of several lengths, up to the longest.
+                size = max(len(old), len(new))
+                total[name] = F.pad(old, (0, size - len(old))) + F.pad(new, (0, size - len(new))), old_count + count
         site.refreshes += 1
         for name, new in factors_of(site.module, total, group["variant"]).items():
             if group["variant"] == "release":

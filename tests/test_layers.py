@@ -491,6 +491,41 @@ def test_weight_shared_in_both_orientations(build: Callable[[], nn.Module], batc
     assert any(" + " in rule for rule in rules.values())
 
 
+class TwoLengths(nn.Module):
+    """Calls one layer on sequences of two lengths."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x[:, :2]).sum(1) + self.layer(x).mean(1) + self.layer(x[:, 1:]).mean(1)
+        return out
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("build", [lambda: nn.LayerNorm(4), lambda: nn.RMSNorm(4), lambda: nn.Linear(4, 3)])
+def test_sequences_of_several_lengths(build: Callable[[], nn.Module], variant: str) -> None:
+    torch.manual_seed(0)
+    follow(TwoLengths(build()), batch_of(3, 5, 4), variant=variant, update_interval=1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("layer", ["linear", "conv2d-padding", "deconv2d-stride-padding", "layernorm", "embedding"])
+def test_batch_without_rows_leaves_the_factors_alone(layer: str, variant: str) -> None:
+    """As an expert sees it that no token was sent to; its gradient is 0, and the momentum goes on."""
+    build, shape = (lambda: nn.Embedding(7, 4), ()) if layer == "embedding" else LAYERS[layer]
+
+    def batch(generator: torch.Generator) -> tuple[Tensor]:
+        empty = generator.initial_seed() == 2  # the seed is the number of the step
+        if layer == "embedding":
+            return tokens(0 if empty else 5)(generator)
+        return batch_of(0 if empty else shape[0], *shape[1:])(generator)
+
+    torch.manual_seed(0)
+    follow(build(), batch, steps=5, variant=variant, update_interval=1)
+
+
 # Networks.
 
 
