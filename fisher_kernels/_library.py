@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,10 +18,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module("fisher_kernels._native"), None
     except ModuleNotFoundError:
-        return None, (
-            "the native module was not built: no C++17 compiler was found when fisher_kernels was installed "
-            "(install one, for instance g++, and install fisher_kernels again)"
-        )
+        note = Path(__file__).with_name("_native_missing.txt")  # left by the build
+        return None, note.read_text().strip() if note.exists() else "the native module was not built for this Python"
     except ImportError as error:
         return None, f"the native module does not load: {error}"
 
