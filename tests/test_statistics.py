@@ -469,10 +469,10 @@ class TestCompile:
     def test_inductor_with_convolution_and_norm(self):
         def make():
             torch.manual_seed(0)
+            convolution = nn.Conv2d(1, 4, 3, padding=1, stride=2, bias=False)
             return nn.Sequential(
-                nn.Conv2d(1, 4, 3, padding=1, stride=2, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(),
-                nn.Linear(16, CLASSES),
-            )  # fmt: skip
+                convolution, nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(16, CLASSES)
+            )
 
         x, y = torch.randn(SAMPLES, 1, 4, 4), torch.randint(CLASSES, (SAMPLES,))
         results = []
