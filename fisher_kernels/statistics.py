@@ -145,6 +145,11 @@ class Statistics:
                 self._hooks.setdefault(index, []).append(hook)
         self._detach = weakref.finalize(self, _remove, handles)
 
+    @property
+    def open(self) -> bool:
+        """Whether the hooks are still on the layers."""
+        return self._detach.alive
+
     def close(self) -> None:
         """Remove the hooks; what is pending is dropped."""
         self._detach()
@@ -155,7 +160,7 @@ class Statistics:
             "sites": self.sites,
             "grad_scaler": self.grad_scaler,
             "armed": self._armed(),
-            "open": self._detach.alive,
+            "open": self.open,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

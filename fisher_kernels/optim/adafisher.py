@@ -312,7 +312,9 @@ class AdaFisher(LayerwiseOptimizer):
             cosine = math.nan
             if p.grad is not None:
                 gradient = p.grad.to(direction)
-                cosine = float(torch.cosine_similarity(direction.flatten(), gradient.flatten(), dim=0))
+                # Norms below eps count as eps: its default of 1e-8 is no small gradient.
+                eps = torch.finfo(direction.dtype).tiny
+                cosine = float(torch.cosine_similarity(direction.flatten(), gradient.flatten(), dim=0, eps=eps))
             report[name] = {
                 "damping_share": float((damping / curvature).mean()),
                 "smallest_step": float(step.min()) if step.numel() else math.nan,

@@ -125,6 +125,8 @@ class LayerwiseOptimizer(Optimizer):
         self._statistics = Statistics(layers, grad_scaler, process_group)
         if old is not None:
             self._statistics.adopt(old)
+            if not old.open:
+                self._statistics.close()
             old.close()
         self._rewatched()
 
@@ -133,11 +135,12 @@ class LayerwiseOptimizer(Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
+            if self._statistics is not None:
+                self._watch(self._statistics.grad_scaler, self._statistics.process_group)
         except (TypeError, ValueError):
             self.param_groups.pop()
+            self._groups = {p: group for group in self.param_groups for p in group["params"]}
             raise
-        if self._statistics is not None:
-            self._watch(self._statistics.grad_scaler, self._statistics.process_group)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         for i, p in enumerate(group["params"]):
@@ -190,7 +193,11 @@ class LayerwiseOptimizer(Optimizer):
                 if isinstance(value, Tensor):
                     group[name] = value.detach().clone()
         self.statistics.clear()
-        self._rewatched()
+        layers = [layer for site in self.statistics.sites for layer in site.layers]
+        if all(type(self._rule_for(layer.module, layer.owner)) is type(layer.rule) for layer in layers):
+            self._rewatched()
+        else:  # the settings that came along have other rules
+            self._watch(self.statistics.grad_scaler, self.statistics.process_group)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_model": self._model, "_statistics": self._statistics}
