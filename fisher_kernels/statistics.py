@@ -326,7 +326,7 @@ class _ForwardHook:
         if not self.armed or self.layer is None:
             return None
         compiling = torch.compiler.is_compiling()
-        if compiling and torch.compiler.is_exporting():
+        if compiling and torch.compiler._is_exporting_flag:  # is_exporting() is always true to the compiler of torch 2.11
             return None
         if not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
             return None
