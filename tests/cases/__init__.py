@@ -56,7 +56,7 @@ def spread(x: Tensor) -> Tensor:
 
 def transposed(x: Tensor) -> Tensor:
     """Column-major order."""
-    return _surroundings(x, x.shape[::-1]).permute(*range(x.dim())[::-1]).copy_(x)
+    return _surroundings(x, x.shape[::-1]).permute(tuple(range(x.dim()))[::-1]).copy_(x)
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -120,7 +120,8 @@ class Step:
 
     def only(self, i: int) -> Step:
         """The arguments for parameter i alone; shares memory."""
-        return Step(*([tensors[i]] for tensors in self.lists()), self.options)  # type: ignore[arg-type]
+        params, grads, exp_avgs, steps, rows, columns = ([tensors[i]] for tensors in self.lists())
+        return Step(params, grads, exp_avgs, steps, rows, columns, self.options)
 
 
 def step(
