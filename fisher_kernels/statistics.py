@@ -326,7 +326,8 @@ class _ForwardHook:
         if not self.armed or self.layer is None:
             return None
         compiling = torch.compiler.is_compiling()
-        if compiling and torch.compiler._is_exporting_flag:  # is_exporting() is always true to the compiler of torch 2.11
+        # The flag itself: to the compiler of torch 2.11 is_exporting() is always true.
+        if compiling and torch.compiler._is_exporting_flag:
             return None
         if not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
             return None
