@@ -1,0 +1,140 @@
+"""Imports go one way: each module knows only those below it, and kernels know none."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "fisher_kernels"
+
+# From the bottom up; "" is the package itself. Modules on one line do not import one another.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("_native",),
+    ("_library",),
+    ("backends",),
+    ("ops", "tap"),
+    ("layers",),
+    ("statistics",),
+    ("optim",),
+    ("",),
+    ("environment", "selftest"),
+    ("tasks",),
+    ("cli",),
+    ("__main__",),
+)
+HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
+
+
+def module_name(path: Path) -> str:
+    """The dotted name of a file of the package, as ``fisher_kernels.ops`` for ``fisher_kernels/ops/__init__.py``."""
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(source: str, path: Path) -> Iterator[str]:
+    """Dotted names of everything a file imports, wherever it does; names out of the package itself in full."""
+    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            for alias in node.names:
+                submodule = base == PACKAGE and alias.name in HEIGHT
+                yield f"{base}.{alias.name}" if submodule else base
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if function in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield node.args[0].value
+
+
+def layer_of(module: str) -> str:
+    return [*module.split("."), ""][1]
+
+
+def faults(source: str, path: Path) -> list[str]:
+    """What a file of the package imports against the order."""
+    own = layer_of(module_name(path))
+    if own not in HEIGHT:
+        return [f"{path} has no place in LAYERS"]
+    found = []
+    for name in imported(source, path):
+        other = layer_of(name)
+        if name.split(".")[0] != PACKAGE or other == own:
+            continue
+        if other not in HEIGHT or HEIGHT[other] >= HEIGHT[own]:
+            found.append(f"{path} imports {name}")
+    return found
+
+
+def package_files() -> list[Path]:
+    return [path.relative_to(ROOT) for path in sorted((ROOT / PACKAGE).rglob("*.py"))]
+
+
+def test_imports_go_one_way() -> None:
+    files = package_files()
+    assert len(files) > 10
+    assert [fault for path in files for fault in faults((ROOT / path).read_text(), path)] == []
+
+
+def kernel_faults(source: str, path: Path) -> list[str]:
+    """What a file of triton_kernels imports that is neither beside it nor foreign."""
+    return [
+        f"{path} imports {name}"
+        for name in imported(source, PACKAGE / path)
+        if name.split(".")[0] in (PACKAGE, "triton_kernels") and layer_of(name) != "triton_kernels"
+    ]
+
+
+def test_kernels_import_nothing_of_the_package() -> None:
+    files = sorted((ROOT / "triton_kernels").rglob("*.py"))
+    assert files
+    assert [fault for path in files for fault in kernel_faults(path.read_text(), path.relative_to(ROOT))] == []
+    path = Path("triton_kernels/minmax.py")
+    assert kernel_faults("import triton\nfrom . import common\nfrom .common import load", path) == []
+    for wrong in ("from fisher_kernels import ops", "from .. import ops", "import triton_kernels.common"):
+        assert len(kernel_faults(wrong, path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("ops/sum_of_squares.py", "from fisher_kernels.statistics import Statistics"),
+        ("ops/sum_of_squares.py", "import fisher_kernels.optim.adafisher"),
+        ("ops/_define.py", "from fisher_kernels import use_backend"),
+        ("ops/_define.py", "import fisher_kernels"),
+        ("ops/_define.py", "from .. import layers"),
+        ("ops/_define.py", "from ..layers import Rule"),
+        ("backends.py", "from fisher_kernels import ops"),
+        ("backends.py", "from . import ops"),
+        ("_library.py", "def load():\n    from fisher_kernels.backends import reasons"),
+        ("layers.py", "import importlib\nimportlib.import_module('fisher_kernels.statistics')"),
+        ("layers.py", "if TYPE_CHECKING:\n    from fisher_kernels.optim import AdaFisher"),
+        ("statistics.py", "from fisher_kernels import optim"),
+        ("optim/adafisher.py", "from fisher_kernels.tasks import digits"),
+        ("optim/__init__.py", "from ..cli import main"),
+        ("ops/__init__.py", "from fisher_kernels.unheard_of import something"),
+        ("unheard_of.py", ""),
+    ],
+)
+def test_a_wrong_import_is_found(path: str, source: str) -> None:
+    assert len(faults(source, Path(PACKAGE) / path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("ops/sum_of_squares.py", "from fisher_kernels.ops._define import define\nfrom fisher_kernels import backends"),
+        ("ops/sum_of_squares.py", "from ._define import define\nfrom . import factor_ema\nfrom .. import backends"),
+        ("optim/__init__.py", "from .adafisher import AdaFisher\nfrom fisher_kernels.ops import minmax\nimport torch"),
+        ("__init__.py", "from . import backends, ops\nfrom fisher_kernels.optim import AdaFisher"),
+        ("cli.py", "from fisher_kernels import __version__, tasks"),
+    ],
+)
+def test_a_right_import_is_allowed(path: str, source: str) -> None:
+    assert faults(source, Path(PACKAGE) / path) == []

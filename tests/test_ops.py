@@ -1,0 +1,463 @@
+"""What all ops share: registration, fakes, compilation, choice of backend; and the tests' own tools."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import math
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+import fisher_kernels
+from fisher_kernels import _library, backends, ops, tap, use_backend
+from tests.cases import random
+from tests.cases.adafisher_step import PARAMETERS, step
+from tests.cases.factor_ema import vectors
+from tests.comparison import assert_same_bits, assert_within, surroundings
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def step_arguments(**options: Any) -> Arguments:
+    case = step([PARAMETERS[i] for i in (0, 8, 9, 17, 20)], (torch.float32, torch.bfloat16), **options)
+    return case.lists(), {**case.options, "lr": torch.tensor(0.01)}
+
+
+# At least one call of every op there is: a new op has none, and fails the test of the namespace.
+SAMPLES: dict[str, tuple[Callable[[], Arguments], ...]] = {
+    "column_sum_of_squares": (
+        lambda: ((random((3, 4, 5), torch.float32),), {}),
+        lambda: ((random((4, 6), torch.bfloat16)[:, ::2],), {}),
+        lambda: ((random((0, 5), torch.float64),), {}),
+    ),
+    "channel_sum_of_squares": (
+        lambda: ((random((2, 3, 4, 5), torch.float64),), {}),
+        lambda: ((random((2, 3, 4, 5), torch.float16).to(memory_format=torch.channels_last),), {}),
+    ),
+    "patch_sum_of_squares": (
+        lambda: ((random((2, 3, 5, 6), torch.float32), [2, 3], [1, 2], [0, 1, 2, 0], [2, 1]), {}),
+        lambda: ((random((2, 3, 5), torch.bfloat16), [2], [1], [0, 1], [1]), {}),
+    ),
+    "minmax": (
+        lambda: ((vectors(torch.float32), 1e-6), {}),
+        lambda: ((vectors(torch.float64)[:3], 1e-6, [torch.tensor(0.5, dtype=torch.float64)] * 3), {}),
+        lambda: (([], 0.0, []), {}),
+    ),
+    "factor_ema_": (
+        lambda: ((vectors(torch.float32), vectors(torch.float32, 9), 0.8, 0.2), {}),
+        lambda: ((vectors(torch.float64)[:4], vectors(torch.float64, 9)[:4], 0.8, 0.2, True, 1e-3, 2), {}),
+    ),
+    "adafisher_step_": (
+        lambda: step_arguments(),
+        lambda: step_arguments(
+            weight_decay=0.1, decoupled=True, maximize=True, grad_scale=torch.tensor(2.0), found_inf=torch.tensor([0.0])
+        ),
+    ),
+    "tap": (
+        lambda: ((random((3, 4), torch.float32), [random((3, 2), torch.float32)], torch.zeros(1), [0, 0, 0, 1]), {}),
+    ),
+    "commit_": (
+        lambda: ((random((3, 4), torch.float32), [random((3, 2), torch.float32)], torch.zeros(1), [0, 0, 0, 1]), {}),
+    ),
+}
+CALLS = [pytest.param(name, sample, id=f"{name}-{i}") for name in SAMPLES for i, sample in enumerate(SAMPLES[name])]
+MUTATES = {"factor_ema_": {"state"}, "adafisher_step_": {"params", "exp_avgs", "steps"}, "commit_": {"token"}}
+
+
+def op(name: str) -> Any:
+    return getattr(torch.ops.fisher_kernels, name).default
+
+
+# Registration.
+
+
+def test_every_op_has_a_sample() -> None:
+    prefix = "fisher_kernels::"
+    names = {name.removeprefix(prefix) for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)}
+    assert names == set(SAMPLES)
+    assert tap.__name__ == "fisher_kernels.tap"  # imported for its ops
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_schema(name: str) -> None:
+    """Changes what it says it changes and nothing else; an op in place has a name that ends in an underscore."""
+    schema = op(name)._schema
+    written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    assert written == MUTATES.get(name, set())
+    assert name.endswith("_") == bool(written)
+    assert all(result.alias_info is None for result in schema.returns)
+    assert torch.Tag.pt2_compliant_tag in op(name).tags
+
+
+@pytest.mark.parametrize(("name", "sample"), CALLS)
+def test_opcheck(backend: str, name: str, sample: Callable[[], Arguments]) -> None:
+    args, kwargs = sample()
+    assert not any(x.requires_grad for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+    torch.library.opcheck(op(name), args, kwargs)
+
+
+@pytest.mark.parametrize(("name", "sample"), CALLS)
+def test_fakes_foretell_shapes_dtypes_and_strides(backend: str, name: str, sample: Callable[[], Arguments]) -> None:
+    args, kwargs = sample()
+    mode = FakeTensorMode()
+    fake_args, fake_kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+    with mode:
+        foretold = pytree.tree_leaves(op(name)(*fake_args, **fake_kwargs))
+    found = pytree.tree_leaves(op(name)(*args, **kwargs))
+    assert len(foretold) == len(found)
+    for f, x in zip(foretold, found, strict=True):
+        if isinstance(x, Tensor):
+            assert (f.shape, f.dtype, f.stride(), f.device) == (x.shape, x.dtype, x.stride(), x.device)
+
+
+def public(name: str) -> Callable[..., Any]:
+    """A function with a computation before the op and one after it."""
+    if name == "factor_ema_":
+
+        def ema(state: list[Tensor], new: list[Tensor], *rest: Any) -> Tensor:
+            return ops.factor_ema_(state, [2 * n for n in new], *rest) + 1
+
+        return ema
+    if name == "adafisher_step_":
+
+        def adafisher(params: list[Tensor], grads: list[Tensor], *rest: Any, **options: Any) -> Tensor:
+            return ops.adafisher_step_(params, [-g for g in grads], *rest, **options) + 1
+
+        return adafisher
+    if name == "minmax":
+        return lambda x, *rest: [y + 1 for y in ops.minmax([2 * v for v in x], *rest)]
+    return lambda x, *rest: getattr(ops, name)(2 * x, *rest) + 1
+
+
+COMPILED = ("column_sum_of_squares", "channel_sum_of_squares", "minmax", "factor_ema_", "adafisher_step_")
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_without_graph_breaks(backend: str, name: str) -> None:
+    """Mutation included; a second call with other sizes compiles no more than one graph for all sizes."""
+    torch._dynamo.reset()
+    compiled = torch.compile(public(name), fullgraph=True, backend="aot_eager")
+    for sample in SAMPLES[name][:2]:
+        args, kwargs = sample()
+        expected_args, expected_kwargs = copy.deepcopy((args, kwargs))
+        expected = public(name)(*expected_args, **expected_kwargs)
+        actual = compiled(*args, **kwargs)
+        for got, want in zip(
+            pytree.tree_leaves((actual, args, kwargs)),
+            pytree.tree_leaves((expected, expected_args, expected_kwargs)),
+            strict=True,
+        ):
+            if isinstance(want, Tensor):
+                assert_same_bits(got, want, name)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_patches_compile_without_graph_breaks(backend: str, dynamic: bool) -> None:
+    def patches(x: Tensor) -> Tensor:
+        return ops.patch_sum_of_squares(2 * x, 3, stride=2, padding=(1, (0, 2)), dilation=1) + 1  # type: ignore[arg-type]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(patches, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for shape in ((2, 3, 6, 7), (3, 2, 5, 9)):
+        x = random(shape, torch.float32)
+        assert_same_bits(compiled(x), patches(x))
+
+
+def test_lr_as_a_tensor_compiles_once(backend: str) -> None:
+    torch._dynamo.reset()
+    graphs = 0
+
+    def count(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return module
+
+    compiled = torch.compile(public("adafisher_step_"), fullgraph=True, backend=count)
+    args, kwargs = step_arguments()
+    for rate in (0.1, 0.01, 0.001):
+        compiled(*args, **{**kwargs, "lr": torch.tensor(rate)})
+    assert graphs == 1
+
+
+def test_arguments_that_require_a_gradient_are_stepped_under_no_grad(backend: str) -> None:
+    """As optimizers call it: leaves that require a gradient change in place, and autograd sees nothing of it."""
+    args, kwargs = step_arguments()
+    expected_args, expected_kwargs = copy.deepcopy((args, kwargs))
+    ops.adafisher_step_(*expected_args, **expected_kwargs)
+    for param in args[0]:
+        param.requires_grad_()
+    with torch.no_grad():
+        ops.adafisher_step_(*args, **kwargs)
+    for param, expected in zip(args[0], expected_args[0], strict=True):
+        assert param.is_leaf
+        assert_same_bits(param, expected)
+
+
+# The choice of backend.
+
+ALL = ("reference", "cpu", "cuda", "triton")
+
+
+@pytest.fixture
+def every_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every backend were there; nothing runs on them here."""
+    monkeypatch.setattr(backends, "_REASONS", dict.fromkeys(ALL))
+
+
+@pytest.fixture
+def no_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends._REASONS, "cpu", "no compiler was found")
+
+
+def test_available_backends_have_no_reason_against_them() -> None:
+    assert tuple(backends.reasons()) == ALL
+    assert backends.available() == [name for name, reason in backends.reasons().items() if reason is None]
+    assert backends.available()[0] == "reference"
+    assert all(reason is None or len(reason) > 20 for reason in backends.reasons().values())
+    backends.reasons()["reference"] = "a copy"
+    assert backends.reasons()["reference"] is None
+
+
+@pytest.mark.usefixtures("every_backend")
+def test_auto_chooses_by_device() -> None:
+    with use_backend("auto"):
+        assert backends.choose("op", "cpu", ("reference", "cpu")) == "cpu"
+        assert backends.choose("op", "cpu", ("reference",)) == "reference"
+        assert backends.choose("op", "cuda", ("reference", "cpu")) == "reference"
+        assert backends.choose("op", "mps", ("reference", "cpu")) == "reference"
+
+
+@pytest.mark.usefixtures("no_native")
+def test_auto_falls_back_to_the_reference() -> None:
+    with use_backend("auto"):
+        assert backends.choose("op", "cpu", ("reference", "cpu")) == "reference"
+        assert ops.column_sum_of_squares(torch.tensor([3.0])).item() == 9.0
+
+
+@pytest.mark.usefixtures("every_backend")
+def test_a_backend_is_used_inside_the_block_only() -> None:
+    both = ("reference", "cpu")
+    with use_backend("reference"):
+        assert backends.choose("op", "cpu", both) == "reference"
+        with use_backend("cpu"):
+            assert backends.choose("op", "cpu", both) == "cpu"
+            # Backward hooks run in threads of autograd's own.
+            seen: list[str] = []
+            thread = threading.Thread(target=lambda: seen.append(backends.choose("op", "cpu", both)))
+            thread.start()
+            thread.join()
+            assert seen == ["cpu"]
+        assert backends.choose("op", "cpu", both) == "reference"
+        with pytest.raises(ZeroDivisionError), use_backend("cpu"):
+            raise ZeroDivisionError
+        assert backends.choose("op", "cpu", both) == "reference"
+
+
+def test_an_unknown_backend_is_refused_with_the_alternatives() -> None:
+    alternatives = "'auto', 'reference', 'cpu', 'cuda', 'triton'"
+    for name in ("fast", "", "CPU"):
+        with (
+            pytest.raises(ValueError, match=rf"^backend is '{name}', expected one of {alternatives}$"),
+            use_backend(name),
+        ):
+            pytest.fail("the block was entered")
+
+
+@pytest.mark.usefixtures("no_native")
+def test_a_missing_backend_is_refused_with_the_reason() -> None:
+    for name, reason in backends.reasons().items():
+        if reason is not None:
+            with pytest.raises(RuntimeError) as caught, use_backend(name):
+                pytest.fail("the block was entered")
+            assert str(caught.value) == f"backend {name!r} is not available: {reason}"
+    assert backends.choose("op", "cpu", ("reference", "cpu")) == "reference"
+
+
+@pytest.mark.usefixtures("every_backend")
+def test_a_backend_that_does_not_suit_the_call_is_refused() -> None:
+    with use_backend("triton"), pytest.raises(RuntimeError, match=r"^op: backend 'triton' does not implement this op$"):
+        backends.choose("op", "cuda", ("reference", "cpu"))
+    with (
+        use_backend("cpu"),
+        pytest.raises(RuntimeError, match=r"^op: backend 'cpu' runs on cpu tensors, not on cuda"),
+    ):
+        backends.choose("op", "cuda", ("reference", "cpu"))
+    with use_backend("reference"):
+        assert backends.choose("op", "cuda", ("reference", "cpu")) == "reference"
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_the_backend_in_use_is_the_one_that_runs(backend: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The native module is entered on "cpu" and only there."""
+    native = _library.native_module()
+    if native is None:
+        pytest.skip("there is nothing but the reference")
+    entered: list[str] = []
+    original = getattr(native, name)
+
+    def spy(*args: Any) -> None:
+        entered.append(name)
+        original(*args)
+
+    monkeypatch.setattr(native, name, spy)
+    args, kwargs = SAMPLES[name][0]()
+    op(name)(*args, **kwargs)
+    assert entered == ([name] if backend == "cpu" else [])
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    root = os.path.dirname(os.path.dirname(fisher_kernels.__file__))
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": root, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+USE = """
+import torch
+from fisher_kernels import backends, ops
+try:
+    ops.column_sum_of_squares(torch.ones(2))
+    print(backends.choose("op", "cpu", ("reference", "cpu")))
+except Exception as error:
+    print(type(error).__name__, error)
+with backends.use_backend("reference"):
+    print(ops.column_sum_of_squares(torch.tensor([3.0])).item())
+"""
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        ("reference", "reference"),
+        ("fast", "ValueError backend is 'fast', expected one of 'auto', 'reference', 'cpu', 'cuda', 'triton'"),
+        ("triton", f"RuntimeError backend 'triton' is not available: {backends.reasons()['triton']}"),
+    ],
+)
+def test_the_environment_sets_the_default(value: str, line: str) -> None:
+    """A name that cannot be used is refused at the first call; another choice still works."""
+    result = run_python(USE, FISHER_KERNELS_BACKEND=value)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [line, "9.0"]
+
+
+def test_without_the_native_module_the_reference_runs() -> None:
+    code = "import sys; sys.modules['fisher_kernels._native'] = None\n" + USE + "print(backends.reasons()['cpu'])"
+    result = run_python(code, FISHER_KERNELS_BACKEND="auto")
+    assert result.returncode == 0, result.stderr
+    chosen, nine, reason = result.stdout.splitlines()
+    assert (chosen, nine) == ("reference", "9.0")
+    assert "native module" in reason
+
+
+def test_why_there_is_no_native_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> Any:
+        raise ImportError("libgomp.so.1: cannot open shared object file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib, "import_module", fail)
+        module, reason = _library._load()
+    assert module is None
+    assert reason is not None
+    assert "libgomp.so.1: cannot open shared object file" in reason
+    with monkeypatch.context() as patch:
+        patch.delattr(torch.Tensor, "__dlpack_c_exchange_api__")
+        module, reason = _library._load()
+    assert module is None
+    assert reason is not None
+    assert "torch >= 2.11" in reason
+
+
+def test_capabilities_of_the_native_module() -> None:
+    native = _library.native_module()
+    if native is None:
+        pytest.skip("there is no native module")
+    names = native.capabilities()
+    assert names[0] == "baseline"
+    assert native.capability() == names[-1]
+    for wrong in ("sse9", "", "AVX2"):
+        with pytest.raises(ValueError, match=f"set_capability: name is '{wrong}', expected .*baseline"):
+            native.set_capability(wrong)
+    assert native.capability() == names[-1]
+    assert isinstance(native.openmp(), bool)
+
+
+# The tools of the tests have teeth.
+
+
+def test_comparison_rejects_what_is_off() -> None:
+    expected = torch.tensor([1.0, -2.0, 0.0, math.inf, math.nan], dtype=torch.float64)
+    good = expected.float()
+    assert_within(good, expected, 0.0)
+    for i, wrong in (
+        (0, 1.0001),
+        (1, 2.0),
+        (2, 1e-6),
+        (2, math.nan),
+        (3, -math.inf),
+        (3, 3e38),
+        (4, 0.0),
+        (0, math.inf),
+    ):
+        bad = good.clone()
+        bad[i] = wrong
+        with pytest.raises(AssertionError):
+            assert_within(bad, expected, 1e-7)
+    assert_within(good + 1e-4, expected, torch.tensor([1.1e-4] * 5))
+    with pytest.raises(AssertionError, match="1 of 3 entries are off"):
+        assert_within(good + 1e-4, expected, torch.tensor([1.1e-4, 0.9e-4, 1.1e-4, 0.0, 0.0]))
+    with pytest.raises(AssertionError, match="a bound that nothing can exceed"):
+        assert_within(good, expected, math.inf)
+    with pytest.raises(AssertionError, match="shape"):
+        assert_within(good[:4], expected, 1.0)
+    with pytest.raises(AssertionError, match="dtype"):
+        assert_within(good, good, 1.0)
+
+
+def test_bits_tell_apart_what_compares_equal() -> None:
+    assert_same_bits(torch.tensor([math.nan]), torch.tensor([math.nan]))
+    for a, b in (
+        (torch.tensor([0.0]), torch.tensor([-0.0])),
+        (torch.tensor([1.0]), torch.tensor([1.0], dtype=torch.float64)),
+        (torch.ones(1), torch.ones(2)),
+        (torch.ones(1), torch.ones(1, 1)),
+    ):
+        with pytest.raises(AssertionError):
+            assert_same_bits(a, b)
+
+
+def test_surroundings_are_what_lies_around() -> None:
+    storage = torch.arange(12.0)
+    view = storage[1:11].view(5, 2)[::2, 1]  # elements 2, 6 and 10
+    before = surroundings(view)
+    assert before.numel() == 9
+    view.fill_(100.0)
+    assert_same_bits(surroundings(view), before)
+    storage[3] = 0.0
+    with pytest.raises(AssertionError):
+        assert_same_bits(surroundings(view), before)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_memory_is_poisoned() -> None:
+    """An implementation that leaves an entry of its output unwritten hands back NaN."""
+    x = torch.ones(3)
+    for fresh in (torch.empty(3), torch.empty_like(x), x.new_empty((3,)), x.new_empty((3,), dtype=torch.float64)):
+        assert fresh.isnan().all()
+    assert (torch.empty(3, dtype=torch.int64) == torch.iinfo(torch.int64).max).all()
+    if sys.platform == "linux" and os.confstr("CS_GNU_LIBC_VERSION"):
+        assert (np.empty(5000, dtype=np.float32) > 1e38).all()
