@@ -159,7 +159,8 @@ def norm_sums(module: Any, x: Tensor, grad: Tensor, variant: str) -> Sums:
     channels = grad if last else grad.movedim(1, -1)
     sums = {"S": (channels.reshape(-1, module.weight.numel()).sum(0), float(samples))}
     if variant == "release":
-        # Its channels are dimension 1, whatever the layer normalises.
+        # Its channels are dimension 1, whatever the layer normalises; a lone vector is a batch of one.
+        x = x.unsqueeze(0) if x.dim() == 1 else x
         positions = math.prod(x.shape[2:])
         sums["u"] = (x.movedim(1, -1).reshape(-1, x.shape[1]).sum(0) / positions**2, float(samples))
     return sums

@@ -89,6 +89,7 @@ def follow(
             loss_of(net(*batch(generator)), generator).backward()
             opt.step()
         assert_same_moves(model, twin, start, tolerance)
+    assert_same_averages(model, ours, twin, naive, tolerance)
     return ours, naive
 
 
@@ -101,6 +102,21 @@ def assert_same_moves(
         assert bool(wanted.isfinite().all()), name
         error = float((ours - wanted).abs().max() / longest.clamp(min=1e-300))
         assert error <= tolerance, f"{name}: off by {error:.1e} of its longest move {float(longest):.1e}"
+
+
+def assert_same_averages(
+    model: nn.Module, ours: AdaFisher, twin: nn.Module, naive: NaiveAdaFisher, tolerance: float
+) -> None:
+    """The averages of H and S as they stand in the state of the weight, before any correction."""
+    seen: dict[int, int] = {}
+    partners = {id(q): p for p, q in zip(model.parameters(), twin.parameters(), strict=True)}
+    for site in naive.sites.values():
+        orientation = seen[id(site.owner)] = seen.get(id(site.owner), -1) + 1
+        state = ours.state[partners[id(site.owner)]]
+        for name, average in site.averages.items():
+            key = "tied_" * orientation + {"H": "input_factor", "S": "output_factor", "B": "bias_factor"}[name]
+            error = float((state[key] - average).abs().max() / average.abs().max().clamp(min=1e-300))
+            assert error <= tolerance, f"{site.kind} {key}: off by {error:.1e}"
 
 
 class Conv1D(nn.Module):
@@ -276,6 +292,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "layernorm-3d": (lambda: nn.LayerNorm(5), (3, 4, 5)),
     "layernorm-two-dims": (lambda: nn.LayerNorm((4, 5)), (3, 2, 4, 5)),
     "layernorm-all-dims": (lambda: nn.LayerNorm((4, 5)), (3, 4, 5)),
+    "layernorm-one-sample": (lambda: nn.LayerNorm((4, 5)), (4, 5)),
+    "layernorm-one-vector": (lambda: nn.LayerNorm(5), (5,)),
     "layernorm-no-bias": (lambda: nn.LayerNorm(5, bias=False), (3, 4, 5)),
     "layernorm-subclass": (lambda: MyNorm(5), (7, 5)),
     "groupnorm": (lambda: nn.GroupNorm(2, 4), (3, 4, 3, 2)),
@@ -566,8 +584,25 @@ def convolutional() -> nn.Module:
     )
 
 
+def without_affine() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, bias=False),
+        nn.BatchNorm2d(4, affine=False),
+        nn.Tanh(),
+        nn.Conv2d(4, 3, 2, bias=False),
+        nn.InstanceNorm2d(3),
+        nn.GroupNorm(1, 3, affine=False),
+        nn.Flatten(),
+        nn.Linear(3 * 3 * 3, 5),
+        nn.LayerNorm(5, elementwise_affine=False),
+        nn.Linear(5, 4),
+        nn.RMSNorm(4, elementwise_affine=False),
+    )
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Batch]] = {
     "convolutional": (convolutional, batch_of(4, 2, 6, 6)),
+    "without-affine": (without_affine, batch_of(4, 2, 6, 6)),
     "transformer": (Attention, tokens(3, 5)),
 }
 
@@ -702,6 +737,11 @@ FALLBACKS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor], Tens
         lambda: nn.MultiheadAttention(6, 2),
         lambda m, x: m(x, x, x)[0],
         ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"),
+    ),
+    "lstm": (
+        lambda: nn.LSTM(6, 6),
+        lambda m, x: m(x)[0],
+        ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"),
     ),
     "free-parameter": (Free, lambda m, x: m(x), ("scale", "scalar")),
     "parametrized": (
