@@ -44,21 +44,23 @@ class Layer:
         """Those of its parameters that require a gradient now."""
         return [p for p in self.parameters.values() if p.requires_grad]
 
-    def serves(self, module: nn.Module) -> bool:
-        """False where a parameter was swapped, as ``functional_call`` does."""
-        return all(module._parameters.get(role) is p for role, p in self.parameters.items())
-
     def capture(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> tuple[list[Tensor], list[int]] | None:
         """What the forward keeps for its backward; None where that backward cannot count."""
-        if not isinstance(output, Tensor) or not output.requires_grad or not self.serves(module) or not self.trained():
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return None
+        trained = False
+        for role, p in self.parameters.items():
+            if module._parameters.get(role) is not p:  # swapped, as functional_call does
+                return None
+            trained = trained or p.requires_grad
+        if not trained:
             return None
         x = args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
         if not isinstance(x, Tensor) or x.layout != torch.strided:
             return None
-        with torch.no_grad():
-            return self.rule.capture(module, x.detach())
+        return self.rule.capture(module, x.detach())
 
 
 @dataclass(eq=False)
@@ -260,7 +262,7 @@ class Statistics:
         site = self.sites[index]
         layer = site.layers[use]
         trained = layer.trained()
-        if not any(_accumulates(p) for p in trained):
+        if not any(map(_accumulates, trained)):
             return
         task = torch._C._current_graph_task_id()
         if site.task != task:
@@ -268,13 +270,12 @@ class Statistics:
             if anchor.grad is None:
                 site.sums = None
             site.task = task
-        with torch.no_grad():
-            sums = layer.rule.contribute(layer.module, captured, sizes, grad.detach())
-            if self.grad_scaler is not None and self.grad_scaler.is_enabled():
-                scale = self.grad_scaler._get_scale_async()  # on the device, where get_scale() would wait for it
-                if scale is not None:  # None before the first scale()
-                    _rescale(sums, layer.rule, scale)
-            site.sums = sums if site.sums is None else site.sums + sums
+        sums = layer.rule.contribute(layer.module, captured, sizes, grad.detach())
+        if self.grad_scaler is not None and self.grad_scaler.is_enabled():
+            scale = self.grad_scaler._get_scale_async()  # on the device, where get_scale() would wait for it
+            if scale is not None:  # None before the first scale()
+                _rescale(sums, layer.rule, scale)
+        site.sums = sums if site.sums is None else site.sums + sums
 
 
 def _remove(handles: list[Any]) -> None:
@@ -295,10 +296,8 @@ def _accumulates(parameter: Parameter) -> bool:
     """Whether the backward that is running will add to ``parameter.grad``."""
     try:
         return torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
-    except (
-        RuntimeError
-    ):  # autograd.grad with respect to the parameter itself: it returns gradients, it accumulates none
-        return False
+    except RuntimeError:
+        return False  # autograd.grad with respect to the parameter itself: it returns gradients, it accumulates none
 
 
 class _ForwardHook:

@@ -63,6 +63,7 @@ class DiagonalFactors:
         self.placed: dict[Parameter, Place] = {}
         self.refused: dict[tuple[int, ...], Tensor] = {}
         self._averages: dict[int, dict[str, Tensor]] = {}
+        self._ones: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._normal: dict[int, Factors] = {}
         self._central: dict[int, Tensor | None] = {}
         self._served = {p for site in sites for layer in site.layers for p in layer.parameters.values()}
@@ -107,6 +108,13 @@ class DiagonalFactors:
             found[name] = state[key]
         return found
 
+    def _one(self, like: Tensor) -> Tensor:
+        """The number 1 in the dtype and on the device of a weight."""
+        key = (like.dtype, like.device)
+        if key not in self._ones:
+            self._ones[key] = torch.ones_like(like)
+        return self._ones[key]
+
     def fold(self, taken: Sequence[tuple[int, Sums]]) -> None:
         """Average new statistics in, one call for all sites that share coefficients, and form the curvature."""
         batches: dict[tuple[Any, ...], tuple[list[int], list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], [], []))
@@ -115,12 +123,14 @@ class DiagonalFactors:
             group = self.groups[site.owner]
             averages = self.averages(index)
             new = site.rule.factors(site.module, sums)
-            new[WEIGHT] = torch.ones_like(averages[WEIGHT])
+            new[WEIGHT] = self._one(averages[WEIGHT])
             key = (group["variant"], group["gamma"], group["eps"], len(averages), site.owner.device)
             indices, old, values = batches[key]
             indices.append(index)
             old += averages.values()
-            values += [new[name].to(average.dtype) for name, average in averages.items()]
+            values += [
+                v if v.dtype == a.dtype else v.to(a.dtype) for v, a in ((new[n], a) for n, a in averages.items())
+            ]
         for (name, gamma, eps, joint, device), (indices, old, values) in batches.items():
             decay, gain = VARIANTS[name].coefficients(gamma)
             refused = factor_ema_(old, values, decay, gain, VARIANTS[name].normalize, eps, joint)
