@@ -188,10 +188,6 @@ class LayerwiseOptimizer(Optimizer):
                     dtype = wide if value.is_floating_point() else value.dtype
                     self.state[p][name] = value.detach().to(p.device, dtype, copy=True)
         self._groups = {p: group for group in self.param_groups for p in group["params"]}
-        for group in self.param_groups:
-            for name, value in group.items():
-                if isinstance(value, Tensor):
-                    group[name] = value.detach().clone()
         self.statistics.clear()
         layers = [layer for site in self.statistics.sites for layer in site.layers]
         if all(type(self._rule_for(layer.module, layer.owner)) is type(layer.rule) for layer in layers):
