@@ -76,6 +76,12 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.fixture
+def one_thread(set_threads: Callable[[int], None]) -> None:
+    """For small tensors, on which threads do nothing but wait for each other."""
+    set_threads(1)
+
+
+@pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fresh memory holds NaN in tensors, and under glibc numbers of 1e38 and more anywhere else."""
     m_perturb, fill = -6, 0x80  # allocations are filled with the complement of this byte, 0x7f

@@ -25,13 +25,7 @@ from tests.naive_adafisher import NaiveAdaFisher
 OPTIMIZERS = (AdaFisher, AdaFisherW)
 VARIANTS = ("paper", "release", "relative")
 
-pytestmark = pytest.mark.usefixtures("backend")
-
-
-@pytest.fixture(autouse=True)
-def one_thread(set_threads: Callable[[int], None]) -> None:
-    """On tensors this small, threads do nothing but wait for each other."""
-    set_threads(1)
+pytestmark = pytest.mark.usefixtures("backend", "one_thread")
 
 
 def network(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -812,7 +806,7 @@ def test_reaches_the_minimum_of_a_quadratic(variant: str, lr: float) -> None:
     truth = torch.randn(3, 4, dtype=torch.float64)
     model = nn.Linear(4, 3, bias=False).double()
     optimizer = AdaFisher(model, lr, variant=variant, update_interval=1, damping=0.3)
-    for _ in range(600):
+    for _ in range(300):
         optimizer.zero_grad()
         (model(x) - x @ truth.T).square().mean().backward()
         optimizer.step()

@@ -24,19 +24,13 @@ damping of 1e-3 at most another 1e3 of what is left, carried through a few steps
 more."""
 
 pytestmark = [
-    pytest.mark.usefixtures("backend"),
+    pytest.mark.usefixtures("backend", "one_thread"),
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
 ]
 
 
 VARIANTS = ("paper", "release", "relative")
 LR = {"paper": 2e-3, "release": 1e-3, "relative": 0.1}
-
-
-@pytest.fixture(autouse=True)
-def one_thread(set_threads: Callable[[int], None]) -> None:
-    """On tensors this small, threads do nothing but wait for each other."""
-    set_threads(1)
 
 
 def inputs_of(shape: Sequence[int], generator: torch.Generator) -> Tensor:
