@@ -23,7 +23,7 @@ _REASONS: dict[str, str | None] = {
 _DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
 
 # Process-wide, not per thread: autograd runs backward hooks in threads of its own.
-_selected = os.environ.get("FISHER_KERNELS_BACKEND", "auto")
+_selected = os.environ.get("FISHER_KERNELS_BACKEND") or "auto"
 
 
 def available() -> list[str]:

@@ -38,7 +38,7 @@ def describe() -> dict[str, Any]:
 
 def default_backend() -> str:
     """What ``FISHER_KERNELS_BACKEND`` asks for, whether or not there is such a backend."""
-    return os.environ.get("FISHER_KERNELS_BACKEND", "auto")
+    return os.environ.get("FISHER_KERNELS_BACKEND") or "auto"
 
 
 def version(distribution: str) -> str | None:

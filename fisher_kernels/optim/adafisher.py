@@ -184,7 +184,7 @@ class AdaFisher(LayerwiseOptimizer):
 
     # Step.
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable would import the whole compiler along with this module
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Refresh the factors where it is time, then update every parameter that has a gradient.
