@@ -127,7 +127,7 @@ enum class WeightDecay : uint8_t {
   decoupled,  // taken off the parameter
 };
 
-/// g = gradient / gradient_divisor;  m <- beta * m + (1 - beta) * g;  w <- w - step_size * m / F.
+/// g = gradient_scale * gradient;  m <- beta * m + (1 - beta) * g;  w <- w - step_size * m / F.
 /// Elements whose g is not finite stay as they are and are counted.
 struct AdaFisherStep {
   const AdaFisherParameter* parameters;
@@ -138,7 +138,7 @@ struct AdaFisherStep {
   double damping;
   double weight_decay;
   WeightDecay decay;
-  double gradient_divisor;  // negative to maximize
+  double gradient_scale;  // negative to maximize
   int threads;
 };
 

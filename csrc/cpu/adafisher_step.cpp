@@ -8,14 +8,17 @@ namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
 
 namespace {
 
-constexpr int64_t kChunk = 1024;  // elements worked on at a time, so that buffers stay in the first-level cache
+// Elements worked on at a time: few enough that the processor evaluates the curvature of the next chunk while it waits for
+// the memory of this one. A multiple of every kLanes.
+constexpr int64_t kChunk = 128;
+constexpr int64_t kPrefetch = 512;  // elements ahead, farther than the hardware looks
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /// What the update of every element of a parameter shares.
 template <class A>
 struct Rates {
-  A gradient_divisor;
+  A gradient_scale;
   A beta;
   A gain;  // 1 - beta
   A step_size;
@@ -23,7 +26,7 @@ struct Rates {
   A shrinkage;       // decoupled form: lr * weight_decay
 
   Rates(const AdaFisherStep& step, const AdaFisherParameter& parameter)
-      : gradient_divisor(static_cast<A>(step.gradient_divisor)),
+      : gradient_scale(static_cast<A>(step.gradient_scale)),
         beta(static_cast<A>(step.beta)),
         gain(static_cast<A>(1.0 - step.beta)),
         step_size(static_cast<A>(parameter.step_size)),
@@ -31,11 +34,13 @@ struct Rates {
         shrinkage(static_cast<A>(step.lr * step.weight_decay)) {}
 };
 
-/// The update of one register of elements. Returns -1 in the lanes left as they were, else 0.
+/// The update of one register of elements; those whose gradient is not finite stay as they are. Returns 0 in the lanes that
+/// were updated and NaN in the others.
 template <WeightDecay kDecay, class V, class A>
-inline auto update(V& parameter, V gradient, V& moment, V curvature, const Rates<A>& rates) {
-  gradient /= rates.gradient_divisor;
-  const auto finite = gradient - gradient == 0;  // infinity - infinity is NaN
+inline V update(V& parameter, V gradient, V& moment, V curvature, const Rates<A>& rates) {
+  gradient *= rates.gradient_scale;
+  const V doubt = gradient - gradient;  // infinity - infinity is NaN
+  const auto finite = doubt == 0;
   if constexpr (kDecay == WeightDecay::coupled) gradient += rates.weight_decay * parameter;
   const V next_moment = rates.beta * moment + rates.gain * gradient;
   V change = rates.step_size * next_moment / curvature;
@@ -43,116 +48,285 @@ inline auto update(V& parameter, V gradient, V& moment, V curvature, const Rates
   const V next_parameter = parameter - change;
   moment = finite ? next_moment : moment;
   parameter = finite ? next_parameter : parameter;
-  return ~finite;
+  return doubt;
 }
 
-/// Updates `count` consecutive elements; returns how many were left as they were.
+template <class T>
+int64_t count_non_finite(const T* gradient, int64_t count, Accumulator<T> gradient_scale) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Accumulator<T> value = widen(gradient[i]) * gradient_scale;
+    found += value - value != 0;
+  }
+  return found;
+}
+
+/// Updates `count` consecutive elements. `doubt` becomes NaN in some lane if any of them was left as it was.
 template <WeightDecay kDecay, class T, class A>
-int64_t update_chunk(T* __restrict parameter, const T* __restrict gradient, A* __restrict moment, const A* __restrict curvature,
-                     int64_t count, const Rates<A>& rates) {
+inline void update_chunk(T* __restrict parameter, const T* __restrict gradient, A* __restrict moment,
+                         const A* __restrict curvature, int64_t count, const Rates<A>& rates, Vector<T>& doubt) {
   using V = Vector<T>;
-  decltype(V{} == V{}) skipped = {};
   int64_t i = 0;
   for (; i + kLanes<T> <= count; i += kLanes<T>) {
+    __builtin_prefetch(parameter + i + kPrefetch, 1);
+    __builtin_prefetch(gradient + i + kPrefetch, 0);
+    __builtin_prefetch(moment + i + kPrefetch, 1);
     V w = load(parameter + i), m = load(moment + i);
-    skipped += update<kDecay>(w, load(gradient + i), m, load(curvature + i), rates);
+    doubt += update<kDecay>(w, load(gradient + i), m, load(curvature + i), rates);
     store(parameter + i, w);
     store(moment + i, m);
   }
   if (i < count) {
     const int64_t rest = count - i;
     V w = load(parameter + i, rest), m = load(moment + i, rest);
-    skipped += update<kDecay>(w, load(gradient + i, rest), m, load(curvature + i), rates);
+    doubt += update<kDecay>(w, load(gradient + i, rest), m, load(curvature + i), rates);
     store(parameter + i, w, rest);
     store(moment + i, m, rest);
   }
-  int64_t total = 0;
-  for (int lane = 0; lane < kLanes<T>; ++lane) total -= skipped[lane];
-  return total;
 }
 
-/// curvature[i] = F of element first + i. Whole registers are stored: room for one more is needed.
+/// A chunk's worth of the column factor that is missing.
 template <class A>
-void fill_curvature(const AdaFisherParameter& p, double damping_, int64_t first, int64_t count, A* curvature) {
-  const A* const row_factor = static_cast<const A*>(p.row_factor);
-  const A* const column_factor = static_cast<const A*>(p.column_factor);
-  const A damping = static_cast<A>(damping_), constant = static_cast<A>(p.constant_factor);
-  int64_t row = first / p.columns, column = first % p.columns;
-  for (int64_t done = 0; done < count;) {
-    const int64_t run = smaller(p.columns - column, count - done);
-    const A scale = row_factor ? row_factor[row] * constant : constant;
-    if (column_factor) {
-      const A* const factor = column_factor + row / p.rows * p.columns + column;
-      for (int64_t i = 0; i < run; ++i) curvature[done + i] = scale * factor[i] + damping;
-    } else {
-      for (int64_t i = 0; i < run; ++i) curvature[done + i] = scale + damping;
-    }
-    done += run;
-    column = 0;
-    ++row;
-  }
-  for (int64_t i = 0; i < kLanes<A>; ++i) curvature[count + i] = 1;
-}
+struct Ones {
+  A values[kChunk];
 
-/// Visits elements first .. first + count of a strided array in row-major order.
-template <class Visit>
-void visit_strided(const StridedArray& array, int64_t first, int64_t count, const Visit& visit) {
-  constexpr int kMaxDims = 64;  // as torch has
-  int64_t index[kMaxDims];
-  int64_t offset = 0;
-  for (int d = array.dims - 1; d >= 0; --d) {
-    index[d] = first % array.sizes[d];
-    first /= array.sizes[d];
-    offset += index[d] * array.strides[d];
+  constexpr Ones() : values() {
+    for (A& value : values) value = A(1);
   }
-  for (int64_t i = 0; i < count; ++i) {
-    visit(i, offset);
-    for (int d = array.dims - 1; d >= 0; --d) {
-      offset += array.strides[d];
-      if (++index[d] < array.sizes[d]) break;
-      offset -= array.sizes[d] * array.strides[d];
-      index[d] = 0;
+};
+
+template <class A>
+constexpr Ones<A> kOnes;
+
+/// Evaluates F element after element. A row is what shares one entry of the row factor.
+template <class A>
+class CurvatureCursor {
+ public:
+  CurvatureCursor(const AdaFisherParameter& p, double damping, int64_t first)
+      : constant_(static_cast<A>(p.constant_factor)),
+        damping_(static_cast<A>(damping)),
+        columns_(p.columns),
+        group_rows_(p.rows == 1 ? p.groups : p.rows),
+        row_step_(p.row_factor ? 1 : 0),
+        column_step_(p.column_factor ? 1 : 0),
+        factor_step_(p.rows == 1 ? column_step_ * p.columns : 0),
+        group_step_(p.rows == 1 ? 0 : column_step_ * p.columns),
+        column_(first % p.columns) {
+    const int64_t row = first / p.columns, group = row / group_rows_;
+    rows_left_ = group_rows_ - row % group_rows_;
+    row_factor_ = p.row_factor ? static_cast<const A*>(p.row_factor) + row : kOnes<A>.values;
+    column_factor_ = p.column_factor ? static_cast<const A*>(p.column_factor) : kOnes<A>.values;
+    column_factor_end_ = column_factor_ + (p.column_factor ? p.groups * p.columns : kChunk);
+    column_factor_ += row * factor_step_ + group * group_step_;
+  }
+
+  /// Stores F of the next `count` elements, at most a chunk, and moves past them. Registers are stored whole, the next one
+  /// overwriting what is too much: `out` has room for one more than it takes.
+  void fill(int64_t count, A* out) {
+    A* const end = out + count;
+    while (out < end) {
+      const int64_t rows = column_ == 0 && columns_ <= kLanes<A> ? fill_short_rows(out, end) : 0;
+      if (rows > 0) {
+        out += rows * columns_;
+        skip_rows(rows);
+      } else {
+        const int64_t run = smaller(columns_ - column_, end - out);
+        fill_run(run, out);
+        column_ += run;
+        if (column_ == columns_) skip_rows(1);
+        out += run;
+      }
     }
   }
+
+ private:
+  /// Moves to the start of a later row of the group, or to the next group.
+  void skip_rows(int64_t count) {
+    column_ = 0;
+    row_factor_ += count * row_step_;
+    column_factor_ += count * factor_step_;
+    rows_left_ -= count;
+    if (rows_left_ > 0) return;
+    rows_left_ = group_rows_;
+    column_factor_ += group_step_;
+  }
+
+  /// Fills at most the rest of a row.
+  void fill_run(int64_t run, A* out) const {
+    const A scale = *row_factor_ * constant_, damping = damping_;
+    const A* const factor = column_factor_ + column_ * column_step_;
+    int64_t i = 0;
+    for (; i + kLanes<A> <= run; i += kLanes<A>) store(out + i, scale * load(factor + i) + damping);
+    if (i == run) return;
+    if (run < kLanes<A>) return store(out, scale * load(factor, run) + damping);
+    i = run - kLanes<A>;  // a few elements once more, so as not to read past the factor
+    store(out + i, scale * load(factor + i) + damping);
+  }
+
+  /// Fills rows of at most a register, in the smallest registers that hold one, as long as they fit before `end`, belong to
+  /// one group and can be read whole. Returns how many.
+  int64_t fill_short_rows(A* out, const A* end) const {
+    constexpr int kQuarter = kLanes<A> >= 4 ? kLanes<A> / 4 : 1;
+    if (columns_ <= kQuarter) return fill_short_rows<kQuarter>(out, end);
+    if (columns_ <= kLanes<A> / 2) return fill_short_rows<kLanes<A> / 2>(out, end);
+    return fill_short_rows<kLanes<A>>(out, end);
+  }
+
+  template <int kWidth>
+  int64_t fill_short_rows(A* out, const A* end) const {
+    using V = typename VectorOf<A, kWidth>::Type;
+    const CurvatureCursor at = *this;  // a copy, which the stores below cannot change
+    const A* row_factor = at.row_factor_;
+    const A* factor = at.column_factor_;
+    const A* factor_end = at.column_factor_end_;
+    A padded[kWidth] = {};
+    if (at.factor_step_ == 0) {
+      for (int64_t c = 0; c < at.columns_; ++c) padded[c] = factor[c];
+      factor = padded;
+      factor_end = padded + kWidth;
+    }
+    int64_t rows = 0;
+    for (; rows < at.rows_left_ && end - out >= at.columns_ && factor_end - factor >= kWidth; ++rows) {
+      store_bits(out, *row_factor * at.constant_ * load_bits<V>(factor) + at.damping_);
+      out += at.columns_;
+      row_factor += at.row_step_;
+      factor += at.factor_step_;
+    }
+    return rows;
+  }
+
+  const A constant_;
+  const A damping_;
+  const int64_t columns_;
+  const int64_t group_rows_;   // rows that share a column factor, or that each have their own, one after another
+  const int64_t row_step_;     // from one row to the next in the row factor: 0 if that is missing
+  const int64_t column_step_;  // from one column to the next in the column factor: 0 if that is missing
+  const int64_t factor_step_;  // from one row to the next in the column factor
+  const int64_t group_step_;   // from one group to the next in the column factor
+  int64_t column_;
+  int64_t rows_left_;          // in the group
+  const A* row_factor_;        // at the row
+  const A* column_factor_;     // at the row's first column
+  const A* column_factor_end_;
+};
+
+/// A strided array with as few dimensions as describe it.
+class Walk {
+ public:
+  explicit Walk(const StridedArray& array) {
+    for (int d = 0; d < array.dims; ++d) {
+      const int64_t size = array.sizes[d], stride = array.strides[d];
+      if (size == 1) continue;
+      if (dims_ > 0 && strides_[dims_ - 1] == size * stride) {
+        sizes_[dims_ - 1] *= size;
+        strides_[dims_ - 1] = stride;
+      } else {
+        sizes_[dims_] = size;
+        strides_[dims_++] = stride;
+      }
+    }
+  }
+
+  /// Calls visit(i, offset, run, stride) for runs of evenly spaced elements: elements first + i to first + i + run in
+  /// row-major order, the first of which lies at `offset`.
+  template <class Visit>
+  void visit(int64_t first, int64_t count, const Visit& visit) const {
+    if (dims_ == 0) return visit(int64_t{0}, int64_t{0}, count, int64_t{1});
+    int64_t index[kMaxDims];
+    int64_t offset = 0;
+    for (int d = dims_ - 1; d >= 0; --d) {
+      index[d] = first % sizes_[d];
+      first /= sizes_[d];
+      offset += index[d] * strides_[d];
+    }
+    const int inner = dims_ - 1;
+    for (int64_t i = 0; i < count;) {
+      const int64_t run = smaller(sizes_[inner] - index[inner], count - i);
+      visit(i, offset, run, strides_[inner]);
+      i += run;
+      offset += run * strides_[inner];
+      index[inner] += run;
+      for (int d = inner; d > 0 && index[d] == sizes_[d]; --d) {
+        offset += strides_[d - 1] - sizes_[d] * strides_[d];
+        index[d] = 0;
+        ++index[d - 1];
+      }
+    }
+  }
+
+ private:
+  static constexpr int kMaxDims = 64;  // as many as torch has
+
+  int dims_ = 0;
+  int64_t sizes_[kMaxDims];
+  int64_t strides_[kMaxDims];
+};
+
+template <class T>
+void gather(const T* data, const Walk& walk, int64_t first, int64_t count, T* out) {
+  walk.visit(first, count, [&](int64_t i, int64_t offset, int64_t run, int64_t stride) {
+    for (int64_t k = 0; k < run; ++k) out[i + k] = data[offset + k * stride];
+  });
 }
 
 template <class T>
-void gather(const StridedArray& array, int64_t first, int64_t count, T* out) {
-  const T* const data = static_cast<const T*>(array.data);
-  visit_strided(array, first, count, [&](int64_t i, int64_t offset) { out[i] = data[offset]; });
+void scatter(const T* in, int64_t first, int64_t count, const Walk& walk, T* data) {
+  walk.visit(first, count, [&](int64_t i, int64_t offset, int64_t run, int64_t stride) {
+    for (int64_t k = 0; k < run; ++k) data[offset + k * stride] = in[i + k];
+  });
 }
 
-template <class T>
-void scatter(const T* in, int64_t first, int64_t count, const StridedArray& array) {
-  T* const data = static_cast<T*>(array.data);
-  visit_strided(array, first, count, [&](int64_t i, int64_t offset) { data[offset] = in[i]; });
+/// Steps elements begin to end of a parameter whose tensors lie in row-major order.
+template <WeightDecay kDecay, class T>
+int64_t step_contiguous(const AdaFisherStep& step, const AdaFisherParameter& p, int64_t begin, int64_t end) {
+  using A = Accumulator<T>;
+  T* const parameter = static_cast<T*>(p.parameter.data);
+  const T* const gradient = static_cast<const T*>(p.gradient.data);
+  A* const moment = static_cast<A*>(p.moment.data);
+  const Rates<A> rates(step, p);
+  CurvatureCursor<A> cursor(p, step.damping, begin);
+  alignas(kVectorBytes) A curvature[kChunk + kLanes<T>];
+  Vector<T> doubt = {};
+  for (int64_t first = begin; first < end; first += kChunk) {
+    const int64_t count = smaller(kChunk, end - first);
+    cursor.fill(count, curvature);
+    update_chunk<kDecay>(parameter + first, gradient + first, moment + first, curvature, count, rates, doubt);
+  }
+  return sum_lanes(doubt) == 0 ? 0 : count_non_finite(gradient + begin, end - begin, rates.gradient_scale);
+}
+
+/// The same for tensors of any strides, by way of buffers.
+template <WeightDecay kDecay, class T>
+int64_t step_strided(const AdaFisherStep& step, const AdaFisherParameter& p, int64_t begin, int64_t end) {
+  using A = Accumulator<T>;
+  T* const parameter = static_cast<T*>(p.parameter.data);
+  const T* const gradient = static_cast<const T*>(p.gradient.data);
+  A* const moment = static_cast<A*>(p.moment.data);
+  const Walk parameter_walk(p.parameter), gradient_walk(p.gradient), moment_walk(p.moment);
+  const Rates<A> rates(step, p);
+  CurvatureCursor<A> cursor(p, step.damping, begin);
+  alignas(kVectorBytes) T parameter_buffer[kChunk], gradient_buffer[kChunk];
+  alignas(kVectorBytes) A moment_buffer[kChunk], curvature[kChunk + kLanes<T>];
+  int64_t skipped = 0;
+  for (int64_t first = begin; first < end; first += kChunk) {
+    const int64_t count = smaller(kChunk, end - first);
+    cursor.fill(count, curvature);
+    gather(parameter, parameter_walk, first, count, parameter_buffer);
+    gather(gradient, gradient_walk, first, count, gradient_buffer);
+    gather(moment, moment_walk, first, count, moment_buffer);
+    Vector<T> doubt = {};
+    update_chunk<kDecay>(parameter_buffer, gradient_buffer, moment_buffer, curvature, count, rates, doubt);
+    scatter(parameter_buffer, first, count, parameter_walk, parameter);
+    scatter(moment_buffer, first, count, moment_walk, moment);
+    if (sum_lanes(doubt) != 0) skipped += count_non_finite(gradient_buffer, count, rates.gradient_scale);
+  }
+  return skipped;
 }
 
 template <WeightDecay kDecay, class T>
 int64_t step_range(const AdaFisherStep& step, const AdaFisherParameter& p, int64_t begin, int64_t end) {
-  using A = Accumulator<T>;
-  const Rates<A> rates(step, p);
   const bool contiguous = p.parameter.contiguous && p.gradient.contiguous && p.moment.contiguous;
-  alignas(kVectorBytes) A curvature[kChunk + kLanes<T>];
-  int64_t skipped = 0;
-  for (int64_t first = begin; first < end; first += kChunk) {
-    const int64_t count = smaller(kChunk, end - first);
-    fill_curvature(p, step.damping, first, count, curvature);
-    if (contiguous) {
-      skipped += update_chunk<kDecay>(static_cast<T*>(p.parameter.data) + first, static_cast<const T*>(p.gradient.data) + first,
-                                      static_cast<A*>(p.moment.data) + first, curvature, count, rates);
-    } else {
-      alignas(kVectorBytes) T parameter[kChunk], gradient[kChunk];
-      alignas(kVectorBytes) A moment[kChunk];
-      gather(p.parameter, first, count, parameter);
-      gather(p.gradient, first, count, gradient);
-      gather(p.moment, first, count, moment);
-      skipped += update_chunk<kDecay>(parameter, gradient, moment, curvature, count, rates);
-      scatter(parameter, first, count, p.parameter);
-      scatter(moment, first, count, p.moment);
-    }
-  }
-  return skipped;
+  return contiguous ? step_contiguous<kDecay, T>(step, p, begin, end) : step_strided<kDecay, T>(step, p, begin, end);
 }
 
 int64_t step_range(const AdaFisherStep& step, const AdaFisherParameter& p, int64_t begin, int64_t end) {

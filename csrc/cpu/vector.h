@@ -4,7 +4,7 @@
 #include <cstring>
 #include <type_traits>
 
-#ifdef __F16C__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -39,25 +39,17 @@ struct float16 {
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-template <class A>
-struct VectorOf;
-
-template <>
-struct VectorOf<float> {
-  typedef float Type __attribute__((vector_size(kVectorBytes)));
+template <class A, int kLanes>
+struct VectorOf {
+  typedef A Type __attribute__((vector_size(kLanes * sizeof(A))));
 };
-
-template <>
-struct VectorOf<double> {
-  typedef double Type __attribute__((vector_size(kVectorBytes)));
-};
-
-/// A register of Accumulator<T>.
-template <class T>
-using Vector = typename VectorOf<Accumulator<T>>::Type;
 
 template <class T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(Accumulator<T>));
+
+/// A register of Accumulator<T>.
+template <class T>
+using Vector = typename VectorOf<Accumulator<T>, kLanes<T>>::Type;
 
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
@@ -77,84 +69,105 @@ inline V load_bits(const T* p) {
   return v;
 }
 
-// The conversions below take one word (Bits = uint32_t, Float = float) or a register of them.
-
-template <class Float, class Bits>
-inline Float widen_bfloat16(Bits half) {
-  return bits_as<Float>(half << 16);
+template <class T, class V>
+inline void store_bits(T* p, const V& v) {
+  std::memcpy(p, &v, sizeof(V));
 }
 
-/// Rounds to nearest even; NaN stays NaN.
+// The conversions below take one word (Bits = uint32_t, Float = float) or a register of them. A 16-bit number is in the
+// upper half of its word, where bfloat16 is float32 already.
+
+/// Rounds to nearest even; NaN stays NaN. The lower half of the result is to be ignored.
 template <class Bits, class Float>
-inline Bits narrow_to_bfloat16(Float value) {
+inline Bits round_to_bfloat16(Float value) {
   const Bits bits = bits_as<Bits>(value);
-  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Bits quiet_nan = (bits >> 16) | 0x40u;
-  return (bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded;
+  const Bits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return value != value ? bits | 0x400000u : rounded;
 }
 
 template <class Float, class Bits>
-inline Float widen_float16(Bits half) {
-  const Bits sign = (half & 0x8000u) << 16;
-  const Bits magnitude = half & 0x7fffu;
+inline Float widen_float16(Bits upper) {
+  const Bits sign = upper & 0x80000000u;
+  const Bits magnitude = upper & 0x7fff0000u;
   // A multiplication moves the exponent from float16's bias to float32's, and normalises subnormal numbers on the way.
-  const Bits finite = bits_as<Bits>(bits_as<Float>(magnitude << 13) * 0x1p112f);
-  return bits_as<Float>(sign | (magnitude >= 0x7c00u ? finite | 0x7f800000u : finite));
+  const Bits finite = bits_as<Bits>(bits_as<Float>(magnitude >> 3) * 0x1p112f);
+  return bits_as<Float>(sign | (magnitude >= 0x7c000000u ? finite | 0x7f800000u : finite));
 }
 
 /// Rounds to nearest even; NaN stays NaN.
 template <class Bits, class Float>
-inline Bits narrow_to_float16(Float value) {
+inline Bits round_to_float16(Float value) {
   const Bits bits = bits_as<Bits>(value);
-  const Bits sign = (bits >> 16) & 0x8000u;
+  const Bits sign = bits & 0x80000000u;
   const Bits magnitude = bits & 0x7fffffffu;
   const Bits normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   // The unit in the last place of 0.5 in float32 is the smallest subnormal number of float16: the addition rounds.
   const Bits subnormal = bits_as<Bits>(bits_as<Float>(magnitude) + 0.5f) - 0x3f000000u;
+  const Bits infinity = (magnitude & 0u) + 0x7c00u, nan = (magnitude & 0u) + 0x7e00u;
   const Bits finite = magnitude < 0x38800000u ? subnormal : normal;
-  const Bits special = (magnitude > 0x7f800000u ? (magnitude & 0u) + 0x7e00u : (magnitude & 0u) + 0x7c00u);
-  return sign | (magnitude >= 0x47800000u ? special : finite);
+  const Bits special = magnitude > 0x7f800000u ? nan : infinity;
+  return sign | ((magnitude >= 0x47800000u ? special : finite) << 16);
 }
 
 inline float widen(float value) { return value; }
 inline double widen(double value) { return value; }
-inline float widen(bfloat16 value) { return widen_bfloat16<float>(uint32_t{value.bits}); }
-inline float widen(float16 value) { return widen_float16<float>(uint32_t{value.bits}); }
+inline float widen(bfloat16 value) { return bits_as<float>(uint32_t{value.bits} << 16); }
+inline float widen(float16 value) { return widen_float16<float>(uint32_t{value.bits} << 16); }
+
+// Moves a register's worth of 16-bit numbers between memory and the upper halves of words. Spelled out for x86, where
+// GCC 12 takes several instructions for what is one or two.
+#if defined(__AVX512F__)
+inline Words load_upper_halves(const void* p) {
+  const __m512i place = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0,  //
+                                         7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+  return (Words)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, place, _mm512_castsi256_si512(load_bits<__m256i>(p)));
+}
+
+inline void store_upper_halves(void* p, Words words) {
+  const __m512i place = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,  //
+                                         31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  const __m512i halves = _mm512_maskz_permutexvar_epi16(0xffffu, place, (__m512i)words);
+  std::memcpy(p, &halves, sizeof(HalfWords));
+}
+#elif defined(__AVX2__)
+inline Words load_upper_halves(const void* p) { return (Words)_mm256_cvtepu16_epi32(load_bits<__m128i>(p)) << 16; }
+
+inline void store_upper_halves(void* p, Words words) {
+  const __m256i lower = (__m256i)(words >> 16);
+  const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(lower, lower), 0x08);  // it packs 128 bits at a time
+  std::memcpy(p, &halves, sizeof(HalfWords));
+}
+#else
+inline Words load_upper_halves(const void* p) { return __builtin_convertvector(load_bits<HalfWords>(p), Words) << 16; }
+
+inline void store_upper_halves(void* p, Words words) {
+  const HalfWords halves = __builtin_convertvector(words >> 16, HalfWords);
+  std::memcpy(p, &halves, sizeof(halves));
+}
+#endif
 
 inline Vector<float> load(const float* p) { return load_bits<Vector<float>>(p); }
 inline Vector<double> load(const double* p) { return load_bits<Vector<double>>(p); }
+inline Vector<float> load(const bfloat16* p) { return bits_as<Vector<float>>(load_upper_halves(p)); }
 
-inline Words load_half_words(const void* p) {
-  return __builtin_convertvector(load_bits<HalfWords>(p), Words);
-}
-
-inline void store_half_words(void* p, Words words) {
-  const HalfWords half = __builtin_convertvector(words, HalfWords);
-  std::memcpy(p, &half, sizeof(half));
-}
-
-inline Vector<float> load(const bfloat16* p) { return widen_bfloat16<Vector<float>>(load_half_words(p)); }
-
-inline void store(float* p, Vector<float> value) { std::memcpy(p, &value, sizeof(value)); }
-inline void store(double* p, Vector<double> value) { std::memcpy(p, &value, sizeof(value)); }
-inline void store(bfloat16* p, Vector<float> value) { store_half_words(p, narrow_to_bfloat16<Words>(value)); }
+inline void store(float* p, Vector<float> value) { store_bits(p, value); }
+inline void store(double* p, Vector<double> value) { store_bits(p, value); }
+inline void store(bfloat16* p, Vector<float> value) { store_upper_halves(p, round_to_bfloat16<Words>(value)); }
 
 #if defined(__AVX512F__)
-// The masked forms with a full mask: the plain ones make GCC 12 warn of uninitialised values.
+// The masked forms, with a full mask, because the plain ones make GCC 12 warn of uninitialised values.
 inline Vector<float> load(const float16* p) { return _mm512_maskz_cvtph_ps(0xffff, load_bits<__m256i>(p)); }
 inline void store(float16* p, Vector<float> value) {
-  const __m256i half = _mm512_maskz_cvtps_ph(0xffff, value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  std::memcpy(p, &half, sizeof(half));
+  store_bits(p, _mm512_maskz_cvtps_ph(0xffff, value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-#elif defined(__F16C__) && defined(__AVX2__)
+#elif defined(__AVX2__)
 inline Vector<float> load(const float16* p) { return _mm256_cvtph_ps(load_bits<__m128i>(p)); }
 inline void store(float16* p, Vector<float> value) {
-  const __m128i half = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  std::memcpy(p, &half, sizeof(half));
+  store_bits(p, _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #else
-inline Vector<float> load(const float16* p) { return widen_float16<Vector<float>>(load_half_words(p)); }
-inline void store(float16* p, Vector<float> value) { store_half_words(p, narrow_to_float16<Words>(value)); }
+inline Vector<float> load(const float16* p) { return widen_float16<Vector<float>>(load_upper_halves(p)); }
+inline void store(float16* p, Vector<float> value) { store_upper_halves(p, round_to_float16<Words>(value)); }
 #endif
 
 /// The first `count` elements at p, and zeros.
@@ -173,12 +186,16 @@ inline void store(T* p, Vector<T> value, int64_t count) {
   std::memcpy(p, padded, count * sizeof(T));
 }
 
-/// The sum of the lanes, in float64.
+/// The sum of the lanes.
 template <class V>
-inline double sum_lanes(V value) {
-  double sum = 0;
-  for (size_t i = 0; i < sizeof(value) / sizeof(value[0]); ++i) sum += value[i];
-  return sum;
+inline auto sum_lanes(V value) {
+  constexpr int kCount = sizeof(value) / sizeof(value[0]);
+  std::remove_reference_t<decltype(value[0])> lanes[kCount];
+  store(lanes, value);
+  for (int half = kCount / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
 }
 
 /// Calls body with a null pointer of the C++ type of a floating-point dtype.

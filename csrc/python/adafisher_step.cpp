@@ -144,7 +144,7 @@ void adafisher_step_(py::handle params, py::handle grads, py::handle exp_avgs, p
   check_range(beta, beta >= 0 && beta < 1, "beta", "a number in [0, 1)");
   check_range(damping, std::isfinite(damping) && damping >= 0, "damping", "a finite number >= 0");
   check_range(weight_decay, std::isfinite(weight_decay) && weight_decay >= 0, "weight_decay", "a finite number >= 0");
-  const double scale = grad_scale.is_none() ? 1.0 : read_scalar(grad_scale, {kFunction, "grad_scale"});
+  const double scale = grad_scale.is_none() ? 1.0 : 1.0 / read_scalar(grad_scale, {kFunction, "grad_scale"});
   const bool refused = !found_inf.is_none() && read_scalar(found_inf, {kFunction, "found_inf"}) != 0.0;
   const Argument skipped_argument{kFunction, "skipped"};
   const TensorView skipped = read_tensor(skipped_object, skipped_argument);

@@ -89,8 +89,8 @@ double read_scalar(py::handle object, const Argument& argument) {
   const TensorView tensor = read_tensor(object, argument);
   if (tensor.numel() != 1) value_error(argument, "has shape " + tensor.shape() + ", expected one element");
   if (tensor.dtype == DType::float64) return *static_cast<const double*>(tensor.data);
-  check_dtype(tensor, DType::float32, argument);
-  return *static_cast<const float*>(tensor.data);
+  if (tensor.dtype == DType::float32) return *static_cast<const float*>(tensor.data);
+  type_error(argument, std::string("has dtype ") + name(tensor.dtype) + ", expected float32 or float64");
 }
 
 bool is_contiguous(const TensorView& tensor) {
