@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn import Parameter
 
 from fisher_kernels.layers import Rule, rule_for
@@ -184,7 +185,7 @@ class AdaFisher(LayerwiseOptimizer):
 
     # Step.
 
-    @torch._disable_dynamo  # torch.compiler.disable would import the whole compiler along with this module
+    @_disable_dynamo  # torch.compiler.disable would import the whole compiler along with this module
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Refresh the factors where it is time, then update every parameter that has a gradient.
