@@ -798,7 +798,7 @@ def test_learns_a_linear_classifier(optimizer: type[AdaFisher], variant: str, lr
     assert float((model(x).argmax(1) == y).float().mean()) > 0.95
 
 
-@pytest.mark.parametrize(("variant", "lr"), [("paper", 0.02), ("release", 0.02), ("relative", 0.3)])
+@pytest.mark.parametrize(("variant", "lr"), [("paper", 0.05), ("release", 0.05), ("relative", 0.3)])
 def test_reaches_the_minimum_of_a_quadratic(variant: str, lr: float) -> None:
     """Least squares without noise: the solution is exact, and momentum must not circle it."""
     torch.manual_seed(0)
