@@ -354,15 +354,16 @@ class NaiveAdaFisher:
     def _tied(self, sites: Sequence[Site]) -> Tensor:
         """S H of a weight that its uses see in different orientations."""
         group = self.group_of[id(sites[0].owner)]
-        rows, columns = [], []
+        rows, columns, weights = [], [], []
         for site in sites:
             factors = self.averages(site)
             h, s = factors["H"][: site.module.weight.numel() // len(factors["S"])], factors["S"]
             r, c = (h, s) if site.kind in ROWS_ARE_INPUTS else (s, h)
             weight = r.mean() * c.mean()
+            weights.append(weight)
             rows.append(weight * r / r.mean())
             columns.append(weight * c / c.mean())
-        row, column = torch.stack(rows).sum(0), torch.stack(columns).sum(0)
+        row, column = torch.stack(rows).sum(0) / sum(weights), torch.stack(columns).sum(0)
         if group["variant"] == "paper":
             row, column = minmax(row, group["eps"]), minmax(column, group["eps"])
         product = kron_diagonals(row, column)

@@ -180,8 +180,9 @@ class DiagonalFactors:
     def _tie(self, owner: Parameter) -> Place:
         """One row and one column vector for a weight that its uses see in different orientations.
 
-        Use k with vectors r_k and c_k has the weight ``w_k = mean(r_k) mean(c_k)``; ``row = sum_k w_k r_k / mean(r_k)``
-        and ``column = sum_k w_k c_k / mean(c_k)``, normalised afterwards as the variant says.
+        Use k with vectors r_k and c_k has the weight ``w_k = mean(r_k) mean(c_k)``, its mean curvature. The weighted
+        mean of ``r_k / mean(r_k)`` is the row, the weighted sum of ``c_k / mean(c_k)`` the column; their product has
+        the mean ``sum_k w_k``. Both are normalised afterwards as the variant says.
         """
         group = self.groups[owner]
         rows, columns = [], []
@@ -196,11 +197,12 @@ class DiagonalFactors:
                 rows.append(row * column.mean())
                 columns.append(column.flatten() * row.mean())
         row, column = torch.stack(rows).sum(0), torch.stack(columns).sum(0)
+        mean = column.mean()
+        row = torch.where(mean > 0, row / mean, 1.0)
         if group["variant"] == "paper":
             row, column = minmax([row, column], group["eps"])
         elif group["variant"] == "relative":
-            mean = row.mean() * column.mean()
-            row, column = torch.where(mean > 0, row / mean, 1.0), torch.where(mean > 0, column, 1.0)
+            column = torch.where(mean > 0, column / mean, 1.0)
         return row, column
 
     def constant(self, p: Parameter) -> Tensor | None:
