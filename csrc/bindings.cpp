@@ -34,9 +34,9 @@ PYBIND11_MODULE(_native, module) {
              "out[c, k] = sum over samples and output positions of the square of the zero-padded input that kernel offset k "
              "reads, for x [N, C, D, H, W], each sample contiguous or channels last, and out [C, KD, KH, KW]. padding holds "
              "(before, after) for D, H and W; a negative one crops.");
-  module.def("minmax", &fk::minmax, "xs"_a, "outs"_a, "weights"_a, "eps"_a,
-             "outs[i] = minmax(xs[i] / weights[i]), minmax(v) = (v - min v) / (max v - min v + eps). weights: [] for ones, or "
-             "one-element tensors.");
+  module.def("minmax", &fk::minmax, "x"_a, "outs"_a, "weights"_a, "eps"_a,
+             "outs[i] = minmax(x[i] / weights[i]), minmax(v) = (v - min v) / (max v - min v + eps). weights: None for ones, or "
+             "one-element tensors; where one is 0, outs[i] is ones.");
   module.def("factor_ema_", &fk::factor_ema_, "state"_a, "new"_a, "rejected"_a, "decay"_a, "gain"_a, "normalize"_a, "eps"_a,
              "joint"_a,
              "state[i] <- decay * state[i] + gain * (minmax(new[i]) if normalize else new[i]). A run of `joint` vectors with a "

@@ -57,8 +57,8 @@ struct PatchSumOfSquares {
   int threads;
 };
 
-/// out = minmax(x / weight), where minmax(v) = (v - min v) / (max v - min v + eps), 1 where v is constant to rounding and
-/// NaN where v holds a NaN.
+/// out = minmax(x / weight), where minmax(v) = (v - min v) / (max v - min v + eps): all ones if v is constant to rounding or
+/// weight is 0, all NaN if v or its spread is not finite.
 struct MinMaxVector {
   const void* x;
   void* out;

@@ -296,6 +296,8 @@ BAD_MINMAX: dict[str, tuple[Callable[[Call], None], type[Exception], str]] = {
     "x strides": (entry("x", lambda: torch.ones(8)[::2]), ValueError, r"x\[1\].*strides \(2,\)"),
     "eps": (argument("eps", -1.0), ValueError, r"eps is -1(\.0+)?, expected"),
     "eps NaN": (argument("eps", math.nan), ValueError, r"eps is nan, expected"),
+    "eps infinite": (argument("eps", math.inf), ValueError, r"eps is inf, expected"),
+    "weights for none": (argument("weights", []), ValueError, r"weights has 0 \w+, expected 2"),
     "weights length": (lambda call: call["weights"].pop(), ValueError, r"weights has 1 \w+, expected 2"),
     "weights shape": (
         entry("weights", lambda: torch.ones(2)),
@@ -315,9 +317,9 @@ BAD_MINMAX: dict[str, tuple[Callable[[Call], None], type[Exception], str]] = {
     "weights device": (
         entry("weights", lambda: torch.ones((), device="meta")),
         ValueError,
-        r"weights\[1\] is on (device )?meta, expected cpu",
+        r"weights\[1\] is on meta, expected cpu",
     ),
-    "x device": (entry("x", lambda: torch.ones(4, device="meta")), ValueError, r".*is on (device )?\w+, expected \w+"),
+    "x device": (entry("x", lambda: torch.ones(4, device="meta")), ValueError, r".*is on \w+, expected \w+"),
 }
 
 BAD_EMA: dict[str, tuple[Callable[[Call], None], type[Exception], str]] = {
@@ -340,7 +342,7 @@ BAD_EMA: dict[str, tuple[Callable[[Call], None], type[Exception], str]] = {
     "new device": (
         entry("new", lambda: torch.ones(4, device="meta")),
         ValueError,
-        r"new\[1\] is on (device )?meta, expected cpu",
+        r"new\[1\] is on meta, expected cpu",
     ),
     "joint": (argument("joint", 3), ValueError, r"joint is 3, expected a divisor of .*2"),
     "joint zero": (argument("joint", 0), ValueError, r"joint is 0, expected"),

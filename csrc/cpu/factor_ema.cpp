@@ -56,12 +56,13 @@ struct Normalization {
   bool is_constant;
 
   Normalization(const Range<A>& range, double eps) {
-    const A nan = std::numeric_limits<A>::quiet_NaN();
     const A largest = range.max > -range.min ? range.max : -range.min;  // of the absolute values
+    const A spread = range.max - range.min;
+    const bool is_finite = !range.has_nan && spread <= std::numeric_limits<A>::max();  // false too where spread is NaN
     min = range.min;
-    divisor = range.max - range.min + static_cast<A>(eps);
-    is_constant = range.has_nan || range.max - range.min <= static_cast<A>(1e-5) * largest;
-    constant = range.has_nan ? nan : A(1);
+    divisor = spread + static_cast<A>(eps);
+    is_constant = !is_finite || spread <= static_cast<A>(1e-5) * largest;
+    constant = is_finite ? A(1) : std::numeric_limits<A>::quiet_NaN();
   }
 
   A operator()(A value) const { return is_constant ? constant : (value - min) / divisor; }
@@ -72,6 +73,10 @@ void minmax_vector(const MinMaxVector& vector, double eps) {
   const A* __restrict x = static_cast<const A*>(vector.x);
   A* __restrict out = static_cast<A*>(vector.out);
   const A weight = static_cast<A>(vector.weight);
+  if (weight == 0) {
+    for (int64_t i = 0; i < vector.size; ++i) out[i] = A(1);
+    return;
+  }
   const Normalization<A> normalize(range_of(x, vector.size, weight), eps);
   for (int64_t i = 0; i < vector.size; ++i) out[i] = normalize(x[i] / weight);
 }

@@ -15,7 +15,7 @@ void channel_sum_of_squares(py::handle x, py::handle out, int threads);
 void patch_sum_of_squares(py::handle x, py::handle out, const std::array<int64_t, 3>& kernel_size,
                           const std::array<int64_t, 3>& stride, const std::array<int64_t, 6>& padding,
                           const std::array<int64_t, 3>& dilation, int threads);
-void minmax(py::handle xs, py::handle outs, py::handle weights, double eps);
+void minmax(py::handle x, py::handle outs, py::handle weights, double eps);
 void factor_ema_(py::handle states, py::handle next, py::handle rejected, double decay, double gain, bool normalize,
                  double eps, int64_t joint);
 void adafisher_step_(py::handle params, py::handle grads, py::handle exp_avgs, py::handle steps, py::handle row_factors,

@@ -27,31 +27,33 @@ TensorView read_state_vector_like(const TensorView& model, py::handle object, co
   return vector;
 }
 
-void check_eps(double eps, const Argument& argument) {
-  if (std::isfinite(eps) && eps >= 0) return;
-  value_error(argument, "is " + std::to_string(eps) + ", expected a finite number >= 0");
+void check_coefficient(double value, const Argument& argument) {
+  if (std::isfinite(value) && value >= 0) return;
+  value_error(argument, "is " + std::string(py::str(py::float_(value))) + ", expected a finite number >= 0");
 }
 
 }  // namespace
 
-void minmax(py::handle xs, py::handle outs, py::handle weights, double eps) {
+void minmax(py::handle x, py::handle outs, py::handle weights, double eps) {
   constexpr const char* kFunction = "minmax";
-  const Argument xs_argument{kFunction, "xs"}, outs_argument{kFunction, "outs"}, weights_argument{kFunction, "weights"};
-  const List xs_list(xs, xs_argument), outs_list(outs, outs_argument), weights_list(weights, weights_argument);
-  outs_list.check_size(xs_list.size(), outs_argument, "the number of xs");
-  if (weights_list.size() > 0) weights_list.check_size(xs_list.size(), weights_argument, "the number of xs, or none");
-  check_eps(eps, {kFunction, "eps"});
+  const Argument outs_argument{kFunction, "outs"}, weights_argument{kFunction, "weights"};
+  const List x_list(x, {kFunction, "x"}), outs_list(outs, outs_argument);
+  const bool weighted = !weights.is_none();
+  const List weights_list = weighted ? List(weights, weights_argument) : x_list;
+  outs_list.check_size(x_list.size(), outs_argument, "the length of x");
+  weights_list.check_size(x_list.size(), weights_argument, "the length of x");
+  check_coefficient(eps, {kFunction, "eps"});
 
-  std::vector<MinMaxVector> vectors(xs_list.size());
-  for (py::ssize_t i = 0; i < xs_list.size(); ++i) {
-    const TensorView x = read_state_vector(xs_list[i], {kFunction, "xs", i});
-    const TensorView out = read_state_vector_like(x, outs_list[i], {kFunction, "outs", i});
-    const double weight = weights_list.size() > 0 ? read_scalar(weights_list[i], {kFunction, "weights", i}) : 1.0;
-    vectors[i] = {x.data, out.data, weight, x.sizes[0], x.dtype};
+  std::vector<MinMaxVector> vectors(x_list.size());
+  for (py::ssize_t i = 0; i < x_list.size(); ++i) {
+    const TensorView vector = read_state_vector(x_list[i], {kFunction, "x", i});
+    const TensorView out = read_state_vector_like(vector, outs_list[i], {kFunction, "outs", i});
+    const double weight = weighted ? read_scalar(weights_list[i], {kFunction, "weights", i}, vector.dtype) : 1.0;
+    vectors[i] = {vector.data, out.data, weight, vector.sizes[0], vector.dtype};
   }
 
   const py::gil_scoped_release release;
-  run(MinMax{vectors.data(), xs_list.size(), eps}, {FISHER_KERNELS_VARIANTS(minmax)});
+  run(MinMax{vectors.data(), x_list.size(), eps}, {FISHER_KERNELS_VARIANTS(minmax)});
 }
 
 void factor_ema_(py::handle states, py::handle next, py::handle rejected, double decay, double gain, bool normalize,
@@ -64,7 +66,9 @@ void factor_ema_(py::handle states, py::handle next, py::handle rejected, double
     value_error(joint_argument,
                 "is " + std::to_string(joint) + ", expected a divisor of the number of states, " + std::to_string(states_list.size()));
   }
-  check_eps(eps, {kFunction, "eps"});
+  check_coefficient(decay, {kFunction, "decay"});
+  check_coefficient(gain, {kFunction, "gain"});
+  check_coefficient(eps, {kFunction, "eps"});
   const Argument rejected_argument{kFunction, "rejected"};
   const TensorView flags = read_tensor(rejected, rejected_argument);
   check_dtype(flags, DType::int64, rejected_argument);

@@ -26,6 +26,7 @@ TensorView read_output(py::handle object, DType input, const std::vector<int64_t
 
 /// True if the dimensions of `x`, taken in this order, lie in row-major order without gaps.
 bool is_dense(const TensorView& x, std::initializer_list<int> order) {
+  if (x.numel() == 0) return true;
   int64_t sizes[8], strides[8];
   int dims = 0;
   for (const int d : order) {

@@ -29,6 +29,12 @@ bool to_dtype(const dlpack::DataType& type, DType* dtype) {
 
 std::string torch_dtype(py::handle tensor) { return py::str(tensor.attr("dtype")); }
 
+std::string torch_device(py::handle tensor) { return py::str(tensor.attr("device")); }
+
+void check_cpu(bool on_cpu, py::handle tensor, const Argument& argument) {
+  if (!on_cpu) value_error(argument, "is on " + torch_device(tensor) + ", expected cpu");
+}
+
 }  // namespace
 
 std::string Argument::text() const {
@@ -73,11 +79,11 @@ TensorView read_tensor(py::handle object, const Argument& argument) {
   }
   dlpack::Tensor tensor;
   if (tensor_from_object(object.ptr(), &tensor) != 0) {
-    value_error(argument, "has no memory to read: " + take_python_error());
+    const std::string error = take_python_error();
+    check_cpu(torch_device(object) == "cpu", object, argument);
+    value_error(argument, "has no memory to read: " + error.substr(0, error.find('\n')));
   }
-  if (tensor.device.type != dlpack::kCpu && tensor.device.type != dlpack::kCudaHost) {
-    value_error(argument, "is on device " + std::string(py::str(object.attr("device"))) + ", expected cpu");
-  }
+  check_cpu(tensor.device.type == dlpack::kCpu || tensor.device.type == dlpack::kCudaHost, object, argument);
   TensorView view{static_cast<char*>(tensor.data) + tensor.byte_offset, tensor.sizes, tensor.strides, tensor.dims, DType::float32};
   if (!to_dtype(tensor.dtype, &view.dtype)) {
     type_error(argument, "has dtype " + torch_dtype(object) + ", expected a floating-point type of 16, 32 or 64 bits, or int64");
@@ -93,10 +99,15 @@ double read_scalar(py::handle object, const Argument& argument) {
   type_error(argument, std::string("has dtype ") + name(tensor.dtype) + ", expected float32 or float64");
 }
 
+double read_scalar(py::handle object, const Argument& argument, DType dtype) {
+  check_dtype(read_tensor(object, argument), dtype, argument);
+  return read_scalar(object, argument);
+}
+
 bool is_contiguous(const TensorView& tensor) {
+  if (tensor.numel() == 0) return true;
   int64_t stride = 1;
   for (int d = tensor.dims - 1; d >= 0; --d) {
-    if (tensor.sizes[d] == 0) return true;
     if (tensor.sizes[d] != 1 && tensor.strides[d] != stride) return false;
     stride *= tensor.sizes[d];
   }

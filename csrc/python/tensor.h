@@ -53,6 +53,9 @@ TensorView read_tensor(py::handle object, const Argument& argument);
 /// Reads a one-element float32 or float64 tensor as a double.
 double read_scalar(py::handle object, const Argument& argument);
 
+/// The same, of one dtype only.
+double read_scalar(py::handle object, const Argument& argument, DType dtype);
+
 /// True if the elements lie in row-major order without gaps. Strides of dimensions of size one do not matter.
 bool is_contiguous(const TensorView& tensor);
 

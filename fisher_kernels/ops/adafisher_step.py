@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import native
 from fisher_kernels.ops._define import ACCUMULATOR, check_floating, define
@@ -56,7 +57,13 @@ def _check_one_element(name: str, x: Tensor | None, device: torch.device | None)
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{_OP}: {name} has dtype {x.dtype}, expected float32 or float64")
     if not (x.device.type == "cpu" or x.device == device):
-        raise ValueError(f"{_OP}: {name} is on {x.device}, expected cpu or {device}, the device of params[0]")
+        raise ValueError(f"{_OP}: {name} is on {x.device}, expected cpu or the device of the parameters, {device}")
+
+
+def _check_rate(lr: Tensor) -> None:
+    # Not on another device: reading it would wait for all the work queued there.
+    if lr.device.type == "cpu" and not 0 <= lr.item() < math.inf:
+        raise ValueError(f"{_OP}: lr is {lr.item()}, expected a finite number of at least 0")
 
 
 def _check_tensor(
@@ -119,17 +126,16 @@ def _check(
         wide = ACCUMULATOR[p.dtype]
         _check_tensor(f"grads[{i}]", g, p.shape, p.dtype, param, p)
         _check_tensor(f"exp_avgs[{i}]", m, p.shape, wide, param, p)
-        if not (t.numel() == 1 and t.dtype == torch.float32):
-            raise ValueError(
-                f"{_OP}: steps[{i}] is {t.dtype} of shape {tuple(t.shape)}, expected float32 of one element"
-            )
-        for name, factor in ((f"row_factors[{i}]", r), (f"column_factors[{i}]", c)):
+        _check_one_element(f"steps[{i}]", t, p.device)
+        if t.dtype != torch.float32:
+            raise TypeError(f"{_OP}: steps[{i}] has dtype {t.dtype}, expected float32")
+        for name, factor, dims in ((f"row_factors[{i}]", r, 1), (f"column_factors[{i}]", c, 2)):
             if factor is not None:
                 _check_tensor(name, factor, None, wide, param, p)
-                if not (factor.is_contiguous() and factor.dim() <= 2):
+                if not (factor.is_contiguous() and factor.dim() <= dims):
                     raise ValueError(
                         f"{_OP}: {name} has shape {tuple(factor.shape)} and strides {factor.stride()}, expected a "
-                        "contiguous vector, or (groups, columns)"
+                        f"contiguous {'vector' if dims == 1 else 'vector, or (groups, columns)'}"
                     )
         _check_layout(param, p)
         _check_layout(f"exp_avgs[{i}]", m)
@@ -198,6 +204,7 @@ def _reference(
         params, grads, exp_avgs, steps, row_factors, column_factors,
         lr, beta, damping, weight_decay, grad_scale, found_inf,
     )  # fmt: skip
+    _check_rate(lr)
     skipped = torch.zeros(len(params), dtype=torch.int64, device=params[0].device if params else None)
     if found_inf is not None and bool(found_inf):
         return skipped
@@ -247,6 +254,7 @@ def _cpu(
         params, grads, exp_avgs, steps, row_factors, column_factors,
         lr, beta, damping, weight_decay, decoupled, maximize, grad_scale, found_inf, skipped, torch.get_num_threads(),
     )  # fmt: skip
+    increment_version(params)  # for backward passes that kept them; moments and counts are in no graph
     return skipped
 
 
@@ -299,7 +307,7 @@ def adafisher_step_(
         row_factors: for each parameter (groups * rows,), one element that stands for all, or None for 1; contiguous, in
             the dtype of the moment.
         column_factors: for each parameter (columns,) or (groups, columns), one element, or None for 1.
-        lr: learning rate: a number or a tensor of one element.
+        lr: learning rate, finite and at least 0: a number or a tensor of one element.
         beta: decay of the moment, 0 <= beta < 1.
         damping: added to the product of the factors, at least 0; the product plus damping should be positive.
         weight_decay: at least 0.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import native
 from fisher_kernels.ops._define import define
@@ -50,8 +52,8 @@ def _check_same(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> 
 
 def _check_minmax(x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None) -> None:
     op = "minmax"
-    if not eps >= 0:
-        raise ValueError(f"{op}: eps is {eps}, expected a number of at least 0")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{op}: eps is {eps}, expected a finite number of at least 0")
     _check_vectors(op, "x", x)
     if weights is not None:
         if len(weights) != len(x):
@@ -91,7 +93,7 @@ def _minmax_reference(x: Sequence[Tensor], eps: float, weights: Sequence[Tensor]
 
 def _minmax_cpu(x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None = None) -> list[Tensor]:
     outs = [torch.empty_like(v) for v in x]
-    native().minmax(x, outs, weights or [], eps)
+    native().minmax(x, outs, weights, eps)
     return outs
 
 
@@ -112,7 +114,7 @@ def minmax(x: Sequence[Tensor], eps: float = 1e-6, weights: Sequence[Tensor] | N
 
     Args:
         x: contiguous vectors, float32 or float64.
-        eps: added to the spread, at least 0.
+        eps: added to the spread, finite and at least 0.
         weights: a one-element tensor for each vector, by which it is divided first (the bias correction of a moving
             average); where it is 0, nothing was averaged yet, the result is ones. None divides by nothing.
 
@@ -136,7 +138,7 @@ def _check_ema(
     _check_vectors(op, "new", new)
     _check_like(op, "new", new, "state", state)
     for name, value in (("decay", decay), ("gain", gain), ("eps", eps)):
-        if not 0 <= value < float("inf"):
+        if not 0 <= value < math.inf:
             raise ValueError(f"{op}: {name} is {value}, expected a finite number of at least 0")
     if not (joint >= 1 and len(state) % joint == 0):
         raise ValueError(f"{op}: joint is {joint}, expected a divisor of {len(state)}, the length of state")
@@ -189,6 +191,7 @@ def _ema_cpu(
         raise ValueError(f"factor_ema_: joint is {joint}, expected at least 1")
     rejected = torch.empty(len(state) // joint, dtype=torch.int64)
     native().factor_ema_(state, new, rejected, decay, gain, normalize, eps, joint)
+    increment_version(state)  # for backward passes that kept it
     return rejected
 
 
