@@ -20,7 +20,7 @@ from tests.cases import DTYPES, LAYOUTS, WRITABLE_LAYOUTS, channels_last, contig
 from tests.cases.adafisher_step import PARAMETERS, Parameter, Step, step
 from tests.comparison import assert_same_bits, assert_within, bits, surroundings, unit_roundoff
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
 NAMES = ("params", "grads", "exp_avgs", "steps", "row_factors", "column_factors")
 

@@ -19,7 +19,7 @@ from tests.cases import random, unaligned
 from tests.cases.factor_ema import LENGTHS, vectors
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
 DTYPES = (torch.float32, torch.float64)
 

@@ -22,7 +22,7 @@ from tests.cases import DTYPES, LAYOUTS, channels_last, contiguous, integers, ra
 from tests.cases.sum_of_squares import CHANNEL_SHAPES, COLUMN_SHAPES, PATCHES, Patch
 from tests.comparison import assert_same_bits, assert_within, unit_roundoff
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
 Op = Callable[[Tensor], Tensor]
 
