@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -39,6 +40,7 @@ Epochs = Annotated[int | None, typer.Option(min=1, help="Epochs to train.", show
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Samples per iteration.", show_default="the task's")]
 MaxSteps = Annotated[int | None, typer.Option(min=1, help="Stop every epoch after so many iterations.")]
 Schedule = Annotated[str, typer.Option(help="Learning rate over the run: cosine (to zero) or constant.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads.", show_default="one for each core")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the files.", show_default="results/TASK")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
@@ -94,6 +96,7 @@ def train(
     batch_size: BatchSize = None,
     max_steps: MaxSteps = None,
     schedule: Schedule = "cosine",
+    threads: Threads = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -105,6 +108,7 @@ def train(
         chosen = tasks.find_task(task)
         recipes = [tasks.recipe(chosen, name, overrides)]
         settings = _settings(chosen, epochs, batch_size, max_steps, schedule)
+    _set_threads(threads)
     stem = recipes[0].name.replace(":", "-")
     records = _run(chosen, recipes, [seed], settings, out, stem, as_json)
     if records[0].diverged:
@@ -120,6 +124,7 @@ def compare(
     batch_size: BatchSize = None,
     max_steps: MaxSteps = None,
     schedule: Schedule = "cosine",
+    threads: Threads = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -133,6 +138,7 @@ def compare(
         recipes = [tasks.recipe(chosen, name) for name in names]
         settings = _settings(chosen, epochs, batch_size, max_steps, schedule)
         numbers = _seeds(seeds)
+    _set_threads(threads)
     _run(chosen, recipes, numbers, settings, out, "compare", as_json)
 
 
@@ -189,6 +195,11 @@ def _settings(task: Task, epochs: int | None, batch_size: int | None, max_steps:
     if schedule not in ("cosine", "constant"):
         raise ValueError(f"unknown schedule {schedule!r}: choose from cosine, constant")
     return Settings(epochs or task.epochs, batch_size or task.batch_size, schedule == "cosine", max_steps)
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def _seeds(text: str) -> list[int]:

@@ -20,7 +20,11 @@ TRAINING_IMAGES = 1400
 
 HYPERPARAMETERS = {
     "adamw": {"lr": 3e-3, "weight_decay": 1e-2},
-    "sgd": {"lr": 0.1, "weight_decay": 5e-4},
+    "sgd": {"lr": 3e-2, "weight_decay": 5e-4},
+    "adafisher": {"lr": 3e-3, "weight_decay": 5e-4},
+    "adafisherw": {"lr": 3e-3, "weight_decay": 1e-2},
+    "adafisher:relative": {"lr": 0.1, "weight_decay": 5e-4},
+    "adafisher:release": {"lr": 1e-3, "weight_decay": 5e-4},
 }
 
 
@@ -35,25 +39,23 @@ def _load() -> tuple[Batch, Batch]:
     return (images[training], labels[training]), (images[test], labels[test])
 
 
-def _conv(inputs: int, outputs: int) -> list[nn.Module]:
-    return [
-        nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True),
-    ]
+def _convolution(inputs: int, outputs: int) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, outputs, kernel_size=3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 
 
 def _make_model(seed: int) -> nn.Module:
     return seeded(
         seed,
         lambda: nn.Sequential(
-            *_conv(1, 32),
-            *_conv(32, 64),
+            *_convolution(1, 32),
+            *_convolution(32, 64),
             nn.MaxPool2d(2),  # [N, 64, 4, 4]
-            *_conv(64, 64),
+            *_convolution(64, 64),
             nn.MaxPool2d(2),  # [N, 64, 2, 2]
             nn.Flatten(),
-            nn.Linear(256, 10),
+            nn.Linear(256, 64),
+            nn.ReLU(inplace=True),
+            nn.Linear(64, 10),
         ),
     )
 

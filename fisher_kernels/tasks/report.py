@@ -65,7 +65,7 @@ def _metric_cell(task: Task, summary: Summary, epoch: int) -> str:
 
 def _cost_table(summaries: Sequence[Summary]) -> Table:
     table = Table()
-    table.add_column("optimizer")
+    table.add_column("optimizer", no_wrap=True)
     for name in ("lr", "weight decay", "step ms", "iteration ms", "training s", "state B/param"):
         table.add_column(name, justify="right")
     for summary in summaries:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fisher_kernels.tasks.task import Batch, Metric, Task, generator, seeded, shuffled
 
 CONTEXT = 128
-WIDTH = 128
+WIDTH = 64
 HEADS = 4
 BLOCKS = 2
 BYTES = 256
@@ -26,7 +26,11 @@ HELD_OUT = 0.1
 
 HYPERPARAMETERS = {
     "adamw": {"lr": 3e-3, "weight_decay": 1e-2},
-    "sgd": {"lr": 0.1, "weight_decay": 5e-4},
+    "sgd": {"lr": 0.3, "weight_decay": 5e-4},
+    "adafisher": {"lr": 3e-3, "weight_decay": 5e-4},
+    "adafisherw": {"lr": 3e-3, "weight_decay": 1e-2},
+    "adafisher:relative": {"lr": 0.1, "weight_decay": 5e-4},
+    "adafisher:release": {"lr": 1e-3, "weight_decay": 5e-4},
 }
 
 
@@ -148,8 +152,8 @@ TASK = Task(
     name="text",
     summary="transformer language model, byte by byte, on the English text of pydoc_data.topics",
     metric=Metric("validation loss", "nats/byte", higher_is_better=False, decimals=3),
-    epochs=4,
-    batch_size=16,
+    epochs=3,
+    batch_size=8,
     make_model=_make_model,
     batches=_batches,
     steps_per_epoch=_steps_per_epoch,
