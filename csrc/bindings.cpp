@@ -48,6 +48,11 @@ PYBIND11_MODULE(_native, module) {
              "F = row_factor * column_factor + damping. skipped[i] counts the elements whose gradient is not finite, which stay "
              "as they were.");
 
+  module.def("stream_update", &fk::stream_update, "firsts"_a, "seconds"_a, "reads"_a, "threads"_a,
+             "firsts[i] += reads[i], seconds[i] += reads[i]: what the bare memory traffic of a step costs, for benchmarks.");
+  module.def("stream_read", &fk::stream_read, "x"_a, "threads"_a,
+             "Reads x once and returns a sum of its bits: what the bare memory traffic of a sum costs, for benchmarks.");
+
   module.def("capabilities", &fk::capability_names, "Instruction sets of this processor that the kernels are compiled for.");
   module.def("capability", [] { return fk::capability_names()[fk::current_capability()]; }, "The instruction set in use.");
   module.def("set_capability", &fk::set_capability, "name"_a, "Chooses the instruction set in use, one of capabilities().");

@@ -142,6 +142,28 @@ struct AdaFisherStep {
   int threads;
 };
 
+/// Three float32 arrays of one size. first += read; second += read: three reads and two writes, as a step has.
+struct StreamArrays {
+  float* first;
+  float* second;
+  const float* read;
+  int64_t size;
+};
+
+struct StreamUpdate {
+  const StreamArrays* arrays;
+  int64_t count;
+  int threads;
+};
+
+/// One read of all bytes but those that do not fill a few registers; *sum is a sum of them as words.
+struct StreamRead {
+  const char* data;
+  int64_t bytes;
+  uint32_t* sum;
+  int threads;
+};
+
 // Every file in cpu/ is compiled once per capability, that is with the flags of one instruction set, into a namespace of
 // that name.
 #define FISHER_KERNELS_DECLARE(capability)                 \
@@ -152,6 +174,8 @@ struct AdaFisherStep {
   void minmax(const MinMax&);                              \
   void factor_ema_(const FactorEma&);                      \
   void adafisher_step_(const AdaFisherStep&);              \
+  void stream_update(const StreamUpdate&);                 \
+  void stream_read(const StreamRead&);                     \
   }
 
 FISHER_KERNELS_DECLARE(baseline)

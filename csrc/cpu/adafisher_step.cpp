@@ -352,7 +352,7 @@ void adafisher_step_(const AdaFisherStep& step) {
   for (int64_t i = 0; i < step.count; ++i) total += step.parameters[i].numel();
   // The elements of all parameters, end to end, are split evenly. Cuts fall between chunks, which start with their
   // parameter: so an element meets the same code whatever the number of threads.
-  parallel_for(useful_threads(total, step.threads), total, [&](int64_t begin, int64_t end) {
+  parallel_for(useful_threads(total, step.threads), total, [&](int, int64_t begin, int64_t end) {
     int64_t start = 0;  // of parameter i among all elements
     for (int64_t i = 0; i < step.count && start < end; ++i) {
       const AdaFisherParameter& p = step.parameters[i];

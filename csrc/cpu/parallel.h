@@ -16,21 +16,22 @@ inline int useful_threads(int64_t work, int threads) {
   return useful < 1 ? 1 : useful < threads ? static_cast<int>(useful) : threads;
 }
 
-/// Calls body(begin, end) on each thread with its even share of [0, count). Nothing may be thrown in the body.
+/// Calls body(thread, begin, end) on each of `threads` threads with its even share of [0, count). It must throw nothing.
 template <class Body>
 void parallel_for(int threads, int64_t count, const Body& body) {
 #ifdef _OPENMP
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
     {
-      const int64_t share = omp_get_thread_num(), shares = omp_get_num_threads();
-      body(count * share / shares, count * (share + 1) / shares);
+      const int thread = omp_get_thread_num();
+      const int64_t shares = omp_get_num_threads();  // fewer than asked for if OpenMP says so
+      body(thread, count * thread / shares, count * (thread + 1) / shares);
     }
     return;
   }
 #endif
   static_cast<void>(threads);
-  body(int64_t{0}, count);
+  body(0, int64_t{0}, count);
 }
 
 }  // namespace

@@ -1,0 +1,60 @@
+#include <cstdint>
+
+#include "../kernels.h"
+#include "parallel.h"
+#include "vector.h"
+
+// Bare passes over memory, for benchmarks: what no kernel that moves the same bytes can beat.
+namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
+
+namespace {
+
+/// Adds the numbers at `read` to those at `first` and `second`, for `count` numbers.
+void update(float* __restrict first, float* __restrict second, const float* __restrict read, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes<float> <= count; i += kLanes<float>) {
+    const Vector<float> value = load(read + i);
+    store(first + i, load(first + i) + value);
+    store(second + i, load(second + i) + value);
+  }
+  for (; i < count; ++i) {
+    first[i] += read[i];
+    second[i] += read[i];
+  }
+}
+
+}  // namespace
+
+void stream_update(const StreamUpdate& a) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < a.count; ++i) total += a.arrays[i].size;
+  parallel_for(useful_threads(total, a.threads), total, [&](int, int64_t begin, int64_t end) {
+    int64_t start = 0;  // of array i among all numbers
+    for (int64_t i = 0; i < a.count && start < end; ++i) {
+      const StreamArrays& arrays = a.arrays[i];
+      const int64_t first = begin > start ? begin - start : 0;
+      const int64_t last = end - start < arrays.size ? end - start : arrays.size;
+      if (first < last) update(arrays.first + first, arrays.second + first, arrays.read + first, last - first);
+      start += arrays.size;
+    }
+  });
+}
+
+void stream_read(const StreamRead& a) {
+  constexpr int kSums = 8;  // independent, to hide the latency of an addition
+  constexpr int64_t kStep = kSums * static_cast<int64_t>(sizeof(Words));
+  *a.sum = 0;
+  parallel_for(useful_threads(a.bytes / 4, a.threads), a.bytes / kStep, [&](int, int64_t begin, int64_t end) {
+    Words sums[kSums] = {};
+    for (int64_t i = begin; i < end; ++i) {
+      for (int k = 0; k < kSums; ++k) sums[k] += load_bits<Words>(a.data + i * kStep + k * sizeof(Words));
+    }
+    uint32_t sum = 0;
+    for (int k = 0; k < kSums; ++k) {
+      for (size_t lane = 0; lane < sizeof(Words) / sizeof(uint32_t); ++lane) sum += sums[k][lane];
+    }
+    __atomic_fetch_add(a.sum, sum, __ATOMIC_RELAXED);  // the sum is returned so that no compiler drops the reads
+  });
+}
+
+}  // namespace fisher_kernels::FISHER_KERNELS_CAPABILITY

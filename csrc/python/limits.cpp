@@ -1,0 +1,47 @@
+#include <vector>
+
+#include "../kernels.h"
+#include "capability.h"
+#include "entry_points.h"
+#include "tensor.h"
+
+namespace fisher_kernels {
+
+void stream_update(py::handle firsts, py::handle seconds, py::handle reads, int threads) {
+  constexpr const char* kFunction = "stream_update";
+  const List first_list(firsts, {kFunction, "firsts"}), second_list(seconds, {kFunction, "seconds"}),
+      read_list(reads, {kFunction, "reads"});
+  second_list.check_size(first_list.size(), {kFunction, "seconds"}, "the length of firsts");
+  read_list.check_size(first_list.size(), {kFunction, "reads"}, "the length of firsts");
+  check_threads(threads, {kFunction, "threads"});
+  std::vector<StreamArrays> arrays;
+  for (py::ssize_t i = 0; i < first_list.size(); ++i) {
+    const auto read = [&](const List& list, const char* name, const TensorView* like) {
+      const Argument argument{kFunction, name, i};
+      const TensorView tensor = read_tensor(list[i], argument);
+      check_dtype(tensor, DType::float32, argument);
+      check_contiguous(tensor, argument);
+      if (like) check_shape(tensor, {like->sizes, like->sizes + like->dims}, argument);
+      return tensor;
+    };
+    const TensorView first = read(first_list, "firsts", nullptr);
+    arrays.push_back({static_cast<float*>(first.data), static_cast<float*>(read(second_list, "seconds", &first).data),
+                      static_cast<const float*>(read(read_list, "reads", &first).data), first.numel()});
+  }
+  const py::gil_scoped_release release;
+  run(StreamUpdate{arrays.data(), static_cast<int64_t>(arrays.size()), threads}, {FISHER_KERNELS_VARIANTS(stream_update)});
+}
+
+uint32_t stream_read(py::handle object, int threads) {
+  const Argument argument{"stream_read", "x"};
+  const TensorView x = read_tensor(object, argument);
+  check_contiguous(x, argument);
+  check_threads(threads, {"stream_read", "threads"});
+  uint32_t sum = 0;
+  const py::gil_scoped_release release;
+  run(StreamRead{static_cast<const char*>(x.data), x.numel() * size_of(x.dtype), &sum, threads},
+      {FISHER_KERNELS_VARIANTS(stream_read)});
+  return sum;
+}
+
+}  // namespace fisher_kernels
