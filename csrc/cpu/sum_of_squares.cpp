@@ -11,7 +11,7 @@ namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
 
 namespace {
 
-constexpr int64_t kTileBytes = 4096;    // of a row, so that a tile's accumulators stay in the first-level cache
+constexpr int64_t kTileBytes = 2048;    // of a row, so that a tile's accumulators stay in the first-level cache
 constexpr int64_t kMinTile = 256;       // columns below which reading rows in pieces costs more than it brings
 constexpr int64_t kRun = 64;            // rows summed before float64 takes over
 constexpr int64_t kMinBlockRows = 256;  // rows beside which the partial sums of a block are cheap

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -18,88 +19,205 @@ void check_range(double value, bool in_range, const char* name, const char* expe
   if (!in_range) value_error({kFunction, name}, "is " + std::string(py::str(py::float_(value))) + ", expected " + expected);
 }
 
-void check_like(const TensorView& tensor, const TensorView& model, const Argument& argument, const char* model_name) {
-  if (same_shape(tensor, model)) return;
-  value_error(argument, "has shape " + tensor.shape() + ", expected " + model.shape() + ", the shape of " + model_name + "[" +
-                            std::to_string(argument.index) + "]");
+/// The list arguments, all of one length.
+struct Lists {
+  List params, grads, exp_avgs, steps, row_factors, column_factors;
+
+  Lists(py::handle params_, py::handle grads_, py::handle exp_avgs_, py::handle steps_, py::handle row_factors_,
+        py::handle column_factors_)
+      : params(params_, {kFunction, "params"}),
+        grads(read(grads_, "grads")),
+        exp_avgs(read(exp_avgs_, "exp_avgs")),
+        steps(read(steps_, "steps")),
+        row_factors(read(row_factors_, "row_factors")),
+        column_factors(read(column_factors_, "column_factors")) {}
+
+ private:
+  List read(py::handle object, const char* name) const {
+    const Argument argument{kFunction, name};
+    const List list(object, argument);
+    list.check_size(params.size(), argument, "the number of params");
+    return list;
+  }
+};
+
+TensorView read_like(const TensorView& param, DType dtype, py::handle object, const Argument& argument) {
+  const TensorView tensor = read_tensor(object, argument);
+  check_dtype(tensor, dtype, argument);
+  if (!same_shape(tensor, param)) {
+    value_error(argument, "has shape " + tensor.shape() + ", expected " + param.shape() + ", the shape of params[" +
+                              std::to_string(argument.index) + "]");
+  }
+  return tensor;
 }
 
 /// A tensor that is written must not hold one element at several indices.
 void check_writable(const TensorView& tensor, const Argument& argument) {
-  if (tensor.numel() == 0) return;
   for (int d = 0; d < tensor.dims; ++d) {
-    if (tensor.sizes[d] > 1 && tensor.strides[d] == 0) {
-      value_error(argument, "has strides " + shape_text(tensor.strides, tensor.dims) + " for shape " + tensor.shape() +
-                                ", expected every element in a place of its own");
-    }
+    if (tensor.sizes[d] <= 1 || tensor.strides[d] != 0 || tensor.numel() == 0) continue;
+    value_error(argument, "has strides " + shape_text(tensor.strides, tensor.dims) + " for shape " + tensor.shape() +
+                              ", expected every element in a place of its own");
   }
+}
+
+float* read_step(py::handle object, const Argument& argument) {
+  const TensorView step = read_tensor(object, argument);
+  check_dtype(step, DType::float32, argument);
+  if (step.numel() != 1) value_error(argument, "has shape " + step.shape() + ", expected one element");
+  return static_cast<float*>(step.data);
+}
+
+/// A row or column factor: one entry per row or column, or a constant (1 for a missing factor).
+struct Factor {
+  const void* data = nullptr;  // null for a constant
+  int64_t groups = 1;
+  int64_t size = 1;  // of all groups
+  double constant = 1.0;
+};
+
+Factor read_factor(py::handle object, DType dtype, int max_dims, const Argument& argument) {
+  if (object.is_none()) return {};
+  const TensorView tensor = read_tensor(object, argument);
+  check_dtype(tensor, dtype, argument);
+  if (tensor.dims > max_dims) {
+    value_error(argument, "has shape " + tensor.shape() + ", expected at most " + std::to_string(max_dims) + " dimensions");
+  }
+  check_contiguous(tensor, argument);
+  const int64_t size = tensor.numel();
+  if (size != 1) return {tensor.data, tensor.dims == 2 ? tensor.sizes[0] : 1, size, 1.0};
+  return {nullptr, 1, 1,
+          dtype == DType::float64 ? *static_cast<const double*>(tensor.data) : *static_cast<const float*>(tensor.data)};
+}
+
+/// Fills in the factors of a parameter of `numel` elements, and its shape as [groups, rows, columns].
+void set_curvature(AdaFisherParameter& parameter, const Factor& row, const Factor& column, int64_t numel, py::ssize_t index) {
+  const int64_t groups = column.groups;
+  int64_t columns = column.data != nullptr && groups > 0 ? column.size / groups : 0;
+  int64_t rows = row.data != nullptr ? row.size : 0;  // of all groups
+  if (row.data == nullptr && column.data == nullptr) {
+    rows = 1;
+    columns = numel;
+  } else if (row.data == nullptr) {
+    rows = columns > 0 ? numel / columns : groups;
+  } else if (column.data == nullptr) {
+    columns = rows > 0 ? numel / rows : 0;
+  }
+  if (groups < 1 || rows % groups != 0 || rows * columns != numel) {
+    const std::string what = std::to_string(row.size) + " row and " + std::to_string(column.size) + " column factors in " +
+                             std::to_string(groups) + " groups";
+    value_error({kFunction, row.data != nullptr ? "row_factors" : "column_factors", index},
+                "does not fit params[" + std::to_string(index) + "]: " + what + ", expected groups * rows and groups * columns " +
+                    "with groups * rows * columns = " + std::to_string(numel));
+  }
+  parameter.row_factor = row.data;
+  parameter.column_factor = column.data;
+  parameter.constant_factor = row.constant * column.constant;
+  parameter.groups = groups;
+  parameter.rows = rows / groups;
+  parameter.columns = columns;
+}
+
+/// True if the elements of each row of a parameter fill a stretch of memory, the rows one after another, though the order
+/// within a row is its own, as it is in channels_last convolutions. `places` gets the place of each element in its row.
+bool rows_are_dense(const TensorView& param, int64_t columns, std::vector<int64_t>& places) {
+  int64_t inner = param.numel();  // elements of the dimensions not yet seen
+  int first = 0;
+  for (; first < param.dims && inner > columns; ++first) {
+    inner /= param.sizes[first];
+    if (param.sizes[first] > 1 && param.strides[first] != inner) return false;
+  }
+  if (inner != columns) return false;
+
+  std::vector<int> order;  // dimensions within a row, innermost first
+  for (int d = first; d < param.dims; ++d) {
+    if (param.sizes[d] > 1) order.push_back(d);
+  }
+  std::sort(order.begin(), order.end(), [&](int a, int b) { return param.strides[a] < param.strides[b]; });
+  int64_t stride = 1;
+  for (const int d : order) {
+    if (param.strides[d] != stride) return false;
+    stride *= param.sizes[d];
+  }
+
+  places.assign(1, 0);
+  for (int d = first; d < param.dims; ++d) {
+    std::vector<int64_t> finer;
+    finer.reserve(places.size() * param.sizes[d]);
+    for (const int64_t place : places) {
+      for (int64_t i = 0; i < param.sizes[d]; ++i) finer.push_back(place + i * param.strides[d]);
+    }
+    places.swap(finer);
+  }
+  return true;
+}
+
+bool same_strides(const TensorView& a, const TensorView& b) {
+  for (int d = 0; d < a.dims; ++d) {
+    if (a.sizes[d] > 1 && a.strides[d] != b.strides[d]) return false;
+  }
+  return true;
+}
+
+template <class A>
+void permute(const void* factor, const std::vector<int64_t>& places, int64_t groups, void* out) {
+  const int64_t columns = static_cast<int64_t>(places.size());
+  for (int64_t i = 0; i < groups * columns; ++i) {
+    static_cast<A*>(out)[i / columns * columns + places[i % columns]] = static_cast<const A*>(factor)[i];
+  }
+}
+
+/// Memory for column factors in another order.
+using Permuted = std::vector<std::unique_ptr<char[]>>;
+
+/// If three tensors lie alike in memory, with a permutation within the rows, the column factor is permuted instead and they
+/// are contiguous for all the kernel can tell.
+void permute_rows(AdaFisherParameter& parameter, const TensorView& param, const TensorView& grad, const TensorView& exp_avg,
+                  Permuted& permuted) {
+  if (parameter.parameter.contiguous && parameter.gradient.contiguous && parameter.moment.contiguous) return;
+  std::vector<int64_t> places;
+  if (!same_strides(param, grad) || !same_strides(param, exp_avg) || !rows_are_dense(param, parameter.columns, places)) return;
+  parameter.parameter.contiguous = parameter.gradient.contiguous = parameter.moment.contiguous = true;
+  if (parameter.column_factor == nullptr) return;
+  permuted.emplace_back(new char[parameter.groups * parameter.columns * sizeof(double)]);
+  void* const out = permuted.back().get();
+  parameter.dtype == DType::float64 ? permute<double>(parameter.column_factor, places, parameter.groups, out)
+                                    : permute<float>(parameter.column_factor, places, parameter.groups, out);
+  parameter.column_factor = out;
 }
 
 StridedArray strided(const TensorView& tensor) {
   return {tensor.data, tensor.sizes, tensor.strides, tensor.dims, is_contiguous(tensor)};
 }
 
-double first_element(const TensorView& factor) {
-  return factor.dtype == DType::float64 ? *static_cast<const double*>(factor.data) : *static_cast<const float*>(factor.data);
-}
+/// Parameter i of the lists, but for its step size.
+AdaFisherParameter read_parameter(const Lists& lists, py::ssize_t i, Permuted& permuted) {
+  const Argument param_argument{kFunction, "params", i}, exp_avg_argument{kFunction, "exp_avgs", i};
+  const TensorView param = read_tensor(lists.params[i], param_argument);
+  check_float(param, param_argument);
+  check_writable(param, param_argument);
+  const DType state_dtype = accumulation_dtype(param.dtype);
+  const TensorView grad = read_like(param, param.dtype, lists.grads[i], {kFunction, "grads", i});
+  const TensorView exp_avg = read_like(param, state_dtype, lists.exp_avgs[i], exp_avg_argument);
+  check_writable(exp_avg, exp_avg_argument);
+  const Factor row = read_factor(lists.row_factors[i], state_dtype, 1, {kFunction, "row_factors", i});
+  const Factor column = read_factor(lists.column_factors[i], state_dtype, 2, {kFunction, "column_factors", i});
 
-/// A row or column factor: a vector over rows or columns, or a constant (a missing factor being 1).
-struct Factor {
-  TensorView tensor{};
-  int64_t size = 0;  // 0 for a constant
-  bool is_vector = false;
-  double constant = 1.0;
-};
-
-Factor read_factor(py::handle object, DType dtype, int max_dims, const Argument& argument) {
-  Factor factor;
-  if (object.is_none()) return factor;
-  factor.tensor = read_tensor(object, argument);
-  check_dtype(factor.tensor, dtype, argument);
-  if (factor.tensor.dims > max_dims) {
-    value_error(argument, "has shape " + factor.tensor.shape() + ", expected at most " + std::to_string(max_dims) + " dimensions");
-  }
-  check_contiguous(factor.tensor, argument);
-  factor.size = factor.tensor.numel();
-  factor.is_vector = factor.size != 1;
-  if (!factor.is_vector) factor.constant = first_element(factor.tensor);
-  return factor;
-}
-
-/// Fills in the shape and the factors of a parameter with `numel` elements.
-void set_curvature(AdaFisherParameter& parameter, const Factor& row, const Factor& column, int64_t numel, py::ssize_t index) {
-  const bool grouped = column.is_vector && column.tensor.dims == 2;
-  const int64_t groups = grouped ? column.tensor.sizes[0] : 1;
-  int64_t columns = column.is_vector ? column.size / std::max<int64_t>(groups, 1) : 1;
-  int64_t all_rows = 1;  // of all groups
-  if (row.is_vector) {
-    all_rows = row.size;
-    if (!column.is_vector) columns = all_rows > 0 ? numel / all_rows : 0;
-  } else if (column.is_vector) {
-    all_rows = columns > 0 ? numel / columns : 0;
-  } else {
-    columns = numel;
-  }
-  if (all_rows * columns != numel || (groups > 0 ? all_rows % groups : all_rows) != 0) {
-    const Argument argument{kFunction, row.is_vector ? "row_factors" : "column_factors", index};
-    value_error(argument, "does not fit params[" + std::to_string(index) + "] of " + std::to_string(numel) + " elements: " +
-                              std::to_string(all_rows) + " rows in " + std::to_string(groups) + " groups, " +
-                              std::to_string(columns) + " columns");
-  }
-  parameter.row_factor = row.is_vector ? row.tensor.data : nullptr;
-  parameter.column_factor = column.is_vector ? column.tensor.data : nullptr;
-  parameter.constant_factor = row.constant * column.constant;
-  parameter.groups = groups;
-  parameter.rows = groups > 0 ? all_rows / groups : 0;
-  parameter.columns = columns;
-  if (columns == 1) {
-    // A single column (a bias, say): its rows are one long row, so that the kernel always walks along columns.
+  AdaFisherParameter parameter{};
+  parameter.parameter = strided(param);
+  parameter.gradient = strided(grad);
+  parameter.moment = strided(exp_avg);
+  parameter.dtype = param.dtype;
+  set_curvature(parameter, row, column, param.numel(), i);
+  permute_rows(parameter, param, grad, exp_avg, permuted);
+  if (parameter.columns == 1) {
+    // A single column (a bias, say) is one long row to the kernel, which walks along columns.
     std::swap(parameter.row_factor, parameter.column_factor);
     std::swap(parameter.rows, parameter.columns);
   }
+  return parameter;
 }
 
-/// 1 - beta^t for many equal t.
+/// 1 - beta^t, for many equal t.
 class BiasCorrection {
  public:
   explicit BiasCorrection(double beta) : beta_(beta) {}
@@ -124,27 +242,14 @@ void adafisher_step_(py::handle params, py::handle grads, py::handle exp_avgs, p
                      py::handle column_factors, py::handle lr_object, double beta, double damping, double weight_decay,
                      bool decoupled, bool maximize, py::handle grad_scale, py::handle found_inf, py::handle skipped_object,
                      int threads) {
-  const Argument params_argument{kFunction, "params"};
-  const List params_list(params, params_argument);
-  const py::ssize_t count = params_list.size();
-  const auto read_list = [&](py::handle object, const char* name) {
-    const Argument argument{kFunction, name};
-    const List list(object, argument);
-    list.check_size(count, argument, "the number of params");
-    return list;
-  };
-  const List grads_list = read_list(grads, "grads");
-  const List exp_avgs_list = read_list(exp_avgs, "exp_avgs");
-  const List steps_list = read_list(steps, "steps");
-  const List row_factors_list = read_list(row_factors, "row_factors");
-  const List column_factors_list = read_list(column_factors, "column_factors");
-
+  const Lists lists(params, grads, exp_avgs, steps, row_factors, column_factors);
+  const py::ssize_t count = lists.params.size();
   const double lr = read_scalar(lr_object, {kFunction, "lr"});
   check_range(lr, std::isfinite(lr) && lr >= 0, "lr", "a finite number >= 0");
   check_range(beta, beta >= 0 && beta < 1, "beta", "a number in [0, 1)");
   check_range(damping, std::isfinite(damping) && damping >= 0, "damping", "a finite number >= 0");
   check_range(weight_decay, std::isfinite(weight_decay) && weight_decay >= 0, "weight_decay", "a finite number >= 0");
-  const double scale = grad_scale.is_none() ? 1.0 : 1.0 / read_scalar(grad_scale, {kFunction, "grad_scale"});
+  const double scale = grad_scale.is_none() ? 1.0 : read_scalar(grad_scale, {kFunction, "grad_scale"});
   const bool refused = !found_inf.is_none() && read_scalar(found_inf, {kFunction, "found_inf"}) != 0.0;
   const Argument skipped_argument{kFunction, "skipped"};
   const TensorView skipped = read_tensor(skipped_object, skipped_argument);
@@ -153,51 +258,26 @@ void adafisher_step_(py::handle params, py::handle grads, py::handle exp_avgs, p
   check_contiguous(skipped, skipped_argument);
   check_threads(threads, {kFunction, "threads"});
 
-  std::vector<AdaFisherParameter> parameters(count);
-  std::vector<float*> step_counts(count);
+  Permuted permuted;
+  std::vector<AdaFisherParameter> parameters;
+  std::vector<float*> counters;
+  parameters.reserve(count);
+  counters.reserve(count);
   for (py::ssize_t i = 0; i < count; ++i) {
-    const Argument param_argument{kFunction, "params", i};
-    const TensorView param = read_tensor(params_list[i], param_argument);
-    check_float(param, param_argument);
-    check_writable(param, param_argument);
-    const DType state_dtype = accumulation_dtype(param.dtype);
-
-    const Argument grad_argument{kFunction, "grads", i};
-    const TensorView grad = read_tensor(grads_list[i], grad_argument);
-    check_dtype(grad, param.dtype, grad_argument);
-    check_like(grad, param, grad_argument, "params");
-
-    const Argument exp_avg_argument{kFunction, "exp_avgs", i};
-    const TensorView exp_avg = read_tensor(exp_avgs_list[i], exp_avg_argument);
-    check_dtype(exp_avg, state_dtype, exp_avg_argument);
-    check_like(exp_avg, param, exp_avg_argument, "params");
-    check_writable(exp_avg, exp_avg_argument);
-
-    const Argument step_argument{kFunction, "steps", i};
-    const TensorView step = read_tensor(steps_list[i], step_argument);
-    check_dtype(step, DType::float32, step_argument);
-    if (step.numel() != 1) value_error(step_argument, "has shape " + step.shape() + ", expected one element");
-    step_counts[i] = static_cast<float*>(step.data);
-
-    AdaFisherParameter& parameter = parameters[i];
-    parameter.parameter = strided(param);
-    parameter.gradient = strided(grad);
-    parameter.moment = strided(exp_avg);
-    parameter.dtype = param.dtype;
-    set_curvature(parameter, read_factor(row_factors_list[i], state_dtype, 1, {kFunction, "row_factors", i}),
-                  read_factor(column_factors_list[i], state_dtype, 2, {kFunction, "column_factors", i}), param.numel(), i);
+    parameters.push_back(read_parameter(lists, i, permuted));
+    counters.push_back(read_step(lists.steps[i], {kFunction, "steps", i}));
   }
 
   auto* const skipped_counts = static_cast<int64_t*>(skipped.data);
   std::fill_n(skipped_counts, count, 0);
   if (refused) return;
   BiasCorrection bias_correction(beta);
-  for (py::ssize_t i = 0; i < count; ++i) parameters[i].step_size = lr / bias_correction(++*step_counts[i]);
+  for (py::ssize_t i = 0; i < count; ++i) parameters[i].step_size = lr / bias_correction(++*counters[i]);
 
   const WeightDecay decay = weight_decay == 0.0 ? WeightDecay::none : decoupled ? WeightDecay::decoupled : WeightDecay::coupled;
+  const double gradient_scale = (maximize ? -1.0 : 1.0) / scale;
   const py::gil_scoped_release release;
-  run(AdaFisherStep{parameters.data(), count, skipped_counts, lr, beta, damping, weight_decay, decay, maximize ? -scale : scale,
-                    threads},
+  run(AdaFisherStep{parameters.data(), count, skipped_counts, lr, beta, damping, weight_decay, decay, gradient_scale, threads},
       {FISHER_KERNELS_VARIANTS(adafisher_step_)});
 }
 
