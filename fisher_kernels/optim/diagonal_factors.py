@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -38,8 +39,26 @@ VARIANTS = {
 WEIGHT = "factor_weight"
 """State: the moving average of the number 1. It corrects the bias of the other averages, and is 0 before the first."""
 
+MOST_PLANS = 64
+
 Place = tuple[Tensor | None, Tensor | None]
 """Row and column factor of a parameter; None stands for 1."""
+
+
+@dataclass
+class _Batch:
+    """Sites that share settings, as the lists that one call on all of them takes."""
+
+    variant: str
+    gamma: float
+    eps: float
+    joint: int
+    one: Tensor
+    indices: tuple[int, ...] = ()
+    averages: list[Tensor] = field(default_factory=list)  # of each site its vectors, then its weight
+    vectors: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)  # one for each vector
+    normal: list[Tensor] = field(default_factory=list)  # minmax of the vectors
 
 
 class DiagonalFactors:
@@ -63,7 +82,8 @@ class DiagonalFactors:
         self.placed: dict[Parameter, Place] = {}
         self.refused: dict[tuple[int, ...], Tensor] = {}
         self._averages: dict[int, dict[str, Tensor]] = {}
-        self._ones: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._plans: dict[tuple[Any, ...], list[_Batch]] = {}
+        self._settings = list({id(groups[site.owner]): groups[site.owner] for site in sites}.values())
         self._normal: dict[int, Factors] = {}
         self._central: dict[int, Tensor | None] = {}
         self._served = {p for site in sites for layer in site.layers for p in layer.parameters.values()}
@@ -86,11 +106,6 @@ class DiagonalFactors:
             self._averages[index] = self._in_state(index)
         return self._averages[index]
 
-    def _factors(self, index: int) -> tuple[Factors, Tensor]:
-        """The averages of one site without their weight, and the weight."""
-        *factors, (_, weight) = self.averages(index).items()
-        return dict(factors), weight
-
     def _in_state(self, index: int) -> dict[str, Tensor]:
         site = self.sites[index]
         state = self.state[site.owner]
@@ -108,74 +123,84 @@ class DiagonalFactors:
             found[name] = state[key]
         return found
 
-    def _one(self, like: Tensor) -> Tensor:
-        """The number 1 in the dtype and on the device of a weight."""
-        key = (like.dtype, like.device)
-        if key not in self._ones:
-            self._ones[key] = torch.ones_like(like)
-        return self._ones[key]
-
     def fold(self, taken: Sequence[tuple[int, Sums]]) -> None:
         """Average new statistics in, one call for all sites that share coefficients, and form the curvature."""
-        batches: dict[tuple[Any, ...], tuple[list[int], list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], [], []))
-        for index, sums in taken:
-            site = self.sites[index]
-            group = self.groups[site.owner]
-            averages = self.averages(index)
-            new = site.rule.factors(site.module, sums)
-            new[WEIGHT] = self._one(averages[WEIGHT])
-            key = (group["variant"], group["gamma"], group["eps"], len(averages), site.owner.device)
-            indices, old, values = batches[key]
-            indices.append(index)
-            old += averages.values()
-            values += [
-                v if v.dtype == a.dtype else v.to(a.dtype) for v, a in ((new[n], a) for n, a in averages.items())
-            ]
-        for (name, gamma, eps, joint, device), (indices, old, values) in batches.items():
-            decay, gain = VARIANTS[name].coefficients(gamma)
-            refused = factor_ema_(old, values, decay, gain, VARIANTS[name].normalize, eps, joint)
-            count(self.refused, tuple(indices), refused)
-            # On a GPU nobody waits to learn what was refused; minmax makes ones of an average whose weight is 0.
-            accepted = [not r for r in refused.tolist()] if device.type == "cpu" else [True] * len(indices)
-            self._known.update(index for index, ok in zip(indices, accepted, strict=True) if ok)
-        self._form([index for index, _ in taken if index in self._known])
+        sums_of = dict(taken)
+        accepted: list[int] = []
+        for batch in self._batches(tuple(sums_of)):
+            values: list[Tensor] = []
+            for index in batch.indices:
+                site = self.sites[index]
+                new = site.rule.factors(site.module, sums_of[index])
+                values += [v if v.dtype == batch.one.dtype else v.to(batch.one.dtype) for v in new.values()]
+                values.append(batch.one)
+            decay, gain = VARIANTS[batch.variant].coefficients(batch.gamma)
+            normalize = VARIANTS[batch.variant].normalize
+            refused = factor_ema_(batch.averages, values, decay, gain, normalize, batch.eps, batch.joint)
+            count(self.refused, batch.indices, refused)
+            if batch.one.device.type == "cpu":
+                accepted += [i for i, no in zip(batch.indices, refused.tolist(), strict=True) if not no]
+            else:  # nobody waits to learn what was refused; minmax makes ones of an average whose weight is 0
+                accepted += batch.indices
+        self._known.update(accepted)
+        self._form(accepted)
+
+    def _batches(self, indices: tuple[int, ...]) -> list[_Batch]:
+        """Sites that share settings, with the lists that the calls on all of them take; kept while settings last."""
+        settings = tuple((g["variant"], g["gamma"], g["eps"]) for g in self._settings)
+        if (indices, settings) not in self._plans:
+            if len(self._plans) >= MOST_PLANS:  # a model that uses other layers at every step
+                self._plans.clear()
+            batches: dict[tuple[Any, ...], _Batch] = {}
+            for index in indices:
+                owner = self.sites[index].owner
+                group = self.groups[owner]
+                averages = self.averages(index)
+                *vectors, weight = averages.values()
+                key = (group["variant"], group["gamma"], group["eps"], len(averages), weight.dtype, weight.device)
+                batch = batches.setdefault(key, _Batch(*key[:4], torch.ones_like(weight)))
+                batch.indices += (index,)
+                batch.averages += averages.values()
+                batch.vectors += vectors
+                batch.weights += [weight] * len(vectors)
+            self._plans[indices, settings] = list(batches.values())
+        return self._plans[indices, settings]
 
     def _form(self, indices: Sequence[int]) -> None:
         """The row and column factors of the parameters of some sites."""
-        if not indices:
-            return
-        for index, factors in self._normalized(indices).items():
-            site = self.sites[index]
-            self._normal[index] = factors
-            placed = site.rule.place(site.module, factors)
-            for layer in site.layers:
-                self.placed.update({p: placed[role] for role, p in layer.parameters.items()})
+        for batch in self._batches(tuple(indices)):
+            if batch.variant == "paper":
+                self._normalize(batch)
+            else:
+                for index in batch.indices:
+                    *factors, (_, weight) = self.averages(index).items()
+                    if batch.variant == "relative":
+                        self._place(index, _relative(self.sites[index], {name: f / weight for name, f in factors}))
+                    elif index not in self._normal:  # later refreshes change these averages where they are
+                        self._place(index, dict(factors))
         for owner in {self.sites[index].owner for index in indices}:
             if len(self._orientations[owner]) > 1:
                 self.placed[owner] = self._tie(owner)
         self._central.clear()
 
-    def _normalized(self, indices: Sequence[int]) -> dict[int, Factors]:
-        """The factors of each site as its variant uses them; every minmax of one eps in one call."""
-        result: dict[int, Factors] = {}
-        batches: dict[tuple[float, torch.device], list[tuple[int, str, Tensor, Tensor]]] = defaultdict(list)
-        for index in indices:
-            site = self.sites[index]
-            group = self.groups[site.owner]
-            factors, weight = self._factors(index)
-            if group["variant"] == "paper":
-                rows = [(index, name, factor, weight) for name, factor in factors.items()]
-                batches[group["eps"], site.owner.device] += rows
-                result[index] = {}
-            elif group["variant"] == "relative":
-                result[index] = _relative(site, {name: factor / weight for name, factor in factors.items()})
-            else:
-                result[index] = factors
-        for (eps, _), rows in batches.items():
-            vectors = minmax([row[2] for row in rows], eps, [row[3] for row in rows])
-            for (index, name, _, _), vector in zip(rows, vectors, strict=True):
-                result[index][name] = vector
-        return result
+    def _normalize(self, batch: _Batch) -> None:
+        """Minmax of all averages of a batch, into the same tensors at every refresh: they are placed but once."""
+        fresh = minmax(batch.vectors, batch.eps, batch.weights)
+        if not batch.normal:
+            vectors = iter(fresh)
+            for index in batch.indices:
+                factors = {name: next(vectors) for name in self.averages(index) if name != WEIGHT}
+                if index not in self._normal:
+                    self._place(index, factors)
+                batch.normal += self._normal[index].values()
+        torch._foreach_copy_(batch.normal, fresh)
+
+    def _place(self, index: int, factors: Factors) -> None:
+        self._normal[index] = factors
+        site = self.sites[index]
+        placed = site.rule.place(site.module, factors)
+        for layer in site.layers:
+            self.placed.update({p: placed[role] for role, p in layer.parameters.items()})
 
     def _tie(self, owner: Parameter) -> Place:
         """One row and one column vector for a weight that its uses see in different orientations.
@@ -188,9 +213,8 @@ class DiagonalFactors:
         rows, columns = [], []
         for index in self._orientations[owner]:
             if index in self._known:
-                factors, weight = self._factors(index)
-                if group["variant"] != "release":
-                    factors = {name: factor / weight for name, factor in factors.items()}
+                *averages, (_, weight) = self.averages(index).items()
+                factors = {name: a if group["variant"] == "release" else a / weight for name, a in averages}
                 row, column = self.sites[index].rule.place(self.sites[index].module, factors)["weight"]
                 assert row is not None
                 assert column is not None
