@@ -257,19 +257,6 @@ class ConvTranspose(Rule):
         return {"weight": (factors["input_factor"], by_offset), "bias": (factors.get("bias_factor"), None)}
 
 
-def _norm_layout(module: Any, x: Tensor) -> tuple[Tensor, int]:
-    """View x as (samples, positions, channels) with the affine parameters' entries as channels; and the samples."""
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        channels = math.prod(module.normalized_shape)
-        lead = x.shape[: x.dim() - len(module.normalized_shape)]
-        samples = lead[0] if lead else 1
-        return x.reshape(samples, math.prod(lead[1:]), channels), samples
-    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
-        x = _unsqueeze_batch(x, module._get_no_batch_dim() - 1)
-    samples, channels = x.shape[:2]
-    return x.reshape(samples, channels, math.prod(x.shape[2:])).transpose(1, 2), samples
-
-
 class Norm(Rule):
     """Scale and shift of a normalisation: ``S[c] = (sum of s over batch and positions)^2 / N``, H = 1."""
 
@@ -280,9 +267,15 @@ class Norm(Rule):
         return [], []
 
     def contribute(self, module: Any, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor) -> Sums:
-        layout, samples = _norm_layout(module, grad)
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            reduced = tuple(range(grad.dim() - len(module.normalized_shape)))
+        else:
+            if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+                grad = _unsqueeze_batch(grad, module._get_no_batch_dim() - 1)
+            reduced = (0, *range(2, grad.dim()))
         wide = torch.promote_types(grad.dtype, torch.float32)
-        return Sums([layout.sum((0, 1), dtype=wide)], [samples])
+        total = grad.sum(reduced, dtype=wide) if reduced else grad.to(wide)
+        return Sums([total.flatten()], [grad.shape[0] if reduced else 1])
 
     def shapes(self, module: Any) -> dict[str, int]:
         return {"output_factor": module.weight.numel()}

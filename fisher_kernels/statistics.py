@@ -139,6 +139,7 @@ class Statistics:
         number = next(_numbers)
         register(number, self)
         self._hooks: dict[int, list[_ForwardHook]] = {}
+        self._nodes: dict[Parameter, tuple[Any, Any]] = {}
         handles = []
         for index, site in enumerate(self.sites):
             for use, layer in enumerate(site.layers):
@@ -262,7 +263,7 @@ class Statistics:
         site = self.sites[index]
         layer = site.layers[use]
         trained = layer.trained()
-        if not any(map(_accumulates, trained)):
+        if not any(self._accumulates(p) for p in trained):
             return
         task = torch._C._current_graph_task_id()
         if site.task != task:
@@ -277,6 +278,21 @@ class Statistics:
                 _rescale(sums, layer.rule, scale)
         site.sums = sums if site.sums is None else site.sums + sums
 
+    def _accumulates(self, parameter: Parameter) -> bool:
+        """Whether the backward that is running will add to ``parameter.grad``."""
+        # The node lasts until the parameter is moved. Not kept on a GPU, where it remembers a stream.
+        key = (parameter.dtype, parameter.device)
+        known, node = self._nodes.get(parameter, (None, None))
+        if known != key or parameter.is_cuda:
+            node = get_gradient_edge(parameter).node
+            self._nodes[parameter] = (key, node)
+        try:
+            return torch._C._will_engine_execute_node(node)
+        except RuntimeError:
+            return (
+                False  # autograd.grad with respect to the parameter itself: it returns gradients, it accumulates none
+            )
+
 
 def _remove(handles: list[Any]) -> None:
     for handle in handles:
@@ -290,14 +306,6 @@ def _rescale(sums: Sums, rule: Rule, scale: Tensor) -> None:
             # Twice by the scale, not once by its square, which may overflow.
             for _ in range(power):
                 vector.div_(scale.to(vector.device))
-
-
-def _accumulates(parameter: Parameter) -> bool:
-    """Whether the backward that is running will add to ``parameter.grad``."""
-    try:
-        return torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
-    except RuntimeError:
-        return False  # autograd.grad with respect to the parameter itself: it returns gradients, it accumulates none
 
 
 class _ForwardHook:
