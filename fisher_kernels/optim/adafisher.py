@@ -5,6 +5,7 @@ Source: AdaFisher, arXiv 2405.16397 (ICLR 2025), Eq. 3, Eq. 4 and Algorithm 1; t
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -156,6 +157,7 @@ class AdaFisher(LayerwiseOptimizer):
 
     def _rewatched(self) -> None:
         self._numbers = {p: number for number, p in enumerate(self._groups)}
+        self._plans: dict[int, _Plan] = {}
         self._factors = DiagonalFactors(self.statistics.sites, self.state, self._groups)
         self._arm()
 
@@ -204,7 +206,12 @@ class AdaFisher(LayerwiseOptimizer):
         if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
             self.statistics.clear()  # a skipped step leaves nothing behind, and the refresh that was due is still due
             return loss
-        self._prepare()
+        for group in self.param_groups:
+            self._check_not_moved(group)
+        if not all(
+            id(group) in self._plans and self._plans[id(group)].has_its_gradients for group in self.param_groups
+        ):
+            self._prepare()
         taken = self.statistics.take(grad_scale)
         if taken:
             self._factors.fold(taken)
@@ -220,7 +227,6 @@ class AdaFisher(LayerwiseOptimizer):
         """Make the state of every parameter that has a gradient, before anything is changed."""
         fresh = False
         for group in self.param_groups:
-            self._check_not_moved(group)
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -254,21 +260,16 @@ class AdaFisher(LayerwiseOptimizer):
 
     def _update(self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Step one group: parameters with factors in one call, those of constant curvature in another."""
-        served, constant = _Batch(), _Batch()
-        for p in group["params"]:
-            if p.grad is not None:
-                place = self._factors.placed.get(p)
-                if place is not None:
-                    served.add(self._numbers[p], p, self.state[p], place)
-                else:
-                    constant.add(self._numbers[p], p, self.state[p], (self._factors.constant(p), None))
-        for batch, damping in ((served, group["damping"]), (constant, 0.0)):
+        plan = self._plans.get(id(group))
+        if plan is None or plan.version != self._factors.version or not plan.has_its_gradients:
+            plan = self._plans[id(group)] = self._plan(group)
+        for batch, damping in ((plan.served, group["damping"]), (plan.constant, 0.0)):
             if batch.params:
                 skipped = adafisher_step_(
                     batch.params,
-                    batch.grads,
-                    batch.exp_avgs,
-                    batch.steps,
+                    [p.grad for p in batch.params if p.grad is not None],
+                    [state["exp_avg"] for state in batch.states],
+                    [state["step"] for state in batch.states],
                     batch.row_factors,
                     batch.column_factors,
                     lr=group["lr"],
@@ -280,7 +281,18 @@ class AdaFisher(LayerwiseOptimizer):
                     grad_scale=grad_scale,
                     found_inf=found_inf,
                 )
-                count(self._skipped, tuple(batch.numbers), skipped)
+                count(self._skipped, batch.numbers, skipped)
+
+    def _plan(self, group: dict[str, Any]) -> _Plan:
+        plan = _Plan(self._factors.version)
+        for p in group["params"]:
+            if p.grad is None:
+                plan.waiting.append(p)
+            elif (place := self._factors.placed.get(p)) is not None:
+                plan.served.add(self._numbers[p], p, self.state[p], place)
+            else:
+                plan.constant.add(self._numbers[p], p, self.state[p], (self._factors.constant(p), None))
+        return plan
 
     # Reports.
 
@@ -353,23 +365,36 @@ class _Batch:
     """The lists that one call of the step takes."""
 
     def __init__(self) -> None:
-        self.numbers: list[int] = []
-        self.params: list[Tensor] = []
-        self.grads: list[Tensor] = []
-        self.exp_avgs: list[Tensor] = []
-        self.steps: list[Tensor] = []
+        self.numbers: tuple[int, ...] = ()
+        self.params: list[Parameter] = []
+        self.states: list[dict[str, Tensor]] = []
         self.row_factors: list[Tensor | None] = []
         self.column_factors: list[Tensor | None] = []
 
     def add(self, number: int, p: Parameter, state: dict[str, Tensor], place: Place) -> None:
-        assert p.grad is not None
-        self.numbers.append(number)
+        self.numbers += (number,)
         self.params.append(p)
-        self.grads.append(p.grad)
-        self.exp_avgs.append(state["exp_avg"])
-        self.steps.append(state["step"])
+        self.states.append(state)
         self.row_factors.append(place[0])
         self.column_factors.append(place[1])
+
+
+class _Plan:
+    """What the step of one group takes, while the same parameters have gradients and the factors lie where they do.
+
+    Making these lists would cost more than the step itself where there are many small parameters.
+    """
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+        self.served, self.constant = _Batch(), _Batch()
+        self.waiting: list[Parameter] = []
+
+    @property
+    def has_its_gradients(self) -> bool:
+        """Whether exactly the parameters of the two batches have gradients."""
+        params = itertools.chain(self.served.params, self.constant.params)
+        return all(p.grad is not None for p in params) and all(p.grad is None for p in self.waiting)
 
 
 def _totals(counters: Mapping[tuple[int, ...], Tensor]) -> dict[int, int]:

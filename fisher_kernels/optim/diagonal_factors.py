@@ -69,6 +69,7 @@ class DiagonalFactors:
 
     Attributes:
         placed: parameter -> its row and column factor, once its layer has statistics.
+        version: counts the changes of ``placed`` and of what :meth:`constant` returns.
         refused: indices of sites -> how often their statistics were refused as not finite, on the device.
     """
 
@@ -80,6 +81,7 @@ class DiagonalFactors:
     ) -> None:
         self.sites, self.state, self.groups = sites, state, groups
         self.placed: dict[Parameter, Place] = {}
+        self.version = 0
         self.refused: dict[tuple[int, ...], Tensor] = {}
         self._averages: dict[int, dict[str, Tensor]] = {}
         self._plans: dict[tuple[Any, ...], list[_Batch]] = {}
@@ -181,7 +183,10 @@ class DiagonalFactors:
         for owner in {self.sites[index].owner for index in indices}:
             if len(self._orientations[owner]) > 1:
                 self.placed[owner] = self._tie(owner)
-        self._central.clear()
+                self.version += 1
+        if self._central:
+            self._central.clear()
+            self.version += 1
 
     def _normalize(self, batch: _Batch) -> None:
         """Minmax of all averages of a batch, into the same tensors at every refresh: they are placed but once."""
@@ -196,6 +201,7 @@ class DiagonalFactors:
         torch._foreach_copy_(batch.normal, fresh)
 
     def _place(self, index: int, factors: Factors) -> None:
+        self.version += 1
         self._normal[index] = factors
         site = self.sites[index]
         placed = site.rule.place(site.module, factors)
