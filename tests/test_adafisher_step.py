@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 NAMES = ("params", "grads", "exp_avgs", "steps", "row_factors", "column_factors")
 
 # Some large, some tiny, every kind of factor; for tests whose subject is another.
-SOME = tuple(PARAMETERS[i] for i in (0, 2, 8, 9, 12, 17, 20, 25, 27, 29, 31))
+SOME = tuple(PARAMETERS[i] for i in (0, 2, 8, 9, 12, 17, 20, 25, 27, 29, 31, 33, 38))
 
 
 def scalar(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -212,6 +214,26 @@ def test_no_parameters(implementation: str) -> None:
     assert_same_bits(step((), torch.float32).run(), torch.zeros(0, dtype=torch.int64))
 
 
+@st.composite
+def parameters(draw: st.DrawFn) -> Parameter:
+    groups, rows, columns = draw(st.integers(1, 6)), draw(st.integers(1, 30)), draw(st.integers(1, 40))
+    row = draw(st.sampled_from([None, (1,), (groups * rows,)]))
+    column = draw(st.sampled_from([None, (1,), (columns,), (groups, columns)]))
+    return Parameter((groups * rows, columns), row, column)
+
+
+@hypothesis.settings(max_examples=60)
+@hypothesis.given(
+    chosen=st.lists(parameters(), max_size=3),
+    layout=st.sampled_from([contiguous, sliced]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_factors(
+    implementation: str, chosen: list[Parameter], layout: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    check(step(chosen, dtype, layout=layout))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("of", ["param", "grad", "moment"])
 def test_layouts_do_not_show(implementation: str, of: str, dtype: torch.dtype) -> None:
@@ -285,7 +307,7 @@ def test_lr_may_be_a_tensor(implementation: str, dtype: torch.dtype) -> None:
 
 def test_a_long_run(implementation: str) -> None:
     """The bias correction fades, and errors stay those of the roundings of 100 steps."""
-    case = step(SOME[:4] + SOME[-3:-1], torch.float32, beta=0.9)
+    case = step(SOME[:4] + SOME[-5:-3], torch.float32, beta=0.9)
     for t in case.steps:
         t.zero_()
     expected = case.double()
@@ -558,6 +580,16 @@ BAD: dict[str, tuple[Callable[[Step], None], type[Exception], str]] = {
     ),
     "column_factors shape": (
         tensor("column_factors", lambda: torch.ones(5)),
+        ValueError,
+        r"(row|column)_factors\[1\] .*params\[1\]",
+    ),
+    "column_factors empty": (
+        tensor("column_factors", lambda: torch.ones(0)),
+        ValueError,
+        r"(row|column)_factors\[1\] .*params\[1\]",
+    ),
+    "column_factors without groups": (
+        tensor("column_factors", lambda: torch.ones(0, 6)),
         ValueError,
         r"(row|column)_factors\[1\] .*params\[1\]",
     ),

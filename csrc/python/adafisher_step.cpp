@@ -69,7 +69,8 @@ float* read_step(py::handle object, const Argument& argument) {
 
 /// A row or column factor: one entry per row or column, or a constant (1 for a missing factor).
 struct Factor {
-  const void* data = nullptr;  // null for a constant
+  bool is_vector = false;
+  const void* data = nullptr;  // null for a constant, and for a vector without entries
   int64_t groups = 1;
   int64_t size = 1;  // of all groups
   double constant = 1.0;
@@ -84,28 +85,28 @@ Factor read_factor(py::handle object, DType dtype, int max_dims, const Argument&
   }
   check_contiguous(tensor, argument);
   const int64_t size = tensor.numel();
-  if (size != 1) return {tensor.data, tensor.dims == 2 ? tensor.sizes[0] : 1, size, 1.0};
-  return {nullptr, 1, 1,
+  if (size != 1) return {true, tensor.data, tensor.dims == 2 ? tensor.sizes[0] : 1, size, 1.0};
+  return {false, nullptr, 1, 1,
           dtype == DType::float64 ? *static_cast<const double*>(tensor.data) : *static_cast<const float*>(tensor.data)};
 }
 
 /// Fills in the factors of a parameter of `numel` elements, and its shape as [groups, rows, columns].
 void set_curvature(AdaFisherParameter& parameter, const Factor& row, const Factor& column, int64_t numel, py::ssize_t index) {
   const int64_t groups = column.groups;
-  int64_t columns = column.data != nullptr && groups > 0 ? column.size / groups : 0;
-  int64_t rows = row.data != nullptr ? row.size : 0;  // of all groups
-  if (row.data == nullptr && column.data == nullptr) {
+  int64_t columns = column.is_vector && groups > 0 ? column.size / groups : 0;
+  int64_t rows = row.is_vector ? row.size : 0;  // of all groups
+  if (!row.is_vector && !column.is_vector) {
     rows = 1;
     columns = numel;
-  } else if (row.data == nullptr) {
+  } else if (!row.is_vector) {
     rows = columns > 0 ? numel / columns : groups;
-  } else if (column.data == nullptr) {
+  } else if (!column.is_vector) {
     columns = rows > 0 ? numel / rows : 0;
   }
   if (groups < 1 || rows % groups != 0 || rows * columns != numel) {
     const std::string what = std::to_string(row.size) + " row and " + std::to_string(column.size) + " column factors in " +
                              std::to_string(groups) + " groups";
-    value_error({kFunction, row.data != nullptr ? "row_factors" : "column_factors", index},
+    value_error({kFunction, row.is_vector ? "row_factors" : "column_factors", index},
                 "does not fit params[" + std::to_string(index) + "]: " + what + ", expected groups * rows and groups * columns " +
                     "with groups * rows * columns = " + std::to_string(numel));
   }

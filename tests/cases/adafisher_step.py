@@ -59,6 +59,15 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter((1025,), None, (1025,)),
     Parameter((2, 1030), (2,), (1030,)),
     Parameter((130, 33), (130,), (2, 33)),
+    Parameter((2, 4099), (2,), (4099,)),
+    Parameter((6, 1, 3, 3), (6,), (6, 9)),  # a depthwise convolution: a group for each row
+    Parameter((700, 1, 3), (700,), (700, 3)),
+    Parameter((5, 70), (5,), (5, 70)),
+    Parameter((1300, 2), (1300,), (2,)),
+    Parameter((500, 9), (500,), (9,)),
+    Parameter((300, 13), (300,), (60, 13)),
+    Parameter((120, 7), None, (4, 7)),
+    Parameter((90, 16), (90,), (16,)),
 )
 
 OPTIONS: dict[str, Any] = {
