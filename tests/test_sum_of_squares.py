@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -246,7 +247,7 @@ def test_patch_arguments_may_be_numbers_or_one_for_each_dimension(implementation
 LARGE: tuple[tuple[Op, tuple[int, ...]], ...] = (
     (column_sum_of_squares, (2501, 41)),
     (column_sum_of_squares, (34, 3001)),
-    (column_sum_of_squares, (1501, 304)),
+    (column_sum_of_squares, (1301, 513)),
     (column_sum_of_squares, (35001, 3)),
     (channel_sum_of_squares, (7, 16, 1025)),
     (channel_sum_of_squares, (1, 2, 50001)),
@@ -366,10 +367,13 @@ def test_bad_arguments_without_data(name: str) -> None:
 # More than 2^31 elements.
 
 
+NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # mmap.MAP_NORESERVE, which Python has no name for
+
+
 def zeros_without_memory(numel: int) -> Tensor:
     """Zeros in bfloat16 that take no memory until they are written: the system maps them all to the same page."""
     try:
-        pages = mmap.mmap(-1, 2 * numel, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages = mmap.mmap(-1, 2 * numel, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
     except OSError as error:
         pytest.skip(f"no address space of {2 * numel} bytes: {error}")
     return torch.frombuffer(pages, dtype=torch.bfloat16)
@@ -390,9 +394,10 @@ def test_more_than_2_to_31_elements() -> None:
 
 
 @needs_native
-def test_rows_more_than_2_to_31_elements_apart() -> None:
-    """Offsets are tested, in no time."""
-    rows, columns, stride = 3, 33, 2**30 + 7
+@pytest.mark.parametrize(("rows", "stride"), [(3, 2**30 + 7), (520, 2**23 + 3)])
+def test_rows_more_than_2_to_31_elements_apart(rows: int, stride: int) -> None:
+    """Offsets are tested, in no time: of rows within a block and of blocks of rows."""
+    columns = 33
     x = zeros_without_memory((rows - 1) * stride + columns).as_strided((rows, columns), (stride, 1))
     x.copy_(integers((rows, columns), x.dtype))
     expected = x.double().square().sum(0)
