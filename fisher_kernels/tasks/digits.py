@@ -23,7 +23,7 @@ HYPERPARAMETERS = {
     "sgd": {"lr": 3e-2, "weight_decay": 5e-4},
     "adafisher": {"lr": 3e-3, "weight_decay": 5e-4},
     "adafisherw": {"lr": 3e-3, "weight_decay": 1e-2},
-    "adafisher:relative": {"lr": 0.1, "weight_decay": 5e-4},
+    "adafisher:relative": {"lr": 0.3, "weight_decay": 5e-4},
     "adafisher:release": {"lr": 1e-3, "weight_decay": 5e-4},
 }
 

@@ -25,12 +25,12 @@ BYTES = 256
 HELD_OUT = 0.1
 
 HYPERPARAMETERS = {
-    "adamw": {"lr": 3e-3, "weight_decay": 1e-2},
+    "adamw": {"lr": 1e-2, "weight_decay": 1e-2},
     "sgd": {"lr": 0.3, "weight_decay": 5e-4},
-    "adafisher": {"lr": 3e-3, "weight_decay": 5e-4},
-    "adafisherw": {"lr": 3e-3, "weight_decay": 1e-2},
-    "adafisher:relative": {"lr": 0.1, "weight_decay": 5e-4},
-    "adafisher:release": {"lr": 1e-3, "weight_decay": 5e-4},
+    "adafisher": {"lr": 1e-2, "weight_decay": 5e-4},
+    "adafisherw": {"lr": 1e-2, "weight_decay": 1e-2},
+    "adafisher:relative": {"lr": 3.0, "weight_decay": 5e-4},
+    "adafisher:release": {"lr": 1e-2, "weight_decay": 5e-4},
 }
 
 
