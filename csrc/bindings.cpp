@@ -29,32 +29,39 @@ PYBIND11_MODULE(_native, module) {
              "out[d] = sum over r of x[r, d]^2, for x [R, D] with unit column stride.");
   module.def("channel_sum_of_squares", &fk::channel_sum_of_squares, "x"_a, "out"_a, "threads"_a,
              "out[c] = sum over n and s of x[n, c, s]^2, for x [N, C, S], contiguous or channels last.");
-  module.def("patch_sum_of_squares", &fk::patch_sum_of_squares, "x"_a, "out"_a, "kernel_size"_a, "stride"_a, "padding"_a,
-             "dilation"_a, "threads"_a,
-             "out[c, k] = sum over samples and output positions of the square of the zero-padded input that kernel offset k "
-             "reads, for x [N, C, D, H, W], each sample contiguous or channels last, and out [C, KD, KH, KW]. padding holds "
-             "(before, after) for D, H and W; a negative one crops.");
+  module.def(
+      "patch_sum_of_squares", &fk::patch_sum_of_squares, "x"_a, "out"_a, "kernel_size"_a, "stride"_a, "padding"_a,
+      "dilation"_a, "threads"_a,
+      "out[c, k] = sum over samples and output positions of the square of the zero-padded input that kernel offset k "
+      "reads, for x [N, C, D, H, W], each sample contiguous or channels last, and out [C, KD, KH, KW]. padding holds "
+      "(before, after) for D, H and W; a negative one crops.");
   module.def("minmax", &fk::minmax, "x"_a, "outs"_a, "weights"_a, "eps"_a,
-             "outs[i] = minmax(x[i] / weights[i]), minmax(v) = (v - min v) / (max v - min v + eps). weights: None for ones, or "
-             "one-element tensors; where one is 0, outs[i] is ones.");
-  module.def("factor_ema_", &fk::factor_ema_, "state"_a, "new"_a, "rejected"_a, "decay"_a, "gain"_a, "normalize"_a, "eps"_a,
-             "joint"_a,
-             "state[i] <- decay * state[i] + gain * (minmax(new[i]) if normalize else new[i]). A run of `joint` vectors with a "
-             "non-finite entry in any `new` stays as it was and is marked 1 in rejected.");
-  module.def("adafisher_step_", &fk::adafisher_step_, "params"_a, "grads"_a, "exp_avgs"_a, "steps"_a, "row_factors"_a,
-             "column_factors"_a, "lr"_a, "beta"_a, "damping"_a, "weight_decay"_a, "decoupled"_a, "maximize"_a, "grad_scale"_a,
-             "found_inf"_a, "skipped"_a, "threads"_a,
-             "One AdaFisher step of a list of parameters: m <- beta * m + (1 - beta) * g, w <- w - lr * m / (1 - beta^t) / F, "
-             "F = row_factor * column_factor + damping. skipped[i] counts the elements whose gradient is not finite, which stay "
-             "as they were.");
+             "outs[i] = minmax(x[i] / weights[i]), minmax(v) = (v - min v) / (max v - min v + eps). weights: None for "
+             "ones, or one-element tensors; where one is 0, outs[i] is ones.");
+  module.def("factor_ema_", &fk::factor_ema_, "state"_a, "new"_a, "rejected"_a, "decay"_a, "gain"_a, "normalize"_a,
+             "eps"_a, "joint"_a,
+             "state[i] <- decay * state[i] + gain * (minmax(new[i]) if normalize else new[i]). A run of `joint` "
+             "vectors with a non-finite entry in any `new` stays as it was and is marked 1 in rejected.");
+  module.def(
+      "adafisher_step_", &fk::adafisher_step_, "params"_a, "grads"_a, "exp_avgs"_a, "steps"_a, "row_factors"_a,
+      "column_factors"_a, "lr"_a, "beta"_a, "damping"_a, "weight_decay"_a, "decoupled"_a, "maximize"_a, "grad_scale"_a,
+      "found_inf"_a, "skipped"_a, "threads"_a,
+      "One AdaFisher step of a list of parameters: m <- beta * m + (1 - beta) * g, w <- w - lr * m / (1 - beta^t) / F, "
+      "F = row_factor * column_factor + damping. skipped[i] counts the elements whose gradient is not finite, which "
+      "stay as they were.");
 
-  module.def("stream_update", &fk::stream_update, "firsts"_a, "seconds"_a, "reads"_a, "threads"_a,
-             "firsts[i] += reads[i], seconds[i] += reads[i]: what the bare memory traffic of a step costs, for benchmarks.");
-  module.def("stream_read", &fk::stream_read, "x"_a, "threads"_a,
-             "Reads x once and returns a sum of its bits: what the bare memory traffic of a sum costs, for benchmarks.");
+  module.def(
+      "stream_update", &fk::stream_update, "firsts"_a, "seconds"_a, "reads"_a, "threads"_a,
+      "firsts[i] += reads[i], seconds[i] += reads[i]: what the bare memory traffic of a step costs, for benchmarks.");
+  module.def(
+      "stream_read", &fk::stream_read, "x"_a, "threads"_a,
+      "Reads x once and returns a sum of its bits: what the bare memory traffic of a sum costs, for benchmarks.");
 
-  module.def("capabilities", &fk::capability_names, "Instruction sets of this processor that the kernels are compiled for.");
-  module.def("capability", [] { return fk::capability_names()[fk::current_capability()]; }, "The instruction set in use.");
-  module.def("set_capability", &fk::set_capability, "name"_a, "Chooses the instruction set in use, one of capabilities().");
+  module.def("capabilities", &fk::capability_names,
+             "Instruction sets of this processor that the kernels are compiled for.");
+  module.def(
+      "capability", [] { return fk::capability_names()[fk::current_capability()]; }, "The instruction set in use.");
+  module.def("set_capability", &fk::set_capability, "name"_a,
+             "Chooses the instruction set in use, one of capabilities().");
   module.def("openmp", &has_openmp, "Whether the kernels use OpenMP threads.");
 }

@@ -4,8 +4,8 @@
 
 #include "common/dtype.h"
 
-// The kernels, as plain functions on plain structs: no Python, no torch. Every array is in row-major order unless strides
-// are given; sizes and strides count elements. The callers in python/ have checked all that is said here.
+// The kernels, as plain functions on plain structs: no Python, no torch. Every array is in row-major order unless
+// strides are given; sizes and strides count elements. The callers in python/ have checked all that is said here.
 namespace fisher_kernels {
 
 /// out[d] = sum over r of x[r, d]^2, for x [rows, columns] with unit column stride.
@@ -57,8 +57,8 @@ struct PatchSumOfSquares {
   int threads;
 };
 
-/// out = minmax(x / weight), where minmax(v) = (v - min v) / (max v - min v + eps): all ones if v is constant to rounding or
-/// weight is 0, all NaN if v or its spread is not finite.
+/// out = minmax(x / weight), where minmax(v) = (v - min v) / (max v - min v + eps): all ones if v is constant to
+/// rounding or weight is 0, all NaN if v or its spread is not finite.
 struct MinMaxVector {
   const void* x;
   void* out;
@@ -81,8 +81,8 @@ struct FactorEmaVector {
   DType dtype;  // of both: float32 or float64
 };
 
-/// Each run of `joint` consecutive vectors is refused as a whole if any `next` in it has a non-finite entry: its states stay
-/// as they were and its `rejected` is 1, else 0.
+/// Each run of `joint` consecutive vectors is refused as a whole if any `next` in it has a non-finite entry: its states
+/// stay as they were and its `rejected` is 1, else 0.
 struct FactorEma {
   const FactorEmaVector* vectors;
   int64_t count;  // a multiple of joint
@@ -103,12 +103,13 @@ struct StridedArray {
   bool contiguous;
 };
 
-/// One parameter of a step, its elements seen in row-major order as [groups, rows, columns]. The curvature of an element is
+/// One parameter of a step, its elements seen in row-major order as [groups, rows, columns]. The curvature of an
+/// element is
 ///   F = row_factor[group, row] * column_factor[group, column] * constant_factor + damping,   a null factor being 1.
 struct AdaFisherParameter {
   StridedArray parameter;
-  StridedArray gradient;  // same dtype
-  StridedArray moment;    // accumulation_dtype(dtype), as are the factors
+  StridedArray gradient;      // same dtype
+  StridedArray moment;        // accumulation_dtype(dtype), as are the factors
   const void* row_factor;     // [groups, rows] or null
   const void* column_factor;  // [groups, columns] or null
   double constant_factor;
@@ -164,8 +165,8 @@ struct StreamRead {
   int threads;
 };
 
-// Every file in cpu/ is compiled once per capability, that is with the flags of one instruction set, into a namespace of
-// that name.
+// Every file in cpu/ is compiled once per capability, that is with the flags of one instruction set, into a namespace
+// of that name.
 #define FISHER_KERNELS_DECLARE(capability)                 \
   namespace capability {                                   \
   void column_sum_of_squares(const ColumnSumOfSquares&);   \

@@ -36,8 +36,6 @@ constexpr int64_t size_of(DType dtype) {
 }
 
 /// The type in which values of `dtype` are summed, averaged and kept as state.
-constexpr DType accumulation_dtype(DType dtype) {
-  return dtype == DType::float64 ? DType::float64 : DType::float32;
-}
+constexpr DType accumulation_dtype(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
 
 }  // namespace fisher_kernels

@@ -1,6 +1,7 @@
 #include <cstdint>
 
 #include "../kernels.h"
+#include "integers.h"
 #include "parallel.h"
 #include "vector.h"
 
@@ -8,12 +9,10 @@ namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
 
 namespace {
 
-// Elements worked on at a time: few enough that the processor evaluates the curvature of the next chunk while it waits for
-// the memory of this one. A multiple of every kLanes.
+// Elements worked on at a time: few enough that the processor evaluates the curvature of the next chunk while it waits
+// for the memory of this one. A multiple of every kLanes.
 constexpr int64_t kChunk = 128;
 constexpr int64_t kPrefetch = 512;  // elements ahead, farther than the hardware looks
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /// What the update of every element of a parameter shares.
 template <class A>
@@ -22,8 +21,8 @@ struct Rates {
   A beta;
   A gain;  // 1 - beta
   A step_size;
-  A weight_decay;    // coupled form
-  A shrinkage;       // decoupled form: lr * weight_decay
+  A weight_decay;  // coupled form
+  A shrinkage;     // decoupled form: lr * weight_decay
 
   Rates(const AdaFisherStep& step, const AdaFisherParameter& parameter)
       : gradient_scale(static_cast<A>(step.gradient_scale)),
@@ -34,8 +33,8 @@ struct Rates {
         shrinkage(static_cast<A>(step.lr * step.weight_decay)) {}
 };
 
-/// The update of one register of elements; those whose gradient is not finite stay as they are. Returns 0 in the lanes that
-/// were updated and NaN in the others.
+/// The update of one register of elements; those whose gradient is not finite stay as they are. Returns 0 in the lanes
+/// that were updated and NaN in the others.
 template <WeightDecay kDecay, class V, class A>
 inline V update(V& parameter, V gradient, V& moment, V curvature, const Rates<A>& rates) {
   gradient *= rates.gradient_scale;
@@ -120,8 +119,8 @@ class CurvatureCursor {
     column_factor_ += row * factor_step_ + group * group_step_;
   }
 
-  /// Stores F of the next `count` elements, at most a chunk, and moves past them. Registers are stored whole, the next one
-  /// overwriting what is too much: `out` has room for one more than it takes.
+  /// Stores F of the next `count` elements, at most a chunk, and moves past them. Registers are stored whole, the next
+  /// one overwriting what is too much: `out` has room for one more than it takes.
   void fill(int64_t count, A* out) {
     A* const end = out + count;
     while (out < end) {
@@ -163,8 +162,8 @@ class CurvatureCursor {
     store(out + i, scale * load(factor + i) + damping);
   }
 
-  /// Fills rows of at most a register, in the smallest registers that hold one, as long as they fit before `end`, belong to
-  /// one group and can be read whole. Returns how many.
+  /// Fills rows of at most a register, in the smallest registers that hold one, as long as they fit before `end`,
+  /// belong to one group and can be read whole. Returns how many.
   int64_t fill_short_rows(A* out, const A* end) const {
     constexpr int kQuarter = kLanes<A> >= 4 ? kLanes<A> / 4 : 1;
     if (columns_ <= kQuarter) return fill_short_rows<kQuarter>(out, end);
@@ -204,9 +203,9 @@ class CurvatureCursor {
   const int64_t factor_step_;  // from one row to the next in the column factor
   const int64_t group_step_;   // from one group to the next in the column factor
   int64_t column_;
-  int64_t rows_left_;          // in the group
-  const A* row_factor_;        // at the row
-  const A* column_factor_;     // at the row's first column
+  int64_t rows_left_;       // in the group
+  const A* row_factor_;     // at the row
+  const A* column_factor_;  // at the row's first column
   const A* column_factor_end_;
 };
 
@@ -292,7 +291,7 @@ int64_t step_contiguous(const AdaFisherStep& step, const AdaFisherParameter& p, 
     cursor.fill(count, curvature);
     update_chunk<kDecay>(parameter + first, gradient + first, moment + first, curvature, count, rates, doubt);
   }
-  return sum_lanes(doubt) == 0 ? 0 : count_non_finite(gradient + begin, end - begin, rates.gradient_scale);
+  return sum_lanes<A>(doubt) == 0 ? 0 : count_non_finite(gradient + begin, end - begin, rates.gradient_scale);
 }
 
 /// The same for tensors of any strides, by way of buffers.
@@ -318,7 +317,7 @@ int64_t step_strided(const AdaFisherStep& step, const AdaFisherParameter& p, int
     update_chunk<kDecay>(parameter_buffer, gradient_buffer, moment_buffer, curvature, count, rates, doubt);
     scatter(parameter_buffer, first, count, parameter_walk, parameter);
     scatter(moment_buffer, first, count, moment_walk, moment);
-    if (sum_lanes(doubt) != 0) skipped += count_non_finite(gradient_buffer, count, rates.gradient_scale);
+    if (sum_lanes<A>(doubt) != 0) skipped += count_non_finite(gradient_buffer, count, rates.gradient_scale);
   }
   return skipped;
 }

@@ -111,7 +111,8 @@ bool is_finite(const FactorEmaVector& vector) {
 void minmax(const MinMax& arguments) {
   for (int64_t i = 0; i < arguments.count; ++i) {
     const MinMaxVector& vector = arguments.vectors[i];
-    vector.dtype == DType::float64 ? minmax_vector<double>(vector, arguments.eps) : minmax_vector<float>(vector, arguments.eps);
+    vector.dtype == DType::float64 ? minmax_vector<double>(vector, arguments.eps)
+                                   : minmax_vector<float>(vector, arguments.eps);
   }
 }
 

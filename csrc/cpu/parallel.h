@@ -16,7 +16,8 @@ inline int useful_threads(int64_t work, int threads) {
   return useful < 1 ? 1 : useful < threads ? static_cast<int>(useful) : threads;
 }
 
-/// Calls body(thread, begin, end) on each of `threads` threads with its even share of [0, count). It must throw nothing.
+/// Calls body(thread, begin, end) on each of `threads` threads with its even share of [0, count). It must throw
+/// nothing.
 template <class Body>
 void parallel_for(int threads, int64_t count, const Body& body) {
 #ifdef _OPENMP

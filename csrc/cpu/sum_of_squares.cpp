@@ -1,12 +1,13 @@
 #include <cstdint>
 
 #include "../kernels.h"
+#include "integers.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "vector.h"
 
-// Runs of a few dozen squares are summed in Accumulator<T>, the runs in float64. What a run, a tile or a block is depends on
-// the shape alone, so that any number of threads gives the same bits.
+// Runs of a few dozen squares are summed in Accumulator<T>, the runs in float64. What a run, a tile or a block is
+// depends on the shape alone, so that any number of threads gives the same bits.
 namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
 
 namespace {
@@ -22,10 +23,6 @@ constexpr int64_t kCacheBytes = 1 << 20;  // what may well be in the cache alrea
 template <class T>
 constexpr int64_t kTile = kTileBytes / static_cast<int64_t>(sizeof(T));
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 /// Rows of numbers, `stride` elements apart.
 template <class T>
 struct Matrix {
@@ -39,8 +36,8 @@ struct Matrix {
   }
 };
 
-/// sums[j] += the squares of column j in kRows rows. Meanwhile the rows at `next` are fetched into the second-level cache: a
-/// jump from row to row is more than the hardware foresees.
+/// sums[j] += the squares of column j in kRows rows. Meanwhile the rows at `next` are fetched into the second-level
+/// cache: a jump from row to row is more than the hardware foresees.
 template <int kRows, bool kPrefetch, class T>
 inline void add_squares(const T* __restrict x, const T* next, int64_t stride, int64_t columns,
                         Accumulator<T>* __restrict sums) {
@@ -69,7 +66,8 @@ void sum_run(const Matrix<T>& tile, int64_t first, int64_t end, Accumulator<T>* 
   int64_t r = first;
   for (; r + 8 <= end; r += 8) {
     const T* const x = tile.x + r * tile.stride;
-    const T* const next = r + 8 < tile.rows ? x + 8 * tile.stride : tile.x + tile.columns;  // these columns, or the tile beside
+    const T* const tile_beside = tile.x + tile.columns;
+    const T* const next = r + 8 < tile.rows ? x + 8 * tile.stride : tile_beside;
     add_squares<8, kPrefetch>(x, next, tile.stride, tile.columns, sums);
   }
   for (; r + 2 <= end; r += 2) add_squares<2, false>(tile.x + r * tile.stride, tile.x, tile.stride, tile.columns, sums);
@@ -94,13 +92,27 @@ void sum_tile(const Matrix<T>& tile, Out* out) {
   for (int64_t j = 0; j < tile.columns; ++j) out[j] = static_cast<Out>(total[j]);
 }
 
-/// out[j] = sum over i of partial[i, j].
+/// out[j] = sum over i of x[i, j].
 template <class Out>
-void sum_partial(const double* partial, int64_t rows, int64_t columns, Out* out) {
-  for (int64_t j = 0; j < columns; ++j) {
+void sum_over_rows(const double* x, int64_t rows, int64_t columns, Out* out) {
+  constexpr int64_t kWidth = 64;
+  for (int64_t first = 0; first < columns; first += kWidth) {
+    const int64_t width = smaller(kWidth, columns - first);
+    double sums[kWidth] = {};
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < width; ++j) sums[j] += x[i * columns + first + j];
+    }
+    for (int64_t j = 0; j < width; ++j) out[first + j] = static_cast<Out>(sums[j]);
+  }
+}
+
+/// out[i] = sum over j of x[i, j].
+template <class Out>
+void sum_over_columns(const double* x, int64_t rows, int64_t columns, Out* out) {
+  for (int64_t i = 0; i < rows; ++i) {
     double sum = 0;
-    for (int64_t i = 0; i < rows; ++i) sum += partial[i * columns + j];
-    out[j] = static_cast<Out>(sum);
+    for (int64_t j = 0; j < columns; ++j) sum += x[i * columns + j];
+    out[i] = static_cast<Out>(sum);
   }
 }
 
@@ -118,10 +130,10 @@ void sum_wide_columns(const Matrix<T>& matrix, Out* out, int threads) {
   const auto sum_blocks = [&](auto* sums) {  // [blocks, columns]
     parallel_for(useful_threads(size, threads), blocks * tiles, [&](int, int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t block = task / tiles, row = smaller(block * block_rows, matrix.rows), column = task % tiles * width;
-        const Matrix<T> tile = matrix.part(row, smaller(block_rows, matrix.rows - row),  //
-                                           column, smaller(width, matrix.columns - column));
-        auto* const tile_sums = sums + block * matrix.columns + column;
+        const int64_t row = smaller(task / tiles * block_rows, matrix.rows), column = task % tiles * width;
+        const int64_t rows = smaller(block_rows, matrix.rows - row), columns = smaller(width, matrix.columns - column);
+        const Matrix<T> tile = matrix.part(row, rows, column, columns);
+        auto* const tile_sums = sums + task / tiles * matrix.columns + column;
         prefetch ? sum_tile<true>(tile, tile_sums) : sum_tile<false>(tile, tile_sums);
       }
     });
@@ -129,7 +141,7 @@ void sum_wide_columns(const Matrix<T>& matrix, Out* out, int threads) {
   if (blocks == 1) return sum_blocks(out);
   const Scratch<double> partial(blocks * matrix.columns);
   sum_blocks(partial.data());
-  sum_partial(partial.data(), blocks, matrix.columns, out);
+  sum_over_rows(partial.data(), blocks, matrix.columns, out);
 }
 
 /// How many rows of a narrow matrix without gaps to read as one, so that they fill whole registers and tiles.
@@ -151,7 +163,7 @@ void sum_columns(const Matrix<T>& matrix, Out* out, int threads) {
   const Scratch<double> partial((joined + 1) * columns);
   sum_wide_columns(Matrix<T>{matrix.x, wide_rows, joined * columns, joined * columns}, partial.data(), threads);
   sum_wide_columns(matrix.part(read, matrix.rows - read, 0, columns), partial.data() + joined * columns, 1);
-  sum_partial(partial.data(), joined + 1, columns, out);
+  sum_over_rows(partial.data(), joined + 1, columns, out);
 }
 
 /// The sum of the squares of x[0 .. size).
@@ -178,7 +190,7 @@ double sum_row(const T* x, int64_t size) {
     const Accumulator<T> value = widen(x[i]);
     rest += value * value;
   }
-  return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
+  return sum_lanes<Accumulator<T>>((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
 }
 
 /// out[c] = sum over n and s of x[n, c, s]^2, for rows of s long enough to be summed one by one.
@@ -194,13 +206,10 @@ void sum_long_channels(const T* x, int64_t samples, int64_t channels, int64_t po
       sums[i] = sum_row(x + i / pieces * positions + first, smaller(kPiece, positions - first));
     }
   });
-  for (int64_t c = 0; c < channels; ++c) {
-    double sum = 0;
-    for (int64_t n = 0; n < samples; ++n) {
-      for (int64_t p = 0; p < pieces; ++p) sum += sums[(n * channels + c) * pieces + p];
-    }
-    out[c] = static_cast<Out>(sum);
-  }
+  if (pieces == 1) return sum_over_rows(sums, samples, channels, out);
+  const Scratch<double> by_piece(channels * pieces);
+  sum_over_rows(sums, samples, channels * pieces, by_piece.data());
+  sum_over_columns(by_piece.data(), channels, pieces, out);
 }
 
 /// The same for short rows: samples first, then positions.
@@ -208,11 +217,7 @@ template <class T, class Out>
 void sum_short_channels(const T* x, int64_t samples, int64_t channels, int64_t positions, Out* out, int threads) {
   const Scratch<double> sums(channels * positions);
   sum_columns(Matrix<T>{x, samples, channels * positions, channels * positions}, sums.data(), threads);
-  for (int64_t c = 0; c < channels; ++c) {
-    double sum = 0;
-    for (int64_t s = 0; s < positions; ++s) sum += sums.data()[c * positions + s];
-    out[c] = static_cast<Out>(sum);
-  }
+  sum_over_columns(sums.data(), channels, positions, out);
 }
 
 /// Rows first, first + stride, ... where the context tells the stride.
@@ -255,9 +260,9 @@ void add_rows(const double* start, const double* x, int64_t step, int64_t stride
   }
 }
 
-/// Sums over the windows of one dimension, for lines of numbers at each of its positions. Kernel offsets that read the same
-/// positions but for the borders share one sum of what they have in common, to which each adds its own. (Nothing is ever
-/// subtracted: an infinity at the border must not spoil the rest.)
+/// Sums over the windows of one dimension, for lines of numbers at each of its positions. Kernel offsets that read the
+/// same positions but for the borders share one sum of what they have in common, to which each adds its own. (Nothing
+/// is ever subtracted: an infinity at the border must not spoil the rest.)
 class WindowSums {
  public:
   explicit WindowSums(const Window& window) : window_(window), offsets_(window.kernel) {
@@ -266,7 +271,9 @@ class WindowSums {
   }
 
   /// True if the one offset reads the one position.
-  bool is_trivial() const { return window_.size == 1 && window_.kernel == 1 && window_.outputs == 1 && window_.before == 0; }
+  bool is_trivial() const {
+    return window_.size == 1 && window_.kernel == 1 && window_.outputs == 1 && window_.before == 0;
+  }
 
   /// out[k * out_step + i] = sum over the positions p that offset k reads of x[p * step + i], for i < size.
   void operator()(const double* x, int64_t step, int64_t size, double* out, int64_t out_step) const {
@@ -276,7 +283,8 @@ class WindowSums {
       if (k < period_) {
         add_rows(nullptr, x, step, stride, {offset.common, {}}, size, out + k * out_step);
       } else {
-        add_rows(out + k % period_ * out_step, x, step, stride, {offset.before, offset.after}, size, out + k * out_step);
+        add_rows(out + k % period_ * out_step, x, step, stride, {offset.before, offset.after}, size,
+                 out + k * out_step);
       }
     }
     for (int64_t k = 0; k < smaller(period_, window_.kernel); ++k) {
@@ -288,15 +296,15 @@ class WindowSums {
   }
 
  private:
-  /// The positions that a kernel offset reads: those it has in common with the offsets a multiple of the period away, those
-  /// before and those after.
+  /// The positions that a kernel offset reads: those it has in common with the offsets a multiple of the period away,
+  /// those before and those after.
   struct Offset {
     Rows before;
     Rows common;
     Rows after;
   };
 
-  /// The positions that offset k reads, as counts of strides: from `first` on, `end` excluded, all congruent to the shift.
+  /// The positions that offset k reads.
   Rows read_by(int64_t k) const {
     const int64_t shift = k * window_.dilation - window_.before, stride = window_.stride;  // where output 0 reads
     const int64_t skipped = shift < 0 ? smaller(ceil_div(-shift, stride), window_.outputs) : 0;
@@ -330,15 +338,17 @@ class WindowSums {
   int64_t period_ = 1;
 };
 
-/// The windows of all three dimensions, one dimension at a time, from squares summed over the samples. Channels are done in
-/// groups of `lanes`, which lie side by side while the width is summed.
+/// The windows of all three dimensions, one dimension at a time, from squares summed over the samples. Channels are
+/// done in groups of `lanes`, which lie side by side while the width is summed.
 class PatchSums {
  public:
   PatchSums(const PatchSumOfSquares& a, const double* squares)
       : squares_(squares),
         channels_(a.channels),
         channels_last_(a.channels_last),
-        lanes_(a.channels_last ? kLastLanes : a.channels >= kFewChannels ? kFirstLanes : 1),
+        lanes_(a.channels_last              ? kLastLanes
+               : a.channels >= kFewChannels ? kFirstLanes
+                                            : 1),
         depth_(a.depth),
         height_(a.height),
         width_(a.width),
@@ -400,8 +410,8 @@ class PatchSums {
   }
 
   /// Windows over a dimension each position of which holds `count` groups of `lanes` numbers, the groups `step` apart.
-  static void sum_windows(const WindowSums& windows, const double* x, int64_t count, int64_t step, int64_t lanes, double* out,
-                          int64_t out_step) {
+  static void sum_windows(const WindowSums& windows, const double* x, int64_t count, int64_t step, int64_t lanes,
+                          double* out, int64_t out_step) {
     if (step == lanes) return windows(x, count * step, count * lanes, out, out_step);
     for (int64_t i = 0; i < count; ++i) windows(x + i * step, count * step, lanes, out + i * lanes, out_step);
   }
@@ -437,8 +447,8 @@ void sum_patches(const PatchSumOfSquares& a, Out* out) {
 void column_sum_of_squares(const ColumnSumOfSquares& a) {
   with_type(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    sum_columns(Matrix<T>{static_cast<const T*>(a.x), a.rows, a.columns, a.row_stride}, static_cast<Accumulator<T>*>(a.out),
-                a.threads);
+    sum_columns(Matrix<T>{static_cast<const T*>(a.x), a.rows, a.columns, a.row_stride},
+                static_cast<Accumulator<T>*>(a.out), a.threads);
   });
 }
 

@@ -14,8 +14,8 @@
 #error "FISHER_KERNELS_CAPABILITY names the namespace of this build of the kernels"
 #endif
 
-// One SIMD register, written with the vector extensions of GCC and Clang, so that the same source serves every processor.
-// Everything here has internal linkage: the linker must never hand code of one capability to another.
+// One SIMD register, written with the vector extensions of GCC and Clang, so that the same source serves every
+// processor. Everything here has internal linkage: the linker must never hand code of one capability to another.
 namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
 namespace {
 
@@ -39,9 +39,10 @@ struct float16 {
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-template <class A, int kLanes>
+/// A register, or a part of one, of kSize numbers.
+template <class A, int kSize>
 struct VectorOf {
-  typedef A Type __attribute__((vector_size(kLanes * sizeof(A))));
+  typedef A Type __attribute__((vector_size(kSize * sizeof(A))));
 };
 
 template <class T>
@@ -134,7 +135,8 @@ inline Words load_upper_halves(const void* p) { return (Words)_mm256_cvtepu16_ep
 
 inline void store_upper_halves(void* p, Words words) {
   const __m256i lower = (__m256i)(words >> 16);
-  const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(lower, lower), 0x08);  // it packs 128 bits at a time
+  const __m256i packed = _mm256_packus_epi32(lower, lower);  // within each half of the register
+  const __m256i halves = _mm256_permute4x64_epi64(packed, 0x08);
   std::memcpy(p, &halves, sizeof(HalfWords));
 }
 #else
@@ -186,16 +188,16 @@ inline void store(T* p, Vector<T> value, int64_t count) {
   std::memcpy(p, padded, count * sizeof(T));
 }
 
-/// The sum of the lanes.
-template <class V>
-inline auto sum_lanes(V value) {
-  constexpr int kCount = sizeof(value) / sizeof(value[0]);
-  std::remove_reference_t<decltype(value[0])> lanes[kCount];
-  store(lanes, value);
-  for (int half = kCount / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+/// The sum of the lanes, half added to half.
+template <class A, int kSize = kLanes<A>>
+inline A sum_lanes(typename VectorOf<A, kSize>::Type value) {
+  if constexpr (kSize == 1) {
+    return value[0];
+  } else {
+    typename VectorOf<A, kSize / 2>::Type halves[2];
+    std::memcpy(&halves, &value, sizeof(value));
+    return sum_lanes<A, kSize / 2>(halves[0] + halves[1]);
   }
-  return lanes[0];
 }
 
 /// Calls body with a null pointer of the C++ type of a floating-point dtype.

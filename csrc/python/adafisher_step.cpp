@@ -16,7 +16,8 @@ namespace {
 constexpr const char* kFunction = "adafisher_step_";
 
 void check_range(double value, bool in_range, const char* name, const char* expected) {
-  if (!in_range) value_error({kFunction, name}, "is " + std::string(py::str(py::float_(value))) + ", expected " + expected);
+  if (!in_range)
+    value_error({kFunction, name}, "is " + std::string(py::str(py::float_(value))) + ", expected " + expected);
 }
 
 /// The list arguments, all of one length.
@@ -81,7 +82,8 @@ Factor read_factor(py::handle object, DType dtype, int max_dims, const Argument&
   const TensorView tensor = read_tensor(object, argument);
   check_dtype(tensor, dtype, argument);
   if (tensor.dims > max_dims) {
-    value_error(argument, "has shape " + tensor.shape() + ", expected at most " + std::to_string(max_dims) + " dimensions");
+    value_error(argument,
+                "has shape " + tensor.shape() + ", expected at most " + std::to_string(max_dims) + " dimensions");
   }
   check_contiguous(tensor, argument);
   const int64_t size = tensor.numel();
@@ -91,7 +93,8 @@ Factor read_factor(py::handle object, DType dtype, int max_dims, const Argument&
 }
 
 /// Fills in the factors of a parameter of `numel` elements, and its shape as [groups, rows, columns].
-void set_curvature(AdaFisherParameter& parameter, const Factor& row, const Factor& column, int64_t numel, py::ssize_t index) {
+void set_curvature(AdaFisherParameter& parameter, const Factor& row, const Factor& column, int64_t numel,
+                   py::ssize_t index) {
   const int64_t groups = column.groups;
   int64_t columns = column.is_vector && groups > 0 ? column.size / groups : 0;
   int64_t rows = row.is_vector ? row.size : 0;  // of all groups
@@ -104,10 +107,11 @@ void set_curvature(AdaFisherParameter& parameter, const Factor& row, const Facto
     columns = rows > 0 ? numel / rows : 0;
   }
   if (groups < 1 || rows % groups != 0 || rows * columns != numel) {
-    const std::string what = std::to_string(row.size) + " row and " + std::to_string(column.size) + " column factors in " +
-                             std::to_string(groups) + " groups";
+    const std::string what = std::to_string(row.size) + " row and " + std::to_string(column.size) +
+                             " column factors in " + std::to_string(groups) + " groups";
     value_error({kFunction, row.is_vector ? "row_factors" : "column_factors", index},
-                "does not fit params[" + std::to_string(index) + "]: " + what + ", expected groups * rows and groups * columns " +
+                "does not fit params[" + std::to_string(index) + "]: " + what +
+                    ", expected groups * rows and groups * columns " +
                     "with groups * rows * columns = " + std::to_string(numel));
   }
   parameter.row_factor = row.data;
@@ -118,8 +122,9 @@ void set_curvature(AdaFisherParameter& parameter, const Factor& row, const Facto
   parameter.columns = columns;
 }
 
-/// True if the elements of each row of a parameter fill a stretch of memory, the rows one after another, though the order
-/// within a row is its own, as it is in channels_last convolutions. `places` gets the place of each element in its row.
+/// True if the elements of each row of a parameter fill a stretch of memory, the rows one after another, though the
+/// order within a row is its own, as it is in channels_last convolutions. `places` gets the place of each element in
+/// its row.
 bool rows_are_dense(const TensorView& param, int64_t columns, std::vector<int64_t>& places) {
   int64_t inner = param.numel();  // elements of the dimensions not yet seen
   int first = 0;
@@ -170,13 +175,14 @@ void permute(const void* factor, const std::vector<int64_t>& places, int64_t gro
 /// Memory for column factors in another order.
 using Permuted = std::vector<std::unique_ptr<char[]>>;
 
-/// If three tensors lie alike in memory, with a permutation within the rows, the column factor is permuted instead and they
-/// are contiguous for all the kernel can tell.
-void permute_rows(AdaFisherParameter& parameter, const TensorView& param, const TensorView& grad, const TensorView& exp_avg,
-                  Permuted& permuted) {
+/// If three tensors lie alike in memory, with a permutation within the rows, the column factor is permuted instead and
+/// they are contiguous for all the kernel can tell.
+void permute_rows(AdaFisherParameter& parameter, const TensorView& param, const TensorView& grad,
+                  const TensorView& exp_avg, Permuted& permuted) {
   if (parameter.parameter.contiguous && parameter.gradient.contiguous && parameter.moment.contiguous) return;
   std::vector<int64_t> places;
-  if (!same_strides(param, grad) || !same_strides(param, exp_avg) || !rows_are_dense(param, parameter.columns, places)) return;
+  if (!same_strides(param, grad) || !same_strides(param, exp_avg) || !rows_are_dense(param, parameter.columns, places))
+    return;
   parameter.parameter.contiguous = parameter.gradient.contiguous = parameter.moment.contiguous = true;
   if (parameter.column_factor == nullptr) return;
   permuted.emplace_back(new char[parameter.groups * parameter.columns * sizeof(double)]);
@@ -241,8 +247,8 @@ class BiasCorrection {
 
 void adafisher_step_(py::handle params, py::handle grads, py::handle exp_avgs, py::handle steps, py::handle row_factors,
                      py::handle column_factors, py::handle lr_object, double beta, double damping, double weight_decay,
-                     bool decoupled, bool maximize, py::handle grad_scale, py::handle found_inf, py::handle skipped_object,
-                     int threads) {
+                     bool decoupled, bool maximize, py::handle grad_scale, py::handle found_inf,
+                     py::handle skipped_object, int threads) {
   const Lists lists(params, grads, exp_avgs, steps, row_factors, column_factors);
   const py::ssize_t count = lists.params.size();
   const double lr = read_scalar(lr_object, {kFunction, "lr"});
@@ -275,10 +281,13 @@ void adafisher_step_(py::handle params, py::handle grads, py::handle exp_avgs, p
   BiasCorrection bias_correction(beta);
   for (py::ssize_t i = 0; i < count; ++i) parameters[i].step_size = lr / bias_correction(++*counters[i]);
 
-  const WeightDecay decay = weight_decay == 0.0 ? WeightDecay::none : decoupled ? WeightDecay::decoupled : WeightDecay::coupled;
+  const WeightDecay decay = weight_decay == 0.0 ? WeightDecay::none
+                            : decoupled         ? WeightDecay::decoupled
+                                                : WeightDecay::coupled;
   const double gradient_scale = (maximize ? -1.0 : 1.0) / scale;
   const py::gil_scoped_release release;
-  run(AdaFisherStep{parameters.data(), count, skipped_counts, lr, beta, damping, weight_decay, decay, gradient_scale, threads},
+  run(AdaFisherStep{parameters.data(), count, skipped_counts, lr, beta, damping, weight_decay, decay, gradient_scale,
+                    threads},
       {FISHER_KERNELS_VARIANTS(adafisher_step_)});
 }
 

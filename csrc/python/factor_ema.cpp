@@ -63,8 +63,8 @@ void factor_ema_(py::handle states, py::handle next, py::handle rejected, double
   const List states_list(states, {kFunction, "state"}), next_list(next, next_argument);
   next_list.check_size(states_list.size(), next_argument, "the number of states");
   if (joint < 1 || states_list.size() % joint != 0) {
-    value_error(joint_argument,
-                "is " + std::to_string(joint) + ", expected a divisor of the number of states, " + std::to_string(states_list.size()));
+    value_error(joint_argument, "is " + std::to_string(joint) + ", expected a divisor of the number of states, " +
+                                    std::to_string(states_list.size()));
   }
   check_coefficient(decay, {kFunction, "decay"});
   check_coefficient(gain, {kFunction, "gain"});
@@ -83,7 +83,8 @@ void factor_ema_(py::handle states, py::handle next, py::handle rejected, double
   }
 
   const py::gil_scoped_release release;
-  run(FactorEma{vectors.data(), states_list.size(), joint, static_cast<int64_t*>(flags.data), decay, gain, eps, normalize},
+  run(FactorEma{vectors.data(), states_list.size(), joint, static_cast<int64_t*>(flags.data), decay, gain, eps,
+                normalize},
       {FISHER_KERNELS_VARIANTS(factor_ema_)});
 }
 

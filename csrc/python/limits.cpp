@@ -29,7 +29,8 @@ void stream_update(py::handle firsts, py::handle seconds, py::handle reads, int 
                       static_cast<const float*>(read(read_list, "reads", &first).data), first.numel()});
   }
   const py::gil_scoped_release release;
-  run(StreamUpdate{arrays.data(), static_cast<int64_t>(arrays.size()), threads}, {FISHER_KERNELS_VARIANTS(stream_update)});
+  run(StreamUpdate{arrays.data(), static_cast<int64_t>(arrays.size()), threads},
+      {FISHER_KERNELS_VARIANTS(stream_update)});
 }
 
 uint32_t stream_read(py::handle object, int threads) {

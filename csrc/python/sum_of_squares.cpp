@@ -45,7 +45,8 @@ bool is_dense(const TensorView& x, std::initializer_list<int> order) {
 const char* const kDimensions[] = {"depth", "height", "width"};
 
 /// Dimension d (0 to 2) of a convolution over x [N, C, D, H, W].
-Window make_window(const TensorView& x, int d, int64_t kernel, int64_t stride, int64_t dilation, int64_t before, int64_t after) {
+Window make_window(const TensorView& x, int d, int64_t kernel, int64_t stride, int64_t dilation, int64_t before,
+                   int64_t after) {
   constexpr const char* kFunction = "patch_sum_of_squares";
   const std::string where = std::string(" in the ") + kDimensions[d];
   const auto check_positive = [&](int64_t value, const char* name) {
@@ -58,8 +59,9 @@ Window make_window(const TensorView& x, int d, int64_t kernel, int64_t stride, i
   const int64_t padded = size + before + after;
   const int64_t extent = dilation * (kernel - 1) + 1;
   if (padded < extent) {
-    value_error({kFunction, "kernel_size"}, "spans " + std::to_string(extent) + " positions" + where + ", expected at most the " +
-                                                std::to_string(padded) + " of the padded x");
+    value_error({kFunction, "kernel_size"}, "spans " + std::to_string(extent) + " positions" + where +
+                                                ", expected at most the " + std::to_string(padded) +
+                                                " of the padded x");
   }
   return {size, (padded - extent) / stride + 1, kernel, stride, dilation, before};
 }
@@ -105,15 +107,16 @@ void patch_sum_of_squares(py::handle x_object, py::handle out_object, const std:
     windows[d] = make_window(x, d, kernel_size[d], stride[d], dilation[d], padding[2 * d], padding[2 * d + 1]);
   }
   const int64_t channels = x.sizes[1];
-  const TensorView out = read_output(out_object, x.dtype, {channels, kernel_size[0], kernel_size[1], kernel_size[2]},
-                                     {kFunction, "out"});
+  const TensorView out =
+      read_output(out_object, x.dtype, {channels, kernel_size[0], kernel_size[1], kernel_size[2]}, {kFunction, "out"});
   check_threads(threads, {kFunction, "threads"});
   const bool channels_first = is_dense(x, {1, 2, 3, 4});
-  if (!channels_first && !is_dense(x, {2, 3, 4, 1})) layout_error(x, x_argument, "each sample contiguous or channels last");
+  if (!channels_first && !is_dense(x, {2, 3, 4, 1}))
+    layout_error(x, x_argument, "each sample contiguous or channels last");
 
   const py::gil_scoped_release release;
-  run(PatchSumOfSquares{x.data, out.data, x.dtype, !channels_first, x.sizes[0], x.strides[0], channels, windows[0], windows[1],
-                        windows[2], threads},
+  run(PatchSumOfSquares{x.data, out.data, x.dtype, !channels_first, x.sizes[0], x.strides[0], channels, windows[0],
+                        windows[1], windows[2], threads},
       {FISHER_KERNELS_VARIANTS(patch_sum_of_squares)});
 }
 

@@ -60,15 +60,18 @@ std::string shape_text(const int64_t* sizes, int dims) {
 void load_exchange_api() {
   const py::object type = py::module_::import("torch").attr("Tensor");
   if (!py::hasattr(type, "__dlpack_c_exchange_api__")) {
-    throw py::import_error("torch has no DLPack exchange interface (torch.Tensor.__dlpack_c_exchange_api__); torch >= 2.11 has");
+    throw py::import_error(
+        "torch has no DLPack exchange interface (torch.Tensor.__dlpack_c_exchange_api__); torch >= 2.11 has");
   }
   const py::object capsule = type.attr("__dlpack_c_exchange_api__");
-  const auto* header = static_cast<const dlpack::ExchangeHeader*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName));
+  const auto* header =
+      static_cast<const dlpack::ExchangeHeader*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName));
   if (header == nullptr) throw py::error_already_set();
   while (header != nullptr && header->version.major != dlpack::kMajorVersion) header = header->older;
   if (header == nullptr) throw py::import_error("torch's DLPack exchange interface has no version 1");
   const auto* api = reinterpret_cast<const dlpack::ExchangeApi*>(header);
-  if (api->tensor_from_object == nullptr) throw py::import_error("torch's DLPack exchange interface cannot read without owning");
+  if (api->tensor_from_object == nullptr)
+    throw py::import_error("torch's DLPack exchange interface cannot read without owning");
   tensor_from_object = api->tensor_from_object;
   tensor_type = reinterpret_cast<PyTypeObject*>(py::object(type).release().ptr());  // kept for the life of the process
 }
@@ -84,9 +87,11 @@ TensorView read_tensor(py::handle object, const Argument& argument) {
     value_error(argument, "has no memory to read: " + error.substr(0, error.find('\n')));
   }
   check_cpu(tensor.device.type == dlpack::kCpu || tensor.device.type == dlpack::kCudaHost, object, argument);
-  TensorView view{static_cast<char*>(tensor.data) + tensor.byte_offset, tensor.sizes, tensor.strides, tensor.dims, DType::float32};
+  TensorView view{static_cast<char*>(tensor.data) + tensor.byte_offset, tensor.sizes, tensor.strides, tensor.dims,
+                  DType::float32};
   if (!to_dtype(tensor.dtype, &view.dtype)) {
-    type_error(argument, "has dtype " + torch_dtype(object) + ", expected a floating-point type of 16, 32 or 64 bits, or int64");
+    type_error(argument,
+               "has dtype " + torch_dtype(object) + ", expected a floating-point type of 16, 32 or 64 bits, or int64");
   }
   return view;
 }
@@ -146,7 +151,8 @@ void check_shape(const TensorView& tensor, const std::vector<int64_t>& expected,
 
 void check_contiguous(const TensorView& tensor, const Argument& argument) {
   if (is_contiguous(tensor)) return;
-  value_error(argument, "is not contiguous: shape " + tensor.shape() + ", strides " + shape_text(tensor.strides, tensor.dims));
+  value_error(argument,
+              "is not contiguous: shape " + tensor.shape() + ", strides " + shape_text(tensor.strides, tensor.dims));
 }
 
 void check_threads(int threads, const Argument& argument) {

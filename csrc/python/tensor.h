@@ -27,7 +27,8 @@ struct Argument {
 /// "(2, 3)", as Python prints a shape.
 std::string shape_text(const int64_t* sizes, int dims);
 
-/// A CPU tensor as it lies in memory. Sizes and strides (in elements) belong to the Python tensor, which outlives the view.
+/// A CPU tensor as it lies in memory. Sizes and strides (in elements) belong to the Python tensor, which outlives the
+/// view.
 struct TensorView {
   void* data;
   const int64_t* sizes;
