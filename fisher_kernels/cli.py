@@ -40,7 +40,7 @@ Epochs = Annotated[int | None, typer.Option(min=1, help="Epochs to train.", show
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Samples per iteration.", show_default="the task's")]
 MaxSteps = Annotated[int | None, typer.Option(min=1, help="Stop every epoch after so many iterations.")]
 Schedule = Annotated[str, typer.Option(help="Learning rate over the run: cosine (to zero) or constant.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads.", show_default="one for each core")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads.", show_default="the task's")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the files.", show_default="results/TASK")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
@@ -108,7 +108,7 @@ def train(
         chosen = tasks.find_task(task)
         recipes = [tasks.recipe(chosen, name, overrides)]
         settings = _settings(chosen, epochs, batch_size, max_steps, schedule)
-    _set_threads(threads)
+    _set_threads(threads or chosen.threads)
     stem = recipes[0].name.replace(":", "-")
     records = _run(chosen, recipes, [seed], settings, out, stem, as_json)
     if records[0].diverged:
@@ -138,7 +138,7 @@ def compare(
         recipes = [tasks.recipe(chosen, name) for name in names]
         settings = _settings(chosen, epochs, batch_size, max_steps, schedule)
         numbers = _seeds(seeds)
-    _set_threads(threads)
+    _set_threads(threads or chosen.threads)
     _run(chosen, recipes, numbers, settings, out, "compare", as_json)
 
 

@@ -158,7 +158,7 @@ def test_compare_writes_tables_a_picture_and_json(tmp_path: Path) -> None:
     assert data["task"] == "digits"
     assert data["metric"]["unit"] == "%"
     assert data["settings"] == {"epochs": 2, "batch_size": 64, "cosine": True, "max_steps": 2}
-    assert data["environment"]["torch"]
+    assert data["environment"]["threads"] == 1
     assert [(run["optimizer"], run["seed"]) for run in data["runs"]] == [
         ("adamw", 0),
         ("adamw", 1),
@@ -197,12 +197,13 @@ def test_train_adafisher(optimizer: str, tmp_path: Path) -> None:
 def test_train_text_prints_json_alone(tmp_path: Path) -> None:
     result = invoke(
         "train", "text", "--optimizer", "sgd", "--epochs", "1", "--max-steps", "1", "--batch-size", "2", "--seed", "7",
-        "--schedule", "constant", "--out", str(tmp_path), "--json",
+        "--schedule", "constant", "--threads", "2", "--out", str(tmp_path), "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     data: dict[str, Any] = json.loads(result.stdout)
     assert data == json.loads((tmp_path / "sgd.json").read_text())
     assert data["runs"][0]["seed"] == 7
+    assert data["environment"]["threads"] == 2
     assert data["settings"]["batch_size"] == 2
     assert data["settings"]["cosine"] is False
     # An untrained model knows nothing about 256 byte values.

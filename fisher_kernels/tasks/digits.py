@@ -98,4 +98,6 @@ TASK = Task(
     loss=_loss,
     evaluate=_evaluate,
     hyperparameters=HYPERPARAMETERS,
+    # Layers this small gain little from a second thread, and wait for it long where other work shares the processor.
+    threads=1,
 )

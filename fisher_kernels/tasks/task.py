@@ -58,6 +58,7 @@ class Task:
         evaluate: model -> the metric; leaves the model as it was.
         steps_per_epoch: batch_size -> the number of batches of an epoch.
         hyperparameters: what each optimizer (``"name"`` or ``"name:variant"``) uses unless told otherwise.
+        threads: processor threads that suit the task; None for one on each core.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Task:
     evaluate: Callable[[nn.Module], float]
     steps_per_epoch: Callable[[int], int]
     hyperparameters: Mapping[str, Hyperparameters]
+    threads: int | None = None
 
 
 def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
