@@ -12,8 +12,9 @@ namespace {
 std::vector<std::string> detect() {
   std::vector<std::string> names{"baseline"};
 #ifdef FISHER_KERNELS_X86
-  // These ask the operating system too whether it saves the wide registers.
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  // These ask the operating system too whether it saves the wide registers. (f16c, which older compilers do not know
+  // here, is older than avx2.)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx2) names.push_back("avx2");
