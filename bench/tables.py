@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +38,7 @@ def table(report: dict[str, Any], ops: list[str]) -> str:
         f"({machine['capability']}), torch {machine['torch']}, Python {machine['python']}, {report['date']}. Ratio is "
         "the baseline's time over ours, round by round; the limit is a bare pass over the same bytes in that process.\n"
     )
-    return HEADER + "".join(lines) + caption
+    return HEADER + "".join(lines) + "\n" + textwrap.fill(caption.strip(), 120) + "\n"
 
 
 def main(report: Annotated[Path, typer.Argument(help="JSON report of make bench")]) -> None:
