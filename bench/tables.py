@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 ROOT = Path(__file__).parent.parent
-PLACE = re.compile(r"(<!-- measured: (?P<ops>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+PLACE = re.compile(r"^(<!-- measured: (?P<ops>[^>]*?) -->\n).*?^(<!-- end -->)", re.DOTALL | re.MULTILINE)
 HEADER = (
     "| op | shape | dtype | baseline | baseline ms | ours ms | ratio | GB/s | of limit |\n| --- " + "| --- " * 8 + "|\n"
 )
