@@ -9,10 +9,10 @@ namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
 
 namespace {
 
-// Elements worked on at a time: few enough that the processor evaluates the curvature of the next chunk while it waits
-// for the memory of this one. A multiple of every kLanes.
+// Elements worked on at a time where the curvature passes through a buffer: few enough that the processor evaluates it
+// for the next chunk while it waits for the memory of this one. A multiple of every kLanes.
 constexpr int64_t kChunk = 128;
-constexpr int64_t kPrefetch = 512;  // elements ahead, farther than the hardware looks
+constexpr int64_t kShortestRun = 64;  // of a row whose curvature goes straight to registers
 
 /// What the update of every element of a parameter shares.
 template <class A>
@@ -60,25 +60,23 @@ int64_t count_non_finite(const T* gradient, int64_t count, Accumulator<T> gradie
   return found;
 }
 
-/// Updates `count` consecutive elements. `doubt` becomes NaN in some lane if any of them was left as it was.
-template <WeightDecay kDecay, class T, class A>
-inline void update_chunk(T* __restrict parameter, const T* __restrict gradient, A* __restrict moment,
-                         const A* __restrict curvature, int64_t count, const Rates<A>& rates, Vector<T>& doubt) {
+/// Updates `count` consecutive elements; curvature(i) is F from element i on, a whole register of it. `doubt` becomes
+/// NaN in some lane if any of them was left as it was.
+template <WeightDecay kDecay, class T, class A, class Curvature>
+inline void update_run(T* __restrict parameter, const T* __restrict gradient, A* __restrict moment, int64_t count,
+                       const Curvature& curvature, const Rates<A>& rates, Vector<T>& doubt) {
   using V = Vector<T>;
   int64_t i = 0;
   for (; i + kLanes<T> <= count; i += kLanes<T>) {
-    __builtin_prefetch(parameter + i + kPrefetch, 1);
-    __builtin_prefetch(gradient + i + kPrefetch, 0);
-    __builtin_prefetch(moment + i + kPrefetch, 1);
     V w = load(parameter + i), m = load(moment + i);
-    doubt += update<kDecay>(w, load(gradient + i), m, load(curvature + i), rates);
+    doubt += update<kDecay>(w, load(gradient + i), m, curvature(i), rates);
     store(parameter + i, w);
     store(moment + i, m);
   }
   if (i < count) {
     const int64_t rest = count - i;
     V w = load(parameter + i, rest), m = load(moment + i, rest);
-    doubt += update<kDecay>(w, load(gradient + i, rest), m, load(curvature + i), rates);
+    doubt += update<kDecay>(w, load(gradient + i, rest), m, curvature(i), rates);
     store(parameter + i, w, rest);
     store(moment + i, m, rest);
   }
@@ -96,6 +94,14 @@ struct Ones {
 
 template <class A>
 constexpr Ones<A> kOnes;
+
+/// F of consecutive elements of one row: scale * factor + damping.
+template <class A>
+struct CurvatureRun {
+  int64_t count;
+  A scale;
+  const A* factor;
+};
 
 /// Evaluates F element after element. A row is what shares one entry of the row factor.
 template <class A>
@@ -119,6 +125,19 @@ class CurvatureCursor {
     column_factor_ += row * factor_step_ + group * group_step_;
   }
 
+  /// Whether rows are long and a whole number of registers each: then runs are worth taking, and none has a remainder.
+  bool has_whole_runs() const { return columns_ >= kShortestRun && columns_ % kLanes<A> == 0; }
+
+  /// As much as is left of the row, but at most `count` elements; moves past them.
+  CurvatureRun<A> next_run(int64_t count) {
+    const int64_t most = column_step_ == 0 ? smaller(count, kChunk) : count;
+    const CurvatureRun<A> run{smaller(columns_ - column_, most), *row_factor_ * constant_,
+                              column_factor_ + column_ * column_step_};
+    column_ += run.count;
+    if (column_ == columns_) skip_rows(1);
+    return run;
+  }
+
   /// Stores F of the next `count` elements, at most a chunk, and moves past them. Registers are stored whole, the next
   /// one overwriting what is too much: `out` has room for one more than it takes.
   void fill(int64_t count, A* out) {
@@ -129,11 +148,9 @@ class CurvatureCursor {
         out += rows * columns_;
         skip_rows(rows);
       } else {
-        const int64_t run = smaller(columns_ - column_, end - out);
+        const CurvatureRun<A> run = next_run(end - out);
         fill_run(run, out);
-        column_ += run;
-        if (column_ == columns_) skip_rows(1);
-        out += run;
+        out += run.count;
       }
     }
   }
@@ -150,15 +167,14 @@ class CurvatureCursor {
     column_factor_ += group_step_;
   }
 
-  /// Fills at most the rest of a row.
-  void fill_run(int64_t run, A* out) const {
-    const A scale = *row_factor_ * constant_, damping = damping_;
-    const A* const factor = column_factor_ + column_ * column_step_;
+  void fill_run(const CurvatureRun<A>& run, A* out) const {
+    const A scale = run.scale, damping = damping_;
+    const A* const factor = run.factor;
     int64_t i = 0;
-    for (; i + kLanes<A> <= run; i += kLanes<A>) store(out + i, scale * load(factor + i) + damping);
-    if (i == run) return;
-    if (run < kLanes<A>) return store(out, scale * load(factor, run) + damping);
-    i = run - kLanes<A>;  // a few elements once more, so as not to read past the factor
+    for (; i + kLanes<A> <= run.count; i += kLanes<A>) store(out + i, scale * load(factor + i) + damping);
+    if (i == run.count) return;
+    if (run.count < kLanes<A>) return store(out, scale * load(factor, run.count) + damping);
+    i = run.count - kLanes<A>;  // a few elements once more, so as not to read past the factor
     store(out + i, scale * load(factor + i) + damping);
   }
 
@@ -284,12 +300,24 @@ int64_t step_contiguous(const AdaFisherStep& step, const AdaFisherParameter& p, 
   A* const moment = static_cast<A*>(p.moment.data);
   const Rates<A> rates(step, p);
   CurvatureCursor<A> cursor(p, step.damping, begin);
-  alignas(kVectorBytes) A curvature[kChunk + kLanes<T>];
   Vector<T> doubt = {};
-  for (int64_t first = begin; first < end; first += kChunk) {
-    const int64_t count = smaller(kChunk, end - first);
-    cursor.fill(count, curvature);
-    update_chunk<kDecay>(parameter + first, gradient + first, moment + first, curvature, count, rates, doubt);
+  const auto update_at = [&](int64_t first, int64_t count, const auto& curvature) {
+    update_run<kDecay>(parameter + first, gradient + first, moment + first, count, curvature, rates, doubt);
+  };
+  if (cursor.has_whole_runs()) {
+    const A damping = static_cast<A>(step.damping);
+    for (int64_t first = begin; first < end;) {
+      const CurvatureRun<A> run = cursor.next_run(end - first);
+      update_at(first, run.count, [&](int64_t i) { return run.scale * load(run.factor + i) + damping; });
+      first += run.count;
+    }
+  } else {
+    alignas(kVectorBytes) A buffer[kChunk + kLanes<T>];
+    for (int64_t first = begin; first < end; first += kChunk) {
+      const int64_t count = smaller(kChunk, end - first);
+      cursor.fill(count, buffer);
+      update_at(first, count, [&](int64_t i) { return load(buffer + i); });
+    }
   }
   return sum_lanes<A>(doubt) == 0 ? 0 : count_non_finite(gradient + begin, end - begin, rates.gradient_scale);
 }
@@ -314,7 +342,8 @@ int64_t step_strided(const AdaFisherStep& step, const AdaFisherParameter& p, int
     gather(gradient, gradient_walk, first, count, gradient_buffer);
     gather(moment, moment_walk, first, count, moment_buffer);
     Vector<T> doubt = {};
-    update_chunk<kDecay>(parameter_buffer, gradient_buffer, moment_buffer, curvature, count, rates, doubt);
+    const auto curvature_at = [&](int64_t i) { return load(curvature + i); };
+    update_run<kDecay>(parameter_buffer, gradient_buffer, moment_buffer, count, curvature_at, rates, doubt);
     scatter(parameter_buffer, first, count, parameter_walk, parameter);
     scatter(moment_buffer, first, count, moment_walk, moment);
     if (sum_lanes<A>(doubt) != 0) skipped += count_non_finite(gradient_buffer, count, rates.gradient_scale);
