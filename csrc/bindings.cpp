@@ -26,15 +26,15 @@ PYBIND11_MODULE(_native, module) {
   fk::load_exchange_api();
 
   module.def("column_sum_of_squares", &fk::column_sum_of_squares, "x"_a, "out"_a, "threads"_a,
-             "out[d] = sum over r of x[r, d]^2, for x [R, D] with unit column stride.");
+             "out[d] = sum over r of x[r, d]^2, for x [..., D], contiguous or a matrix with unit column stride.");
   module.def("channel_sum_of_squares", &fk::channel_sum_of_squares, "x"_a, "out"_a, "threads"_a,
-             "out[c] = sum over n and s of x[n, c, s]^2, for x [N, C, S], contiguous or channels last.");
+             "out[c] = sum over n and s of x[n, c, s]^2, for x [N, C, *S], contiguous or channels last.");
   module.def(
       "patch_sum_of_squares", &fk::patch_sum_of_squares, "x"_a, "out"_a, "kernel_size"_a, "stride"_a, "padding"_a,
       "dilation"_a, "threads"_a,
       "out[c, k] = sum over samples and output positions of the square of the zero-padded input that kernel offset k "
-      "reads, for x [N, C, D, H, W], each sample contiguous or channels last, and out [C, KD, KH, KW]. padding holds "
-      "(before, after) for D, H and W; a negative one crops.");
+      "reads, for x [N, C, *S] with one to three spatial dimensions, each sample contiguous or channels last, and "
+      "out [C, *kernel_size]. padding holds (before, after) for each dimension.");
   module.def("minmax", &fk::minmax, "x"_a, "outs"_a, "weights"_a, "eps"_a,
              "outs[i] = minmax(x[i] / weights[i]), minmax(v) = (v - min v) / (max v - min v + eps). weights: None for "
              "ones, or one-element tensors; where one is 0, outs[i] is ones.");

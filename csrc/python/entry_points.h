@@ -2,8 +2,8 @@
 
 #include <pybind11/pybind11.h>
 
-#include <array>
 #include <cstdint>
+#include <vector>
 
 // What bindings.cpp exposes. Each function reads and checks its Python arguments, releases the GIL and runs its kernel.
 namespace fisher_kernels {
@@ -12,9 +12,9 @@ namespace py = pybind11;
 
 void column_sum_of_squares(py::handle x, py::handle out, int threads);
 void channel_sum_of_squares(py::handle x, py::handle out, int threads);
-void patch_sum_of_squares(py::handle x, py::handle out, const std::array<int64_t, 3>& kernel_size,
-                          const std::array<int64_t, 3>& stride, const std::array<int64_t, 6>& padding,
-                          const std::array<int64_t, 3>& dilation, int threads);
+void patch_sum_of_squares(py::handle x, py::handle out, const std::vector<int64_t>& kernel_size,
+                          const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                          const std::vector<int64_t>& dilation, int threads);
 void minmax(py::handle x, py::handle outs, py::handle weights, double eps);
 void factor_ema_(py::handle states, py::handle next, py::handle rejected, double decay, double gain, bool normalize,
                  double eps, int64_t joint);

@@ -1,4 +1,5 @@
 #include <string>
+#include <vector>
 
 #include "../kernels.h"
 #include "capability.h"
@@ -9,10 +10,16 @@ namespace fisher_kernels {
 
 namespace {
 
-TensorView read_input(py::handle object, int dims, const Argument& argument) {
+constexpr int kMostDims = 64;  // as many as torch has
+constexpr int kMostSpatial = 3;
+
+TensorView read_input(py::handle object, int least_dims, int most_dims, const Argument& argument) {
   const TensorView x = read_tensor(object, argument);
   check_float(x, argument);
-  check_dims(x, dims, argument);
+  if (x.dims < least_dims || x.dims > most_dims) {
+    value_error(argument, "has shape " + x.shape() + ", expected " + std::to_string(least_dims) + " to " +
+                              std::to_string(most_dims) + " dimensions");
+  }
   return x;
 }
 
@@ -24,17 +31,29 @@ TensorView read_output(py::handle object, DType input, const std::vector<int64_t
   return out;
 }
 
-/// True if the dimensions of `x`, taken in this order, lie in row-major order without gaps.
-bool is_dense(const TensorView& x, std::initializer_list<int> order) {
+enum class Order { channels_first, channels_last };
+
+/// True if the dimensions of x [N, C, *S], all or all but the first, lie without gaps in the order (C, *S) or (*S, C).
+bool is_dense(const TensorView& x, int first, Order order) {
   if (x.numel() == 0) return true;
-  int64_t sizes[8], strides[8];
+  int64_t sizes[kMostDims], strides[kMostDims];
   int dims = 0;
-  for (const int d : order) {
+  const auto append = [&](int d) {
     sizes[dims] = x.sizes[d];
-    strides[dims] = x.strides[d];
-    ++dims;
+    strides[dims++] = x.strides[d];
+  };
+  for (int d = first; d < x.dims; ++d) {
+    if (d != 1 || order == Order::channels_first) append(d);
   }
+  if (order == Order::channels_last) append(1);
   return is_contiguous({x.data, sizes, strides, dims, x.dtype});
+}
+
+/// The product of the sizes of dimensions first to last - 1.
+int64_t count(const TensorView& x, int first, int last) {
+  int64_t product = 1;
+  for (int d = first; d < last; ++d) product *= x.sizes[d];
+  return product;
 }
 
 [[noreturn]] void layout_error(const TensorView& x, const Argument& argument, const char* expected) {
@@ -42,26 +61,27 @@ bool is_dense(const TensorView& x, std::initializer_list<int> order) {
               "has shape " + x.shape() + " and strides " + shape_text(x.strides, x.dims) + ", expected " + expected);
 }
 
-const char* const kDimensions[] = {"depth", "height", "width"};
+/// The length and the range of one argument of a convolution.
+void check_geometry(const std::vector<int64_t>& values, size_t expected, int64_t least, const char* name) {
+  const Argument argument{"patch_sum_of_squares", name};
+  if (values.size() != expected) {
+    value_error(argument,
+                "has " + std::to_string(values.size()) + " entries, expected " + std::to_string(expected));
+  }
+  for (const int64_t value : values) {
+    if (value < least)
+      value_error(argument, "is " + std::to_string(value) + ", expected at least " + std::to_string(least));
+  }
+}
 
-/// Dimension d (0 to 2) of a convolution over x [N, C, D, H, W].
-Window make_window(const TensorView& x, int d, int64_t kernel, int64_t stride, int64_t dilation, int64_t before,
-                   int64_t after) {
-  constexpr const char* kFunction = "patch_sum_of_squares";
-  const std::string where = std::string(" in the ") + kDimensions[d];
-  const auto check_positive = [&](int64_t value, const char* name) {
-    if (value < 1) value_error({kFunction, name}, "is " + std::to_string(value) + where + ", expected at least 1");
-  };
-  check_positive(kernel, "kernel_size");
-  check_positive(stride, "stride");
-  check_positive(dilation, "dilation");
-  const int64_t size = x.sizes[d + 2];
+/// How a window of a convolution moves along a dimension of `size` positions.
+Window make_window(int64_t size, int64_t kernel, int64_t stride, int64_t dilation, int64_t before, int64_t after) {
   const int64_t padded = size + before + after;
   const int64_t extent = dilation * (kernel - 1) + 1;
   if (padded < extent) {
-    value_error({kFunction, "kernel_size"}, "spans " + std::to_string(extent) + " positions" + where +
-                                                ", expected at most the " + std::to_string(padded) +
-                                                " of the padded x");
+    value_error({"patch_sum_of_squares", "kernel_size"}, "spans " + std::to_string(extent) +
+                                                             " positions, expected at most the " +
+                                                             std::to_string(padded) + " of the padded x");
   }
   return {size, (padded - extent) / stride + 1, kernel, stride, dilation, before};
 }
@@ -71,51 +91,62 @@ Window make_window(const TensorView& x, int d, int64_t kernel, int64_t stride, i
 void column_sum_of_squares(py::handle x_object, py::handle out_object, int threads) {
   constexpr const char* kFunction = "column_sum_of_squares";
   const Argument x_argument{kFunction, "x"};
-  const TensorView x = read_input(x_object, 2, x_argument);
-  const int64_t rows = x.sizes[0], columns = x.sizes[1];
+  const TensorView x = read_input(x_object, 1, kMostDims, x_argument);
+  const int64_t columns = x.sizes[x.dims - 1], rows = count(x, 0, x.dims - 1);
   const TensorView out = read_output(out_object, x.dtype, {columns}, {kFunction, "out"});
   check_threads(threads, {kFunction, "threads"});
-  if (rows > 0 && columns > 1 && x.strides[1] != 1) layout_error(x, x_argument, "a column stride of 1");
+  const bool contiguous = is_contiguous(x);
+  if (!contiguous && !(x.dims == 2 && (columns == 1 || x.strides[1] == 1))) {
+    layout_error(x, x_argument, "a contiguous tensor or a matrix with a column stride of 1");
+  }
 
   const py::gil_scoped_release release;
-  run(ColumnSumOfSquares{x.data, out.data, x.dtype, rows, columns, x.strides[0], threads},
+  run(ColumnSumOfSquares{x.data, out.data, x.dtype, rows, columns, contiguous ? columns : x.strides[0], threads},
       {FISHER_KERNELS_VARIANTS(column_sum_of_squares)});
 }
 
 void channel_sum_of_squares(py::handle x_object, py::handle out_object, int threads) {
   constexpr const char* kFunction = "channel_sum_of_squares";
   const Argument x_argument{kFunction, "x"};
-  const TensorView x = read_input(x_object, 3, x_argument);
+  const TensorView x = read_input(x_object, 2, kMostDims, x_argument);
   const TensorView out = read_output(out_object, x.dtype, {x.sizes[1]}, {kFunction, "out"});
   check_threads(threads, {kFunction, "threads"});
-  const bool contiguous = is_contiguous(x);
-  if (!contiguous && !is_dense(x, {0, 2, 1})) layout_error(x, x_argument, "contiguous or channels last");
+  const bool channels_first = is_dense(x, 0, Order::channels_first);
+  if (!channels_first && !is_dense(x, 0, Order::channels_last))
+    layout_error(x, x_argument, "contiguous or channels last");
 
   const py::gil_scoped_release release;
-  run(ChannelSumOfSquares{x.data, out.data, x.dtype, !contiguous, x.sizes[0], x.sizes[1], x.sizes[2], threads},
+  run(ChannelSumOfSquares{x.data, out.data, x.dtype, !channels_first, x.sizes[0], x.sizes[1], count(x, 2, x.dims),
+                          threads},
       {FISHER_KERNELS_VARIANTS(channel_sum_of_squares)});
 }
 
-void patch_sum_of_squares(py::handle x_object, py::handle out_object, const std::array<int64_t, 3>& kernel_size,
-                          const std::array<int64_t, 3>& stride, const std::array<int64_t, 6>& padding,
-                          const std::array<int64_t, 3>& dilation, int threads) {
+void patch_sum_of_squares(py::handle x_object, py::handle out_object, const std::vector<int64_t>& kernel_size,
+                          const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                          const std::vector<int64_t>& dilation, int threads) {
   constexpr const char* kFunction = "patch_sum_of_squares";
   const Argument x_argument{kFunction, "x"};
-  const TensorView x = read_input(x_object, 5, x_argument);
-  Window windows[3];
-  for (int d = 0; d < 3; ++d) {
-    windows[d] = make_window(x, d, kernel_size[d], stride[d], dilation[d], padding[2 * d], padding[2 * d + 1]);
+  const TensorView x = read_input(x_object, 3, 2 + kMostSpatial, x_argument);
+  const int spatial = x.dims - 2;
+  check_geometry(kernel_size, spatial, 1, "kernel_size");
+  check_geometry(stride, spatial, 1, "stride");
+  check_geometry(padding, 2 * spatial, 0, "padding");
+  check_geometry(dilation, spatial, 1, "dilation");
+  Window windows[kMostSpatial] = {{1, 1, 1, 1, 1, 0}, {1, 1, 1, 1, 1, 0}, {1, 1, 1, 1, 1, 0}};  // depth, height, width
+  for (int d = 0; d < spatial; ++d) {
+    windows[kMostSpatial - spatial + d] =
+        make_window(x.sizes[2 + d], kernel_size[d], stride[d], dilation[d], padding[2 * d], padding[2 * d + 1]);
   }
-  const int64_t channels = x.sizes[1];
-  const TensorView out =
-      read_output(out_object, x.dtype, {channels, kernel_size[0], kernel_size[1], kernel_size[2]}, {kFunction, "out"});
+  std::vector<int64_t> out_shape{x.sizes[1]};
+  out_shape.insert(out_shape.end(), kernel_size.begin(), kernel_size.end());
+  const TensorView out = read_output(out_object, x.dtype, out_shape, {kFunction, "out"});
   check_threads(threads, {kFunction, "threads"});
-  const bool channels_first = is_dense(x, {1, 2, 3, 4});
-  if (!channels_first && !is_dense(x, {2, 3, 4, 1}))
+  const bool channels_first = is_dense(x, 1, Order::channels_first);
+  if (!channels_first && !is_dense(x, 1, Order::channels_last))
     layout_error(x, x_argument, "each sample contiguous or channels last");
 
   const py::gil_scoped_release release;
-  run(PatchSumOfSquares{x.data, out.data, x.dtype, !channels_first, x.sizes[0], x.strides[0], channels, windows[0],
+  run(PatchSumOfSquares{x.data, out.data, x.dtype, !channels_first, x.sizes[0], x.strides[0], x.sizes[1], windows[0],
                         windows[1], windows[2], threads},
       {FISHER_KERNELS_VARIANTS(patch_sum_of_squares)});
 }

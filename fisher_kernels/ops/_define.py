@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from fisher_kernels import backends
 from fisher_kernels._library import LIBRARY
@@ -31,13 +33,41 @@ def _device_type(argument: Any) -> str:
     return argument[0].device.type if argument else "cpu"
 
 
-def define(
-    schema: str, *, fake: Callable[..., Any], **implementations: Callable[..., Any]
-) -> torch._ops.OpOverload[Any, Any]:
-    """Define ``fisher_kernels::<schema>`` and return it.
+_PLAIN = frozenset({Tensor, Parameter, type(None)})
+
+
+def _is_plain(arguments: Iterable[Any]) -> bool:
+    """Whether the dispatcher would do nothing with a call on these tensors and lists of tensors but to call back.
+
+    It has work to do for compilers, modes, function transforms, the profiler, subclasses of Tensor, and where a result
+    must remember that it needs a gradient.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return False
+    grad = torch.is_grad_enabled()
+    for argument in arguments:
+        tensors = argument if isinstance(argument, list) else (argument,)
+        if not _PLAIN.issuperset(map(type, tensors)):
+            return False
+        if grad and any(x is not None and x.requires_grad for x in tensors):
+            return False
+    return True
+
+
+def define(schema: str, *, fake: Callable[..., Any], **implementations: Callable[..., Any]) -> Callable[..., Any]:
+    """Define ``fisher_kernels::<schema>`` and return what calls it.
 
     Compilers see one op whatever backend runs it: the choice is made at each call, from the device of the first
     argument. The op is registered below autograd: none of them has a derivative.
+
+    A plain eager call goes around the dispatcher, whose way to an op written in Python and back costs more than the
+    kernel on the vectors of a small layer.
     """
     name = schema.split("(", 1)[0]
 
@@ -48,4 +78,17 @@ def define(
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fisher_kernels::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.fisher_kernels, name).default
+    op = getattr(torch.ops.fisher_kernels, name).default
+
+    held = [(i, a.name, a.kwarg_only) for i, a in enumerate(op._schema.arguments) if "Tensor" in str(a.type)]
+    by_position = [i for i, _, by_name_only in held if not by_name_only]
+    by_name = [name for _, name, by_name_only in held if by_name_only]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        """The op; arguments by position in the schema must come by position."""
+        tensors = [args[i] for i in by_position if i < len(args)]
+        if by_name:
+            tensors += map(kwargs.get, by_name)
+        return run(*args, **kwargs) if _is_plain(tensors) else op(*args, **kwargs)
+
+    return call

@@ -49,10 +49,11 @@ def _squares(x: Tensor) -> Tensor:
 
 def _column_cpu(x: Tensor) -> Tensor:
     out = _column_fake(x)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # [R, D]
-    if rows.shape[1] > 1 and rows.stride(1) != 1:
-        rows = rows.contiguous()
-    native().column_sum_of_squares(rows, out, torch.get_num_threads())
+    if not x.is_contiguous():
+        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # [R, D]
+        if x.shape[1] > 1 and x.stride(1) != 1:
+            x = x.contiguous()
+    native().column_sum_of_squares(x, out, torch.get_num_threads())
     return out
 
 
@@ -95,10 +96,7 @@ def _channel_reference(x: Tensor) -> Tensor:
 
 def _channel_cpu(x: Tensor) -> Tensor:
     out = _channel_fake(x)
-    samples, channels = x.shape[:2]
-    positions = math.prod(x.shape[2:])
-    dense = _contiguous_or_channels_last(x).reshape(samples, channels, positions)  # [N, C, S]
-    native().channel_sum_of_squares(dense, out, torch.get_num_threads())
+    native().channel_sum_of_squares(_contiguous_or_channels_last(x), out, torch.get_num_threads())
     return out
 
 
@@ -188,18 +186,8 @@ def _patch_cpu(
     _check("patch_sum_of_squares", x, 3, 5)
     _known_windows(tuple(x.shape), tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation))
     out = x.new_empty((x.shape[1], *kernel_size), dtype=ACCUMULATOR[x.dtype])
-    missing = 5 - x.dim()  # the kernel always sees three spatial dimensions
-    ones, zeros = [1] * missing, [0] * (2 * missing)
-    samples, channels, *spatial = x.shape
-    native().patch_sum_of_squares(
-        _contiguous_or_channels_last(x).reshape(samples, channels, *ones, *spatial),
-        out.view(channels, *ones, *kernel_size),
-        [*ones, *kernel_size],
-        [*ones, *stride],
-        [*zeros, *padding],
-        [*ones, *dilation],
-        torch.get_num_threads(),
-    )
+    dense = _contiguous_or_channels_last(x)
+    native().patch_sum_of_squares(dense, out, kernel_size, stride, padding, dilation, torch.get_num_threads())
     return out
 
 
