@@ -38,10 +38,11 @@ PYBIND11_MODULE(_native, module) {
   module.def("minmax", &fk::minmax, "x"_a, "outs"_a, "weights"_a, "eps"_a,
              "outs[i] = minmax(x[i] / weights[i]), minmax(v) = (v - min v) / (max v - min v + eps). weights: None for "
              "ones, or one-element tensors; where one is 0, outs[i] is ones.");
-  module.def("factor_ema_", &fk::factor_ema_, "state"_a, "new"_a, "rejected"_a, "decay"_a, "gain"_a, "normalize"_a,
-             "eps"_a, "joint"_a,
-             "state[i] <- decay * state[i] + gain * (minmax(new[i]) if normalize else new[i]). A run of `joint` "
-             "vectors with a non-finite entry in any `new` stays as it was and is marked 1 in rejected.");
+  module.def("factor_ema_", &fk::factor_ema_, "state"_a, "new"_a, "divisors"_a, "rejected"_a, "decay"_a, "gain"_a,
+             "normalize"_a, "eps"_a, "joint"_a,
+             "state[i] <- decay * state[i] + gain * (minmax(v) if normalize else v), v = new[i] / divisors[i], followed "
+             "by a 1 if new[i] is one entry shorter than state[i]. divisors: None for ones. A run of `joint` vectors "
+             "with a non-finite entry in any v stays as it was and is marked 1 in rejected.");
   module.def(
       "adafisher_step_", &fk::adafisher_step_, "params"_a, "grads"_a, "exp_avgs"_a, "steps"_a, "row_factors"_a,
       "column_factors"_a, "lr"_a, "beta"_a, "damping"_a, "weight_decay"_a, "decoupled"_a, "maximize"_a, "grad_scale"_a,

@@ -73,15 +73,18 @@ struct MinMax {
   double eps;
 };
 
-/// state <- decay * state + gain * (minmax(next) or next).
+/// state <- decay * state + gain * (minmax(v) or v), where v is next / divisor, followed by a 1 if `next` is one entry
+/// shorter than the state.
 struct FactorEmaVector {
   void* state;
   const void* next;
-  int64_t size;
-  DType dtype;  // of both: float32 or float64
+  double divisor;
+  int64_t size;       // of the state
+  int64_t next_size;  // size, or size - 1
+  DType dtype;        // of both: float32 or float64
 };
 
-/// Each run of `joint` consecutive vectors is refused as a whole if any `next` in it has a non-finite entry: its states
+/// Each run of `joint` consecutive vectors is refused as a whole if any v in it has a non-finite entry: its states
 /// stay as they were and its `rejected` is 1, else 0.
 struct FactorEma {
   const FactorEmaVector* vectors;

@@ -5,8 +5,8 @@ A rule says three things about one type of layer:
 - ``capture``: what the forward keeps of the layer's input (raw sums, never the input itself);
 - ``contribute``: the raw sums of one backward, from what was captured and the derivative of the output. Raw sums add up
   over uses, micro-batches and processes; ``powers`` says how each scales with the loss;
-- ``factors`` and ``place``: the factors H (``input_factor``) and S (``output_factor``) made from those sums, and which
-  of them runs over the rows and which over the columns of weight and bias.
+- ``means`` and ``place``: the factors H (``input_factor``) and S (``output_factor``) that those sums give, and which of
+  them runs over the rows and which over the columns of weight and bias.
 
 Sources: AdaFisher, arXiv 2405.16397; Kronecker factors of convolutions, arXiv 1602.01407.
 """
@@ -24,6 +24,9 @@ from torch import Tensor, nn
 from fisher_kernels.ops import channel_sum_of_squares, column_sum_of_squares, patch_sum_of_squares
 
 Factors = dict[str, Tensor]
+Means = dict[str, tuple[Tensor, float]]
+"""Factor name -> (vector, divisor): the factor is their quotient, completed by a 1 if the vector is an entry short."""
+
 Placement = dict[str, tuple[Tensor | None, Tensor | None]]
 """Parameter name -> (row factor, column factor); None stands for 1."""
 
@@ -68,15 +71,15 @@ class Rule:
         raise NotImplementedError
 
     def shapes(self, module: Any) -> dict[str, int]:
-        """Names and lengths of the factors, in the order of :meth:`factors`."""
+        """Names and lengths of the factors, in the order of :meth:`means`."""
         raise NotImplementedError
 
     def sum_lengths(self, module: Any) -> list[int | None]:
         """Length of each raw sum; None where only the data tell."""
         raise NotImplementedError
 
-    def factors(self, module: Any, sums: Sums) -> Factors:
-        """Means made from raw sums."""
+    def means(self, module: Any, sums: Sums) -> Means:
+        """Factors from raw sums. A layer with a bias has one entry more, the mean of 1^2, which may be left out."""
         raise NotImplementedError
 
     def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:
@@ -86,15 +89,6 @@ class Rule:
 
 def _has_bias(module: nn.Module) -> bool:
     return getattr(module, "bias", None) is not None
-
-
-def _means(sums: Sums) -> list[Tensor]:
-    return [vector / count for vector, count in zip(sums.vectors, sums.counts, strict=True)]
-
-
-def _with_bias_entry(module: nn.Module, means: Tensor) -> Tensor:
-    """The input factor of [h, 1]: the mean of 1^2 is 1."""
-    return torch.cat((means, means.new_ones(1))) if _has_bias(module) else means
 
 
 class Linear(Rule):
@@ -124,9 +118,9 @@ class Linear(Rule):
     def sum_lengths(self, module: Any) -> list[int | None]:
         return [self._inputs(module), self._outputs(module)]
 
-    def factors(self, module: Any, sums: Sums) -> Factors:
-        inputs, outputs = _means(sums)
-        return {"input_factor": _with_bias_entry(module, inputs), "output_factor": outputs}
+    def means(self, module: Any, sums: Sums) -> Means:
+        inputs, outputs = zip(sums.vectors, sums.counts, strict=True)
+        return {"input_factor": inputs, "output_factor": outputs}
 
     def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:
         inputs, outputs = factors["input_factor"], factors["output_factor"]
@@ -189,9 +183,9 @@ class Conv(Rule):
     def sum_lengths(self, module: Any) -> list[int | None]:
         return [module.in_channels * math.prod(module.kernel_size), module.out_channels]
 
-    def factors(self, module: Any, sums: Sums) -> Factors:
-        inputs, outputs = _means(sums)
-        return {"input_factor": _with_bias_entry(module, inputs), "output_factor": outputs}
+    def means(self, module: Any, sums: Sums) -> Means:
+        inputs, outputs = zip(sums.vectors, sums.counts, strict=True)
+        return {"input_factor": inputs, "output_factor": outputs}
 
     def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:
         inputs, outputs = factors["input_factor"], factors["output_factor"]
@@ -202,10 +196,14 @@ class Conv(Rule):
 class ReleaseConv(Conv):
     """The released code divides H by the size of a patch once more; it shows beside the eps of minmax only."""
 
-    def factors(self, module: Any, sums: Sums) -> Factors:
-        factors = super().factors(module, sums)
+    def means(self, module: Any, sums: Sums) -> Means:
+        means = super().means(module, sums)
         patch = module.in_channels // module.groups * math.prod(module.kernel_size)
-        return {**factors, "input_factor": factors["input_factor"] / patch}
+        inputs, count = means["input_factor"]
+        if _has_bias(module):  # its entry is divided too
+            inputs = torch.cat((inputs / count, inputs.new_ones(1)))
+            count = 1
+        return {**means, "input_factor": (inputs, count * patch)}
 
 
 class ConvTranspose(Rule):
@@ -249,8 +247,9 @@ class ConvTranspose(Rule):
     def sum_lengths(self, module: Any) -> list[int | None]:
         return [module.in_channels, module.out_channels * math.prod(module.kernel_size), module.out_channels]
 
-    def factors(self, module: Any, sums: Sums) -> Factors:
-        return dict(zip(self.shapes(module), _means(sums), strict=False))
+    def means(self, module: Any, sums: Sums) -> Means:
+        # Without a bias its factor, the last one, is not wanted.
+        return dict(zip(self.shapes(module), zip(sums.vectors, sums.counts, strict=True), strict=False))
 
     def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:
         by_offset = factors["output_factor"].view(module.groups, -1)
@@ -283,8 +282,8 @@ class Norm(Rule):
     def sum_lengths(self, module: Any) -> list[int | None]:
         return [module.weight.numel()]
 
-    def factors(self, module: Any, sums: Sums) -> Factors:
-        return {"output_factor": sums.vectors[-1].square() / sums.counts[-1]}
+    def means(self, module: Any, sums: Sums) -> Means:
+        return {"output_factor": (sums.vectors[-1].square(), sums.counts[-1])}
 
     def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:
         outputs = factors["output_factor"]
@@ -317,10 +316,10 @@ class ReleaseNorm(Norm):
         by_feature = isinstance(module, (nn.LayerNorm, nn.RMSNorm))  # their dimension 1 may be the positions
         return [None if by_feature else module.weight.numel(), *super().sum_lengths(module)]
 
-    def factors(self, module: Any, sums: Sums) -> Factors:
+    def means(self, module: Any, sums: Sums) -> Means:
         u, samples = sums.vectors[0], sums.counts[0]
-        inputs = torch.stack((u.square().sum(), u.new_tensor(float(u.numel())))) / samples**2
-        return {"input_factor": inputs, **super().factors(module, sums)}
+        inputs = torch.stack((u.square().sum(), u.new_tensor(float(u.numel()))))
+        return {"input_factor": (inputs, samples**2), **super().means(module, sums)}
 
     def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:
         inputs, outputs = factors["input_factor"], factors["output_factor"]
@@ -355,12 +354,12 @@ class Embedding(Rule):
     def sum_lengths(self, module: Any) -> list[int | None]:
         return [module.num_embeddings, module.embedding_dim]
 
-    def factors(self, module: Any, sums: Sums) -> Factors:
+    def means(self, module: Any, sums: Sums) -> Means:
         counts, outputs = sums.vectors
         # The number of tokens stays on the device: with padding nobody else knows it. Without any the means are NaN,
         # which the average refuses.
         tokens = counts.sum()
-        return {"input_factor": counts / tokens, "output_factor": outputs / tokens}
+        return {"input_factor": (counts / tokens, 1), "output_factor": (outputs / tokens, 1)}
 
     def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:
         return {"weight": (factors["input_factor"], factors["output_factor"])}

@@ -82,8 +82,16 @@ void minmax_vector(const MinMaxVector& vector, double eps) {
 }
 
 template <class A>
-bool is_finite(const A* x, int64_t size) {
-  const Range<A> range = range_of(x, size, A(1));
+Range<A> range_of(const FactorEmaVector& vector) {
+  Range<A> range =
+      range_of(static_cast<const A*>(vector.next), vector.next_size, static_cast<A>(vector.divisor));
+  if (vector.next_size < vector.size) range.include(A(1));
+  return range;
+}
+
+template <class A>
+bool is_finite(const FactorEmaVector& vector) {
+  const Range<A> range = range_of<A>(vector);
   const A limit = std::numeric_limits<A>::max();
   return !range.has_nan && range.max <= limit && range.min >= -limit;
 }
@@ -92,18 +100,20 @@ template <class A>
 void update_vector(const FactorEmaVector& vector, const FactorEma& ema) {
   A* __restrict state = static_cast<A*>(vector.state);
   const A* __restrict next = static_cast<const A*>(vector.next);
-  const A decay = static_cast<A>(ema.decay), gain = static_cast<A>(ema.gain);
+  const A decay = static_cast<A>(ema.decay), gain = static_cast<A>(ema.gain), divisor = static_cast<A>(vector.divisor);
+  const auto update = [&](const auto& value) {
+    for (int64_t i = 0; i < vector.next_size; ++i) state[i] = decay * state[i] + gain * value(next[i] / divisor);
+    for (int64_t i = vector.next_size; i < vector.size; ++i) state[i] = decay * state[i] + gain * value(A(1));
+  };
   if (ema.normalize) {
-    const Normalization<A> normalize(range_of(next, vector.size, A(1)), ema.eps);
-    for (int64_t i = 0; i < vector.size; ++i) state[i] = decay * state[i] + gain * normalize(next[i]);
+    update(Normalization<A>(range_of<A>(vector), ema.eps));
   } else {
-    for (int64_t i = 0; i < vector.size; ++i) state[i] = decay * state[i] + gain * next[i];
+    update([](A value) { return value; });
   }
 }
 
 bool is_finite(const FactorEmaVector& vector) {
-  return vector.dtype == DType::float64 ? is_finite(static_cast<const double*>(vector.next), vector.size)
-                                        : is_finite(static_cast<const float*>(vector.next), vector.size);
+  return vector.dtype == DType::float64 ? is_finite<double>(vector) : is_finite<float>(vector);
 }
 
 }  // namespace

@@ -27,9 +27,30 @@ TensorView read_state_vector_like(const TensorView& model, py::handle object, co
   return vector;
 }
 
+/// As long as the state, or one entry shorter.
+TensorView read_contribution(const TensorView& state, py::handle object, const Argument& argument) {
+  const TensorView vector = read_state_vector(object, argument);
+  check_dtype(vector, state.dtype, argument);
+  if (vector.sizes[0] != state.sizes[0] && vector.sizes[0] + 1 != state.sizes[0]) {
+    value_error(argument, "has shape " + vector.shape() + ", expected " + state.shape() +
+                              ", the shape of its state, or one entry less");
+  }
+  return vector;
+}
+
 void check_coefficient(double value, const Argument& argument) {
   if (std::isfinite(value) && value >= 0) return;
   value_error(argument, "is " + std::string(py::str(py::float_(value))) + ", expected a finite number >= 0");
+}
+
+double read_coefficient(py::handle object, const Argument& argument) {
+  const double value = PyFloat_AsDouble(object.ptr());
+  if (value == -1.0 && PyErr_Occurred()) {
+    PyErr_Clear();
+    type_error(argument, std::string("is of type ") + Py_TYPE(object.ptr())->tp_name + ", expected a number");
+  }
+  check_coefficient(value, argument);
+  return value;
 }
 
 }  // namespace
@@ -56,12 +77,16 @@ void minmax(py::handle x, py::handle outs, py::handle weights, double eps) {
   run(MinMax{vectors.data(), x_list.size(), eps}, {FISHER_KERNELS_VARIANTS(minmax)});
 }
 
-void factor_ema_(py::handle states, py::handle next, py::handle rejected, double decay, double gain, bool normalize,
-                 double eps, int64_t joint) {
+void factor_ema_(py::handle states, py::handle next, py::handle divisors, py::handle rejected, double decay,
+                 double gain, bool normalize, double eps, int64_t joint) {
   constexpr const char* kFunction = "factor_ema_";
   const Argument next_argument{kFunction, "new"}, joint_argument{kFunction, "joint"};
   const List states_list(states, {kFunction, "state"}), next_list(next, next_argument);
   next_list.check_size(states_list.size(), next_argument, "the number of states");
+  const bool divided = !divisors.is_none();
+  const Argument divisors_argument{kFunction, "divisors"};
+  const List divisors_list = divided ? List(divisors, divisors_argument) : states_list;
+  divisors_list.check_size(states_list.size(), divisors_argument, "the number of states");
   if (joint < 1 || states_list.size() % joint != 0) {
     value_error(joint_argument, "is " + std::to_string(joint) + ", expected a divisor of the number of states, " +
                                     std::to_string(states_list.size()));
@@ -78,8 +103,9 @@ void factor_ema_(py::handle states, py::handle next, py::handle rejected, double
   std::vector<FactorEmaVector> vectors(states_list.size());
   for (py::ssize_t i = 0; i < states_list.size(); ++i) {
     const TensorView state = read_state_vector(states_list[i], {kFunction, "state", i});
-    const TensorView contribution = read_state_vector_like(state, next_list[i], {kFunction, "new", i});
-    vectors[i] = {state.data, contribution.data, state.sizes[0], state.dtype};
+    const TensorView contribution = read_contribution(state, next_list[i], {kFunction, "new", i});
+    const double divisor = divided ? read_coefficient(divisors_list[i], {kFunction, "divisors", i}) : 1.0;
+    vectors[i] = {state.data, contribution.data, divisor, state.sizes[0], contribution.sizes[0], state.dtype};
   }
 
   const py::gil_scoped_release release;

@@ -2,7 +2,7 @@
 
 from fisher_kernels.ops._define import ACCUMULATOR
 from fisher_kernels.ops.adafisher_step import adafisher_step_
-from fisher_kernels.ops.factor_ema import factor_ema_, minmax
+from fisher_kernels.ops.factor_ema import factor_ema_, minmax, minmax_
 from fisher_kernels.ops.sum_of_squares import channel_sum_of_squares, column_sum_of_squares, patch_sum_of_squares
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "column_sum_of_squares",
     "factor_ema_",
     "minmax",
+    "minmax_",
     "patch_sum_of_squares",
 ]

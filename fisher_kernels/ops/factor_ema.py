@@ -127,17 +127,78 @@ def minmax(x: Sequence[Tensor], eps: float = 1e-6, weights: Sequence[Tensor] | N
     return _minmax_op(list(x), eps, None if weights is None else list(weights))
 
 
+# minmax_
+
+
+def _into_fake(out: Sequence[Tensor], x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None = None) -> None:
+    _check_minmax(x, eps, weights)
+    _check_vectors("minmax_", "out", out)
+    _check_like("minmax_", "out", out, "x", x)
+
+
+def _into_reference(
+    out: Sequence[Tensor], x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None = None
+) -> None:
+    _into_fake(out, x, eps, weights)
+    for o, v in zip(out, _minmax_reference(x, eps, weights), strict=True):
+        o.copy_(v)
+
+
+def _into_cpu(out: Sequence[Tensor], x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None = None) -> None:
+    native().minmax(x, out, weights, eps)
+    increment_version(out)
+
+
+_into = define(
+    "minmax_(Tensor(a!)[] out, Tensor[] x, float eps, Tensor[]? weights=None) -> ()",
+    fake=_into_fake,
+    reference=_into_reference,
+    cpu=_into_cpu,
+)
+
+
+def minmax_(
+    out: Sequence[Tensor], x: Sequence[Tensor], eps: float = 1e-6, weights: Sequence[Tensor] | None = None
+) -> None:
+    """:func:`minmax` into vectors that are there: ``out[i] <- minmax(x[i])``.
+
+    Args:
+        out: vectors with the shapes and dtypes of x, which share no memory with it.
+        x, eps, weights: as :func:`minmax`.
+
+    Raises:
+        TypeError, ValueError: as :func:`minmax`; nothing is changed.
+    """
+    _into(list(out), list(x), eps, None if weights is None else list(weights))
+
+
 # factor_ema_
 
 
 def _check_ema(
-    state: Sequence[Tensor], new: Sequence[Tensor], decay: float, gain: float, eps: float, joint: int
+    state: Sequence[Tensor],
+    new: Sequence[Tensor],
+    decay: float,
+    gain: float,
+    eps: float,
+    joint: int,
+    divisors: Sequence[float] | None,
 ) -> None:
     op = "factor_ema_"
     _check_vectors(op, "state", state)
     _check_vectors(op, "new", new)
-    _check_like(op, "new", new, "state", state)
-    for name, value in (("decay", decay), ("gain", gain), ("eps", eps)):
+    for name, values in (("new", new), ("divisors", divisors)):
+        if values is not None and len(values) != len(state):
+            raise ValueError(f"{op}: {name} has {len(values)} entries, expected {len(state)}, the length of state")
+    for i, (x, s) in enumerate(zip(new, state, strict=True)):
+        if len(x) not in (len(s), len(s) - 1):
+            raise ValueError(
+                f"{op}: new[{i}] has shape {tuple(x.shape)}, expected {tuple(s.shape)}, the shape of state[{i}], or "
+                "one entry less"
+            )
+        _check_same(op, f"new[{i}]", x, f"state[{i}]", s)
+    named = [("decay", decay), ("gain", gain), ("eps", eps)]
+    for name, value in (*named, *((f"divisors[{i}]", d) for i, d in enumerate(divisors or ()))):
         if not 0 <= value < math.inf:
             raise ValueError(f"{op}: {name} is {value}, expected a finite number of at least 0")
     if not (joint >= 1 and len(state) % joint == 0):
@@ -152,8 +213,9 @@ def _ema_fake(
     normalize: bool = False,
     eps: float = 1e-6,
     joint: int = 1,
+    divisors: Sequence[float] | None = None,
 ) -> Tensor:
-    _check_ema(state, new, decay, gain, eps, joint)
+    _check_ema(state, new, decay, gain, eps, joint, divisors)
     device = state[0].device if state else None
     return torch.empty(len(state) // joint, dtype=torch.int64, device=device)
 
@@ -166,13 +228,18 @@ def _ema_reference(
     normalize: bool = False,
     eps: float = 1e-6,
     joint: int = 1,
+    divisors: Sequence[float] | None = None,
 ) -> Tensor:
-    rejected = _ema_fake(state, new, decay, gain, normalize, eps, joint).zero_()
+    rejected = _ema_fake(state, new, decay, gain, normalize, eps, joint, divisors).zero_()
+    values = []
+    for x, s, divisor in zip(new, state, [1.0] * len(state) if divisors is None else divisors, strict=True):
+        mean = x / divisor
+        values.append(mean if len(x) == len(s) else torch.cat((mean, mean.new_ones(1))))
     for run in range(len(rejected)):
         members = range(run * joint, (run + 1) * joint)
-        finite = torch.stack([new[i].isfinite().all() for i in members]).all()
+        finite = torch.stack([values[i].isfinite().all() for i in members]).all()
         for i in members:
-            value = _minmax(new[i], eps) if normalize else new[i]
+            value = _minmax(values[i], eps) if normalize else values[i]
             state[i].copy_(torch.where(finite, decay * state[i] + gain * value, state[i]))
         rejected[run] = ~finite
     return rejected
@@ -186,18 +253,19 @@ def _ema_cpu(
     normalize: bool = False,
     eps: float = 1e-6,
     joint: int = 1,
+    divisors: Sequence[float] | None = None,
 ) -> Tensor:
     if not joint >= 1:
         raise ValueError(f"factor_ema_: joint is {joint}, expected at least 1")
     rejected = torch.empty(len(state) // joint, dtype=torch.int64)
-    native().factor_ema_(state, new, rejected, decay, gain, normalize, eps, joint)
+    native().factor_ema_(state, new, divisors, rejected, decay, gain, normalize, eps, joint)
     increment_version(state)  # for backward passes that kept it
     return rejected
 
 
 _ema = define(
     "factor_ema_(Tensor(a!)[] state, Tensor[] new, float decay, float gain, bool normalize=False, float eps=1e-6, "
-    "int joint=1) -> Tensor",
+    "int joint=1, float[]? divisors=None) -> Tensor",
     fake=_ema_fake,
     reference=_ema_reference,
     cpu=_ema_cpu,
@@ -212,21 +280,25 @@ def factor_ema_(
     normalize: bool = False,
     eps: float = 1e-6,
     joint: int = 1,
+    divisors: Sequence[float] | None = None,
 ) -> Tensor:
-    """Moving average of factors, in place: ``state <- decay * state + gain * new``.
+    """Moving average of factors, in place: ``state <- decay * state + gain * new / divisor``.
 
-    With ``normalize`` each new vector goes through :func:`minmax` first. Runs of ``joint`` consecutive vectors are
-    taken or refused together: where a new vector of a run holds a NaN or an infinity, the states of that run stay as
-    they were, so one bad backward cannot poison the average (AdaFisher, arXiv 2405.16397, Eq. 4).
+    With ``normalize`` each vector goes through :func:`minmax` after its division. Runs of ``joint`` consecutive vectors
+    are taken or refused together: where one of a run holds a NaN or an infinity, the states of that run stay as they
+    were, so one bad backward cannot poison the average (AdaFisher, arXiv 2405.16397, Eq. 4).
 
     Args:
         state: contiguous vectors, float32 or float64; changed in place.
-        new: vectors with the shapes and dtypes of state.
+        new: vectors with the shapes and dtypes of state. One that is an entry shorter is followed by a 1 after its
+            division: the factor of the input [h, 1] of an affine layer from the sums of h^2 alone.
         decay: coefficient of the old, finite and at least 0.
         gain: coefficient of the new, finite and at least 0; the usual average has ``gain = 1 - decay``.
         normalize: scale each new vector to the unit interval first.
         eps: of :func:`minmax`.
         joint: length of a run; divides the number of vectors.
+        divisors: for each new vector a number of at least 0, the count that makes a mean of a sum; None divides by
+            nothing. Division of nothing by 0 gives a NaN, which is refused.
 
     Returns:
         int64 (len(state) / joint,): 1 for each run that was refused, else 0; on the device of the states.
@@ -235,4 +307,5 @@ def factor_ema_(
         TypeError, ValueError: an argument has the wrong dtype, shape, device, length or range; the message names it,
             and nothing is changed.
     """
-    return _ema(list(state), list(new), decay, gain, normalize, eps, joint)
+    counts = None if divisors is None else list(divisors)
+    return _ema(list(state), list(new), decay, gain, normalize, eps, joint, counts)

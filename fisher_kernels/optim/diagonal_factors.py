@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fisher_kernels.layers import Factors, Sums
-from fisher_kernels.ops import ACCUMULATOR, factor_ema_, minmax
+from fisher_kernels.ops import ACCUMULATOR, factor_ema_, minmax, minmax_
 from fisher_kernels.statistics import Site
 
 
@@ -131,14 +131,19 @@ class DiagonalFactors:
         accepted: list[int] = []
         for batch in self._batches(tuple(sums_of)):
             values: list[Tensor] = []
+            divisors: list[float] = []
             for index in batch.indices:
                 site = self.sites[index]
-                new = site.rule.factors(site.module, sums_of[index])
-                values += [v if v.dtype == batch.one.dtype else v.to(batch.one.dtype) for v in new.values()]
+                for vector, divisor in site.rule.means(site.module, sums_of[index]).values():
+                    values.append(vector if vector.dtype == batch.one.dtype else vector.to(batch.one.dtype))
+                    divisors.append(divisor)
                 values.append(batch.one)
-            decay, gain = VARIANTS[batch.variant].coefficients(batch.gamma)
-            normalize = VARIANTS[batch.variant].normalize
-            refused = factor_ema_(batch.averages, values, decay, gain, normalize, batch.eps, batch.joint)
+                divisors.append(1.0)
+            variant = VARIANTS[batch.variant]
+            decay, gain = variant.coefficients(batch.gamma)
+            refused = factor_ema_(
+                batch.averages, values, decay, gain, variant.normalize, batch.eps, batch.joint, divisors
+            )
             count(self.refused, batch.indices, refused)
             if batch.one.device.type == "cpu":
                 accepted += [i for i, no in zip(batch.indices, refused.tolist(), strict=True) if not no]
@@ -190,15 +195,13 @@ class DiagonalFactors:
 
     def _normalize(self, batch: _Batch) -> None:
         """Minmax of all averages of a batch, into the same tensors at every refresh: they are placed but once."""
-        fresh = minmax(batch.vectors, batch.eps, batch.weights)
         if not batch.normal:
-            vectors = iter(fresh)
             for index in batch.indices:
-                factors = {name: next(vectors) for name in self.averages(index) if name != WEIGHT}
                 if index not in self._normal:
-                    self._place(index, factors)
+                    averages = self.averages(index)
+                    self._place(index, {n: torch.empty_like(a) for n, a in averages.items() if n != WEIGHT})
                 batch.normal += self._normal[index].values()
-        torch._foreach_copy_(batch.normal, fresh)
+        minmax_(batch.normal, batch.vectors, batch.eps, batch.weights)
 
     def _place(self, index: int, factors: Factors) -> None:
         self.version += 1
