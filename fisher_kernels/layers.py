@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fisher_kernels.ops import channel_sum_of_squares, column_sum_of_squares, patch_sum_of_squares
+from fisher_kernels.ops import ACCUMULATOR, channel_sum_of_squares, column_sum_of_squares, patch_sum_of_squares
 
 Factors = dict[str, Tensor]
 Means = dict[str, tuple[Tensor, float]]
@@ -272,9 +272,9 @@ class Norm(Rule):
             if isinstance(module, nn.modules.instancenorm._InstanceNorm):
                 grad = _unsqueeze_batch(grad, module._get_no_batch_dim() - 1)
             reduced = (0, *range(2, grad.dim()))
-        wide = torch.promote_types(grad.dtype, torch.float32)
+        wide = ACCUMULATOR[grad.dtype]
         total = grad.sum(reduced, dtype=wide) if reduced else grad.to(wide)
-        return Sums([total.flatten()], [grad.shape[0] if reduced else 1])
+        return Sums([total.flatten() if total.dim() != 1 else total], [grad.shape[0] if reduced else 1])
 
     def shapes(self, module: Any) -> dict[str, int]:
         return {"output_factor": module.weight.numel()}

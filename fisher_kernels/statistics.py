@@ -40,10 +40,6 @@ class Layer:
         """The parameter that keeps the layer's factors in its state and its settings in its group."""
         return next(iter(self.parameters.values()))
 
-    def trained(self) -> list[Parameter]:
-        """Those of its parameters that require a gradient now."""
-        return [p for p in self.parameters.values() if p.requires_grad]
-
     def capture(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> tuple[list[Tensor], list[int]] | None:
@@ -60,7 +56,7 @@ class Layer:
         x = args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
         if not isinstance(x, Tensor) or x.layout != torch.strided:
             return None
-        return self.rule.capture(module, x.detach())
+        return self.rule.capture(module, x.detach() if x.requires_grad else x)
 
 
 @dataclass(eq=False)
@@ -139,7 +135,7 @@ class Statistics:
         number = next(_numbers)
         register(number, self)
         self._hooks: dict[int, list[_ForwardHook]] = {}
-        self._nodes: dict[Parameter, tuple[Any, Any]] = {}
+        self._nodes: dict[Parameter, Any] = {}
         handles = []
         for index, site in enumerate(self.sites):
             for use, layer in enumerate(site.layers):
@@ -262,16 +258,18 @@ class Statistics:
         """Add the sums of one backward of one layer, if that backward also accumulates its gradients."""
         site = self.sites[index]
         layer = site.layers[use]
-        trained = layer.trained()
-        if not any(self._accumulates(p) for p in trained):
+        for p in layer.parameters.values():
+            if p.requires_grad and self._accumulates(p):
+                break
+        else:
             return
         task = torch._C._current_graph_task_id()
         if site.task != task:
-            anchor = site.owner if site.owner.requires_grad else trained[0]
+            anchor = site.owner if site.owner.requires_grad else p
             if anchor.grad is None:
                 site.sums = None
             site.task = task
-        sums = layer.rule.contribute(layer.module, captured, sizes, grad.detach())
+        sums = layer.rule.contribute(layer.module, captured, sizes, grad.detach() if grad.requires_grad else grad)
         if self.grad_scaler is not None and self.grad_scaler.is_enabled():
             scale = self.grad_scaler._get_scale_async()  # on the device, where get_scale() would wait for it
             if scale is not None:  # None before the first scale()
@@ -280,18 +278,26 @@ class Statistics:
 
     def _accumulates(self, parameter: Parameter) -> bool:
         """Whether the backward that is running will add to ``parameter.grad``."""
-        # The node lasts until the parameter is moved. Not kept on a GPU, where it remembers a stream.
-        key = (parameter.dtype, parameter.device)
-        known, node = self._nodes.get(parameter, (None, None))
-        if known != key or parameter.is_cuda:
-            node = get_gradient_edge(parameter).node
-            self._nodes[parameter] = (key, node)
-        try:
-            return torch._C._will_engine_execute_node(node)
-        except RuntimeError:
-            return (
-                False  # autograd.grad with respect to the parameter itself: it returns gradients, it accumulates none
-            )
+        node = self._nodes.get(parameter)
+        if node is not None and _executes(node):
+            return True
+        # Not known yet, or replaced because the parameter was moved. Not kept on a GPU, where it remembers a stream.
+        current = get_gradient_edge(parameter).node
+        if current is node:
+            return False
+        if parameter.is_cpu:
+            self._nodes[parameter] = current
+        return _executes(current)
+
+
+def _executes(node: Any) -> bool:
+    """Whether the backward that is running will execute a node that accumulates a gradient."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except (
+        RuntimeError
+    ):  # autograd.grad with respect to the parameter itself: it returns gradients, it accumulates none
+        return False
 
 
 def _remove(handles: list[Any]) -> None:

@@ -323,7 +323,7 @@ def adafisher_step_(
         TypeError, ValueError: an argument has the wrong dtype, shape, device, length or range; the message names it,
             and nothing is changed.
     """
-    rate = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
+    rate = lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float64)
     return _step(
         list(params), list(grads), list(exp_avgs), list(steps), list(row_factors), list(column_factors),
         lr=rate, beta=beta, damping=damping, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize,

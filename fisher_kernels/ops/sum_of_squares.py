@@ -17,12 +17,12 @@ from fisher_kernels._library import native
 from fisher_kernels.ops._define import ACCUMULATOR, check_floating, define
 
 
-def _check(op: str, x: Tensor, least: int, most: int = 64) -> None:
-    """Check dtype and number of dimensions; 64 is as many as torch allows."""
-    check_floating(op, "x", x.dtype)
-    if not least <= x.dim() <= most:
+def _check(op: str, shape: torch.Size, dtype: torch.dtype, least: int, most: int = 64) -> None:
+    """Check dtype and number of dimensions of x; 64 is as many as torch allows."""
+    check_floating(op, "x", dtype)
+    if not least <= len(shape) <= most:
         wanted = f"at least {least}" if most == 64 else f"{least} to {most}"
-        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected {wanted} dimensions")
+        raise ValueError(f"{op}: x has shape {tuple(shape)}, expected {wanted} dimensions")
 
 
 def _contiguous_or_channels_last(x: Tensor) -> Tensor:
@@ -34,12 +34,12 @@ def _contiguous_or_channels_last(x: Tensor) -> Tensor:
 
 
 def _column_fake(x: Tensor) -> Tensor:
-    _check("column_sum_of_squares", x, 1)
+    _check("column_sum_of_squares", x.shape, x.dtype, 1)
     return x.new_empty((x.shape[-1],), dtype=ACCUMULATOR[x.dtype])
 
 
 def _column_reference(x: Tensor) -> Tensor:
-    _check("column_sum_of_squares", x, 1)
+    _check("column_sum_of_squares", x.shape, x.dtype, 1)
     return _squares(x).reshape(-1, x.shape[-1]).sum(0) if x.numel() else _column_fake(x).zero_()
 
 
@@ -85,12 +85,12 @@ def column_sum_of_squares(x: Tensor) -> Tensor:
 
 
 def _channel_fake(x: Tensor) -> Tensor:
-    _check("channel_sum_of_squares", x, 2)
+    _check("channel_sum_of_squares", x.shape, x.dtype, 2)
     return x.new_empty((x.shape[1],), dtype=ACCUMULATOR[x.dtype])
 
 
 def _channel_reference(x: Tensor) -> Tensor:
-    _check("channel_sum_of_squares", x, 2)
+    _check("channel_sum_of_squares", x.shape, x.dtype, 2)
     return _squares(x).sum((0, *range(2, x.dim())))
 
 
@@ -151,22 +151,34 @@ def _windows(
     return sizes
 
 
-# A layer asks with the same sizes at every step; the checks would cost more than the kernel on a small input.
-_known_windows = functools.lru_cache(maxsize=4096)(_windows)
-
-
 def _patch_fake(
     x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
-    _check("patch_sum_of_squares", x, 3, 5)
+    _check("patch_sum_of_squares", x.shape, x.dtype, 3, 5)
     _windows(x.shape, kernel_size, stride, padding, dilation)
     return x.new_empty((x.shape[1], *kernel_size), dtype=ACCUMULATOR[x.dtype])
+
+
+# A layer asks with the same sizes at every step; the checks would cost more than the kernel on a small input.
+@functools.lru_cache(maxsize=4096)
+def _patch_shape(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> tuple[int, ...]:
+    """Shape of the result, after checking every argument."""
+    _check("patch_sum_of_squares", shape, dtype, 3, 5)
+    _windows(shape, kernel, stride, padding, dilation)
+    return shape[1], *kernel
 
 
 def _patch_reference(
     x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
-    _check("patch_sum_of_squares", x, 3, 5)
+    _check("patch_sum_of_squares", x.shape, x.dtype, 3, 5)
     sizes = _windows(x.shape, kernel_size, stride, padding, dilation)
     last_first = [p for d in reversed(range(len(sizes))) for p in padding[2 * d : 2 * d + 2]]
     squares = torch.nn.functional.pad(_squares(x), last_first)
@@ -183,11 +195,9 @@ def _patch_reference(
 def _patch_cpu(
     x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
-    _check("patch_sum_of_squares", x, 3, 5)
-    _known_windows(tuple(x.shape), tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation))
-    out = x.new_empty((x.shape[1], *kernel_size), dtype=ACCUMULATOR[x.dtype])
-    dense = _contiguous_or_channels_last(x)
-    native().patch_sum_of_squares(dense, out, kernel_size, stride, padding, dilation, torch.get_num_threads())
+    geometry = tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation)
+    out = torch.empty(_patch_shape(x.shape, x.dtype, *geometry), dtype=ACCUMULATOR[x.dtype])
+    native().patch_sum_of_squares(_contiguous_or_channels_last(x), out, *geometry, torch.get_num_threads())
     return out
 
 
@@ -199,15 +209,15 @@ _patch = define(
 )
 
 
-def _per_dimension(value: int | Sequence[int], spatial: int) -> list[int]:
-    return [value] * spatial if isinstance(value, int) else list(value)
+def _per_dimension(value: int | Sequence[int], spatial: int) -> tuple[int, ...]:
+    return (value,) * spatial if isinstance(value, int) else tuple(value)
 
 
-def _padding_pairs(padding: int | Sequence[int] | Sequence[tuple[int, int]], spatial: int) -> list[int]:
+def _padding_pairs(padding: int | Sequence[int] | Sequence[tuple[int, int]], spatial: int) -> tuple[int, ...]:
     """Padding as (before, after) of each spatial dimension, flattened."""
     if isinstance(padding, int):
-        return [padding] * (2 * spatial)
-    return [p for pair in padding for p in ((pair, pair) if isinstance(pair, int) else pair)]
+        return (padding,) * (2 * spatial)
+    return tuple(p for pair in padding for p in ((pair, pair) if isinstance(pair, int) else pair))
 
 
 def patch_sum_of_squares(

@@ -5,7 +5,6 @@ Source: AdaFisher, arXiv 2405.16397 (ICLR 2025), Eq. 3, Eq. 4 and Algorithm 1; t
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -208,17 +207,16 @@ class AdaFisher(LayerwiseOptimizer):
             return loss
         for group in self.param_groups:
             self._check_not_moved(group)
-        if not all(
-            id(group) in self._plans and self._plans[id(group)].has_its_gradients for group in self.param_groups
-        ):
+        gradients = [self._plans[id(g)].gradients() if id(g) in self._plans else None for g in self.param_groups]
+        if None in gradients:
             self._prepare()
         taken = self.statistics.take(grad_scale)
         if taken:
             self._factors.fold(taken)
         else:
             self._warn_if_silent()
-        for group in self.param_groups:
-            self._update(group, grad_scale, found_inf)
+        for group, known in zip(self.param_groups, gradients, strict=True):
+            self._update(group, known, grad_scale, found_inf)
             group["iteration"] += 1
         self._arm()
         return loss
@@ -258,16 +256,24 @@ class AdaFisher(LayerwiseOptimizer):
                     )
                 return
 
-    def _update(self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Step one group: parameters with factors in one call, those of constant curvature in another."""
+    def _update(
+        self, group: dict[str, Any], gradients: _Gradients | None, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """Step one group: parameters with factors in one call, those of constant curvature in another.
+
+        Args:
+            gradients: what the group's plan found, where it still holds.
+        """
         plan = self._plans.get(id(group))
-        if plan is None or plan.version != self._factors.version or not plan.has_its_gradients:
+        if plan is None or plan.version != self._factors.version or gradients is None:
             plan = self._plans[id(group)] = self._plan(group)
-        for batch, damping in ((plan.served, group["damping"]), (plan.constant, 0.0)):
-            if batch.params:
+            gradients = plan.gradients()
+            assert gradients is not None
+        for batch, grads, damping in zip(plan.batches, gradients, (group["damping"], 0.0), strict=True):
+            if grads:
                 skipped = adafisher_step_(
                     batch.params,
-                    [p.grad for p in batch.params if p.grad is not None],
+                    grads,
                     [state["exp_avg"] for state in batch.states],
                     [state["step"] for state in batch.states],
                     batch.row_factors,
@@ -285,13 +291,14 @@ class AdaFisher(LayerwiseOptimizer):
 
     def _plan(self, group: dict[str, Any]) -> _Plan:
         plan = _Plan(self._factors.version)
+        served, constant = plan.batches
         for p in group["params"]:
             if p.grad is None:
                 plan.waiting.append(p)
             elif (place := self._factors.placed.get(p)) is not None:
-                plan.served.add(self._numbers[p], p, self.state[p], place)
+                served.add(self._numbers[p], p, self.state[p], place)
             else:
-                plan.constant.add(self._numbers[p], p, self.state[p], (self._factors.constant(p), None))
+                constant.add(self._numbers[p], p, self.state[p], (self._factors.constant(p), None))
         return plan
 
     # Reports.
@@ -361,6 +368,9 @@ class AdaFisherW(AdaFisher):
     decoupled = True
 
 
+_Gradients = tuple[list[Tensor], list[Tensor]]
+
+
 class _Batch:
     """The lists that one call of the step takes."""
 
@@ -387,14 +397,17 @@ class _Plan:
 
     def __init__(self, version: int) -> None:
         self.version = version
-        self.served, self.constant = _Batch(), _Batch()
+        self.batches = (_Batch(), _Batch())  # with factors, and of constant curvature
         self.waiting: list[Parameter] = []
 
-    @property
-    def has_its_gradients(self) -> bool:
-        """Whether exactly the parameters of the two batches have gradients."""
-        params = itertools.chain(self.served.params, self.constant.params)
-        return all(p.grad is not None for p in params) and all(p.grad is None for p in self.waiting)
+    def gradients(self) -> _Gradients | None:
+        """The gradients of the two batches; None unless exactly their parameters have one."""
+        if any(p.grad is not None for p in self.waiting):
+            return None
+        served, constant = ([p.grad for p in batch.params] for batch in self.batches)
+        if any(g is None for g in served) or any(g is None for g in constant):
+            return None
+        return served, constant  # type: ignore[return-value]
 
 
 def _totals(counters: Mapping[tuple[int, ...], Tensor]) -> dict[int, int]:

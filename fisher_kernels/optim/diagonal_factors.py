@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -92,8 +93,9 @@ class DiagonalFactors:
         self._orientations: dict[Parameter, list[int]] = defaultdict(list)
         for index, site in enumerate(sites):
             self._orientations[site.owner].append(index)
+        self._tied = {owner: indices for owner, indices in self._orientations.items() if len(indices) > 1}
         self._known = {index for index in range(len(sites)) if self._has_statistics(index)}
-        self._form(sorted(self._known))
+        self._form(self._batches(tuple(sorted(self._known))))
 
     def _has_statistics(self, index: int) -> bool:
         weight = self.state.get(self.sites[index].owner, {}).get(self._prefix(index) + WEIGHT)
@@ -128,8 +130,9 @@ class DiagonalFactors:
     def fold(self, taken: Sequence[tuple[int, Sums]]) -> None:
         """Average new statistics in, one call for all sites that share coefficients, and form the curvature."""
         sums_of = dict(taken)
-        accepted: list[int] = []
-        for batch in self._batches(tuple(sums_of)):
+        batches = self._batches(tuple(sums_of))
+        refused: set[int] = set()
+        for batch in batches:
             values: list[Tensor] = []
             divisors: list[float] = []
             for index in batch.indices:
@@ -141,16 +144,19 @@ class DiagonalFactors:
                 divisors.append(1.0)
             variant = VARIANTS[batch.variant]
             decay, gain = variant.coefficients(batch.gamma)
-            refused = factor_ema_(
+            flags = factor_ema_(
                 batch.averages, values, decay, gain, variant.normalize, batch.eps, batch.joint, divisors
             )
-            count(self.refused, batch.indices, refused)
-            if batch.one.device.type == "cpu":
-                accepted += [i for i, no in zip(batch.indices, refused.tolist(), strict=True) if not no]
-            else:  # nobody waits to learn what was refused; minmax makes ones of an average whose weight is 0
-                accepted += batch.indices
-        self._known.update(accepted)
-        self._form(accepted)
+            # On other devices nobody waits to learn what was refused: minmax makes ones of an average of weight 0.
+            if not flags.is_cpu or any(flags.tolist()):
+                count(self.refused, batch.indices, flags)
+                if flags.is_cpu:
+                    refused.update(itertools.compress(batch.indices, flags.tolist()))
+        if refused:
+            batches = self._batches(tuple(index for index in sums_of if index not in refused))
+        for batch in batches:
+            self._known.update(batch.indices)
+        self._form(batches)
 
     def _batches(self, indices: tuple[int, ...]) -> list[_Batch]:
         """Sites that share settings, with the lists that the calls on all of them take; kept while settings last."""
@@ -173,9 +179,9 @@ class DiagonalFactors:
             self._plans[indices, settings] = list(batches.values())
         return self._plans[indices, settings]
 
-    def _form(self, indices: Sequence[int]) -> None:
+    def _form(self, batches: Sequence[_Batch]) -> None:
         """The row and column factors of the parameters of some sites."""
-        for batch in self._batches(tuple(indices)):
+        for batch in batches:
             if batch.variant == "paper":
                 self._normalize(batch)
             else:
@@ -185,8 +191,9 @@ class DiagonalFactors:
                         self._place(index, _relative(self.sites[index], {name: f / weight for name, f in factors}))
                     elif index not in self._normal:  # later refreshes change these averages where they are
                         self._place(index, dict(factors))
-        for owner in {self.sites[index].owner for index in indices}:
-            if len(self._orientations[owner]) > 1:
+        formed = {index for batch in batches for index in batch.indices} if self._tied else set()
+        for owner, orientations in self._tied.items():
+            if not formed.isdisjoint(orientations):
                 self.placed[owner] = self._tie(owner)
                 self.version += 1
         if self._central:
