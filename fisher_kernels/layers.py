@@ -159,13 +159,12 @@ class Conv(Rule):
     def capture(self, module: Any, x: Tensor) -> tuple[list[Tensor], list[int]]:
         spatial = len(module.kernel_size)
         x = _unsqueeze_batch(x, spatial)
-        padding: Sequence[tuple[int, int]]
         # torch keeps (before, after) of each dimension for every kind of padding, "same" included, last one first.
         flat = module._reversed_padding_repeated_twice
+        padding: Any = 0
         if module.padding_mode != "zeros":
             x = nn.functional.pad(x, flat, mode=module.padding_mode)
-            padding = [(0, 0)] * spatial
-        else:
+        elif any(flat):
             padding = [(flat[2 * d], flat[2 * d + 1]) for d in reversed(range(spatial))]
         return [patch_sum_of_squares(x, module.kernel_size, module.stride, padding, module.dilation).flatten()], []
 
