@@ -61,6 +61,7 @@ def test_patch_sum_of_squares(run_case: RunCase, kernel: int, stride: int) -> No
             gates={"unfold of the sum": 12.0, "addcmul_ and slices": 2.5, "unfold of x": 150.0},
             bytes_moved=x.nbytes,
             limit=lambda: stream_read(x),
+            at_limit=0.8,
             before=lambda: stream_read(x),
         )
     )

@@ -12,7 +12,7 @@ namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
 
 namespace {
 
-constexpr int64_t kTileBytes = 2048;    // of a row, so that a tile's accumulators stay in the first-level cache
+constexpr int64_t kTileBytes = 8192;    // of a row, so that a tile's accumulators stay in the first-level cache
 constexpr int64_t kMinTile = 256;       // columns below which reading rows in pieces costs more than it brings
 constexpr int64_t kRun = 64;            // rows summed before float64 takes over
 constexpr int64_t kMinBlockRows = 256;  // rows beside which the partial sums of a block are cheap
@@ -36,16 +36,16 @@ struct Matrix {
   }
 };
 
-/// sums[j] += the squares of column j in kRows rows. Meanwhile the rows at `next` are fetched into the second-level
-/// cache: a jump from row to row is more than the hardware foresees.
+/// sums[j] += the squares of column j in kRows rows. Meanwhile the rows `ahead` elements farther are fetched into the
+/// second-level cache: a jump from row to row is more than the hardware foresees.
 template <int kRows, bool kPrefetch, class T>
-inline void add_squares(const T* __restrict x, const T* next, int64_t stride, int64_t columns,
+inline void add_squares(const T* __restrict x, int64_t ahead, int64_t stride, int64_t columns,
                         Accumulator<T>* __restrict sums) {
   int64_t j = 0;
   for (; j + kLanes<T> <= columns; j += kLanes<T>) {
     Vector<T> sum = load(sums + j);
     for (int r = 0; r < kRows; ++r) {
-      if constexpr (kPrefetch) __builtin_prefetch(next + r * stride + j, 0, 2);
+      if constexpr (kPrefetch) __builtin_prefetch(x + r * stride + (j + ahead), 0, 2);
       const Vector<T> value = load(x + r * stride + j);
       sum += value * value;
     }
@@ -65,13 +65,12 @@ void sum_run(const Matrix<T>& tile, int64_t first, int64_t end, Accumulator<T>* 
   for (int64_t j = 0; j < tile.columns; ++j) sums[j] = 0;
   int64_t r = first;
   for (; r + 8 <= end; r += 8) {
-    const T* const x = tile.x + r * tile.stride;
-    const T* const tile_beside = tile.x + tile.columns;
-    const T* const next = r + 8 < tile.rows ? x + 8 * tile.stride : tile_beside;
-    add_squares<8, kPrefetch>(x, next, tile.stride, tile.columns, sums);
+    const int64_t tile_beside = tile.columns - r * tile.stride;
+    const int64_t ahead = r + 8 < tile.rows ? 8 * tile.stride : tile_beside;
+    add_squares<8, kPrefetch>(tile.x + r * tile.stride, ahead, tile.stride, tile.columns, sums);
   }
-  for (; r + 2 <= end; r += 2) add_squares<2, false>(tile.x + r * tile.stride, tile.x, tile.stride, tile.columns, sums);
-  for (; r < end; ++r) add_squares<1, false>(tile.x + r * tile.stride, tile.x, tile.stride, tile.columns, sums);
+  for (; r + 2 <= end; r += 2) add_squares<2, false>(tile.x + r * tile.stride, 0, tile.stride, tile.columns, sums);
+  for (; r < end; ++r) add_squares<1, false>(tile.x + r * tile.stride, 0, tile.stride, tile.columns, sums);
 }
 
 /// out[j] = sum of the squares of column j of a tile.
