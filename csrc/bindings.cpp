@@ -35,9 +35,11 @@ PYBIND11_MODULE(_native, module) {
       "out[c, k] = sum over samples and output positions of the square of the zero-padded input that kernel offset k "
       "reads, for x [N, C, *S] with one to three spatial dimensions, each sample contiguous or channels last, and "
       "out [C, *kernel_size]. padding holds (before, after) for each dimension.");
-  module.def("minmax", &fk::minmax, "x"_a, "outs"_a, "weights"_a, "eps"_a,
-             "outs[i] = minmax(x[i] / weights[i]), minmax(v) = (v - min v) / (max v - min v + eps). weights: None for "
-             "ones, or one-element tensors; where one is 0, outs[i] is ones.");
+  constexpr const char* kMinMax =
+      "out[i] = minmax(x[i] / weights[i]), minmax(v) = (v - min v) / (max v - min v + eps). weights: None for ones, or "
+      "one-element tensors; where one is 0, out[i] is ones. The two names differ in what errors call them.";
+  module.def("minmax", &fk::minmax, "out"_a, "x"_a, "weights"_a, "eps"_a, kMinMax);
+  module.def("minmax_", &fk::minmax_, "out"_a, "x"_a, "weights"_a, "eps"_a, kMinMax);
   module.def("factor_ema_", &fk::factor_ema_, "state"_a, "new"_a, "divisors"_a, "rejected"_a, "decay"_a, "gain"_a,
              "normalize"_a, "eps"_a, "joint"_a,
              "state[i] <- decay * state[i] + gain * (minmax(v) if normalize else v), v = new[i] / divisors[i], followed "

@@ -233,6 +233,12 @@ def _minmax_tolerance(inputs: Inputs, expected: list[Tensor], u: float) -> list[
     return [_minmax_error(v, u) for v in inputs["x"]]
 
 
+def _minmax_into(inputs: Inputs) -> list[Tensor]:
+    out = [torch.full_like(v, torch.nan) for v in inputs["x"]]
+    ops.minmax_(out, inputs["x"], 1e-6, inputs["weights"])
+    return out
+
+
 def _ema_inputs(source: Source) -> Inputs:
     sizes = (3, 37, 1000, 5, 8, 8)
     state = [source.uniform(n) for n in sizes]
@@ -360,7 +366,16 @@ CASES: Sequence[Case] = (
         lambda inputs: ops.minmax(inputs["x"], 1e-6, inputs["weights"]),
         _minmax_tolerance,
     ),
+    Case(
+        "minmax_",
+        "weights",
+        _FACTOR_DTYPES,
+        lambda source: _weights(source, _minmax_inputs(source)),
+        _minmax_into,
+        _minmax_tolerance,
+    ),
     _ema_case("raw", 0.8, 0.2),
+    _ema_case("sums and counts", 0.8, 0.2, divisors=(7.0, 3.0, 64.0, 5.0, 1.0, 9.0)),
     _ema_case("normalised", 0.08, 0.008, normalize=True, eps=1e-6),
     _ema_case("in pairs", 0.8, 0.2, joint=2),
     _step_case("plain"),

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from fisher_kernels import use_backend
-from fisher_kernels.ops import factor_ema_, minmax
+from fisher_kernels.ops import factor_ema_, minmax, minmax_
 from tests.cases import random, unaligned
 from tests.cases.factor_ema import LENGTHS, vectors
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
@@ -155,6 +156,20 @@ def test_minmax_of_a_spread_that_overflows_is_nan(implementation: str) -> None:
     assert_within(actual[1], torch.tensor([0.0, 1.0] * 40, dtype=torch.float64), 1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_minmax_into_vectors_that_are_there(implementation: str, dtype: torch.dtype) -> None:
+    """To the bit what minmax gives, whatever was there."""
+    x = [*vectors(dtype), torch.full((5,), math.inf, dtype=dtype), torch.ones(7, dtype=dtype)]
+    weights = [torch.tensor([0.5 * (i % 3)], dtype=dtype) for i in range(len(x))]
+    for given in (None, weights):
+        out = [unaligned(torch.full_like(v, math.nan)) for v in x]
+        around = [surroundings(v) for v in out]
+        minmax_(out, x, 1e-3, given)
+        for got, want, beside in zip(out, minmax(x, 1e-3, given), around, strict=True):
+            assert_same_bits(got, want)
+            assert_same_bits(surroundings(got), beside, "the memory around the result")
+
+
 # factor_ema_.
 
 
@@ -193,6 +208,43 @@ def test_ema_of_whole_numbers_is_exact(implementation: str, dtype: torch.dtype) 
         factor_ema_(state, new, 0.5, 0.25)
         expected = 0.5 * torch.arange(length, dtype=torch.float64) + 0.25 * (torch.arange(length) % 7).double()
         assert_within(state[0], expected, 0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_ema_of_sums_and_counts(implementation: str, dtype: torch.dtype, normalize: bool) -> None:
+    """To the bit the average of the means, a vector that is an entry short being completed by a 1."""
+    state, sums = vectors(dtype), vectors(dtype, 50)
+    divisors = [float(3 + i) for i in range(len(sums))]
+    short = [i for i, v in enumerate(sums) if v.numel() > 0][::2]
+    means = [v / d for v, d in zip(sums, divisors, strict=True)]
+    for i in short:
+        sums[i] = sums[i][:-1].clone()
+        means[i][-1] = 1
+    expected = copy.deepcopy(state)
+    factor_ema_(expected, means, 0.8, 0.2, normalize, 1e-3)
+    given = copy.deepcopy(sums)
+    rejected = factor_ema_(state, sums, 0.8, 0.2, normalize, 1e-3, divisors=divisors)
+    assert_same_bits(rejected, torch.zeros(len(state), dtype=torch.int64))
+    for i, (got, want) in enumerate(zip(state, expected, strict=True)):
+        assert_same_bits(got, want, f"vector {i}")
+        assert_same_bits(sums[i], given[i], "new")
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_ema_completes_a_vector_of_nothing(implementation: str, normalize: bool) -> None:
+    state = [torch.zeros(1)]
+    factor_ema_(state, [torch.zeros(0)], 0.5, 0.5, normalize, divisors=[4.0])
+    assert state[0].tolist() == [0.5]
+
+
+@pytest.mark.parametrize("divisor", [0.0, 1e-300])
+def test_ema_refuses_the_mean_of_nothing(implementation: str, divisor: float) -> None:
+    """0 / 0 is NaN, and 1e-300 is 0 in float32."""
+    state = [torch.ones(3), torch.ones(2)]
+    rejected = factor_ema_(state, [torch.zeros(3), torch.ones(2)], 0.5, 0.5, divisors=[divisor, 1.0])
+    assert rejected.tolist() == [1, 0]
+    assert_same_bits(state[0], torch.ones(3))
 
 
 def test_ema_of_nothing(implementation: str) -> None:
@@ -266,7 +318,12 @@ def ema_call() -> Call:
         "normalize": False,
         "eps": 1e-6,
         "joint": 1,
+        "divisors": [1.0, 2.0],
     }
+
+
+def into_call() -> Call:
+    return {**minmax_call(), "out": [torch.ones(3), torch.ones(4)]}
 
 
 def entry(name: str, value: Callable[[], Tensor]) -> Callable[[Call], None]:
@@ -338,6 +395,17 @@ BAD_EMA: dict[str, tuple[Callable[[Call], None], type[Exception], str]] = {
         rf"new\[1\] has dtype {FLOAT64}, expected {FLOAT32}",
     ),
     "new shape": (entry("new", lambda: torch.ones(5)), ValueError, r"new\[1\] has shape \(5,\), expected \(4,\)"),
+    "new too short": (entry("new", lambda: torch.ones(2)), ValueError, r"new\[1\] has shape \(2,\), expected \(4,\)"),
+    "new 0-d": (entry("new", lambda: torch.ones(())), ValueError, r"new\[1\] has shape \(\).*expected"),
+    "divisors length": (argument("divisors", [1.0]), ValueError, r"divisors has 1 \w+, expected 2"),
+    **{
+        f"divisor {value}": (
+            argument("divisors", [1.0, value]),
+            ValueError,
+            rf"divisors\[1\] is {value}(0*)?, expected",
+        )
+        for value in (-0.5, math.inf, math.nan)
+    },
     "new strides": (entry("new", lambda: torch.ones(8)[::2]), ValueError, r"new\[1\].*strides \(2,\)"),
     "new device": (
         entry("new", lambda: torch.ones(4, device="meta")),
@@ -354,16 +422,37 @@ BAD_EMA: dict[str, tuple[Callable[[Call], None], type[Exception], str]] = {
     },
 }
 
-BAD = [("minmax", name) for name in BAD_MINMAX] + [("factor_ema_", name) for name in BAD_EMA]
+BAD_INTO: dict[str, tuple[Callable[[Call], None], type[Exception], str]] = {
+    "out length": (lambda call: call["out"].pop(), ValueError, r"out has 1 \w+, expected 2"),
+    "out shape": (
+        entry("out", lambda: torch.ones(3)),
+        ValueError,
+        r"out\[1\] has shape \(3,\), expected \(4,\)",
+    ),
+    "out dtype": (
+        entry("out", lambda: torch.ones(4, dtype=torch.float64)),
+        TypeError,
+        rf"out\[1\] has dtype {FLOAT64}, expected {FLOAT32}",
+    ),
+    "out strides": (entry("out", lambda: torch.ones(8)[::2]), ValueError, r"out\[1\].*strides \(2,\)"),
+}
+
+OPS: dict[str, tuple[Callable[..., Any], Callable[[], Call], dict[str, tuple[Any, type[Exception], str]]]] = {
+    "minmax": (minmax, minmax_call, BAD_MINMAX),
+    "minmax_": (minmax_, into_call, BAD_INTO),
+    "factor_ema_": (factor_ema_, ema_call, BAD_EMA),
+}
+BAD = [(op, name) for op, (_, _, bad) in OPS.items() for name in bad]
 
 
 def run(op: str, call: Call) -> Any:
-    return minmax(**call) if op == "minmax" else factor_ema_(**call)
+    return OPS[op][0](**call)
 
 
 def bad_call(op: str, name: str) -> tuple[Call, type[Exception], str]:
-    spoil, error, message = BAD_MINMAX[name] if op == "minmax" else BAD_EMA[name]
-    call = minmax_call() if op == "minmax" else ema_call()
+    _, make_call, bad = OPS[op]
+    spoil, error, message = bad[name]
+    call = make_call()
     run(op, copy.deepcopy(call))  # good before it is spoiled
     spoil(call)
     return call, error, f"^{op}: {message}"
@@ -375,7 +464,7 @@ def test_bad_arguments(backend: str, op: str, name: str) -> None:
     before = copy.deepcopy(call)
     with pytest.raises(error, match=message):
         run(op, call)
-    for key in ("x", "weights", "state", "new"):
+    for key in ("x", "weights", "out", "state", "new"):
         for now, then in zip(call.get(key, []), before.get(key, []), strict=True):
             if now.device.type != "meta":
                 assert_same_bits(now, then, key)
@@ -386,4 +475,4 @@ def test_bad_arguments_without_data(op: str, name: str) -> None:
     """Compilers learn of the same faults from the fakes."""
     call, error, message = bad_call(op, name)
     with FakeTensorMode() as mode, pytest.raises(error, match=message):
-        run(op, {k: [mode.from_tensor(x) for x in v] if isinstance(v, list) else v for k, v in call.items()})
+        run(op, pytree.tree_map_only(Tensor, mode.from_tensor, call))

@@ -10,14 +10,16 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fisher_kernels
 from fisher_kernels import _library, backends, ops, tap, use_backend
@@ -54,9 +56,17 @@ SAMPLES: dict[str, tuple[Callable[[], Arguments], ...]] = {
         lambda: ((vectors(torch.float64)[:3], 1e-6, [torch.tensor(0.5, dtype=torch.float64)] * 3), {}),
         lambda: (([], 0.0, []), {}),
     ),
+    "minmax_": (
+        lambda: (([torch.zeros_like(v) for v in vectors(torch.float32)], vectors(torch.float32), 1e-6), {}),
+        lambda: (([torch.zeros(5)], [torch.arange(5.0)], 1e-6, [torch.tensor(0.5)]), {}),
+    ),
     "factor_ema_": (
         lambda: ((vectors(torch.float32), vectors(torch.float32, 9), 0.8, 0.2), {}),
         lambda: ((vectors(torch.float64)[:4], vectors(torch.float64, 9)[:4], 0.8, 0.2, True, 1e-3, 2), {}),
+        lambda: (
+            ([torch.ones(4), torch.ones(3)], [torch.ones(3), torch.ones(3)], 0.8, 0.2, False, 1e-6, 1, [2.0, 4.0]),
+            {},
+        ),
     ),
     "adafisher_step_": (
         lambda: step_arguments(),
@@ -72,7 +82,12 @@ SAMPLES: dict[str, tuple[Callable[[], Arguments], ...]] = {
     ),
 }
 CALLS = [pytest.param(name, sample, id=f"{name}-{i}") for name in SAMPLES for i, sample in enumerate(SAMPLES[name])]
-MUTATES = {"factor_ema_": {"state"}, "adafisher_step_": {"params", "exp_avgs", "steps"}, "commit_": {"token"}}
+MUTATES = {
+    "minmax_": {"out"},
+    "factor_ema_": {"state"},
+    "adafisher_step_": {"params", "exp_avgs", "steps"},
+    "commit_": {"token"},
+}
 
 
 def op(name: str) -> Any:
@@ -129,6 +144,13 @@ def public(name: str) -> Callable[..., Any]:
             return ops.factor_ema_(state, [2 * n for n in new], *rest) + 1
 
         return ema
+    if name == "minmax_":
+
+        def into(out: list[Tensor], x: list[Tensor], *rest: Any) -> list[Tensor]:
+            ops.minmax_(out, [2 * v for v in x], *rest)
+            return [v + 1 for v in out]
+
+        return into
     if name == "adafisher_step_":
 
         def adafisher(params: list[Tensor], grads: list[Tensor], *rest: Any, **options: Any) -> Tensor:
@@ -140,7 +162,7 @@ def public(name: str) -> Callable[..., Any]:
     return lambda x, *rest: getattr(ops, name)(2 * x, *rest) + 1
 
 
-COMPILED = ("column_sum_of_squares", "channel_sum_of_squares", "minmax", "factor_ema_", "adafisher_step_")
+COMPILED = ("column_sum_of_squares", "channel_sum_of_squares", "minmax", "minmax_", "factor_ema_", "adafisher_step_")
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -204,7 +226,7 @@ def test_arguments_that_require_a_gradient_are_stepped_under_no_grad(backend: st
         assert_same_bits(param, expected)
 
 
-@pytest.mark.parametrize("name", ["factor_ema_", "adafisher_step_"])
+@pytest.mark.parametrize("name", ["minmax_", "factor_ema_", "adafisher_step_"])
 def test_autograd_knows_what_was_changed(backend: str, name: str) -> None:
     """A backward pass that needs the old parameters must fail rather than take the new ones."""
     args, kwargs = SAMPLES[name][0]()
@@ -214,6 +236,89 @@ def test_autograd_knows_what_was_changed(backend: str, name: str) -> None:
     for product in products:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             product.backward()
+
+
+# The way around the dispatcher.
+
+
+class Seen(TorchDispatchMode):
+    """The ops that the dispatcher is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(Tensor):
+    """A tensor that tells which ops it was given to."""
+
+    seen: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen.append(func.name())
+        with no_dispatch():
+            return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the ops that are called through the dispatcher from here on."""
+    names: list[str] = []
+    call = torch._ops.OpOverload.__call__
+
+    def counted(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        names.append(self.name())
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch._ops.OpOverload, "__call__", counted)
+    return names
+
+
+def test_plain_calls_go_around_the_dispatcher(backend: str, dispatched: list[str]) -> None:
+    x, leaf = torch.arange(4.0).view(2, 2), torch.nn.Parameter(torch.ones(2, 2))
+    ops.column_sum_of_squares(x)
+    ops.minmax([x[0], x[1]], 1e-6, [x[0, :1], x[1, :1]])
+    args, kwargs = step_arguments(grad_scale=torch.tensor(2.0))
+    ops.adafisher_step_(*args, **kwargs)
+    with torch.inference_mode():
+        ops.column_sum_of_squares(x)
+    with torch.no_grad():
+        ops.column_sum_of_squares(leaf)
+        ops.minmax([leaf[0], leaf[1]])
+    assert dispatched == []
+
+
+def test_calls_that_the_dispatcher_has_work_for_go_through_it(backend: str, dispatched: list[str]) -> None:
+    name = "fisher_kernels::column_sum_of_squares"
+    x, leaf = torch.arange(4.0).view(2, 2), torch.nn.Parameter(torch.ones(2, 2))
+
+    def through(op: str, call: Callable[[], Any]) -> bool:
+        dispatched.clear()
+        call()
+        return f"fisher_kernels::{op}" in dispatched
+
+    assert through("column_sum_of_squares", lambda: ops.column_sum_of_squares(leaf))
+    assert through("minmax", lambda: ops.minmax([x[0], leaf[0]]))
+    assert through("minmax", lambda: ops.minmax([x[0]], 1e-6, [leaf[0, :1]]))
+    args, kwargs = step_arguments()
+    rate = torch.tensor(0.01, requires_grad=True)
+    assert through("adafisher_step_", lambda: ops.adafisher_step_(*args, **{**kwargs, "lr": rate}))
+    assert through("column_sum_of_squares", lambda: ops.column_sum_of_squares(x.as_subclass(Subclass)))
+    assert name in Subclass.seen
+    with Seen() as seen:
+        ops.column_sum_of_squares(x)
+    assert name in seen.names
+    with torch.profiler.profile() as profile:
+        ops.column_sum_of_squares(x)
+    assert name in {event.name for event in profile.events()}
+    with FakeTensorMode() as mode:
+        assert isinstance(ops.column_sum_of_squares(mode.from_tensor(x)), FakeTensor)
+    assert through("column_sum_of_squares", lambda: torch.func.functionalize(ops.column_sum_of_squares)(x))
 
 
 # The choice of backend.

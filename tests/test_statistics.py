@@ -428,6 +428,15 @@ class TestPrecision:
         reference.step()
         assert_same(snapshot(optimizer), snapshot(reference))
 
+    def test_model_that_was_elsewhere_between_two_steps_goes_on(self):
+        """Moving a parameter gives it another node in the graph; a remembered one would never run again."""
+        model, moved = mlp(), mlp()
+        optimizer, other = AdaFisher(model), AdaFisher(moved)
+        train(model, optimizer, 2)
+        train(moved, other, 2)
+        moved.double().float()
+        assert_same(train(moved, other, 2), train(model, optimizer, 2))
+
     def test_model_moved_in_mid_training_is_refused_clearly(self):
         model = mlp()
         optimizer = AdaFisher(model)

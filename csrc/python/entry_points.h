@@ -15,7 +15,8 @@ void channel_sum_of_squares(py::handle x, py::handle out, int threads);
 void patch_sum_of_squares(py::handle x, py::handle out, const std::vector<int64_t>& kernel_size,
                           const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                           const std::vector<int64_t>& dilation, int threads);
-void minmax(py::handle x, py::handle outs, py::handle weights, double eps);
+void minmax(py::handle out, py::handle x, py::handle weights, double eps);
+void minmax_(py::handle out, py::handle x, py::handle weights, double eps);
 void factor_ema_(py::handle states, py::handle next, py::handle divisors, py::handle rejected, double decay,
                  double gain, bool normalize, double eps, int64_t joint);
 void adafisher_step_(py::handle params, py::handle grads, py::handle exp_avgs, py::handle steps, py::handle row_factors,

@@ -53,29 +53,32 @@ double read_coefficient(py::handle object, const Argument& argument) {
   return value;
 }
 
-}  // namespace
-
-void minmax(py::handle x, py::handle outs, py::handle weights, double eps) {
-  constexpr const char* kFunction = "minmax";
-  const Argument outs_argument{kFunction, "outs"}, weights_argument{kFunction, "weights"};
-  const List x_list(x, {kFunction, "x"}), outs_list(outs, outs_argument);
+void minmax(const char* function, py::handle out, py::handle x, py::handle weights, double eps) {
+  const Argument out_argument{function, "out"}, weights_argument{function, "weights"};
+  const List x_list(x, {function, "x"}), out_list(out, out_argument);
   const bool weighted = !weights.is_none();
   const List weights_list = weighted ? List(weights, weights_argument) : x_list;
-  outs_list.check_size(x_list.size(), outs_argument, "the length of x");
+  out_list.check_size(x_list.size(), out_argument, "the length of x");
   weights_list.check_size(x_list.size(), weights_argument, "the length of x");
-  check_coefficient(eps, {kFunction, "eps"});
+  check_coefficient(eps, {function, "eps"});
 
   std::vector<MinMaxVector> vectors(x_list.size());
   for (py::ssize_t i = 0; i < x_list.size(); ++i) {
-    const TensorView vector = read_state_vector(x_list[i], {kFunction, "x", i});
-    const TensorView out = read_state_vector_like(vector, outs_list[i], {kFunction, "outs", i});
-    const double weight = weighted ? read_scalar(weights_list[i], {kFunction, "weights", i}, vector.dtype) : 1.0;
-    vectors[i] = {vector.data, out.data, weight, vector.sizes[0], vector.dtype};
+    const TensorView vector = read_state_vector(x_list[i], {function, "x", i});
+    const TensorView result = read_state_vector_like(vector, out_list[i], {function, "out", i});
+    const double weight = weighted ? read_scalar(weights_list[i], {function, "weights", i}, vector.dtype) : 1.0;
+    vectors[i] = {vector.data, result.data, weight, vector.sizes[0], vector.dtype};
   }
 
   const py::gil_scoped_release release;
   run(MinMax{vectors.data(), x_list.size(), eps}, {FISHER_KERNELS_VARIANTS(minmax)});
 }
+
+}  // namespace
+
+void minmax(py::handle out, py::handle x, py::handle weights, double eps) { minmax("minmax", out, x, weights, eps); }
+
+void minmax_(py::handle out, py::handle x, py::handle weights, double eps) { minmax("minmax_", out, x, weights, eps); }
 
 void factor_ema_(py::handle states, py::handle next, py::handle divisors, py::handle rejected, double decay,
                  double gain, bool normalize, double eps, int64_t joint) {

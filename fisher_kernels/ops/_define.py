@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ def _device_type(argument: Any) -> str:
 
 
 _PLAIN = frozenset({Tensor, Parameter, type(None)})
+_requires_grad = operator.attrgetter("requires_grad")
 
 
 def _is_eager() -> bool:
@@ -52,7 +54,7 @@ def _is_plain(argument: Any) -> bool:
     if isinstance(argument, list):
         if not _PLAIN.issuperset(map(type, argument)):
             return False
-        return not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in argument))
+        return not (torch.is_grad_enabled() and any(map(_requires_grad, [x for x in argument if x is not None])))
     if argument is None:
         return True
     return type(argument) in _PLAIN and not (argument.requires_grad and torch.is_grad_enabled())

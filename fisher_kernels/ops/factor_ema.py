@@ -50,8 +50,7 @@ def _check_same(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> 
 # minmax
 
 
-def _check_minmax(x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None) -> None:
-    op = "minmax"
+def _check_minmax(op: str, x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None) -> None:
     if not 0 <= eps < math.inf:
         raise ValueError(f"{op}: eps is {eps}, expected a finite number of at least 0")
     _check_vectors(op, "x", x)
@@ -77,12 +76,12 @@ def _minmax(x: Tensor, eps: float) -> Tensor:
 
 
 def _minmax_fake(x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None = None) -> list[Tensor]:
-    _check_minmax(x, eps, weights)
+    _check_minmax("minmax", x, eps, weights)
     return [torch.empty_like(v) for v in x]
 
 
 def _minmax_reference(x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None = None) -> list[Tensor]:
-    _check_minmax(x, eps, weights)
+    _check_minmax("minmax", x, eps, weights)
     if weights is None:
         return [_minmax(v, eps) for v in x]
     return [
@@ -93,7 +92,7 @@ def _minmax_reference(x: Sequence[Tensor], eps: float, weights: Sequence[Tensor]
 
 def _minmax_cpu(x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None = None) -> list[Tensor]:
     outs = [torch.empty_like(v) for v in x]
-    native().minmax(x, outs, weights, eps)
+    native().minmax(outs, x, weights, eps)
     return outs
 
 
@@ -131,7 +130,7 @@ def minmax(x: Sequence[Tensor], eps: float = 1e-6, weights: Sequence[Tensor] | N
 
 
 def _into_fake(out: Sequence[Tensor], x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None = None) -> None:
-    _check_minmax(x, eps, weights)
+    _check_minmax("minmax_", x, eps, weights)
     _check_vectors("minmax_", "out", out)
     _check_like("minmax_", "out", out, "x", x)
 
@@ -145,7 +144,7 @@ def _into_reference(
 
 
 def _into_cpu(out: Sequence[Tensor], x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None = None) -> None:
-    native().minmax(x, out, weights, eps)
+    native().minmax_(out, x, weights, eps)
     increment_version(out)
 
 
