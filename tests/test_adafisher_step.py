@@ -432,6 +432,7 @@ SHARED = (
     Parameter((0,)),
     Parameter((64, 3, 200), (64,), (4, 600)),
     Parameter((1024, 33)),
+    Parameter((97, 256), (97,), (256,)),
 )
 
 

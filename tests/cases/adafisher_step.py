@@ -68,6 +68,14 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter((300, 13), (300,), (60, 13)),
     Parameter((120, 7), None, (4, 7)),
     Parameter((90, 16), (90,), (16,)),
+    # Rows that fill whole registers, and are long enough to be worked on without a buffer.
+    Parameter((9, 64), (9,), (64,)),
+    Parameter((6, 5, 16), (6,), (3, 80)),
+    Parameter((7, 1, 128), (7,), (7, 128)),
+    Parameter((5, 384), (5,)),
+    Parameter((4, 320), None, (2, 320)),
+    Parameter((2, 4096), (2,), (4096,)),
+    Parameter((2048,), (2048,), (1,)),
 )
 
 OPTIONS: dict[str, Any] = {
