@@ -294,10 +294,8 @@ def _executes(node: Any) -> bool:
     """Whether the backward that is running will execute a node that accumulates a gradient."""
     try:
         return torch._C._will_engine_execute_node(node)
-    except (
-        RuntimeError
-    ):  # autograd.grad with respect to the parameter itself: it returns gradients, it accumulates none
-        return False
+    except RuntimeError:
+        return False  # autograd.grad with respect to the parameter itself: it returns gradients, it accumulates none
 
 
 def _remove(handles: list[Any]) -> None:

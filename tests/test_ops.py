@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -319,6 +320,10 @@ def test_calls_that_the_dispatcher_has_work_for_go_through_it(backend: str, disp
     with FakeTensorMode() as mode:
         assert isinstance(ops.column_sum_of_squares(mode.from_tensor(x)), FakeTensor)
     assert through("column_sum_of_squares", lambda: torch.func.functionalize(ops.column_sum_of_squares)(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(ops.column_sum_of_squares, x)
+    assert_same_bits(traced(2 * x), ops.column_sum_of_squares(2 * x))
 
 
 # The choice of backend.

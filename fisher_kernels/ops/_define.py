@@ -39,12 +39,13 @@ _requires_grad = operator.attrgetter("requires_grad")
 
 
 def _is_eager() -> bool:
-    """Whether no compiler, mode, function transform or profiler is watching."""
+    """Whether no compiler, tracer, mode, function transform or profiler is watching."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
     )
 

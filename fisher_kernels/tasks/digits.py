@@ -25,6 +25,8 @@ HYPERPARAMETERS = {
     "adafisherw": {"lr": 3e-3, "weight_decay": 1e-2},
     "adafisher:relative": {"lr": 0.3, "weight_decay": 5e-4},
     "adafisher:release": {"lr": 1e-3, "weight_decay": 5e-4},
+    "adafisherw:relative": {"lr": 0.3, "weight_decay": 1e-4},
+    "adafisherw:release": {"lr": 1e-3, "weight_decay": 1e-2},
 }
 
 

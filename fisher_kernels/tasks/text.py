@@ -31,6 +31,8 @@ HYPERPARAMETERS = {
     "adafisherw": {"lr": 1e-2, "weight_decay": 1e-2},
     "adafisher:relative": {"lr": 3.0, "weight_decay": 5e-4},
     "adafisher:release": {"lr": 1e-2, "weight_decay": 5e-4},
+    "adafisherw:relative": {"lr": 3.0, "weight_decay": 1e-4},
+    "adafisherw:release": {"lr": 1e-2, "weight_decay": 1e-2},
 }
 
 
