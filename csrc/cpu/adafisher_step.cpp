@@ -12,8 +12,9 @@ namespace {
 // Elements worked on at a time where the curvature passes through a buffer: few enough that the processor evaluates it
 // for the next chunk while it waits for the memory of this one. A multiple of every kLanes.
 constexpr int64_t kChunk = 128;
-constexpr int64_t kPrefetch = 512;    // elements ahead: moments twice as wide as the rest, hardware does not foresee
 constexpr int64_t kShortestRun = 64;  // of a row whose curvature goes straight to registers
+// Elements ahead, for 16-bit parameters beside moments twice as wide; where all are alike the hardware does better.
+constexpr int64_t kPrefetch = 256;
 
 /// What the update of every element of a parameter shares.
 template <class A>
@@ -69,7 +70,11 @@ inline void update_run(T* __restrict parameter, const T* __restrict gradient, A*
   using V = Vector<T>;
   int64_t i = 0;
   for (; i + kLanes<T> <= count; i += kLanes<T>) {
-    if constexpr (sizeof(T) < sizeof(A)) __builtin_prefetch(moment + i + kPrefetch, 1);
+    if constexpr (sizeof(T) < sizeof(A)) {
+      __builtin_prefetch(parameter + i + kPrefetch, 1);
+      __builtin_prefetch(gradient + i + kPrefetch, 0);
+      __builtin_prefetch(moment + i + 2 * kPrefetch, 1);
+    }
     V w = load(parameter + i), m = load(moment + i);
     doubt += update<kDecay>(w, load(gradient + i), m, curvature(i), rates);
     store(parameter + i, w);
