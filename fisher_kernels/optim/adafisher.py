@@ -20,7 +20,7 @@ from fisher_kernels.layers import Rule, rule_for
 from fisher_kernels.ops import ACCUMULATOR, adafisher_step_
 from fisher_kernels.optim.diagonal_factors import VARIANTS, DiagonalFactors, Place, count
 from fisher_kernels.optim.layerwise import LayerwiseOptimizer, evaluate_closure
-from fisher_kernels.statistics import Layer, Site
+from fisher_kernels.statistics import Layer
 
 
 class AdaFisher(LayerwiseOptimizer):
@@ -158,23 +158,23 @@ class AdaFisher(LayerwiseOptimizer):
         self._numbers = {p: number for number, p in enumerate(self._groups)}
         self._plans: dict[int, _Plan] = {}
         self._factors = DiagonalFactors(self.statistics.sites, self.state, self._groups)
+        self._armed: list[bool] = []
         self._arm()
 
     def _arm(self) -> None:
         """Let the layers whose next step refreshes their factors collect statistics."""
-        for index, site in enumerate(self.statistics.sites):
-            self.statistics.arm(index, self._due(site))
-
-    def _due(self, site: Site) -> bool:
-        group = self._groups[site.owner]
-        return group["iteration"] % group["update_interval"] == 0
+        armed = [_is_due(group) for group in self.param_groups]
+        if armed != self._armed:
+            self._armed = armed
+            for index, site in enumerate(self.statistics.sites):
+                self.statistics.arm(index, _is_due(self._groups[site.owner]))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_skipped": self._skipped, "_warned": self._warned}
 
     def _warn_if_silent(self) -> None:
         """Say once that a refresh step had gradients and no statistics."""
-        waiting = [site.owner.grad for site in self.statistics.sites if self._due(site)]
+        waiting = [site.owner.grad for site in self.statistics.sites if _is_due(self._groups[site.owner])]
         if not self._warned and any(bool(grad.any()) for grad in waiting if grad is not None):
             self._warned = True
             warnings.warn(
@@ -366,6 +366,11 @@ class AdaFisherW(AdaFisher):
     """
 
     decoupled = True
+
+
+def _is_due(group: dict[str, Any]) -> bool:
+    """Whether the next step of a group refreshes the factors of its layers."""
+    return bool(group["iteration"] % group["update_interval"] == 0)
 
 
 _Gradients = tuple[list[Tensor], list[Tensor]]
