@@ -86,11 +86,12 @@ def define(schema: str, *, fake: Callable[..., Any], **implementations: Callable
     by_name = [name for _, name, by_name_only in held if by_name_only]
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        tensors = [args[i] for i in by_position if i < len(args)]
-        if by_name:
-            tensors += map(kwargs.get, by_name)
-        if _is_eager() and all(map(_is_plain, tensors)):
-            return implementations[backends.choose(name, _device_type(args[0]), implementations)](*args, **kwargs)
+        if _is_eager():  # first: compilers are to see nothing of the rest
+            tensors = [args[i] for i in by_position if i < len(args)]
+            if by_name:
+                tensors += map(kwargs.get, by_name)
+            if all(map(_is_plain, tensors)):
+                return implementations[backends.choose(name, _device_type(args[0]), implementations)](*args, **kwargs)
         return op(*args, **kwargs)
 
     return call
