@@ -314,7 +314,7 @@ def test_calls_that_the_dispatcher_has_work_for_go_through_it(backend: str, disp
     with Seen() as seen:
         ops.column_sum_of_squares(x)
     assert name in seen.names
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         ops.column_sum_of_squares(x)
     assert name in {event.name for event in profile.events()}
     with FakeTensorMode() as mode:

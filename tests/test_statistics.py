@@ -679,7 +679,7 @@ def test_data_parallel_equals_one_process(tmp_path, variant):
     model = mlp()
     expected = train(model, optimizer := AdaFisher(model, variant=variant, update_interval=2), steps=4)
     assert optimizer is not None
-    context = torch.multiprocessing.get_context("fork")
+    context = torch.multiprocessing.get_context("spawn")  # a fork of a process whose autograd has threads may not train
     with context.Manager() as manager:
         results = manager.dict()
         run = functools.partial(_rank, world=2, path=tmp_path / "store", variant=variant, results=results)
