@@ -19,7 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C import _current_graph_task_id, _will_engine_execute_node
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.graph import get_gradient_edge
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from fisher_kernels.layers import Rule, Sums
@@ -263,7 +266,7 @@ class Statistics:
                 break
         else:
             return
-        task = torch._C._current_graph_task_id()
+        task = _current_graph_task_id()
         if site.task != task:
             anchor = site.owner if site.owner.requires_grad else p
             if anchor.grad is None:
@@ -293,7 +296,7 @@ class Statistics:
 def _executes(node: Any) -> bool:
     """Whether the backward that is running will execute a node that accumulates a gradient."""
     try:
-        return torch._C._will_engine_execute_node(node)
+        return _will_engine_execute_node(node)
     except RuntimeError:
         return False  # autograd.grad with respect to the parameter itself: it returns gradients, it accumulates none
 
@@ -336,11 +339,11 @@ class _ForwardHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not self.armed or self.layer is None:
             return None
-        compiling = torch.compiler.is_compiling()
+        compiling = is_compiling()
         # The flag itself: to the compiler of torch 2.11 is_exporting() is always true.
         if compiling and torch.compiler._is_exporting_flag:
             return None
-        if not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
+        if not compiling and peek_interpreter_stack() is not None:
             return None
         kept = self.layer.capture(module, args, kwargs, output)
         if kept is None:

@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from fisher_kernels import backends
@@ -41,12 +45,12 @@ _requires_grad = operator.attrgetter("requires_grad")
 def _is_eager() -> bool:
     """Whether no compiler, tracer, mode, function transform or profiler is watching."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
+        is_compiling()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or peek_interpreter_stack() is not None
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
     )
 
 
@@ -85,6 +89,11 @@ def define(schema: str, *, fake: Callable[..., Any], **implementations: Callable
     by_position = [i for i, _, by_name_only in held if not by_name_only]
     by_name = [name for _, name, by_name_only in held if by_name_only]
 
+    def call_on_one(x: Any, *args: Any) -> Any:
+        if _is_eager() and _is_plain(x):
+            return implementations[backends.choose(name, _device_type(x), implementations)](x, *args)
+        return op(x, *args)
+
     def call(*args: Any, **kwargs: Any) -> Any:
         if _is_eager():  # first: compilers are to see nothing of the rest
             tensors = [args[i] for i in by_position if i < len(args)]
@@ -94,4 +103,4 @@ def define(schema: str, *, fake: Callable[..., Any], **implementations: Callable
                 return implementations[backends.choose(name, _device_type(args[0]), implementations)](*args, **kwargs)
         return op(*args, **kwargs)
 
-    return call
+    return call_on_one if by_position == [0] and not by_name else call
