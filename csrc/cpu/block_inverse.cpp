@@ -1,9 +1,5 @@
 #include <cstdint>
 
-#ifdef __SSE2__
-#include <immintrin.h>
-#endif
-
 #include "../kernels.h"
 #include "integers.h"
 #include "lanes.h"
@@ -23,33 +19,13 @@ constexpr int kTile = 4;  // 16 sums, 4 factors and one more fit into 32 registe
 constexpr int kTile = 3;
 #endif
 
-#if defined(__AVX512F__)
-// The masked forms, with a full mask, because the plain ones make GCC 12 warn of uninitialised values.
-inline Vector<float> square_root(Vector<float> x) { return _mm512_maskz_sqrt_ps(0xffff, x); }
-inline Vector<double> square_root(Vector<double> x) { return _mm512_maskz_sqrt_pd(0xff, x); }
-#elif defined(__AVX2__)
-inline Vector<float> square_root(Vector<float> x) { return _mm256_sqrt_ps(x); }
-inline Vector<double> square_root(Vector<double> x) { return _mm256_sqrt_pd(x); }
-#elif defined(__SSE2__)
-inline Vector<float> square_root(Vector<float> x) { return _mm_sqrt_ps(x); }
-inline Vector<double> square_root(Vector<double> x) { return _mm_sqrt_pd(x); }
-#else
-inline Vector<float> square_root(Vector<float> x) {
-  for (int i = 0; i < kLanes<float>; ++i) x[i] = __builtin_sqrtf(x[i]);
-  return x;
-}
-inline Vector<double> square_root(Vector<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_sqrt(x[i]);
-  return x;
-}
-#endif
-
-/// A block in each lane: n x n numbers in row-major order, the reciprocals of the diagonal of its Cholesky factor, and
-/// a register of zeros that becomes NaN in the lanes of blocks that are not to be used.
+/// A block A in each lane: n x n numbers in row-major order, and a register of zeros that becomes NaN in the lanes of
+/// blocks that are not to be used. A = L D L^T with ones on the diagonal of L, and A^-1 = M^T D^-1 M with M = L^-1. That
+/// takes no roots, which would round twice more what a pivot gives to the inverse.
 template <class A>
 struct Lanes {
   Vector<A>* a;
-  Vector<A>* reciprocal;
+  Vector<A>* reciprocal;  // [n], of D
   int64_t n;
   Vector<A> taint;
 };
@@ -78,25 +54,26 @@ inline void subtract_products(Vector<A> (&tile)[kRows][kColumns], Entries<A> x, 
   }
 }
 
-/// Rows first, first + 1, ... of the Cholesky factor in place of those of the lower triangle.
+/// Rows first, first + 1, ... of L in place of those of the lower triangle, and of L D as columns of the upper one.
 template <class A, int kRows>
 inline void factor_rows(Lanes<A>& lanes, int64_t first) {
   const int64_t n = lanes.n;
   Vector<A>* const rows = lanes.a + first * n;
   for (int64_t column = 0; column < first; column += kTile) {
-    const Vector<A>* const above = lanes.a + column * n;
+    const Vector<A>* const above = lanes.a + column * n + column;
     Vector<A> tile[kRows][kTile];
     for (int i = 0; i < kRows; ++i) {
       for (int j = 0; j < kTile; ++j) tile[i][j] = rows[i * n + column + j];
     }
-    subtract_products<A>(tile, Entries<A>{rows, n, 1}, Entries<A>{above, n, 1}, column);
+    subtract_products<A>(tile, Entries<A>{rows, n, 1}, Entries<A>{lanes.a + column, 1, n}, column);
 #pragma GCC unroll 4
     for (int j = 0; j < kTile; ++j) {
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-        for (int k = 0; k < j; ++k) tile[i][j] -= tile[i][k] * above[j * n + column + k];
-        rows[i * n + column + j] = tile[i][j] *= lanes.reciprocal[column + j];
+        for (int k = 0; k < j; ++k) tile[i][j] -= tile[i][k] * above[j * n + k];
+        rows[i * n + column + j] = tile[i][j] * lanes.reciprocal[column + j];
+        lanes.a[(column + j) * n + first + i] = tile[i][j];
       }
     }
   }
@@ -104,24 +81,26 @@ inline void factor_rows(Lanes<A>& lanes, int64_t first) {
   for (int i = 0; i < kRows; ++i) {
     for (int j = 0; j < kRows; ++j) tile[i][j] = rows[i * n + first + j];
   }
-  subtract_products<A>(tile, Entries<A>{rows, n, 1}, Entries<A>{rows, n, 1}, first);
+  subtract_products<A>(tile, Entries<A>{rows, n, 1}, Entries<A>{lanes.a + first, 1, n}, first);
   const Vector<A> zero = {}, one = zero + 1, nan = zero + static_cast<A>(__builtin_nan(""));
 #pragma GCC unroll 4
   for (int j = 0; j < kRows; ++j) {
     const Vector<A> pivot = tile[j][j];
     lanes.taint += pivot > zero ? pivot * zero : nan;
-    const Vector<A> reciprocal = one / square_root(pivot);
+    const Vector<A> reciprocal = one / pivot;
     lanes.reciprocal[first + j] = reciprocal;
 #pragma GCC unroll 4
     for (int i = j + 1; i < kRows; ++i) {
-      rows[i * n + first + j] = tile[i][j] *= reciprocal;
+      const Vector<A> entry = tile[i][j] * reciprocal;
+      rows[i * n + first + j] = entry;
 #pragma GCC unroll 4
-      for (int k = j + 1; k <= i; ++k) tile[i][k] -= tile[i][j] * tile[k][j];
+      for (int k = j + 1; k <= i; ++k) tile[i][k] -= entry * tile[k][j];
     }
   }
 }
 
-/// Rows of the inverse of the factor in place of those of the factor. Above the diagonal of the last square are zeros.
+/// Rows of M in place of those of L, and of D^-1 M as columns of the upper triangle. The squares on the diagonal hold M
+/// alone, with its ones and zeros.
 template <class A, int kRows>
 inline void invert_rows(Lanes<A>& lanes, int64_t first) {
   const int64_t n = lanes.n;
@@ -137,19 +116,19 @@ inline void invert_rows(Lanes<A>& lanes, int64_t first) {
       for (int j = 0; j < kTile; ++j) {
 #pragma GCC unroll 4
         for (int k = 0; k < i; ++k) tile[i][j] -= rows[i * n + first + k] * tile[k][j];
-        rows[i * n + column + j] = tile[i][j] *= reciprocal[i];
+        rows[i * n + column + j] = tile[i][j];
+        lanes.a[(column + j) * n + first + i] = tile[i][j] * reciprocal[i];
       }
     }
   }
   Vector<A> tile[kRows][kRows] = {};
 #pragma GCC unroll 4
   for (int j = 0; j < kRows; ++j) {
-    tile[j][j] = reciprocal[j];
+    tile[j][j] += 1;
 #pragma GCC unroll 4
     for (int i = j + 1; i < kRows; ++i) {
 #pragma GCC unroll 4
       for (int k = j; k < i; ++k) tile[i][j] -= rows[i * n + first + k] * tile[k][j];
-      tile[i][j] *= reciprocal[i];
     }
   }
   for (int i = 0; i < kRows; ++i) {
@@ -157,32 +136,48 @@ inline void invert_rows(Lanes<A>& lanes, int64_t first) {
   }
 }
 
-/// Rows of M^T M in place of those of M, the inverse of the factor; mirrored into the columns above. Rows below are
-/// read, those above are not.
+/// Rows of M^T D^-1 M in place of those of M, mirrored into the columns above. Rows below are read, those above not.
 template <class A, int kRows>
 inline void square_rows(Lanes<A>& lanes, int64_t first) {
-  const int64_t n = lanes.n;
+  const int64_t n = lanes.n, below = first + kRows;
   Vector<A>* const rows = lanes.a + first * n;
   const Vector<A> zero = {};
+  Vector<A> scaled[kRows][kRows];  // the square of M on the diagonal, negative
+  for (int k = 0; k < kRows; ++k) {
+    for (int i = 0; i < kRows; ++i) scaled[k][i] = -(rows[k * n + first + i] * lanes.reciprocal[first + k]);
+  }
   for (int64_t column = 0; column < first; column += kTile) {
     Vector<A> tile[kRows][kTile] = {};
-    subtract_products<A>(tile, Entries<A>{rows + first, 1, n}, Entries<A>{rows + column, 1, n}, n - first);
+    subtract_products<A>(tile, Entries<A>{rows + below, n, 1}, Entries<A>{lanes.a + below * n + column, 1, n},
+                         n - below);
+#pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
       for (int j = 0; j < kTile; ++j) {
-        const Vector<A> entry = -tile[i][j];
-        lanes.taint += entry * zero;
-        rows[i * n + column + j] = entry;
-        lanes.a[(column + j) * n + first + i] = entry;
+#pragma GCC unroll 4
+        for (int k = i; k < kRows; ++k) tile[i][j] += scaled[k][i] * rows[k * n + column + j];
+        tile[i][j] = -tile[i][j];
+        lanes.taint += tile[i][j] * zero;
+        lanes.a[(column + j) * n + first + i] = tile[i][j];
       }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kTile; ++j) rows[i * n + column + j] = tile[i][j];
     }
   }
   Vector<A> tile[kRows][kRows] = {};
-  subtract_products<A>(tile, Entries<A>{rows + first, 1, n}, Entries<A>{rows + first, 1, n}, n - first);
+  subtract_products<A>(tile, Entries<A>{rows + below, n, 1}, Entries<A>{lanes.a + below * n + first, 1, n}, n - below);
+#pragma GCC unroll 4
   for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kRows; ++j) {
+#pragma GCC unroll 4
+    for (int j = 0; j <= i; ++j) {
+#pragma GCC unroll 4
+      for (int k = i; k < kRows; ++k) tile[i][j] += scaled[k][i] * rows[k * n + first + j];
       lanes.taint += tile[i][j] * zero;
-      rows[i * n + first + j] = -tile[i][j];
     }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j <= i; ++j) rows[i * n + first + j] = rows[j * n + first + i] = -tile[i][j];
   }
 }
 
@@ -212,7 +207,7 @@ inline void invert(Lanes<A>& lanes) {
   for_rows(lanes.n, [&](auto rows, int64_t first) { square_rows<A, decltype(rows)::value>(lanes, first); });
 }
 
-/// x <- (L L^T)^-1 x.
+/// x <- (L D L^T)^-1 x.
 template <class A>
 inline void solve(Lanes<A>& lanes, Vector<A>* x) {
   const int64_t n = lanes.n;
@@ -220,12 +215,13 @@ inline void solve(Lanes<A>& lanes, Vector<A>* x) {
     const Vector<A>* const row = lanes.a + i * n;
     Vector<A> sum[2] = {x[i], {}};
     for (int64_t k = 0; k < i; ++k) sum[k % 2] -= row[k] * x[k];
-    x[i] = (sum[0] + sum[1]) * lanes.reciprocal[i];
+    x[i] = sum[0] + sum[1];
   }
+  for (int64_t i = 0; i < n; ++i) x[i] *= lanes.reciprocal[i];
   const Vector<A> zero = {};
   for (int64_t i = n - 1; i >= 0; --i) {
     const Vector<A>* const row = lanes.a + i * n;
-    const Vector<A> value = x[i] *= lanes.reciprocal[i];
+    const Vector<A> value = x[i];
     lanes.taint += value * zero;
     for (int64_t k = 0; k < i; ++k) x[k] -= row[k] * value;
   }
@@ -276,6 +272,62 @@ inline void for_groups(const A* blocks, int64_t count, int64_t n, double damping
   });
 }
 
+// A product with a matrix reads it once. Rows shorter than a few registers leave lanes idle, and adding up the lanes costs
+// as much as the row: there one matrix in each lane is faster.
+constexpr int64_t kLargestInLanes = 24;
+
+template <class A>
+inline void apply_in_lanes(const A* blocks, const A* vectors, A* out, int64_t count, int64_t n, int threads) {
+  constexpr int64_t kWidth = kLanes<A>;
+  const int64_t size = n * n, groups = ceil_div(count, kWidth);
+  const int useful = static_cast<int>(smaller(groups, useful_threads(count * size, threads)));
+  parallel_for(useful, groups, [&](int, int64_t begin, int64_t end) {
+    const LaneScratch<A> scratch(size + 2 * n);
+    Vector<A>* const a = scratch.data();
+    Vector<A>*const v = a + size, *const sums = v + n;
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t first = group * kWidth, present = smaller(count - first, kWidth);
+      load_lanes(blocks + first * size, present, size, a);
+      load_lanes(vectors + first * n, present, n, v);
+      if (group + 1 < end) {
+        prefetch(blocks + (first + kWidth) * size, smaller(count - first - kWidth, kWidth) * size * sizeof(A));
+      }
+      int64_t i = 0;
+      for (; i + 4 <= n; i += 4) {
+        Vector<A> sum[4] = {};
+        for (int64_t k = 0; k < n; ++k) {
+#pragma GCC unroll 4
+          for (int64_t r = 0; r < 4; ++r) sum[r] += a[(i + r) * n + k] * v[k];
+        }
+        for (int64_t r = 0; r < 4; ++r) sums[i + r] = sum[r];
+      }
+      for (; i < n; ++i) {
+        Vector<A> sum = {};
+        for (int64_t k = 0; k < n; ++k) sum += a[i * n + k] * v[k];
+        sums[i] = sum;
+      }
+      store_lanes(sums, (uint32_t{1} << present) - 1, n, out + first * n);
+    }
+  });
+}
+
+template <class A>
+inline void apply_by_rows(const A* blocks, const A* vectors, A* out, int64_t count, int64_t n, int threads) {
+  const int64_t whole = n - n % kLanes<A>;
+  parallel_for(useful_threads(count * n * n, threads), count, [&](int, int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const A* const v = vectors + block * n;
+      const Vector<A> rest = load(v + whole, n - whole);
+      for (int64_t i = 0; i < n; ++i) {
+        const A* const row = blocks + (block * n + i) * n;
+        Vector<A> sum = load(row + whole, n - whole) * rest;
+        for (int64_t k = 0; k < whole; k += kLanes<A>) sum += load(row + k) * load(v + k);
+        out[block * n + i] = sum_lanes<A>(sum);
+      }
+    }
+  });
+}
+
 }  // namespace
 
 void block_inverse(const BlockInverse& b) {
@@ -314,19 +366,11 @@ void block_apply(const BlockApply& b) {
     const A* const blocks = static_cast<const A*>(b.blocks);
     const A* const vectors = static_cast<const A*>(b.vectors);
     A* const out = static_cast<A*>(b.out);
-    const int64_t n = b.n, whole = n - n % kLanes<A>;
-    parallel_for(useful_threads(b.count * n * n, b.threads), b.count, [&](int, int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        const A* const v = vectors + block * n;
-        const Vector<A> rest = load(v + whole, n - whole);
-        for (int64_t i = 0; i < n; ++i) {
-          const A* const row = blocks + (block * n + i) * n;
-          Vector<A> sum = load(row + whole, n - whole) * rest;
-          for (int64_t k = 0; k < whole; k += kLanes<A>) sum += load(row + k) * load(v + k);
-          out[block * n + i] = sum_lanes<A>(sum);
-        }
-      }
-    });
+    if (b.n <= kLargestInLanes) {
+      apply_in_lanes(blocks, vectors, out, b.count, b.n, b.threads);
+    } else {
+      apply_by_rows(blocks, vectors, out, b.count, b.n, b.threads);
+    }
   });
 }
 

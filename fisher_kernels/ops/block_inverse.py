@@ -182,7 +182,7 @@ def _solve_reference(blocks: Tensor, damping: float, rhs: Tensor) -> tuple[Tenso
     if rhs.numel() == 0:
         return x, info.zero_()
     factors, bad = _factor(blocks, damping)
-    x.copy_(torch.cholesky_solve(rhs[..., None], factors)[..., 0])
+    x.copy_(torch.cholesky_solve(rhs.contiguous()[..., None], factors)[..., 0])
     bad |= ~x.isfinite().all(1)
     return x.masked_fill_(bad[:, None], math.nan), bad.to(torch.int64)
 
@@ -231,7 +231,7 @@ def _apply_fake(inverse: Tensor, vectors: Tensor) -> Tensor:
 
 
 def _apply_reference(inverse: Tensor, vectors: Tensor) -> Tensor:
-    return _apply_fake(inverse, vectors).copy_((inverse @ vectors[..., None])[..., 0])
+    return _apply_fake(inverse, vectors).copy_((inverse.contiguous() @ vectors.contiguous()[..., None])[..., 0])
 
 
 def _apply_cpu(inverse: Tensor, vectors: Tensor) -> Tensor:
