@@ -57,7 +57,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("block_inverse_", &fk::block_inverse_, "out"_a, "blocks"_a, "damping"_a, "info"_a, "threads"_a,
              "As block_inverse, but out[b] stays as it was where info[b] is 1.");
   module.def("block_solve", &fk::block_solve, "blocks"_a, "damping"_a, "rhs"_a, "out"_a, "info"_a, "threads"_a,
-             "out[b] = (blocks[b] + damping I)^-1 rhs[b] and info[b] = 0, or NaN and 1 where there is no such inverse.");
+             "out[b] = (blocks[b] + damping I)^-1 rhs[b] and info[b] = 0, or NaN and 1 where there is none.");
   module.def("block_apply", &fk::block_apply, "inverse"_a, "vectors"_a, "out"_a, "threads"_a,
              "out[b] = inverse[b] vectors[b].");
 

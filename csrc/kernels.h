@@ -147,8 +147,8 @@ struct AdaFisherStep {
 };
 
 /// out = (block + damping I)^-1 for each of `count` symmetric positive definite blocks, exactly symmetric; out may be
-/// blocks. info is 0 for a good block and 1 for one that has no inverse or holds what is not finite, in either triangle;
-/// its out is NaN, or stays as it was. The lower triangle is what is inverted.
+/// blocks. info is 0 for a good block and 1 for one that has no inverse or holds what is not finite, in either
+/// triangle; its out is NaN, or stays as it was. The lower triangle is what is inverted.
 struct BlockInverse {
   const void* blocks;  // [count, n, n]
   void* out;           // [count, n, n]

@@ -20,8 +20,8 @@ constexpr int kTile = 3;
 #endif
 
 /// A block A in each lane: n x n numbers in row-major order, and a register of zeros that becomes NaN in the lanes of
-/// blocks that are not to be used. A = L D L^T with ones on the diagonal of L, and A^-1 = M^T D^-1 M with M = L^-1. That
-/// takes no roots, which would round twice more what a pivot gives to the inverse.
+/// blocks that are not to be used. A = L D L^T with ones on the diagonal of L, and A^-1 = M^T D^-1 M with M = L^-1.
+/// That takes no roots, whose rounding would count twice in the inverse.
 template <class A>
 struct Lanes {
   Vector<A>* a;
@@ -272,8 +272,8 @@ inline void for_groups(const A* blocks, int64_t count, int64_t n, double damping
   });
 }
 
-// A product with a matrix reads it once. Rows shorter than a few registers leave lanes idle, and adding up the lanes costs
-// as much as the row: there one matrix in each lane is faster.
+// A product with a matrix reads it once. Rows shorter than a few registers leave lanes idle, and adding up the lanes
+// costs as much as the row: there one matrix in each lane is faster.
 constexpr int64_t kLargestInLanes = 24;
 
 template <class A>
