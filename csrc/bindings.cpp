@@ -52,6 +52,14 @@ PYBIND11_MODULE(_native, module) {
       "One AdaFisher step of a list of parameters: m <- beta * m + (1 - beta) * g, w <- w - lr * m / (1 - beta^t) / F, "
       "F = row_factor * column_factor + damping. skipped[i] counts the elements whose gradient is not finite, which "
       "stay as they were.");
+  module.def("block_inverse", &fk::block_inverse, "blocks"_a, "damping"_a, "out"_a, "info"_a, "threads"_a,
+             "out[b] = (blocks[b] + damping I)^-1 and info[b] = 0, or NaN and 1 where there is no such inverse.");
+  module.def("block_inverse_", &fk::block_inverse_, "out"_a, "blocks"_a, "damping"_a, "info"_a, "threads"_a,
+             "As block_inverse, but out[b] stays as it was where info[b] is 1.");
+  module.def("block_solve", &fk::block_solve, "blocks"_a, "damping"_a, "rhs"_a, "out"_a, "info"_a, "threads"_a,
+             "out[b] = (blocks[b] + damping I)^-1 rhs[b] and info[b] = 0, or NaN and 1 where there is none.");
+  module.def("block_apply", &fk::block_apply, "inverse"_a, "vectors"_a, "out"_a, "threads"_a,
+             "out[b] = inverse[b] vectors[b].");
 
   module.def(
       "stream_update", &fk::stream_update, "firsts"_a, "seconds"_a, "reads"_a, "threads"_a,

@@ -146,6 +146,45 @@ struct AdaFisherStep {
   int threads;
 };
 
+/// out = (block + damping I)^-1 for each of `count` symmetric positive definite blocks, exactly symmetric; out may be
+/// blocks. info is 0 for a good block and 1 for one that has no inverse or holds what is not finite, in either
+/// triangle; its out is NaN, or stays as it was. The lower triangle is what is inverted.
+struct BlockInverse {
+  const void* blocks;  // [count, n, n]
+  void* out;           // [count, n, n]
+  int64_t* info;       // [count]
+  double damping;
+  int64_t count;
+  int64_t n;
+  DType dtype;  // float32 or float64
+  bool keep_bad;
+  int threads;
+};
+
+/// out = (block + damping I)^-1 rhs; NaN where info is 1.
+struct BlockSolve {
+  const void* blocks;  // [count, n, n]
+  const void* rhs;     // [count, n]
+  void* out;           // [count, n]
+  int64_t* info;       // [count]
+  double damping;
+  int64_t count;
+  int64_t n;
+  DType dtype;  // float32 or float64
+  int threads;
+};
+
+/// out[b] = blocks[b] vectors[b].
+struct BlockApply {
+  const void* blocks;   // [count, n, n]
+  const void* vectors;  // [count, n]
+  void* out;            // [count, n]
+  int64_t count;
+  int64_t n;
+  DType dtype;  // float32 or float64
+  int threads;
+};
+
 /// Three float32 arrays of one size. first += read; second += read: three reads and two writes, as a step has.
 struct StreamArrays {
   float* first;
@@ -178,6 +217,9 @@ struct StreamRead {
   void minmax(const MinMax&);                              \
   void factor_ema_(const FactorEma&);                      \
   void adafisher_step_(const AdaFisherStep&);              \
+  void block_inverse(const BlockInverse&);                 \
+  void block_solve(const BlockSolve&);                     \
+  void block_apply(const BlockApply&);                     \
   void stream_update(const StreamUpdate&);                 \
   void stream_read(const StreamRead&);                     \
   }

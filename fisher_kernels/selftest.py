@@ -346,6 +346,49 @@ def _naive_curvature(row: Tensor | None, column: Tensor | None, view: tuple[int,
     return product + _DAMPING
 
 
+# Blocks. A factorisation moves the block by (n + 1) u of its norm at most, which the condition number amplifies;
+# forming the inverse costs as much again, twice.
+
+
+def _blocks(source: Source, n: int) -> Inputs:
+    x = source.normal(37, n, n + 2)
+    blocks = x @ x.mT / (n + 2)
+    blocks[3, 0, -1] = math.nan  # for n > 1 in the triangle that is not inverted
+    return {"blocks": blocks, "rhs": source.normal(37, n), "out": source.normal(37, n, n)}
+
+
+def _block_errors(inputs: Inputs, u: float) -> Tensor:
+    """Error of the inverse of each block in its 2-norm, and a number that counts for nothing where there is none."""
+    n = inputs["blocks"].shape[-1]
+    values = torch.linalg.eigvalsh(inputs["blocks"].nan_to_num() + _DAMPING * torch.eye(n, dtype=torch.float64))
+    return 8 * (n + 1) * u * values[:, -1] / values[:, 0].square()
+
+
+def _block_cases(n: int) -> list[Case]:
+    def case(op: str, call: Callable[[Inputs], list[Tensor]], tolerance: Callable[..., list[Tolerance]]) -> Case:
+        return Case(op, f"{n} x {n}", _FACTOR_DTYPES, lambda source: _blocks(source, n), call, tolerance)
+
+    def of_inverse(inputs: Inputs, expected: list[Tensor], u: float) -> list[Tolerance]:
+        return [_block_errors(inputs, u)[:, None, None], u]
+
+    def of_solution(inputs: Inputs, expected: list[Tensor], u: float) -> list[Tolerance]:
+        return [(_block_errors(inputs, u) * inputs["rhs"].norm(dim=1))[:, None], u]
+
+    def of_product(inputs: Inputs, expected: list[Tensor], u: float) -> list[Tolerance]:
+        return [2 * (n + 1) * u * (inputs["out"].abs() @ inputs["rhs"].abs()[..., None])[..., 0]]
+
+    def into(inputs: Inputs) -> list[Tensor]:
+        info = ops.block_inverse_(inputs["out"], inputs["blocks"], _DAMPING)
+        return [inputs["out"], info]
+
+    return [
+        case("block_inverse", lambda inputs: [*ops.block_inverse(inputs["blocks"], _DAMPING)], of_inverse),
+        case("block_inverse_", into, of_inverse),
+        case("block_solve", lambda i: [*ops.block_solve(i["blocks"], _DAMPING, i["rhs"])], of_solution),
+        case("block_apply", lambda inputs: [ops.block_apply(inputs["out"], inputs["rhs"])], of_product),
+    ]
+
+
 CASES: Sequence[Case] = (
     *_sum_cases("column_sum_of_squares", _COLUMNS),
     *_sum_cases("channel_sum_of_squares", _CHANNELS),
@@ -378,6 +421,7 @@ CASES: Sequence[Case] = (
     _ema_case("sums and counts", 0.8, 0.2, divisors=(7.0, 3.0, 64.0, 5.0, 1.0, 9.0)),
     _ema_case("normalised", 0.08, 0.008, normalize=True, eps=1e-6),
     _ema_case("in pairs", 0.8, 0.2, joint=2),
+    *(case for n in (1, 9, 25, 64) for case in _block_cases(n)),
     _step_case("plain"),
     _step_case("weight decay in the gradient", weight_decay=0.1),
     _step_case("decoupled weight decay", weight_decay=0.1, decoupled=True),

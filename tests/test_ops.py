@@ -26,6 +26,7 @@ import fisher_kernels
 from fisher_kernels import _library, backends, ops, tap, use_backend
 from tests.cases import random
 from tests.cases.adafisher_step import PARAMETERS, step
+from tests.cases.block_inverse import blocks
 from tests.cases.factor_ema import vectors
 from tests.comparison import assert_same_bits, assert_within, surroundings
 
@@ -75,6 +76,23 @@ SAMPLES: dict[str, tuple[Callable[[], Arguments], ...]] = {
             weight_decay=0.1, decoupled=True, maximize=True, grad_scale=torch.tensor(2.0), found_inf=torch.tensor([0.0])
         ),
     ),
+    "block_inverse": (
+        lambda: ((blocks(18, 5, torch.float32), 0.1), {}),
+        lambda: ((blocks(2, 65, torch.float64), 0.1), {}),
+        lambda: ((blocks(3, 4, torch.float32).mT, 0.0), {}),
+    ),
+    "block_inverse_": (
+        lambda: ((blocks(18, 5, torch.float32, 1), blocks(18, 5, torch.float32), 0.1), {}),
+        lambda: ((blocks(3, 4, torch.float64, 1)[::2], blocks(3, 4, torch.float64)[::2], 0.1), {}),
+    ),
+    "block_solve": (
+        lambda: ((blocks(18, 5, torch.float32), 0.1, random((18, 5), torch.float32)), {}),
+        lambda: ((blocks(2, 65, torch.float64), 0.1, random((65, 2), torch.float64).T), {}),
+    ),
+    "block_apply": (
+        lambda: ((blocks(18, 5, torch.float32), random((18, 5), torch.float32)), {}),
+        lambda: ((blocks(3, 4, torch.float64).mT, random((4, 3), torch.float64).T), {}),
+    ),
     "tap": (
         lambda: ((random((3, 4), torch.float32), [random((3, 2), torch.float32)], torch.zeros(1), [0, 0, 0, 1]), {}),
     ),
@@ -84,6 +102,7 @@ SAMPLES: dict[str, tuple[Callable[[], Arguments], ...]] = {
 }
 CALLS = [pytest.param(name, sample, id=f"{name}-{i}") for name in SAMPLES for i, sample in enumerate(SAMPLES[name])]
 MUTATES = {
+    "block_inverse_": {"out"},
     "minmax_": {"out"},
     "factor_ema_": {"state"},
     "adafisher_step_": {"params", "exp_avgs", "steps"},
@@ -163,7 +182,15 @@ def public(name: str) -> Callable[..., Any]:
     return lambda x, *rest: getattr(ops, name)(2 * x, *rest) + 1
 
 
-COMPILED = ("column_sum_of_squares", "channel_sum_of_squares", "minmax", "minmax_", "factor_ema_", "adafisher_step_")
+COMPILED = (
+    "block_apply",
+    "column_sum_of_squares",
+    "channel_sum_of_squares",
+    "minmax",
+    "minmax_",
+    "factor_ema_",
+    "adafisher_step_",
+)
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -227,7 +254,7 @@ def test_arguments_that_require_a_gradient_are_stepped_under_no_grad(backend: st
         assert_same_bits(param, expected)
 
 
-@pytest.mark.parametrize("name", ["minmax_", "factor_ema_", "adafisher_step_"])
+@pytest.mark.parametrize("name", ["minmax_", "factor_ema_", "adafisher_step_", "block_inverse_"])
 def test_autograd_knows_what_was_changed(backend: str, name: str) -> None:
     """A backward pass that needs the old parameters must fail rather than take the new ones."""
     args, kwargs = SAMPLES[name][0]()

@@ -23,6 +23,10 @@ void adafisher_step_(py::handle params, py::handle grads, py::handle exp_avgs, p
                      py::handle column_factors, py::handle lr, double beta, double damping, double weight_decay,
                      bool decoupled, bool maximize, py::handle grad_scale, py::handle found_inf, py::handle skipped,
                      int threads);
+void block_inverse(py::handle blocks, double damping, py::handle out, py::handle info, int threads);
+void block_inverse_(py::handle out, py::handle blocks, double damping, py::handle info, int threads);
+void block_solve(py::handle blocks, double damping, py::handle rhs, py::handle out, py::handle info, int threads);
+void block_apply(py::handle inverse, py::handle vectors, py::handle out, int threads);
 
 void stream_update(py::handle firsts, py::handle seconds, py::handle reads, int threads);
 uint32_t stream_read(py::handle x, int threads);

@@ -1,0 +1,113 @@
+"""Inverses of many small blocks, and one for which only the call counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.interleaved import Case, RunCase
+from fisher_kernels.ops import block_apply, block_inverse, block_inverse_, block_solve
+
+SHAPES = {9: 65_536, 25: 8_192, 49: 2_048}
+"""Size -> number of blocks: 20 MB each."""
+
+DAMPING = 0.1
+GATES = {9: 6.0, 25: 10.0, 49: 10.0}
+
+each_shape = pytest.mark.parametrize(("n", "count"), SHAPES.items())
+
+
+def blocks(count: int, n: int) -> Tensor:
+    x = torch.randn(count, n, n + 2)
+    return x @ x.mT / (n + 2)
+
+
+def damped(a: Tensor) -> Tensor:
+    return a + DAMPING * torch.eye(a.shape[-1])
+
+
+@each_shape
+def test_block_inverse(run_case: RunCase, n: int, count: int) -> None:
+    a = blocks(count, n)
+    ready = damped(a)
+    run_case(
+        Case(
+            op="block_inverse",
+            shape=f"{count} x {n} x {n}",
+            dtype=torch.float32,
+            ours=lambda: block_inverse(a, DAMPING),
+            baselines={
+                "cholesky_inverse(cholesky)": lambda: torch.cholesky_inverse(torch.linalg.cholesky(ready)),
+                "linalg.inv": lambda: torch.linalg.inv(ready),
+            },
+            gates={"cholesky_inverse(cholesky)": GATES[n]},
+            bytes_moved=2 * a.nbytes,
+        )
+    )
+
+
+@each_shape
+def test_block_inverse_in_place(run_case: RunCase, n: int, count: int) -> None:
+    a = blocks(count, n)
+    ready, out, copied = damped(a), torch.empty_like(a), torch.empty_like(a)
+    run_case(
+        Case(
+            op="block_inverse_",
+            shape=f"{count} x {n} x {n}",
+            dtype=torch.float32,
+            ours=lambda: block_inverse_(out, a, DAMPING),
+            baselines={"cholesky_inverse(cholesky)": lambda: torch.cholesky_inverse(torch.linalg.cholesky(ready))},
+            bytes_moved=2 * a.nbytes,
+            limit=lambda: copied.copy_(a),
+        )
+    )
+
+
+@pytest.mark.parametrize("n", [1, 9, 25, 64])
+def test_one_block(run_case: RunCase, n: int) -> None:
+    a = blocks(1, n)
+    ready = damped(a)
+    run_case(
+        Case(
+            op="block_inverse",
+            shape=f"1 x {n} x {n}",
+            dtype=torch.float32,
+            ours=lambda: block_inverse(a, DAMPING),
+            baselines={"linalg.inv": lambda: torch.linalg.inv(ready)},
+            repeat=20,
+        )
+    )
+
+
+@each_shape
+def test_block_solve(run_case: RunCase, n: int, count: int) -> None:
+    a, rhs = blocks(count, n), torch.randn(count, n)
+    ready = damped(a)
+    run_case(
+        Case(
+            op="block_solve",
+            shape=f"{count} x {n} x {n}",
+            dtype=torch.float32,
+            ours=lambda: block_solve(a, DAMPING, rhs),
+            baselines={
+                "cholesky_solve(cholesky)": lambda: torch.cholesky_solve(rhs[..., None], torch.linalg.cholesky(ready))
+            },
+            bytes_moved=a.nbytes + 2 * rhs.nbytes,
+        )
+    )
+
+
+@each_shape
+def test_block_apply(run_case: RunCase, n: int, count: int) -> None:
+    a, v = blocks(count, n), torch.randn(count, n)
+    run_case(
+        Case(
+            op="block_apply",
+            shape=f"{count} x {n} x {n}",
+            dtype=torch.float32,
+            ours=lambda: block_apply(a, v),
+            baselines={"bmm": lambda: torch.bmm(a, v[..., None])},
+            bytes_moved=a.nbytes + 2 * v.nbytes,
+        )
+    )

@@ -1,0 +1,265 @@
+"""Inverses of many small symmetric positive definite matrices, and products with them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from fisher_kernels._library import native
+from fisher_kernels.ops._define import define
+
+LARGEST = 64
+"""The native inverse is for blocks of up to this size; larger ones go to LAPACK."""
+
+
+def _check_blocks(op: str, name: str, blocks: Tensor) -> None:
+    if blocks.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{op}: {name} has dtype {blocks.dtype}, expected float32 or float64")
+    if not (blocks.dim() == 3 and blocks.shape[1] == blocks.shape[2]):
+        raise ValueError(f"{op}: {name} has shape {tuple(blocks.shape)}, expected (B, n, n)")
+
+
+def _check_damping(op: str, damping: float) -> None:
+    if not 0 <= damping < math.inf:
+        raise ValueError(f"{op}: damping is {damping}, expected a finite number of at least 0")
+
+
+def _check_partner(op: str, name: str, x: Tensor, shape: torch.Size, like: str, blocks: Tensor) -> None:
+    if x.dtype != blocks.dtype:
+        raise TypeError(f"{op}: {name} has dtype {x.dtype}, expected {blocks.dtype}, the dtype of {like}")
+    if x.shape != shape:
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected {tuple(shape)}")
+    if x.device != blocks.device:
+        raise ValueError(f"{op}: {name} is on {x.device}, expected {blocks.device}, the device of {like}")
+
+
+def _new_info(blocks: Tensor) -> Tensor:
+    return blocks.new_empty(blocks.shape[:1], dtype=torch.int64)
+
+
+def _factor(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Cholesky factors, the identity where there is none, and where that is."""
+    identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+    damped = blocks + damping * identity
+    bad = ~damped.isfinite().flatten(1).all(1)
+    factors, info = torch.linalg.cholesky_ex(torch.where(bad[:, None, None], identity, damped))
+    bad |= info != 0
+    return torch.where(bad[:, None, None], identity, factors), bad
+
+
+def _invert(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """The inverses, and which of them are of no use."""
+    if blocks.numel() == 0:
+        return torch.empty_like(blocks, memory_format=torch.contiguous_format), _new_info(blocks).zero_() != 0
+    factors, bad = _factor(blocks, damping)
+    lower = torch.cholesky_inverse(factors).tril()
+    inverse = lower + lower.tril(-1).mT
+    return inverse.contiguous(), bad | ~inverse.isfinite().flatten(1).all(1)
+
+
+# block_inverse
+
+
+def _fake(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    _check_blocks("block_inverse", "blocks", blocks)
+    _check_damping("block_inverse", damping)
+    return blocks.new_empty(blocks.shape), _new_info(blocks)
+
+
+def _reference(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    _fake(blocks, damping)
+    inverse, bad = _invert(blocks, damping)
+    return inverse.masked_fill_(bad[:, None, None], math.nan), bad.to(torch.int64)
+
+
+def _cpu(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    if blocks.dim() != 3 or blocks.shape[-1] > LARGEST:
+        return _reference(blocks, damping)
+    blocks = blocks.contiguous()
+    inverse, info = torch.empty_like(blocks), _new_info(blocks)
+    native().block_inverse(blocks, damping, inverse, info, torch.get_num_threads())
+    return inverse, info
+
+
+_block_inverse = define(
+    "block_inverse(Tensor blocks, float damping) -> (Tensor inverse, Tensor info)",
+    fake=_fake,
+    reference=_reference,
+    cpu=_cpu,
+)
+
+
+def block_inverse(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Inverses of damped blocks: ``(blocks[b] + damping I)^-1``.
+
+    Args:
+        blocks: (B, n, n), symmetric, any strides; float32 or float64. The lower triangle is what is inverted; both are
+            looked at for NaN and infinities.
+        damping: added to the diagonal, finite and at least 0.
+
+    Returns:
+        The inverses, (B, n, n), contiguous and exactly symmetric, and ``info``, int64 (B,): 0 for a good block, 1 for
+        one that is not positive definite with its damping, that holds a NaN or an infinity, or whose inverse does. The
+        inverse of such a block is NaN throughout, and the others do not depend on it.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape or range; the message names it.
+    """
+    return _block_inverse(blocks, damping)
+
+
+# block_inverse_
+
+
+def _into_fake(out: Tensor, blocks: Tensor, damping: float) -> Tensor:
+    op = "block_inverse_"
+    _check_blocks(op, "blocks", blocks)
+    _check_damping(op, damping)
+    _check_partner(op, "out", out, blocks.shape, "blocks", blocks)
+    return _new_info(blocks)
+
+
+def _into_reference(out: Tensor, blocks: Tensor, damping: float) -> Tensor:
+    _into_fake(out, blocks, damping)
+    inverse, bad = _invert(blocks, damping)
+    out.copy_(torch.where(bad[:, None, None], out, inverse))
+    return bad.to(torch.int64)
+
+
+def _into_cpu(out: Tensor, blocks: Tensor, damping: float) -> Tensor:
+    if blocks.dim() != 3 or blocks.shape[-1] > LARGEST:
+        return _into_reference(out, blocks, damping)
+    info, dense = _new_info(blocks), out.contiguous()
+    native().block_inverse_(dense, blocks.contiguous(), damping, info, torch.get_num_threads())
+    if dense is out:
+        increment_version(out)  # for backward passes that kept it
+    else:
+        out.copy_(dense)
+    return info
+
+
+_into = define(
+    "block_inverse_(Tensor(a!) out, Tensor blocks, float damping) -> Tensor",
+    fake=_into_fake,
+    reference=_into_reference,
+    cpu=_into_cpu,
+)
+
+
+def block_inverse_(out: Tensor, blocks: Tensor, damping: float) -> Tensor:
+    """:func:`block_inverse` into a tensor that is there: ``out[b] <- (blocks[b] + damping I)^-1``.
+
+    Args:
+        out: (B, n, n), any strides, with the dtype of blocks; it shares no memory with blocks. Where ``info`` is 1 it
+            stays as it was, to the bit: the last good inverse remains in use.
+        blocks, damping: as :func:`block_inverse`.
+
+    Returns:
+        ``info``, as :func:`block_inverse`.
+
+    Raises:
+        TypeError, ValueError: as :func:`block_inverse`; nothing is changed.
+    """
+    return _into(out, blocks, damping)
+
+
+# block_solve
+
+
+def _solve_fake(blocks: Tensor, damping: float, rhs: Tensor) -> tuple[Tensor, Tensor]:
+    op = "block_solve"
+    _check_blocks(op, "blocks", blocks)
+    _check_damping(op, damping)
+    _check_partner(op, "rhs", rhs, blocks.shape[:2], "blocks", blocks)
+    return rhs.new_empty(rhs.shape), _new_info(blocks)
+
+
+def _solve_reference(blocks: Tensor, damping: float, rhs: Tensor) -> tuple[Tensor, Tensor]:
+    x, info = _solve_fake(blocks, damping, rhs)
+    if rhs.numel() == 0:
+        return x, info.zero_()
+    factors, bad = _factor(blocks, damping)
+    x.copy_(torch.cholesky_solve(rhs.contiguous()[..., None], factors)[..., 0])
+    bad |= ~x.isfinite().all(1)
+    return x.masked_fill_(bad[:, None], math.nan), bad.to(torch.int64)
+
+
+def _solve_cpu(blocks: Tensor, damping: float, rhs: Tensor) -> tuple[Tensor, Tensor]:
+    if blocks.dim() != 3 or blocks.shape[-1] > LARGEST:
+        return _solve_reference(blocks, damping, rhs)
+    rhs = rhs.contiguous()
+    x, info = torch.empty_like(rhs), _new_info(blocks)
+    native().block_solve(blocks.contiguous(), damping, rhs, x, info, torch.get_num_threads())
+    return x, info
+
+
+_block_solve = define(
+    "block_solve(Tensor blocks, float damping, Tensor rhs) -> (Tensor x, Tensor info)",
+    fake=_solve_fake,
+    reference=_solve_reference,
+    cpu=_solve_cpu,
+)
+
+
+def block_solve(blocks: Tensor, damping: float, rhs: Tensor) -> tuple[Tensor, Tensor]:
+    """Solutions with damped blocks: ``(blocks[b] + damping I)^-1 rhs[b]``; no inverse is formed.
+
+    Args:
+        blocks, damping: as :func:`block_inverse`.
+        rhs: (B, n), any strides, with the dtype of blocks.
+
+    Returns:
+        The solutions, (B, n), contiguous, and ``info`` as :func:`block_inverse`; 1 also where rhs or the solution is
+        not finite. There the solution is NaN.
+
+    Raises:
+        TypeError, ValueError: as :func:`block_inverse`.
+    """
+    return _block_solve(blocks, damping, rhs)
+
+
+# block_apply
+
+
+def _apply_fake(inverse: Tensor, vectors: Tensor) -> Tensor:
+    _check_blocks("block_apply", "inverse", inverse)
+    _check_partner("block_apply", "vectors", vectors, inverse.shape[:2], "inverse", inverse)
+    return vectors.new_empty(vectors.shape)
+
+
+def _apply_reference(inverse: Tensor, vectors: Tensor) -> Tensor:
+    return _apply_fake(inverse, vectors).copy_((inverse.contiguous() @ vectors.contiguous()[..., None])[..., 0])
+
+
+def _apply_cpu(inverse: Tensor, vectors: Tensor) -> Tensor:
+    vectors = vectors.contiguous()
+    out = torch.empty_like(vectors)
+    native().block_apply(inverse.contiguous(), vectors, out, torch.get_num_threads())
+    return out
+
+
+_block_apply = define(
+    "block_apply(Tensor inverse, Tensor vectors) -> Tensor",
+    fake=_apply_fake,
+    reference=_apply_reference,
+    cpu=_apply_cpu,
+)
+
+
+def block_apply(inverse: Tensor, vectors: Tensor) -> Tensor:
+    """Products of matrices and vectors, one by one: ``inverse[b] vectors[b]``.
+
+    Args:
+        inverse: (B, n, n), any strides; float32 or float64. It need not be symmetric.
+        vectors: (B, n), any strides, with the dtype of inverse.
+
+    Returns:
+        The products, (B, n), contiguous.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape or device; the message names it.
+    """
+    return _block_apply(inverse, vectors)

@@ -1,0 +1,324 @@
+"""Inverses of small blocks, solutions and products with them, against their definition in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fisher_kernels.ops import block_apply, block_inverse, block_inverse_, block_solve
+from tests.cases import LAYOUTS, WRITABLE_LAYOUTS, integers, random, unaligned
+from tests.cases.block_inverse import COUNTS, SIZES, blocks, conditioned
+from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
+
+DTYPES = (torch.float32, torch.float64)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def damped(a: Tensor, damping: float) -> Tensor:
+    """The matrix that is inverted, in float64."""
+    return a.double() + damping * torch.eye(a.shape[-1], dtype=torch.float64)
+
+
+def relative_rounding(a: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far an inverse may lie from the true one, as a share of the norm of that: [B].
+
+    A Cholesky factorisation solves with A + E, |E| <= (n + 1) u times the norm of A to first order (Higham, Accuracy
+    and Stability, theorem 10.3), and an inverse moves by as much times the condition number; forming the inverse
+    triangle and its square cost as much again, each. The definition rounds too where the dtype is float64.
+    """
+    return 8 * (a.shape[-1] + 1) * unit_roundoff(dtype) * torch.linalg.cond(a)
+
+
+def check_inverse(actual: Tensor, a: Tensor, damping: float, what: str = "") -> None:
+    exact = damped(a, damping)
+    expected = torch.linalg.inv(exact)
+    norm = torch.linalg.matrix_norm(expected, 2) if a.numel() else exact.new_zeros(len(a))
+    bound = (relative_rounding(exact, a.dtype) if a.numel() else norm) * norm
+    assert actual.dtype == a.dtype
+    assert actual.is_contiguous()
+    assert_within(actual, expected, bound[:, None, None], what)
+    assert_same_bits(actual, actual.mT, f"{what}: the mirror image")
+
+
+def good(count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int64)
+
+
+# Values.
+
+
+@each_dtype
+@pytest.mark.parametrize("n", SIZES)
+def test_inverse_and_solution(implementation: str, n: int, dtype: torch.dtype) -> None:
+    for count in COUNTS:
+        a, rhs = blocks(count, n, dtype), random((count, n), dtype, 1)
+        before = a.clone()
+        inverse, info = block_inverse(a, 0.1)
+        assert_same_bits(info, good(count))
+        check_inverse(inverse, a, 0.1, f"{count} blocks")
+        out = torch.full_like(a, math.nan)
+        assert_same_bits(block_inverse_(out, a, 0.1), info)
+        assert_same_bits(out, inverse, "in place")
+        x, solved = block_solve(a, 0.1, rhs)
+        assert_same_bits(solved, good(count))
+        assert x.is_contiguous()
+        if count:
+            exact = damped(a, 0.1)
+            expected = torch.linalg.solve(exact, rhs.double())
+            size = torch.linalg.matrix_norm(torch.linalg.inv(exact), 2) * rhs.double().norm(dim=1)
+            assert_within(x, expected, (relative_rounding(exact, dtype) * size)[:, None], "the solution")
+        assert_same_bits(a, before, "the input")
+
+
+@each_dtype
+@pytest.mark.parametrize("n", SIZES)
+def test_product(implementation: str, n: int, dtype: torch.dtype) -> None:
+    """Of matrices that are not symmetric; sums of n products of whole numbers are exact."""
+    for count in COUNTS:
+        a, v = random((count, n, n), dtype), random((count, n), dtype, 1)
+        magnitude = (a.double().abs() @ v.double().abs()[..., None])[..., 0]
+        expected = (a.double() @ v.double()[..., None])[..., 0]
+        assert_within(block_apply(a, v), expected, 2 * (n + 1) * unit_roundoff(dtype) * magnitude)
+        a, v = integers((count, n, n), dtype), integers((count, n), dtype, 1)
+        product = block_apply(a, v)
+        assert product.is_contiguous()
+        assert_within(product, (a.double() @ v.double()[..., None])[..., 0], 0.0)
+
+
+@each_dtype
+@pytest.mark.parametrize("n", [1, 2, 7, 16, 33, 64])
+def test_powers_of_two_are_exact(implementation: str, n: int, dtype: torch.dtype) -> None:
+    """Diagonal blocks of powers of four, whose roots and reciprocals round nothing."""
+    values = 4.0 ** integers((20, n), torch.float64, limit=3)
+    a = torch.diag_embed(values).to(dtype)
+    inverse, info = block_inverse(a, 0.0)
+    assert_same_bits(info, good(20))
+    assert_within(inverse, torch.diag_embed(1 / values), 0.0)
+    rhs = integers((20, n), dtype)
+    assert_within(block_solve(a, 0.0, rhs)[0], rhs.double() / values, 0.0)
+
+
+@each_dtype
+@pytest.mark.parametrize("condition", [1e1, 1e2, 1e4, 1e6])
+@pytest.mark.parametrize("n", [2, 9, 25, 64])
+def test_as_precise_as_lapack(implementation: str, n: int, condition: float, dtype: torch.dtype) -> None:
+    """The 99th percentile of the error is at most twice that of torch.linalg.inv, which the reference may exceed."""
+    a = conditioned(200, n, condition, dtype)
+    exact = torch.linalg.inv(a.double())
+    inverse, info = block_inverse(a, 0.0)
+    assert_same_bits(info, good(200))
+
+    def error(x: Tensor) -> float:
+        norms = torch.linalg.matrix_norm(x.double() - exact) / torch.linalg.matrix_norm(exact)
+        return float(norms.quantile(0.99))
+
+    if dtype == torch.float64 or implementation == "reference":
+        check_inverse(inverse, a, 0.0)  # with float64 there is nothing more exact to compare with
+    else:
+        assert error(inverse) <= 2 * error(torch.linalg.inv(a))
+
+
+@pytest.mark.parametrize("n", [3, 64, 65])
+def test_nothing(implementation: str, n: int) -> None:
+    for shape in ((0, n, n), (3, 0, 0), (0, 0, 0)):
+        inverse, info = block_inverse(torch.ones(shape), 0.0)
+        assert inverse.shape == shape
+        assert_same_bits(info, good(shape[0]))
+        assert_same_bits(block_inverse_(torch.ones(shape), torch.ones(shape), 0.0), good(shape[0]))
+        x, solved = block_solve(torch.ones(shape), 0.0, torch.ones(shape[:2]))
+        assert x.shape == shape[:2]
+        assert_same_bits(solved, good(shape[0]))
+        assert block_apply(torch.ones(shape), torch.ones(shape[:2])).shape == shape[:2]
+
+
+# Layouts.
+
+
+@each_dtype
+@pytest.mark.parametrize("n", [3, 9, 17, 65])
+def test_every_layout(implementation: str, n: int, dtype: torch.dtype) -> None:
+    a, v = blocks(18, n, dtype), random((18, n), dtype, 1)
+    for name, layout in LAYOUTS.items():
+        x, y = layout(a), layout(v)
+        inverse, _ = block_inverse(x, 0.1)
+        assert_same_bits(inverse, block_inverse(x.contiguous(), 0.1)[0], name)
+        assert_same_bits(block_solve(x, 0.1, y)[0], block_solve(x.contiguous(), 0.1, y.contiguous())[0], name)
+        assert_same_bits(block_apply(x, y), block_apply(x.contiguous(), y.contiguous()), name)
+
+
+@each_dtype
+@pytest.mark.parametrize("n", [3, 9, 17, 65])
+def test_into_every_layout(implementation: str, n: int, dtype: torch.dtype) -> None:
+    a = blocks(18, n, dtype)
+    a[5, 0, 0] = -9
+    for name, layout in WRITABLE_LAYOUTS.items():
+        out = layout(random(a.shape, dtype, 2))
+        around, before = surroundings(out), out.clone()
+        info = block_inverse_(out, a, 0.1)
+        assert info.nonzero().flatten().tolist() == [5]
+        assert_same_bits(out[5], before[5], name)
+        expected, _ = block_inverse(a, 0.1)
+        assert_same_bits(out[info == 0], expected[info == 0], name)
+        assert_same_bits(surroundings(out), around, f"{name}: the memory around the result")
+
+
+# Bad blocks.
+
+
+def indefinite(a: Tensor) -> None:
+    a.diagonal()[-1] = -1.0
+
+
+def singular(a: Tensor) -> None:
+    a.zero_()
+
+
+def entry(row: int, column: int, value: float) -> Callable[[Tensor], None]:
+    def spoil(a: Tensor) -> None:
+        a[row, column] = value
+
+    return spoil
+
+
+SPOILED: dict[str, Callable[[Tensor], None]] = {
+    "indefinite": indefinite,
+    "zero": singular,
+    "NaN in the upper triangle only": entry(0, -1, math.nan),
+    "NaN in the lower triangle only": entry(-1, 0, math.nan),
+    "NaN on the diagonal": entry(-1, -1, math.nan),
+    "infinite in the upper triangle only": entry(0, -1, -math.inf),
+    "infinite in the lower triangle only": entry(-1, 0, math.inf),
+    "infinite on the diagonal": entry(0, 0, math.inf),
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("fault", SPOILED)
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 9, 25, 64, 65])
+def test_bad_blocks(implementation: str, n: int, fault: str, dtype: torch.dtype) -> None:
+    """Marked and made NaN, or left as they were in place; their neighbours do not change by a bit."""
+    a, rhs = blocks(37, n, dtype), random((37, n), dtype, 1)
+    a.diagonal(dim1=1, dim2=2).add_(0.5)
+    clean, solved = block_inverse(a, 0.0)[0], block_solve(a, 0.0, rhs)[0]
+    bad = torch.zeros(37, dtype=torch.bool)
+    bad[[0, 7, 16, 36]] = True
+    for b in bad.nonzero().flatten().tolist():
+        SPOILED[fault](a[b])
+    inverse, info = block_inverse(a, 0.0)
+    x, solve_info = block_solve(a, 0.0, rhs)
+    out = unaligned(random(a.shape, dtype, 2))
+    before, around = out.clone(), surroundings(out)
+    for found in (info, solve_info, block_inverse_(out, a, 0.0)):
+        assert torch.equal(found != 0, bad), fault
+    assert inverse[bad].isnan().all()
+    assert x[bad].isnan().all()
+    assert_same_bits(inverse[~bad], clean[~bad])
+    assert_same_bits(x[~bad], solved[~bad])
+    assert_same_bits(out[bad], before[bad])
+    assert_same_bits(out[~bad], clean[~bad])
+    assert_same_bits(surroundings(out), around, "the memory around the result")
+
+
+def test_inverses_that_overflow_are_bad(implementation: str) -> None:
+    a = torch.stack([torch.full((1, 1), value) for value in (1e-42, 1.0, 3e38)])
+    assert block_inverse(a, 0.0)[1].tolist() == [1, 0, 0]
+    assert block_inverse(a, 2e38)[1].tolist() == [0, 0, 1]
+
+
+def test_a_right_hand_side_that_is_not_finite_is_bad(implementation: str) -> None:
+    for n in (2, 9, 65):
+        rhs = torch.ones(20, n)
+        rhs[3, -1], rhs[17, 0] = math.nan, math.inf
+        x, info = block_solve(torch.eye(n).expand(20, n, n), 0.0, rhs)
+        assert info.nonzero().flatten().tolist() == [3, 17]
+        assert torch.equal(x.isnan().all(1), info != 0)
+
+
+# Determinism.
+
+
+@each_dtype
+@pytest.mark.parametrize("n", [1, 3, 9, 17, 64])
+def test_a_block_does_not_depend_on_its_neighbours(implementation: str, n: int, dtype: torch.dtype) -> None:
+    if implementation == "reference":
+        pytest.skip("LAPACK and BLAS promise no such thing")
+    a, v = blocks(35, n, dtype), random((35, n), dtype, 1)
+    inverse, x, product = block_inverse(a, 0.1)[0], block_solve(a, 0.1, v)[0], block_apply(a, v)
+    for b in (0, 1, 15, 16, 34):
+        one, w = a[b : b + 1].clone(), v[b : b + 1].clone()
+        assert_same_bits(block_inverse(one, 0.1)[0][0], inverse[b])
+        assert_same_bits(block_solve(one, 0.1, w)[0][0], x[b])
+        assert_same_bits(block_apply(one, w)[0], product[b])
+
+
+@pytest.mark.parametrize("n", [9, 25, 64])
+def test_same_bits_for_every_number_of_threads(set_threads: Callable[[int], None], n: int) -> None:
+    a, v = blocks(1000, n, torch.float32), random((1000, n), torch.float32, 1)
+
+    def run() -> list[Tensor]:
+        return [*block_inverse(a, 0.1), *block_solve(a, 0.1, v), block_apply(a, v)]
+
+    first = run()
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        for got, want in zip(run(), first, strict=True):
+            assert_same_bits(got, want)
+
+
+# Errors.
+
+INVERSE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "dtype": ({"blocks": torch.ones(2, 3, 3, dtype=torch.bfloat16)}, TypeError, r"blocks has dtype (torch\.)?bfloat16"),
+    "whole numbers": ({"blocks": torch.ones(2, 3, 3, dtype=torch.int64)}, TypeError, r"blocks has dtype .*int64"),
+    "a matrix": ({"blocks": torch.ones(3, 3)}, ValueError, r"blocks has shape \(3, 3\), expected \(B, n, n\)"),
+    "not square": ({"blocks": torch.ones(2, 3, 4)}, ValueError, r"blocks has shape \(2, 3, 4\), expected \(B, n, n\)"),
+    **{
+        f"damping {value}": ({"damping": value}, ValueError, rf"damping is {value}, expected a finite number")
+        for value in (-0.5, math.nan, math.inf)
+    },
+}
+RHS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "rhs shape": ({"rhs": torch.ones(2, 4)}, ValueError, r"rhs has shape \(2, 4\), expected \(2, 3\)"),
+    "rhs dtype": ({"rhs": torch.ones(2, 3).double()}, TypeError, r"rhs has dtype (torch\.)?float64, expected"),
+}
+OUT: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "out shape": ({"out": torch.ones(3, 3, 3)}, ValueError, r"out has shape \(3, 3, 3\), expected \(2, 3, 3\)"),
+    "out dtype": ({"out": torch.ones(2, 3, 3).double()}, TypeError, r"out has dtype (torch\.)?float64, expected"),
+}
+VECTORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "dtype": ({"inverse": torch.ones(2, 3, 3).half()}, TypeError, r"inverse has dtype (torch\.)?float16"),
+    "not square": (
+        {"inverse": torch.ones(2, 3, 4)},
+        ValueError,
+        r"inverse has shape \(2, 3, 4\), expected \(B, n, n\)",
+    ),
+    "vectors shape": ({"vectors": torch.ones(3)}, ValueError, r"vectors has shape \(3,\), expected \(2, 3\)"),
+    "vectors dtype": ({"vectors": torch.ones(2, 3).double()}, TypeError, r"vectors has dtype (torch\.)?float64"),
+}
+CALLS: dict[str, tuple[Callable[..., Any], tuple[str, ...], dict[str, tuple[dict[str, Any], type[Exception], str]]]] = {
+    "block_inverse": (block_inverse, ("blocks", "damping"), INVERSE),
+    "block_inverse_": (block_inverse_, ("out", "blocks", "damping"), {**INVERSE, **OUT}),
+    "block_solve": (block_solve, ("blocks", "damping", "rhs"), {**INVERSE, **RHS}),
+    "block_apply": (block_apply, ("inverse", "vectors"), VECTORS),
+}
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, (_, _, bad) in CALLS.items() for name in bad])
+def test_errors_name_the_argument(backend: str, op: str, name: str) -> None:
+    function, names, bad = CALLS[op]
+    matrix, vector = torch.eye(3).repeat(2, 1, 1), torch.ones(2, 3)
+    call = {"blocks": matrix, "damping": 0.5, "rhs": vector, "inverse": matrix, "vectors": vector, "out": 2 * matrix}
+    call = {key: call[key] for key in names}
+    function(**call)  # good before it is spoiled
+    spoiled, error, message = bad[name]
+    before = call["out"].clone() if "out" in call else matrix
+    with pytest.raises(error, match=f"^{op}: {message}"):
+        function(**{**call, **spoiled})
+    assert_same_bits(call.get("out", matrix), before, "nothing has been written")
