@@ -53,6 +53,10 @@ PYBIND11_MODULE(_native, module) {
       "F = row_factor * column_factor + damping. skipped[i] counts the elements whose gradient is not finite, which "
       "stay as they were.");
 
+  module.def("mini_block_gram_", &fk::mini_block_gram_, "out"_a, "v"_a, "decay"_a, "gain"_a, "threads"_a,
+             "out[b] <- decay * out[b] + gain * sum over n of v[n, b] v[n, b]^T, for v [N, B, n], each sample contiguous. "
+             "Of out the lower triangles are read, and nothing if decay is 0.");
+
   module.def(
       "stream_update", &fk::stream_update, "firsts"_a, "seconds"_a, "reads"_a, "threads"_a,
       "firsts[i] += reads[i], seconds[i] += reads[i]: what the bare memory traffic of a step costs, for benchmarks.");

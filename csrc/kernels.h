@@ -146,6 +146,21 @@ struct AdaFisherStep {
   int threads;
 };
 
+/// out[b] <- decay * out[b] + gain * sum over samples s of v[s, b] v[s, b]^T. Of out the lower triangles are read, and
+/// nothing if decay is 0.
+struct MiniBlockGram {
+  const void* v;  // [samples, blocks, size], each sample contiguous
+  void* out;      // [blocks, size, size], accumulation_dtype(dtype)
+  DType dtype;
+  int64_t samples;
+  int64_t sample_stride;
+  int64_t blocks;
+  int64_t size;
+  double decay;
+  double gain;
+  int threads;
+};
+
 /// Three float32 arrays of one size. first += read; second += read: three reads and two writes, as a step has.
 struct StreamArrays {
   float* first;
@@ -178,6 +193,7 @@ struct StreamRead {
   void minmax(const MinMax&);                              \
   void factor_ema_(const FactorEma&);                      \
   void adafisher_step_(const AdaFisherStep&);              \
+  void mini_block_gram_(const MiniBlockGram&);             \
   void stream_update(const StreamUpdate&);                 \
   void stream_read(const StreamRead&);                     \
   }

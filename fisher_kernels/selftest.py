@@ -346,6 +346,30 @@ def _naive_curvature(row: Tensor | None, column: Tensor | None, view: tuple[int,
     return product + _DAMPING
 
 
+# Grams: each entry is a sum of as many products as there are samples or rows, rounded as the sums of squares are but
+# for signs: the magnitudes of the products stand for their sum.
+
+
+def _mini_block_case(name: str, samples: int, blocks: int, n: int, decay: float = 0.0) -> Case:
+    def call(inputs: Inputs) -> list[Tensor]:
+        ops.mini_block_gram_(inputs["out"], inputs["v"], decay, 0.1)
+        return [inputs["out"]]
+
+    def tolerance(inputs: Inputs, expected: list[Tensor], u: float) -> list[Tolerance]:
+        v, old = inputs["v"].abs(), inputs["out"].abs()
+        magnitude = 0.1 * torch.einsum("nbi,nbj->bij", v, v) + decay * (old.tril() + old.tril(-1).mT)
+        return [(samples + 4) * u * magnitude]
+
+    return Case(
+        "mini_block_gram_",
+        name,
+        _SUM_DTYPES,
+        lambda source: {"out": source.uniform(blocks, n, n), "v": source.normal(samples, blocks, n)},
+        call,
+        tolerance,
+    )
+
+
 CASES: Sequence[Case] = (
     *_sum_cases("column_sum_of_squares", _COLUMNS),
     *_sum_cases("channel_sum_of_squares", _CHANNELS),
@@ -378,6 +402,9 @@ CASES: Sequence[Case] = (
     _ema_case("sums and counts", 0.8, 0.2, divisors=(7.0, 3.0, 64.0, 5.0, 1.0, 9.0)),
     _ema_case("normalised", 0.08, 0.008, normalize=True, eps=1e-6),
     _ema_case("in pairs", 0.8, 0.2, joint=2),
+    _mini_block_case("3 x 3 kernels", 65, 35, 9),
+    _mini_block_case("average", 7, 17, 25, decay=0.9),
+    _mini_block_case("no samples", 0, 3, 4, decay=0.9),
     _step_case("plain"),
     _step_case("weight decay in the gradient", weight_decay=0.1),
     _step_case("decoupled weight decay", weight_decay=0.1, decoupled=True),
