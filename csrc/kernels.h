@@ -146,6 +146,21 @@ struct AdaFisherStep {
   int threads;
 };
 
+/// out <- decay * out + gain * sum over r of weight[r] x[r] x[r]^T. Of out the lower triangle is read, and nothing if
+/// decay is 0.
+struct WeightedGram {
+  const void* x;       // [rows, columns] with unit column stride
+  const void* weight;  // [rows] or null for ones, accumulation_dtype(dtype)
+  void* out;           // [columns, columns], accumulation_dtype(dtype)
+  DType dtype;
+  int64_t rows;
+  int64_t columns;
+  int64_t row_stride;
+  double decay;
+  double gain;
+  int threads;
+};
+
 /// out[b] <- decay * out[b] + gain * sum over samples s of v[s, b] v[s, b]^T. Of out the lower triangles are read, and
 /// nothing if decay is 0.
 struct MiniBlockGram {
@@ -194,6 +209,7 @@ struct StreamRead {
   void factor_ema_(const FactorEma&);                      \
   void adafisher_step_(const AdaFisherStep&);              \
   void mini_block_gram_(const MiniBlockGram&);             \
+  void weighted_gram_(const WeightedGram&);                \
   void stream_update(const StreamUpdate&);                 \
   void stream_read(const StreamRead&);                     \
   }

@@ -75,6 +75,10 @@ SAMPLES: dict[str, tuple[Callable[[], Arguments], ...]] = {
             weight_decay=0.1, decoupled=True, maximize=True, grad_scale=torch.tensor(2.0), found_inf=torch.tensor([0.0])
         ),
     ),
+    "weighted_gram_": (
+        lambda: ((random((5, 5), torch.float32), random((4, 5), torch.float32), None, 0.9, 0.1), {}),
+        lambda: ((random((3, 3), torch.float32), random((3, 4), torch.float16).mT, torch.arange(4.0), 0.0, 1.0), {}),
+    ),
     "mini_block_gram_": (
         lambda: ((random((3, 5, 5), torch.float32), random((4, 3, 5), torch.float32), 0.9, 0.1), {}),
         lambda: ((random((3, 2, 2), torch.float32), random((4, 3, 4), torch.bfloat16)[..., ::2], 0.0, 1.0), {}),
@@ -91,6 +95,7 @@ MUTATES = {
     "minmax_": {"out"},
     "factor_ema_": {"state"},
     "adafisher_step_": {"params", "exp_avgs", "steps"},
+    "weighted_gram_": {"out"},
     "mini_block_gram_": {"out"},
     "commit_": {"token"},
 }
@@ -178,6 +183,7 @@ def public(name: str) -> Callable[..., Any]:
 COMPILED = (
     *("column_sum_of_squares", "channel_sum_of_squares", "minmax", "minmax_", "factor_ema_", "adafisher_step_"),
     "mini_block_gram_",
+    "weighted_gram_",
 )
 
 
@@ -242,7 +248,7 @@ def test_arguments_that_require_a_gradient_are_stepped_under_no_grad(backend: st
         assert_same_bits(param, expected)
 
 
-@pytest.mark.parametrize("name", ["minmax_", "factor_ema_", "adafisher_step_", "mini_block_gram_"])
+@pytest.mark.parametrize("name", ["minmax_", "factor_ema_", "adafisher_step_", "mini_block_gram_", "weighted_gram_"])
 def test_autograd_knows_what_was_changed(backend: str, name: str) -> None:
     """A backward pass that needs the old parameters must fail rather than take the new ones."""
     args, kwargs = SAMPLES[name][0]()

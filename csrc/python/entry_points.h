@@ -24,6 +24,7 @@ void adafisher_step_(py::handle params, py::handle grads, py::handle exp_avgs, p
                      bool decoupled, bool maximize, py::handle grad_scale, py::handle found_inf, py::handle skipped,
                      int threads);
 void mini_block_gram_(py::handle out, py::handle v, double decay, double gain, int threads);
+void weighted_gram_(py::handle out, py::handle x, py::handle weight, double decay, double gain, int threads);
 
 void stream_update(py::handle firsts, py::handle seconds, py::handle reads, int threads);
 uint32_t stream_read(py::handle x, int threads);
