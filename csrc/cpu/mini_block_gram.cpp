@@ -161,9 +161,12 @@ void mini_block_gram(const MiniBlockGram& a) {
   const auto group_at = [&](int64_t g) {
     return Group<T>{v + g * kStep * n, smaller(kStep, a.blocks - g * kStep), n};
   };
-  const auto sum_groups = [&](int, int64_t begin, int64_t end) {
-    const Scratch<A> scratch(entries_size + totals_size + staged_size + kStep);
-    A* const entries = align(scratch.data());
+  const int64_t groups = ceil_div(a.blocks, kStep), scratch_size = entries_size + totals_size + staged_size;
+  const int threads = static_cast<int>(
+      larger(1, smaller(groups, useful_threads(a.blocks * n * (a.samples + n), a.threads))));
+  const Scratch<A> scratch(threads * scratch_size + kStep);
+  const auto sum_groups = [&](int thread, int64_t begin, int64_t end) {
+    A* const entries = align(scratch.data()) + thread * scratch_size;
     A* const totals = entries + entries_size;
     A* const staged = totals + totals_size;
     for (int64_t i = 0; i < staged_size; ++i) staged[i] = 0;
@@ -188,8 +191,7 @@ void mini_block_gram(const MiniBlockGram& a) {
       }
     }
   };
-  const int64_t work = a.blocks * n * (a.samples + n);
-  parallel_for(useful_threads(work, a.threads), ceil_div(a.blocks, kStep), sum_groups);
+  parallel_for(threads, groups, sum_groups);
 }
 
 }  // namespace
