@@ -61,6 +61,13 @@ PYBIND11_MODULE(_native, module) {
   module.def("block_apply", &fk::block_apply, "inverse"_a, "vectors"_a, "out"_a, "threads"_a,
              "out[b] = inverse[b] vectors[b].");
 
+  module.def("weighted_gram_", &fk::weighted_gram_, "out"_a, "x"_a, "weight"_a, "decay"_a, "gain"_a, "threads"_a,
+             "out <- decay * out + gain * sum over r of weight[r] x[r] x[r]^T, for x [R, D] with unit column stride. "
+             "weight: None for ones. Of out the lower triangle is read, and nothing if decay is 0.");
+  module.def("mini_block_gram_", &fk::mini_block_gram_, "out"_a, "v"_a, "decay"_a, "gain"_a, "threads"_a,
+             "out[b] <- decay * out[b] + gain * sum over n of v[n, b] v[n, b]^T, for v [N, B, n], each sample contiguous. "
+             "Of out the lower triangles are read, and nothing if decay is 0.");
+
   module.def(
       "stream_update", &fk::stream_update, "firsts"_a, "seconds"_a, "reads"_a, "threads"_a,
       "firsts[i] += reads[i], seconds[i] += reads[i]: what the bare memory traffic of a step costs, for benchmarks.");

@@ -185,6 +185,36 @@ struct BlockApply {
   int threads;
 };
 
+/// out <- decay * out + gain * sum over r of weight[r] x[r] x[r]^T. Of out the lower triangle is read, and nothing if
+/// decay is 0.
+struct WeightedGram {
+  const void* x;       // [rows, columns] with unit column stride
+  const void* weight;  // [rows] or null for ones, accumulation_dtype(dtype)
+  void* out;           // [columns, columns], accumulation_dtype(dtype)
+  DType dtype;
+  int64_t rows;
+  int64_t columns;
+  int64_t row_stride;
+  double decay;
+  double gain;
+  int threads;
+};
+
+/// out[b] <- decay * out[b] + gain * sum over samples s of v[s, b] v[s, b]^T. Of out the lower triangles are read, and
+/// nothing if decay is 0.
+struct MiniBlockGram {
+  const void* v;  // [samples, blocks, size], each sample contiguous
+  void* out;      // [blocks, size, size], accumulation_dtype(dtype)
+  DType dtype;
+  int64_t samples;
+  int64_t sample_stride;
+  int64_t blocks;
+  int64_t size;
+  double decay;
+  double gain;
+  int threads;
+};
+
 /// Three float32 arrays of one size. first += read; second += read: three reads and two writes, as a step has.
 struct StreamArrays {
   float* first;
@@ -220,6 +250,8 @@ struct StreamRead {
   void block_inverse(const BlockInverse&);                 \
   void block_solve(const BlockSolve&);                     \
   void block_apply(const BlockApply&);                     \
+  void mini_block_gram_(const MiniBlockGram&);             \
+  void weighted_gram_(const WeightedGram&);                \
   void stream_update(const StreamUpdate&);                 \
   void stream_read(const StreamRead&);                     \
   }

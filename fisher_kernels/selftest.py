@@ -389,6 +389,47 @@ def _block_cases(n: int) -> list[Case]:
     ]
 
 
+# Grams: each entry is a sum of as many products as there are samples or rows, rounded as the sums of squares are but
+# for signs: the magnitudes of the products stand for their sum.
+
+
+def _mini_block_case(name: str, samples: int, blocks: int, n: int, decay: float = 0.0) -> Case:
+    def call(inputs: Inputs) -> list[Tensor]:
+        ops.mini_block_gram_(inputs["out"], inputs["v"], decay, 0.1)
+        return [inputs["out"]]
+
+    def tolerance(inputs: Inputs, expected: list[Tensor], u: float) -> list[Tolerance]:
+        v, old = inputs["v"].abs(), inputs["out"].abs()
+        magnitude = 0.1 * torch.einsum("nbi,nbj->bij", v, v) + decay * (old.tril() + old.tril(-1).mT)
+        return [(samples + 4) * u * magnitude]
+
+    return Case(
+        "mini_block_gram_",
+        name,
+        _SUM_DTYPES,
+        lambda source: {"out": source.uniform(blocks, n, n), "v": source.normal(samples, blocks, n)},
+        call,
+        tolerance,
+    )
+
+
+def _gram_case(name: str, rows: int, columns: int, decay: float = 0.0, weighted: bool = True) -> Case:
+    def inputs(source: Source) -> Inputs:
+        out, x = source.uniform(columns, columns), source.normal(rows, columns)
+        return {"out": out, "x": x, "weight": source.uniform(rows) if weighted else None}
+
+    def call(inputs: Inputs) -> list[Tensor]:
+        ops.weighted_gram_(inputs["out"], inputs["x"], inputs["weight"], decay, 0.1)
+        return [inputs["out"]]
+
+    def tolerance(inputs: Inputs, expected: list[Tensor], u: float) -> list[Tolerance]:
+        x, old = inputs["x"].abs(), inputs["out"].abs()
+        weighted = x if inputs["weight"] is None else x * inputs["weight"][:, None]
+        return [(rows + 5) * u * (0.1 * weighted.mT @ x + decay * (old.tril() + old.tril(-1).mT))]
+
+    return Case("weighted_gram_", name, _SUM_DTYPES, inputs, call, tolerance)
+
+
 CASES: Sequence[Case] = (
     *_sum_cases("column_sum_of_squares", _COLUMNS),
     *_sum_cases("channel_sum_of_squares", _CHANNELS),
@@ -422,6 +463,13 @@ CASES: Sequence[Case] = (
     _ema_case("normalised", 0.08, 0.008, normalize=True, eps=1e-6),
     _ema_case("in pairs", 0.8, 0.2, joint=2),
     *(case for n in (1, 9, 25, 64) for case in _block_cases(n)),
+    _mini_block_case("3 x 3 kernels", 65, 35, 9),
+    _mini_block_case("average", 7, 17, 25, decay=0.9),
+    _mini_block_case("no samples", 0, 3, 4, decay=0.9),
+    _gram_case("weighted", 131, 67),
+    _gram_case("average", 600, 33, decay=0.9),
+    _gram_case("without weights", 17, 130, weighted=False),
+    _gram_case("no rows", 0, 5, decay=0.9),
     _step_case("plain"),
     _step_case("weight decay in the gradient", weight_decay=0.1),
     _step_case("decoupled weight decay", weight_decay=0.1, decoupled=True),

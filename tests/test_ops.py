@@ -93,6 +93,14 @@ SAMPLES: dict[str, tuple[Callable[[], Arguments], ...]] = {
         lambda: ((blocks(18, 5, torch.float32), random((18, 5), torch.float32)), {}),
         lambda: ((blocks(3, 4, torch.float64).mT, random((4, 3), torch.float64).T), {}),
     ),
+    "weighted_gram_": (
+        lambda: ((random((5, 5), torch.float32), random((4, 5), torch.float32), None, 0.9, 0.1), {}),
+        lambda: ((random((3, 3), torch.float32), random((3, 4), torch.float16).mT, torch.arange(4.0), 0.0, 1.0), {}),
+    ),
+    "mini_block_gram_": (
+        lambda: ((random((3, 5, 5), torch.float32), random((4, 3, 5), torch.float32), 0.9, 0.1), {}),
+        lambda: ((random((3, 2, 2), torch.float32), random((4, 3, 4), torch.bfloat16)[..., ::2], 0.0, 1.0), {}),
+    ),
     "tap": (
         lambda: ((random((3, 4), torch.float32), [random((3, 2), torch.float32)], torch.zeros(1), [0, 0, 0, 1]), {}),
     ),
@@ -106,6 +114,8 @@ MUTATES = {
     "minmax_": {"out"},
     "factor_ema_": {"state"},
     "adafisher_step_": {"params", "exp_avgs", "steps"},
+    "weighted_gram_": {"out"},
+    "mini_block_gram_": {"out"},
     "commit_": {"token"},
 }
 
@@ -177,6 +187,13 @@ def public(name: str) -> Callable[..., Any]:
             return ops.adafisher_step_(params, [-g for g in grads], *rest, **options) + 1
 
         return adafisher
+    if name in MUTATES:
+
+        def gram(out: Tensor, x: Tensor, *rest: Any) -> Tensor:
+            getattr(ops, name)(out, 2 * x, *rest)
+            return out + 1
+
+        return gram
     if name == "minmax":
         return lambda x, *rest: [y + 1 for y in ops.minmax([2 * v for v in x], *rest)]
     return lambda x, *rest: getattr(ops, name)(2 * x, *rest) + 1
@@ -190,6 +207,9 @@ COMPILED = (
     "minmax_",
     "factor_ema_",
     "adafisher_step_",
+    *("column_sum_of_squares", "channel_sum_of_squares", "minmax", "minmax_", "factor_ema_", "adafisher_step_"),
+    "mini_block_gram_",
+    "weighted_gram_",
 )
 
 
@@ -255,6 +275,7 @@ def test_arguments_that_require_a_gradient_are_stepped_under_no_grad(backend: st
 
 
 @pytest.mark.parametrize("name", ["minmax_", "factor_ema_", "adafisher_step_", "block_inverse_"])
+@pytest.mark.parametrize("name", ["minmax_", "factor_ema_", "adafisher_step_", "mini_block_gram_", "weighted_gram_"])
 def test_autograd_knows_what_was_changed(backend: str, name: str) -> None:
     """A backward pass that needs the old parameters must fail rather than take the new ones."""
     args, kwargs = SAMPLES[name][0]()

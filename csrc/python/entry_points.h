@@ -27,6 +27,8 @@ void block_inverse(py::handle blocks, double damping, py::handle out, py::handle
 void block_inverse_(py::handle out, py::handle blocks, double damping, py::handle info, int threads);
 void block_solve(py::handle blocks, double damping, py::handle rhs, py::handle out, py::handle info, int threads);
 void block_apply(py::handle inverse, py::handle vectors, py::handle out, int threads);
+void mini_block_gram_(py::handle out, py::handle v, double decay, double gain, int threads);
+void weighted_gram_(py::handle out, py::handle x, py::handle weight, double decay, double gain, int threads);
 
 void stream_update(py::handle firsts, py::handle seconds, py::handle reads, int threads);
 uint32_t stream_read(py::handle x, int threads);

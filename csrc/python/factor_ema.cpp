@@ -1,4 +1,3 @@
-#include <cmath>
 #include <vector>
 
 #include "../kernels.h"
@@ -36,11 +35,6 @@ TensorView read_contribution(const TensorView& state, py::handle object, const A
                               ", the shape of its state, or one entry less");
   }
   return vector;
-}
-
-void check_coefficient(double value, const Argument& argument) {
-  if (std::isfinite(value) && value >= 0) return;
-  value_error(argument, "is " + std::string(py::str(py::float_(value))) + ", expected a finite number >= 0");
 }
 
 double read_coefficient(py::handle object, const Argument& argument) {

@@ -1,5 +1,7 @@
 #include "tensor.h"
 
+#include <cmath>
+
 #include "../common/dlpack.h"
 
 namespace fisher_kernels {
@@ -157,6 +159,11 @@ void check_contiguous(const TensorView& tensor, const Argument& argument) {
 
 void check_threads(int threads, const Argument& argument) {
   if (threads < 1) value_error(argument, "is " + std::to_string(threads) + ", expected at least 1");
+}
+
+void check_coefficient(double value, const Argument& argument) {
+  if (std::isfinite(value) && value >= 0) return;
+  value_error(argument, "is " + std::string(py::str(py::float_(value))) + ", expected a finite number >= 0");
 }
 
 List::List(py::handle object, const Argument& argument) {

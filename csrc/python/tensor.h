@@ -67,6 +67,8 @@ void check_float(const TensorView& tensor, const Argument& argument);
 void check_dims(const TensorView& tensor, int expected, const Argument& argument);
 void check_shape(const TensorView& tensor, const std::vector<int64_t>& expected, const Argument& argument);
 void check_contiguous(const TensorView& tensor, const Argument& argument);
+/// Finite and at least 0.
+void check_coefficient(double value, const Argument& argument);
 void check_threads(int threads, const Argument& argument);
 
 /// A Python list or tuple, read by position.

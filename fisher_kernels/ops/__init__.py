@@ -4,6 +4,8 @@ from fisher_kernels.ops._define import ACCUMULATOR
 from fisher_kernels.ops.adafisher_step import adafisher_step_
 from fisher_kernels.ops.block_inverse import block_apply, block_inverse, block_inverse_, block_solve
 from fisher_kernels.ops.factor_ema import factor_ema_, minmax, minmax_
+from fisher_kernels.ops.gram import weighted_gram_
+from fisher_kernels.ops.mini_block_gram import mini_block_gram_
 from fisher_kernels.ops.sum_of_squares import channel_sum_of_squares, column_sum_of_squares, patch_sum_of_squares
 
 __all__ = [
@@ -16,7 +18,9 @@ __all__ = [
     "channel_sum_of_squares",
     "column_sum_of_squares",
     "factor_ema_",
+    "mini_block_gram_",
     "minmax",
     "minmax_",
     "patch_sum_of_squares",
+    "weighted_gram_",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,12 @@ def check_floating(op: str, name: str, dtype: torch.dtype) -> None:
     """Only the dtypes of :data:`ACCUMULATOR` are taken."""
     if dtype not in ACCUMULATOR:
         raise TypeError(f"{op}: {name} has dtype {dtype}, expected float32, float64, bfloat16 or float16")
+
+
+def check_coefficient(op: str, name: str, value: float) -> None:
+    """Coefficients of an average are finite and not negative."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{op}: {name} is {value}, expected a finite number of at least 0")
 
 
 def _device_type(argument: Any) -> str:

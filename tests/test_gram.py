@@ -1,0 +1,197 @@
+"""weighted_gram_ against its definition in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from fisher_kernels import use_backend
+from fisher_kernels.ops import ACCUMULATOR, weighted_gram_
+from tests.cases import DTYPES, LAYOUTS, integers, random, spread, unaligned
+from tests.cases.gram import SHAPES
+from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
+
+
+def lost(columns: int, dtype: torch.dtype) -> Tensor:
+    """An output whose old content is not to be read."""
+    return torch.full((columns, columns), torch.nan, dtype=ACCUMULATOR[dtype])
+
+
+def weights(rows: int, dtype: torch.dtype) -> Tensor:
+    """Of either sign."""
+    return random((rows,), ACCUMULATOR[dtype], 2)
+
+
+def defined(x: Tensor, weight: Tensor | None) -> Tensor:
+    wide = x.double()
+    return (wide if weight is None else wide * weight.double()[:, None]).mT @ wide
+
+
+def bound(x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """R weighted products and sums and the scaling, each rounded once, of the magnitudes that are added up."""
+    magnitude = defined(x.abs(), None if weight is None else weight.abs())
+    return (len(x) + 4) * unit_roundoff(ACCUMULATOR[dtype]) * magnitude
+
+
+def assert_symmetric(out: Tensor) -> None:
+    assert_same_bits(out, out.mT, "the upper triangle")
+
+
+def test_definition() -> None:
+    x, weight = random((5, 3), torch.float64), torch.tensor([1.0, 0.0, -2.0, 3.0, 0.5], dtype=torch.float64)
+    out, old = random((3, 3), torch.float64, 1), random((3, 3), torch.float64, 1).numpy()
+    with use_backend("reference"):
+        weighted_gram_(out, x, weight, 0.5, 0.25)
+    outer = sum(w * np.outer(row, row) for w, row in zip(weight.tolist(), x.numpy(), strict=True))
+    expected = 0.5 * (np.tril(old) + np.tril(old, -1).T) + 0.25 * outer
+    assert_within(out, torch.from_numpy(expected), 1e-14)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_layout(implementation: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    for name, layout in LAYOUTS.items():
+        x = layout(random(shape, dtype))
+        for weight in (None, weights(shape[0], dtype), spread(weights(shape[0], dtype))):
+            before, out = x.clone(), unaligned(lost(shape[1], dtype))
+            around = surroundings(out)
+            weighted_gram_(out, x, weight)
+            assert_within(out, defined(x, weight), 2 * bound(x, weight, dtype), name)
+            assert_symmetric(out)
+            assert_same_bits(x, before, "x")
+            assert_same_bits(surroundings(out), around, "the memory around the result")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_average(implementation: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Two products and a sum more, each rounded once; of what is there the lower triangle counts."""
+    x, weight = random(shape, dtype), weights(shape[0], dtype)
+    for decay, gain in ((0.9, 0.1), (1.0, 0.0), (0.0, 0.25), (2.5, 1.5)):
+        lower = random((shape[1], shape[1]), ACCUMULATOR[dtype], 1).tril()
+        out = lower + torch.full_like(lower, torch.nan).triu(1)
+        old = lower.double() + lower.double().tril(-1).mT
+        weighted_gram_(out, x, weight, decay, gain)
+        rounding = 2 * gain * bound(x, weight, dtype) + 4 * unit_roundoff(out.dtype) * decay * old.abs()
+        assert_within(out, decay * old + gain * defined(x, weight), rounding)
+        assert_symmetric(out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_whole_numbers_are_exact(implementation: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, weight = integers(shape, dtype), integers((shape[0],), ACCUMULATOR[dtype], 2)
+    out = integers((shape[1], shape[1]), ACCUMULATOR[dtype], 1).tril()
+    expected = 0.5 * (out + out.tril(-1).mT).double() + 2 * defined(x, weight)
+    weighted_gram_(out, x, weight, 0.5, 2.0)
+    assert_within(out, expected, 0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_in_its_column(implementation: str, value: float, dtype: torch.dtype) -> None:
+    if implementation == "reference":
+        pytest.skip("PyTorch promises no bits")
+    for rows, columns in ((3, 33), (70, 67), (2, 2)):
+        good = random((rows, columns), dtype)
+        expected, actual = lost(columns, dtype), lost(columns, dtype)
+        weighted_gram_(expected, good)
+        for column in {0, columns // 2, columns - 1}:
+            bad = good.clone()
+            bad[rows - 1, column] = value
+            weighted_gram_(actual, bad)
+            assert not actual[column].isfinite().any()
+            assert_symmetric(actual)
+            kept = torch.arange(columns) != column
+            assert_same_bits(actual[kept][:, kept], expected[kept][:, kept], "another column")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_for_every_number_of_threads(
+    implementation: str, set_threads: Callable[[int], None], dtype: torch.dtype
+) -> None:
+    if implementation == "reference":
+        pytest.skip("PyTorch promises nothing of the kind")
+    x, weight, first = random((600, 200), dtype), weights(600, dtype), lost(200, dtype)
+    weighted_gram_(first, x, weight)
+    for threads in (1, 2, 3, 7):
+        set_threads(threads)
+        out = lost(200, dtype)
+        weighted_gram_(out, x, weight)
+        assert_same_bits(out, first, f"{threads} threads")
+
+
+def test_long_sums_are_added_in_runs(implementation: str) -> None:
+    """2^15 equal terms, in float32: runs, blocks and their sums, where one after the other would lose far more."""
+    if implementation == "reference":
+        pytest.skip("PyTorch promises nothing of the kind")
+    rows = 2**15
+    x, out = torch.full((rows, 2), 0.1), lost(2, torch.float32)
+    weighted_gram_(out, x)
+    expected = defined(x, None)
+    assert_within(out, expected, (64 + 8192 / 64 + rows / 8192) * unit_roundoff(torch.float32) * expected)
+
+
+# Errors.
+
+Call = dict[str, Any]
+
+
+def call() -> Call:
+    return {"out": torch.ones(4, 4), "x": torch.ones(3, 4), "weight": torch.ones(3), "decay": 0.9, "gain": 0.1}
+
+
+BAD: dict[str, tuple[str, Callable[[], Any], type[Exception], str]] = {
+    "x dtype": ("x", lambda: torch.ones(3, 4).long(), TypeError, r"x has dtype (torch\.)?int64, expected"),
+    "x dimensions": ("x", lambda: torch.ones(3, 4, 1), ValueError, r"x has shape \(3, 4, 1\), expected 2 dimensions"),
+    "x device": ("x", lambda: torch.ones(3, 4, device="meta"), ValueError, r"x is on meta, expected cpu"),
+    "weight dtype": (
+        "weight",
+        lambda: torch.ones(3).double(),
+        TypeError,
+        r"weight has dtype (torch\.)?float64, expected (torch\.)?float32",
+    ),
+    "weight shape": ("weight", lambda: torch.ones(4), ValueError, r"weight has shape \(4,\), expected \(3,\)"),
+    "weight device": ("weight", lambda: torch.ones(3, device="meta"), ValueError, r"weight is on meta, expected cpu"),
+    "out dtype": (
+        "out",
+        lambda: torch.ones(4, 4).double(),
+        TypeError,
+        r"out has dtype (torch\.)?float64, expected (torch\.)?float32",
+    ),
+    "out shape": ("out", lambda: torch.ones(4, 5), ValueError, r"out has shape \(4, 5\), expected \(4, 4\)"),
+    "out strides": ("out", lambda: torch.ones(4, 8)[:, ::2], ValueError, r"out is not contiguous"),
+    **{
+        f"{name} {value}": (name, lambda value=value: value, ValueError, rf"{name} is {value}(0*)?, expected a finite")
+        for name in ("decay", "gain")
+        for value in (-0.5, math.inf, math.nan)
+    },
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments(backend: str, name: str) -> None:
+    key, value, error, message = BAD[name]
+    arguments = {**call(), key: value()}
+    with pytest.raises(error, match=f"^weighted_gram_: {message}"):
+        weighted_gram_(**arguments)
+    assert bool((arguments["out"] == 1).all())
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_without_data(name: str) -> None:
+    """Compilers learn of the same faults from the fakes."""
+    key, value, error, message = BAD[name]
+    arguments = {**call(), key: value()}
+    with FakeTensorMode() as mode, pytest.raises(error, match=f"^weighted_gram_: {message}"):
+        weighted_gram_(**pytree.tree_map_only(Tensor, mode.from_tensor, arguments))

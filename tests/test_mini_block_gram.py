@@ -1,0 +1,207 @@
+"""mini_block_gram_ against its definition in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from fisher_kernels import use_backend
+from fisher_kernels.ops import ACCUMULATOR, mini_block_gram_
+from tests.cases import DTYPES, LAYOUTS, integers, random, unaligned
+from tests.cases.mini_block_gram import SHAPES
+from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
+
+
+def lost(shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+    """An output whose old content is not to be read."""
+    _, blocks, n = shape
+    return torch.full((blocks, n, n), torch.nan, dtype=ACCUMULATOR[dtype])
+
+
+def defined(v: Tensor) -> Tensor:
+    wide = v.double()
+    return torch.einsum("nbi,nbj->bij", wide, wide)
+
+
+def bound(v: Tensor, dtype: torch.dtype) -> Tensor:
+    """N products and sums and the scaling, each rounded once, of the magnitudes that are added up."""
+    return (len(v) + 3) * unit_roundoff(ACCUMULATOR[dtype]) * defined(v.abs())
+
+
+def assert_symmetric(out: Tensor) -> None:
+    assert_same_bits(out, out.mT, "the upper triangle")
+
+
+def test_definition() -> None:
+    v = random((3, 2, 4), torch.float64)
+    out, old = random((2, 4, 4), torch.float64, 1), random((2, 4, 4), torch.float64, 1).numpy()
+    with use_backend("reference"):
+        mini_block_gram_(out, v, 0.5, 0.25)
+    for b in range(2):
+        symmetric = np.tril(old[b]) + np.tril(old[b], -1).T
+        expected = 0.5 * symmetric + 0.25 * sum(np.outer(x, x) for x in v[:, b].numpy())
+        assert_within(out[b], torch.from_numpy(expected), 1e-14)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_layout(implementation: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    for name, layout in LAYOUTS.items():
+        v = layout(random(shape, dtype))
+        before, out = v.clone(), unaligned(lost(shape, dtype))
+        around = surroundings(out)
+        mini_block_gram_(out, v)
+        assert_within(out, defined(v), 2 * bound(v, dtype), name)
+        assert_symmetric(out)
+        assert_same_bits(v, before, "v")
+        assert_same_bits(surroundings(out), around, "the memory around the result")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_average(implementation: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Two products and a sum more, each rounded once; of what is there the lower triangles count."""
+    v = random(shape, dtype)
+    for decay, gain in ((0.9, 0.1), (1.0, 0.0), (0.0, 0.25), (2.5, 1.5)):
+        lower = random(lost(shape, dtype).shape, ACCUMULATOR[dtype], 1).tril()
+        out = lower + torch.full_like(lower, torch.nan).triu(1)
+        old = lower.double() + lower.double().tril(-1).mT
+        mini_block_gram_(out, v, decay, gain)
+        rounding = 2 * gain * bound(v, dtype) + 4 * unit_roundoff(out.dtype) * decay * old.abs()
+        assert_within(out, decay * old + gain * defined(v), rounding)
+        assert_symmetric(out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_whole_numbers_are_exact(implementation: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    v = integers(shape, dtype)
+    out = integers(lost(shape, dtype).shape, ACCUMULATOR[dtype], 1).tril()
+    expected = 0.5 * (out + out.tril(-1).mT).double() + 2 * defined(v)
+    mini_block_gram_(out, v, 0.5, 2.0)
+    assert_within(out, expected, 0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_in_its_block(implementation: str, value: float, dtype: torch.dtype) -> None:
+    for samples, blocks, n in ((3, 33, 9), (2, 5, 3), (34, 16, 17), (3, 2, 1)):
+        good = random((samples, blocks, n), dtype)
+        expected, actual = lost((samples, blocks, n), dtype), lost((samples, blocks, n), dtype)
+        mini_block_gram_(expected, good)
+        for b in {0, blocks // 2, blocks - 1}:
+            bad = good.clone()
+            bad[samples - 1, b, n - 1] = value
+            mini_block_gram_(actual, bad)
+            assert not actual[b, n - 1].isfinite().any()
+            assert actual[b, : n - 1, : n - 1].isfinite().all()
+            kept = torch.arange(blocks) != b
+            assert_same_bits(actual[kept], expected[kept], "another block")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_block_does_not_know_its_neighbours(implementation: str, dtype: torch.dtype) -> None:
+    if implementation == "reference":
+        pytest.skip("PyTorch promises nothing of the kind")
+    shape = (37, 35, 9)
+    v, out = random(shape, dtype), lost(shape, dtype)
+    mini_block_gram_(out, v)
+    for first, end in ((0, 1), (1, 17), (16, 33), (34, 35)):
+        part = lost((37, end - first, 9), dtype)
+        mini_block_gram_(part, v[:, first:end])
+        assert_same_bits(part, out[first:end])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_for_every_number_of_threads(
+    implementation: str, set_threads: Callable[[int], None], dtype: torch.dtype
+) -> None:
+    if implementation == "reference":
+        pytest.skip("PyTorch promises nothing of the kind")
+    shape = (67, 300, 9)
+    v, first = random(shape, dtype), lost(shape, dtype)
+    mini_block_gram_(first, v)
+    for threads in (1, 2, 3, 7):
+        set_threads(threads)
+        out = lost(shape, dtype)
+        mini_block_gram_(out, v)
+        assert_same_bits(out, first, f"{threads} threads")
+
+
+def test_long_sums_are_added_in_runs(implementation: str) -> None:
+    """2^15 equal terms, in float32: runs of 32 and their sums, where one after the other would lose far more."""
+    if implementation == "reference":
+        pytest.skip("PyTorch promises nothing of the kind")
+    samples = 2**15
+    v = torch.full((samples, 1, 2), 0.1)
+    out = lost((samples, 1, 2), torch.float32)
+    mini_block_gram_(out, v)
+    expected = defined(v)
+    assert_within(out, expected, (32 + samples / 32) * unit_roundoff(torch.float32) * expected)
+
+
+# Errors.
+
+Call = dict[str, Any]
+
+
+def call() -> Call:
+    return {"out": torch.ones(3, 4, 4), "v": torch.ones(2, 3, 4), "decay": 0.9, "gain": 0.1}
+
+
+BAD: dict[str, tuple[str, Callable[[], Any], type[Exception], str]] = {
+    "v dtype": (
+        "v",
+        lambda: torch.ones(2, 3, 4, dtype=torch.int64),
+        TypeError,
+        r"v has dtype (torch\.)?int64, expected",
+    ),
+    "v dimensions": ("v", lambda: torch.ones(3, 4), ValueError, r"v has shape \(3, 4\), expected 3 dimensions"),
+    "v device": ("v", lambda: torch.ones(2, 3, 4, device="meta"), ValueError, r"v is on meta, expected cpu"),
+    "out dtype": (
+        "out",
+        lambda: torch.ones(3, 4, 4, dtype=torch.float64),
+        TypeError,
+        r"out has dtype (torch\.)?float64, expected (torch\.)?float32",
+    ),
+    "out shape": (
+        "out",
+        lambda: torch.ones(3, 4, 5),
+        ValueError,
+        r"out has shape \(3, 4, 5\), expected \(3, 4, 4\)",
+    ),
+    "out strides": ("out", lambda: torch.ones(3, 4, 8)[..., ::2], ValueError, r"out is not contiguous"),
+    **{
+        f"{name} {value}": (name, lambda value=value: value, ValueError, rf"{name} is {value}(0*)?, expected a finite")
+        for name in ("decay", "gain")
+        for value in (-0.5, math.inf, math.nan)
+    },
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments(backend: str, name: str) -> None:
+    key, value, error, message = BAD[name]
+    arguments = {**call(), key: value()}
+    with pytest.raises(error, match=f"^mini_block_gram_: {message}"):
+        mini_block_gram_(**arguments)
+    assert bool((arguments["out"] == 1).all())
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_without_data(name: str) -> None:
+    """Compilers learn of the same faults from the fakes."""
+    key, value, error, message = BAD[name]
+    arguments = {**call(), key: value()}
+    with FakeTensorMode() as mode, pytest.raises(error, match=f"^mini_block_gram_: {message}"):
+        mini_block_gram_(**pytree.tree_map_only(Tensor, mode.from_tensor, arguments))
