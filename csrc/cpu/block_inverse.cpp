@@ -142,6 +142,7 @@ inline void square_rows(Lanes<A>& lanes, int64_t first) {
   const int64_t n = lanes.n, below = first + kRows;
   Vector<A>* const rows = lanes.a + first * n;
   const Vector<A> zero = {};
+  Vector<A> taint = lanes.taint;  // in a register
   Vector<A> scaled[kRows][kRows];  // the square of M on the diagonal, negative
   for (int k = 0; k < kRows; ++k) {
     for (int i = 0; i < kRows; ++i) scaled[k][i] = -(rows[k * n + first + i] * lanes.reciprocal[first + k]);
@@ -157,7 +158,7 @@ inline void square_rows(Lanes<A>& lanes, int64_t first) {
 #pragma GCC unroll 4
         for (int k = i; k < kRows; ++k) tile[i][j] += scaled[k][i] * rows[k * n + column + j];
         tile[i][j] = -tile[i][j];
-        lanes.taint += tile[i][j] * zero;
+        taint += tile[i][j] * zero;
         lanes.a[(column + j) * n + first + i] = tile[i][j];
       }
     }
@@ -173,12 +174,13 @@ inline void square_rows(Lanes<A>& lanes, int64_t first) {
     for (int j = 0; j <= i; ++j) {
 #pragma GCC unroll 4
       for (int k = i; k < kRows; ++k) tile[i][j] += scaled[k][i] * rows[k * n + first + j];
-      lanes.taint += tile[i][j] * zero;
+      taint += tile[i][j] * zero;
     }
   }
   for (int i = 0; i < kRows; ++i) {
     for (int j = 0; j <= i; ++j) rows[i * n + first + j] = rows[j * n + first + i] = -tile[i][j];
   }
+  lanes.taint = taint;
 }
 
 /// Calls body with the rows of each square in turn: kTile of them, or what is left.
