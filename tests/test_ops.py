@@ -274,8 +274,9 @@ def test_arguments_that_require_a_gradient_are_stepped_under_no_grad(backend: st
         assert_same_bits(param, expected)
 
 
-@pytest.mark.parametrize("name", ["minmax_", "factor_ema_", "adafisher_step_", "block_inverse_"])
-@pytest.mark.parametrize("name", ["minmax_", "factor_ema_", "adafisher_step_", "mini_block_gram_", "weighted_gram_"])
+@pytest.mark.parametrize(
+    "name", ["minmax_", "factor_ema_", "adafisher_step_", "block_inverse_", "mini_block_gram_", "weighted_gram_"]
+)
 def test_autograd_knows_what_was_changed(backend: str, name: str) -> None:
     """A backward pass that needs the old parameters must fail rather than take the new ones."""
     args, kwargs = SAMPLES[name][0]()
