@@ -207,7 +207,6 @@ COMPILED = (
     "minmax_",
     "factor_ema_",
     "adafisher_step_",
-    *("column_sum_of_squares", "channel_sum_of_squares", "minmax", "minmax_", "factor_ema_", "adafisher_step_"),
     "mini_block_gram_",
     "weighted_gram_",
 )
