@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,14 +53,38 @@ class Sums:
         ]
 
 
+class Use(NamedTuple):
+    """One use of a layer: what its forward captured, and the derivative of the loss by its output."""
+
+    module: Any
+    rule: Rule
+    captured: Sequence[Tensor]
+    sizes: Sequence[int]
+    grad: Tensor
+
+
 class Rule:
-    """What the rules of all layer types have in common."""
+    """What the rules of all layer types and all optimizers have in common."""
 
     name: ClassVar[str]
-    powers: ClassVar[tuple[int, ...]] = (0, 2)
+    powers: tuple[int, ...] = (0, 2)
     """Degree of each raw sum in the scale of the loss."""
     rows_are_inputs: ClassVar[bool] = False
     """Whether the weight's rows run over inputs, as in an Embedding, rather than over outputs."""
+    keeps_input: ClassVar[bool] = False
+    """Whether what is captured is as large as the layer's input."""
+    together: bool = False
+    """Whether all uses of a layer in one backward make one contribution, by :meth:`contribute_together`."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def layout(self) -> Any:
+        """Sums of uses of one weight add up if their rules have the same layout."""
+        return self.rows_are_inputs, type(self)
 
     def capture(self, module: Any, x: Tensor) -> tuple[list[Tensor], list[int]]:
         """Tensors and sizes that the backward needs of the input x."""
@@ -70,12 +94,20 @@ class Rule:
         """Raw sums of one backward; grad is the derivative of the loss by the layer's output."""
         raise NotImplementedError
 
-    def shapes(self, module: Any) -> dict[str, int]:
-        """Names and lengths of the factors, in the order of :meth:`means`."""
+    def contribute_together(self, uses: Sequence[Use]) -> Sums:
+        """Raw sums of all uses of a layer in one backward."""
         raise NotImplementedError
 
     def sum_lengths(self, module: Any) -> list[int | None]:
         """Length of each raw sum; None where only the data tell."""
+        raise NotImplementedError
+
+
+class DiagonalRule(Rule):
+    """How a layer type yields the diagonals of its Kronecker factors."""
+
+    def shapes(self, module: Any) -> dict[str, int]:
+        """Names and lengths of the factors, in the order of :meth:`means`."""
         raise NotImplementedError
 
     def means(self, module: Any, sums: Sums) -> Means:
@@ -91,7 +123,7 @@ def _has_bias(module: nn.Module) -> bool:
     return getattr(module, "bias", None) is not None
 
 
-class Linear(Rule):
+class Linear(DiagonalRule):
     """``a = W h + b``: H is the mean over rows of h^2 with a 1 for the bias, S the mean over rows of s^2."""
 
     name = "linear"
@@ -146,30 +178,52 @@ class TransposedLinear(Linear):
         return {**placed, "weight": (inputs, outputs)}
 
 
-def _unsqueeze_batch(x: Tensor, spatial: int) -> Tensor:
+def unsqueeze_batch(x: Tensor, spatial: int) -> Tensor:
     """Give x the batch dimension that convolutions can do without."""
     return x.unsqueeze(0) if x.dim() == spatial + 1 else x
 
 
-class Conv(Rule):
+def padded_input(module: Any, x: Tensor) -> tuple[Tensor, Any]:
+    """A convolution's input, with its batch dimension, and the zeros that remain to be thought around it."""
+    spatial = len(module.kernel_size)
+    x = unsqueeze_batch(x, spatial)
+    # torch keeps (before, after) of each dimension for every kind of padding, "same" included, last one first.
+    flat = module._reversed_padding_repeated_twice
+    if module.padding_mode != "zeros":
+        return nn.functional.pad(x, flat, mode=module.padding_mode), 0
+    return x, [(flat[2 * d], flat[2 * d + 1]) for d in reversed(range(spatial))] if any(flat) else 0
+
+
+def transposed_windows(module: Any, sizes: Sequence[int], grad: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
+    """The output derivative of a transposed convolution as the input of the convolution that it transposes.
+
+    What the last window leaves unread at the end is cut off or taken from the padding, so that there are as many
+    windows as input positions.
+
+    Args:
+        sizes: spatial sizes of the layer's input.
+        grad: with its batch dimension.
+    """
+    padding = []
+    for d, size in enumerate(sizes):
+        extent = (size - 1) * module.stride[d] + module.dilation[d] * (module.kernel_size[d] - 1) + 1
+        after = extent - module.padding[d] - grad.shape[2 + d]
+        grad = grad.narrow(2 + d, 0, grad.shape[2 + d] + min(after, 0))
+        padding.append((module.padding[d], max(after, 0)))
+    return grad, padding
+
+
+class Conv(DiagonalRule):
     """Conv1d/2d/3d: H[group, channel, kernel offset], the mean square of what each offset reads; S over channels."""
 
     name = "conv"
 
     def capture(self, module: Any, x: Tensor) -> tuple[list[Tensor], list[int]]:
-        spatial = len(module.kernel_size)
-        x = _unsqueeze_batch(x, spatial)
-        # torch keeps (before, after) of each dimension for every kind of padding, "same" included, last one first.
-        flat = module._reversed_padding_repeated_twice
-        padding: Any = 0
-        if module.padding_mode != "zeros":
-            x = nn.functional.pad(x, flat, mode=module.padding_mode)
-        elif any(flat):
-            padding = [(flat[2 * d], flat[2 * d + 1]) for d in reversed(range(spatial))]
+        x, padding = padded_input(module, x)
         return [patch_sum_of_squares(x, module.kernel_size, module.stride, padding, module.dilation).flatten()], []
 
     def contribute(self, module: Any, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor) -> Sums:
-        grad = _unsqueeze_batch(grad, len(module.kernel_size))
+        grad = unsqueeze_batch(grad, len(module.kernel_size))
         positions = grad.numel() // module.out_channels
         return Sums([captured[0], channel_sum_of_squares(grad)], [positions, positions])
 
@@ -205,7 +259,7 @@ class ReleaseConv(Conv):
         return {**means, "input_factor": (inputs, count * patch)}
 
 
-class ConvTranspose(Rule):
+class ConvTranspose(DiagonalRule):
     """ConvTranspose1d/2d/3d: H over input channels; S over (group, channel, kernel offset), the patch form of s."""
 
     name = "conv, transposed"
@@ -213,22 +267,13 @@ class ConvTranspose(Rule):
     rows_are_inputs = True
 
     def capture(self, module: Any, x: Tensor) -> tuple[list[Tensor], list[int]]:
-        x = _unsqueeze_batch(x, len(module.kernel_size))
+        x = unsqueeze_batch(x, len(module.kernel_size))
         return [channel_sum_of_squares(x)], list(x.shape[2:])
 
     def contribute(self, module: Any, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor) -> Sums:
-        spatial = len(module.kernel_size)
-        grad = _unsqueeze_batch(grad, spatial)
+        grad = unsqueeze_batch(grad, len(module.kernel_size))
         by_channel = channel_sum_of_squares(grad)
-        windows = grad
-        padding = []
-        for d in range(spatial):
-            # What the last window leaves unread at the end is cut off or taken from the padding, so that there are as
-            # many windows as input positions.
-            extent = (sizes[d] - 1) * module.stride[d] + module.dilation[d] * (module.kernel_size[d] - 1) + 1
-            after = extent - module.padding[d] - grad.shape[2 + d]
-            windows = windows.narrow(2 + d, 0, grad.shape[2 + d] + min(after, 0))
-            padding.append((module.padding[d], max(after, 0)))
+        windows, padding = transposed_windows(module, sizes, grad)
         by_offset = patch_sum_of_squares(windows, module.kernel_size, module.stride, padding, module.dilation)
         positions = grad.shape[0] * math.prod(sizes)
         return Sums(
@@ -255,11 +300,11 @@ class ConvTranspose(Rule):
         return {"weight": (factors["input_factor"], by_offset), "bias": (factors.get("bias_factor"), None)}
 
 
-class Norm(Rule):
+class Norm(DiagonalRule):
     """Scale and shift of a normalisation: ``S[c] = (sum of s over batch and positions)^2 / N``, H = 1."""
 
     name = "norm"
-    powers: ClassVar[tuple[int, ...]] = (1,)
+    powers: tuple[int, ...] = (1,)
 
     def capture(self, module: Any, x: Tensor) -> tuple[list[Tensor], list[int]]:
         return [], []
@@ -269,7 +314,7 @@ class Norm(Rule):
             reduced = tuple(range(grad.dim() - len(module.normalized_shape)))
         else:
             if isinstance(module, nn.modules.instancenorm._InstanceNorm):
-                grad = _unsqueeze_batch(grad, module._get_no_batch_dim() - 1)
+                grad = unsqueeze_batch(grad, module._get_no_batch_dim() - 1)
             reduced = (0, *range(2, grad.dim()))
         wide = ACCUMULATOR[grad.dtype]
         total = grad.sum(reduced, dtype=wide) if reduced else grad.to(wide)
@@ -292,11 +337,11 @@ class Norm(Rule):
 class ReleaseNorm(Norm):
     """The released code's two input numbers: ``H = [sum_c u_c^2, C] / N^2`` with ``u_c`` the sum of h over T^2."""
 
-    powers: ClassVar[tuple[int, ...]] = (0, 1)
+    powers = (0, 1)
 
     def capture(self, module: Any, x: Tensor) -> tuple[list[Tensor], list[int]]:
         if isinstance(module, nn.modules.instancenorm._InstanceNorm):
-            x = _unsqueeze_batch(x, module._get_no_batch_dim() - 1)
+            x = unsqueeze_batch(x, module._get_no_batch_dim() - 1)
         # Whatever the layer normalises, the released code calls dimension 1 of its input the channels.
         x = x.reshape(1, -1) if x.dim() < 2 else x
         reduced = [0, *range(2, x.dim())]
@@ -325,7 +370,7 @@ class ReleaseNorm(Norm):
         return {"weight": (outputs, inputs[:1]), "bias": (outputs, inputs[1:])}
 
 
-class Embedding(Rule):
+class Embedding(DiagonalRule):
     """H[v] is the share of token v in the batch, S the mean over tokens of s^2; padding counts in neither."""
 
     name = "embedding"
@@ -364,7 +409,7 @@ class Embedding(Rule):
         return {"weight": (factors["input_factor"], factors["output_factor"])}
 
 
-_NORMS = (
+NORMS = (
     nn.modules.batchnorm._BatchNorm,
     nn.LayerNorm,
     nn.GroupNorm,
@@ -373,13 +418,13 @@ _NORMS = (
 )
 
 
-def _is_transposed_linear(module: Any) -> bool:
+def is_transposed_linear(module: Any) -> bool:
     """Hugging Face's Conv1D, told by its shape: there is no need to import transformers for it."""
     weight = module._parameters.get("weight")
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and weight is not None and weight.dim() == 2
 
 
-def rule_for(module: nn.Module, variant: str) -> Rule | None:
+def rule_for(module: nn.Module, variant: str) -> DiagonalRule | None:
     """The rule that serves a module under a variant of AdaFisher, or None."""
     release = variant == "release"
     if isinstance(module, nn.Linear):
@@ -388,8 +433,8 @@ def rule_for(module: nn.Module, variant: str) -> Rule | None:
         return ConvTranspose()
     if isinstance(module, nn.modules.conv._ConvNd):
         return ReleaseConv() if release else Conv()
-    if isinstance(module, _NORMS):
+    if isinstance(module, NORMS):
         return ReleaseNorm() if release else Norm()
     if isinstance(module, nn.Embedding):
         return Embedding()
-    return TransposedLinear() if _is_transposed_linear(module) else None
+    return TransposedLinear() if is_transposed_linear(module) else None

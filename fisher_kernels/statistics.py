@@ -20,12 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C import _current_graph_task_id, _will_engine_execute_node
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.graph import get_gradient_edge
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from fisher_kernels.layers import Rule, Sums
+from fisher_kernels.layers import Rule, Sums, Use
+from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.tap import register, tap
 
 
@@ -35,7 +37,7 @@ class Layer:
 
     name: str
     module: nn.Module
-    rule: Rule
+    rule: Any  # a Rule, of the kind that the optimizer reads
     parameters: dict[str, Parameter]  # role ("weight", "bias") -> parameter
 
     @property
@@ -67,15 +69,27 @@ class Site:
     """Where sums are added up: all uses of one weight in one orientation, by one module or by several that share it."""
 
     owner: Parameter
-    rule: Rule
+    rule: Any  # a Rule, of the kind that the optimizer reads
     layers: list[Layer] = field(default_factory=list)
     sums: Sums | None = None
+    uses: list[Use] = field(default_factory=list)  # of the last backward, where they contribute together
     task: int = -1
 
     @cached_property
     def module(self) -> nn.Module:
         """The module whose settings speak for the site: one with a bias if there is any."""
         return max(self.layers, key=lambda layer: getattr(layer.module, "bias", None) is not None).module
+
+    def settle(self) -> Sums | None:
+        """The pending sums, with what the uses of the last backward make together."""
+        if self.uses:
+            sums = self.rule.contribute_together(self.uses)
+            self.uses = []
+            self.sums = sums if self.sums is None else self.sums + sums
+        return self.sums
+
+    def clear(self) -> None:
+        self.sums, self.uses, self.task = None, [], -1
 
 
 def find_layers(
@@ -126,8 +140,7 @@ class Statistics:
         self.sites: list[Site] = []
         by_key: dict[tuple[Any, ...], Site] = {}
         for layer in layers:
-            # Uses of one weight add up where they see it in the same orientation with factors of the same sizes.
-            key = (id(layer.owner), layer.rule.rows_are_inputs, type(layer.rule))
+            key = (id(layer.owner), layer.rule.layout)
             if key not in by_key:
                 by_key[key] = Site(layer.owner, layer.rule)
                 self.sites.append(by_key[key])
@@ -186,14 +199,14 @@ class Statistics:
     def clear(self) -> None:
         """Drop what is pending."""
         for site in self.sites:
-            site.sums, site.task = None, -1
+            site.clear()
 
     def adopt(self, other: Statistics) -> None:
         """Take over what another engine holds pending for the same weights."""
-        pending = {(site.owner, type(site.rule)): site for site in other.sites}
+        pending = {(site.owner, site.rule.layout): site for site in other.sites}
         for site in self.sites:
-            if (old := pending.get((site.owner, type(site.rule)))) is not None:
-                site.sums, site.task = old.sums, old.task
+            if (old := pending.get((site.owner, site.rule.layout))) is not None:
+                site.sums, site.uses, site.task = old.sums, old.uses, old.task
 
     def take(self, grad_scale: Tensor | None = None) -> list[tuple[int, Sums]]:
         """The pending sums of every site that has any, as (index, sums), over all processes; nothing stays pending.
@@ -201,7 +214,7 @@ class Statistics:
         Args:
             grad_scale: the loss scale that is still in the derivatives, where no ``grad_scaler`` was given.
         """
-        taken = {index: site.sums for index, site in enumerate(self.sites) if site.sums is not None}
+        taken = {index: sums for index, site in enumerate(self.sites) if (sums := site.settle()) is not None}
         if grad_scale is not None and self.grad_scaler is None:
             for index, sums in taken.items():
                 _rescale(sums, self.sites[index].rule, grad_scale)
@@ -270,13 +283,20 @@ class Statistics:
         if site.task != task:
             anchor = site.owner if site.owner.requires_grad else p
             if anchor.grad is None:
-                site.sums = None
+                site.clear()
+            site.settle()
             site.task = task
-        sums = layer.rule.contribute(layer.module, captured, sizes, grad.detach() if grad.requires_grad else grad)
+        grad = grad.detach() if grad.requires_grad else grad
+        scale = None
         if self.grad_scaler is not None and self.grad_scaler.is_enabled():
             scale = self.grad_scaler._get_scale_async()  # on the device, where get_scale() would wait for it
-            if scale is not None:  # None before the first scale()
-                _rescale(sums, layer.rule, scale)
+        if layer.rule.together:
+            grad = grad if scale is None else grad.to(ACCUMULATOR[grad.dtype]) / scale.to(grad.device)
+            site.uses.append(Use(layer.module, layer.rule, captured, sizes, grad))
+            return
+        sums = layer.rule.contribute(layer.module, captured, sizes, grad)
+        if scale is not None:  # None before the first scale()
+            _rescale(sums, layer.rule, scale)
         site.sums = sums if site.sums is None else site.sums + sums
 
     def _accumulates(self, parameter: Parameter) -> bool:
@@ -348,7 +368,8 @@ class _ForwardHook:
         kept = self.layer.capture(module, args, kwargs, output)
         if kept is None:
             return None
-        if compiling:
+        # What is as large as an input is kept as autograd keeps its own: checkpointing then recomputes it.
+        if compiling or (self.layer.rule.keeps_input and _top_saved_tensors_default_hooks(True) is not None):
             captured, sizes = kept
             return tap(output, captured, self.token, [*self.address, *sizes])
         output.register_hook(_OutputHook(self.engine, self.address, *kept))

@@ -6,20 +6,18 @@ Source: AdaFisher, arXiv 2405.16397 (ICLR 2025), Eq. 3, Eq. 4 and Algorithm 1; t
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.nn import Parameter
 
-from fisher_kernels.layers import Rule, rule_for
+from fisher_kernels.layers import Rule, Sums, rule_for
 from fisher_kernels.ops import ACCUMULATOR, adafisher_step_
-from fisher_kernels.optim.diagonal_factors import VARIANTS, DiagonalFactors, Place, count
-from fisher_kernels.optim.layerwise import LayerwiseOptimizer, evaluate_closure
+from fisher_kernels.optim.diagonal_factors import VARIANTS, DiagonalFactors, Place
+from fisher_kernels.optim.layerwise import LayerwiseOptimizer, count, totals
 from fisher_kernels.statistics import Layer
 
 
@@ -75,6 +73,7 @@ class AdaFisher(LayerwiseOptimizer):
     """
 
     decoupled: ClassVar[bool] = False
+    moment = "exp_avg"
 
     def __init__(
         self,
@@ -106,8 +105,6 @@ class AdaFisher(LayerwiseOptimizer):
             "maximize": maximize,
             "fallback_curvature": fallback_curvature,
         }
-        self._skipped: dict[tuple[int, ...], Tensor] = {}
-        self._warned = False
         super().__init__(model, params, defaults, grad_scaler, process_group)
 
     # Groups.
@@ -120,10 +117,6 @@ class AdaFisher(LayerwiseOptimizer):
         for name in ("lr", "damping", "update_interval"):
             if group[name] is None:
                 group[name] = getattr(variant, name)
-        group.setdefault("iteration", 0)
-        lr = group["lr"]
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"lr has shape {tuple(lr.shape)}, expected a number or a tensor of one element")
         if group["fallback_curvature"] is not None and not 0 < group["fallback_curvature"] < math.inf:
             raise ValueError(f"fallback_curvature is {group['fallback_curvature']}, expected a positive number or None")
         interval = group["update_interval"]
@@ -161,114 +154,37 @@ class AdaFisher(LayerwiseOptimizer):
         self._armed: list[bool] = []
         self._arm()
 
-    def _arm(self) -> None:
-        """Let the layers whose next step refreshes their factors collect statistics."""
-        armed = [_is_due(group) for group in self.param_groups]
-        if armed != self._armed:
-            self._armed = armed
-            for index, site in enumerate(self.statistics.sites):
-                self.statistics.arm(index, _is_due(self._groups[site.owner]))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_skipped": self._skipped, "_warned": self._warned}
-
-    def _warn_if_silent(self) -> None:
-        """Say once that a refresh step had gradients and no statistics."""
-        waiting = [site.owner.grad for site in self.statistics.sites if _is_due(self._groups[site.owner])]
-        if not self._warned and any(bool(grad.any()) for grad in waiting if grad is not None):
-            self._warned = True
-            warnings.warn(
-                f"{type(self).__name__}: a refresh step has gradients but saw no statistics of any layer. Was the "
-                "model compiled and run before the optimizer was constructed, were the gradients set by hand, or was "
-                "the optimizer closed? The step goes on with the factors it has (curvature 1 if there are none)",
-                stacklevel=5,
-            )
-
     # Step.
 
-    @_disable_dynamo  # torch.compiler.disable would import the whole compiler along with this module
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Refresh the factors where it is time, then update every parameter that has a gradient.
-
-        Under ``torch.compile`` the step stays outside the graph: it is one kernel a parameter group already.
-
-        Args:
-            closure: re-evaluates the model and returns the loss.
-
-        Returns:
-            What the closure returned, or None.
-        """
-        loss = evaluate_closure(closure)
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
-            self.statistics.clear()  # a skipped step leaves nothing behind, and the refresh that was due is still due
-            return loss
-        for group in self.param_groups:
-            self._check_not_moved(group)
-        gradients = [self._plans[id(g)].gradients() if id(g) in self._plans else None for g in self.param_groups]
-        if None in gradients:
-            self._prepare()
-        taken = self.statistics.take(grad_scale)
-        if taken:
-            self._factors.fold(taken)
-        else:
-            self._warn_if_silent()
-        for group, known in zip(self.param_groups, gradients, strict=True):
-            self._update(group, known, grad_scale, found_inf)
-            group["iteration"] += 1
-        self._arm()
-        return loss
-
     def _prepare(self) -> None:
-        """Make the state of every parameter that has a gradient, before anything is changed."""
+        found = [plan.gradients() if (plan := self._plans.get(id(g))) else None for g in self.param_groups]
+        if None not in found:
+            return
         fresh = False
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p.grad.is_sparse:
-                    raise ValueError(
-                        f"a parameter of shape {tuple(p.shape)} has a sparse gradient, expected a dense one: leave it "
-                        "to torch.optim.SparseAdam (params=)"
-                    )
-                state = self.state[p]
-                if "step" not in state:
-                    fresh = True
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                    state["exp_avg"] = torch.zeros_like(p, dtype=ACCUMULATOR[p.dtype])
+        for _, p in self._with_gradients():
+            state = self.state[p]
+            if "step" not in state:
+                fresh = True
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state["exp_avg"] = torch.zeros_like(p, dtype=ACCUMULATOR[p.dtype])
         if fresh:
             # Averages too, so that a checkpoint made from a fresh optimizer has every entry to load into.
             for index, site in enumerate(self.statistics.sites):
                 if any(p.grad is not None for layer in site.layers for p in layer.parameters.values()):
                     self._factors.averages(index)
 
-    def _check_not_moved(self, group: dict[str, Any]) -> None:
-        """Refuse a model that changed its dtype or device since its state was made; one parameter tells."""
-        for p in group["params"]:
-            if (moment := self.state.get(p, {}).get("exp_avg")) is not None:
-                if moment.dtype != ACCUMULATOR[p.dtype] or moment.device != p.device:
-                    raise RuntimeError(
-                        f"the model was moved to {p.dtype} on {p.device} after its optimizer state was made "
-                        f"({moment.dtype} on {moment.device}); move the state along with "
-                        "optimizer.load_state_dict(optimizer.state_dict())"
-                    )
-                return
+    def _fold(self, taken: list[tuple[int, Sums]], grad_scale: Tensor | None) -> None:
+        if taken:
+            self._factors.fold(taken)
 
-    def _update(
-        self, group: dict[str, Any], gradients: _Gradients | None, grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
-        """Step one group: parameters with factors in one call, those of constant curvature in another.
-
-        Args:
-            gradients: what the group's plan found, where it still holds.
-        """
+    def _update(self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Step one group: parameters with factors in one call, those of constant curvature in another."""
         plan = self._plans.get(id(group))
-        if plan is None or plan.version != self._factors.version or gradients is None:
+        if plan is None or plan.version != self._factors.version or plan.found is None:
             plan = self._plans[id(group)] = self._plan(group)
-            gradients = plan.gradients()
-            assert gradients is not None
+            plan.gradients()
+        gradients, plan.found = plan.found, None  # a plan must not keep gradients alive
+        assert gradients is not None
         for batch, grads, damping in zip(plan.batches, gradients, (group["damping"], 0.0), strict=True):
             if grads:
                 skipped = adafisher_step_(
@@ -313,8 +229,8 @@ class AdaFisher(LayerwiseOptimizer):
         - ``skipped_elements``: how many elements were left alone because their gradient was not finite, so far.
         - ``refused_statistics``: how often the statistics of its layer were not finite and left out, so far.
         """
-        skipped = _totals(self._skipped)
-        refused = _totals(self._factors.refused)
+        skipped = totals(self._skipped)
+        refused = totals(self._factors.refused)
         sites = {
             p: index
             for index, site in enumerate(self.statistics.sites)
@@ -368,11 +284,6 @@ class AdaFisherW(AdaFisher):
     decoupled = True
 
 
-def _is_due(group: dict[str, Any]) -> bool:
-    """Whether the next step of a group refreshes the factors of its layers."""
-    return bool(group["iteration"] % group["update_interval"] == 0)
-
-
 _Gradients = tuple[list[Tensor], list[Tensor]]
 
 
@@ -404,20 +315,15 @@ class _Plan:
         self.version = version
         self.batches = (_Batch(), _Batch())  # with factors, and of constant curvature
         self.waiting: list[Parameter] = []
+        self.found: _Gradients | None = None
 
     def gradients(self) -> _Gradients | None:
-        """The gradients of the two batches; None unless exactly their parameters have one."""
+        """Find the gradients of the two batches; None unless exactly their parameters have one."""
+        self.found = None
         if any(p.grad is not None for p in self.waiting):
             return None
         served, constant = ([p.grad for p in batch.params] for batch in self.batches)
         if any(g is None for g in served) or any(g is None for g in constant):
             return None
-        return served, constant  # type: ignore[return-value]
-
-
-def _totals(counters: Mapping[tuple[int, ...], Tensor]) -> dict[int, int]:
-    totals: dict[int, int] = {}
-    for key, values in counters.items():
-        for number, value in zip(key, values.tolist(), strict=True):
-            totals[number] = totals.get(number, 0) + value
-    return totals
+        self.found = served, constant  # type: ignore[assignment]
+        return self.found

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from fisher_kernels.layers import Factors, Sums
 from fisher_kernels.ops import ACCUMULATOR, factor_ema_, minmax, minmax_
+from fisher_kernels.optim.layerwise import Counters, count
 from fisher_kernels.statistics import Site
 
 
@@ -83,7 +84,7 @@ class DiagonalFactors:
         self.sites, self.state, self.groups = sites, state, groups
         self.placed: dict[Parameter, Place] = {}
         self.version = 0
-        self.refused: dict[tuple[int, ...], Tensor] = {}
+        self.refused: Counters = {}
         self._averages: dict[int, dict[str, Tensor]] = {}
         self._plans: dict[tuple[Any, ...], list[_Batch]] = {}
         self._settings = list({id(groups[site.owner]): groups[site.owner] for site in sites}.values())
@@ -285,11 +286,3 @@ def _relative(site: Site, factors: Factors) -> Factors:
     mean = total / max(entries, 1)
     scaled = {name: f / mean if name != "input_factor" else f for name, f in factors.items()}
     return {name: torch.where(torch.as_tensor(mean) > 0, f, 1.0) for name, f in scaled.items()}
-
-
-def count(counters: dict[tuple[int, ...], Tensor], key: tuple[int, ...], new: Tensor) -> None:
-    """Add counts where they are, without waiting for the device."""
-    if key in counters:
-        counters[key].add_(new)
-    else:
-        counters[key] = new

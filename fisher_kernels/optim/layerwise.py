@@ -6,17 +6,18 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from fisher_kernels.layers import Rule
+from fisher_kernels.layers import Rule, Sums
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.statistics import Layer, Statistics, find_layers
 
@@ -93,6 +94,9 @@ class LayerwiseOptimizer(Optimizer):
                 raise ValueError(f"parameter {name!r} is not initialised: run a forward pass of the lazy module first")
         self._model = model
         self._statistics: Statistics | None = None
+        self._armed: list[bool] = []
+        self._skipped: Counters = {}
+        self._warned: set[str] = set()
         super().__init__(model.parameters() if params is None else params, defaults)
         self._watch(grad_scaler, process_group)
         self._warn_of_fallbacks(self.explain())
@@ -108,8 +112,27 @@ class LayerwiseOptimizer(Optimizer):
         raise NotImplementedError
 
     def _rewatched(self) -> None:
-        """Called when the watched layers or the state have changed."""
+        """Called when the watched layers or the state have changed; ends with :meth:`_arm`."""
         raise NotImplementedError
+
+    def _prepare(self) -> None:
+        """Make the state that the step needs, before anything is changed."""
+        raise NotImplementedError
+
+    def _fold(self, taken: list[tuple[int, Sums]], grad_scale: Tensor | None) -> None:
+        """Average new statistics in."""
+        raise NotImplementedError
+
+    def _update(self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Step the parameters of a group that have a gradient."""
+        raise NotImplementedError
+
+    def _detail(self, role: str, layer: Layer) -> str:
+        """What a layer gives to the parameter in one of its roles."""
+        raise NotImplementedError
+
+    moment: ClassVar[str]
+    """State: the moment of a parameter, of its shape."""
 
     # Layers.
 
@@ -143,6 +166,10 @@ class LayerwiseOptimizer(Optimizer):
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        group.setdefault("iteration", 0)
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"lr has shape {tuple(lr.shape)}, expected a number or a tensor of one element")
         for i, p in enumerate(group["params"]):
             if p.dtype not in ACCUMULATOR:
                 raise TypeError(
@@ -159,7 +186,96 @@ class LayerwiseOptimizer(Optimizer):
         self.statistics.clear()
         super().zero_grad(set_to_none)
 
+    # Step.
+
+    @_disable_dynamo  # torch.compiler.disable would import the whole compiler along with this module
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Average the statistics in where it is time, then update every parameter that has a gradient.
+
+        Under ``torch.compile`` the step stays outside the graph: it is one kernel a parameter group already.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = evaluate_closure(closure)
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
+            self.statistics.clear()  # a skipped step leaves nothing behind, and the refresh that was due is still due
+            return loss
+        for group in self.param_groups:
+            self._check_not_moved(group)
+        self._prepare()
+        taken = self.statistics.take(grad_scale)
+        if not taken:
+            self._warn_if_silent()
+        self._fold(taken, grad_scale)
+        for group in self.param_groups:
+            self._update(group, grad_scale, found_inf)
+            group["iteration"] += 1
+        self._arm()
+        return loss
+
+    def _arm(self) -> None:
+        """Let the layers whose next step refreshes their statistics collect them."""
+        armed = [is_due(group) for group in self.param_groups]
+        if armed != self._armed:
+            self._armed = armed
+            for index, site in enumerate(self.statistics.sites):
+                self.statistics.arm(index, is_due(self._groups[site.owner]))
+
+    def _check_not_moved(self, group: dict[str, Any]) -> None:
+        """Refuse a model that changed its dtype or device since its state was made; one parameter tells."""
+        for p in group["params"]:
+            if (moment := self.state.get(p, {}).get(self.moment)) is not None:
+                if moment.dtype != ACCUMULATOR[p.dtype] or moment.device != p.device:
+                    raise RuntimeError(
+                        f"the model was moved to {p.dtype} on {p.device} after its optimizer state was made "
+                        f"({moment.dtype} on {moment.device}); move the state along with "
+                        "optimizer.load_state_dict(optimizer.state_dict())"
+                    )
+                return
+
+    def _with_gradients(self) -> Iterator[tuple[dict[str, Any], Parameter]]:
+        """The parameters that this step updates, with their groups; a sparse gradient is refused."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.is_sparse:
+                    raise ValueError(
+                        f"a parameter of shape {tuple(p.shape)} has a sparse gradient, expected a dense one: leave it "
+                        "to torch.optim.SparseAdam (params=)"
+                    )
+                yield group, p
+
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(f"{type(self).__name__}: {message}", stacklevel=6)
+
+    def _warn_if_silent(self) -> None:
+        """Say once that a refresh step had gradients and no statistics."""
+        if "silent" in self._warned:
+            return
+        waiting = [site.owner.grad for site in self.statistics.sites if is_due(self._groups[site.owner])]
+        if any(bool(grad.any()) for grad in waiting if grad is not None):
+            self._warn_once(
+                "silent",
+                "a refresh step has gradients but saw no statistics of any layer. Was the model compiled and run "
+                "before the optimizer was constructed, were the gradients set by hand, or was the optimizer closed? "
+                "The step goes on with the statistics it has (curvature 1 if there are none)",
+            )
+
     # State.
+
+    def _dtype_of(self, p: Parameter, name: str) -> torch.dtype:
+        """The dtype of a floating-point entry of a parameter's state."""
+        return torch.float32 if name == "step" else ACCUMULATOR[p.dtype]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; what is given is copied, and neither changed nor kept.
@@ -184,19 +300,19 @@ class LayerwiseOptimizer(Optimizer):
         for number, p in zip(ids, parameters, strict=True):
             for name, value in loaded["state"].get(number, {}).items():
                 if isinstance(value, Tensor):
-                    wide = torch.float32 if name == "step" else ACCUMULATOR[p.dtype]
-                    dtype = wide if value.is_floating_point() else value.dtype
+                    dtype = self._dtype_of(p, name) if value.is_floating_point() else value.dtype
                     self.state[p][name] = value.detach().to(p.device, dtype, copy=True)
         self._groups = {p: group for group in self.param_groups for p in group["params"]}
         self.statistics.clear()
         layers = [layer for site in self.statistics.sites for layer in site.layers]
-        if all(type(self._rule_for(layer.module, layer.owner)) is type(layer.rule) for layer in layers):
+        if all(self._rule_for(layer.module, layer.owner) == layer.rule for layer in layers):
             self._rewatched()
         else:  # the settings that came along have other rules
             self._watch(self.statistics.grad_scaler, self.statistics.process_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_model": self._model, "_statistics": self._statistics}
+        kept = ("_model", "_statistics", "_skipped", "_warned")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -240,9 +356,6 @@ class LayerwiseOptimizer(Optimizer):
             rows.append(Explanation(name, tuple(p.shape), group, rule, detail, size, not p.requires_grad))
         return Explanations(rows)
 
-    def _detail(self, role: str, layer: Layer) -> str:
-        raise NotImplementedError
-
     def _warn_of_fallbacks(self, rows: Explanations) -> None:
         sizes = {name: p.numel() for name, p in self._names() if p.requires_grad}
         fallbacks = [row.name for row in rows if row.fallback and not row.frozen]
@@ -254,6 +367,32 @@ class LayerwiseOptimizer(Optimizer):
                 f"({shown}); print(optimizer.explain()) shows each",
                 stacklevel=4,
             )
+
+
+Counters = dict[tuple[int, ...], Tensor]
+"""Numbers of parameters or of sites -> how often something happened to each, where it is counted."""
+
+
+def count(counters: Counters, key: tuple[int, ...], new: Tensor) -> None:
+    """Add counts where they are, without waiting for the device."""
+    if key in counters:
+        counters[key].add_(new)
+    else:
+        counters[key] = new
+
+
+def totals(counters: Counters) -> dict[int, int]:
+    """The counts of each number; waits for the device."""
+    sums: dict[int, int] = {}
+    for key, values in counters.items():
+        for number, value in zip(key, values.tolist(), strict=True):
+            sums[number] = sums.get(number, 0) + value
+    return sums
+
+
+def is_due(group: dict[str, Any]) -> bool:
+    """Whether the next step of a group refreshes the statistics of its layers."""
+    return bool(group["iteration"] % group["update_interval"] == 0)
 
 
 def evaluate_closure(closure: Callable[[], Any] | None) -> Any:
