@@ -1,0 +1,339 @@
+"""The averaged Fisher blocks of MBF and their inverses, kept in the optimizer's state."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fisher_kernels.layers import Sums
+from fisher_kernels.mini_blocks import Blocks
+from fisher_kernels.ops import ACCUMULATOR, block_inverse, block_inverse_, factor_ema_
+from fisher_kernels.optim.layerwise import Counters, count
+from fisher_kernels.statistics import Site
+
+STORAGES = ("full", "packed", "bfloat16")
+"""How inverses are stored: as they are, one triangle of each where there are many small ones, or in 16 bits."""
+
+CHUNK = 1 << 20
+"""How many numbers of inverses are held on their way into another form of storage."""
+
+
+@dataclass(eq=False)
+class Part:
+    """Blocks that are kept together, and the parameters that they serve.
+
+    Attributes:
+        owner: the parameter that keeps them in its state.
+        weight, biases: the two columns of joint blocks; the first bias lies beside the weight, the others alone.
+        alone: parameters that have all of the blocks to themselves, one by one.
+        address: site and position of the raw sum among its sums; None for a fallback.
+        coupled: whether weight and bias are stepped together. If not, the inverse is that of the blocks without the
+            entries in which they meet; None before it is known.
+    """
+
+    number: int
+    owner: Parameter
+    blocks: Blocks
+    weight: Parameter | None = None
+    biases: tuple[Parameter, ...] = ()
+    alone: tuple[Parameter, ...] = ()
+    address: tuple[int, int] | None = None
+    coupled: bool | None = None
+
+    @property
+    def bias_column(self) -> tuple[int, int]:
+        """Block and column of the bias among shared blocks."""
+        columns = self.blocks.count * self.blocks.size
+        if self.weight is not None:
+            columns = self.weight.numel() // self.blocks.rows + 1
+        return divmod(columns - 1, self.blocks.size)
+
+
+@dataclass
+class Unit:
+    """One entry of the step: a parameter, or a weight and its bias side by side, and the inverse of its blocks."""
+
+    params: tuple[Parameter, ...]
+    inverse: Tensor
+    transposed: bool = False
+    part: Part | None = None
+
+
+def packs(blocks: Blocks) -> bool:
+    """Whether blocks can be stored as triangles: they are neither shared nor single numbers."""
+    return blocks.shared_by is None and blocks.size > 1
+
+
+def _triangle(size: int, device: torch.device) -> Tensor:
+    """Where the lower triangle of a block lies among its entries, row by row."""
+    rows, columns = torch.tril_indices(size, size, device=device)
+    return rows * size + columns
+
+
+def pack(blocks: Tensor) -> Tensor:
+    """(B, n (n + 1) / 2), the lower triangles of symmetric (B, n, n), row by row."""
+    return blocks.flatten(1)[:, _triangle(blocks.shape[1], blocks.device)]
+
+
+def unpack(packed: Tensor, size: int) -> Tensor:
+    """(B, n, n) from the lower triangles."""
+    full = packed.new_zeros(packed.shape[0], size * size)
+    full[:, _triangle(size, packed.device)] = packed
+    lower = full.view(-1, size, size)
+    return lower + lower.tril(-1).mT
+
+
+class FisherBlocks:
+    """Moving averages of the blocks of every layer, their inverses, and what the step reads of them.
+
+    ``state[owner]`` has ``fisher_blocks`` (count, size, size), ``inverse_blocks`` of that shape or (count, size (size +
+    1) / 2) if packed, identities at first, and ``fisher_updates``, how many batches were averaged. All else here is
+    derived from them.
+
+    Attributes:
+        parts: all of them; their positions are their numbers.
+        version: counts the changes of what :meth:`units` returns.
+        refused: part -> how often its statistics were refused as not finite, on the device.
+        bad: part -> how many blocks kept an older inverse so far, on the device.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        state: MutableMapping[Tensor, Any],
+        groups: Mapping[Parameter, dict[str, Any]],
+    ) -> None:
+        self.state, self.groups = state, groups
+        self.parts: list[Part] = []
+        self.version = 0
+        self.refused: Counters = {}
+        self.bad: Counters = {}
+        self._of_site: dict[int, list[Part]] = defaultdict(list)
+        served: set[Parameter] = set()
+        for index, site in enumerate(sites):
+            for part in self._parts_of(index, site, served):
+                self._of_site[index].append(part)
+        self.fallbacks = [self._add(p, Blocks(("weight",), p.numel(), 1), alone=(p,)) for p in groups if p not in served]
+        self._averaged = {part.number for part in self.parts if self._updates(part) > 0}
+        self._inverted = set(self._averaged)
+        self._stale = set(self._averaged)  # saved between an update and the inversion due to it, for all that is known
+        self._slices: dict[tuple[int, str], Tensor] = {}
+
+    def _add(self, owner: Parameter, blocks: Blocks, **kept: Any) -> Part:
+        self.parts.append(Part(len(self.parts), owner, blocks, **kept))
+        return self.parts[-1]
+
+    def _parts_of(self, index: int, site: Site, served: set[Parameter]) -> Iterator[Part]:
+        """The parts of one site. A parameter that another site serves already is not served twice."""
+        for position, blocks in enumerate(site.rule.blocks):
+            held = {
+                role: tuple(dict.fromkeys(p for layer in site.layers if (p := _held(layer, role)) not in (*served, None)))
+                for role in blocks.roles
+            }
+            params = [p for of_role in held.values() for p in of_role if p is not None]
+            if not params:
+                continue
+            served.update(params)
+            if len(blocks.roles) == 2:
+                weight = next(iter(held["weight"]), None)
+                yield self._add(
+                    params[0], blocks, weight=weight, biases=held["bias"], address=(index, position), coupled=None
+                )
+            else:
+                yield self._add(params[0], blocks, alone=tuple(params), address=(index, position))
+
+    # State.
+
+    def _updates(self, part: Part) -> int:
+        updates = self.state.get(part.owner, {}).get("fisher_updates")
+        return 0 if updates is None else int(updates)
+
+    def averages(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+        """The averaged blocks of a part, their inverses and the number of updates; made on first use."""
+        state = self.state[part.owner]
+        if "fisher_blocks" not in state:
+            blocks, owner = part.blocks, part.owner
+            wide = ACCUMULATOR[owner.dtype]
+            shape = (blocks.count, blocks.size, blocks.size)
+            state["fisher_blocks"] = torch.zeros(shape, dtype=wide, device=owner.device)
+            storage = self.groups[owner]["inverse_storage"]
+            identity = torch.eye(
+                blocks.size, dtype=torch.bfloat16 if storage == "bfloat16" else wide, device=owner.device
+            ).unsqueeze(0)
+            if storage == "packed" and packs(blocks):
+                state["inverse_blocks"] = pack(identity).repeat(blocks.count, 1)
+            else:
+                state["inverse_blocks"] = identity.repeat(blocks.count, 1, 1)
+            state["fisher_updates"] = torch.zeros((), dtype=torch.float32, device=owner.device)
+        return state["fisher_blocks"], state["inverse_blocks"], state["fisher_updates"]
+
+    # Averages.
+
+    def new_blocks(self, sites: Sequence[Site], taken: Sequence[tuple[int, Sums]]) -> Iterator[tuple[Part, Tensor, float]]:
+        """The parts that have raw sums, with the sums and what they are divided by to be a mean."""
+        for index, sums in taken:
+            if not all(sums.counts):
+                continue  # an empty batch
+            divisors = sites[index].rule.divisors(sums)
+            for part in self._of_site[index]:
+                assert part.address is not None
+                position = part.address[1]
+                yield part, sums.vectors[position], divisors[position]
+
+    def fold(self, new: Sequence[tuple[Part, Tensor, float]]) -> None:
+        """Average new blocks in, one call for all that share coefficients; the first ones are taken as they are."""
+        batches: dict[tuple[Any, ...], list[tuple[Part, Tensor, float]]] = defaultdict(list)
+        for part, vector, divisor in new:
+            average = self.averages(part)[0]
+            first = part.number not in self._averaged
+            key = (0.0 if first else self.groups[part.owner]["beta2"], average.dtype, average.device)
+            batches[key].append((part, vector.to(average.dtype), divisor))
+        for (decay, _, _), batch in batches.items():
+            parts = [part for part, _, _ in batch]
+            flags = factor_ema_(
+                [self.averages(part)[0].view(-1) for part in parts],
+                [vector for _, vector, _ in batch],
+                decay,
+                1 - decay,
+                divisors=[divisor for _, _, divisor in batch],
+            )
+            for part, refused in zip(parts, flags.tolist(), strict=True):
+                if not refused:
+                    self.mark(part)
+            if any(flags.tolist()):
+                count(self.refused, tuple(part.number for part in parts), flags)
+
+    def mark(self, part: Part) -> None:
+        """Note that the average of a part has changed."""
+        self.averages(part)[2].add_(1)
+        self._averaged.add(part.number)
+        self._stale.add(part.number)
+
+    # Inverses.
+
+    def couple(self) -> None:
+        """Find out which weights and biases are stepped together: those of one group that both have a gradient."""
+        for part in self.parts:
+            if len(part.blocks.roles) == 2:
+                both = (part.weight, *part.biases[:1])
+                live = [p for p in both if p is not None and p.grad is not None]
+                coupled = len(live) == 2 and self.groups[live[0]] is self.groups[live[1]]
+                if live and part.coupled is not coupled:
+                    if part.coupled is not None and part.number in self._averaged:
+                        self._stale.add(part.number)
+                        self._inverted.discard(part.number)  # the one that is there is of no use
+                    part.coupled = coupled
+                    self.version += 1
+
+    def invert(self, due: Collection[int]) -> list[Part]:
+        """Invert the averages that have changed, of the groups that are due (by identity) or never inverted before.
+
+        Returns:
+            Parts in which some block is not positive definite with its damping: it keeps the inverse it has. On other
+            devices than the CPU nobody waits to know.
+        """
+        kept = []
+        for number in sorted(self._stale):
+            part = self.parts[number]
+            if number in self._inverted and id(self.groups[part.owner]) not in due:
+                continue
+            info = self._invert(part)
+            if not info.is_cpu or bool(info.any()):
+                count(self.bad, (number,), info.sum().reshape(1))
+                if info.is_cpu:
+                    kept.append(part)
+            self._stale.discard(number)
+            self._inverted.add(number)
+            self._renew_slices(part)
+        return kept
+
+    def _invert(self, part: Part) -> Tensor:
+        averages, inverses, _ = self.averages(part)
+        damping = self.groups[part.owner]["damping"]
+        if part.coupled is False:
+            averages = self._without_cross_terms(part, averages)
+        if inverses.shape == averages.shape and inverses.dtype == averages.dtype:
+            return block_inverse_(inverses, averages, damping)
+        infos = []
+        step = max(1, CHUNK // part.blocks.size**2)
+        for old, blocks in zip(inverses.split(step), averages.split(step), strict=True):
+            new, info = block_inverse(blocks, damping)
+            stored = (pack(new) if old.dim() == 2 else new).to(old.dtype)
+            good = (info == 0).view(-1, *[1] * (old.dim() - 1))
+            old.copy_(torch.where(good, stored, old))
+            infos.append(info)
+        return torch.cat(infos)
+
+    def _without_cross_terms(self, part: Part, averages: Tensor) -> Tensor:
+        averages = averages.clone()
+        blocks, column = (slice(None), -1) if part.blocks.shared_by is None else part.bias_column
+        corner = averages[blocks, column, column].clone()
+        averages[blocks, column, :] = 0
+        averages[blocks, :, column] = 0
+        averages[blocks, column, column] = corner
+        return averages
+
+    # What the step reads.
+
+    def units(self, part: Part) -> Iterator[Unit]:
+        """The entries of the step for the parameters of a part that have a gradient."""
+        inverse = self.averages(part)[1]
+        shared = part.blocks.shared_by is not None
+        whole = inverse.unsqueeze(0) if shared else inverse
+        for p in part.alone:
+            if p.grad is not None:
+                yield Unit((p,), whole, part=part)
+        if part.coupled:
+            assert part.weight is not None
+            yield Unit((part.weight, part.biases[0]), whole, part.blocks.transposed, part)
+        elif part.weight is not None and part.weight.grad is not None:
+            yield Unit((part.weight,), self._slice(part, "weight"), part.blocks.transposed, part)
+        for p in part.biases[bool(part.coupled) :]:
+            if p.grad is not None:
+                yield Unit((p,), self._slice(part, "bias"), part=part)
+
+    def _slice(self, part: Part, role: str) -> Tensor:
+        key = part.number, role
+        if key not in self._slices:
+            self._slices[key] = self._make_slice(part, role)
+        return self._slices[key]
+
+    def _make_slice(self, part: Part, role: str) -> Tensor:
+        """The inverse for a weight or a bias that is stepped without the other."""
+        averages, inverses, _ = self.averages(part)
+        block, column = part.bias_column
+        if role == "weight":
+            if part.blocks.shared_by is not None:
+                return inverses[: block + (column > 0)].unsqueeze(0)  # the bias's column is no more than padding
+            full = unpack(inverses, part.blocks.size) if inverses.dim() == 2 else inverses
+            return full[:, :-1, :-1].contiguous()
+        # From the average: beside a weight that is stepped with another bias, this one has no part in the inverse.
+        if part.number not in self._averaged:
+            alone = averages.new_ones(1 if part.blocks.shared_by else part.blocks.count)
+        else:
+            corner = averages[block, column, column] if part.blocks.shared_by else averages[:, -1, -1]
+            alone = 1 / (corner + self.groups[part.owner]["damping"])
+        alone = alone.to(inverses.dtype)
+        return alone.reshape(1, 1, 1, 1) if part.blocks.shared_by else alone.reshape(-1, 1, 1)
+
+    def _renew_slices(self, part: Part) -> None:
+        """Bring copies of an inverse up to date, where they are."""
+        for (number, role), old in self._slices.items():
+            if number == part.number:
+                new = self._make_slice(part, role)
+                if new.data_ptr() != old.data_ptr():
+                    old.copy_(new)
+
+
+def _held(layer: Any, role: str) -> Parameter | None:
+    """The parameter that a layer has in a role and the optimizer holds; a use in the other orientation has no bias."""
+    if role == "bias" and getattr(layer.rule, "swapped", False):
+        return None
+    parameter: Parameter | None = layer.parameters.get(role)
+    return parameter
