@@ -1,0 +1,447 @@
+"""The mini-block Fisher update of a whole list of parameters in one call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from fisher_kernels._library import native
+from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define
+
+_OP = "mbf_step_"
+
+
+class _Layout(NamedTuple):
+    """A parameter, its bias beside it, seen as (rows, columns), each row in blocks of ``size`` and what is left."""
+
+    rows: int
+    columns: int
+    size: int
+
+    @property
+    def blocks(self) -> int:
+        """In each row."""
+        return -(-self.columns // self.size) if self.size else 1
+
+
+def _layout(i: int, param: Tensor, inverse: Tensor, bias: Tensor | None) -> _Layout:
+    """How inverse i lies on parameter i and the bias that follows it."""
+    numel, shape = param.numel(), tuple(inverse.shape)
+    rows = (param.shape[0] if param.dim() else 1) if bias is None else bias.numel()
+    columns = numel // rows if rows else math.prod(param.shape[1:])
+    fits = rows * columns == numel
+    columns += bias is not None
+    total = rows * columns
+    if len(shape) == 4:
+        one, blocks, n, m = shape
+        if fits and one == 1 and n == m and (blocks - 1) * n < columns <= blocks * n:
+            return _Layout(rows, columns, n)
+    elif len(shape) in (2, 3):
+        count, length = shape[0], shape[-1]
+        n = length if len(shape) == 3 else math.isqrt(2 * length)
+        square = (shape[1] if len(shape) == 3 else n * (n + 1) // 2) == length
+        if fits and square and count * n == total and (bias is None or total == 0 or n == columns):
+            return _Layout(count, n, n)
+    beside = "" if bias is None else f" and the bias params[{i + 1}] of shape {tuple(bias.shape)}"
+    raise ValueError(
+        f"{_OP}: inverses[{i}] has shape {shape}, expected (B, n, n) or (B, n (n + 1) / 2) with B * n = {total}"
+        f"{'' if bias is None else f' and n = {columns}'}, or (1, S, n, n) with (S - 1) * n < {columns} <= S * n, for "
+        f"params[{i}] of shape {tuple(param.shape)}{beside}"
+    )
+
+
+def _check_one_element(name: str, x: Tensor | None, device: torch.device | None) -> None:
+    if x is None:
+        return
+    if x.numel() != 1:
+        raise ValueError(f"{_OP}: {name} has shape {tuple(x.shape)}, expected one element")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{_OP}: {name} has dtype {x.dtype}, expected float32 or float64")
+    if not (x.device.type == "cpu" or x.device == device):
+        raise ValueError(f"{_OP}: {name} is on {x.device}, expected cpu or the device of the parameters, {device}")
+
+
+def _check_rate(lr: Tensor) -> None:
+    # Not on another device: reading it would wait for all the work queued there.
+    if lr.device.type == "cpu" and not 0 <= lr.item() < math.inf:
+        raise ValueError(f"{_OP}: lr is {lr.item()}, expected a finite number of at least 0")
+
+
+def _check_tensor(name: str, x: Tensor, dtype: torch.dtype, i: int, param: Tensor) -> None:
+    if x.shape != param.shape:
+        raise ValueError(
+            f"{_OP}: {name} has shape {tuple(x.shape)}, expected {tuple(param.shape)}, the shape of params[{i}]"
+        )
+    if x.dtype != dtype:
+        raise TypeError(f"{_OP}: {name} has dtype {x.dtype}, expected {dtype} beside params[{i}] of dtype {param.dtype}")
+    if x.device != param.device:
+        raise ValueError(f"{_OP}: {name} is on {x.device}, expected {param.device}, the device of params[{i}]")
+
+
+def _check_written(name: str, x: Tensor) -> None:
+    if not all(stride != 0 or size <= 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(
+            f"{_OP}: {name} has strides {x.stride()}, expected no two elements at one address, as it is written"
+        )
+
+
+def _check_lists(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    inverses: Sequence[Tensor | None],
+) -> None:
+    lists: dict[str, Sequence[Tensor | None]] = {
+        "grads": grads,
+        "momentum_buffers": momentum_buffers,
+        "inverses": inverses,
+    }
+    for name, values in lists.items():
+        if len(values) != len(params):
+            raise ValueError(f"{_OP}: {name} has {len(values)} tensors, expected {len(params)}, the length of params")
+
+
+def _check_parameter(
+    i: int,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    inverses: Sequence[Tensor | None],
+) -> None:
+    p, inverse = params[i], inverses[i]
+    check_floating(_OP, f"params[{i}]", p.dtype)
+    wide = ACCUMULATOR[p.dtype]
+    _check_tensor(f"grads[{i}]", grads[i], p.dtype, i, p)
+    _check_tensor(f"momentum_buffers[{i}]", momentum_buffers[i], wide, i, p)
+    _check_written(f"params[{i}]", p)
+    _check_written(f"momentum_buffers[{i}]", momentum_buffers[i])
+    if inverse is None:
+        if i == 0 or inverses[i - 1] is None:
+            raise ValueError(f"{_OP}: inverses[{i}] is None, expected the inverse of params[{i - 1}] before it")
+        if p.dtype != params[i - 1].dtype:
+            raise TypeError(
+                f"{_OP}: params[{i}] has dtype {p.dtype}, expected {params[i - 1].dtype}, the dtype of params[{i - 1}]"
+            )
+        if p.device != params[i - 1].device:
+            raise ValueError(
+                f"{_OP}: params[{i}] is on {p.device}, expected {params[i - 1].device}, the device of params[{i - 1}]"
+            )
+        return
+    if inverse.dtype not in (wide, torch.bfloat16):
+        raise TypeError(
+            f"{_OP}: inverses[{i}] has dtype {inverse.dtype}, expected {wide} or bfloat16 beside params[{i}] of dtype "
+            f"{p.dtype}"
+        )
+    if inverse.device != p.device:
+        raise ValueError(f"{_OP}: inverses[{i}] is on {inverse.device}, expected {p.device}, the device of params[{i}]")
+    if not inverse.is_contiguous():
+        raise ValueError(
+            f"{_OP}: inverses[{i}] is not contiguous: shape {tuple(inverse.shape)}, strides {inverse.stride()}"
+        )
+
+
+class _Entry(NamedTuple):
+    """A parameter that has an inverse, maybe with the bias that follows it."""
+
+    index: int
+    layout: _Layout
+    biased: bool
+
+    def join(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """The elements of the parameter and its bias as (rows, columns)."""
+        rows, columns, _ = self.layout
+        body = tensors[self.index].to(dtype).reshape(rows, columns - self.biased)
+        return torch.cat([body, tensors[self.index + 1].to(dtype).reshape(rows, 1)], 1) if self.biased else body
+
+    def store(self, values: Tensor, tensors: Sequence[Tensor]) -> None:
+        """Undoes ``join``."""
+        body = tensors[self.index]
+        body.copy_(values[:, : self.layout.columns - self.biased].reshape(body.shape))
+        if self.biased:
+            bias = tensors[self.index + 1]
+            bias.copy_(values[:, -1:].reshape(bias.shape))
+
+    def in_blocks(self, rows: Tensor) -> Tensor:
+        """(rows, columns) as (rows, blocks, size), the last block filled up with zeros."""
+        count, columns, size = self.layout
+        blocks = self.layout.blocks
+        return torch.nn.functional.pad(rows, (0, blocks * size - columns)).reshape(count, blocks, size)
+
+    def in_rows(self, blocks: Tensor) -> Tensor:
+        """Undoes ``in_blocks``."""
+        return blocks.flatten(1)[:, : self.layout.columns]
+
+
+def _entry(i: int, params: Sequence[Tensor], inverses: Sequence[Tensor | None]) -> _Entry | None:
+    inverse = inverses[i]
+    if inverse is None:
+        return None
+    biased = i + 1 < len(params) and inverses[i + 1] is None
+    return _Entry(i, _layout(i, params[i], inverse, params[i + 1] if biased else None), biased)
+
+
+def _check(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    inverses: Sequence[Tensor | None],
+    lr: Tensor,
+    momentum: float,
+    weight_decay: float,
+    kl_clip: float | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> list[_Entry]:
+    _check_lists(params, grads, momentum_buffers, inverses)
+    if not 0 <= momentum < 1:
+        raise ValueError(f"{_OP}: momentum is {momentum}, expected 0 <= momentum < 1")
+    check_coefficient(_OP, "weight_decay", weight_decay)
+    if kl_clip is not None and not 0 < kl_clip < math.inf:
+        raise ValueError(f"{_OP}: kl_clip is {kl_clip}, expected a finite number above 0, or None")
+    for name, scalar in (("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
+        _check_one_element(name, scalar, params[0].device if params else None)
+    for i in range(len(params)):
+        _check_parameter(i, params, grads, momentum_buffers, inverses)
+    entries = (_entry(i, params, inverses) for i in range(len(params)))
+    return [entry for entry in entries if entry is not None]
+
+
+def _fake(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    inverses: Sequence[Tensor | None],
+    *,
+    lr: Tensor,
+    momentum: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    kl_clip: float | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    _check(
+        params, grads, momentum_buffers, inverses, lr, momentum, weight_decay, kl_clip, grad_scale, found_inf
+    )  # fmt: skip
+    device = params[0].device if params else None
+    return (
+        torch.empty(len(params), dtype=torch.int64, device=device),
+        torch.empty((), dtype=torch.float64, device=device),
+    )
+
+
+def _unpack(packed: Tensor, n: int) -> Tensor:
+    """(B, n (n + 1) / 2) as (B, n, n)."""
+    i, j = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
+    low, high = torch.minimum(i, j), torch.maximum(i, j)
+    return packed[:, (high * (high + 1) // 2 + low).to(packed.device)]
+
+
+def _blocks(inverse: Tensor, layout: _Layout) -> Tensor:
+    """An inverse as (rows or 1, blocks or 1, n, n)."""
+    if inverse.dim() == 4:
+        return inverse
+    return (inverse if inverse.dim() == 3 else _unpack(inverse, layout.size)).unsqueeze(1)
+
+
+def _gradient(
+    entry: _Entry,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    weight_decay: float,
+    maximize: bool,
+    grad_scale: Tensor | None,
+) -> Tensor:
+    """The gradient that enters the momentum, as (rows, columns)."""
+    wide = ACCUMULATOR[params[entry.index].dtype]
+    g = entry.join(grads, wide)
+    if grad_scale is not None:
+        g = g / grad_scale.to(g.device, wide).reshape(())
+    if maximize:
+        g = -g
+    return g + weight_decay * entry.join(params, wide) if weight_decay else g
+
+
+def _reference(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    inverses: Sequence[Tensor | None],
+    *,
+    lr: Tensor,
+    momentum: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    kl_clip: float | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    entries = _check(
+        params, grads, momentum_buffers, inverses, lr, momentum, weight_decay, kl_clip, grad_scale, found_inf
+    )  # fmt: skip
+    _check_rate(lr)
+    device = params[0].device if params else None
+    skipped = torch.zeros(len(params), dtype=torch.int64, device=device)
+    scale = torch.ones((), dtype=torch.float64, device=device)
+    if found_inf is not None and bool(found_inf):
+        return skipped, scale
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    directions = []
+    for entry in entries:
+        i = entry.index
+        g = _gradient(entry, params, grads, 0.0 if decoupled else weight_decay, maximize, grad_scale)
+        old = entry.join(momentum_buffers, g.dtype)
+        new = momentum * old + g
+        inverse = inverses[i]
+        assert inverse is not None
+        d = torch.einsum("rsij,rsj->rsi", _blocks(inverse, entry.layout).to(g.dtype), entry.in_blocks(new))
+        d = entry.in_blocks(entry.in_rows(d))  # zeros again where there are no columns
+        finite = d.isfinite().all(-1, keepdim=True)
+        skipped[i] = finite.numel() - finite.sum()
+        kept = entry.in_rows(finite.expand(d.shape))
+        d = entry.in_rows(d)
+        total += torch.where(kept, d.double() * g.double(), 0).sum()
+        entry.store(torch.where(kept, new, old), momentum_buffers)
+        directions.append((kept, d))
+    rate = lr.to(device, torch.float64).reshape(())
+    if kl_clip is not None:
+        size = rate * rate * total.abs()
+        scale = torch.where(size > kl_clip, (kl_clip / size).sqrt(), scale)
+    for entry, (kept, d) in zip(entries, directions, strict=True):
+        w = entry.join(params, d.dtype)
+        step = (rate * scale).to(d.dtype) * d
+        if weight_decay and decoupled:
+            step = step + (rate * weight_decay).to(d.dtype) * w
+        entry.store(torch.where(kept, w - step, w).to(params[entry.index].dtype), params)
+    return skipped, scale
+
+
+def _shared_directions(
+    entries: Iterator[_Entry],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    inverses: Sequence[Tensor | None],
+    momentum: float,
+    weight_decay: float,
+    maximize: bool,
+    grad_scale: Tensor | None,
+) -> list[Tensor | None]:
+    """The directions under inverses that all rows share, (blocks, rows, size): products of matrices, for BLAS."""
+    directions: list[Tensor | None] = [None] * len(params)
+    for entry in entries:
+        g = _gradient(entry, params, grads, weight_decay, maximize, grad_scale)
+        new = entry.in_blocks(momentum * entry.join(momentum_buffers, g.dtype) + g)
+        inverse = inverses[entry.index]
+        assert inverse is not None
+        directions[entry.index] = torch.bmm(new.transpose(0, 1), inverse[0].to(g.dtype))  # symmetric
+    return directions
+
+
+def _cpu(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    inverses: Sequence[Tensor | None],
+    *,
+    lr: Tensor,
+    momentum: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    kl_clip: float | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return _reference(
+        params, grads, momentum_buffers, inverses, lr=lr, momentum=momentum, weight_decay=weight_decay,
+        decoupled=decoupled, maximize=maximize, kl_clip=kl_clip, grad_scale=grad_scale, found_inf=found_inf,
+    )  # fmt: skip
+
+
+_step = define(
+    "mbf_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor?[] inverses, *, Tensor lr, "
+    "float momentum, float weight_decay, bool decoupled, bool maximize, float? kl_clip=None, Tensor? grad_scale=None, "
+    "Tensor? found_inf=None) -> (Tensor, Tensor)",
+    fake=_fake,
+    reference=_reference,
+    cpu=_cpu,
+)
+
+
+def mbf_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    inverses: Sequence[Tensor | None],
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    kl_clip: float | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of mini-block Fisher (MBF) with heavy-ball momentum of a list of parameters, in place.
+
+    With P the symmetric blocks of the inverses::
+
+        g      = grad / grad_scale, negated to maximise, + weight_decay * w unless decoupled
+        m     <- momentum * m + g
+        d      = P m, block by block
+        scale  = 1 without kl_clip, else min(1, sqrt(kl_clip / (lr^2 |sum of <d, g> over all parameters|)))
+        w     <- w - lr * (scale * d + weight_decay * w if decoupled)
+
+    The dimensions of an inverse tell how it lies on its parameter, taken in row-major order:
+
+    - (B, n, n) with B * n elements: block b acts on elements b * n to b * n + n - 1.
+    - (B, n (n + 1) / 2): the same, of each block the lower triangle, row after row.
+    - (1, S, n, n): shared by all rows. With the parameter as (shape[0], columns), a vector having one column, block s
+      acts on columns s * n to s * n + n - 1 of every row. The last block may reach past the end: columns that are not
+      there count as zeros.
+    - None: this parameter, a bias, is one more column after those of the parameter before it, whose inverse acts on
+      the rows [W | b]: (rows, columns, columns), the same packed, or shared.
+
+    A block whose direction d has a NaN or an infinity, as it has where a gradient in the block is not finite, keeps its
+    parameters and momentum and does not enter the sum of <d, g>. Under a shared inverse that is one block of one row.
+    Where ``found_inf`` is not 0 nothing changes at all (MBF, arXiv 2202.04124, Algorithm 1).
+
+    Args:
+        params: float32, float64, bfloat16 or float16, any shapes and strides without overlap.
+        grads: of the shapes and dtypes of params.
+        momentum_buffers: m, of the shapes of params; float64 for float64 parameters, else float32.
+        inverses: for each parameter as above; contiguous, symmetric (one triangle may be all that is read), in the
+            dtype of the momentum, or stored in bfloat16.
+        lr: learning rate, finite and at least 0: a number or a tensor of one element.
+        momentum: 0 <= momentum < 1.
+        weight_decay: at least 0.
+        decoupled: decay the weights rather than add the decay to the gradient.
+        maximize: ascend rather than descend.
+        kl_clip: bound of lr^2 |sum of <d, g>|, finite and above 0, or None.
+        grad_scale: one element by which gradients are divided, or None.
+        found_inf: one element; the whole call does nothing where it is not 0.
+
+    Returns:
+        skipped, int64 (len(params),): how many blocks of each parameter were skipped, those of a bias counted with the
+        parameter before it; and scale, float64 without dimensions. Both on the device of the parameters.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape, device, length or range; the message names it,
+            and nothing is changed.
+    """
+    rate = lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float64)
+    skipped, scale = _step(
+        list(params), list(grads), list(momentum_buffers), list(inverses),
+        lr=rate, momentum=momentum, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize,
+        kl_clip=kl_clip, grad_scale=grad_scale, found_inf=found_inf,
+    )  # fmt: skip
+    return skipped, scale
