@@ -146,6 +146,51 @@ struct AdaFisherStep {
   int threads;
 };
 
+/// A parameter of a step or its bias.
+struct MbfArrays {
+  StridedArray parameter;
+  StridedArray gradient;  // same dtype
+  StridedArray moment;    // accumulation_dtype(dtype)
+};
+
+/// One inverse of a step and what it acts on: a parameter in row-major order, and a bias as one more column if there is
+/// one, seen as [rows, columns]. Its inverse is one block for each row, [rows, columns, columns], or of each the lower
+/// triangle row after row, [rows, columns (columns + 1) / 2]. Or the directions come from elsewhere: then each row has
+/// blocks of `size`, the last one of what is left, and the direction of number k of a block is
+/// directions[row * row_stride + block * block_stride + k].
+struct MbfParameter {
+  MbfArrays weight;
+  MbfArrays bias;  // [rows]
+  bool biased;
+  bool packed;
+  DType dtype;
+  DType inverse_dtype;     // accumulation_dtype(dtype), or bfloat16 beside float32
+  const void* inverse;     // null where there are directions
+  const void* directions;  // accumulation_dtype(dtype)
+  int64_t row_stride;
+  int64_t block_stride;
+  int64_t rows;
+  int64_t columns;
+  int64_t size;  // columns where there is an inverse
+  int64_t* skipped;
+};
+
+/// g = gradient_scale * gradient;  m <- momentum * m + g;  d = P m;  w <- w - lr * scale * d, where scale is 1 without
+/// kl_clip and else min(1, sqrt(kl_clip / (lr^2 |sum of d g|))). Blocks whose d is not finite stay as they are and are
+/// counted.
+struct MbfStep {
+  const MbfParameter* parameters;
+  int64_t count;
+  double* scale;
+  double lr;
+  double momentum;
+  double weight_decay;
+  WeightDecay decay;
+  double gradient_scale;  // negative to maximize
+  double kl_clip;         // 0 for none
+  int threads;
+};
+
 /// out = (block + damping I)^-1 for each of `count` symmetric positive definite blocks, exactly symmetric; out may be
 /// blocks. info is 0 for a good block and 1 for one that has no inverse or holds what is not finite, in either
 /// triangle; its out is NaN, or stays as it was. The lower triangle is what is inverted.
@@ -247,6 +292,7 @@ struct StreamRead {
   void minmax(const MinMax&);                              \
   void factor_ema_(const FactorEma&);                      \
   void adafisher_step_(const AdaFisherStep&);              \
+  void mbf_step_(const MbfStep&);                          \
   void block_inverse(const BlockInverse&);                 \
   void block_solve(const BlockSolve&);                     \
   void block_apply(const BlockApply&);                     \

@@ -59,6 +59,7 @@ class Blocks:
         size: of a block; it is size x size.
         shared_by: how many rows share the blocks. Block s then acts on columns s * size and following of every row,
             and the last one may reach beyond them. None where each block has entries of its own.
+        columns: of such a row.
         transposed: the weight is seen as its transpose.
     """
 
@@ -66,11 +67,17 @@ class Blocks:
     count: int
     size: int
     shared_by: int | None = None
+    columns: int = 0
     transposed: bool = False
 
     @property
     def rows(self) -> int:
         return self.shared_by or 1
+
+    @property
+    def last_column(self) -> tuple[int, int]:
+        """Block and column of the last column of a row that shares blocks: the bias of joint ones."""
+        return divmod(self.columns - 1, self.size) if self.shared_by else (0, self.size - 1)
 
     @property
     def numel(self) -> int:
@@ -210,13 +217,13 @@ class LinearBlocks(BlockRule):
         roles = ("weight", "bias") if bias else ("weight",)
         size = sharing.linear_blocks
         if size == "shared":
-            blocks = Blocks(roles, 1, columns, outputs, stored_transposed)
+            blocks = Blocks(roles, 1, columns, outputs, columns, stored_transposed)
         elif size == "per_output":
-            blocks = Blocks(roles, outputs, columns, None, stored_transposed)
+            blocks = Blocks(roles, outputs, columns, transposed=stored_transposed)
         else:
             assert isinstance(size, int)
             size = min(size, columns)
-            blocks = Blocks(roles, math.ceil(columns / size), size, outputs, stored_transposed)
+            blocks = Blocks(roles, math.ceil(columns / size), size, outputs, columns, stored_transposed)
         super().__init__(sharing, (blocks,))
         self.bias, self.swapped = bias, swapped
 

@@ -28,6 +28,8 @@ from tests.cases import random
 from tests.cases.adafisher_step import PARAMETERS, step
 from tests.cases.block_inverse import blocks
 from tests.cases.factor_ema import vectors
+from tests.cases.mbf_step import PARAMETERS as MBF_PARAMETERS
+from tests.cases.mbf_step import step as mbf_step
 from tests.comparison import assert_same_bits, assert_within, surroundings
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -35,6 +37,12 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 def step_arguments(**options: Any) -> Arguments:
     case = step([PARAMETERS[i] for i in (0, 8, 9, 17, 20)], (torch.float32, torch.bfloat16), **options)
+    return case.lists(), {**case.options, "lr": torch.tensor(0.01)}
+
+
+def mbf_arguments(**options: Any) -> Arguments:
+    chosen = [MBF_PARAMETERS[i] for i in (0, 6, 20, 37, 38, 50, 51)]
+    case = mbf_step(chosen, (torch.float32, torch.bfloat16), **options)
     return case.lists(), {**case.options, "lr": torch.tensor(0.01)}
 
 
@@ -93,6 +101,17 @@ SAMPLES: dict[str, tuple[Callable[[], Arguments], ...]] = {
         lambda: ((blocks(18, 5, torch.float32), random((18, 5), torch.float32)), {}),
         lambda: ((blocks(3, 4, torch.float64).mT, random((4, 3), torch.float64).T), {}),
     ),
+    "mbf_step_": (
+        lambda: mbf_arguments(),
+        lambda: mbf_arguments(
+            weight_decay=0.1,
+            decoupled=True,
+            maximize=True,
+            kl_clip=1e-3,
+            grad_scale=torch.tensor(2.0),
+            found_inf=torch.tensor([0.0]),
+        ),
+    ),
     "weighted_gram_": (
         lambda: ((random((5, 5), torch.float32), random((4, 5), torch.float32), None, 0.9, 0.1), {}),
         lambda: ((random((3, 3), torch.float32), random((3, 4), torch.float16).mT, torch.arange(4.0), 0.0, 1.0), {}),
@@ -114,6 +133,7 @@ MUTATES = {
     "minmax_": {"out"},
     "factor_ema_": {"state"},
     "adafisher_step_": {"params", "exp_avgs", "steps"},
+    "mbf_step_": {"params", "momentum_buffers"},
     "weighted_gram_": {"out"},
     "mini_block_gram_": {"out"},
     "commit_": {"token"},
@@ -187,6 +207,12 @@ def public(name: str) -> Callable[..., Any]:
             return ops.adafisher_step_(params, [-g for g in grads], *rest, **options) + 1
 
         return adafisher
+    if name == "mbf_step_":
+
+        def mbf(params: list[Tensor], grads: list[Tensor], *rest: Any, **options: Any) -> list[Tensor]:
+            return [x + 1 for x in ops.mbf_step_(params, [-g for g in grads], *rest, **options)]
+
+        return mbf
     if name in MUTATES:
 
         def gram(out: Tensor, x: Tensor, *rest: Any) -> Tensor:
@@ -207,6 +233,7 @@ COMPILED = (
     "minmax_",
     "factor_ema_",
     "adafisher_step_",
+    "mbf_step_",
     "mini_block_gram_",
     "weighted_gram_",
 )
@@ -274,7 +301,8 @@ def test_arguments_that_require_a_gradient_are_stepped_under_no_grad(backend: st
 
 
 @pytest.mark.parametrize(
-    "name", ["minmax_", "factor_ema_", "adafisher_step_", "block_inverse_", "mini_block_gram_", "weighted_gram_"]
+    "name",
+    ["minmax_", "factor_ema_", "adafisher_step_", "block_inverse_", "mbf_step_", "mini_block_gram_", "weighted_gram_"],
 )
 def test_autograd_knows_what_was_changed(backend: str, name: str) -> None:
     """A backward pass that needs the old parameters must fail rather than take the new ones."""

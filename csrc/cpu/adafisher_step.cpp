@@ -3,6 +3,7 @@
 #include "../kernels.h"
 #include "integers.h"
 #include "parallel.h"
+#include "strided.h"
 #include "vector.h"
 
 namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
@@ -231,72 +232,6 @@ class CurvatureCursor {
   const A* column_factor_;  // at the row's first column
   const A* column_factor_end_;
 };
-
-/// A strided array with as few dimensions as describe it.
-class Walk {
- public:
-  explicit Walk(const StridedArray& array) {
-    for (int d = 0; d < array.dims; ++d) {
-      const int64_t size = array.sizes[d], stride = array.strides[d];
-      if (size == 1) continue;
-      if (dims_ > 0 && strides_[dims_ - 1] == size * stride) {
-        sizes_[dims_ - 1] *= size;
-        strides_[dims_ - 1] = stride;
-      } else {
-        sizes_[dims_] = size;
-        strides_[dims_++] = stride;
-      }
-    }
-  }
-
-  /// Calls visit(i, offset, run, stride) for runs of evenly spaced elements: elements first + i to first + i + run in
-  /// row-major order, the first of which lies at `offset`.
-  template <class Visit>
-  void visit(int64_t first, int64_t count, const Visit& visit) const {
-    if (dims_ == 0) return visit(int64_t{0}, int64_t{0}, count, int64_t{1});
-    int64_t index[kMaxDims];
-    int64_t offset = 0;
-    for (int d = dims_ - 1; d >= 0; --d) {
-      index[d] = first % sizes_[d];
-      first /= sizes_[d];
-      offset += index[d] * strides_[d];
-    }
-    const int inner = dims_ - 1;
-    for (int64_t i = 0; i < count;) {
-      const int64_t run = smaller(sizes_[inner] - index[inner], count - i);
-      visit(i, offset, run, strides_[inner]);
-      i += run;
-      offset += run * strides_[inner];
-      index[inner] += run;
-      for (int d = inner; d > 0 && index[d] == sizes_[d]; --d) {
-        offset += strides_[d - 1] - sizes_[d] * strides_[d];
-        index[d] = 0;
-        ++index[d - 1];
-      }
-    }
-  }
-
- private:
-  static constexpr int kMaxDims = 64;  // as many as torch has
-
-  int dims_ = 0;
-  int64_t sizes_[kMaxDims];
-  int64_t strides_[kMaxDims];
-};
-
-template <class T>
-void gather(const T* data, const Walk& walk, int64_t first, int64_t count, T* out) {
-  walk.visit(first, count, [&](int64_t i, int64_t offset, int64_t run, int64_t stride) {
-    for (int64_t k = 0; k < run; ++k) out[i + k] = data[offset + k * stride];
-  });
-}
-
-template <class T>
-void scatter(const T* in, int64_t first, int64_t count, const Walk& walk, T* data) {
-  walk.visit(first, count, [&](int64_t i, int64_t offset, int64_t run, int64_t stride) {
-    for (int64_t k = 0; k < run; ++k) data[offset + k * stride] = in[i + k];
-  });
-}
 
 /// Steps elements begin to end of a parameter whose tensors lie in row-major order.
 template <WeightDecay kDecay, class T>

@@ -46,14 +46,6 @@ class Part:
     address: tuple[int, int] | None = None
     coupled: bool | None = None
 
-    @property
-    def bias_column(self) -> tuple[int, int]:
-        """Block and column of the bias among shared blocks."""
-        columns = self.blocks.count * self.blocks.size
-        if self.weight is not None:
-            columns = self.weight.numel() // self.blocks.rows + 1
-        return divmod(columns - 1, self.blocks.size)
-
 
 @dataclass
 class Unit:
@@ -272,7 +264,7 @@ class FisherBlocks:
 
     def _without_cross_terms(self, part: Part, averages: Tensor) -> Tensor:
         averages = averages.clone()
-        blocks, column = (slice(None), -1) if part.blocks.shared_by is None else part.bias_column
+        blocks, column = (slice(None), -1) if part.blocks.shared_by is None else part.blocks.last_column
         corner = averages[blocks, column, column].clone()
         averages[blocks, column, :] = 0
         averages[blocks, :, column] = 0
@@ -307,7 +299,7 @@ class FisherBlocks:
     def _make_slice(self, part: Part, role: str) -> Tensor:
         """The inverse for a weight or a bias that is stepped without the other."""
         averages, inverses, _ = self.averages(part)
-        block, column = part.bias_column
+        block, column = part.blocks.last_column
         if role == "weight":
             if part.blocks.shared_by is not None:
                 return inverses[: block + (column > 0)].unsqueeze(0)  # the bias's column is no more than padding

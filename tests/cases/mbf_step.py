@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fisher_kernels.ops import ACCUMULATOR, mbf_step_
-from tests.cases import contiguous, random
+from tests.cases import contiguous, random, unaligned
 
 
 class Parameter(NamedTuple):
@@ -157,5 +157,5 @@ def step(
         result.params.append(layout(random(shape, current, 7 * i)))
         result.grads.append((grad_layout or layout)(random(shape, current, 7 * i + 1)))
         result.momentum_buffers.append((moment_layout or layout)(random(shape, wide, 7 * i + 2)))
-        result.inverses.append(None if inverse is None else symmetric(inverse, storage or wide, 7 * i + 3))
+        result.inverses.append(None if inverse is None else unaligned(symmetric(inverse, storage or wide, 7 * i + 3)))
     return result

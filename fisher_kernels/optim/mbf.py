@@ -1,0 +1,343 @@
+"""MBF, the mini-block Fisher method: momentum times the inverses of many small Fisher blocks.
+
+Source: MBF, arXiv 2202.04124 (AISTATS 2023), Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from fisher_kernels.layers import Rule, Sums
+from fisher_kernels.mini_blocks import Blocks, BlockRules, Sharing
+from fisher_kernels.ops import ACCUMULATOR, mbf_step_
+from fisher_kernels.optim.fisher_blocks import STORAGES, FisherBlocks, Part, Unit, unpack
+from fisher_kernels.optim.layerwise import Counters, LayerwiseOptimizer, count, is_due, totals
+from fisher_kernels.statistics import Layer
+
+
+class MBF(LayerwiseOptimizer):
+    """MBF: heavy-ball momentum preconditioned by a block-diagonal empirical Fisher matrix of many small blocks.
+
+    With g_n the gradient of sample n in one small group of weights::
+
+        G      = mean over samples of g_n g_n^T                     for each block, every update_interval steps
+        G_ema <- beta2 G_ema + (1 - beta2) G                        the first G initialises it
+        P     <- (G_ema + damping I)^-1                             every inverse_interval steps
+        g      = gradient, + weight_decay * w unless decoupled
+        m     <- momentum m + g
+        d      = P m                                                block by block
+        scale  = min(1, sqrt(kl_clip / (lr^2 |sum <d, g>|)))        one number a parameter group
+        w     <- w - lr (scale d + weight_decay w if decoupled)
+
+    ==================== ============================================================================================
+    layer                blocks
+    ==================== ============================================================================================
+    Conv, ConvTranspose  one n x n block for each output and input channel, n the kernel's size; the bias 1 x 1
+    Linear               rows [w, b] share one (I + 1) x (I + 1) block, or as ``linear_blocks`` says
+    normalisations       one 2 x 2 block of scale and shift for each channel
+    Embedding            1 x 1
+    anything else        1 x 1 from N times the squared gradient of the batch of N samples; ``explain()`` names these
+    ==================== ============================================================================================
+
+    State of a weight: ``momentum_buffer``, ``fisher_blocks`` (count, n, n), ``inverse_blocks`` (the same, or stored
+    smaller) and ``fisher_updates``. Before there are statistics the inverse is the identity. A block that is not
+    positive definite with its damping keeps the inverse it has, is counted in :meth:`metrics` and warned of once.
+
+    Args:
+        model: its layers are read through hooks; ``close()`` removes them. Inputs of layers are kept until the backward
+            has passed.
+        lr: learning rate, a number or a tensor of one element.
+        momentum: 0 <= momentum < 1.
+        damping: added to the diagonal of every block, in the units of squared per-sample gradients.
+        kl_clip: bound of lr^2 |sum <d, g>| of a step, in each parameter group; None for no bound. Without it the first
+            steps are nearly SGD at lr / damping / (1 - momentum).
+        beta2: decay of the blocks, 0 <= beta2 < 1.
+        update_interval: statistics are taken in one step out of so many; in between the hooks do nothing.
+        inverse_interval: blocks that changed are inverted in one step out of so many.
+        linear_blocks: ``"shared"``, one block for all outputs of a Linear; ``"per_output"``, one for each, (O, I + 1, I
+            + 1) numbers; or an integer: shared blocks of so many columns.
+        sequence: what a sample is to a Linear on inputs of three dimensions or more, and to layers that are used
+            several times: ``"expand"`` takes every row and every use as one; ``"reduce"`` adds up a sample's gradient
+            over them first, which is exact, keeps inputs and derivatives until the step, and costs O(O I^2) a sample.
+        loss_reduction: ``"mean"`` or ``"sum"``: how the loss makes one number of the samples'.
+        weight_decay: at least 0.
+        decoupled: decay the weights rather than add the decay to the gradient.
+        maximize: ascend.
+        params: parameter groups, each with any of these hyperparameters; None takes all parameters of the model. The
+            settings of a layer's blocks are those of its weight's group. A bias whose weight is in another group has
+            blocks of its own.
+        grad_scaler: the ``torch.amp.GradScaler`` in use, so that blocks are in the units of unscaled gradients also
+            after a manual ``unscale_``.
+        inverse_storage: ``"full"``; ``"packed"``, one triangle of each block that is not shared; ``"bfloat16"``.
+        process_group: over which statistics are added up, one all-reduce a refresh; None takes the default group where
+            torch.distributed is initialised.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
+
+    Source: MBF, arXiv 2202.04124, Algorithm 1; ``"expand"`` and ``"reduce"``: arXiv 2311.00636. The trust region is
+    that of Kronecker-factored methods, arXiv 1705.09319 and others.
+    """
+
+    moment = "momentum_buffer"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor = 1e-3,
+        *,
+        momentum: float = 0.9,
+        damping: float = 1e-3,
+        kl_clip: float | None = 1e-3,
+        beta2: float = 0.9,
+        update_interval: int = 1,
+        inverse_interval: int = 10,
+        linear_blocks: str | int = "shared",
+        sequence: str = "expand",
+        loss_reduction: str = "mean",
+        weight_decay: float = 0.0,
+        decoupled: bool = True,
+        maximize: bool = False,
+        params: Iterable[Any] | None = None,
+        grad_scaler: Any = None,
+        inverse_storage: str = "full",
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "damping": damping,
+            "kl_clip": kl_clip,
+            "beta2": beta2,
+            "update_interval": update_interval,
+            "inverse_interval": inverse_interval,
+            "linear_blocks": linear_blocks,
+            "sequence": sequence,
+            "loss_reduction": loss_reduction,
+            "weight_decay": weight_decay,
+            "decoupled": decoupled,
+            "maximize": maximize,
+            "inverse_storage": inverse_storage,
+        }
+        self._scales: dict[int, Tensor] = {}
+        super().__init__(model, params, defaults, grad_scaler, process_group)
+
+    # Groups.
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        for name in ("update_interval", "inverse_interval"):
+            if not isinstance(group[name], int) or group[name] < 1:
+                raise ValueError(f"{name} is {group[name]!r}, expected an integer of at least 1")
+        for name in ("momentum", "beta2"):
+            if not 0 <= group[name] < 1:
+                raise ValueError(f"{name} is {group[name]}, expected 0 <= {name} < 1")
+        for name in ("lr", "damping", "weight_decay"):
+            if not 0 <= group[name] < math.inf:
+                raise ValueError(f"{name} is {group[name]}, expected a finite number of at least 0")
+        if group["kl_clip"] is not None and not 0 < group["kl_clip"] < math.inf:
+            raise ValueError(f"kl_clip is {group['kl_clip']}, expected a finite number above 0, or None")
+        blocks = group["linear_blocks"]
+        if blocks not in ("shared", "per_output") and not (type(blocks) is int and blocks >= 1):
+            raise ValueError(f"linear_blocks is {blocks!r}, expected 'shared', 'per_output' or an integer of at least 1")
+        for name, choices in (
+            ("sequence", ("expand", "reduce")),
+            ("loss_reduction", ("mean", "sum")),
+            ("inverse_storage", STORAGES),
+        ):
+            if group[name] not in choices:
+                raise ValueError(f"{name} is {group[name]!r}, expected one of {', '.join(map(repr, choices))}")
+
+    # Layers.
+
+    def _watch(self, grad_scaler: Any, process_group: dist.ProcessGroup | None) -> None:
+        self._rules = BlockRules(self._model)
+        super()._watch(grad_scaler, process_group)
+
+    def _rule_for(self, module: nn.Module, owner: Parameter) -> Rule | None:
+        group = self._groups[owner]
+        return self._rules(module, Sharing(group["linear_blocks"], group["sequence"], group["loss_reduction"]))
+
+    def _layers_of(self) -> dict[Parameter, list[tuple[str, Layer]]]:
+        fallbacks = {part.owner for part in self._blocks.fallbacks}
+        return {p: uses for p, uses in super()._layers_of().items() if p not in fallbacks}
+
+    def _detail(self, role: str, layer: Layer) -> str:
+        where = f"{layer.name or 'model'}.{role}"
+        for blocks in layer.rule.blocks:
+            if role in blocks.roles:
+                return f"{where}: {_joint(role, blocks)}{blocks}"
+        return where
+
+    def _fallback_detail(self, parameter: Parameter) -> str:
+        return "1 x 1 blocks from the squared gradient of the batch"
+
+    def _rewatched(self) -> None:
+        self._numbers = {p: number for number, p in enumerate(self._groups)}
+        self._plans: dict[int, _Plan] = {}
+        self._blocks = FisherBlocks(self.statistics.sites, self.state, self._groups)
+        self._armed = []
+        self._arm()
+
+    def _dtype_of(self, p: Parameter, name: str) -> torch.dtype:
+        if name == "inverse_blocks" and self._groups[p]["inverse_storage"] == "bfloat16":
+            return torch.bfloat16
+        return torch.float32 if name == "fisher_updates" else super()._dtype_of(p, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_rules": self._rules, "_scales": self._scales}
+
+    # Step.
+
+    def _prepare(self) -> None:
+        fresh = False
+        for _, p in self._with_gradients():
+            if self.moment not in self.state[p]:
+                fresh = True
+                self.state[p][self.moment] = torch.zeros_like(p, dtype=ACCUMULATOR[p.dtype])
+        if fresh:
+            # Blocks too, so that a checkpoint made from a fresh optimizer has every entry to load into.
+            for part in self._blocks.parts:
+                if any(p.grad is not None for p in part.params):
+                    self._blocks.averages(part)
+        self._blocks.couple()
+
+    def _fold(self, taken: list[tuple[int, Sums]], grad_scale: Tensor | None) -> None:
+        new = list(self._blocks.new_blocks(self.statistics.sites, taken))
+        if taken or not self.statistics.sites:
+            new += self._from_gradients([sums for _, sums in taken], grad_scale)
+        if new:
+            self._blocks.fold(new)
+        self._invert()
+
+    def _from_gradients(self, sums: list[Sums], grad_scale: Tensor | None) -> Iterator[tuple[Part, Tensor, float]]:
+        """Squared gradients of what no layer serves; N times that of a mean over N samples is of the scale of blocks."""
+        samples = max((n for s in sums for n in s.counts), default=1)
+        for part in self._blocks.fallbacks:
+            group, gradient = self._groups[part.owner], part.owner.grad
+            if gradient is not None and is_due(group) and gradient.numel():
+                wide = gradient.to(ACCUMULATOR[gradient.dtype])
+                if grad_scale is not None:
+                    wide = wide / grad_scale.to(wide.device, wide.dtype)
+                mean = group["loss_reduction"] == "mean"
+                yield part, wide.square().flatten(), 1 / max(samples, 1) if mean else max(samples, 1)
+
+    def _invert(self) -> None:
+        due = {id(g) for g in self.param_groups if g["iteration"] % g["inverse_interval"] == 0}
+        if kept := self._blocks.invert(due):
+            names = {p: name for name, p in self._names()}
+            self._warn_once(
+                "bad",
+                f"blocks of {', '.join(names[part.owner] for part in kept[:3])} are not positive definite with damping "
+                f"{self._groups[kept[0].owner]['damping']}: they keep the inverse they had. metrics() counts them; a "
+                "larger damping= avoids it",
+            )
+
+    def _update(self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        plan = self._plans.get(id(group))
+        if plan is None or plan.version != self._blocks.version or not plan.holds():
+            plan = self._plans[id(group)] = self._plan(group)
+        if not plan.params:
+            return
+        params: list[Tensor] = list(plan.params)
+        gradients = [p.grad for p in params]
+        moments = [self.state[p][self.moment] for p in plan.params]
+        for i in plan.transposed:  # a weight that lies the other way round
+            params[i], moments[i] = params[i].t(), moments[i].t()
+            gradients[i] = gradients[i].t()  # type: ignore[union-attr]
+        skipped, self._scales[id(group)] = mbf_step_(
+            params,
+            gradients,  # type: ignore[arg-type]
+            moments,
+            plan.inverses,
+            lr=group["lr"],
+            momentum=group["momentum"],
+            weight_decay=group["weight_decay"],
+            decoupled=group["decoupled"],
+            maximize=group["maximize"],
+            kl_clip=group["kl_clip"],
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
+        count(self._skipped, plan.numbers, skipped)
+
+    def _plan(self, group: dict[str, Any]) -> _Plan:
+        plan = _Plan(self._blocks.version)
+        plan.waiting = [p for p in group["params"] if p.grad is None]
+        for part in self._blocks.parts:
+            for unit in self._blocks.units(part):
+                if self._groups[unit.params[0]] is group:
+                    plan.add(unit, self._numbers)
+        return plan
+
+    # Blocks of a whole data set.
+
+    def warm_start(self, batches: Iterable[Any], loss_fn: Callable[[Any], Tensor], *, progress: bool = True) -> None:
+        """Initialise the blocks from many batches, as the paper does from the whole data set.
+
+        The mean of the blocks of all samples takes the place of what is there, and is inverted. Parameters, momentum,
+        gradients and the model's buffers stay as they are. In data-parallel training every process calls it, with as
+        many batches.
+
+        Args:
+            batches: what ``loss_fn`` takes, one after another, a DataLoader for one.
+            loss_fn: batch -> loss, with the reduction that ``loss_reduction`` says; it runs the model.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: there was no batch, or none that gave finite statistics of any layer.
+        """
+        parameters = list(self._groups)
+        gradients = [p.grad for p in parameters]
+        buffers = {buffer: buffer.clone() for buffer in self._model.buffers()}
+        self.statistics.clear()
+        sums: dict[int, tuple[Tensor, float]] = {}
+        try:
+            for index in range(len(self.statistics.sites)):
+                self.statistics.arm(index, True)
+            for batch in track(batches, description="Fisher blocks", disable=not progress):
+                for p in parameters:
+                    p.grad = None
+                with torch.enable_grad():
+                    loss_fn(batch).backward()
+                self._add_batch(sums)
+        finally:
+            self.statistics.clear()
+            self._armed = []
+            self._arm()
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient
+            with torch.no_grad():
+                for buffer, value in buffers.items():
+                    buffer.copy_(value)
+        if not sums:
+            raise ValueError("batches gave no finite statistics of any layer: was there none, or is the loss not finite?")
+        with torch.no_grad():
+            for number, (total, samples) in sums.items():
+                part = self._blocks.parts[number]
+                average, _, updates = self._blocks.averages(part)
+                average.copy_((total / samples).view_as(average))
+                updates.zero_()
+                self._blocks.mark(part)
+        self._invert_all()
+
+    @torch.no_grad()
+    def _add_batch(self, sums: dict[int, tuple[Tensor, float]]) -> None:
+        """Add the blocks of one batch, each as often as it has samples."""
+        taken = self.statistics.take()
+        samples = max((n for _, s in taken for n in s.counts), default=1)
+        new = [*self._blocks.new_blocks(self.statistics.sites, taken)]
+        new += self._from_gradients([s for _, s in taken], None)
+        for part, vector, divisor in new:
+            if bool(vector.isfinite().all()):
+                total, seen = sums.get(part.number, (0.0, 0.0))
+                sums[part.number] = (total + vector * (samples / divisor), seen + samples)

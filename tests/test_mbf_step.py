@@ -1,0 +1,825 @@
+"""mbf_step_ against its definition in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fisher_kernels import use_backend
+from fisher_kernels.ops import ACCUMULATOR
+from tests.cases import DTYPES, LAYOUTS, WRITABLE_LAYOUTS, channels_last, contiguous, random, sliced
+from tests.cases.mbf_step import PARAMETERS, Parameter, Step, pack, packed, step, unpack
+from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
+
+NAMES = ("params", "grads", "momentum_buffers", "inverses")
+
+# Every kind of inverse, with and without a bias, for tests whose subject is another.
+SOME = (
+    Parameter((4, 3, 3, 3), (12, 9, 9)),
+    packed((4, 3, 3, 3), 12, 9),
+    Parameter((50,), (50, 1, 1)),
+    Parameter((2, 33), (2, 33, 33)),
+    Parameter((5,), (5, 2, 2)),
+    Parameter((5,), None),
+    packed((6, 4), 6, 5),
+    Parameter((6,), None),
+    Parameter((7, 11), (1, 4, 3, 3)),
+    Parameter((7,), None),
+    Parameter((3, 2, 2), (1, 1, 5, 5)),
+)
+
+
+def scalar(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(value, dtype=dtype)
+
+
+# The definition, written from the formulas, and the rounding that is allowed beside it.
+
+
+def bias_of(case: Step, i: int) -> bool:
+    return i + 1 < len(case.params) and case.inverses[i + 1] is None
+
+
+Place = tuple[int, int]  # a parameter and an element of it in row-major order
+
+
+def places(case: Step, i: int) -> list[tuple[Any, list[Place | None]]]:
+    """The blocks of inverse i, each a matrix and the elements it acts on, None for a column that is not there."""
+    inverse, param = case.inverses[i], case.params[i]
+    assert inverse is not None
+    rows = param.shape[0] if param.dim() else 1
+    width = math.prod(param.shape[1:])
+    table: list[list[Place | None]] = [[(i, r * width + c) for c in range(width)] for r in range(rows)]
+    if bias_of(case, i):
+        rows = case.params[i + 1].numel()
+        width = param.numel() // max(1, rows)
+        table = [[*((i, r * width + c) for c in range(width)), (i + 1, r)] for r in range(rows)]
+    if inverse.dim() == 4:
+        n = inverse.shape[-1]
+        return [
+            (inverse[0, s], (row[s * n : (s + 1) * n] + [None] * n)[:n])
+            for row in table
+            for s in range(inverse.shape[1])
+        ]
+    matrices = inverse if inverse.dim() == 3 else unpack(inverse)
+    n = matrices.shape[-1]
+    flat = list(itertools.chain(*table))
+    return [(matrix, flat[b * n : (b + 1) * n]) for b, matrix in enumerate(matrices)]
+
+
+def naive(case: Step) -> tuple[list[Tensor], list[Tensor], float]:
+    """The parameters, the momentum and the scale after the step, number after number in float64."""
+    o = case.options
+    params, grads, moments = ([x.double().flatten().tolist() for x in tensors] for tensors in case.lists()[:3])
+    directions, total = [[0.0] * len(p) for p in params], 0.0
+    for i in range(len(params)):
+        for matrix, block in places(case, i) if case.inverses[i] is not None else ():
+            entries = matrix.double().tolist()
+            m, gs = [0.0] * len(block), [0.0] * len(block)
+            for k, place in enumerate(block):
+                if place is not None:
+                    p, e = place
+                    g = grads[p][e] / (1.0 if o.get("grad_scale") is None else float(o["grad_scale"]))
+                    g = -g if o["maximize"] else g
+                    gs[k] = g + (0.0 if o["decoupled"] else o["weight_decay"] * params[p][e])
+                    m[k] = moments[p][e] = o["momentum"] * moments[p][e] + gs[k]
+            for k, place in enumerate(block):
+                if place is not None:
+                    p, e = place
+                    directions[p][e] = sum(entries[k][j] * m[j] for j in range(len(block)))
+                    total += directions[p][e] * gs[k]
+    lr, clip = float(o["lr"]), o.get("kl_clip")
+    scale = 1.0 if clip is None or lr == 0 or total == 0 else min(1.0, math.sqrt(clip / (lr * lr * abs(total))))
+    for p, e in ((p, e) for p in range(len(params)) for e in range(len(params[p]))):
+        decay = o["weight_decay"] * params[p][e] if o["decoupled"] else 0.0
+        params[p][e] -= lr * (scale * directions[p][e] + decay)
+
+    def like(values: Sequence[Sequence[float]]) -> list[Tensor]:
+        return [torch.tensor(v, dtype=torch.float64).view(x.shape) for v, x in zip(values, case.params, strict=True)]
+
+    return like(params), like(moments), scale
+
+
+class Sizes:
+    """What is added up, in absolute values, on the way to the results of a step."""
+
+    def __init__(self, case: Step) -> None:
+        o = case.options
+        absolute = case.map(lambda x: x.double().abs())
+        u = unit_roundoff(torch.float64)
+        roundings = 0.0
+        self.weights, self.gradients, self.moments = absolute.params, absolute.grads, absolute.momentum_buffers
+        if o.get("grad_scale") is not None:
+            self.gradients = [g / o["grad_scale"].double().abs() for g in self.gradients]
+        if not o["decoupled"]:
+            self.gradients = [g + o["weight_decay"] * w for g, w in zip(self.gradients, self.weights, strict=True)]
+        self.moments = [o["momentum"] * m + g for m, g in zip(self.moments, self.gradients, strict=True)]
+        # The step of magnitudes in float64, with a rate of -1 and no weights, leaves |P| |m| in the parameters.
+        magnitude = Step(
+            [torch.zeros_like(w) for w in self.weights],
+            [-m for m in self.moments],
+            [torch.zeros_like(m) for m in self.moments],
+            absolute.inverses,
+            {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "decoupled": False, "maximize": False},
+        )
+        with use_backend("reference"):
+            magnitude.run()
+        self.directions = magnitude.params
+        self.roundings = []  # of each direction, in units of its size
+        for i, p in enumerate(case.params):
+            inverse = case.inverses[i]
+            n = self.roundings[-1] - 10 if inverse is None else 0 if inverse.dim() == 2 else inverse.shape[-1]
+            if inverse is not None and inverse.dim() == 2:
+                n = unpack(inverse[:1]).shape[-1]
+            self.roundings.append(n + 10)
+            u = max(u, unit_roundoff(ACCUMULATOR[p.dtype]))
+        self.sum = 0.0
+        error = 0.0
+        for d, g, n in zip(self.directions, self.gradients, self.roundings, strict=True):
+            self.sum += float((d * g).sum())
+            error += 2 * u * (n + 4) * float((d * g).sum())
+            roundings += d.numel()
+        self.sum_error = error + 2 * unit_roundoff(torch.float64) * roundings * self.sum
+
+
+def bounds(case: Step, scale: float) -> tuple[list[Tensor], list[Tensor], float]:
+    """How far parameters, momentum and scale may lie from their definition after the step from ``case``.
+
+    In the dtype of the momentum: 6 roundings of its terms (scale, decay, products, sums); n products and sums on the
+    way to a direction; 4 more to the change and one as it is taken off; 4 of the decoupled decay. The definition in
+    float64 rounds as often: twice all that. The scale inherits the error of the sum of <d, g>, which cancellation
+    amplifies. Then half a unit in the last place of the parameter's own dtype. Numbers below the normal ones may be
+    lost.
+    """
+    o, size = case.options, Sizes(case)
+    lr = float(o["lr"])
+    of_scale = 0.0
+    if o.get("kl_clip") is not None and lr > 0:
+        # d scale / d sum = scale / (2 sum), with lr^2 sum = kl_clip / scale^2 where the clip is active.
+        least = o["kl_clip"] / lr**2 / scale**2 if scale < 1 else o["kl_clip"] / lr**2
+        assert size.sum_error < least / 4, "a sum that is all rounding"
+        of_scale = scale * size.sum_error / least + 4 * unit_roundoff(torch.float64)
+    params, moments = [], []
+    for i, p in enumerate(case.params):
+        wide = ACCUMULATOR[p.dtype]
+        u, tiny = unit_roundoff(wide), torch.finfo(wide).smallest_normal
+        moments.append(2 * u * 6 * size.moments[i] + tiny)
+        change = lr * scale * size.directions[i]
+        decay = lr * o["weight_decay"] * size.weights[i] if o["decoupled"] else torch.zeros_like(change)
+        largest = size.weights[i] + change + decay
+        bound = 2 * u * (size.roundings[i] * change + 4 * decay + largest) + lr * of_scale * size.directions[i]
+        bound = bound + tiny * size.roundings[i]
+        if p.dtype != wide:
+            bound = bound + unit_roundoff(p.dtype) * (largest + bound) + torch.finfo(p.dtype).smallest_normal * 2**-8
+        params.append(bound)
+    return params, moments, of_scale
+
+
+def defined(case: Step) -> tuple[Step, Tensor, Tensor]:
+    """The step in float64 on the reference: what it leaves, the counts and the scale."""
+    result = case.double()
+    with use_backend("reference"):
+        return (result, *result.run())
+
+
+def check(case: Step) -> Step:
+    """Takes the step and compares all it did with the definition; returns the arguments as they are afterwards."""
+    expected, skipped, scale = defined(case)
+    before, after = case.copy(), case
+    found, found_scale = after.run()
+    assert_same_bits(found, skipped, "skipped")
+    assert_step(after, found_scale, expected, scale, before)
+    for i, name in itertools.product(range(len(before.params)), ("params", "momentum_buffers")):
+        now, then = (surroundings(getattr(s, name)[i]) for s in (after, before))
+        assert_same_bits(now, then, f"memory around {name}[{i}]")
+    assert_unchanged(after, before, ("grads", "inverses"))
+    return after
+
+
+def assert_step(after: Step, scale: Tensor, expected: Step, expected_scale: Tensor, before: Step) -> None:
+    """``after`` is ``expected``, to the rounding of a step from ``before``."""
+    of_params, of_moments, of_scale = bounds(before, float(expected_scale))
+    assert scale.dtype == torch.float64
+    assert_within(scale, expected_scale, of_scale, "scale")
+    for i, param in enumerate(after.params):
+        what = f"[{i}] of shape {tuple(param.shape)}"
+        assert_within(after.momentum_buffers[i], expected.momentum_buffers[i], of_moments[i], f"momentum_buffers{what}")
+        assert_within(param, expected.params[i], of_params[i], f"params{what}")
+
+
+def assert_unchanged(after: Step, before: Step, names: Sequence[str] = NAMES, around: bool = True) -> None:
+    for name in names:
+        for i, (now, then) in enumerate(zip(getattr(after, name), getattr(before, name), strict=True)):
+            if isinstance(now, Tensor) and now.device.type == "cpu":
+                assert_same_bits(now, then, f"{name}[{i}]")
+                if around:
+                    assert_same_bits(surroundings(now), surroundings(then), f"memory around {name}[{i}]")
+
+
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"weight_decay": 0.1},
+    {"weight_decay": 0.1, "decoupled": True, "kl_clip": 1e-3},
+    {"maximize": True, "weight_decay": 0.1, "kl_clip": 0.01},
+    {"maximize": True, "weight_decay": 0.1, "decoupled": True, "grad_scale": scalar(3.0)},
+    {"momentum": 0.0, "grad_scale": scalar(1024.0, torch.float64)},
+    {"momentum": 0.99, "found_inf": scalar(0.0), "kl_clip": 1e6},
+    {"lr": 0.0, "weight_decay": 0.1, "decoupled": True, "kl_clip": 1e-3},
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_definition(options: dict[str, Any]) -> None:
+    """The reference in float64 is what the formulas say, number after number."""
+    large = [math.prod(p.inverse or ()) > 10_000 for p in PARAMETERS]
+    chosen = [p for i, p in enumerate(PARAMETERS) if not large[i - (p.inverse is None)]]
+    case = step(chosen, torch.float64, **options)
+    after, skipped, scale = defined(case)
+    assert skipped.tolist() == [0] * len(chosen)
+    params, moments, expected_scale = naive(case)
+    expected = Step(params, case.grads, moments, case.inverses, case.options)
+    assert_step(after, scale, expected, scalar(expected_scale, torch.float64), case)
+    assert (float(scale) < 1) == (options.get("kl_clip") in (1e-3, 0.01) and options.get("lr") != 0.0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lr": 0.01 * (1 + 1e-4)},
+        {"momentum": 0.9 + 1e-5},
+        {"weight_decay": 0.1 * (1 + 1e-4)},
+        {"decoupled": True},
+        {"maximize": True},
+        {"kl_clip": 1e-3},
+        {"grad_scale": scalar(1 + 1e-4)},
+    ],
+    ids=str,
+)
+def test_allowed_rounding_has_teeth(implementation: str, wrong: dict[str, Any]) -> None:
+    case = step(SOME, torch.float32, weight_decay=0.1)
+    expected, _, scale = defined(case)
+    slipped = case.copy()
+    slipped.options.update(wrong)
+    slipped.run()
+    with pytest.raises(AssertionError, match="entries are off"):
+        assert_step(slipped, scale, expected, scale, case)
+
+
+# Every implementation against the definition.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_step(implementation: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    check(step(PARAMETERS, dtype, **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
+def test_inverses_stored_in_bfloat16(implementation: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    check(step(PARAMETERS, dtype, storage=torch.bfloat16, **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mixed_dtypes(implementation: str, dtype: torch.dtype) -> None:
+    first = DTYPES.index(dtype)
+    check(step(PARAMETERS, DTYPES[first:] + DTYPES[:first], weight_decay=0.1, decoupled=True, kl_clip=1e-3))
+
+
+def test_no_parameters(implementation: str) -> None:
+    for options in ({}, {"kl_clip": 1.0}):
+        skipped, scale = step((), torch.float32, **options).run()
+        assert_same_bits(skipped, torch.zeros(0, dtype=torch.int64))
+        assert_same_bits(scale, torch.ones((), dtype=torch.float64))
+
+
+@st.composite
+def parameters(draw: st.DrawFn) -> list[Parameter]:
+    rows, width, biased = draw(st.integers(1, 30)), draw(st.integers(1, 40)), draw(st.booleans())
+    columns = width + biased
+    kind = draw(st.sampled_from(["blocks", "packed", "shared"]))
+    n = draw(st.integers(1, columns + 2)) if kind == "shared" else columns
+    shape = {
+        "blocks": (rows, n, n),
+        "packed": (rows, n * (n + 1) // 2),
+        "shared": (1, -(-columns // n), n, n),
+    }[kind]
+    return [Parameter((rows, width), shape), *([Parameter((rows,), None)] if biased else [])]
+
+
+@hypothesis.settings(max_examples=60)
+@hypothesis.given(
+    chosen=st.lists(parameters(), max_size=3),
+    layout=st.sampled_from([contiguous, sliced]),
+    dtype=st.sampled_from(DTYPES),
+    storage=st.sampled_from([None, torch.bfloat16]),
+)
+def test_any_inverses(
+    implementation: str,
+    chosen: list[list[Parameter]],
+    layout: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+    storage: torch.dtype | None,
+) -> None:
+    check(step(list(itertools.chain(*chosen)), dtype, layout=layout, storage=storage))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("of", ["param", "grad", "moment"])
+def test_layouts_do_not_show(implementation: str, of: str, dtype: torch.dtype) -> None:
+    """The same bits wherever the elements of each lie, and no other bits around them."""
+    for layout in (LAYOUTS if of == "grad" else WRITABLE_LAYOUTS).values():
+        layouts = {"layout" if of == "param" else f"{of}_layout": layout}
+        if of == "param":
+            layouts["grad_layout"] = layouts["moment_layout"] = contiguous
+        case = step(PARAMETERS, dtype, **layouts, weight_decay=0.1, kl_clip=1e-3)
+        plain = case.copy()
+        plain.params, plain.grads, plain.momentum_buffers = (
+            [contiguous(x) for x in tensors] for tensors in case.lists()[:3]
+        )
+        around = [[surroundings(x) for x in tensors] for tensors in (case.params, case.momentum_buffers)]
+        assert_same_bits(case.run()[1], plain.run()[1])
+        assert_unchanged(case, plain, around=False)
+        now = [[surroundings(x) for x in tensors] for tensors in (case.params, case.momentum_buffers)]
+        for x, y in zip(itertools.chain(*now), itertools.chain(*around), strict=True):
+            assert_same_bits(x, y, f"memory around {of} {layout.__name__}")
+
+
+def test_layouts_of_all_at_once(implementation: str) -> None:
+    for layout in WRITABLE_LAYOUTS.values():
+        check(step(PARAMETERS, DTYPES, layout=layout, weight_decay=0.1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_whole_numbers_are_exact(implementation: str, dtype: torch.dtype) -> None:
+    """Small whole numbers and powers of two everywhere: every intermediate result fits, so nothing is rounded."""
+    case = step(PARAMETERS, dtype, lr=1.0, momentum=0.5, weight_decay=1.0, kl_clip=1e9)
+    for k, tensors in enumerate(case.lists()[:3]):
+        for x in tensors:
+            x.copy_(torch.arange(x.numel()).remainder(3 + k).sub(1).mul(1 + (k == 2)).view(x.shape))
+    for x in case.inverses:
+        if x is not None and x.dim() == 2:
+            x.copy_(torch.arange(x.numel()).remainder(5).sub(2).view(x.shape) * (x.shape[1] < 60))
+        elif x is not None:
+            y = torch.arange(x.numel()).remainder(3).sub(1).view(x.shape).tril() * (x.shape[-1] < 12)
+            x.copy_(y + y.tril(-1).mT)
+    expected, _, _ = defined(case)
+    case.run()
+    for i in range(len(PARAMETERS)):
+        assert_within(case.params[i], expected.params[i], 0.0, f"{PARAMETERS[i]}")
+        assert_within(case.momentum_buffers[i], expected.momentum_buffers[i], 0.0, f"{PARAMETERS[i]}")
+
+
+def test_lr_may_be_a_tensor(implementation: str) -> None:
+    plain = step(SOME, DTYPES, lr=0.0078125, weight_decay=0.1, decoupled=True, kl_clip=1e-3)
+    for lr in (scalar(0.0078125), scalar(0.0078125, torch.float64), torch.tensor([[0.0078125]])):
+        case, expected = plain.copy(), plain.copy()
+        case.options["lr"] = lr
+        case.run()
+        assert float(lr) == 0.0078125
+        expected.run()
+        assert_unchanged(case, expected)
+
+
+def test_packed_and_whole_blocks_agree(implementation: str) -> None:
+    """A packed inverse is a way of storing it; so is bfloat16, at 2^-8 of each entry at most."""
+    shape, n = (40, 30, 3, 3), 9
+    whole = step([Parameter(shape, (1200, n, n))], torch.float32, lr=1.0, momentum=0.0)
+    whole.params[0].zero_()
+    small, short = whole.copy(), whole.copy()
+    assert whole.inverses[0] is not None
+    small.inverses[0] = pack(whole.inverses[0])
+    short.inverses[0] = whole.inverses[0].bfloat16()
+    for case in (whole, small, short):
+        case.run()
+    size = torch.einsum("bij,bj->bi", whole.inverses[0].double().abs(), whole.grads[0].double().abs().view(-1, n))
+    rounding = 2 * 2 * n * unit_roundoff(torch.float32) * size.view(shape)
+    assert_within(small.params[0], whole.params[0].double(), rounding, "packed")
+    stored = unit_roundoff(torch.bfloat16) * size.view(shape)
+    assert_within(short.params[0], whole.params[0].double(), stored + rounding, "bfloat16")
+    assert bool((short.params[0] != whole.params[0]).any())
+
+
+# The clip.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_clip_bounds_the_change(implementation: str, dtype: torch.dtype) -> None:
+    """One scale for all parameters, 1 as soon as the bound is kept."""
+    case = step(SOME, dtype, momentum=0.0)
+    total = sum(float((before - after).mul(g).sum()) for before, after, g in changes(case)) * 0.01
+    for share, expected in ((0.25, 0.5), (0.81, 0.9), (1.1, 1.0), (1e30, 1.0)):
+        clipped = step(SOME, dtype, momentum=0.0, kl_clip=total * share)
+        _, scale = clipped.run()
+        assert abs(float(scale) - expected) < 1e-3
+        assert float(scale) == 1.0 or expected < 1.0
+
+
+def changes(case: Step) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Parameters before and after the step in float64, and gradients."""
+    after, _, _ = defined(case)
+    return [(p.double(), a, g.double()) for p, a, g in zip(case.params, after.params, case.grads, strict=True)]
+
+
+def test_a_sum_of_nothing_is_not_clipped(implementation: str) -> None:
+    case = step(SOME, torch.float32, kl_clip=1e-30)
+    for g in case.grads:
+        g.zero_()
+    assert float(case.run()[1]) == 1.0
+    case = step(SOME, torch.float32, kl_clip=1e-30, lr=0.0)
+    assert float(case.run()[1]) == 1.0
+
+
+def test_skipped_blocks_do_not_enter_the_clip(implementation: str) -> None:
+    case = step(SOME, torch.float32, kl_clip=1e-3)
+    for i in (1, 2, 6, 7, 8, 9):
+        case.grads[i].fill_(math.nan)
+    without = step(SOME, torch.float32, kl_clip=1e-3)
+    for i in (1, 2, 6, 7, 8, 9):
+        without.grads[i].zero_()
+    (skipped, scale), (_, expected) = case.run(), without.run()
+    assert skipped.tolist() == [0, 12, 50, 0, 0, 0, 6, 0, 28, 0, 0]
+    assert_same_bits(scale, expected)
+    for i in (0, 3, 4, 5, 10):
+        assert_same_bits(case.params[i], without.params[i])
+
+
+# What is skipped.
+
+
+@pytest.mark.parametrize("value", [1.0, 2.0, math.inf, math.nan, -1.0])
+def test_found_inf_stops_everything(implementation: str, value: float) -> None:
+    for dtype in (torch.float32, torch.float64):
+        case = step(PARAMETERS, DTYPES, weight_decay=0.1, kl_clip=1e-3, found_inf=scalar(value, dtype))
+        before = case.copy()
+        skipped, scale = case.run()
+        assert_same_bits(skipped, torch.zeros(len(PARAMETERS), dtype=torch.int64))
+        assert_same_bits(scale, torch.ones((), dtype=torch.float64))
+        assert_unchanged(case, before)
+
+
+def spoil(case: Step, values: Sequence[float]) -> tuple[list[int], list[Tensor]]:
+    """Puts values into the gradients of every third block; how many blocks that are, and which elements."""
+    counts, masks = [0] * len(case.params), [torch.zeros(p.numel(), dtype=torch.bool) for p in case.params]
+    grads = [g.flatten().clone() for g in case.grads]
+    for i, inverse in enumerate(case.inverses):
+        blocks = [] if inverse is None else places(case, i)
+        for b in range(i % 3, len(blocks), 3):
+            present = [place for place in blocks[b][1] if place is not None]
+            if not present:
+                continue
+            p, e = present[(b + i) % len(present)]
+            grads[p][e] = values[b % len(values)]
+            counts[i] += 1
+            for p, e in present:
+                masks[p][e] = True
+    for gradient, flat in zip(case.grads, grads, strict=True):
+        gradient.copy_(flat.view(gradient.shape))
+    return counts, [mask.view(p.shape) for mask, p in zip(masks, case.params, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [contiguous, sliced, channels_last])
+@pytest.mark.parametrize("options", [*OPTIONS[:2], {"kl_clip": 1e6, "decoupled": True, "weight_decay": 0.1}], ids=str)
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_blocks_without_a_finite_gradient_keep_their_bits(
+    implementation: str,
+    diagonal: bool,
+    options: dict[str, Any],
+    layout: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """They are counted exactly, and all others take the very step they take without them."""
+    clean = step(PARAMETERS, dtype, layout=layout, **options)
+    if diagonal:  # a NaN reaches the whole block through zeros too
+        for inverse in clean.inverses:
+            if inverse is not None and inverse.dim() > 2:
+                inverse.copy_(torch.eye(inverse.shape[-1]).expand(inverse.shape))
+            elif inverse is not None:
+                n = unpack(inverse[:1]).shape[-1]
+                inverse.copy_(pack(torch.eye(n).expand(inverse.shape[0], n, n)))
+    for param in clean.params:
+        if param.numel() > 4:
+            param[(0,) * param.dim()] = -0.0
+    case, before = clean.copy(), clean.copy()
+    clean.run()
+    counts, masks = spoil(case, (math.nan, math.inf, -math.inf))
+    skipped, _ = case.run()
+    assert skipped.tolist() == counts
+    for i, mask in enumerate(masks):
+        for name in ("params", "momentum_buffers"):
+            now, then, otherwise = (getattr(s, name)[i] for s in (case, before, clean))
+            assert_same_bits(now, torch.where(mask, then, otherwise), f"{name}[{i}]")
+            assert_same_bits(surroundings(now), surroundings(then), f"memory around {name}[{i}]")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
+def test_blocks_of_an_inverse_that_is_not_finite_are_skipped(implementation: str, value: float) -> None:
+    """And no others: what lies around a block, zeros times infinity included, does not reach it. Sums that overflow
+    count as the infinity they are."""
+    for i, parameter in enumerate(PARAMETERS):
+        count = (parameter.inverse or (0,))[0]
+        if parameter.inverse is None or len(parameter.inverse) == 4 or count < 3:
+            continue
+        biased = i + 1 < len(PARAMETERS) and PARAMETERS[i + 1].inverse is None
+        clean = step(PARAMETERS[i : i + 1 + biased], torch.float32)
+        for g in clean.grads:
+            g.abs_().add_(1.0).mul_(10.0)
+        case, before = clean.copy(), clean.copy()
+        assert case.inverses[0] is not None
+        bad = torch.arange(count) % 2 == 1
+        bad[-2:] = torch.tensor([True, False])
+        case.inverses[0][bad] = value
+        clean.run()
+        skipped, _ = case.run()
+        assert skipped[0] == bad.sum()
+        for name in ("params", "momentum_buffers"):
+            now, then, otherwise = (
+                torch.cat([x.reshape(count, -1) for x in getattr(s, name)], 1) for s in (case, before, clean)
+            )
+            assert_same_bits(now, torch.where(bad[:, None], then, otherwise), f"{name} {parameter}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", [contiguous, sliced])
+def test_every_bit_pattern_of_a_skipped_parameter_stays(
+    implementation: str, dtype: torch.dtype, layout: Callable[[Tensor], Tensor]
+) -> None:
+    """All but those of NaN, which stays NaN."""
+    case = step([Parameter((65536,), (16384, 4, 4))], dtype, layout=layout)
+    patterns = torch.arange(-32768, 32768, dtype=torch.int16).view(dtype)
+    case.params[0].copy_(patterns)
+    case.grads[0].fill_(math.nan)
+    assert case.run()[0].tolist() == [16384]
+    assert case.params[0][patterns.isnan()].isnan().all()
+    assert_same_bits(case.params[0][~patterns.isnan()], patterns[~patterns.isnan()])
+
+
+def test_a_scale_that_makes_gradients_infinite(implementation: str) -> None:
+    for value, skipped in ((0.0, 15), (math.nan, 15), (2e-38, 15), (1.0, 0), (math.inf, 0)):
+        case = step([PARAMETERS[1]], torch.float32, grad_scale=scalar(value))
+        case.grads[0].fill_(12.0)
+        before = case.copy()
+        assert case.run()[0].tolist() == [skipped]
+        if skipped:
+            assert_unchanged(case, before)
+        else:
+            assert case.params[0].isfinite().all()
+
+
+# Bits.
+
+
+def test_a_list_is_its_members_one_by_one(implementation: str) -> None:
+    for options in (OPTIONS[1], OPTIONS[4]):
+        case = step(PARAMETERS, DTYPES, **options)
+        one_by_one = case.copy()
+        case.run()
+        for i, (_, inverse) in enumerate(PARAMETERS):
+            if inverse is not None:
+                one_by_one.part(i, i + 1 + bias_of(case, i)).run()
+        assert_unchanged(case, one_by_one)
+
+
+# Cut into shares, these end within chunks, at their ends and between parameters.
+SHARED = (
+    Parameter((130, 20, 3, 3), (2600, 9, 9)),
+    packed((70, 20, 3, 3), 1400, 9),
+    Parameter((7,), (7, 1, 1)),
+    Parameter((30001,), (30001, 1, 1)),
+    Parameter((64, 99), (64, 100, 100)),
+    Parameter((64,), None),
+    Parameter((900, 40), (1, 2, 21, 21)),
+    Parameter((900,), None),
+    Parameter((3, 5000), (1, 50, 100, 100)),
+    Parameter((2048,), (2048, 2, 2)),
+    Parameter((2048,), None),
+)
+
+
+@pytest.mark.parametrize("layout", [contiguous, sliced])
+def test_same_bits_at_every_run_and_for_every_number_of_threads(
+    implementation: str, set_threads: Callable[[int], None], layout: Callable[[Tensor], Tensor]
+) -> None:
+    case = step(SHARED, (torch.float32, torch.bfloat16), layout=layout, weight_decay=0.1, kl_clip=1e-3)
+    for gradient in case.grads:
+        gradient.view(gradient.shape)[..., ::37] = math.nan
+    results = []
+    for threads in (1, 1, 2, 3):
+        set_threads(threads)
+        copy = case.copy()
+        results.append((copy, *copy.run()))
+    assert 0.0 < float(results[0][2]) < 1.0
+    for copy, skipped, scale in results[1:]:
+        assert_same_bits(skipped, results[0][1])
+        assert_same_bits(scale, results[0][2])
+        assert_unchanged(copy, results[0][0])
+
+
+# Errors.
+
+
+def tensor(name: str, value: Callable[[], Tensor | None], i: int = 1) -> Callable[[Step], None]:
+    """Spoils a later tensor of a list: the first one must not be touched either."""
+
+    def change(case: Step) -> None:
+        getattr(case, name)[i] = value()
+
+    return change
+
+
+def option(name: str, value: Any) -> Callable[[Step], None]:
+    return lambda case: case.options.update({name: value})
+
+
+def shorter(name: str) -> Callable[[Step], None]:
+    return lambda case: getattr(case, name).pop()
+
+
+def dtypes(found: str, wanted: str) -> str:
+    return rf" .*(torch\.)?{found}.*, expected (torch\.)?{wanted}"
+
+
+def shapes(found: str, wanted: str) -> str:
+    return rf" has shape \({found}\), expected \({wanted}\)"
+
+
+BAD_INVERSES = ((24, 2, 2), (3, 8, 7), (5, 8, 8), (3, 35), (2, 1, 8, 8), (1, 1, 5, 5), (1, 3, 3, 3), (1, 1, 8, 7), (24,))
+BAD_JOINED = ((4, 6, 6), (4, 21), (7, 4, 4), (1, 1, 4, 4), (1, 2, 2, 2))
+
+BAD: dict[str, tuple[Callable[[Step], None], type[Exception], str]] = {
+    **{f"{name} length": (shorter(name), ValueError, rf"{name} has 4 \w+, expected 5") for name in NAMES[1:]},
+    "params length": (shorter("params"), ValueError, r"grads has 5 \w+, expected 4"),
+    "params dtype": (
+        tensor("params", lambda: torch.ones(4, 6, dtype=torch.int64)),
+        TypeError,
+        r"params\[1\]" + dtypes("int64", "float32"),
+    ),
+    "params complex": (
+        tensor("params", lambda: torch.ones(4, 6, dtype=torch.complex64)),
+        TypeError,
+        r"params\[1\]" + dtypes("complex64", r"(a floating-point|float32)"),
+    ),
+    "params expanded": (
+        tensor("params", lambda: torch.ones(6).expand(4, 6)),
+        ValueError,
+        r"params\[1\] has strides \(0, 1\)",
+    ),
+    "grads shape": (tensor("grads", lambda: torch.ones(6, 4)), ValueError, r"grads\[1\]" + shapes("6, 4", "4, 6")),
+    "grads dtype": (
+        tensor("grads", lambda: torch.ones(4, 6, dtype=torch.bfloat16)),
+        TypeError,
+        r"grads\[1\]" + dtypes("bfloat16", "float32"),
+    ),
+    "grads device": (
+        tensor("grads", lambda: torch.ones(4, 6, device="meta")),
+        ValueError,
+        r"grads\[1\] is on meta, expected cpu",
+    ),
+    "momentum_buffers shape": (
+        tensor("momentum_buffers", lambda: torch.ones(4, 7)),
+        ValueError,
+        r"momentum_buffers\[1\]" + shapes("4, 7", "4, 6"),
+    ),
+    "momentum_buffers dtype": (
+        tensor("momentum_buffers", lambda: torch.ones(4, 6, dtype=torch.float64)),
+        TypeError,
+        r"momentum_buffers\[1\]" + dtypes("float64", "float32"),
+    ),
+    "momentum_buffers expanded": (
+        tensor("momentum_buffers", lambda: torch.ones(4, 1).expand(4, 6)),
+        ValueError,
+        r"momentum_buffers\[1\] has strides \(1, 0\)",
+    ),
+    "momentum_buffers device": (
+        tensor("momentum_buffers", lambda: torch.ones(4, 6, device="meta")),
+        ValueError,
+        r"momentum_buffers\[1\] is on meta, expected cpu",
+    ),
+    **{
+        f"inverses {shape}": (
+            tensor("inverses", lambda shape=shape: torch.ones(shape)),  # type: ignore[misc]
+            ValueError,
+            rf"inverses\[1\]{shapes(', '.join(map(str, shape)) + ',' * (len(shape) == 1), 'B, n, n')} .*params\[1\]",
+        )
+        for shape in BAD_INVERSES
+    },
+    **{
+        f"inverses of a bias {shape}": (
+            tensor("inverses", lambda shape=shape: torch.ones(shape), 2),  # type: ignore[misc]
+            ValueError,
+            rf"inverses\[2\]{shapes(', '.join(map(str, shape)), 'B, n, n')} .*params\[3\]",
+        )
+        for shape in BAD_JOINED
+    },
+    "inverses dtype": (
+        tensor("inverses", lambda: torch.ones(3, 8, 8, dtype=torch.float64)),
+        TypeError,
+        r"inverses\[1\]" + dtypes("float64", "float32 or bfloat16"),
+    ),
+    "inverses float16": (
+        tensor("inverses", lambda: torch.ones(3, 8, 8, dtype=torch.float16)),
+        TypeError,
+        r"inverses\[1\]" + dtypes("float16", "float32 or bfloat16"),
+    ),
+    "inverses strides": (
+        tensor("inverses", lambda: torch.ones(3, 8, 8).mT),
+        ValueError,
+        r"inverses\[1\] is not contiguous",
+    ),
+    "inverses shared strides": (
+        tensor("inverses", lambda: torch.ones(1, 1, 6, 6).mT),
+        ValueError,
+        r"inverses\[1\] is not contiguous",
+    ),
+    "inverses device": (
+        tensor("inverses", lambda: torch.ones(3, 8, 8, device="meta")),
+        ValueError,
+        r"inverses\[1\] is on meta, expected cpu",
+    ),
+    "inverses None first": (tensor("inverses", lambda: None, 0), ValueError, r"inverses\[0\] is None, expected"),
+    "inverses None twice": (tensor("inverses", lambda: None, 4), ValueError, r"inverses\[4\] is None, expected"),
+    "bias size": (
+        lambda case: [tensors.__setitem__(3, torch.ones(4)) for tensors in case.lists()[:3]],  # type: ignore[func-returns-value]
+        ValueError,
+        r"inverses\[2\] .*params\[3\] of shape \(4,\)",
+    ),
+    **{
+        f"{name} {value}": (option(name, value), ValueError, rf"{name} is {value}, expected")
+        for name, values in (
+            ("momentum", (-0.1, 1.0, 1.5, math.nan)),
+            ("weight_decay", (-1.0, math.inf, math.nan)),
+            ("kl_clip", (-1.0, 0.0, math.inf, math.nan)),
+        )
+        for value in values
+    },
+    **{
+        f"{name} shape": (
+            option(name, torch.ones(2)),
+            ValueError,
+            rf"{name} has shape \(2,\), expected one element",
+        )
+        for name in ("lr", "grad_scale", "found_inf")
+    },
+    **{
+        f"{name} dtype": (
+            option(name, torch.tensor(1)),
+            TypeError,
+            rf"{name} has dtype (torch\.)?int64, expected float32",
+        )
+        for name in ("lr", "grad_scale", "found_inf")
+    },
+}
+
+
+# Fakes have no number to look at.
+BAD_RATES: dict[str, tuple[Callable[[Step], None], type[Exception], str]] = {
+    f"lr {value}": (option("lr", value), ValueError, rf"lr is {float(value)}, expected")
+    for value in (-1.0, math.inf, math.nan, scalar(-1.0), scalar(math.nan, torch.float64))
+}
+
+
+def bad_call(name: str) -> tuple[Step, type[Exception], str]:
+    change, error, message = {**BAD, **BAD_RATES}[name]
+    chosen = [
+        Parameter((2, 3), (2, 3, 3)),
+        Parameter((4, 6), (3, 8, 8)),
+        Parameter((5, 4), (5, 5, 5)),
+        Parameter((5,), None),
+        Parameter((4, 6), (1, 2, 3, 3)),
+    ]
+    case = step(chosen, torch.float32)
+    case.copy().run()  # good before it is spoiled
+    change(case)
+    return case, error, f"^mbf_step_: {message}"
+
+
+@pytest.mark.parametrize("name", [*BAD, *BAD_RATES])
+def test_bad_arguments(backend: str, name: str) -> None:
+    case, error, message = bad_call(name)
+    before = case.copy()
+    with pytest.raises(error, match=message):
+        case.run()
+    assert_unchanged(case, before)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_without_data(name: str) -> None:
+    """Compilers learn of the same faults from the fakes."""
+    case, error, message = bad_call(name)
+    mode = FakeTensorMode()
+    fake = case.map(mode.from_tensor)
+    fake.options = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in case.options.items()}
+    with mode, pytest.raises(error, match=message):
+        fake.run()
