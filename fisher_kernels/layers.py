@@ -57,7 +57,7 @@ class Use(NamedTuple):
     """One use of a layer: what its forward captured, and the derivative of the loss by its output."""
 
     module: Any
-    rule: Rule
+    rule: Any
     captured: Sequence[Tensor]
     sizes: Sequence[int]
     grad: Tensor

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from fisher_kernels.layers import (
     NORMS,
@@ -139,7 +140,10 @@ class BlockRule(Rule):
 
     def contribute_together(self, uses: Sequence[Use]) -> Sums:
         filled = [use for use in uses if use.grad.numel() > 0]
-        return self._contribute_together(filled) if filled else self.contribute(*uses[0][:1], *uses[0][2:])
+        if filled:
+            return self._contribute_together(filled)
+        module, _, captured, sizes, grad = uses[0]
+        return self.contribute(module, captured, sizes, grad)
 
     def _contribute_together(self, uses: Sequence[Use]) -> Sums:
         """Outer products of the sums over uses of per-sample gradients, a bounded number of samples at a time.
@@ -345,9 +349,9 @@ class ConvBlocks(BlockRule):
 
 
 _WEIGHT_GRADIENT: dict[int, Callable[..., Tensor]] = {
-    1: torch.nn.grad.conv1d_weight,
-    2: torch.nn.grad.conv2d_weight,
-    3: torch.nn.grad.conv3d_weight,
+    1: conv1d_weight,
+    2: conv2d_weight,
+    3: conv3d_weight,
 }
 
 

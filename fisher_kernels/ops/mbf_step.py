@@ -155,11 +155,7 @@ class _Entry(NamedTuple):
     def join(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """The elements of the parameter and its bias as (rows, columns)."""
         rows, columns, _ = self.layout
-<<<<<<< HEAD
-        body = tensors[self.index].to(dtype).reshape(rows, columns - self.biased)
-=======
         body = tensors[self.index].to(dtype).reshape(rows, columns - self.biased).contiguous()
->>>>>>> h_step
         return torch.cat([body, tensors[self.index + 1].to(dtype).reshape(rows, 1)], 1) if self.biased else body
 
     def store(self, values: Tensor, tensors: Sequence[Tensor]) -> None:
@@ -364,19 +360,12 @@ def _cpu(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-<<<<<<< HEAD
-    return _reference(
-        params, grads, momentum_buffers, inverses, lr=lr, momentum=momentum, weight_decay=weight_decay,
-        decoupled=decoupled, maximize=maximize, kl_clip=kl_clip, grad_scale=grad_scale, found_inf=found_inf,
-    )  # fmt: skip
-=======
     result = _reference(
         params, grads, momentum_buffers, inverses, lr=lr, momentum=momentum, weight_decay=weight_decay,
         decoupled=decoupled, maximize=maximize, kl_clip=kl_clip, grad_scale=grad_scale, found_inf=found_inf,
     )  # fmt: skip
     increment_version(params)
     return result
->>>>>>> h_step
 
 
 _step = define(

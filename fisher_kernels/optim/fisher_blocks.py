@@ -46,6 +46,11 @@ class Part:
     address: tuple[int, int] | None = None
     coupled: bool | None = None
 
+    @property
+    def params(self) -> tuple[Parameter, ...]:
+        """All parameters that it serves."""
+        return (*(() if self.weight is None else (self.weight,)), *self.biases, *self.alone)
+
 
 @dataclass
 class Unit:
@@ -55,6 +60,10 @@ class Unit:
     inverse: Tensor
     transposed: bool = False
     part: Part | None = None
+
+
+New = tuple[Part, Tensor, float]
+"""A part, raw sums of its blocks, end to end, and what they are divided by to be a mean."""
 
 
 def packs(blocks: Blocks) -> bool:
@@ -111,7 +120,9 @@ class FisherBlocks:
         for index, site in enumerate(sites):
             for part in self._parts_of(index, site, served):
                 self._of_site[index].append(part)
-        self.fallbacks = [self._add(p, Blocks(("weight",), p.numel(), 1), alone=(p,)) for p in groups if p not in served]
+        self.fallbacks = [
+            self._add(p, Blocks(("weight",), p.numel(), 1), alone=(p,)) for p in groups if p not in served
+        ]
         self._averaged = {part.number for part in self.parts if self._updates(part) > 0}
         self._inverted = set(self._averaged)
         self._stale = set(self._averaged)  # saved between an update and the inversion due to it, for all that is known
@@ -124,11 +135,11 @@ class FisherBlocks:
     def _parts_of(self, index: int, site: Site, served: set[Parameter]) -> Iterator[Part]:
         """The parts of one site. A parameter that another site serves already is not served twice."""
         for position, blocks in enumerate(site.rule.blocks):
-            held = {
-                role: tuple(dict.fromkeys(p for layer in site.layers if (p := _held(layer, role)) not in (*served, None)))
-                for role in blocks.roles
-            }
-            params = [p for of_role in held.values() for p in of_role if p is not None]
+            held = {}
+            for role in blocks.roles:
+                found = [_held(layer, role) for layer in site.layers]
+                held[role] = tuple(dict.fromkeys(p for p in found if p is not None and p not in served))
+            params = [p for of_role in held.values() for p in of_role]
             if not params:
                 continue
             served.update(params)
@@ -167,7 +178,7 @@ class FisherBlocks:
 
     # Averages.
 
-    def new_blocks(self, sites: Sequence[Site], taken: Sequence[tuple[int, Sums]]) -> Iterator[tuple[Part, Tensor, float]]:
+    def new_blocks(self, sites: Sequence[Site], taken: Sequence[tuple[int, Sums]]) -> Iterator[New]:
         """The parts that have raw sums, with the sums and what they are divided by to be a mean."""
         for index, sums in taken:
             if not all(sums.counts):
@@ -178,9 +189,9 @@ class FisherBlocks:
                 position = part.address[1]
                 yield part, sums.vectors[position], divisors[position]
 
-    def fold(self, new: Sequence[tuple[Part, Tensor, float]]) -> None:
+    def fold(self, new: Sequence[New]) -> None:
         """Average new blocks in, one call for all that share coefficients; the first ones are taken as they are."""
-        batches: dict[tuple[Any, ...], list[tuple[Part, Tensor, float]]] = defaultdict(list)
+        batches: dict[tuple[Any, ...], list[New]] = defaultdict(list)
         for part, vector, divisor in new:
             average = self.averages(part)[0]
             first = part.number not in self._averaged

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from fisher_kernels.layers import Rule, Sums
-from fisher_kernels.mini_blocks import Blocks, BlockRules, Sharing
+from fisher_kernels.mini_blocks import BlockRules, Blocks, Sharing
 from fisher_kernels.ops import ACCUMULATOR, mbf_step_
-from fisher_kernels.optim.fisher_blocks import STORAGES, FisherBlocks, Part, Unit, unpack
-from fisher_kernels.optim.layerwise import Counters, LayerwiseOptimizer, count, is_due, totals
+from fisher_kernels.optim.fisher_blocks import STORAGES, FisherBlocks, New, Unit, unpack
+from fisher_kernels.optim.layerwise import LayerwiseOptimizer, count, is_due, totals
 from fisher_kernels.statistics import Layer
 
 
@@ -148,7 +148,7 @@ class MBF(LayerwiseOptimizer):
             raise ValueError(f"kl_clip is {group['kl_clip']}, expected a finite number above 0, or None")
         blocks = group["linear_blocks"]
         if blocks not in ("shared", "per_output") and not (type(blocks) is int and blocks >= 1):
-            raise ValueError(f"linear_blocks is {blocks!r}, expected 'shared', 'per_output' or an integer of at least 1")
+            raise ValueError(f"linear_blocks is {blocks!r}, expected 'shared', 'per_output' or a positive integer")
         for name, choices in (
             ("sequence", ("expand", "reduce")),
             ("loss_reduction", ("mean", "sum")),
@@ -219,8 +219,8 @@ class MBF(LayerwiseOptimizer):
             self._blocks.fold(new)
         self._invert()
 
-    def _from_gradients(self, sums: list[Sums], grad_scale: Tensor | None) -> Iterator[tuple[Part, Tensor, float]]:
-        """Squared gradients of what no layer serves; N times that of a mean over N samples is of the scale of blocks."""
+    def _from_gradients(self, sums: list[Sums], grad_scale: Tensor | None) -> Iterator[New]:
+        """Squared gradients of what no layer serves; N times that of a mean over N samples has the scale of blocks."""
         samples = max((n for s in sums for n in s.counts), default=1)
         for part in self._blocks.fallbacks:
             group, gradient = self._groups[part.owner], part.owner.grad
@@ -231,8 +231,8 @@ class MBF(LayerwiseOptimizer):
                 mean = group["loss_reduction"] == "mean"
                 yield part, wide.square().flatten(), 1 / max(samples, 1) if mean else max(samples, 1)
 
-    def _invert(self) -> None:
-        due = {id(g) for g in self.param_groups if g["iteration"] % g["inverse_interval"] == 0}
+    def _invert(self, everything: bool = False) -> None:
+        due = {id(g) for g in self.param_groups if everything or g["iteration"] % g["inverse_interval"] == 0}
         if kept := self._blocks.invert(due):
             names = {p: name for name, p in self._names()}
             self._warn_once(
@@ -297,6 +297,7 @@ class MBF(LayerwiseOptimizer):
             ValueError: there was no batch, or none that gave finite statistics of any layer.
         """
         parameters = list(self._groups)
+        grad_scaler, self.statistics.grad_scaler = self.statistics.grad_scaler, None  # nothing is scaled here
         gradients = [p.grad for p in parameters]
         buffers = {buffer: buffer.clone() for buffer in self._model.buffers()}
         self.statistics.clear()
@@ -311,6 +312,7 @@ class MBF(LayerwiseOptimizer):
                     loss_fn(batch).backward()
                 self._add_batch(sums)
         finally:
+            self.statistics.grad_scaler = grad_scaler
             self.statistics.clear()
             self._armed = []
             self._arm()
@@ -320,7 +322,7 @@ class MBF(LayerwiseOptimizer):
                 for buffer, value in buffers.items():
                     buffer.copy_(value)
         if not sums:
-            raise ValueError("batches gave no finite statistics of any layer: was there none, or is the loss not finite?")
+            raise ValueError("batches gave no finite statistics of any layer: were there any, and is the loss finite?")
         with torch.no_grad():
             for number, (total, samples) in sums.items():
                 part = self._blocks.parts[number]
@@ -328,7 +330,7 @@ class MBF(LayerwiseOptimizer):
                 average.copy_((total / samples).view_as(average))
                 updates.zero_()
                 self._blocks.mark(part)
-        self._invert_all()
+            self._invert(everything=True)
 
     @torch.no_grad()
     def _add_batch(self, sums: dict[int, tuple[Tensor, float]]) -> None:
@@ -341,3 +343,110 @@ class MBF(LayerwiseOptimizer):
             if bool(vector.isfinite().all()):
                 total, seen = sums.get(part.number, (0.0, 0.0))
                 sums[part.number] = (total + vector * (samples / divisor), seen + samples)
+
+    # Reports.
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Figures of the last step for each parameter that has taken one; reading them waits for the device.
+
+        A weight and a bias that are stepped side by side have the figures of their blocks in common.
+
+        - ``damping_share``: mean of damping times an eigenvalue of the inverse; near 1 the method has become plain
+          momentum SGD.
+        - ``smallest_step``, ``largest_step``: lr times the extreme eigenvalues of the inverses.
+        - ``trust_scale``: what kl_clip scaled the last step of its group by.
+        - ``cosine_with_sgd``: between the preconditioned momentum and the gradient (NaN without a gradient).
+        - ``skipped_blocks``: how many blocks were left alone because they were not finite, so far.
+        - ``bad_blocks``: how many blocks kept an older inverse, being not positive definite with their damping, so far.
+        - ``refused_statistics``: how often the statistics of its blocks were not finite and left out, so far.
+        """
+        skipped, refused, bad = totals(self._skipped), totals(self._blocks.refused), totals(self._blocks.bad)
+        names = {p: name for name, p in self._names()}
+        report: dict[str, dict[str, float]] = {}
+        for part in self._blocks.parts:
+            group = self._groups[part.owner]
+            for unit in self._blocks.units(part):
+                if any(self.moment not in self.state[p] for p in unit.params):
+                    continue
+                group = self._groups[unit.params[0]]
+                eigenvalues = _eigenvalues(unit, part.blocks)
+                lr = float(group["lr"])
+                scale = self._scales.get(id(group))
+                figures = {
+                    "damping_share": group["damping"] * float(eigenvalues.mean()),
+                    "smallest_step": lr * float(eigenvalues.min()),
+                    "largest_step": lr * float(eigenvalues.max()),
+                    "trust_scale": 1.0 if scale is None else float(scale),
+                    "cosine_with_sgd": self._cosine(unit),
+                    "skipped_blocks": skipped.get(self._numbers[unit.params[0]], 0),
+                    "bad_blocks": bad.get(part.number, 0),
+                    "refused_statistics": refused.get(part.number, 0),
+                }
+                report.update({names[p]: dict(figures) for p in unit.params})
+        return {name: report[name] for name, _ in self._names() if name in report}
+
+    def _cosine(self, unit: Unit) -> float:
+        """Between the direction of a unit and its gradient."""
+        if any(p.grad is None for p in unit.params):
+            return math.nan
+        moments = [self.state[p][self.moment] for p in unit.params]
+        if unit.transposed:
+            moments[0] = moments[0].t()
+        # A step without momentum whose gradient is the momentum leaves the negative of the direction.
+        moved, buffers = ([torch.zeros_like(m) for m in moments] for _ in range(2))
+        inverses = [unit.inverse, *[None] * (len(moments) - 1)]
+        settings: dict[str, Any] = {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "decoupled": True}
+        mbf_step_(moved, moments, buffers, inverses, **settings, maximize=not self._groups[unit.params[0]]["maximize"])
+        if unit.transposed:
+            moved[0] = moved[0].t()
+        direction = torch.cat([x.flatten() for x in moved])
+        gradient = torch.cat([p.grad.flatten() for p in unit.params if p.grad is not None]).to(direction)
+        # Norms below eps count as eps: its default of 1e-8 is no small gradient.
+        tiny = torch.finfo(direction.dtype).tiny
+        return float(torch.cosine_similarity(direction, gradient, dim=0, eps=tiny))
+
+
+@dataclass
+class _Plan:
+    """What the step of one group takes, while the same parameters have gradients and the blocks lie where they do."""
+
+    version: int
+    numbers: tuple[int, ...] = ()
+    params: list[Parameter] = field(default_factory=list)
+    inverses: list[Tensor | None] = field(default_factory=list)
+    transposed: list[int] = field(default_factory=list)
+    waiting: list[Parameter] = field(default_factory=list)
+
+    def add(self, unit: Unit, numbers: dict[Parameter, int]) -> None:
+        if unit.transposed:
+            self.transposed.append(len(self.params))
+        self.params += unit.params
+        self.inverses += [unit.inverse, *[None] * (len(unit.params) - 1)]
+        self.numbers += tuple(numbers[p] for p in unit.params)
+
+    def holds(self) -> bool:
+        return all(p.grad is not None for p in self.params) and all(p.grad is None for p in self.waiting)
+
+
+def _eigenvalues(unit: Unit, blocks: Blocks) -> Tensor:
+    """Of the inverses that act on a parameter; what only pads a row has none."""
+    inverse = unit.inverse.to(ACCUMULATOR.get(unit.inverse.dtype, torch.float32))
+    if inverse.dim() == 2:
+        inverse = unpack(inverse, blocks.size)
+    if inverse.dim() == 3:
+        return inverse.flatten() if inverse.shape[1] == 1 else torch.linalg.eigvalsh(inverse).flatten()
+    columns = sum(p.numel() for p in unit.params) // blocks.rows
+    found = []
+    for block in inverse[0]:
+        there = min(columns, len(block))
+        found.append(torch.linalg.eigvalsh(block[:there, :there]))
+        columns -= there
+    return torch.cat(found)
+
+
+def _joint(role: str, blocks: Blocks) -> str:
+    """What a parameter is in joint blocks."""
+    if len(blocks.roles) == 1:
+        return ""
+    return "beside its bias, " if role == "weight" else "beside its weight, "
