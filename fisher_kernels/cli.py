@@ -235,13 +235,14 @@ def _run(
         _fail(str(error))
     data = report.document(task, settings, records)
     summaries = tasks.summarize(records, settings.epochs)
+    equal_time = tasks.at_equal_time(records, settings.epochs)
     report.write_json(folder / f"{stem}.json", data)
     report.draw(folder / f"{stem}.png", task, summaries)
     if as_json:
         _print_json(data)
     else:
         console = Console()
-        console.print(report.tables(task, settings, summaries))
+        console.print(report.tables(task, settings, summaries, equal_time))
         for record in records:
             if record.diverged:
                 console.print(f"[red]{record.title}, seed {record.seed}, diverged: {record.diverged}[/red]")
