@@ -24,10 +24,14 @@ from fisher_kernels.tasks.task import Batch, Figures, Metric, Task, evaluation, 
 WIDTHS = (64, 500, 250, 30)
 
 HYPERPARAMETERS = {
-    "adamw": {"lr": 1e-3, "weight_decay": 1e-2},
-    "sgd": {"lr": 1e-2, "weight_decay": 5e-4},
-    "adafisher": {"lr": 1e-3, "weight_decay": 5e-4},
-    "adafisherw": {"lr": 1e-3, "weight_decay": 1e-2},
+    "adamw": {"lr": 3e-3, "weight_decay": 1e-2},
+    "sgd": {"lr": 3e-2, "weight_decay": 5e-4},
+    "adafisher": {"lr": 3e-3, "weight_decay": 5e-4},
+    "adafisherw": {"lr": 3e-3, "weight_decay": 1e-2},
+    "adafisher:relative": {"lr": 0.3, "weight_decay": 5e-4},
+    "adafisher:release": {"lr": 3e-4, "weight_decay": 5e-4},
+    "adafisherw:relative": {"lr": 0.3, "weight_decay": 1e-4},
+    "adafisherw:release": {"lr": 3e-4, "weight_decay": 1e-2},
 }
 
 
