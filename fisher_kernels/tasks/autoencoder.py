@@ -1,10 +1,10 @@
 """Task ``autoencoder``: a deep fully connected autoencoder of the 8 x 8 handwritten digits of scikit-learn.
 
 64 pixels go through 500 and 250 units to a code of 30 and back the same way. As in the autoencoders of Hinton and
-Salakhutdinov (Science 313, 2006), on which second-order methods have been compared since, the code is linear and the
-loss is the binary cross-entropy of the pixels, whose intensities in [0, 1] count as probabilities: summed over the
-pixels of an image, averaged over images. Here the hidden units are ReLU. A loss that is summed has gradients 64 times
-those of one that is averaged.
+Salakhutdinov (Science 313, 2006), on which second-order methods are compared, the mini-block Fisher method among them
+(arXiv 2202.04124), the code is linear and the loss is the binary cross-entropy of the pixels, whose intensities in
+[0, 1] count as probabilities: summed over the pixels of an image, averaged over images. The hidden units are ReLU. A
+sum over pixels has gradients 64 times those of their mean.
 
 The learning rates below are the best of a grid that docs/tuning.md records in full.
 """
