@@ -130,6 +130,8 @@ def compare(
 ) -> None:
     """Train several optimizers side by side on a task, from the same initial models and batches.
 
+    Shows how far each has come after each epoch and after equal training time, and what its steps cost.
+
     A run that diverges is reported as such and does not stop the others.
     """
     with _usage_errors():

@@ -64,12 +64,12 @@ def _metric_table(task: Task, summaries: Sequence[Summary]) -> Table:
         table.add_column(summary.title, justify="right")
     epochs = len(summaries[0].metric)
     for epoch in range(1, epochs):
-        cells = [_epoch_cell(task.metric, summary.metric[epoch], summary) for summary in summaries]
+        cells = [_cell(task.metric, summary.metric[epoch], summary, _diverged(summary)) for summary in summaries]
         table.add_row(str(epoch), *cells, style="bold" if epoch == epochs - 1 else None)
     if task.also is not None:
         table.caption = f"last row: {task.also.name} ({task.also.unit}) after the last epoch"
         table.add_section()
-        cells = [_epoch_cell(task.also, summary.also[-1] if summary.also else None, summary) for summary in summaries]
+        cells = [_cell(task.also, summary.also[-1], summary, _diverged(summary)) for summary in summaries]
         table.add_row(task.also.name, *cells)
     return table
 
@@ -80,8 +80,8 @@ def _time_table(task: Task, summaries: Sequence[Summary], equal_time: EqualTime)
     for summary in summaries:
         table.add_column(summary.title, justify="right")
     for row, (epoch, seconds) in enumerate(zip(equal_time.epochs, equal_time.seconds, strict=True)):
-        spreads = [equal_time.metric[summary.optimizer][row] for summary in summaries]
-        cells = ["-" if spread is None else _spread(task.metric, spread, summaries[0]) for spread in spreads]
+        standings = ((equal_time.metric[summary.optimizer][row], summary) for summary in summaries)
+        cells = [_cell(task.metric, spread, summary, "-") for spread, summary in standings]
         table.add_row(f"{epoch} ({seconds:.2f} s)", *cells, style="bold" if epoch == equal_time.epochs[-1] else None)
     return table
 
@@ -90,15 +90,15 @@ def _title(name: str, summaries: Sequence[Summary]) -> str:
     return next(summary.title for summary in summaries if summary.optimizer == name)
 
 
-def _epoch_cell(metric: Metric, spread: Spread | None, summary: Summary) -> str:
+def _cell(metric: Metric, spread: Spread | None, summary: Summary, missing: str) -> str:
     if spread is None:
-        return f"[red]diverged ({len(summary.diverged)} of {len(summary.seeds)})[/red]"
-    return _spread(metric, spread, summary)
-
-
-def _spread(metric: Metric, spread: Spread, summary: Summary) -> str:
+        return missing
     mean = metric.format(spread.mean)
     return f"{mean} ± {metric.format(spread.deviation)}" if len(summary.seeds) > 1 else mean
+
+
+def _diverged(summary: Summary) -> str:
+    return f"[red]diverged ({len(summary.diverged)} of {len(summary.seeds)})[/red]"
 
 
 def _cost_table(summaries: Sequence[Summary]) -> Table:
