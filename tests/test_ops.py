@@ -24,10 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fisher_kernels
 from fisher_kernels import _library, backends, ops, tap, use_backend
+from fisher_kernels.ops._convolution import padding_pairs, per_dimension
 from tests.cases import random
 from tests.cases.adafisher_step import PARAMETERS, step
 from tests.cases.block_inverse import blocks
 from tests.cases.factor_ema import vectors
+from tests.cases.mini_block_gram import Convolution
 from tests.comparison import assert_same_bits, assert_within, surroundings
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -36,6 +38,14 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 def step_arguments(**options: Any) -> Arguments:
     case = step([PARAMETERS[i] for i in (0, 8, 9, 17, 20)], (torch.float32, torch.bfloat16), **options)
     return case.lists(), {**case.options, "lr": torch.tensor(0.01)}
+
+
+def convolution_arguments(*options: Any, **more: Any) -> Arguments:
+    case = Convolution(*options, **more)
+    spatial = len(case.shape) - 2
+    tensors = [random(shape, torch.float32) for shape in (case.out_shape(), case.shape, case.grad_shape())]
+    kernel, stride, dilation = ([*per_dimension(v, spatial)] for v in (case.kernel_size, case.stride, case.dilation))
+    return (*tensors, kernel, stride, [*padding_pairs(case.padding, spatial)], dilation, case.groups, 0.9, 0.1), {}
 
 
 # At least one call of every op there is: a new op has none, and fails the test of the namespace.
@@ -101,6 +111,10 @@ SAMPLES: dict[str, tuple[Callable[[], Arguments], ...]] = {
         lambda: ((random((3, 5, 5), torch.float32), random((4, 3, 5), torch.float32), 0.9, 0.1), {}),
         lambda: ((random((3, 2, 2), torch.float32), random((4, 3, 4), torch.bfloat16)[..., ::2], 0.0, 1.0), {}),
     ),
+    "conv_mini_block_gram_": (
+        lambda: convolution_arguments((2, 6, 5, 7), 4, (2, 2), groups=2),
+        lambda: convolution_arguments((5, 2, 8), 3, (3,), 2, [(1, 0)]),
+    ),
     "tap": (
         lambda: ((random((3, 4), torch.float32), [random((3, 2), torch.float32)], torch.zeros(1), [0, 0, 0, 1]), {}),
     ),
@@ -116,6 +130,7 @@ MUTATES = {
     "adafisher_step_": {"params", "exp_avgs", "steps"},
     "weighted_gram_": {"out"},
     "mini_block_gram_": {"out"},
+    "conv_mini_block_gram_": {"out"},
     "commit_": {"token"},
 }
 
@@ -208,6 +223,7 @@ COMPILED = (
     "factor_ema_",
     "adafisher_step_",
     "mini_block_gram_",
+    "conv_mini_block_gram_",
     "weighted_gram_",
 )
 
@@ -274,7 +290,16 @@ def test_arguments_that_require_a_gradient_are_stepped_under_no_grad(backend: st
 
 
 @pytest.mark.parametrize(
-    "name", ["minmax_", "factor_ema_", "adafisher_step_", "block_inverse_", "mini_block_gram_", "weighted_gram_"]
+    "name",
+    [
+        "minmax_",
+        "factor_ema_",
+        "adafisher_step_",
+        "block_inverse_",
+        "mini_block_gram_",
+        "conv_mini_block_gram_",
+        "weighted_gram_",
+    ],
 )
 def test_autograd_knows_what_was_changed(backend: str, name: str) -> None:
     """A backward pass that needs the old parameters must fail rather than take the new ones."""

@@ -33,6 +33,13 @@ constexpr int max_rows(int64_t taps) {
   return static_cast<int>(rows < kMostRows ? rows : kMostRows);
 }
 
+// Keeps a value that is used several times in a register: GCC would load it anew at each use.
+#if defined(__x86_64__)
+#define FISHER_KERNELS_KEEP(value) asm("" : "+v"(value))
+#else
+#define FISHER_KERNELS_KEEP(value) static_cast<void>(value)
+#endif
+
 /// The sizes of parts of `size` that are as even as can be.
 struct Even {
   int64_t size;
@@ -60,11 +67,11 @@ struct Products {
 };
 
 template <class A, bool kInLanes>
-inline auto operand(const A* p) {
+inline Vector<A> operand(const A* p) {
   if constexpr (kInLanes) {
     return load(p);
   } else {
-    return Vector<A>{} + *p;
+    return *p - Vector<A>{};  // in all lanes; taking off zero is no instruction
   }
 }
 
@@ -85,7 +92,8 @@ void add_products(const Products<A>& p) {
     for (int r = 0; r < kRows; ++r) lefts[r] = operand<A, kLeftLanes>(left + r * left_row);
 #pragma GCC unroll 16
     for (int t = 0; t < kTaps; ++t) {
-      const Vector<A> value = operand<A, kRightLanes>(right[t] + first);
+      Vector<A> value = operand<A, kRightLanes>(right[t] + first);
+      FISHER_KERNELS_KEEP(value);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) sums[r][t] += lefts[r] * value;
     }

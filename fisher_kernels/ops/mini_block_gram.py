@@ -231,7 +231,7 @@ def conv_mini_block_gram_(
     decay: float = 0.0,
     gain: float = 1.0,
 ) -> None:
-    """As :func:`mini_block_gram_`, for the gradients by single samples of the kernels of a convolution, made on the way.
+    """As :func:`mini_block_gram_`, for the gradients of a convolution's kernels by single samples, made on the way.
 
     ``out[o, i] <- decay * out[o, i] + gain * sum_s w w^T``, where w is the gradient of kernel (o, i) by sample s,
     ``w[k] = sum_l grad_output[s, o, l] * x_padded[s, i, l * stride + k * dilation]``, i being a channel of o's group.

@@ -53,9 +53,7 @@ class Convolution(NamedTuple):
         """Sizes of the output."""
         spatial = len(self.shape) - 2
         paddings = padding_pairs(self.padding, spatial)
-        kernel, stride, dilation = (
-            per_dimension(v, spatial) for v in (self.kernel_size, self.stride, self.dilation)
-        )
+        kernel, stride, dilation = (per_dimension(v, spatial) for v in (self.kernel_size, self.stride, self.dilation))
         return tuple(
             (size + paddings[2 * d] + paddings[2 * d + 1] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
             for d, size in enumerate(self.shape[2:])
