@@ -223,7 +223,6 @@ COMPILED = (
     "factor_ema_",
     "adafisher_step_",
     "mini_block_gram_",
-    "conv_mini_block_gram_",
     "weighted_gram_",
 )
 
@@ -257,6 +256,21 @@ def test_patches_compile_without_graph_breaks(backend: str, dynamic: bool) -> No
     for shape in ((2, 3, 6, 7), (3, 2, 5, 9)):
         x = random(shape, torch.float32)
         assert_same_bits(compiled(x), patches(x))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_gradients_of_convolutions_compile_without_graph_breaks(backend: str, dynamic: bool) -> None:
+    def average(out: Tensor, x: Tensor, grad: Tensor) -> Tensor:
+        ops.conv_mini_block_gram_(out, 2 * x, grad, (3, 2), 2, [(1, 0), (2, 2)], 1, 2, decay=0.9, gain=0.1)
+        return out + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(average, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for samples, size in ((2, 6), (3, 5)):
+        x, grad = random((samples, 4, size, 7), torch.float32), random((samples, 6, 2, 4), torch.float32, 1)
+        outs = [torch.ones(6, 2, 6, 6) for _ in range(2)]
+        assert_same_bits(compiled(outs[0], x, grad), average(outs[1], x, grad))
+        assert_same_bits(outs[0], outs[1])
 
 
 def test_lr_as_a_tensor_compiles_once(backend: str) -> None:

@@ -33,12 +33,13 @@ constexpr int max_rows(int64_t taps) {
   return static_cast<int>(rows < kMostRows ? rows : kMostRows);
 }
 
-// Keeps a value that is used several times in a register: GCC would load it anew at each use.
+/// Keeps a value that is used several times in a register: GCC would load it anew at each use.
+template <class V>
+inline void keep_in_register([[maybe_unused]] V& value) {
 #if defined(__x86_64__)
-#define FISHER_KERNELS_KEEP(value) asm("" : "+v"(value))
-#else
-#define FISHER_KERNELS_KEEP(value) static_cast<void>(value)
+  asm("" : "+v"(value));
 #endif
+}
 
 /// The sizes of parts of `size` that are as even as can be.
 struct Even {
@@ -93,7 +94,7 @@ void add_products(const Products<A>& p) {
 #pragma GCC unroll 16
     for (int t = 0; t < kTaps; ++t) {
       Vector<A> value = operand<A, kRightLanes>(right[t] + first);
-      FISHER_KERNELS_KEEP(value);
+      keep_in_register(value);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) sums[r][t] += lefts[r] * value;
     }
