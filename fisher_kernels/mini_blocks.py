@@ -420,14 +420,21 @@ def _normalised(module: Any, x: Tensor) -> Tensor:
         return F.rms_norm(x, module.normalized_shape, eps=module.eps)
     if isinstance(module, nn.GroupNorm):
         return F.group_norm(x, module.num_groups, eps=module.eps)
-    own = module.training or module.running_mean is None
     if isinstance(module, nn.modules.instancenorm._InstanceNorm):
         own = module.training or not module.track_running_stats
-    mean, variance = (None, None) if own else (module.running_mean.to(x.dtype), module.running_var.to(x.dtype))
-    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
-        spatial = module._get_no_batch_dim() - 1
-        return F.instance_norm(unsqueeze_batch(x, spatial), mean, variance, use_input_stats=own, eps=module.eps)
-    return F.batch_norm(x, mean, variance, training=own, momentum=0.0, eps=module.eps)
+        mean, variance = (None, None) if own else (module.running_mean.to(x.dtype), module.running_var.to(x.dtype))
+        x = unsqueeze_batch(x, module._get_no_batch_dim() - 1)
+        return F.instance_norm(x, mean, variance, use_input_stats=own, eps=module.eps)
+    # By hand, because F.batch_norm takes several times as long.
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    if module.training or module.running_mean is None:
+        reduced = [d for d in range(x.dim()) if d != 1]
+        centred = x - x.mean(reduced, keepdim=True)
+        variance = centred.square().mean(reduced, keepdim=True)
+    else:
+        centred = x - module.running_mean.to(x.dtype).view(shape)
+        variance = module.running_var.to(x.dtype).view(shape)
+    return centred.mul_((variance + module.eps).rsqrt_())
 
 
 class EmbeddingBlocks(BlockRule):
