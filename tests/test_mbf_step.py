@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fisher_kernels import use_backend
 from fisher_kernels.ops import ACCUMULATOR
-from tests.cases import DTYPES, LAYOUTS, WRITABLE_LAYOUTS, channels_last, contiguous, random, sliced
+from tests.cases import DTYPES, LAYOUTS, WRITABLE_LAYOUTS, channels_last, contiguous, sliced
 from tests.cases.mbf_step import PARAMETERS, Parameter, Step, pack, packed, step, unpack
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
 
@@ -101,9 +101,10 @@ def naive(case: Step) -> tuple[list[Tensor], list[Tensor], float]:
                     total += directions[p][e] * gs[k]
     lr, clip = float(o["lr"]), o.get("kl_clip")
     scale = 1.0 if clip is None or lr == 0 or total == 0 else min(1.0, math.sqrt(clip / (lr * lr * abs(total))))
-    for p, e in ((p, e) for p in range(len(params)) for e in range(len(params[p]))):
-        decay = o["weight_decay"] * params[p][e] if o["decoupled"] else 0.0
-        params[p][e] -= lr * (scale * directions[p][e] + decay)
+    for weights, along in zip(params, directions, strict=True):
+        for e, d in enumerate(along):
+            decay = o["weight_decay"] * weights[e] if o["decoupled"] else 0.0
+            weights[e] -= lr * (scale * d + decay)
 
     def like(values: Sequence[Sequence[float]]) -> list[Tensor]:
         return [torch.tensor(v, dtype=torch.float64).view(x.shape) for v, x in zip(values, case.params, strict=True)]
@@ -655,7 +656,17 @@ def shapes(found: str, wanted: str) -> str:
     return rf" has shape \({found}\), expected \({wanted}\)"
 
 
-BAD_INVERSES = ((24, 2, 2), (3, 8, 7), (5, 8, 8), (3, 35), (2, 1, 8, 8), (1, 1, 5, 5), (1, 3, 3, 3), (1, 1, 8, 7), (24,))
+BAD_INVERSES = (
+    (24, 2, 2),
+    (3, 8, 7),
+    (5, 8, 8),
+    (3, 35),
+    (2, 1, 8, 8),
+    (1, 1, 5, 5),
+    (1, 3, 3, 3),
+    (1, 1, 8, 7),
+    (24,),
+)
 BAD_JOINED = ((4, 6, 6), (4, 21), (7, 4, 4), (1, 1, 4, 4), (1, 2, 2, 2))
 
 BAD: dict[str, tuple[Callable[[Step], None], type[Exception], str]] = {
