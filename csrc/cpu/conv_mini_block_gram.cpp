@@ -18,7 +18,7 @@ namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
 
 namespace {
 
-constexpr int64_t kRun = 8;           // samples summed before their sum is added to the total
+constexpr int64_t kRun = 16;          // samples summed before their sum is added to the total
 constexpr int64_t kSegment = 1024;    // positions summed before their sum is added to the entry
 constexpr int64_t kCopies = 1 << 18;  // bytes of copies that a thread aims at, and of totals: both stay in its cache
 constexpr int64_t kTotals = 1 << 18;
