@@ -52,6 +52,12 @@ PYBIND11_MODULE(_native, module) {
       "One AdaFisher step of a list of parameters: m <- beta * m + (1 - beta) * g, w <- w - lr * m / (1 - beta^t) / F, "
       "F = row_factor * column_factor + damping. skipped[i] counts the elements whose gradient is not finite, which "
       "stay as they were.");
+  module.def("mbf_step_", &fk::mbf_step_, "params"_a, "grads"_a, "momentum_buffers"_a, "inverses"_a, "directions"_a,
+             "lr"_a, "momentum"_a, "weight_decay"_a, "decoupled"_a, "maximize"_a, "kl_clip"_a, "grad_scale"_a,
+             "found_inf"_a, "skipped"_a, "scale"_a, "threads"_a,
+             "One mini-block Fisher step of a list of parameters: m <- momentum * m + g, w <- w - lr * scale * P m. "
+             "directions[i] is P m, (blocks, rows, size), where inverses[i] is (1, blocks, size, size), else None. "
+             "skipped[i] counts the blocks whose P m is not finite, which stay as they were.");
   module.def("block_inverse", &fk::block_inverse, "blocks"_a, "damping"_a, "out"_a, "info"_a, "threads"_a,
              "out[b] = (blocks[b] + damping I)^-1 and info[b] = 0, or NaN and 1 where there is no such inverse.");
   module.def("block_inverse_", &fk::block_inverse_, "out"_a, "blocks"_a, "damping"_a, "info"_a, "threads"_a,

@@ -130,6 +130,8 @@ def compare(
 ) -> None:
     """Train several optimizers side by side on a task, from the same initial models and batches.
 
+    Shows how far each has come after each epoch and after equal training time, and what its steps cost.
+
     A run that diverges is reported as such and does not stop the others.
     """
     with _usage_errors():
@@ -235,13 +237,14 @@ def _run(
         _fail(str(error))
     data = report.document(task, settings, records)
     summaries = tasks.summarize(records, settings.epochs)
+    equal_time = tasks.at_equal_time(records, settings.epochs)
     report.write_json(folder / f"{stem}.json", data)
     report.draw(folder / f"{stem}.png", task, summaries)
     if as_json:
         _print_json(data)
     else:
         console = Console()
-        console.print(report.tables(task, settings, summaries))
+        console.print(report.tables(task, settings, summaries, equal_time))
         for record in records:
             if record.diverged:
                 console.print(f"[red]{record.title}, seed {record.seed}, diverged: {record.diverged}[/red]")

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 import fisher_kernels
 from fisher_kernels.cli import app
-from fisher_kernels.tasks import digits
+from fisher_kernels.tasks import digit_images
 
 ROOT = Path(fisher_kernels.__file__).parent.parent
 SHORT = ("--epochs", "2", "--max-steps", "2")
@@ -145,14 +145,24 @@ def test_help_lists_commands_tasks_and_optimizers() -> None:
     for command in ("info", "train", "compare", "selftest"):
         assert command in top
     text = invoke("compare", "--help").stdout
-    for name in ("digits", "text", "adamw", "adafisherw", "adafisher:relative"):
+    for name in ("digits", "autoencoder", "text", "adamw", "adafisherw", "adafisher:relative"):
         assert name in text
 
 
 def test_compare_writes_tables_a_picture_and_json(tmp_path: Path) -> None:
     result = invoke("compare", "digits", "--optimizers", "adamw,sgd", "--seeds", "2", *SHORT, "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
-    for word in ("AdamW", "SGD", "test accuracy", "step ms", "state B/param", "compare.png", "compare.json"):
+    for word in (
+        "AdamW",
+        "SGD",
+        "test accuracy",
+        "equal training time",
+        "AdamW epoch",
+        "step ms",
+        "state B/param",
+        "compare.png",
+        "compare.json",
+    ):
         assert word in result.stdout
     data = json.loads((tmp_path / "compare.json").read_text())
     assert data["task"] == "digits"
@@ -175,8 +185,30 @@ def test_compare_writes_tables_a_picture_and_json(tmp_path: Path) -> None:
     assert adamw["metric"][2]["mean"] == pytest.approx(
         (data["runs"][0]["metric"][2] + data["runs"][1]["metric"][2]) / 2
     )
+    equal_time = data["equal_time"]
+    assert equal_time["baseline"] == "adamw"
+    assert equal_time["epochs"] == [1, 2]
+    assert equal_time["seconds"] == adamw["seconds"][1:]
+    assert equal_time["metric"]["adamw"] == adamw["metric"][1:]
+    assert len(equal_time["metric"]["sgd"]) == 2
+    assert data["also"] is None
     assert adamw["state_bytes_per_parameter"] == pytest.approx(8, rel=1e-2)
     assert sgd["state_bytes_per_parameter"] == pytest.approx(4, rel=1e-2)
+    assert_picture(tmp_path / "compare.png")
+
+
+def test_compare_autoencoder_reports_both_figures(tmp_path: Path) -> None:
+    result = invoke("compare", "autoencoder", "--optimizers", "adafisher,sgd", *SHORT, "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    for words in ("test loss in nats/image per epoch", "test squared error (per image)", "AdaFisher epoch"):
+        assert words in result.stdout
+    data = json.loads((tmp_path / "compare.json").read_text())
+    assert data["metric"]["higher_is_better"] is data["also"]["higher_is_better"] is False
+    assert data["equal_time"]["baseline"] == "adafisher"
+    for run in data["runs"]:
+        assert len(run["metric"]) == len(run["also"]) == 3
+        assert run["also"][-1] < run["also"][0] < run["metric"][0]
+    assert [len(summary["also"]) for summary in data["summary"]] == [3, 3]
     assert_picture(tmp_path / "compare.png")
 
 
@@ -229,7 +261,7 @@ def test_a_diverging_training_is_reported_and_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("compare", "mnist"), "unknown task 'mnist': choose from digits, text"),
+        (("compare", "mnist"), "unknown task 'mnist': choose from digits, autoencoder, text"),
         (("compare", "digits", "--optimizers", "adamw,lion"), "unknown optimizer 'lion': choose from adamw, sgd"),
         (("train", "digits", "--optimizer", "adafisher:fast"), "unknown variant 'fast' of adafisher"),
         (("train", "digits", "--optimizer", "sgd", "--damping", "1"), "sgd has no hyperparameter 'damping'"),
@@ -257,7 +289,7 @@ def test_a_backend_that_cannot_run_is_explained() -> None:
 )
 def test_a_missing_extra_is_named(module: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    digits._load.cache_clear()
+    digit_images.load.cache_clear()
     result = invoke("train", "digits", "--optimizer", "sgd", *SHORT, "--out", str(tmp_path))
     assert result.exit_code == 1
     assert name in result.stderr

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
-from fisher_kernels.tasks import OPTIMIZERS, TASKS, Settings, Task, compare, find_task, recipe, summarize
+from fisher_kernels.tasks import (
+    OPTIMIZERS,
+    TASKS,
+    Settings,
+    Task,
+    at_equal_time,
+    compare,
+    digit_images,
+    find_task,
+    recipe,
+    summarize,
+)
 from fisher_kernels.tasks import text as text_task
-from fisher_kernels.tasks.comparison import Spread
+from fisher_kernels.tasks.comparison import EqualTime, Spread
 from fisher_kernels.tasks.optimizers import Recipe
-from fisher_kernels.tasks.report import document
-from fisher_kernels.tasks.task import Batch, Metric, seeded, shuffled
+from fisher_kernels.tasks.report import document, tables
+from fisher_kernels.tasks.task import Batch, Figures, Metric, evaluation, seeded, shuffled
 from fisher_kernels.tasks.training import Record, Timing, Training, cosine, state_bytes
 
 SAMPLES = 24
@@ -38,6 +51,10 @@ def _squared_error(model: nn.Module, batch: Batch) -> Tensor:
     return difference.square().mean()
 
 
+def _evaluate_line(model: nn.Module) -> Figures:
+    return Figures(_squared_error(model, next(_line(0, 0, SAMPLES))).item())
+
+
 LINE = Task(
     name="line",
     summary="a straight line",
@@ -47,7 +64,7 @@ LINE = Task(
     make_model=lambda seed: seeded(seed, lambda: nn.Linear(1, 1)),
     batches=_line,
     loss=_squared_error,
-    evaluate=lambda model: _squared_error(model, next(_line(0, 0, SAMPLES))).item(),
+    evaluate=_evaluate_line,
     steps_per_epoch=lambda batch_size: math.ceil(SAMPLES / batch_size),
     hyperparameters={"sgd": {"lr": 0.1}, "adamw": {"lr": 0.1}},
 )
@@ -93,15 +110,32 @@ def test_every_optimizer_has_tuned_hyperparameters(task: Task) -> None:
 def test_evaluation_leaves_the_model_as_it_was(task: Task) -> None:
     model = task.make_model(0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    value = task.evaluate(model)
-    assert value == task.evaluate(model)
+    figures = task.evaluate(model)
+    assert figures == task.evaluate(model)
+    assert (figures.also is None) == (task.also is None)
     assert model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    task.evaluate(model.eval())
+    assert not model.training
+
+
+def test_evaluation_ends_with_the_mode_it_found_whatever_happens() -> None:
+    model = nn.Sequential(nn.Dropout())
+    with suppress(RuntimeError), evaluation(model):
+        assert not model[0].training
+        assert not torch.is_grad_enabled()
+        raise RuntimeError
+    assert model[0].training
+    assert torch.is_grad_enabled()
 
 
 def test_digits_splits_all_images_once() -> None:
     digits = find_task("digits")
     batches = list(digits.batches(0, 1, 64))
+    training, test = (images for images, _ in digit_images.load())
+    assert (len(training), len(test)) == (1400, 397)
+    # Each image of scikit-learn is in one part; none occurs twice, so no test image was trained on.
+    assert len(torch.unique(torch.cat([training, test]), dim=0)) == 1797
     images = torch.cat([batch[0] for batch in batches])
     assert images.shape == (1400, 1, 8, 8)
     assert images.min() == 0
@@ -114,6 +148,43 @@ def test_digits_learns() -> None:
     (record,) = compare(digits, [recipe(digits, "adamw")], [0], Settings(epochs=2, batch_size=64))
     assert record.metric[0] < 30
     assert record.metric[-1] > 90
+
+
+def test_autoencoder_sees_the_images_of_digits_in_the_same_order() -> None:
+    autoencoder, digits = find_task("autoencoder"), find_task("digits")
+    for batch, (images, _) in zip(autoencoder.batches(3, 1, 64), digits.batches(3, 1, 64), strict=True):
+        assert torch.equal(batch[0], images.view(-1, 64))
+        assert torch.equal(batch[1], batch[0])
+
+
+def test_autoencoder_is_deep_and_linear_at_its_code_and_at_its_end() -> None:
+    layers = list(find_task("autoencoder").make_model(0).children())
+    linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    widths = [layer.in_features for layer in linear] + [linear[-1].out_features]
+    assert widths == [64, 500, 250, 30, 250, 500, 64]
+    after = ["Linear" if layer in (linear[2], linear[5]) else "Linear, ReLU" for layer in linear]
+    assert ", ".join(type(layer).__name__ for layer in layers) == ", ".join(after)
+
+
+def test_autoencoder_sums_over_pixels_and_averages_over_images() -> None:
+    autoencoder = find_task("autoencoder")
+    model = autoencoder.make_model(0)
+    test = digit_images.load()[1][0].flatten(1)
+    x = test.double()
+    p = torch.sigmoid(model(test).detach().double())
+    cross_entropy = -(x * p.log() + (1 - x) * (1 - p).log()).sum(dim=1).mean()
+    squared_error = (p - x).square().sum(dim=1).mean()
+    # A sum of 64 terms in float32, and the mean of 397 of them: relative errors of some 1e-7 each.
+    assert autoencoder.loss(model, (test, test)).item() == pytest.approx(cross_entropy.item(), rel=1e-5)
+    assert autoencoder.evaluate(model) == pytest.approx((cross_entropy.item(), squared_error.item()), rel=1e-5)
+
+
+def test_autoencoder_learns() -> None:
+    autoencoder = find_task("autoencoder")
+    (record,) = compare(autoencoder, [recipe(autoencoder, "adamw")], [0], Settings(epochs=1, batch_size=32))
+    assert record.metric[0] > 40
+    assert record.metric[1] < 30
+    assert record.also[1] < 0.6 * record.also[0]
 
 
 def test_text_targets_are_the_next_bytes() -> None:
@@ -163,7 +234,7 @@ def test_recipe_puts_overrides_before_the_table() -> None:
 
 
 def test_find_task_names_the_alternatives() -> None:
-    with pytest.raises(ValueError, match="unknown task 'mnist': choose from digits, text"):
+    with pytest.raises(ValueError, match="unknown task 'mnist': choose from digits, autoencoder, text"):
         find_task("mnist")
 
 
@@ -242,12 +313,160 @@ def test_summary_of_a_seed_that_diverged_is_no_mean_of_survivors() -> None:
     assert summary.iteration_ms is None
 
 
+def test_the_second_figure_is_recorded_and_summarized() -> None:
+    def evaluate(model: nn.Module) -> Figures:
+        error = _evaluate_line(model).metric
+        return Figures(error, 2 * error)
+
+    task = replace(LINE, also=Metric("doubled error", "1", higher_is_better=False, decimals=1), evaluate=evaluate)
+    records = compare(task, [recipe(task, "sgd")], [0, 1], SETTINGS)
+    (summary,) = summarize(records, SETTINGS.epochs)
+    for record in records:
+        assert record.also == [2 * error for error in record.metric]
+    assert summary.also == [Spread.of([run.also[epoch] for run in records]) for epoch in range(4)]
+    (row,) = (line for line in _rendered(task, records, SETTINGS).splitlines() if "│ doubled error" in line)
+    last = summary.also[-1]
+    assert last is not None
+    assert f"{last.mean:.1f} ± {last.deviation:.1f}" in row
+    data = document(task, SETTINGS, records)
+    assert data["also"]["name"] == "doubled error"
+    assert data["runs"][0]["also"] == records[0].also
+
+
+def test_without_a_second_figure_there_is_none_anywhere() -> None:
+    records = compare(LINE, [recipe(LINE, "sgd")], [0], SETTINGS)
+    (summary,) = summarize(records, SETTINGS.epochs)
+    assert records[0].also == summary.also == []
+    assert document(LINE, SETTINGS, records)["also"] is None
+
+
+def _rendered(task: Task, records: list[Record], settings: Settings) -> str:
+    console = Console(width=120, no_color=True)
+    with console.capture() as capture:
+        epochs = settings.epochs
+        console.print(tables(task, settings, summarize(records, epochs), at_equal_time(records, epochs)))
+    return capture.get()
+
+
+def _run(name: str, seed: int, seconds: list[float], metric: list[float], diverged: str | None = None) -> Record:
+    """A record whose lists start after the first epoch."""
+    return Record(
+        name,
+        name.capitalize(),
+        seed,
+        {},
+        metric=[9.0, *metric],
+        training_loss=[0.0] * len(metric),
+        seconds=[0.0, *seconds],
+        diverged=diverged,
+    )
+
+
+def test_at_equal_time_a_run_stands_where_its_last_finished_epoch_left_it() -> None:
+    records = [
+        _run("slow", 0, [1.5, 3.0, 4.5], [6.0, 3.0, 1.0]),
+        _run("fast", 0, [0.5, 1.0, 1.5], [8.0, 7.0, 6.0]),
+        _run("adamw", 0, [1.0, 2.0, 3.0], [5.0, 4.0, 2.0]),
+    ]
+    assert at_equal_time(records, 3) == EqualTime(
+        baseline="adamw",
+        epochs=[1, 2, 3],
+        seconds=[1.0, 2.0, 3.0],
+        metric={
+            "slow": [None, Spread(6.0, 0.0), Spread(3.0, 0.0)],  # an epoch that ends at that very time counts
+            "fast": [Spread(7.0, 0.0), Spread(6.0, 0.0), Spread(6.0, 0.0)],  # the last epoch, however long ago
+            "adamw": [Spread(5.0, 0.0), Spread(4.0, 0.0), Spread(2.0, 0.0)],
+        },
+    )
+
+
+def test_at_equal_time_each_seed_has_its_own_clock() -> None:
+    # The machine was four times as slow when it ran seed 1.
+    records = [
+        _run("adamw", 0, [1.0, 2.0], [5.0, 4.0]),
+        _run("adamw", 1, [4.0, 8.0], [7.0, 6.0]),
+        _run("sgd", 0, [0.9, 1.8], [3.0, 2.0]),
+        _run("sgd", 1, [6.0, 12.0], [5.0, 1.0]),
+    ]
+    found = at_equal_time(records, 2)
+    assert found is not None
+    assert found.seconds == [2.5, 5.0]
+    assert found.metric["adamw"] == [Spread.of([5.0, 7.0]), Spread.of([4.0, 6.0])]
+    # Seed 1 of SGD has finished nothing at first, and a mean over the other seed alone would be one of other things.
+    assert found.metric["sgd"] == [None, Spread.of([2.0, 5.0])]
+
+
+def test_at_equal_time_a_run_that_diverged_is_none_from_its_last_finished_epoch_on() -> None:
+    records = [
+        _run("adamw", 0, [1.0, 2.0, 3.0], [5.0, 4.0, 2.0]),
+        _run("sgd", 0, [0.5, 1.5], [3.0, 2.0], "loss nan in epoch 3, step 1"),
+        _run("wild", 0, [], [], "loss nan in epoch 1, step 1"),
+    ]
+    found = at_equal_time(records, 3)
+    assert found is not None
+    assert found.metric["sgd"] == [Spread(3.0, 0.0), None, None]
+    assert found.metric["wild"] == [None, None, None]
+
+
+def test_the_baseline_of_equal_time_is_adamw_or_the_first_that_did_not_diverge() -> None:
+    lost = _run("adamw", 1, [1.0], [5.0], "loss nan in epoch 2, step 1")
+    records = [
+        _run("wild", 0, [], [], "loss nan in epoch 1, step 1"),
+        _run("sgd", 0, [1.0, 2.0], [5.0, 4.0]),
+        _run("adafisher", 0, [1.0, 2.0], [5.0, 4.0]),
+    ]
+    adamw = _run("adamw", 0, [1.0, 2.0], [5.0, 4.0])
+    for group, baseline in (([], "sgd"), ([adamw], "adamw"), ([replace(lost, seed=0)], "sgd")):
+        found = at_equal_time([*records, *group], 2)
+        assert found is not None
+        assert found.baseline == baseline
+    assert at_equal_time([lost], 2) is None
+
+
+def test_equal_times_are_spread_evenly_over_the_epochs() -> None:
+    for epochs, expected in (
+        (1, [1]),
+        (8, [1, 2, 3, 4, 5, 6, 7, 8]),
+        (9, [2, 3, 4, 5, 6, 7, 8, 9]),
+        (20, [3, 5, 8, 10, 13, 15, 18, 20]),
+    ):
+        seconds = [float(epoch) for epoch in range(1, epochs + 1)]
+        found = at_equal_time([_run("sgd", 0, seconds, seconds)], epochs)
+        assert found is not None
+        assert found.epochs == found.seconds == [spread.mean for spread in found.metric["sgd"] if spread] == expected
+
+
+def test_the_table_of_equal_time() -> None:
+    records = [
+        _run("adamw", 0, [1.0, 2.0], [5.0, 4.0]),
+        _run("slow", 0, [1.5, 3.0], [6.0, 3.0]),
+    ]
+    settings = replace(SETTINGS, epochs=2)
+    text = _rendered(LINE, records, settings)
+    _, _, rest = text.partition("squared error in 1 at equal training time, seed 0.")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in rest.splitlines() if line.startswith("│")]
+    assert rows[:2] == [["1 (1.00 s)", "5.000", "-"], ["2 (2.00 s)", "4.000", "6.000"]]
+    assert "that Adamw takes" in rest
+    # One optimizer has nobody to be compared with, and no times are known where all have diverged.
+    assert "equal training time" not in _rendered(LINE, records[:1], settings)
+    lost = [replace(record, diverged="loss nan", seconds=[0.0], metric=[9.0]) for record in records]
+    assert "equal training time" not in _rendered(LINE, lost, settings)
+
+
 def test_document_is_plain_json_without_nan() -> None:
     record = Record("sgd", "SGD", 0, {"lr": 0.1, "betas": (0.9, 0.99)}, metric=[math.inf, math.nan])
     data = document(LINE, replace(SETTINGS, epochs=1), [record])
     assert data["runs"][0]["metric"] == [None, None]
     assert data["runs"][0]["hyperparameters"]["betas"] == [0.9, 0.99]
     assert data["summary"][0]["metric"] == [{"mean": None, "deviation": 0.0}, {"mean": None, "deviation": 0.0}]
+    assert data["equal_time"] is None
+    data = document(LINE, replace(SETTINGS, epochs=1), [_run("sgd", 0, [2.0], [math.inf])])
+    assert data["equal_time"] == {
+        "baseline": "sgd",
+        "epochs": [1],
+        "seconds": [2.0],
+        "metric": {"sgd": [{"mean": None, "deviation": 0.0}]},
+    }
 
 
 def test_cosine_goes_from_one_to_zero() -> None:

@@ -7,6 +7,7 @@
 #include "../kernels.h"
 #include "capability.h"
 #include "entry_points.h"
+#include "step.h"
 #include "tensor.h"
 
 namespace fisher_kernels {
@@ -41,25 +42,6 @@ struct Lists {
     return list;
   }
 };
-
-TensorView read_like(const TensorView& param, DType dtype, py::handle object, const Argument& argument) {
-  const TensorView tensor = read_tensor(object, argument);
-  check_dtype(tensor, dtype, argument);
-  if (!same_shape(tensor, param)) {
-    value_error(argument, "has shape " + tensor.shape() + ", expected " + param.shape() + ", the shape of params[" +
-                              std::to_string(argument.index) + "]");
-  }
-  return tensor;
-}
-
-/// A tensor that is written must not hold one element at several indices.
-void check_writable(const TensorView& tensor, const Argument& argument) {
-  for (int d = 0; d < tensor.dims; ++d) {
-    if (tensor.sizes[d] <= 1 || tensor.strides[d] != 0 || tensor.numel() == 0) continue;
-    value_error(argument, "has strides " + shape_text(tensor.strides, tensor.dims) + " for shape " + tensor.shape() +
-                              ", expected every element in a place of its own");
-  }
-}
 
 float* read_step(py::handle object, const Argument& argument) {
   const TensorView step = read_tensor(object, argument);
@@ -190,10 +172,6 @@ void permute_rows(AdaFisherParameter& parameter, const TensorView& param, const 
   parameter.dtype == DType::float64 ? permute<double>(parameter.column_factor, places, parameter.groups, out)
                                     : permute<float>(parameter.column_factor, places, parameter.groups, out);
   parameter.column_factor = out;
-}
-
-StridedArray strided(const TensorView& tensor) {
-  return {tensor.data, tensor.sizes, tensor.strides, tensor.dims, is_contiguous(tensor)};
 }
 
 /// Parameter i of the lists, but for its step size.

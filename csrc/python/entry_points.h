@@ -23,6 +23,10 @@ void adafisher_step_(py::handle params, py::handle grads, py::handle exp_avgs, p
                      py::handle column_factors, py::handle lr, double beta, double damping, double weight_decay,
                      bool decoupled, bool maximize, py::handle grad_scale, py::handle found_inf, py::handle skipped,
                      int threads);
+void mbf_step_(py::handle params, py::handle grads, py::handle momentum_buffers, py::handle inverses,
+               py::handle directions, py::handle lr, double momentum, double weight_decay, bool decoupled,
+               bool maximize, py::handle kl_clip, py::handle grad_scale, py::handle found_inf, py::handle skipped,
+               py::handle scale, int threads);
 void block_inverse(py::handle blocks, double damping, py::handle out, py::handle info, int threads);
 void block_inverse_(py::handle out, py::handle blocks, double damping, py::handle info, int threads);
 void block_solve(py::handle blocks, double damping, py::handle rhs, py::handle out, py::handle info, int threads);

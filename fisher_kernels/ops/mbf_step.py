@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -323,8 +323,7 @@ def _reference(
     return skipped, scale
 
 
-def _shared_directions(
-    entries: Iterator[_Entry],
+def _directions(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
@@ -334,14 +333,21 @@ def _shared_directions(
     maximize: bool,
     grad_scale: Tensor | None,
 ) -> list[Tensor | None]:
-    """The directions under inverses that all rows share, (blocks, rows, size): products of matrices, for BLAS."""
+    """P m as (blocks, rows, size) where all rows share an inverse: products of matrices, which are for BLAS."""
     directions: list[Tensor | None] = [None] * len(params)
-    for entry in entries:
+    shared = [i for i, inverse in enumerate(inverses) if inverse is not None and inverse.dim() == 4]
+    if shared:
+        _check_lists(params, grads, momentum_buffers, inverses)
+        _check_one_element("grad_scale", grad_scale, torch.device("cpu"))
+    for i in shared:
+        for k in range(i, i + 2 if i + 1 < len(params) and inverses[i + 1] is None else i + 1):
+            _check_parameter(k, params, grads, momentum_buffers, inverses)
+        entry, inverse = _entry(i, params, inverses), inverses[i]
+        assert entry is not None
+        assert inverse is not None
         g = _gradient(entry, params, grads, weight_decay, maximize, grad_scale)
         new = entry.in_blocks(momentum * entry.join(momentum_buffers, g.dtype) + g)
-        inverse = inverses[entry.index]
-        assert inverse is not None
-        directions[entry.index] = torch.bmm(new.transpose(0, 1), inverse[0].to(g.dtype))  # symmetric
+        directions[i] = torch.bmm(new.transpose(0, 1), inverse[0].to(g.dtype)).contiguous()  # P is symmetric
     return directions
 
 
@@ -360,12 +366,21 @@ def _cpu(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    result = _reference(
-        params, grads, momentum_buffers, inverses, lr=lr, momentum=momentum, weight_decay=weight_decay,
-        decoupled=decoupled, maximize=maximize, kl_clip=kl_clip, grad_scale=grad_scale, found_inf=found_inf,
+    directions = _directions(
+        params, grads, momentum_buffers, inverses, momentum, 0.0 if decoupled else weight_decay, maximize, grad_scale
     )  # fmt: skip
-    increment_version(params)
-    return result
+    # The kernel multiplies in float32 or float64, and widens bfloat16 to the former.
+    inverses = [
+        x.double() if x is not None and x.dtype == torch.bfloat16 and p.dtype == torch.float64 else x
+        for x, p in zip(inverses, params, strict=False)
+    ] + list(inverses[len(params) :])
+    skipped, scale = torch.empty(len(params), dtype=torch.int64), torch.empty((), dtype=torch.float64)
+    native().mbf_step_(
+        params, grads, momentum_buffers, inverses, directions, lr, momentum, weight_decay, decoupled, maximize,
+        kl_clip, grad_scale, found_inf, skipped, scale, torch.get_num_threads(),
+    )  # fmt: skip
+    increment_version(params)  # for backward passes that kept them; momentum is in no graph
+    return skipped, scale
 
 
 _step = define(

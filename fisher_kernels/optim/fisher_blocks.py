@@ -286,6 +286,8 @@ class FisherBlocks:
 
     def units(self, part: Part) -> Iterator[Unit]:
         """The entries of the step for the parameters of a part that have a gradient."""
+        if all(p.grad is None for p in part.params):
+            return
         inverse = self.averages(part)[1]
         shared = part.blocks.shared_by is not None
         whole = inverse.unsqueeze(0) if shared else inverse

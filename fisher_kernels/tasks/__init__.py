@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fisher_kernels.tasks import digits, text
-from fisher_kernels.tasks.comparison import compare, summarize
+from fisher_kernels.tasks import autoencoder, digits, text
+from fisher_kernels.tasks.comparison import at_equal_time, compare, summarize
 from fisher_kernels.tasks.optimizers import OPTIMIZERS, recipe
 from fisher_kernels.tasks.task import MissingExtraError, Task
 from fisher_kernels.tasks.training import Settings
@@ -20,13 +20,14 @@ __all__ = [
     "MissingExtraError",
     "Settings",
     "Task",
+    "at_equal_time",
     "compare",
     "find_task",
     "recipe",
     "summarize",
 ]
 
-TASKS: Mapping[str, Task] = {task.name: task for task in (digits.TASK, text.TASK)}
+TASKS: Mapping[str, Task] = {task.name: task for task in (digits.TASK, autoencoder.TASK, text.TASK)}
 
 
 def find_task(name: str) -> Task:

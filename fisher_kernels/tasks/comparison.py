@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,6 +13,10 @@ from itertools import groupby, islice
 from fisher_kernels.tasks.optimizers import Recipe
 from fisher_kernels.tasks.task import Hyperparameters, Task
 from fisher_kernels.tasks.training import WARM_UP_STEPS, OnStep, Record, Settings, Training
+
+# The optimizer that others are measured against, and how many of its epochs mark equal training times.
+BASELINE = "adamw"
+TIME_POINTS = 8
 
 
 def compare(
@@ -49,8 +55,8 @@ class Spread:
 class Summary:
     """What the runs of one optimizer amount to. Figures of cost are medians over seeds.
 
-    ``metric[e]`` and ``seconds[e]``, after e epochs, are None where a run had diverged by then: a mean over the
-    survivors would flatter the optimizer.
+    ``metric[e]``, ``also[e]`` and ``seconds[e]``, after e epochs, are None where a run had diverged by then: a mean
+    over the survivors would flatter the optimizer. ``also`` is empty for a task without a second figure.
     """
 
     optimizer: str
@@ -59,6 +65,7 @@ class Summary:
     seeds: list[int]
     diverged: list[int]
     metric: list[Spread | None]
+    also: list[Spread | None]
     seconds: list[float | None]
     step_ms: float | None
     iteration_ms: float | None
@@ -77,14 +84,19 @@ def _summary(runs: Sequence[Record], epochs: int) -> Summary:
     def median(values: Sequence[float]) -> float | None:
         return statistics.median(values) if values else None
 
-    metrics = [after(epoch, [run.metric for run in runs]) for epoch in range(epochs + 1)]
+    def spreads(curves: Sequence[Sequence[float]]) -> list[Spread | None]:
+        values = [after(epoch, curves) for epoch in range(epochs + 1)]
+        return [Spread.of(value) if value else None for value in values]
+
+    also = [run.also for run in runs]
     return Summary(
         optimizer=runs[0].optimizer,
         title=runs[0].title,
         hyperparameters=runs[0].hyperparameters,
         seeds=[run.seed for run in runs],
         diverged=[run.seed for run in runs if run.diverged is not None],
-        metric=[Spread.of(values) if values else None for values in metrics],
+        metric=spreads([run.metric for run in runs]),
+        also=spreads(also) if any(also) else [],
         seconds=[median(after(epoch, [run.seconds for run in runs])) for epoch in range(epochs + 1)],
         step_ms=median([run.step_ms.median for run in runs if run.step_ms]),
         iteration_ms=median([run.iteration_ms.median for run in runs if run.iteration_ms]),
@@ -92,6 +104,59 @@ def _summary(runs: Sequence[Record], epochs: int) -> Summary:
             [run.state_bytes_per_parameter for run in runs if run.state_bytes_per_parameter is not None]
         ),
     )
+
+
+@dataclass(frozen=True)
+class EqualTime:
+    """How far each optimizer has come in the training time that one of them, the baseline, takes for its epochs.
+
+    A run has come as far as the last epoch that it has finished by then. Times are compared seed by seed, because the
+    runs of a seed take turns and what slows one of them slows the others.
+
+    Attributes:
+        baseline: the optimizer that sets the times.
+        epochs: those of its epochs at whose ends the others are looked at; the last one among them.
+        seconds: training time of the baseline up to there, median over seeds.
+        metric: for each optimizer, one entry per time; None where a run of it has finished no epoch yet or has
+            diverged, which a run counts as from the last epoch that it finished.
+    """
+
+    baseline: str
+    epochs: list[int]
+    seconds: list[float]
+    metric: dict[str, list[Spread | None]]
+
+
+def at_equal_time(records: Sequence[Record], epochs: int) -> EqualTime | None:
+    """The records, which are grouped by optimizer, by training time.
+
+    The baseline is AdamW, or the first of the records where AdamW is missing or has diverged; one that has diverged
+    sets no times. None if that leaves nobody.
+    """
+    runs = {name: list(group) for name, group in groupby(records, key=lambda record: record.optimizer)}
+    complete = [name for name, group in runs.items() if all(len(run.seconds) > epochs for run in group)]
+    if not complete:
+        return None
+    baseline = BASELINE if BASELINE in complete else complete[0]
+    clocks = {run.seed: run.seconds for run in runs[baseline]}
+    ends = sorted({math.ceil(epochs * part / TIME_POINTS) for part in range(1, TIME_POINTS + 1)})
+
+    def standing(group: Sequence[Record], end: int) -> Spread | None:
+        values = [value for run in group if (value := _metric_by(clocks[run.seed][end], run)) is not None]
+        return Spread.of(values) if len(values) == len(group) else None
+
+    return EqualTime(
+        baseline=baseline,
+        epochs=ends,
+        seconds=[statistics.median(clock[end] for clock in clocks.values()) for end in ends],
+        metric={name: [standing(group, end) for end in ends] for name, group in runs.items()},
+    )
+
+
+def _metric_by(seconds: float, run: Record) -> float | None:
+    finished = bisect_right(run.seconds, seconds) - 1
+    has_diverged = run.diverged is not None and finished == len(run.metric) - 1
+    return None if finished == 0 or has_diverged else run.metric[finished]
 
 
 def _warm_up(task: Task, recipe: Recipe, settings: Settings) -> None:

@@ -14,8 +14,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from fisher_kernels import environment
-from fisher_kernels.tasks.comparison import Spread, Summary, summarize
-from fisher_kernels.tasks.task import Task, require
+from fisher_kernels.tasks.comparison import EqualTime, Spread, Summary, at_equal_time, summarize
+from fisher_kernels.tasks.task import Metric, Task, require
 from fisher_kernels.tasks.training import Record, Settings
 
 if TYPE_CHECKING:
@@ -27,20 +27,34 @@ _MARKERS = "osD^vPX"
 _DOTS_PER_INCH = 150
 
 
-def tables(task: Task, settings: Settings, summaries: Sequence[Summary]) -> RenderableType:
-    """The metric epoch by epoch, and what the steps cost."""
+def tables(
+    task: Task, settings: Settings, summaries: Sequence[Summary], equal_time: EqualTime | None
+) -> RenderableType:
+    """The metric epoch by epoch and, of several optimizers, at equal training times; what the steps cost."""
     seeds = len(summaries[0].seeds)
     over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else f"seed {summaries[0].seeds[0]}"
     schedule = "cosine" if settings.cosine else "constant"
-    return Group(
+    metric = f"{task.metric.name} in {task.metric.unit}"
+    parts: list[RenderableType] = [
         f"{task.name}: {task.summary}; {settings.epochs} epochs, batch size {settings.batch_size}, "
         f"{schedule} learning rate",
-        f"{task.metric.name} in {task.metric.unit} per epoch, {over}",
+        f"{metric} per epoch, {over}",
         _metric_table(task, summaries),
+    ]
+    if equal_time is not None and len(summaries) > 1:
+        baseline = _title(equal_time.baseline, summaries)
+        parts += [
+            f"{metric} at equal training time, {over}. The times are those that {baseline} takes for so many epochs, "
+            "seed by seed; the others are shown after the last epoch that they have finished by then (-: a run has "
+            "finished none or has diverged).",
+            _time_table(task, summaries, equal_time),
+        ]
+    parts += [
         "Cost, medians over iterations and seeds. Step: optimizer.step() alone. Iteration: zero_grad, forward, "
         "backward and step. Training: all iterations of a run, without evaluation.",
         _cost_table(summaries),
-    )
+    ]
+    return Group(*parts)
 
 
 def _metric_table(task: Task, summaries: Sequence[Summary]) -> Table:
@@ -50,17 +64,41 @@ def _metric_table(task: Task, summaries: Sequence[Summary]) -> Table:
         table.add_column(summary.title, justify="right")
     epochs = len(summaries[0].metric)
     for epoch in range(1, epochs):
-        cells = [_metric_cell(task, summary, epoch) for summary in summaries]
+        cells = [_cell(task.metric, summary.metric[epoch], summary, _diverged(summary)) for summary in summaries]
         table.add_row(str(epoch), *cells, style="bold" if epoch == epochs - 1 else None)
+    if task.also is not None:
+        table.caption = f"last row: {task.also.name} ({task.also.unit}) after the last epoch"
+        table.add_section()
+        cells = [_cell(task.also, summary.also[-1], summary, _diverged(summary)) for summary in summaries]
+        table.add_row(task.also.name, *cells)
     return table
 
 
-def _metric_cell(task: Task, summary: Summary, epoch: int) -> str:
-    spread = summary.metric[epoch]
+def _time_table(task: Task, summaries: Sequence[Summary], equal_time: EqualTime) -> Table:
+    table = Table()
+    table.add_column(f"{_title(equal_time.baseline, summaries)} epoch", justify="right")
+    for summary in summaries:
+        table.add_column(summary.title, justify="right")
+    for row, (epoch, seconds) in enumerate(zip(equal_time.epochs, equal_time.seconds, strict=True)):
+        standings = ((equal_time.metric[summary.optimizer][row], summary) for summary in summaries)
+        cells = [_cell(task.metric, spread, summary, "-") for spread, summary in standings]
+        table.add_row(f"{epoch} ({seconds:.2f} s)", *cells, style="bold" if epoch == equal_time.epochs[-1] else None)
+    return table
+
+
+def _title(name: str, summaries: Sequence[Summary]) -> str:
+    return next(summary.title for summary in summaries if summary.optimizer == name)
+
+
+def _cell(metric: Metric, spread: Spread | None, summary: Summary, missing: str) -> str:
     if spread is None:
-        return f"[red]diverged ({len(summary.diverged)} of {len(summary.seeds)})[/red]"
-    mean = task.metric.format(spread.mean)
-    return f"{mean} ± {task.metric.format(spread.deviation)}" if len(summary.seeds) > 1 else mean
+        return missing
+    mean = metric.format(spread.mean)
+    return f"{mean} ± {metric.format(spread.deviation)}" if len(summary.seeds) > 1 else mean
+
+
+def _diverged(summary: Summary) -> str:
+    return f"[red]diverged ({len(summary.diverged)} of {len(summary.seeds)})[/red]"
 
 
 def _cost_table(summaries: Sequence[Summary]) -> Table:
@@ -75,7 +113,7 @@ def _cost_table(summaries: Sequence[Summary]) -> Table:
             _number(summary.hyperparameters.get("weight_decay"), "g"),
             _number(summary.step_ms, ".3f"),
             _number(summary.iteration_ms, ".2f"),
-            _number(summary.seconds[-1], ".1f"),
+            _number(summary.seconds[-1], ".2f"),
             _number(summary.state_bytes_per_parameter, ".2f"),
         )
     return table
@@ -90,9 +128,11 @@ def document(task: Task, settings: Settings, records: Sequence[Record]) -> dict[
     parts = {
         "task": task.name,
         "metric": task.metric,
+        "also": task.also,
         "settings": settings,
         "environment": environment.describe(),
         "summary": summarize(records, settings.epochs),
+        "equal_time": at_equal_time(records, settings.epochs),
         "runs": records,
     }
     return {name: _plain(part) for name, part in parts.items()}

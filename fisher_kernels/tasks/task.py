@@ -1,12 +1,13 @@
-"""What a training task is: a model, seeded batches, a loss and one figure of merit."""
+"""What a training task is: a model, seeded batches, a loss and a figure of merit."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ def require(module: str, distribution: str, purpose: str) -> ModuleType:
 
 @dataclass(frozen=True)
 class Metric:
-    """The figure a task is judged by, measured on data that is never trained on."""
+    """A figure that a model is judged by, measured on data that is never trained on."""
 
     name: str
     unit: str
@@ -44,6 +45,13 @@ class Metric:
         return f"{value:.{self.decimals}f}"
 
 
+class Figures(NamedTuple):
+    """What an evaluation yields: a value of ``Task.metric``, and one of ``Task.also`` where the task has it."""
+
+    metric: float
+    also: float | None = None
+
+
 @dataclass(frozen=True)
 class Task:
     """A small, real learning problem that needs no download.
@@ -52,10 +60,12 @@ class Task:
     parameters and sees the same data.
 
     Attributes:
+        metric: the figure that optimizers are compared by.
+        also: a second figure, reported beside it; None if there is none.
         make_model: seed -> a model in training mode.
         batches: (seed, epoch, batch_size) -> the (inputs, targets) of one epoch.
         loss: (model, batch) -> the mean training loss, a scalar tensor.
-        evaluate: model -> the metric; leaves the model as it was.
+        evaluate: model -> its figures; leaves the model as it was.
         steps_per_epoch: batch_size -> the number of batches of an epoch.
         hyperparameters: what each optimizer (``"name"`` or ``"name:variant"``) uses unless told otherwise.
         threads: processor threads that suit the task; None for one on each core.
@@ -69,9 +79,10 @@ class Task:
     make_model: Callable[[int], nn.Module]
     batches: Callable[[int, int, int], Iterator[Batch]]
     loss: Callable[[nn.Module, Batch], Tensor]
-    evaluate: Callable[[nn.Module], float]
+    evaluate: Callable[[nn.Module], Figures]
     steps_per_epoch: Callable[[int], int]
     hyperparameters: Mapping[str, Hyperparameters]
+    also: Metric | None = None
     threads: int | None = None
 
 
@@ -80,6 +91,18 @@ def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; leaves the model in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def shuffled(size: int, seed: int, epoch: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fisher_kernels.tasks.task import Batch, Metric, Task, generator, seeded, shuffled
+from fisher_kernels.tasks.task import Batch, Figures, Metric, Task, evaluation, generator, seeded, shuffled
 
 CONTEXT = 128
 WIDTH = 64
@@ -138,16 +138,13 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
 
-@torch.no_grad()
-def _evaluate(model: nn.Module) -> float:
+def _evaluate(model: nn.Module) -> Figures:
     """Mean cross-entropy of the held-out bytes, in nats per byte."""
     inputs, targets = _windows(_load()[1])
-    was_training = model.training
-    model.eval()
     parts = zip(torch.split(inputs, 64), torch.split(targets, 64), strict=True)
-    total = sum(_loss(model, batch).item() * len(batch[0]) for batch in parts)
-    model.train(was_training)
-    return total / len(inputs)
+    with evaluation(model):
+        total = sum(_loss(model, batch).item() * len(batch[0]) for batch in parts)
+    return Figures(total / len(inputs))
 
 
 TASK = Task(

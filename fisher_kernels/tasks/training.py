@@ -64,9 +64,10 @@ class Timing:
 
 @dataclass
 class Record:
-    """What a run leaves behind. Lists have one entry per epoch; ``metric`` and ``seconds`` start before the first.
+    """What a run leaves behind. Lists have one entry per epoch; all but ``training_loss`` start before the first.
 
-    ``seconds`` counts training iterations alone: no evaluation and no loading of data.
+    ``also`` is empty for a task without a second figure. ``seconds`` counts training iterations alone: no evaluation
+    and no loading of data.
     """
 
     optimizer: str
@@ -74,6 +75,7 @@ class Record:
     seed: int
     hyperparameters: Hyperparameters
     metric: list[float] = field(default_factory=list)
+    also: list[float] = field(default_factory=list)
     training_loss: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     step_ms: Timing | None = None
@@ -124,8 +126,11 @@ class Training:
         self._measure()
 
     def evaluate(self) -> None:
-        """Records the metric, and the seconds that training has taken so far."""
-        self.record.metric.append(self.task.evaluate(self.model))
+        """Records the task's figures, and the seconds that training has taken so far."""
+        figures = self.task.evaluate(self.model)
+        self.record.metric.append(figures.metric)
+        if figures.also is not None:
+            self.record.also.append(figures.also)
         self.record.seconds.append(sum(self._iteration_seconds))
 
     def iterate(self, batch: Batch) -> float:

@@ -1,0 +1,527 @@
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "../kernels.h"
+#include "integers.h"
+#include "parallel.h"
+#include "scratch.h"
+#include "strided.h"
+#include "vector.h"
+
+namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
+
+namespace {
+
+// Elements worked on at a time, in whole rows: what passes through buffers stays in the first cache. A matter of the
+// shape alone, as the sum of <d, g> is made of one partial sum for each chunk.
+constexpr int64_t kChunk = 512;
+constexpr int kMostRegisters = 4;  // of a row for which the whole direction is kept in registers
+
+int64_t chunk_rows(const MbfParameter& p) { return larger(1, kChunk / p.columns); }
+int64_t chunk_count(const MbfParameter& p) { return ceil_div(p.rows, chunk_rows(p)); }
+int64_t numel(const MbfParameter& p) { return p.rows * p.columns; }
+int64_t block_numbers(const MbfParameter& p) {
+  return p.packed ? p.columns * (p.columns + 1) / 2 : p.columns * p.columns;
+}
+
+/// Words moved for a chunk, about: what threads share evenly.
+int64_t chunk_cost(const MbfParameter& p) {
+  const int64_t inverse = p.inverse != nullptr ? block_numbers(p) : p.columns;
+  return chunk_rows(p) * (inverse + 5 * p.columns);
+}
+
+template <class A>
+using Integer = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+
+template <class A>
+using Integers = typename VectorOf<Integer<A>, kLanes<A>>::Type;
+
+/// 0, 1, 2, ...
+template <class A>
+struct Counting {
+  Integer<A> values[kLanes<A>];
+
+  constexpr Counting() : values() {
+    for (int i = 0; i < kLanes<A>; ++i) values[i] = i;
+  }
+};
+
+template <class A>
+constexpr Counting<A> kCounting;
+
+/// The first `count` lanes, and zeros.
+template <class A>
+inline Vector<A> first_lanes(Vector<A> value, int64_t count) {
+  const auto lane = load_bits<Integers<A>>(kCounting<A>.values);
+  return lane < static_cast<Integer<A>>(count) ? value : Vector<A>{};
+}
+
+// Numbers of an inverse as lanes to compute in.
+template <class A, class S>
+inline Vector<A> load_inverse(const S* p) {
+  return load(p);
+}
+
+/// d = P m for one block of at most kRegisters registers a row. Reads a register past the end of the block and writes
+/// as much past that of d.
+template <int kRegisters, class A, class S>
+inline void multiply_in_registers(const S* block, int64_t n, const A* m, A* d) {
+  Vector<A> sum[kRegisters] = {};
+  for (int64_t j = 0; j < n; ++j) {
+    for (int v = 0; v < kRegisters; ++v) sum[v] += m[j] * load_inverse<A>(block + j * n + v * kLanes<A>);
+  }
+  for (int v = 0; v < kRegisters; ++v) store(d + v * kLanes<A>, sum[v]);
+}
+
+/// The same for longer rows, one product of vectors after another.
+template <class A, class S>
+inline void multiply_by_rows(const S* block, int64_t n, const A* m, A* d) {
+  constexpr int64_t kLength = kLanes<A>;
+  const int64_t whole = n / kLength * kLength;
+  // The end of a row is read as its last register, of which what was there before counts as zero.
+  A last[kLength] = {};
+  for (int64_t c = whole; c < n; ++c) last[c - n + kLength] = m[c];
+  for (int64_t i = 0; i < n; ++i) {
+    const S* const row = block + i * n;
+    Vector<A> sum[4] = {};
+    int64_t c = 0;
+    for (; c + 4 * kLength <= n; c += 4 * kLength) {
+      for (int v = 0; v < 4; ++v) sum[v] += load(m + c + v * kLength) * load_inverse<A>(row + c + v * kLength);
+    }
+    for (; c < whole; c += kLength) sum[0] += load(m + c) * load_inverse<A>(row + c);
+    if (whole < n) sum[1] += load(last) * load_inverse<A>(row + n - kLength);
+    d[i] = sum_lanes<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  }
+}
+
+/// d = P m for one packed block of at most a register a row. Each entry below the diagonal serves twice.
+template <class A, class S>
+inline void multiply_packed_in_register(const S* block, int64_t n, const A* m_numbers, A* d) {
+  const auto lane = load_bits<Integers<A>>(kCounting<A>.values);
+  const Vector<A> m = first_lanes<A>(load(m_numbers), n);  // what follows may be infinite
+  Vector<A> sum = {};
+  for (int64_t i = 0; i < n; block += ++i) {
+    const Vector<A> row = first_lanes<A>(load_inverse<A>(block), i + 1);
+    const A across = sum_lanes<A>(row * m);
+    const auto here = lane == static_cast<Integer<A>>(i);
+    sum += here ? Vector<A>{} + across : m_numbers[i] * row;
+  }
+  store(d, sum);
+}
+
+/// The same for longer rows. `work` has room for three blocks' worth of numbers and a register each.
+template <class A, class S>
+inline void multiply_packed_by_rows(const S* block, int64_t n, const A* m_numbers, A* d, A* work) {
+  constexpr int64_t kLength = kLanes<A>;
+  const int64_t padded = n + kLength;
+  A* const m = work;
+  A* const down = work + padded;
+  A* const across = work + 2 * padded;
+  for (int64_t i = 0; i < padded; ++i) {
+    m[i] = i < n ? m_numbers[i] : A(0);
+    down[i] = across[i] = 0;
+  }
+  for (int64_t i = 0; i < n; block += ++i) {
+    Vector<A> sum = {};
+    int64_t c = 0;
+    for (; c + kLength <= i; c += kLength) {
+      const Vector<A> row = load_inverse<A>(block + c);
+      sum += row * load(m + c);
+      store(down + c, load(down + c) + m[i] * row);
+    }
+    const Vector<A> row = first_lanes<A>(load_inverse<A>(block + c), i - c);
+    sum += row * load(m + c);
+    store(down + c, load(down + c) + m[i] * row);
+    across[i] = sum_lanes<A>(sum) + m[i] * static_cast<A>(widen(block[i]));
+  }
+  for (int64_t i = 0; i < n; ++i) d[i] = down[i] + across[i];
+}
+
+template <class A, class S>
+inline void multiply_block(const S* block, int64_t n, bool packed, const A* m, A* d, A* work) {
+  const int64_t registers = ceil_div(n, kLanes<A>);
+  if (packed) {
+    return registers == 1 ? multiply_packed_in_register<A>(block, n, m, d)
+                          : multiply_packed_by_rows<A>(block, n, m, d, work);
+  }
+  switch (registers) {
+    case 1: return multiply_in_registers<1, A>(block, n, m, d);
+    case 2: return multiply_in_registers<2, A>(block, n, m, d);
+    case 3: return multiply_in_registers<3, A>(block, n, m, d);
+    case kMostRegisters: return multiply_in_registers<kMostRegisters, A>(block, n, m, d);
+    default: return multiply_by_rows<A>(block, n, m, d);
+  }
+}
+
+/// Calls body(n, packed), with constants for what is common.
+template <class Body>
+inline void with_size(int64_t n, bool packed, const Body& body) {
+  using std::integral_constant;
+  const auto with = [&](auto size) {
+    packed ? body(size, integral_constant<bool, true>{}) : body(size, integral_constant<bool, false>{});
+  };
+  switch (n) {
+    case 2: return with(integral_constant<int64_t, 2>{});
+    case 3: return with(integral_constant<int64_t, 3>{});
+    case 4: return with(integral_constant<int64_t, 4>{});
+    case 5: return with(integral_constant<int64_t, 5>{});
+    case 7: return with(integral_constant<int64_t, 7>{});
+    case 9: return with(integral_constant<int64_t, 9>{});
+    default: return with(n);
+  }
+}
+
+/// Memory of one thread for a chunk.
+template <class A>
+class Buffers {
+ public:
+  /// Room for `elements` of a chunk and one block of an inverse with its row.
+  Buffers(int64_t elements, int64_t block, int64_t row)
+      : stride_(ceil_div(elements + 2 * kLanes<A>, kLanes<A>) * kLanes<A>),
+        memory_(6 * stride_ + block + 3 * row + 6 * kLanes<A>) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(memory_.data());
+    data_ = reinterpret_cast<A*>((address + kVectorBytes - 1) / kVectorBytes * kVectorBytes);
+  }
+
+  template <class T>
+  T* parameter() const { return reinterpret_cast<T*>(data_); }
+  template <class T>
+  T* gradient() const { return reinterpret_cast<T*>(data_ + stride_); }
+  A* old_moment() const { return data_ + 2 * stride_; }
+  A* moment() const { return data_ + 3 * stride_; }
+  A* scaled_gradient() const { return data_ + 4 * stride_; }
+  A* direction() const { return data_ + 5 * stride_; }
+  /// Three rows of a packed block, then a copy of a block.
+  A* work() const { return data_ + 6 * stride_; }
+
+ private:
+  int64_t stride_;
+  Scratch<A> memory_;
+  A* data_;
+};
+
+/// Rows of a tensor, those of a bias joined on, where they lie or by way of a buffer.
+template <class T>
+class Rows {
+ public:
+  Rows(const StridedArray& weight, const StridedArray& bias, const MbfParameter& p, T* buffer)
+      : weight_(weight),
+        bias_(bias),
+        columns_(p.columns),
+        width_(p.columns - p.biased),
+        in_place_(weight.contiguous && !p.biased),
+        biased_(p.biased),
+        data_(static_cast<T*>(weight.data)),
+        bias_data_(static_cast<T*>(bias.data)),
+        buffer_(buffer) {}
+
+  T* read(int64_t first, int64_t count) const {
+    if (in_place_) return data_ + first * columns_;
+    // The elements of the weight go to the end of the buffer, from where they move to their rows in order.
+    T* const from = buffer_ + count * (columns_ - width_);
+    if (width_ > 0) gather(data_, weight_, first * width_, count * width_, from);
+    if (biased_) {
+      for (int64_t r = 0; r < count; ++r) {
+        for (int64_t c = 0; c < width_; ++c) buffer_[r * columns_ + c] = from[r * width_ + c];
+      }
+      bias_.visit(first, count, [&](int64_t i, int64_t offset, int64_t run, int64_t stride) {
+        for (int64_t k = 0; k < run; ++k) buffer_[(i + k) * columns_ + width_] = bias_data_[offset + k * stride];
+      });
+    }
+    return buffer_;
+  }
+
+  /// Writes back what was read and changed, or other rows; those may be lost.
+  void write(int64_t first, int64_t count, T* rows) const {
+    if (in_place_) {
+      T* const out = data_ + first * columns_;
+      if (out != rows) std::memcpy(out, rows, count * columns_ * sizeof(T));
+      return;
+    }
+    if (biased_) {
+      bias_.visit(first, count, [&](int64_t i, int64_t offset, int64_t run, int64_t stride) {
+        for (int64_t k = 0; k < run; ++k) bias_data_[offset + k * stride] = rows[(i + k) * columns_ + width_];
+      });
+      for (int64_t r = 0; r < count; ++r) {
+        for (int64_t c = 0; c < width_; ++c) rows[r * width_ + c] = rows[r * columns_ + c];
+      }
+    }
+    if (width_ > 0) scatter(rows, first * width_, count * width_, weight_, data_);
+  }
+
+ private:
+  const Walk weight_;
+  const Walk bias_;
+  const int64_t columns_;
+  const int64_t width_;  // columns of the weight
+  const bool in_place_;
+  const bool biased_;
+  T* const data_;
+  T* const bias_data_;
+  T* const buffer_;
+};
+
+/// Calls body(i, load, store) for the registers of `count` elements: load(p) and store(p, v) take what is left at the
+/// end.
+template <class A, class Body>
+inline void for_registers(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= count; i += kLanes<A>) {
+    body(i, [](auto* p) { return load(p); }, [](auto* p, auto value) { store(p, value); });
+  }
+  if (i == count) return;
+  const int64_t rest = count - i;
+  body(i, [=](auto* p) { return load(p, rest); }, [=](auto* p, auto value) { store(p, value, rest); });
+}
+
+/// The step of one parameter.
+template <WeightDecay kDecay, class T>
+class Stepper {
+ public:
+  using A = Accumulator<T>;
+
+  Stepper(const MbfStep& step, const MbfParameter& p, const Buffers<A>& buffers)
+      : step_(step),
+        p_(p),
+        buffers_(buffers),
+        parameter_(p.weight.parameter, p.bias.parameter, p, buffers.template parameter<T>()),
+        gradient_(p.weight.gradient, p.bias.gradient, p, buffers.template gradient<T>()),
+        moment_(p.weight.moment, p.bias.moment, p, buffers.old_moment()) {}
+
+  /// Writes the momentum of a chunk of rows and returns its part of <d, g>. Without `directions` it takes the step too;
+  /// else those are stored, NaN for what is skipped.
+  double advance(int64_t first, int64_t rows, A* directions) {
+    const int64_t count = rows * p_.columns;
+    A* const moment = buffers_.moment();
+    A* const d = buffers_.direction();
+    const A* const old = moment_.read(first, rows);
+    T* const w = parameter_.read(first, rows);
+    accumulate(w, gradient_.read(first, rows), old, count, directions != nullptr);
+    multiply(first, rows);
+    if (!is_finite(d, count)) skip_blocks(rows, old);
+    moment_.write(first, rows, moment);
+    if (directions == nullptr) {
+      update(w, d, count, step_.lr);
+      parameter_.write(first, rows, w);
+      return 0;
+    }
+    std::memcpy(directions, d, count * sizeof(A));
+    return product(d, buffers_.scaled_gradient(), count);
+  }
+
+  /// Takes the step of a chunk of rows along stored directions.
+  void descend(int64_t first, int64_t rows, const A* directions, double rate) {
+    T* const w = parameter_.read(first, rows);
+    update(w, directions, rows * p_.columns, rate);
+    parameter_.write(first, rows, w);
+  }
+
+  int64_t skipped() const { return skipped_; }
+
+ private:
+  void accumulate(const T* w, const T* gradient, const A* old, int64_t count, bool keep_gradient) const {
+    const A gradient_scale = static_cast<A>(step_.gradient_scale), momentum = static_cast<A>(step_.momentum),
+            weight_decay = static_cast<A>(step_.weight_decay);
+    A* const moment = buffers_.moment();
+    A* const scaled = buffers_.scaled_gradient();
+    for_registers<A>(count, [&](int64_t i, const auto& load, const auto&) {
+      Vector<A> g = gradient_scale * load(gradient + i);
+      if constexpr (kDecay == WeightDecay::coupled) g += weight_decay * load(w + i);
+      if (keep_gradient) store(scaled + i, g);
+      store(moment + i, momentum * load(old + i) + g);  // the buffers have room for a whole register
+    });
+  }
+
+  void multiply(int64_t first, int64_t rows) {
+    if (p_.inverse == nullptr) return copy_directions(first, rows);
+    if constexpr (std::is_same_v<A, float>) {
+      if (p_.inverse_dtype == DType::bfloat16) return multiply_by(static_cast<const bfloat16*>(p_.inverse), first, rows);
+    }
+    multiply_by(static_cast<const A*>(p_.inverse), first, rows);
+  }
+
+  template <class S>
+  void multiply_by(const S* inverse, int64_t first, int64_t rows) {
+    const A* const m = buffers_.moment();
+    A* const d = buffers_.direction();
+    if (p_.columns == 1) {
+      for_registers<A>(rows, [&](int64_t i, const auto& load, const auto&) {
+        store(d + i, load(m + i) * load(inverse + first + i));
+      });
+      return;
+    }
+    const int64_t numbers = block_numbers(p_);
+    // Rows are read a register past their ends. The last blocks, where nothing may follow, move to where something does.
+    const int64_t safe = (p_.rows * numbers - kLanes<A>) / numbers;
+    A* const work = buffers_.work();
+    S* const copy = reinterpret_cast<S*>(work + 3 * (p_.columns + kLanes<A>));
+    with_size(p_.columns, p_.packed, [&](auto n, auto packed) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const S* block = inverse + (first + r) * numbers;
+        if (first + r >= safe) {
+          std::memcpy(copy, block, numbers * sizeof(S));
+          block = copy;
+        }
+        multiply_block<A>(block, n, packed, m + r * n, d + r * n, work);
+      }
+    });
+  }
+
+  void copy_directions(int64_t first, int64_t rows) {
+    const A* const directions = static_cast<const A*>(p_.directions);
+    A* const d = buffers_.direction();
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0, block = 0; c < p_.columns; c += p_.size, ++block) {
+        const A* const from = directions + (first + r) * p_.row_stride + block * p_.block_stride;
+        std::memcpy(d + r * p_.columns + c, from, smaller(p_.size, p_.columns - c) * sizeof(A));
+      }
+    }
+  }
+
+  static bool is_finite(const A* d, int64_t count) {
+    Vector<A> taint = {};
+    for_registers<A>(count, [&](int64_t i, const auto& load, const auto&) { taint += load(d + i) * A(0); });
+    return sum_lanes<A>(taint) == 0;
+  }
+
+  /// Counts the blocks of a chunk whose direction is not finite; that becomes NaN, and their momentum what it was.
+  void skip_blocks(int64_t rows, const A* old) {
+    A* const moment = buffers_.moment();
+    A* const d = buffers_.direction();
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < p_.columns; c += p_.size) {
+        const int64_t begin = r * p_.columns + c, end = begin + smaller(p_.size, p_.columns - c);
+        if (is_finite(d + begin, end - begin)) continue;
+        ++skipped_;
+        for (int64_t i = begin; i < end; ++i) {
+          d[i] = std::numeric_limits<A>::quiet_NaN();
+          moment[i] = old[i];
+        }
+      }
+    }
+  }
+
+  static double product(const A* d, const A* g, int64_t count) {
+    using Doubles = typename VectorOf<double, kLanes<A>>::Type;
+    Doubles sum = {};
+    for_registers<A>(count, [&](int64_t i, const auto& load, const auto&) {
+      const Doubles x = __builtin_convertvector(load(d + i), Doubles), y = __builtin_convertvector(load(g + i), Doubles);
+      sum += x == x ? x * y : Doubles{};
+    });
+    return sum_lanes<double, kLanes<A>>(sum);
+  }
+
+  /// One step along d, but for what is NaN.
+  void update(T* w, const A* d, int64_t count, double rate) const {
+    const A step_size = static_cast<A>(rate), shrinkage = static_cast<A>(step_.lr * step_.weight_decay);
+    for_registers<A>(count, [&](int64_t i, const auto& load, const auto& store) {
+      const Vector<A> old = load(w + i), along = load(d + i);
+      Vector<A> change = step_size * along;
+      if constexpr (kDecay == WeightDecay::decoupled) change += shrinkage * old;
+      store(w + i, along == along ? old - change : old);
+    });
+  }
+
+  const MbfStep& step_;
+  const MbfParameter& p_;
+  const Buffers<A>& buffers_;
+  const Rows<T> parameter_;
+  const Rows<T> gradient_;
+  const Rows<A> moment_;
+  int64_t skipped_ = 0;
+};
+
+/// Calls body with a Stepper for one parameter.
+template <class Body>
+void with_stepper(const MbfStep& step, const MbfParameter& p, const Body& body) {
+  with_type(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const int64_t block = p.inverse != nullptr ? block_numbers(p) : 0;
+    const Buffers<Accumulator<T>> buffers(chunk_rows(p) * p.columns, block, p.columns);
+    const auto with = [&](auto stepper) {
+      body(stepper);
+      if (stepper.skipped() > 0) __atomic_fetch_add(p.skipped, stepper.skipped(), __ATOMIC_RELAXED);
+    };
+    switch (step.decay) {
+      case WeightDecay::none: return with(Stepper<WeightDecay::none, T>(step, p, buffers));
+      case WeightDecay::coupled: return with(Stepper<WeightDecay::coupled, T>(step, p, buffers));
+      case WeightDecay::decoupled: return with(Stepper<WeightDecay::decoupled, T>(step, p, buffers));
+    }
+  });
+}
+
+/// What comes before a parameter.
+struct Start {
+  int64_t cost;
+  int64_t chunk;
+  int64_t element;
+};
+
+/// Calls body(parameter, start, first chunk, last chunk) on several threads, which share the chunks of all parameters
+/// evenly.
+template <class Body>
+void for_chunks(const MbfStep& step, const Body& body) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < step.count; ++i) {
+    if (numel(step.parameters[i]) > 0) total += chunk_count(step.parameters[i]) * chunk_cost(step.parameters[i]);
+  }
+  parallel_for(useful_threads(total, step.threads), total, [&](int, int64_t begin, int64_t end) {
+    Start start{0, 0, 0};
+    for (int64_t i = 0; i < step.count && start.cost < end; ++i) {
+      const MbfParameter& p = step.parameters[i];
+      if (numel(p) == 0) continue;
+      const int64_t chunks = chunk_count(p), cost = chunk_cost(p);
+      const int64_t first = begin > start.cost ? smaller(chunks, ceil_div(begin - start.cost, cost)) : 0;
+      const int64_t last = smaller(chunks, ceil_div(end - start.cost, cost));
+      if (first < last) body(p, start, first, last);
+      start = {start.cost + chunks * cost, start.chunk + chunks, start.element + numel(p)};
+    }
+  });
+}
+
+}  // namespace
+
+void mbf_step_(const MbfStep& step) {
+  *step.scale = 1;
+  int64_t chunks = 0, elements = 0;
+  for (int64_t i = 0; i < step.count; ++i) {
+    const MbfParameter& p = step.parameters[i];
+    if (numel(p) == 0) continue;
+    chunks += chunk_count(p);
+    elements += numel(p);
+  }
+  const bool clip = step.kl_clip > 0;
+  const Scratch<double> sums(clip ? chunks : 0);
+  const Scratch<double> directions(clip ? elements : 0);  // each in the type of its momentum
+  for_chunks(step, [&](const MbfParameter& p, const Start& start, int64_t begin, int64_t end) {
+    with_stepper(step, p, [&](auto& stepper) {
+      using A = typename std::remove_reference_t<decltype(stepper)>::A;
+      A* const stored = reinterpret_cast<A*>(directions.data() + start.element);
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const int64_t first = chunk * chunk_rows(p), rows = smaller(chunk_rows(p), p.rows - first);
+        const double sum = stepper.advance(first, rows, clip ? stored + first * p.columns : nullptr);
+        if (clip) sums.data()[start.chunk + chunk] = sum;
+      }
+    });
+  });
+  if (!clip) return;
+  double sum = 0;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += sums.data()[chunk];
+  const double size = step.lr * step.lr * (sum < 0 ? -sum : sum);
+  if (size > step.kl_clip) *step.scale = __builtin_sqrt(step.kl_clip / size);
+  const double rate = step.lr * *step.scale;
+  for_chunks(step, [&](const MbfParameter& p, const Start& start, int64_t begin, int64_t end) {
+    with_stepper(step, p, [&](auto& stepper) {
+      using A = typename std::remove_reference_t<decltype(stepper)>::A;
+      const A* const stored = reinterpret_cast<const A*>(directions.data() + start.element);
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const int64_t first = chunk * chunk_rows(p), rows = smaller(chunk_rows(p), p.rows - first);
+        stepper.descend(first, rows, stored + first * p.columns, rate);
+      }
+    });
+  });
+}
+
+}  // namespace fisher_kernels::FISHER_KERNELS_CAPABILITY

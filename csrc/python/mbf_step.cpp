@@ -1,0 +1,208 @@
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "../kernels.h"
+#include "capability.h"
+#include "entry_points.h"
+#include "step.h"
+#include "tensor.h"
+
+namespace fisher_kernels {
+
+namespace {
+
+constexpr const char* kFunction = "mbf_step_";
+
+/// The list arguments, all of one length.
+struct Lists {
+  List params, grads, momentum_buffers, inverses, directions;
+
+  Lists(py::handle params_, py::handle grads_, py::handle momentum_buffers_, py::handle inverses_,
+        py::handle directions_)
+      : params(params_, {kFunction, "params"}),
+        grads(read(grads_, "grads")),
+        momentum_buffers(read(momentum_buffers_, "momentum_buffers")),
+        inverses(read(inverses_, "inverses")),
+        directions(read(directions_, "directions")) {}
+
+ private:
+  List read(py::handle object, const char* name) const {
+    const Argument argument{kFunction, name};
+    const List list(object, argument);
+    list.check_size(params.size(), argument, "the number of params");
+    return list;
+  }
+};
+
+struct Arrays {
+  TensorView param, grad, moment;
+
+  Arrays(const Lists& lists, py::ssize_t i) {
+    const Argument param_argument{kFunction, "params", i}, moment_argument{kFunction, "momentum_buffers", i};
+    param = read_tensor(lists.params[i], param_argument);
+    check_float(param, param_argument);
+    check_writable(param, param_argument);
+    grad = read_like(param, param.dtype, lists.grads[i], {kFunction, "grads", i});
+    moment = read_like(param, accumulation_dtype(param.dtype), lists.momentum_buffers[i], moment_argument);
+    check_writable(moment, moment_argument);
+  }
+
+  MbfArrays strided() const {
+    return {fisher_kernels::strided(param), fisher_kernels::strided(grad), fisher_kernels::strided(moment)};
+  }
+};
+
+/// A parameter and its bias as [rows, columns], both 0 where the bias does not fit.
+struct Matrix {
+  int64_t rows, columns;
+
+  Matrix(const TensorView& param, const TensorView* bias) {
+    rows = bias != nullptr ? bias->numel() : param.dims > 0 ? param.sizes[0] : 1;
+    columns = bias != nullptr;
+    if (rows > 0) {
+      columns += param.numel() / rows;
+    } else {
+      int64_t width = 1;
+      for (int d = 1; d < param.dims; ++d) width *= param.sizes[d];
+      columns += width;
+    }
+    fits = rows * (columns - (bias != nullptr)) == param.numel();
+  }
+
+  bool fits;
+};
+
+[[noreturn]] void refuse_shape(const TensorView& inverse, const Matrix& matrix, const TensorView& param,
+                               const TensorView* bias, py::ssize_t i) {
+  const std::string total = std::to_string(matrix.rows * matrix.columns), columns = std::to_string(matrix.columns);
+  value_error({kFunction, "inverses", i},
+              "has shape " + inverse.shape() + ", expected (B, n, n) or (B, n (n + 1) / 2) with B * n = " + total +
+                  (bias != nullptr ? " and n = " + columns : "") +
+                  ", or (1, S, n, n) with (S - 1) * n < " + columns + " <= S * n, for params[" + std::to_string(i) +
+                  "] of shape " + param.shape() +
+                  (bias != nullptr ? " and the bias params[" + std::to_string(i + 1) + "] of shape " + bias->shape() : ""));
+}
+
+/// Fills in how an inverse, or the directions under one, lie on [rows, columns].
+void set_layout(MbfParameter& parameter, const TensorView& inverse, const TensorView& param, const TensorView* bias,
+                py::handle directions_object, py::ssize_t i) {
+  const Matrix matrix(param, bias);
+  const int64_t total = matrix.rows * matrix.columns;
+  parameter.rows = matrix.rows;
+  parameter.columns = parameter.size = matrix.columns;
+  if (inverse.dims == 4) {
+    const int64_t blocks = inverse.sizes[1], n = inverse.sizes[2];
+    if (!matrix.fits || inverse.sizes[0] != 1 || inverse.sizes[3] != n || (blocks - 1) * n >= matrix.columns ||
+        matrix.columns > blocks * n)
+      refuse_shape(inverse, matrix, param, bias, i);
+    const Argument argument{kFunction, "directions", i};
+    const TensorView directions = read_tensor(directions_object, argument);
+    check_dtype(directions, accumulation_dtype(param.dtype), argument);
+    check_shape(directions, {blocks, matrix.rows, n}, argument);
+    check_contiguous(directions, argument);
+    parameter.directions = directions.data;
+    parameter.row_stride = n;
+    parameter.block_stride = matrix.rows * n;
+    parameter.size = n;
+    return;
+  }
+  if (inverse.dims != 2 && inverse.dims != 3) refuse_shape(inverse, matrix, param, bias, i);
+  const int64_t length = inverse.sizes[inverse.dims - 1];
+  const int64_t n = inverse.dims == 3 ? length : static_cast<int64_t>(std::sqrt(2.0 * static_cast<double>(length)));
+  const bool square = (inverse.dims == 3 ? inverse.sizes[1] : n * (n + 1) / 2) == length;
+  if (!matrix.fits || !square || inverse.sizes[0] * n != total || (bias != nullptr && total > 0 && n != matrix.columns))
+    refuse_shape(inverse, matrix, param, bias, i);
+  parameter.inverse = inverse.data;
+  parameter.packed = inverse.dims == 2;
+  parameter.rows = inverse.sizes[0];
+  parameter.columns = parameter.size = n;
+}
+
+/// Parameter i of the lists, which has an inverse, with the bias that follows it.
+MbfParameter read_parameter(const Lists& lists, py::ssize_t i) {
+  const Argument inverse_argument{kFunction, "inverses", i};
+  const Arrays weight(lists, i);
+  const TensorView inverse = read_tensor(lists.inverses[i], inverse_argument);
+  const DType wide = accumulation_dtype(weight.param.dtype);
+  if (inverse.dtype != wide && inverse.dtype != DType::bfloat16) {
+    type_error(inverse_argument,
+               std::string("has dtype ") + name(inverse.dtype) + ", expected " + name(wide) + " or bfloat16");
+  }
+  check_contiguous(inverse, inverse_argument);
+
+  MbfParameter parameter{};
+  parameter.weight = weight.strided();
+  parameter.dtype = weight.param.dtype;
+  parameter.inverse_dtype = inverse.dtype;
+  parameter.biased = i + 1 < lists.params.size() && lists.inverses[i + 1].is_none();
+  if (parameter.biased) {
+    const Arrays bias(lists, i + 1);
+    check_dtype(bias.param, weight.param.dtype, {kFunction, "params", i + 1});
+    parameter.bias = bias.strided();
+    set_layout(parameter, inverse, weight.param, &bias.param, lists.directions[i], i);
+  } else {
+    set_layout(parameter, inverse, weight.param, nullptr, lists.directions[i], i);
+  }
+  return parameter;
+}
+
+void check_range(double value, bool in_range, const char* name, const char* expected) {
+  if (!in_range)
+    value_error({kFunction, name}, "is " + std::string(py::str(py::float_(value))) + ", expected " + expected);
+}
+
+}  // namespace
+
+void mbf_step_(py::handle params, py::handle grads, py::handle momentum_buffers, py::handle inverses,
+               py::handle directions, py::handle lr_object, double momentum, double weight_decay, bool decoupled,
+               bool maximize, py::handle kl_clip_object, py::handle grad_scale, py::handle found_inf,
+               py::handle skipped_object, py::handle scale_object, int threads) {
+  const Lists lists(params, grads, momentum_buffers, inverses, directions);
+  const py::ssize_t count = lists.params.size();
+  const double lr = read_scalar(lr_object, {kFunction, "lr"});
+  check_range(lr, std::isfinite(lr) && lr >= 0, "lr", "a finite number >= 0");
+  check_range(momentum, momentum >= 0 && momentum < 1, "momentum", "a number in [0, 1)");
+  check_coefficient(weight_decay, {kFunction, "weight_decay"});
+  const double kl_clip = kl_clip_object.is_none() ? 0.0 : kl_clip_object.cast<double>();
+  check_range(kl_clip, kl_clip_object.is_none() || (std::isfinite(kl_clip) && kl_clip > 0), "kl_clip",
+              "a finite number > 0, or None");
+  const double gradient_divisor = grad_scale.is_none() ? 1.0 : read_scalar(grad_scale, {kFunction, "grad_scale"});
+  const bool refused = !found_inf.is_none() && read_scalar(found_inf, {kFunction, "found_inf"}) != 0.0;
+  const Argument skipped_argument{kFunction, "skipped"};
+  const TensorView skipped = read_tensor(skipped_object, skipped_argument);
+  check_dtype(skipped, DType::int64, skipped_argument);
+  check_shape(skipped, {count}, skipped_argument);
+  check_contiguous(skipped, skipped_argument);
+  const Argument scale_argument{kFunction, "scale"};
+  const TensorView scale = read_tensor(scale_object, scale_argument);
+  check_dtype(scale, DType::float64, scale_argument);
+  check_shape(scale, {}, scale_argument);
+  check_threads(threads, {kFunction, "threads"});
+
+  auto* const skipped_counts = static_cast<int64_t*>(skipped.data);
+  std::vector<MbfParameter> parameters;
+  parameters.reserve(count);
+  for (py::ssize_t i = 0; i < count; i += parameters.back().biased ? 2 : 1) {
+    if (lists.inverses[i].is_none()) {
+      value_error({kFunction, "inverses", i},
+                  "is None, expected the inverse of params[" + std::to_string(i - 1) + "] before it");
+    }
+    parameters.push_back(read_parameter(lists, i));
+    parameters.back().skipped = skipped_counts + i;
+  }
+
+  std::fill_n(skipped_counts, count, 0);
+  *static_cast<double*>(scale.data) = 1.0;
+  if (refused) return;
+  const WeightDecay decay = weight_decay == 0.0 ? WeightDecay::none
+                            : decoupled         ? WeightDecay::decoupled
+                                                : WeightDecay::coupled;
+  const py::gil_scoped_release release;
+  run(MbfStep{parameters.data(), static_cast<int64_t>(parameters.size()), static_cast<double*>(scale.data), lr,
+              momentum, weight_decay, decay, (maximize ? -1.0 : 1.0) / gradient_divisor, kl_clip, threads},
+      {FISHER_KERNELS_VARIANTS(mbf_step_)});
+}
+
+}  // namespace fisher_kernels
