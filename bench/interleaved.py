@@ -42,7 +42,7 @@ class Case:
     """Baseline, or ``"limit"``, -> the least ratio of its time to ours that the project promises."""
     bytes_moved: int = 0
     limit: Run | None = None
-    """A bare pass over as many bytes as the kernel must move."""
+    """A bare pass over as many bytes as the kernel must move, or a matrix product of as many operations."""
     at_limit: float | None = None
     """Fraction of the limit at which the gates of the baselines hold too: no kernel could do better. Eager forms that
     allocate take several times as long where the system has to find the pages, so their ratios are no property of

@@ -73,6 +73,13 @@ PYBIND11_MODULE(_native, module) {
   module.def("mini_block_gram_", &fk::mini_block_gram_, "out"_a, "v"_a, "decay"_a, "gain"_a, "threads"_a,
              "out[b] <- decay * out[b] + gain * sum over n of v[n, b] v[n, b]^T, for v [N, B, n], each sample contiguous. "
              "Of out the lower triangles are read, and nothing if decay is 0.");
+  module.def(
+      "conv_mini_block_gram_", &fk::conv_mini_block_gram_, "out"_a, "x"_a, "grad_output"_a, "kernel_size"_a, "stride"_a,
+      "padding"_a, "dilation"_a, "groups"_a, "decay"_a, "gain"_a, "threads"_a,
+      "out[o, i] <- decay * out[o, i] + gain * sum over samples of w w^T, w being the sample's gradient of kernel "
+      "(o, i) of a convolution, for x [N, I, *S] and grad_output [N, O, *L] with one to three spatial dimensions, each "
+      "sample contiguous or channels last, and out [O, I / groups, n, n]. padding holds (before, after) for each "
+      "dimension. Of out the lower triangles are read, and nothing if decay is 0.");
 
   module.def(
       "stream_update", &fk::stream_update, "firsts"_a, "seconds"_a, "reads"_a, "threads"_a,

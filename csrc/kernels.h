@@ -260,6 +260,34 @@ struct MiniBlockGram {
   int threads;
 };
 
+/// Samples of several channels at some positions.
+struct ChannelArray {
+  const void* data;
+  int64_t sample_stride;
+  int64_t channel_stride;
+  int64_t position_stride;  // the positions of a channel are evenly spaced
+};
+
+/// out[o, i] <- decay * out[o, i] + gain * sum over samples s of w w^T, w being the gradient of kernel (o, i) by s:
+///   w[k] = sum over output positions of grad_output[s, o] * what kernel offset k reads there of x[s, i of o's group].
+/// Of out the lower triangles are read, and nothing if decay is 0.
+struct ConvMiniBlockGram {
+  ChannelArray x;            // [samples, groups * inputs, positions]
+  ChannelArray grad_output;  // [samples, groups * outputs, output positions]
+  void* out;                 // [groups * outputs, inputs, n, n], accumulation_dtype(dtype); n: offsets of the kernel
+  DType dtype;
+  int64_t samples;
+  int64_t groups;
+  int64_t inputs;   // channels of a group
+  int64_t outputs;  // likewise
+  Window depth;
+  Window height;
+  Window width;
+  double decay;
+  double gain;
+  int threads;
+};
+
 /// Three float32 arrays of one size. first += read; second += read: three reads and two writes, as a step has.
 struct StreamArrays {
   float* first;
@@ -297,6 +325,7 @@ struct StreamRead {
   void block_solve(const BlockSolve&);                     \
   void block_apply(const BlockApply&);                     \
   void mini_block_gram_(const MiniBlockGram&);             \
+  void conv_mini_block_gram_(const ConvMiniBlockGram&);    \
   void weighted_gram_(const WeightedGram&);                \
   void stream_update(const StreamUpdate&);                 \
   void stream_read(const StreamRead&);                     \

@@ -50,6 +50,10 @@ CHUNK = 1 << 22
 """How many numbers of per-sample gradients are held at once."""
 
 
+PIECE = 1 << 15
+"""How many numbers of an activation are worked on at once, where that needs memory of its own."""
+
+
 @dataclass(frozen=True)
 class Blocks:
     """The blocks of one or two parameters of a layer.
@@ -386,48 +390,87 @@ class NormBlocks(BlockRule):
         super().__init__(sharing, (Blocks(roles, channels, len(roles)),))
 
     def batched(self, module: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """The normalised input and the derivative, as (samples, channels, positions) or (samples, positions, channels).
+        """Gradients of scale and of shift, both (samples, channels).
 
-        All samples at once: those of a batch normalisation depend on each other.
+        All samples at once, as those of a batch normalisation depend on each other, but piece by piece: what is as
+        large as x would be fresh memory each time.
         """
+        by_feature = isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+        if by_feature:
+            shape = tuple(module.normalized_shape)
+            if grad.dim() == len(shape):
+                x, grad = x.unsqueeze(0), grad.unsqueeze(0)
+            positions = list(range(1, grad.dim() - len(shape)))
+        else:
+            if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+                spatial = module._get_no_batch_dim() - 1
+                x, grad = unsqueeze_batch(x, spatial), unsqueeze_batch(grad, spatial)
+            positions = list(range(2, grad.dim()))
         wide = ACCUMULATOR[grad.dtype]
-        normal, grad = _normalised(module, x.to(torch.promote_types(wide, x.dtype))), grad.to(wide)
-        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-            samples = grad.shape[0] if grad.dim() > len(module.normalized_shape) else 1
-            shape = (samples, -1, module.weight.numel())
-            return normal.reshape(shape), grad.reshape(shape)
-        if isinstance(module, nn.modules.instancenorm._InstanceNorm):
-            spatial = module._get_no_batch_dim() - 1
-            normal, grad = unsqueeze_batch(normal, spatial), unsqueeze_batch(grad, spatial)
-        shape = (grad.shape[0], grad.shape[1], -1)
-        return normal.reshape(shape), grad.reshape(shape)
+        normalisation = _Normalisation(module, x, wide)
+        scales, shifts = [], []
+        size = max(1, PIECE // max(1, grad[0].numel()))
+        for piece, derivative in zip(x.split(size), grad.split(size), strict=True):
+            derivative = derivative.to(wide)
+            scale = normalisation(piece.to(wide)).mul_(derivative)
+            scales.append(_sum_over(scale, positions).flatten(1))
+            shifts.append(_sum_over(derivative, positions).flatten(1))
+        return normalisation.finish(torch.cat(scales)), torch.cat(shifts)
 
     def per_sample(self, module: Any, x: Tensor, grad: Tensor) -> list[Tensor]:
-        positions = 1 if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) else 2
         (blocks,) = self.blocks
-        parts = [(grad * x).sum(positions)]
+        parts = [x]
         if blocks.size == 2:
-            shift = grad.sum(positions)
-            parts.append(shift if _has_bias(module) else torch.zeros_like(shift))
+            parts.append(grad if _has_bias(module) else torch.zeros_like(grad))
         return [torch.stack(parts, -1).flatten(1).unsqueeze(1)]
 
 
-def _normalised(module: Any, x: Tensor) -> Tensor:
-    """What a normalisation multiplies by its scale."""
-    if isinstance(module, nn.LayerNorm):
-        return F.layer_norm(x, module.normalized_shape, eps=module.eps)
-    if isinstance(module, nn.RMSNorm):
-        return F.rms_norm(x, module.normalized_shape, eps=module.eps)
-    if isinstance(module, nn.GroupNorm):
-        return F.group_norm(x, module.num_groups, eps=module.eps)
-    own = module.training or module.running_mean is None
-    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+def _sum_over(x: Tensor, dims: Sequence[int]) -> Tensor:
+    return x.sum(dims) if dims else x
+
+
+class _Normalisation:
+    """What a normalisation multiplies by its scale, piece by piece of the batch.
+
+    The factor that a batch normalisation divides by is known, and applied, only when all pieces have been seen.
+    """
+
+    def __init__(self, module: Any, x: Tensor, dtype: torch.dtype) -> None:
+        self.module = module
+        self.batch = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if self.batch:
+            self.shape = (1, -1, *[1] * (x.dim() - 2))
+            self.own = module.training or module.running_mean is None
+            self.reduced = [d for d in range(x.dim()) if d != 1]
+            mean = x.mean(self.reduced, dtype=dtype) if self.own else module.running_mean.to(dtype)
+            self.mean = mean.view(self.shape)
+            self.squares = torch.zeros_like(mean)
+            self.count = x.numel() // max(1, x.shape[1])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Of one piece, a new tensor."""
+        module: Any = self.module
+        if self.batch:
+            x = x - self.mean
+            if self.own:
+                self.squares += channel_sum_of_squares(x)
+            return x
+        if isinstance(module, nn.LayerNorm):
+            return F.layer_norm(x, module.normalized_shape, eps=module.eps)
+        if isinstance(module, nn.RMSNorm):
+            return F.rms_norm(x, module.normalized_shape, eps=module.eps)
+        if isinstance(module, nn.GroupNorm):
+            return F.group_norm(x, module.num_groups, eps=module.eps)
         own = module.training or not module.track_running_stats
-    mean, variance = (None, None) if own else (module.running_mean.to(x.dtype), module.running_var.to(x.dtype))
-    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
-        spatial = module._get_no_batch_dim() - 1
-        return F.instance_norm(unsqueeze_batch(x, spatial), mean, variance, use_input_stats=own, eps=module.eps)
-    return F.batch_norm(x, mean, variance, training=own, momentum=0.0, eps=module.eps)
+        mean, variance = (None, None) if own else (module.running_mean.to(x.dtype), module.running_var.to(x.dtype))
+        return F.instance_norm(x, mean, variance, use_input_stats=own, eps=module.eps)
+
+    def finish(self, scales: Tensor) -> Tensor:
+        """Gradients of the scale, (samples, channels), from sums over positions."""
+        if not self.batch:
+            return scales
+        variance = self.squares / self.count if self.own else self.module.running_var.to(scales.dtype)
+        return scales * (variance + self.module.eps).rsqrt()
 
 
 class EmbeddingBlocks(BlockRule):

@@ -413,6 +413,35 @@ def _mini_block_case(name: str, samples: int, blocks: int, n: int, decay: float 
     )
 
 
+def _convolution_case(name: str, channels: int, outputs: int, decay: float = 0.0, groups: int = 1) -> Case:
+    samples, size, n = 9, 6, 9
+
+    def call(inputs: Inputs) -> list[Tensor]:
+        ops.conv_mini_block_gram_(inputs["out"], inputs["x"], inputs["grad_output"], 3, 1, 1, 1, groups, decay, 0.1)
+        return [inputs["out"]]
+
+    def tolerance(inputs: Inputs, expected: list[Tensor], u: float) -> list[Tolerance]:
+        magnitude = inputs["out"].abs()
+        with backends.use_backend("reference"):
+            ops.conv_mini_block_gram_(
+                magnitude, inputs["x"].abs(), inputs["grad_output"].abs(), 3, 1, 1, 1, groups, decay, 0.1
+            )
+        return [(2 * (size * size + 1) + samples + 4) * u * magnitude]
+
+    return Case(
+        "conv_mini_block_gram_",
+        name,
+        _SUM_DTYPES,
+        lambda source: {
+            "out": source.uniform(outputs, channels // groups, n, n),
+            "x": source.normal(samples, channels, size, size),
+            "grad_output": source.normal(samples, outputs, size, size),
+        },
+        call,
+        tolerance,
+    )
+
+
 def _gram_case(name: str, rows: int, columns: int, decay: float = 0.0, weighted: bool = True) -> Case:
     def inputs(source: Source) -> Inputs:
         out, x = source.uniform(columns, columns), source.normal(rows, columns)
@@ -466,6 +495,9 @@ CASES: Sequence[Case] = (
     _mini_block_case("3 x 3 kernels", 65, 35, 9),
     _mini_block_case("average", 7, 17, 25, decay=0.9),
     _mini_block_case("no samples", 0, 3, 4, decay=0.9),
+    _convolution_case("many input channels", 35, 7),
+    _convolution_case("average of few input channels", 3, 37, decay=0.9),
+    _convolution_case("channel by channel", 18, 18, groups=18),
     _gram_case("weighted", 131, 67),
     _gram_case("average", 600, 33, decay=0.9),
     _gram_case("without weights", 17, 130, weighted=False),

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fisher_kernels import use_backend
 from fisher_kernels.ops import ACCUMULATOR
-from tests.cases import DTYPES, LAYOUTS, WRITABLE_LAYOUTS, channels_last, contiguous, random, sliced
+from tests.cases import DTYPES, LAYOUTS, WRITABLE_LAYOUTS, channels_last, contiguous, sliced
 from tests.cases.mbf_step import PARAMETERS, Parameter, Step, pack, packed, step, unpack
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
 
@@ -655,7 +655,17 @@ def shapes(found: str, wanted: str) -> str:
     return rf" has shape \({found}\), expected \({wanted}\)"
 
 
-BAD_INVERSES = ((24, 2, 2), (3, 8, 7), (5, 8, 8), (3, 35), (2, 1, 8, 8), (1, 1, 5, 5), (1, 3, 3, 3), (1, 1, 8, 7), (24,))
+BAD_INVERSES = (
+    (24, 2, 2),
+    (3, 8, 7),
+    (5, 8, 8),
+    (3, 35),
+    (2, 1, 8, 8),
+    (1, 1, 5, 5),
+    (1, 3, 3, 3),
+    (1, 1, 8, 7),
+    (24,),
+)
 BAD_JOINED = ((4, 6, 6), (4, 21), (7, 4, 4), (1, 1, 4, 4), (1, 2, 2, 2))
 
 BAD: dict[str, tuple[Callable[[Step], None], type[Exception], str]] = {

@@ -24,12 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fisher_kernels
 from fisher_kernels import _library, backends, ops, tap, use_backend
+from fisher_kernels.ops._convolution import padding_pairs, per_dimension
 from tests.cases import random
 from tests.cases.adafisher_step import PARAMETERS, step
 from tests.cases.block_inverse import blocks
 from tests.cases.factor_ema import vectors
 from tests.cases.mbf_step import PARAMETERS as MBF_PARAMETERS
 from tests.cases.mbf_step import step as mbf_step
+from tests.cases.mini_block_gram import Convolution
 from tests.comparison import assert_same_bits, assert_within, surroundings
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -44,6 +46,14 @@ def mbf_arguments(**options: Any) -> Arguments:
     chosen = [MBF_PARAMETERS[i] for i in (0, 6, 20, 37, 38, 50, 51)]
     case = mbf_step(chosen, (torch.float32, torch.bfloat16), **options)
     return case.lists(), {**case.options, "lr": torch.tensor(0.01)}
+
+
+def convolution_arguments(*options: Any, **more: Any) -> Arguments:
+    case = Convolution(*options, **more)
+    spatial = len(case.shape) - 2
+    tensors = [random(shape, torch.float32) for shape in (case.out_shape(), case.shape, case.grad_shape())]
+    kernel, stride, dilation = ([*per_dimension(v, spatial)] for v in (case.kernel_size, case.stride, case.dilation))
+    return (*tensors, kernel, stride, [*padding_pairs(case.padding, spatial)], dilation, case.groups, 0.9, 0.1), {}
 
 
 # At least one call of every op there is: a new op has none, and fails the test of the namespace.
@@ -120,6 +130,10 @@ SAMPLES: dict[str, tuple[Callable[[], Arguments], ...]] = {
         lambda: ((random((3, 5, 5), torch.float32), random((4, 3, 5), torch.float32), 0.9, 0.1), {}),
         lambda: ((random((3, 2, 2), torch.float32), random((4, 3, 4), torch.bfloat16)[..., ::2], 0.0, 1.0), {}),
     ),
+    "conv_mini_block_gram_": (
+        lambda: convolution_arguments((2, 6, 5, 7), 4, (2, 2), groups=2),
+        lambda: convolution_arguments((5, 2, 8), 3, (3,), 2, [(1, 0)]),
+    ),
     "tap": (
         lambda: ((random((3, 4), torch.float32), [random((3, 2), torch.float32)], torch.zeros(1), [0, 0, 0, 1]), {}),
     ),
@@ -136,6 +150,7 @@ MUTATES = {
     "mbf_step_": {"params", "momentum_buffers"},
     "weighted_gram_": {"out"},
     "mini_block_gram_": {"out"},
+    "conv_mini_block_gram_": {"out"},
     "commit_": {"token"},
 }
 
@@ -270,6 +285,21 @@ def test_patches_compile_without_graph_breaks(backend: str, dynamic: bool) -> No
         assert_same_bits(compiled(x), patches(x))
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_gradients_of_convolutions_compile_without_graph_breaks(backend: str, dynamic: bool) -> None:
+    def average(out: Tensor, x: Tensor, grad: Tensor) -> Tensor:
+        ops.conv_mini_block_gram_(out, 2 * x, grad, (3, 2), 2, [(1, 0), (2, 2)], 1, 2, decay=0.9, gain=0.1)
+        return out + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(average, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for samples, size in ((2, 6), (3, 5)):
+        x, grad = random((samples, 4, size, 7), torch.float32), random((samples, 6, 2, 4), torch.float32, 1)
+        outs = [torch.ones(6, 2, 6, 6) for _ in range(2)]
+        assert_same_bits(compiled(outs[0], x, grad), average(outs[1], x, grad))
+        assert_same_bits(outs[0], outs[1])
+
+
 def test_lr_as_a_tensor_compiles_once(backend: str) -> None:
     torch._dynamo.reset()
     graphs = 0
@@ -302,7 +332,16 @@ def test_arguments_that_require_a_gradient_are_stepped_under_no_grad(backend: st
 
 @pytest.mark.parametrize(
     "name",
-    ["minmax_", "factor_ema_", "adafisher_step_", "block_inverse_", "mbf_step_", "mini_block_gram_", "weighted_gram_"],
+    [
+        "minmax_",
+        "factor_ema_",
+        "adafisher_step_",
+        "block_inverse_",
+        "mbf_step_",
+        "mini_block_gram_",
+        "conv_mini_block_gram_",
+        "weighted_gram_",
+    ],
 )
 def test_autograd_knows_what_was_changed(backend: str, name: str) -> None:
     """A backward pass that needs the old parameters must fail rather than take the new ones."""

@@ -2,6 +2,7 @@
 
 #include "../kernels.h"
 #include "integers.h"
+#include "mini_blocks.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "transpose.h"
@@ -16,82 +17,10 @@ namespace {
 constexpr int64_t kRun = 32;  // samples summed before their sum is added to the total
 constexpr int64_t kCacheLine = 64;
 
-// Rows and columns of a tile of the triangle, whose sums fill most of the registers.
-constexpr int kMaxPanel = kVectorBytes == 64 ? 5 : 3;
-
-/// Where row i of a triangle begins; columns 0 to i follow.
-inline int64_t triangle(int64_t i) { return i * (i + 1) / 2; }
-
 template <class T>
 T* align(T* p) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(p);
   return reinterpret_cast<T*>((address + kVectorBytes - 1) / kVectorBytes * kVectorBytes);
-}
-
-/// The vectors of a group of blocks in a run of samples, entry by entry: a register [samples, n] for each.
-template <class A>
-struct Run {
-  const A* entries;
-  int64_t samples;
-  int64_t n;
-  bool is_first;
-};
-
-/// totals[row + r, column + c] += the sum over a run of the products of entries row + r and column + c.
-template <class A, int kRows, int kColumns, bool kDiagonal>
-void add_tile(const Run<A>& run, int64_t row, int64_t column, A* totals) {
-  constexpr int kStep = kLanes<A>;
-  Vector<A> sums[kRows][kColumns] = {};
-  const A* entries = run.entries;
-  for (int64_t s = 0; s < run.samples; ++s, entries += run.n * kStep) {
-    Vector<A> right[kColumns];
-#pragma GCC unroll 8
-    for (int c = 0; c < kColumns; ++c) right[c] = load(entries + (column + c) * kStep);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const Vector<A> left = kDiagonal ? right[r] : load(entries + (row + r) * kStep);
-#pragma GCC unroll 8
-      for (int c = 0; c < (kDiagonal ? r + 1 : kColumns); ++c) sums[r][c] += left * right[c];
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int c = 0; c < (kDiagonal ? r + 1 : kColumns); ++c) {
-      A* const total = totals + (triangle(row + r) + column + c) * kStep;
-      store(total, run.is_first ? sums[r][c] : load(total) + sums[r][c]);
-    }
-  }
-}
-
-/// Calls body with a panel's size as a constant.
-template <class Body>
-void with_size(int64_t size, const Body& body) {
-  switch (size) {
-    case 1: return body(std::integral_constant<int, 1>{});
-    case 2: return body(std::integral_constant<int, 2>{});
-    case 3: return body(std::integral_constant<int, 3>{});
-    case 4: return body(std::integral_constant<int, kMaxPanel < 4 ? kMaxPanel : 4>{});
-    case 5: return body(std::integral_constant<int, kMaxPanel < 5 ? kMaxPanel : 5>{});
-  }
-}
-
-/// Adds a run to the totals [n (n + 1) / 2], tile by tile of the triangle; the n entries are split evenly.
-template <class A>
-void add_run(const Run<A>& run, A* totals) {
-  const int64_t panels = ceil_div(run.n, kMaxPanel);
-  const auto first = [&](int64_t panel) { return run.n * panel / panels; };
-  const auto size = [&](int64_t panel) { return first(panel + 1) - first(panel); };
-  for (int64_t i = 0; i < panels; ++i) {
-    with_size(size(i), [&](auto rows) {
-      for (int64_t j = 0; j < i; ++j) {
-        with_size(size(j), [&](auto columns) {
-          add_tile<A, rows, columns, false>(run, first(i), first(j), totals);
-        });
-      }
-      add_tile<A, rows, rows, true>(run, first(i), first(i), totals);
-    });
-  }
 }
 
 /// The blocks that share a register.
@@ -135,18 +64,6 @@ template <class T>
 void prefetch(const T* v, int64_t size) {
   const char* const bytes = reinterpret_cast<const char*>(v);
   for (int64_t i = 0; i < size * static_cast<int64_t>(sizeof(T)); i += kCacheLine) __builtin_prefetch(bytes + i, 0, 2);
-}
-
-/// out[i, j] <- decay * out[i, j] + gain * totals, both triangles from the lower one.
-template <class A>
-void write_block(const A* totals, int64_t n, A decay, A gain, A* out) {
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j <= i; ++j) {
-      A value = gain * totals[(triangle(i) + j) * kLanes<A>];
-      if (decay != 0) value += decay * out[i * n + j];
-      out[i * n + j] = out[j * n + i] = value;
-    }
-  }
 }
 
 template <class T>

@@ -32,6 +32,10 @@ void block_inverse_(py::handle out, py::handle blocks, double damping, py::handl
 void block_solve(py::handle blocks, double damping, py::handle rhs, py::handle out, py::handle info, int threads);
 void block_apply(py::handle inverse, py::handle vectors, py::handle out, int threads);
 void mini_block_gram_(py::handle out, py::handle v, double decay, double gain, int threads);
+void conv_mini_block_gram_(py::handle out, py::handle x, py::handle grad_output,
+                           const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
+                           const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
+                           double decay, double gain, int threads);
 void weighted_gram_(py::handle out, py::handle x, py::handle weight, double decay, double gain, int threads);
 
 void stream_update(py::handle firsts, py::handle seconds, py::handle reads, int threads);

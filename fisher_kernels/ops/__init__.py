@@ -6,7 +6,7 @@ from fisher_kernels.ops.block_inverse import block_apply, block_inverse, block_i
 from fisher_kernels.ops.factor_ema import factor_ema_, minmax, minmax_
 from fisher_kernels.ops.gram import weighted_gram_
 from fisher_kernels.ops.mbf_step import mbf_step_
-from fisher_kernels.ops.mini_block_gram import mini_block_gram_
+from fisher_kernels.ops.mini_block_gram import conv_mini_block_gram_, mini_block_gram_
 from fisher_kernels.ops.sum_of_squares import channel_sum_of_squares, column_sum_of_squares, patch_sum_of_squares
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "block_solve",
     "channel_sum_of_squares",
     "column_sum_of_squares",
+    "conv_mini_block_gram_",
     "factor_ema_",
     "mbf_step_",
     "mini_block_gram_",

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import native
+from fisher_kernels.ops._convolution import pad, padding_pairs, per_dimension, windows
 from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define
+
+# mini_block_gram_
 
 
 def _fake(out: Tensor, v: Tensor, decay: float, gain: float) -> None:
@@ -33,7 +39,12 @@ def _fake(out: Tensor, v: Tensor, decay: float, gain: float) -> None:
 def _reference(out: Tensor, v: Tensor, decay: float, gain: float) -> None:
     _fake(out, v, decay, gain)
     wide = v.to(out.dtype)
-    lower = gain * torch.einsum("nbi,nbj->bij", wide, wide).tril()
+    _average(out, torch.einsum("nbi,nbj->bij", wide, wide), decay, gain)
+
+
+def _average(out: Tensor, sums: Tensor, decay: float, gain: float) -> None:
+    """Write decay * out + gain * sums, for both triangles from the lower ones."""
+    lower = gain * sums.tril()
     if decay != 0:
         lower += decay * out.tril()
     out.copy_(lower + lower.tril(-1).mT)
@@ -72,3 +83,191 @@ def mini_block_gram_(out: Tensor, v: Tensor, decay: float = 0.0, gain: float = 1
             and nothing has changed.
     """
     _mini_block_gram(out, v, decay, gain)
+
+
+# conv_mini_block_gram_
+
+_PATCHES = 2**20  # numbers of unfolded patches and gradients that the reference makes at a time, at least a sample's
+
+
+def _conv_check(
+    x: Tensor,
+    grad_output: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    op = "conv_mini_block_gram_"
+    check_floating(op, "x", x.dtype)
+    if not 3 <= x.dim() <= 5:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected 3 to 5 dimensions")
+    if grad_output.dtype != x.dtype:
+        raise TypeError(f"{op}: grad_output has dtype {grad_output.dtype}, expected {x.dtype}")
+    shape = tuple(grad_output.shape)
+    if len(shape) != x.dim():
+        raise ValueError(f"{op}: grad_output has shape {shape}, expected {x.dim()} dimensions")
+    if shape[0] != x.shape[0]:
+        raise ValueError(
+            f"{op}: grad_output has shape {shape}, expected the {x.shape[0]} samples of x of shape {tuple(x.shape)}"
+        )
+    if groups < 1 or x.shape[1] % groups or shape[1] % groups:
+        raise ValueError(
+            f"{op}: groups is {groups}, expected a divisor of the {x.shape[1]} channels of x and the {shape[1]} of "
+            f"grad_output"
+        )
+    for d, most in enumerate(windows(op, x.shape, kernel_size, stride, padding, dilation)):
+        if not shape[2 + d] <= most:
+            raise ValueError(
+                f"{op}: grad_output has shape {shape}, expected at most {most} positions in spatial dimension {d}, "
+                f"the windows of x of shape {tuple(x.shape)}"
+            )
+
+
+def _conv_fake(
+    out: Tensor,
+    x: Tensor,
+    grad_output: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    decay: float,
+    gain: float,
+) -> None:
+    op = "conv_mini_block_gram_"
+    _conv_check(x, grad_output, kernel_size, stride, padding, dilation, groups)
+    n = math.prod(kernel_size)
+    shape = (grad_output.shape[1], x.shape[1] // groups, n, n)
+    if out.dtype != ACCUMULATOR[x.dtype]:
+        raise TypeError(f"{op}: out has dtype {out.dtype}, expected {ACCUMULATOR[x.dtype]} for x of {x.dtype}")
+    if tuple(out.shape) != shape:
+        raise ValueError(f"{op}: out has shape {tuple(out.shape)}, expected {shape}")
+    if not out.is_contiguous():
+        raise ValueError(f"{op}: out is not contiguous: shape {tuple(out.shape)}, strides {out.stride()}")
+    for name, tensor in (("x", x), ("grad_output", grad_output)):
+        if tensor.device != out.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, expected {out.device}, the device of out")
+    check_coefficient(op, "decay", decay)
+    check_coefficient(op, "gain", gain)
+
+
+def _conv_reference(
+    out: Tensor,
+    x: Tensor,
+    grad_output: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    decay: float,
+    gain: float,
+) -> None:
+    _conv_fake(out, x, grad_output, kernel_size, stride, padding, dilation, groups, decay, gain)
+    outputs, inputs, n = out.shape[:3]
+    positions = math.prod(grad_output.shape[2:])
+    sums = torch.zeros_like(out)
+    samples = max(1, _PATCHES // max(1, n * inputs * (groups * positions + outputs)))
+    for few_x, few_grads in zip(x.split(samples), grad_output.split(samples), strict=True):
+        patches = pad(few_x.to(out.dtype), padding)
+        for d, size in enumerate(grad_output.shape[2:]):
+            extent = dilation[d] * (kernel_size[d] - 1) + 1
+            patches = patches.unfold(2 + d, extent, stride[d]).narrow(2 + d, 0, size)[..., :: dilation[d]]
+        patches = patches.reshape(len(few_x), groups, inputs, positions, n)  # from [N, I, *L, *K]
+        grads = few_grads.to(out.dtype).reshape(len(few_x), groups, outputs // groups, positions)
+        gradients = torch.einsum("sgol,sgilk->sgoik", grads, patches).reshape(len(few_x), outputs, inputs, n)
+        sums += torch.einsum("soij,soik->oijk", gradients, gradients)
+    _average(out, sums, decay, gain)
+
+
+def _with_even_positions(x: Tensor) -> Tensor:
+    """Return x (N, C, *S) as it is if each sample's memory is in order (C, *S) or (*S, C), else a contiguous copy."""
+    sample = x[:1]
+    return x if sample.is_contiguous() or sample.movedim(1, -1).is_contiguous() else x.contiguous()
+
+
+def _conv_cpu(
+    out: Tensor,
+    x: Tensor,
+    grad_output: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    decay: float,
+    gain: float,
+) -> None:
+    if x.dim() > 2 and grad_output.dim() > 2:
+        x, grad_output = _with_even_positions(x), _with_even_positions(grad_output)
+    threads = torch.get_num_threads()
+    native().conv_mini_block_gram_(
+        out, x, grad_output, kernel_size, stride, padding, dilation, groups, decay, gain, threads
+    )
+    increment_version([out])
+
+
+_conv_mini_block_gram = define(
+    "conv_mini_block_gram_(Tensor(a!) out, Tensor x, Tensor grad_output, int[] kernel_size, int[] stride, "
+    "int[] padding, int[] dilation, int groups, float decay, float gain) -> ()",
+    fake=_conv_fake,
+    reference=_conv_reference,
+    cpu=_conv_cpu,
+)
+
+
+def conv_mini_block_gram_(
+    out: Tensor,
+    x: Tensor,
+    grad_output: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | Sequence[tuple[int, int]] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    decay: float = 0.0,
+    gain: float = 1.0,
+) -> None:
+    """As :func:`mini_block_gram_`, for the gradients of a convolution's kernels by single samples, made on the way.
+
+    ``out[o, i] <- decay * out[o, i] + gain * sum_s w w^T``, where w is the gradient of kernel (o, i) by sample s,
+    ``w[k] = sum_l grad_output[s, o, l] * x_padded[s, i, l * stride + k * dilation]``, i being a channel of o's group.
+    The result is symmetric to the bit. Neither the gradients nor unfolded patches are held for more than a few samples:
+    memory beyond the arguments does not grow with the batch. (The blocks of a mini-block Fisher matrix, MBF, arXiv
+    2202.04124.)
+
+    Args:
+        out: (O, I / groups, n, n), n being the number of offsets of the kernel in row-major order; contiguous, float64
+            for float64 x and float32 for everything else; shares no memory with the others. Its lower triangles are
+            read, and nothing of it if decay is 0.
+        x: input of the convolution (N, I, *S) with one to three spatial dimensions; float32, float64, bfloat16 or
+            float16. Samples that are contiguous or channels_last are read in place, others are copied first.
+        grad_output: derivative of the loss by the output of the convolution, (N, O, *L), like x. L may be less than
+            the number of windows of the padded x; the last ones then count for nothing.
+        kernel_size: one integer or one for each spatial dimension, at least 1.
+        stride: likewise, at least 1.
+        padding: zeros around x: one integer, one for each spatial dimension, or a pair (before, after) for each.
+        dilation: like stride.
+        groups: divides I and O.
+        decay, gain: finite and at least 0.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape, strides, device or range; the message names it,
+            and nothing has changed.
+    """
+    spatial = x.dim() - 2
+    _conv_mini_block_gram(
+        out,
+        x,
+        grad_output,
+        per_dimension(kernel_size, spatial),
+        per_dimension(stride, spatial),
+        padding_pairs(padding, spatial),
+        per_dimension(dilation, spatial),
+        groups,
+        decay,
+        gain,
+    )

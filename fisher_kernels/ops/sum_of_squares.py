@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fisher_kernels._library import native
+from fisher_kernels.ops._convolution import pad, padding_pairs, per_dimension, windows
 from fisher_kernels.ops._define import ACCUMULATOR, check_floating, define
 
 
@@ -125,37 +126,11 @@ def channel_sum_of_squares(x: Tensor) -> Tensor:
 # patch_sum_of_squares
 
 
-def _windows(
-    shape: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> list[int]:
-    """Number of windows along each spatial dimension of x, after checking every argument."""
-    op = "patch_sum_of_squares"
-    spatial = len(shape) - 2
-    arguments = (("kernel_size", kernel, 1, 1), ("stride", stride, 1, 1), ("dilation", dilation, 1, 1))
-    for name, values, least, per in (*arguments, ("padding", padding, 0, 2)):
-        if not (len(values) == per * spatial and all(v >= least for v in values)):
-            raise ValueError(
-                f"{op}: {name} is {list(values)}, expected {per * spatial} integers of at least {least} "
-                f"for x of shape {tuple(shape)}"
-            )
-    sizes = []
-    for d in range(spatial):
-        padded = shape[2 + d] + padding[2 * d] + padding[2 * d + 1]
-        extent = dilation[d] * (kernel[d] - 1) + 1
-        if not padded >= extent:
-            raise ValueError(
-                f"{op}: x of shape {tuple(shape)} is {padded} long after padding in spatial dimension {d}, expected "
-                f"at least {extent}, the extent of kernel_size {kernel[d]} with dilation {dilation[d]}"
-            )
-        sizes.append((padded - extent) // stride[d] + 1)
-    return sizes
-
-
 def _patch_fake(
     x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
     _check("patch_sum_of_squares", x.shape, x.dtype, 3, 5)
-    _windows(x.shape, kernel_size, stride, padding, dilation)
+    windows("patch_sum_of_squares", x.shape, kernel_size, stride, padding, dilation)
     return x.new_empty((x.shape[1], *kernel_size), dtype=ACCUMULATOR[x.dtype])
 
 
@@ -171,7 +146,7 @@ def _patch_shape(
 ) -> tuple[int, ...]:
     """Shape of the result, after checking every argument."""
     _check("patch_sum_of_squares", shape, dtype, 3, 5)
-    _windows(shape, kernel, stride, padding, dilation)
+    windows("patch_sum_of_squares", shape, kernel, stride, padding, dilation)
     return shape[1], *kernel
 
 
@@ -179,9 +154,8 @@ def _patch_reference(
     x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
     _check("patch_sum_of_squares", x.shape, x.dtype, 3, 5)
-    sizes = _windows(x.shape, kernel_size, stride, padding, dilation)
-    last_first = [p for d in reversed(range(len(sizes))) for p in padding[2 * d : 2 * d + 2]]
-    squares = torch.nn.functional.pad(_squares(x), last_first)
+    sizes = windows("patch_sum_of_squares", x.shape, kernel_size, stride, padding, dilation)
+    squares = pad(_squares(x), padding)
     sums = []
     for offset in itertools.product(*map(range, kernel_size)):
         read = squares
@@ -207,17 +181,6 @@ _patch = define(
     reference=_patch_reference,
     cpu=_patch_cpu,
 )
-
-
-def _per_dimension(value: int | Sequence[int], spatial: int) -> tuple[int, ...]:
-    return (value,) * spatial if isinstance(value, int) else tuple(value)
-
-
-def _padding_pairs(padding: int | Sequence[int] | Sequence[tuple[int, int]], spatial: int) -> tuple[int, ...]:
-    """Padding as (before, after) of each spatial dimension, flattened."""
-    if isinstance(padding, int):
-        return (padding,) * (2 * spatial)
-    return tuple(p for pair in padding for p in ((pair, pair) if isinstance(pair, int) else pair))
 
 
 def patch_sum_of_squares(
@@ -251,8 +214,8 @@ def patch_sum_of_squares(
     spatial = x.dim() - 2
     return _patch(
         x,
-        _per_dimension(kernel_size, spatial),
-        _per_dimension(stride, spatial),
-        _padding_pairs(padding, spatial),
-        _per_dimension(dilation, spatial),
+        per_dimension(kernel_size, spatial),
+        per_dimension(stride, spatial),
+        padding_pairs(padding, spatial),
+        per_dimension(dilation, spatial),
     )

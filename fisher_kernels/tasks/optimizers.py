@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from fisher_kernels.optim import AdaFisher, AdaFisherW
+from fisher_kernels.optim import MBF, AdaFisher, AdaFisherW
 from fisher_kernels.tasks.task import Hyperparameters, Task
 
 
@@ -45,6 +45,7 @@ OPTIMIZERS: Mapping[str, Entry] = {
     "sgd": Entry("SGD", _sgd, ("lr", "weight_decay")),
     "adafisher": Entry("AdaFisher", AdaFisher, _ADAFISHER_OPTIONS, _ADAFISHER_VARIANTS),
     "adafisherw": Entry("AdaFisherW", AdaFisherW, _ADAFISHER_OPTIONS, _ADAFISHER_VARIANTS),
+    "mbf": Entry("MBF", MBF, ("lr", "weight_decay", "update_interval", "damping")),
 }
 
 

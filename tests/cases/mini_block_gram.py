@@ -1,6 +1,12 @@
-"""Inputs of mini_block_gram_."""
+"""Inputs of mini_block_gram_ and conv_mini_block_gram_."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from fisher_kernels.ops._convolution import padding_pairs, per_dimension
 
 # (samples, blocks, n) around the sizes at which kernels change their ways: the 4, 8 or 16 lanes of a register, the 32
 # samples of a run, the 2 or 4 entries of a transposed piece, the 3 or 5 of a panel, nothing at all.
@@ -22,4 +28,71 @@ SHAPES: tuple[tuple[int, int, int], ...] = (
     (33, 7, 17),
     (5, 18, 25),
     (3, 17, 49),
+)
+
+
+class Convolution(NamedTuple):
+    """The input of a convolution, its output channels and its geometry."""
+
+    shape: tuple[int, ...]
+    outputs: int
+    kernel_size: int | Sequence[int]
+    stride: int | Sequence[int] = 1
+    padding: int | Sequence[int] | Sequence[tuple[int, int]] = 0
+    dilation: int | Sequence[int] = 1
+    groups: int = 1
+    missing: int = 0
+    """How many windows at the end of each dimension grad_output does not have."""
+
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        """The arguments after the tensors."""
+        return self.kernel_size, self.stride, self.padding, self.dilation, self.groups
+
+    def windows(self) -> tuple[int, ...]:
+        """Sizes of the output."""
+        spatial = len(self.shape) - 2
+        paddings = padding_pairs(self.padding, spatial)
+        kernel, stride, dilation = (per_dimension(v, spatial) for v in (self.kernel_size, self.stride, self.dilation))
+        return tuple(
+            (size + paddings[2 * d] + paddings[2 * d + 1] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
+            for d, size in enumerate(self.shape[2:])
+        )
+
+    def grad_shape(self) -> tuple[int, ...]:
+        return self.shape[0], self.outputs, *(max(0, size - self.missing) for size in self.windows())
+
+    def out_shape(self) -> tuple[int, int, int, int]:
+        n = math.prod(per_dimension(self.kernel_size, len(self.shape) - 2))
+        return self.outputs, self.shape[1] // self.groups, n, n
+
+
+# Lanes of input channels, of output channels and of groups; full, nearly full and nearly empty registers; tiles of 1 to
+# 8 rows and 1 to 9 offsets; more and fewer samples than a run; nothing at all.
+CONVOLUTIONS: tuple[Convolution, ...] = (
+    Convolution((3, 16, 6, 5), 7, 3, padding=1),
+    Convolution((9, 17, 4, 4), 5, 3, padding=1),
+    Convolution((17, 1, 8, 8), 33, 3, padding=1),
+    Convolution((5, 3, 7, 6), 34, 3, stride=2, padding=1),
+    Convolution((3, 33, 5, 5), 33, 3, padding=1, groups=33),
+    Convolution((3, 34, 5, 5), 51, (2, 3), padding=1, groups=17),
+    Convolution((2, 32, 5, 5), 10, 3, padding=1, groups=2),
+    Convolution((2, 6, 5, 5), 32, 3, padding=1, groups=2),
+    Convolution((4, 16, 5, 3), 19, 1),
+    Convolution((4, 16, 5, 3), 9, 1, stride=2, padding=1),
+    Convolution((4, 16, 9), 5, 2),
+    Convolution((4, 16, 17), 5, 5, stride=2, padding=[(2, 0)], dilation=2),
+    Convolution((2, 16, 7, 9), 4, 5, padding=2),
+    Convolution((2, 2, 9, 9), 16, 7, padding=3),
+    Convolution((2, 16, 3, 4, 5), 3, (3, 2, 1), (1, 2, 3), (1, 0, 2), (1, 2, 1)),
+    Convolution((2, 16, 4, 4, 4), 2, 3, padding=((1, 1), (0, 2), (2, 0))),
+    Convolution((2, 16, 40, 40), 2, 3, padding=1),  # more positions than are summed at a time
+    Convolution((2, 16, 7, 9), 4, (1, 4), (3, 2), ((0, 1), (3, 2)), (1, 2), missing=1),
+    Convolution((2, 3, 7, 9), 4, 3, stride=2, padding=(3, 5), missing=2),
+    Convolution((2, 3, 2, 2), 4, 2, stride=9, padding=5),  # most windows see nothing but padding
+    Convolution((2, 3, 4), 4, 2, missing=9),
+    Convolution((0, 3, 4), 4, 2),
+    Convolution((2, 0, 4), 4, 2),
+    Convolution((2, 3, 4), 0, 2),
+    Convolution((2, 3, 0), 4, 2, padding=1),
 )

@@ -1,0 +1,493 @@
+#include <cstdint>
+
+#include "../kernels.h"
+#include "integers.h"
+#include "lanes.h"
+#include "mini_blocks.h"
+#include "parallel.h"
+#include "scratch.h"
+#include "vector.h"
+
+// One block per lane, as in mini_block_gram.cpp; here the vectors, the gradients of the kernels of a convolution by one
+// sample, are made on the way. Each is a sum over output positions of grad_output times what a kernel offset reads:
+//   entry[offset] = sum over l of left[l] * right[window[l] + offset],
+// left being a channel of grad_output and right a channel of the padded input. The lanes are input channels (left is
+// one number for all lanes), output channels (right is) or the groups of the convolution (both have one a lane),
+// whichever fills registers best. What has lanes is copied, a few samples at a time, so that they lie side by side.
+namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
+
+namespace {
+
+constexpr int64_t kRun = 8;           // samples summed before their sum is added to the total
+constexpr int64_t kSegment = 1024;    // positions summed before their sum is added to the entry
+constexpr int64_t kCopies = 1 << 18;  // bytes of copies that a thread aims at, and of totals: both stay in its cache
+constexpr int64_t kTotals = 1 << 18;
+
+// Sums, the left operands and a right one share the registers: kTaps * rows + rows + 1.
+constexpr int kRegisters = kVectorBytes == 64 ? 32 : 16;
+constexpr int kMaxTaps = kVectorBytes == 64 ? 9 : 4;
+constexpr int kMostRows = 8;
+
+constexpr int max_rows(int64_t taps) {
+  const int64_t rows = (kRegisters - 1) / (taps + 1);
+  return static_cast<int>(rows < kMostRows ? rows : kMostRows);
+}
+
+/// Keeps a value that is used several times in a register: GCC would load it anew at each use.
+template <class V>
+inline void keep_in_register([[maybe_unused]] V& value) {
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#endif
+}
+
+/// The sizes of parts of `size` that are as even as can be.
+struct Even {
+  int64_t size;
+  int64_t parts;
+
+  int64_t first(int64_t part) const { return size * part / parts; }
+  int64_t count(int64_t part) const { return first(part + 1) - first(part); }
+};
+
+inline Even split_evenly(int64_t size, int64_t most) { return {size, ceil_div(size, most)}; }
+
+/// Products of one sample at a run of output positions.
+template <class A>
+struct Products {
+  const A* left;  // at the first position
+  int64_t left_row;
+  int64_t left_step;  // from position to position
+  const A* right;
+  const int64_t* windows;  // where each position's window begins in `right`
+  const int64_t* taps;     // where the kernel offsets lie in a window
+  int64_t positions;
+  A* entries;
+  int64_t entries_row;
+  bool is_first;
+};
+
+template <class A, bool kInLanes>
+inline Vector<A> operand(const A* p) {
+  if constexpr (kInLanes) {
+    return load(p);
+  } else {
+    return *p - Vector<A>{};  // in all lanes; taking off zero is no instruction
+  }
+}
+
+/// entries[r, t] (+)= sum over positions l of left[r, l] * right[windows[l] + taps[t]].
+template <class A, bool kLeftLanes, bool kRightLanes, int kRows, int kTaps>
+void add_products(const Products<A>& p) {
+  Vector<A> sums[kRows][kTaps] = {};
+  const A* right[kTaps];
+#pragma GCC unroll 16
+  for (int t = 0; t < kTaps; ++t) right[t] = p.right + p.taps[t];
+  const A* left = p.left;
+  const int64_t left_row = p.left_row, left_step = p.left_step;
+  const int64_t* const end = p.windows + p.positions;
+  for (const int64_t* window = p.windows; window != end; ++window, left += left_step) {
+    const int64_t first = *window;
+    Vector<A> lefts[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) lefts[r] = operand<A, kLeftLanes>(left + r * left_row);
+#pragma GCC unroll 16
+    for (int t = 0; t < kTaps; ++t) {
+      Vector<A> value = operand<A, kRightLanes>(right[t] + first);
+      keep_in_register(value);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) sums[r][t] += lefts[r] * value;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int t = 0; t < kTaps; ++t) {
+      A* const entry = p.entries + r * p.entries_row + t * kLanes<A>;
+      store(entry, p.is_first ? sums[r][t] : load(entry) + sums[r][t]);
+    }
+  }
+}
+
+/// Tables of where things lie in a copy of the padded input that holds no more than the windows read.
+class Geometry {
+ public:
+  explicit Geometry(const ConvMiniBlockGram& a)
+      : inputs(a.depth.size * a.height.size * a.width.size),
+        outputs(a.depth.outputs * a.height.outputs * a.width.outputs),
+        taps(a.depth.kernel * a.height.kernel * a.width.kernel),
+        padded(outputs == 0 ? 0 : reach(a.depth) * reach(a.height) * reach(a.width)),
+        memory_(inputs + outputs + taps) {
+    int64_t* place = memory_.data();
+    const int64_t plane = reach(a.height) * reach(a.width), line = reach(a.width);
+    const auto fill = [&](int64_t depths, int64_t heights, int64_t widths, const auto& at) {
+      for (int64_t d = 0; d < depths; ++d) {
+        for (int64_t h = 0; h < heights; ++h) {
+          for (int64_t w = 0; w < widths; ++w) *place++ = at(d, h, w);
+        }
+      }
+    };
+    const auto is_read = [](const Window& window, int64_t i) { return i + window.before < reach(window); };
+    fill(a.depth.size, a.height.size, a.width.size, [&](int64_t d, int64_t h, int64_t w) {
+      if (outputs == 0 || !(is_read(a.depth, d) && is_read(a.height, h) && is_read(a.width, w))) return padded;
+      return (d + a.depth.before) * plane + (h + a.height.before) * line + w + a.width.before;
+    });
+    fill(a.depth.outputs, a.height.outputs, a.width.outputs, [&](int64_t d, int64_t h, int64_t w) {
+      return d * a.depth.stride * plane + h * a.height.stride * line + w * a.width.stride;
+    });
+    fill(a.depth.kernel, a.height.kernel, a.width.kernel, [&](int64_t d, int64_t h, int64_t w) {
+      return d * a.depth.dilation * plane + h * a.height.dilation * line + w * a.width.dilation;
+    });
+  }
+
+  /// Numbers side by side at each position.
+  void widen(int64_t lanes) {
+    for (int64_t i = 0; i < inputs + outputs + taps; ++i) memory_.data()[i] *= lanes;
+  }
+
+  const int64_t* input_places() const { return memory_.data(); }
+  const int64_t* window_places() const { return memory_.data() + inputs; }
+  const int64_t* tap_places() const { return memory_.data() + inputs + outputs; }
+
+  const int64_t inputs;
+  const int64_t outputs;
+  const int64_t taps;
+  const int64_t padded;  // and the place of what no window reads
+
+ private:
+  static int64_t reach(const Window& window) {
+    return (window.outputs - 1) * window.stride + (window.kernel - 1) * window.dilation + 1;
+  }
+
+  Scratch<int64_t> memory_;
+};
+
+/// Channels of one sample.
+template <class T>
+struct Channels {
+  const T* data;
+  int64_t lane_stride;
+  int64_t position_stride;
+};
+
+/// to[places[p] + lane] = x[lane, p], and zeros in lanes that x does not have. Null places are p * kLanes.
+template <class T>
+void copy_lanes(const Channels<T>& x, int64_t lanes, int64_t positions, const int64_t* places, Accumulator<T>* to) {
+  using A = Accumulator<T>;
+  constexpr int64_t kStep = kLanes<T>;
+  const auto place = [&](int64_t p) { return to + (places ? places[p] : p * kStep); };
+  if (x.position_stride == 1 && positions >= kStep) {
+    for (int64_t next = 0; next < positions; next += kStep) {
+      const int64_t first = smaller(next, positions - kStep);  // the last square overlaps the one before
+      Vector<A> square[kStep];
+#pragma GCC unroll 16
+      for (int64_t lane = 0; lane < kStep; ++lane) {
+        square[lane] = lane < lanes ? load(x.data + lane * x.lane_stride + first) : Vector<A>{};
+      }
+      transpose<A>(square);
+#pragma GCC unroll 16
+      for (int64_t p = 0; p < kStep; ++p) store(place(first + p), square[p]);
+    }
+  } else if (x.lane_stride == 1 && lanes == kStep) {
+    for (int64_t p = 0; p < positions; ++p) store(place(p), load(x.data + p * x.position_stride));
+  } else {
+    for (int64_t p = 0; p < positions; ++p) {
+      A* const values = place(p);
+      for (int64_t lane = 0; lane < kStep; ++lane) {
+        values[lane] = lane < lanes ? widen(x.data[lane * x.lane_stride + p * x.position_stride]) : A{0};
+      }
+    }
+  }
+}
+
+/// Where things numbered by slot and lane begin: first + slot * per_slot + lane * per_lane.
+struct Numbering {
+  int64_t first;
+  int64_t per_slot;
+  int64_t per_lane;
+
+  int64_t operator()(int64_t slot) const { return first + slot * per_slot; }
+};
+
+/// What the lanes of a register are.
+enum class Lanes { inputs, outputs, groups };
+
+inline Lanes choose_lanes(const ConvMiniBlockGram& a, int64_t step) {
+  // Padded sizes over sizes, compared crosswise.
+  const auto padded = [&](int64_t size) { return ceil_div(size, step) * step; };
+  Lanes best = Lanes::inputs;
+  int64_t size = a.inputs;
+  if (padded(a.outputs) * size < padded(size) * a.outputs) best = Lanes::outputs, size = a.outputs;
+  if (padded(a.groups) * size < padded(size) * a.groups) best = Lanes::groups;
+  return best;
+}
+
+template <class T, Lanes kLanesAre>
+class Kernel {
+  using A = Accumulator<T>;
+  static constexpr int64_t kStep = kLanes<T>;
+  static constexpr bool kLeftLanes = kLanesAre != Lanes::inputs;
+  static constexpr bool kRightLanes = kLanesAre != Lanes::outputs;
+  static constexpr bool kStages = !kLeftLanes && !std::is_same_v<T, A>;  // numbers to widen, a few rows at a time
+
+ public:
+  explicit Kernel(const ConvMiniBlockGram& a) : a_(a), geometry_(a), n_(geometry_.taps) {
+    const int64_t width = kRightLanes ? kStep : 1;
+    if (kRightLanes) geometry_.widen(kStep);
+    tap_groups_ = split_evenly(n_, kMaxTaps);
+    rows_ = max_rows(ceil_div(n_, tap_groups_.parts));
+    const int64_t lane_groups = kLanesAre == Lanes::inputs   ? a.groups * ceil_div(a.inputs, kStep)
+                                : kLanesAre == Lanes::groups ? ceil_div(a.groups, kStep)
+                                                             : a.groups;
+    const int64_t lefts = kLanesAre == Lanes::outputs ? ceil_div(a.outputs, kStep) : a.outputs;
+    const int64_t rights = kLanesAre == Lanes::inputs ? 1 : a.inputs;
+
+    right_size_ = (geometry_.padded + 1) * width;
+    left_size_ = kLeftLanes ? geometry_.outputs * kStep : 0;
+    totals_size_ = triangle(n_) * kStep;
+    const int64_t bytes = sizeof(A);
+    // A matter of the shape of single channels: no block knows how many others there are.
+    run_ = larger(1, smaller(kRun, kCopies / ((left_size_ + right_size_) * bytes)));
+    const int64_t vectors = larger(1, kTotals / (totals_size_ * bytes));
+    if (kLeftLanes) {  // a copy of left serves many rights, which in turn are few where copies of them are large
+      const int64_t copies = larger(1, kCopies / (run_ * right_size_ * bytes));
+      left_parts_ = split_evenly(lefts, rows_);
+      right_parts_ = split_evenly(rights, larger(1, smaller(vectors / rows_, copies)));
+    } else {
+      left_parts_ = split_evenly(lefts, larger(rows_, vectors));
+      right_parts_ = {1, 1};
+    }
+    // Which unit a block is in changes nothing for it: units may be as many as threads ask for.
+    threads_ = useful_threads(a.samples * lefts * rights * lane_groups * n_ * (geometry_.outputs + n_), a.threads);
+    while (lane_groups * left_parts_.parts * right_parts_.parts < threads_ && left_parts_.parts * rows_ < lefts) {
+      ++left_parts_.parts;
+    }
+    while (lane_groups * left_parts_.parts * right_parts_.parts < threads_ && right_parts_.parts < rights) {
+      ++right_parts_.parts;
+    }
+    units_ = lane_groups * left_parts_.parts * right_parts_.parts;
+    threads_ = static_cast<int>(larger(1, smaller(threads_, units_)));
+    most_lefts_ = ceil_div(lefts, left_parts_.parts);
+    most_rights_ = ceil_div(rights, right_parts_.parts);
+  }
+
+  void operator()() const {
+    const int64_t copies = run_ * (most_rights_ * right_size_ + most_lefts_ * left_size_);
+    const int64_t entries = rows_ * run_ * n_ * kStep, totals = most_lefts_ * most_rights_ * totals_size_;
+    const int64_t staged = kStages ? rows_ * geometry_.outputs : 0;
+    const int64_t size = ceil_div(copies + entries + totals + staged, kStep) * kStep;
+    const LaneScratch<A> scratch(threads_ * size / kStep);
+    parallel_for(threads_, units_, [&](int thread, int64_t begin, int64_t end) {
+      Buffers buffers;
+      buffers.totals = reinterpret_cast<A*>(scratch.data()) + thread * size;
+      buffers.entries = buffers.totals + totals;
+      buffers.lefts = buffers.entries + entries;
+      buffers.rights = buffers.lefts + run_ * most_lefts_ * left_size_;
+      buffers.staged = buffers.rights + run_ * most_rights_ * right_size_;
+      for (A* p = buffers.rights; p < buffers.staged; ++p) *p = 0;  // the padding, which no copy overwrites
+      for (int64_t unit = begin; unit < end; ++unit) sum_unit(unit, buffers);
+    });
+  }
+
+ private:
+  /// A thread's memory. Copies of channels: [slots, samples of a run, positions, lanes].
+  struct Buffers {
+    A* totals;   // [rights, lefts, n (n + 1) / 2, lanes]
+    A* entries;  // [rows, samples of a run, n, lanes]
+    A* lefts;
+    A* rights;
+    A* staged;  // [rows, positions]
+  };
+
+  /// Blocks that are summed together: all pairs of a few left and a few right slots.
+  struct Unit {
+    int64_t lefts;
+    int64_t rights;
+    int64_t lanes;  // in outputs lanes: those from the first slot on
+    Numbering left_channel;
+    Numbering right_channel;
+    Numbering left_block;     // of left slot and lane in out
+    int64_t right_block;      // further on in out for each right slot
+    int64_t lanes_of(int64_t left) const {
+      return kLanesAre == Lanes::outputs ? smaller(kStep, lanes - left * kStep) : lanes;
+    }
+  };
+
+  Unit unit_at(int64_t index) const {
+    const int64_t right = index % right_parts_.parts, left = index / right_parts_.parts % left_parts_.parts;
+    const int64_t lane_group = index / right_parts_.parts / left_parts_.parts;
+    const int64_t first_left = left_parts_.first(left), first_right = right_parts_.first(right);
+    const int64_t ins = a_.inputs, outs = a_.outputs;
+    Unit unit{left_parts_.count(left), right_parts_.count(right), 0, {}, {}, {}, 0};
+    if constexpr (kLanesAre == Lanes::inputs) {
+      const int64_t pieces = ceil_div(ins, kStep), group = lane_group / pieces, in = lane_group % pieces * kStep;
+      unit.lanes = smaller(kStep, ins - in);
+      unit.left_channel = {group * outs + first_left, 1, 0};
+      unit.right_channel = {group * ins + in, 0, 1};
+      unit.left_block = {unit.left_channel.first * ins + in, ins, 1};
+    } else if constexpr (kLanesAre == Lanes::outputs) {
+      unit.lanes = outs - first_left * kStep;
+      unit.left_channel = {lane_group * outs + first_left * kStep, kStep, 1};
+      unit.right_channel = {lane_group * ins + first_right, 1, 0};
+      unit.left_block = {unit.left_channel.first * ins + first_right, kStep * ins, ins};
+      unit.right_block = 1;
+    } else {
+      const int64_t group = lane_group * kStep;
+      unit.lanes = smaller(kStep, a_.groups - group);
+      unit.left_channel = {group * outs + first_left, 1, outs};
+      unit.right_channel = {group * ins + first_right, 1, ins};
+      unit.left_block = {unit.left_channel.first * ins + first_right, ins, outs * ins};
+      unit.right_block = 1;
+    }
+    return unit;
+  }
+
+  void sum_unit(int64_t index, const Buffers& buffers) const {
+    const Unit unit = unit_at(index);
+    const Even tiles = split_evenly(unit.lefts, rows_);
+    if (a_.samples == 0) {
+      for (int64_t i = 0; i < unit.lefts * unit.rights * totals_size_; ++i) buffers.totals[i] = 0;
+    }
+    for (int64_t first = 0; first < a_.samples; first += run_) {
+      const int64_t samples = smaller(run_, a_.samples - first);
+      copy(unit, first, samples, buffers);
+      for (int64_t right = 0; right < unit.rights; ++right) {
+        for (int64_t tile = 0; tile < tiles.parts; ++tile) {
+          with_constant<kMostRows>(tiles.count(tile), [&](auto rows) {
+            sum_tile<rows>(unit, first, samples, tiles.first(tile), right, buffers);
+          });
+        }
+      }
+    }
+    write(unit, buffers);
+  }
+
+  /// Lays the lanes of a few samples side by side.
+  void copy(const Unit& unit, int64_t first, int64_t samples, const Buffers& buffers) const {
+    for (int64_t s = 0; s < samples; ++s) {
+      for (int64_t right = 0; right < unit.rights; ++right) {
+        const T* const x = static_cast<const T*>(a_.x.data) + (first + s) * a_.x.sample_stride +
+                           unit.right_channel(right) * a_.x.channel_stride;
+        A* const to = buffers.rights + (right * run_ + s) * right_size_;
+        const int64_t* const places = geometry_.input_places();
+        if constexpr (kRightLanes) {
+          const int64_t lane_stride = unit.right_channel.per_lane * a_.x.channel_stride;
+          copy_lanes<T>({x, lane_stride, a_.x.position_stride}, unit.lanes, geometry_.inputs, places, to);
+        } else {
+          for (int64_t p = 0; p < geometry_.inputs; ++p) to[places[p]] = widen(x[p * a_.x.position_stride]);
+        }
+      }
+      for (int64_t left = 0; kLeftLanes && left < unit.lefts; ++left) {
+        const int64_t lane_stride = unit.left_channel.per_lane * a_.grad_output.channel_stride;
+        copy_lanes<T>({left_data(unit, left, first + s), lane_stride, a_.grad_output.position_stride},
+                      unit.lanes_of(left), geometry_.outputs, nullptr,
+                      buffers.lefts + (left * run_ + s) * left_size_);
+      }
+    }
+  }
+
+  const T* left_data(const Unit& unit, int64_t left, int64_t sample) const {
+    return static_cast<const T*>(a_.grad_output.data) + sample * a_.grad_output.sample_stride +
+           unit.left_channel(left) * a_.grad_output.channel_stride;
+  }
+
+  /// Adds the outer products of a run of samples for a few left slots and one right slot.
+  template <int kRows>
+  void sum_tile(const Unit& unit, int64_t first, int64_t samples, int64_t left, int64_t right,
+                const Buffers& buffers) const {
+    const int64_t entries_row = run_ * n_ * kStep;
+    for (int64_t s = 0; s < samples; ++s) {
+      Products<A> products;
+      products.entries_row = entries_row;
+      const A* lefts;
+      if constexpr (kLeftLanes) {
+        lefts = buffers.lefts + (left * run_ + s) * left_size_;
+        products.left_row = run_ * left_size_;
+        products.left_step = kStep;
+      } else if constexpr (kStages) {
+        const T* const data = left_data(unit, left, first + s);
+        for (int64_t r = 0; r < kRows; ++r) {
+          const T* const row = data + r * a_.grad_output.channel_stride;
+          A* const to = buffers.staged + r * geometry_.outputs;
+          int64_t l = 0;
+          if (a_.grad_output.position_stride == 1) {
+            for (; l + kStep <= geometry_.outputs; l += kStep) store(to + l, load(row + l));
+          }
+          for (; l < geometry_.outputs; ++l) to[l] = widen(row[l * a_.grad_output.position_stride]);
+        }
+        lefts = buffers.staged;
+        products.left_row = geometry_.outputs;
+        products.left_step = 1;
+      } else {
+        lefts = left_data(unit, left, first + s);
+        products.left_row = a_.grad_output.channel_stride;
+        products.left_step = a_.grad_output.position_stride;
+      }
+      products.right = buffers.rights + (right * run_ + s) * right_size_;
+      for (int64_t group = 0; group < tap_groups_.parts; ++group) {
+        const int64_t tap = tap_groups_.first(group);
+        products.taps = geometry_.tap_places() + tap;
+        products.entries = buffers.entries + (s * n_ + tap) * kStep;
+        int64_t l = 0;
+        do {  // once even where there are no positions, for the zeros
+          products.left = lefts + l * products.left_step;
+          products.windows = geometry_.window_places() + l;
+          products.positions = smaller(kSegment, geometry_.outputs - l);
+          products.is_first = l == 0;
+          with_constant<kMaxTaps>(tap_groups_.count(group), [&](auto taps) {
+            // Taps that leave no registers for so many rows never come with them.
+            constexpr int kFit = kRows < max_rows(taps) ? kRows : max_rows(taps);
+            add_products<A, kLeftLanes, kRightLanes, kFit, taps>(products);
+          });
+          l += kSegment;
+        } while (l < geometry_.outputs);
+      }
+    }
+    for (int64_t r = 0; r < kRows; ++r) {
+      add_run(Run<A>{buffers.entries + r * entries_row, samples, n_, first == 0},
+              buffers.totals + (right * most_lefts_ + left + r) * totals_size_);
+    }
+  }
+
+  void write(const Unit& unit, const Buffers& buffers) const {
+    const A decay = static_cast<A>(a_.decay), gain = static_cast<A>(a_.gain);
+    for (int64_t left = 0; left < unit.lefts; ++left) {
+      for (int64_t right = 0; right < unit.rights; ++right) {
+        const A* const totals = buffers.totals + (right * most_lefts_ + left) * totals_size_;
+        const int64_t block = unit.left_block(left) + right * unit.right_block;
+        for (int64_t lane = 0; lane < unit.lanes_of(left); ++lane) {
+          A* const out = static_cast<A*>(a_.out) + (block + lane * unit.left_block.per_lane) * n_ * n_;
+          write_block(totals + lane, n_, decay, gain, out);
+        }
+      }
+    }
+  }
+
+  const ConvMiniBlockGram& a_;
+  Geometry geometry_;
+  const int64_t n_;
+  int rows_;         // most left slots of a tile
+  Even tap_groups_;  // kernel offsets of a tile
+  Even left_parts_, right_parts_;
+  int64_t units_;
+  int threads_;
+  int64_t most_lefts_, most_rights_;  // of a unit
+  int64_t run_;
+  int64_t left_size_, right_size_, totals_size_;
+};
+
+}  // namespace
+
+void conv_mini_block_gram_(const ConvMiniBlockGram& a) {
+  if (a.groups * a.inputs * a.outputs == 0) return;
+  with_type(a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    switch (choose_lanes(a, kLanes<T>)) {
+      case Lanes::inputs: return Kernel<T, Lanes::inputs>(a)();
+      case Lanes::outputs: return Kernel<T, Lanes::outputs>(a)();
+      case Lanes::groups: return Kernel<T, Lanes::groups>(a)();
+    }
+  });
+}
+
+}  // namespace fisher_kernels::FISHER_KERNELS_CAPABILITY

@@ -1,0 +1,336 @@
+"""conv_mini_block_gram_ against its definition in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from fisher_kernels import use_backend
+from fisher_kernels.ops import ACCUMULATOR, conv_mini_block_gram_, mini_block_gram_
+from fisher_kernels.ops._convolution import padding_pairs, per_dimension
+from tests.cases import DTYPES, LAYOUTS, integers, random, unaligned
+from tests.cases.mini_block_gram import CONVOLUTIONS, Convolution
+from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
+
+SMALL = Convolution((9, 17, 5, 4), 5, 3, padding=1)
+
+
+def lost(case: Convolution, dtype: torch.dtype) -> Tensor:
+    """An output whose old content is not to be read."""
+    return torch.full(case.out_shape(), torch.nan, dtype=ACCUMULATOR[dtype])
+
+
+def inputs(case: Convolution, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return random(case.shape, dtype), random(case.grad_shape(), dtype, 1)
+
+
+def gradients(case: Convolution, x: Tensor, grad: Tensor) -> Tensor:
+    """Gradients (N, O, I / groups, n) of the kernels by each sample, one offset of the kernel after the other."""
+    spatial = x.dim() - 2
+    kernel, stride, dilation = (per_dimension(v, spatial) for v in (case.kernel_size, case.stride, case.dilation))
+    before = padding_pairs(case.padding, spatial)[::2]
+    x, grad = x.double(), grad.double()
+    out = torch.zeros(len(x), *case.out_shape()[:3], dtype=torch.float64)
+    for k, offset in enumerate(itertools.product(*map(range, kernel))):
+        read = x
+        for d in range(spatial):
+            places = torch.arange(grad.shape[2 + d]) * stride[d] + offset[d] * dilation[d] - before[d]
+            inside = (places >= 0) & (places < x.shape[2 + d])
+            padded = torch.cat([read, torch.zeros_like(read.sum(2 + d, keepdim=True))], 2 + d)
+            read = padded.index_select(2 + d, torch.where(inside, places, x.shape[2 + d]))
+        reads = read.reshape(len(x), case.groups, x.shape[1] // case.groups, math.prod(grad.shape[2:]))
+        grads = grad.reshape(len(x), case.groups, case.outputs // case.groups, math.prod(grad.shape[2:]))
+        out[..., k] = torch.einsum("sgol,sgil->sgoi", grads, reads).reshape(out.shape[:3])
+    return out
+
+
+def defined(case: Convolution, x: Tensor, grad: Tensor) -> Tensor:
+    by_sample = gradients(case, x, grad)
+    return torch.einsum("soij,soik->oijk", by_sample, by_sample)
+
+
+def bound(case: Convolution, x: Tensor, grad: Tensor) -> Tensor:
+    """Two gradients of L products and sums, their product, N sums, the scaling: each rounded once, of magnitudes."""
+    roundings = 2 * (math.prod(grad.shape[2:]) + 1) + len(x) + 3
+    return roundings * unit_roundoff(ACCUMULATOR[x.dtype]) * defined(case, x.abs(), grad.abs())
+
+
+def test_definition() -> None:
+    """The gradients are those that autograd gives, one sample after the other."""
+    case = Convolution((3, 4, 5, 6), 6, (3, 2), (2, 1), (1, 2), (1, 2), groups=2)
+    x, grad = inputs(case, torch.float64)
+    weight = torch.zeros(6, 2, 3, 2, dtype=torch.float64, requires_grad=True)
+    expected = torch.zeros(case.out_shape(), dtype=torch.float64)
+    for s in range(3):
+        y = torch.nn.functional.conv2d(x[s], weight, None, (2, 1), (1, 2), (1, 2), 2)
+        (by_sample,) = torch.autograd.grad(y, weight, grad[s])
+        flat = by_sample.flatten(2)
+        expected += flat[..., :, None] * flat[..., None, :]
+    assert_within(defined(case, x, grad), expected, 1e-11)
+    with use_backend("reference"):
+        out = lost(case, torch.float64)
+        conv_mini_block_gram_(out, x, grad, *case.geometry)
+        assert_within(out, expected, 1e-11)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_every_layout(implementation: str, case: Convolution, dtype: torch.dtype) -> None:
+    for name, layout in LAYOUTS.items():
+        x, grad = (layout(tensor) for tensor in inputs(case, dtype))
+        before, out = (x.clone(), grad.clone()), unaligned(lost(case, dtype))
+        around = surroundings(out)
+        conv_mini_block_gram_(out, x, grad, *case.geometry)
+        assert_within(out, defined(case, x, grad), bound(case, x, grad), name)
+        assert_same_bits(out, out.mT, "the upper triangle")
+        assert_same_bits(x, before[0], "x")
+        assert_same_bits(grad, before[1], "grad_output")
+        assert_same_bits(surroundings(out), around, "the memory around the result")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_average(implementation: str, case: Convolution, dtype: torch.dtype) -> None:
+    """Two products and a sum more, each rounded once; of what is there the lower triangles count."""
+    x, grad = inputs(case, dtype)
+    for decay, gain in ((0.9, 0.1), (1.0, 0.0), (2.5, 1.5)):
+        lower = random(case.out_shape(), ACCUMULATOR[dtype], 2).tril()
+        out = lower + torch.full_like(lower, torch.nan).triu(1)
+        old = lower.double() + lower.double().tril(-1).mT
+        conv_mini_block_gram_(out, x, grad, *case.geometry, decay, gain)
+        rounding = 2 * gain * bound(case, x, grad) + 4 * unit_roundoff(out.dtype) * decay * old.abs()
+        assert_within(out, decay * old + gain * defined(case, x, grad), rounding)
+        assert_same_bits(out, out.mT, "the upper triangle")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_whole_numbers_are_exact(implementation: str, case: Convolution, dtype: torch.dtype) -> None:
+    x, grad = integers(case.shape, dtype, limit=2), integers(case.grad_shape(), dtype, 1, limit=2)
+    expected = defined(case, x, grad)
+    assert not expected.numel() or expected.max() < 2**24
+    out = lost(case, dtype)
+    conv_mini_block_gram_(out, x, grad, *case.geometry)
+    assert_within(out, expected, 0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "case", [SMALL, Convolution((3, 3, 5, 4), 18, 3), Convolution((3, 17, 5, 4), 17, 3, groups=17)], ids=str
+)
+def test_what_is_not_finite_stays_with_its_channel(
+    implementation: str, case: Convolution, value: float, dtype: torch.dtype
+) -> None:
+    x, grad = inputs(case, dtype)
+    expected, actual = lost(case, dtype), lost(case, dtype)
+    conv_mini_block_gram_(expected, x, grad, *case.geometry)
+    for o in (0, case.outputs - 1):
+        bad = grad.clone()
+        bad[1, o, 1, 1] = value
+        conv_mini_block_gram_(actual, x, bad, *case.geometry)
+        kept = torch.arange(case.outputs) != o
+        assert not actual[o].isfinite().any()
+        assert_same_bits(actual[kept], expected[kept], "another output channel")
+    for i in (0, case.shape[1] - 1):
+        bad = x.clone()
+        bad[2, i, 2, 2] = value
+        conv_mini_block_gram_(actual, bad, grad, *case.geometry)
+        touched = torch.zeros(case.out_shape()[:2], dtype=torch.bool)
+        if case.groups == 1:
+            touched[:, i] = True
+        else:
+            touched[i] = True
+        assert not actual[touched].isfinite().all(-1).all(-1).any()
+        assert_same_bits(actual[~touched], expected[~touched], "another input channel")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Convolution((20, 64, 8, 8), 70, 3, padding=1),
+        Convolution((20, 5, 16, 16), 64, 3, padding=1),
+        Convolution((20, 70, 16, 16), 140, 3, padding=1, groups=70),
+    ],
+    ids=str,
+)
+def test_same_bits_for_every_number_of_threads(
+    implementation: str, set_threads: Callable[[int], None], case: Convolution, dtype: torch.dtype
+) -> None:
+    if implementation == "reference":
+        pytest.skip("PyTorch promises nothing of the kind")
+    x, grad = inputs(case, dtype)
+    first = lost(case, dtype)
+    conv_mini_block_gram_(first, x, grad, *case.geometry)
+    for threads in (1, 2, 3, 7):
+        set_threads(threads)
+        out = lost(case, dtype)
+        conv_mini_block_gram_(out, x, grad, *case.geometry)
+        assert_same_bits(out, first, f"{threads} threads")
+
+
+def test_agrees_with_the_gram_of_stored_gradients(implementation: str) -> None:
+    case = Convolution((20, 16, 5, 5), 6, 3, padding=1)
+    x, grad = integers(case.shape, torch.float32, limit=2), integers(case.grad_shape(), torch.float32, 1, limit=2)
+    out, stored = lost(case, torch.float32), torch.empty(6 * 16, 9, 9)
+    conv_mini_block_gram_(out, x, grad, *case.geometry)
+    mini_block_gram_(stored, gradients(case, x, grad).float().flatten(1, 2))
+    assert_same_bits(out.flatten(0, 1), stored)
+
+
+def test_long_sums_are_added_in_segments(implementation: str) -> None:
+    """2^18 equal terms, in float32: segments of 1024 and their sums, where one after the other would lose far more."""
+    if implementation == "reference":
+        pytest.skip("PyTorch promises nothing of the kind")
+    case = Convolution((1, 1, 2**18), 1, 1)
+    x, grad = torch.full(case.shape, 0.1), torch.full(case.grad_shape(), 0.7)
+    out = lost(case, torch.float32)
+    conv_mini_block_gram_(out, x, grad, *case.geometry)
+    expected = defined(case, x, grad)
+    assert_within(out, expected, 2 * (1024 + 2**8 + 4) * unit_roundoff(torch.float32) * expected)
+
+
+PEAK = """
+import resource, sys, torch
+from fisher_kernels import use_backend
+from fisher_kernels.ops import conv_mini_block_gram_
+backend, samples = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(2)
+x, grad, out = torch.ones(samples, 32, 16, 16), torch.ones(samples, 32, 16, 16), torch.ones(32, 32, 9, 9)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with use_backend(backend):
+    conv_mini_block_gram_(out, x, grad, 3, padding=1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set in KiB")
+def test_memory_does_not_grow_with_the_batch(backend: str) -> None:
+    """Patches and gradients of a sample are 442 KB: 28 MB for 64 samples, 226 MB for 512."""
+
+    def peak(samples: int) -> int:
+        command = [sys.executable, "-c", PEAK, backend, str(samples)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=os.getcwd()).stdout)
+
+    few, many = peak(64), peak(512)
+    assert many < few + 8192, f"{few} KiB for 64 samples, {many} KiB for 512"
+    if backend == "cpu":
+        assert many < 8192
+
+
+# Errors.
+
+Call = dict[str, Any]
+
+
+def call() -> Call:
+    return {
+        "out": torch.ones(4, 3, 4, 4),
+        "x": torch.ones(2, 6, 5, 7),
+        "grad_output": torch.ones(2, 4, 4, 6),
+        "kernel_size": 2,
+        "stride": 1,
+        "padding": 0,
+        "dilation": 1,
+        "groups": 2,
+        "decay": 0.9,
+        "gain": 0.1,
+    }
+
+
+BAD: dict[str, tuple[str, Callable[[], Any], type[Exception], str]] = {
+    "x dtype": (
+        "x",
+        lambda: torch.ones(2, 6, 5, 7, dtype=torch.int64),
+        TypeError,
+        r"x has dtype (torch\.)?int64, expected float32",
+    ),
+    "x dimensions": ("x", lambda: torch.ones(2, 6), ValueError, r"x has shape \(2, 6\), expected 3 to 5 dimensions"),
+    "grad dtype": (
+        "grad_output",
+        lambda: torch.ones(2, 4, 4, 6, dtype=torch.float64),
+        TypeError,
+        r"grad_output has dtype (torch\.)?float64, expected (torch\.)?float32",
+    ),
+    "grad dimensions": (
+        "grad_output",
+        lambda: torch.ones(2, 4, 4),
+        ValueError,
+        r"grad_output has shape \(2, 4, 4\), expected 4 dimensions",
+    ),
+    "grad samples": (
+        "grad_output",
+        lambda: torch.ones(3, 4, 4, 6),
+        ValueError,
+        r"grad_output has shape \(3, 4, 4, 6\), expected the 2 samples of x of shape \(2, 6, 5, 7\)",
+    ),
+    "grad positions": (
+        "grad_output",
+        lambda: torch.ones(2, 4, 4, 7),
+        ValueError,
+        r"grad_output has shape \(2, 4, 4, 7\), expected at most 6 positions in spatial dimension 1",
+    ),
+    "grad device": (
+        "grad_output",
+        lambda: torch.ones(2, 4, 4, 6, device="meta"),
+        ValueError,
+        r"grad_output is on meta, expected cpu",
+    ),
+    "groups": ("groups", lambda: 3, ValueError, "groups is 3, expected a divisor of the 6 channels of x and the 4 of"),
+    "no groups": ("groups", lambda: 0, ValueError, "groups is 0, expected a divisor"),
+    "kernel": ("kernel_size", lambda: 6, ValueError, "(x of shape|kernel_size spans 6 positions)"),
+    "kernel size": ("kernel_size", lambda: (2, 2, 2), ValueError, "kernel_size (is|has)"),
+    "stride": ("stride", lambda: 0, ValueError, "stride is"),
+    "padding": ("padding", lambda: -1, ValueError, "padding is"),
+    "dilation": ("dilation", lambda: 0, ValueError, "dilation is"),
+    "out dtype": (
+        "out",
+        lambda: torch.ones(4, 3, 4, 4, dtype=torch.float64),
+        TypeError,
+        r"out has dtype (torch\.)?float64, expected (torch\.)?float32",
+    ),
+    "out shape": (
+        "out",
+        lambda: torch.ones(4, 6, 4, 4),
+        ValueError,
+        r"out has shape \(4, 6, 4, 4\), expected \(4, 3, 4, 4\)",
+    ),
+    "out strides": ("out", lambda: torch.ones(4, 3, 4, 8)[..., ::2], ValueError, "out is not contiguous"),
+    **{
+        f"{name} {value}": (name, lambda value=value: value, ValueError, rf"{name} is {value}(0*)?, expected a finite")
+        for name in ("decay", "gain")
+        for value in (-0.5, math.inf, math.nan)
+    },
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments(backend: str, name: str) -> None:
+    key, value, error, message = BAD[name]
+    arguments = {**call(), key: value()}
+    with pytest.raises(error, match=f"^conv_mini_block_gram_: {message}"):
+        conv_mini_block_gram_(**arguments)
+    assert bool((arguments["out"] == 1).all())
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_without_data(name: str) -> None:
+    """Compilers learn of the same faults from the fakes."""
+    key, value, error, message = BAD[name]
+    arguments = {**call(), key: value()}
+    with FakeTensorMode() as mode, pytest.raises(error, match=f"^conv_mini_block_gram_: {message}"):
+        conv_mini_block_gram_(**pytree.tree_map_only(Tensor, mode.from_tensor, arguments))

@@ -1,0 +1,605 @@
+"""MBF's contract: arguments, groups, checkpoints, reports, bad blocks, the trust region, the warm start."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fisher_kernels import MBF
+from tests.small_network import (
+    assert_same_parameters,
+    assert_same_state,
+    backward,
+    hooks,
+    network,
+    only_tensors_and_numbers,
+    parameters_of,
+    saved_and_loaded,
+    train,
+)
+
+pytestmark = pytest.mark.usefixtures("backend", "one_thread")
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"update_interval": 3, "inverse_interval": 2, "weight_decay": 0.01},
+    {"inverse_storage": "packed", "linear_blocks": "per_output", "inverse_interval": 4},
+    {"inverse_storage": "bfloat16", "linear_blocks": 5, "sequence": "reduce", "decoupled": False, "weight_decay": 0.01},
+]
+
+
+# Arguments.
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("lr", -1.0),
+        ("lr", math.nan),
+        ("lr", torch.tensor([0.1, 0.2])),
+        ("momentum", 1.0),
+        ("momentum", -0.1),
+        ("damping", -1e-3),
+        ("damping", math.inf),
+        ("kl_clip", 0.0),
+        ("kl_clip", -1.0),
+        ("kl_clip", math.inf),
+        ("beta2", 1.0),
+        ("beta2", math.nan),
+        ("update_interval", 0),
+        ("update_interval", 1.5),
+        ("inverse_interval", 0),
+        ("linear_blocks", "whole"),
+        ("linear_blocks", 0),
+        ("linear_blocks", 2.0),
+        ("linear_blocks", True),
+        ("sequence", "flatten"),
+        ("loss_reduction", "none"),
+        ("weight_decay", -0.1),
+        ("inverse_storage", "half"),
+    ],
+)
+def test_bad_argument_is_named(argument: str, value: Any) -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=rf"^{argument} (is|has) .*expected"):
+        MBF(model, **{argument: value})
+    with pytest.raises(ValueError, match=rf"^{argument} (is|has) .*expected"):
+        MBF(model, params=[{"params": model.parameters(), argument: value}])
+
+
+def test_defaults() -> None:
+    group = MBF(nn.Linear(2, 2)).param_groups[0]
+    expected = {
+        "lr": 1e-3,
+        "momentum": 0.9,
+        "damping": 1e-3,
+        "kl_clip": 1e-3,
+        "beta2": 0.9,
+        "update_interval": 1,
+        "inverse_interval": 10,
+        "linear_blocks": "shared",
+        "sequence": "expand",
+        "loss_reduction": "mean",
+        "weight_decay": 0.0,
+        "decoupled": True,
+        "maximize": False,
+        "inverse_storage": "full",
+    }
+    assert {name: group[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_maximize_is_minimising_the_negative(settings: dict[str, Any]) -> None:
+    model, twin = network(), network()
+    ours, other = MBF(model, **settings), MBF(twin, maximize=True, **settings)
+    for step in range(3):
+        for net, opt, sign in ((model, ours, 1.0), (twin, other, -1.0)):
+            opt.zero_grad()
+            backward(net, step)
+            if sign < 0:  # the blocks hold products of two gradients and do not see the sign
+                for p in net.parameters():
+                    assert p.grad is not None
+                    p.grad.neg_()
+            opt.step()
+    assert_same_parameters(model, twin)
+
+
+def test_closure_and_scheduler() -> None:
+    model, twin = network(), network()
+    ours, plain = MBF(model, lr=torch.tensor(1e-3)), MBF(twin, lr=1e-3)
+    schedulers = [torch.optim.lr_scheduler.StepLR(opt, 1, 0.5) for opt in (ours, plain)]
+    for step in range(3):
+
+        def closure(step: int = step) -> Tensor:
+            ours.zero_grad()
+            return backward(model, step)
+
+        loss = ours.step(closure)
+        plain.zero_grad()
+        expected = backward(twin, step)
+        plain.step()
+        assert torch.equal(loss, expected)
+        for scheduler in schedulers:
+            scheduler.step()
+    # The rate as a float32 tensor is another number than as a float.
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+# Checkpoints.
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("saved_after", [0, 1, 4])
+def test_resumes_bit_for_bit(settings: dict[str, Any], saved_after: int) -> None:
+    model = network()
+    ours = MBF(model, **settings)
+    train(model, ours, range(saved_after))
+    state = ours.state_dict()
+    assert only_tensors_and_numbers(state)
+    stored = saved_and_loaded({"model": model.state_dict(), "optimizer": state})
+    twin = network(seed=1)
+    twin.load_state_dict(stored["model"])
+    resumed = MBF(twin, **settings)
+    resumed.load_state_dict(stored["optimizer"])
+    assert_same_state(resumed.state_dict(), state)
+    for net, opt in ((model, ours), (twin, resumed)):
+        train(net, opt, range(saved_after, saved_after + 6))
+    assert_same_parameters(model, twin)
+    assert_same_state(resumed.state_dict(), ours.state_dict())
+
+
+class Tied(nn.Module):
+    """An output layer that shares its weight with an embedding, and a parameter that no layer has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.output = nn.Embedding(7, 4), nn.Linear(4, 7)
+        self.output.weight = self.embedding.weight
+        self.position = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.output(torch.tanh(self.embedding(x) + self.position))
+        return out
+
+
+def train_tied(model: Tied, optimizer: MBF, steps: range) -> None:
+    for step in steps:
+        x = torch.randint(7, (3, 5), generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        F.cross_entropy(model(x).flatten(0, 1), x.flatten()).backward()
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:MBF.* of the trained parameters have no layer rule")
+def test_resumes_tied_weights_and_fallbacks_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    model = Tied()
+    ours = MBF(model, update_interval=3, inverse_interval=2)
+    train_tied(model, ours, range(4))
+    twin = Tied()
+    twin.load_state_dict(model.state_dict())
+    resumed = MBF(twin, update_interval=3, inverse_interval=2)
+    resumed.load_state_dict(ours.state_dict())
+    train_tied(model, ours, range(4, 9))
+    train_tied(twin, resumed, range(4, 9))
+    assert_same_parameters(model, twin)
+
+
+def test_loading_brings_the_hyperparameters_along() -> None:
+    """As for every torch optimizer; here they decide what the blocks are."""
+    model = network()
+    ours = MBF(model, linear_blocks="per_output", inverse_storage="packed", lr=2e-3)
+    train(model, ours, range(3))
+    twin = network(seed=1)
+    twin.load_state_dict(model.state_dict())
+    resumed = MBF(twin)
+    resumed.load_state_dict(ours.state_dict())
+    assert resumed.param_groups[0]["linear_blocks"] == "per_output"
+    train(model, ours, range(3, 7))
+    train(twin, resumed, range(3, 7))
+    assert_same_parameters(model, twin)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wide"),
+    [(torch.float64, torch.float64), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)],
+)
+@pytest.mark.parametrize("storage", ["full", "packed", "bfloat16"])
+def test_resumes_on_another_dtype_without_losing_precision(dtype: torch.dtype, wide: torch.dtype, storage: str) -> None:
+    model = network()
+    ours = MBF(model, inverse_storage=storage, inverse_interval=3)
+    train(model, ours, range(4))
+    twin = network(seed=1)
+    twin.load_state_dict(model.state_dict())
+    twin = twin.to(dtype)
+    resumed = MBF(twin, inverse_storage=storage, inverse_interval=3)
+    resumed.load_state_dict(ours.state_dict())
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        for name, value in ours.state[p].items():
+            loaded = resumed.state[q][name]
+            if name == "inverse_blocks" and storage == "bfloat16":
+                assert loaded.dtype == torch.bfloat16
+            else:
+                assert loaded.dtype == (torch.float32 if name == "fisher_updates" else wide)
+            assert torch.equal(loaded.double(), value.double())
+    train(twin, resumed, range(4, 8))
+    assert all(bool(p.isfinite().all()) for p in twin.parameters())
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_distributed_checkpoint_of_one_process(settings: dict[str, Any], flatten: bool) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model = network()
+    ours = MBF(model, **settings)
+    train(model, ours, range(4))
+    stored = saved_and_loaded(get_optimizer_state_dict(model, ours, options=options))
+    twin = network(seed=1)
+    twin.load_state_dict(model.state_dict())
+    resumed = MBF(twin, **settings)
+    set_optimizer_state_dict(twin, resumed, stored, options=options)
+    train(model, ours, range(4, 9))
+    train(twin, resumed, range(4, 9))
+    assert_same_parameters(model, twin)
+
+
+# Groups.
+
+
+def test_groups_have_settings_of_their_own() -> None:
+    model, twin = network(), network()
+    grouped = MBF(model, params=[{"params": model[:4].parameters()}, {"params": model[4:].parameters(), "lr": 0.0}])
+    before = parameters_of(model)
+    train(model, grouped, range(2))
+    moved = {name: not torch.equal(p, before[name]) for name, p in model.named_parameters()}
+    assert moved == {name: name.startswith(("0.", "1.")) for name in before}
+    # One trust region a group: with both rates alike but in two groups, only the scale may differ.
+    ours = MBF(twin, kl_clip=None, params=[{"params": twin[:4].parameters()}, {"params": twin[4:].parameters()}])
+    other = network()
+    whole = MBF(other, kl_clip=None)
+    train(twin, ours, range(3))
+    train(other, whole, range(3))
+    for p, q in zip(twin.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_group_added_in_mid_run_is_trained_and_watched() -> None:
+    model = network()
+    ours = MBF(model, params=list(model[0].parameters()) + list(model[1].parameters()))
+    train(model, ours, range(2))
+    ours.add_param_group({"params": model[4].parameters()})
+    before = model[4].weight.detach().clone()
+    train(model, ours, range(2, 4))
+    assert not torch.equal(model[4].weight, before)
+    assert float(ours.state[model[4].weight]["fisher_updates"]) == 2
+    assert float(ours.state[model[0].weight]["fisher_updates"]) == 4
+
+
+def test_weight_and_bias_in_groups_of_their_own() -> None:
+    """The usual split for weight decay: their blocks then have no entries in common."""
+    model = nn.Linear(4, 3)
+    ours = MBF(
+        model, kl_clip=None, momentum=0.0, params=[{"params": [model.weight]}, {"params": [model.bias], "lr": 0.1}]
+    )
+    before = parameters_of(model)
+    x, y = torch.randn(8, 4), torch.randn(8, 3)
+    F.mse_loss(model(x), y).backward()
+    ours.step()
+    block = ours.state[model.weight]["fisher_blocks"][0].double()
+    assert model.weight.grad is not None
+    assert model.bias.grad is not None
+    inverse = torch.linalg.inv(block[:4, :4] + 1e-3 * torch.eye(4, dtype=torch.float64))
+    weight = before["weight"].double() - 1e-3 * model.weight.grad.double() @ inverse
+    bias = before["bias"].double() - 0.1 * model.bias.grad.double() / (block[4, 4] + 1e-3)
+    # Condition numbers below 1e4, in float32.
+    torch.testing.assert_close(model.weight.double(), weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.bias.double(), bias, rtol=1e-4, atol=1e-5)
+
+
+# Statistics that no block can be made of.
+
+
+def test_a_bad_block_keeps_its_inverse_is_counted_and_warns_once() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
+    ours = MBF(model, inverse_interval=1)
+
+    def step() -> None:
+        ours.zero_grad()
+        x = torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        model(x).square().mean().backward()
+        ours.step()
+
+    step()
+    state = ours.state[model[0].weight]
+    good = state["inverse_blocks"].clone()
+    state["fisher_blocks"][1] = -torch.eye(9)  # what rounding might do to a block without damping
+    with pytest.warns(UserWarning, match=r"0\.weight are not positive definite with damping 0\.001.*damping="):
+        step()
+    assert torch.equal(state["inverse_blocks"][1], good[1])
+    assert not torch.equal(state["inverse_blocks"][0], good[0])
+    report = ours.metrics()
+    assert report["0.weight"]["bad_blocks"] == 1
+    assert report["2.weight"]["bad_blocks"] == 0
+    state["fisher_blocks"][1] = -torch.eye(9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step()
+    assert ours.metrics()["0.weight"]["bad_blocks"] == 2
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("storage", ["packed", "bfloat16"])
+def test_a_bad_block_keeps_its_inverse_in_other_storage(storage: str) -> None:
+    model = nn.Conv2d(1, 3, 2)
+    ours = MBF(model, inverse_storage=storage, inverse_interval=1)
+    for bad in (False, True):
+        if bad:
+            ours.state[model.weight]["fisher_blocks"][1, 0, 0] = -7.0
+            good = ours.state[model.weight]["inverse_blocks"].clone()
+        ours.zero_grad()
+        model(torch.randn(4, 1, 5, 5)).square().mean().backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ours.step()
+    inverse = ours.state[model.weight]["inverse_blocks"]
+    assert torch.equal(inverse[1], good[1])
+    assert not torch.equal(inverse[0], good[0])
+
+
+def test_one_nan_poisons_nothing() -> None:
+    model = network()
+    ours = MBF(model, inverse_interval=1)
+    train(model, ours, range(2))
+    before = copy.deepcopy(ours.state_dict()["state"])
+    parameters = parameters_of(model)
+    ours.zero_grad()
+    (backward(model, 5) * 1).item()
+    for p in model.parameters():
+        assert p.grad is not None
+        p.grad.fill_(math.nan)
+    for site in ours.statistics.sites:
+        assert site.sums is not None
+        for vector in site.sums.vectors:
+            vector[0] = math.nan
+    ours.step()
+    assert_same_state({"param_groups": [], "state": ours.state_dict()["state"]}, {"param_groups": [], "state": before})
+    assert all(torch.equal(p, parameters[name]) for name, p in model.named_parameters())
+    report = ours.metrics()
+    assert all(row["refused_statistics"] == 1 and row["skipped_blocks"] > 0 for row in report.values())
+    train(model, ours, range(2, 4))
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+# Storage.
+
+
+def test_storage_of_inverses() -> None:
+    models = {storage: network() for storage in ("full", "packed", "bfloat16")}
+    optimizers = {storage: MBF(model, inverse_storage=storage) for storage, model in models.items()}
+    for storage, model in models.items():
+        train(model, optimizers[storage], range(1))
+    inverses = {s: optimizers[s].state[models[s][0].weight]["inverse_blocks"] for s in models}
+    assert inverses["full"].shape == (8, 9, 9)
+    assert inverses["packed"].shape == (8, 45)
+    assert inverses["bfloat16"].shape == (8, 9, 9)
+    assert inverses["bfloat16"].dtype == torch.bfloat16
+    rows, columns = torch.tril_indices(9, 9)
+    assert torch.equal(inverses["packed"], inverses["full"][:, rows, columns])
+    torch.testing.assert_close(inverses["bfloat16"].float(), inverses["full"], rtol=2**-8, atol=0)
+    shared = optimizers["packed"].state[models["packed"][4].weight]["inverse_blocks"]
+    assert shared.shape == (1, 65, 65)  # there is but one
+    for p, q in zip(models["full"].parameters(), models["packed"].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+# Trust region.
+
+
+def test_kl_clip_bounds_the_step() -> None:
+    """lr^2 |<d, g>| is the model's change in KL divergence, to second order; without momentum it can be seen."""
+    for clip in (1e-6, 1e6):
+        model, free = network(dtype=torch.float64), network(dtype=torch.float64)
+        optimizers = MBF(model, kl_clip=clip, momentum=0.0), MBF(free, kl_clip=None, momentum=0.0)
+        start = parameters_of(model)
+        for net, opt in zip((model, free), optimizers, strict=True):
+            train(net, opt, range(1))
+        product = 0.0
+        for name, p in free.named_parameters():
+            assert p.grad is not None
+            product += float(((start[name] - p.detach()) / 1e-3 * p.grad).sum())
+        scale = min(1.0, math.sqrt(clip / (1e-6 * abs(product))))
+        assert (scale < 1) == (clip < 1)
+        for (name, p), q in zip(model.named_parameters(), free.parameters(), strict=True):
+            torch.testing.assert_close(start[name] - p, scale * (start[name] - q), rtol=1e-9, atol=1e-15)
+        assert all(row["trust_scale"] == pytest.approx(scale) for row in optimizers[0].metrics().values())
+
+
+# Warm start.
+
+
+def batches(count: int = 3) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    sizes = [6, 4, 5][:count]
+    return [(torch.randn(n, 2, 4, 4, generator=generator), torch.randint(3, (n,), generator=generator)) for n in sizes]
+
+
+def test_warm_start_is_the_mean_over_all_samples() -> None:
+    """The blocks of a model without batch statistics are those of one large batch."""
+
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)).double()
+
+    model, whole = build(), build()
+    data = [(x.double(), y) for x, y in batches()]
+    ours, other = MBF(model), MBF(whole)
+    ours.warm_start(data, lambda batch: F.cross_entropy(model(batch[0]), batch[1]), progress=False)
+    x, y = torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
+    F.cross_entropy(whole(x), y).backward()
+    other.step()
+    for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+        for name in ("fisher_blocks", "inverse_blocks"):
+            if name in other.state[q]:
+                torch.testing.assert_close(ours.state[p][name], other.state[q][name], rtol=1e-9, atol=1e-12)
+    # The next batch is averaged in.
+    first = ours.state[model[0].weight]["fisher_blocks"].clone()
+    F.cross_entropy(model(x), y).backward()
+    ours.step()
+    torch.testing.assert_close(ours.state[model[0].weight]["fisher_blocks"], first, rtol=1e-9, atol=1e-12)
+    assert float(ours.state[model[0].weight]["fisher_updates"]) == 2
+
+
+def test_warm_start_leaves_all_else_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    model = network()
+    ours = MBF(model, update_interval=5)
+    train(model, ours, range(1))
+    backward(model, 7)
+    gradients = [p.grad for p in model.parameters()]
+    values = copy.deepcopy(model.state_dict())
+    momentum = [ours.state[p]["momentum_buffer"].clone() for p in model.parameters()]
+    ours.warm_start(batches(), lambda batch: F.cross_entropy(model(batch[0]), batch[1]))
+    assert "Fisher blocks" in capsys.readouterr().out
+    assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(ours.state[p]["momentum_buffer"], m) for p, m in zip(model.parameters(), momentum, strict=True)
+    )
+    assert all(site.sums is None for site in ours.statistics.sites)
+    ours.step()
+
+
+@pytest.mark.parametrize("data", [[], [(torch.full((2, 2, 4, 4), math.nan), torch.zeros(2, dtype=torch.long))]])
+def test_warm_start_without_statistics_is_refused(data: list[tuple[Tensor, Tensor]]) -> None:
+    model = network()
+    ours = MBF(model)
+    values = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="batches gave no finite statistics"):
+        ours.warm_start(data, lambda batch: F.cross_entropy(model(batch[0]), batch[1]), progress=False)
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+
+
+def test_warm_start_that_fails_half_way_changes_nothing() -> None:
+    model = network()
+    ours = MBF(model)
+    train(model, ours, range(1))
+    before = copy.deepcopy(ours.state_dict())
+
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        if len(batch[0]) == 4:
+            raise RuntimeError("no more")
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    with pytest.raises(RuntimeError, match="no more"):
+        ours.warm_start(batches(), loss, progress=False)
+    assert_same_state(ours.state_dict(), before)
+    train(model, ours, range(1, 2))
+
+
+def test_warm_start_ignores_the_scale_of_a_scaler() -> None:
+    results = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        model = network()
+        if scaler is not None:
+            scaler.scale(torch.ones(()))
+        ours = MBF(model, grad_scaler=scaler)
+        ours.warm_start(batches(), lambda b, model=model: F.cross_entropy(model(b[0]), b[1]), progress=False)
+        results.append(ours.state[model[0].weight]["fisher_blocks"])
+    assert torch.equal(results[0], results[1])
+
+
+# Memory.
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_checkpointing_keeps_no_inputs(checkpointed: bool) -> None:
+    """What a rule keeps of a forward goes the way of what autograd keeps: checkpointing drops and recomputes it."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    ours = MBF(model)
+    inputs: list[weakref.ref[Tensor]] = []
+    model[2].register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0])))
+    x = torch.randn(4, 8)
+    out = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+    assert (inputs[0]() is None) == checkpointed
+    out.sum().backward()
+    ours.step()
+    assert float(ours.state[model[2].weight]["fisher_updates"]) == 1
+
+
+# Reports.
+
+
+@pytest.mark.filterwarnings("ignore:MBF.* of the trained parameters have no layer rule")
+def test_explain_names_blocks_and_fallbacks() -> None:
+    model = network()
+    rows = {row.name: row for row in MBF(model).explain()}
+    assert rows["0.weight"].detail == "0.weight: 8 blocks of 9 x 9"
+    assert rows["1.bias"].detail == "1.bias: beside its weight, 4 blocks of 2 x 2"
+    assert rows["4.weight"].detail == "4.weight: beside its bias, 1 block of 65 x 65, shared by 6 rows"
+    assert not any(row.fallback for row in rows.values())
+    tied = {row.name: row for row in MBF(Tied()).explain()}
+    assert tied["position"].rule == "fallback"
+    assert "squared gradient" in tied["position"].detail
+    assert tied["embedding.weight"].rule == "embedding + linear"
+
+
+def test_metrics_are_figures_of_the_inverses() -> None:
+    model = network(dtype=torch.float64)
+    ours = MBF(model, inverse_interval=1)
+    assert ours.metrics() == {}
+    train(model, ours, range(3))
+    report = ours.metrics()
+    assert list(report) == [name for name, _ in model.named_parameters()]
+    inverse = ours.state[model[0].weight]["inverse_blocks"]
+    eigenvalues = torch.linalg.eigvalsh(inverse)
+    row = report["0.weight"]
+    assert row["damping_share"] == pytest.approx(1e-3 * float(eigenvalues.mean()))
+    assert row["smallest_step"] == pytest.approx(1e-3 * float(eigenvalues.min()))
+    assert row["largest_step"] == pytest.approx(1e-3 * float(eigenvalues.max()))
+    weight = model[0].weight
+    assert weight.grad is not None
+    moment = ours.state[weight]["momentum_buffer"].reshape(8, 9, 1)
+    direction, gradient = (inverse @ moment).flatten(), weight.grad.flatten()
+    expected = float(direction @ gradient / direction.norm() / gradient.norm())
+    assert row["cosine_with_sgd"] == pytest.approx(expected)
+    assert report["4.weight"] == report["4.bias"]
+    assert all(0 < row["damping_share"] <= 1 for row in report.values())
+
+
+# Learning.
+
+
+def test_learns_a_linear_classifier() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = 3 * torch.randn(3, 5, generator=generator)
+    y = torch.arange(90) % 3
+    x = centres[y] + torch.randn(90, 5, generator=generator)
+    model = nn.Linear(5, 3)
+    ours = MBF(model, lr=0.05, damping=1e-2)
+    for _ in range(30):
+        ours.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        ours.step()
+    assert float((model(x).argmax(1) == y).float().mean()) >= 0.97
+
+
+def test_close_removes_the_hooks_for_good() -> None:
+    model = network()
+    ours = MBF(model)
+    assert hooks(model) == 5
+    ours.close()
+    assert hooks(model) == 0
