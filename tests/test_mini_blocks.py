@@ -10,16 +10,30 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.utils.parametrizations import weight_norm
 
-from fisher_kernels import MBF
+from fisher_kernels import MBF, mini_blocks
 from tests.layer_cases import (
+    FALLBACKS,
     LAYERS,
+    NETWORKS,
+    Attention,
     Batch,
+    Branches,
+    Conv1D,
+    SharedWeight,
+    TiedAutoencoder,
+    TiedLanguageModel,
+    Twice,
+    TwoLengths,
+    WithFallback,
     assert_same_moves,
     batch_of,
     convolutions,
     loss_of,
+    tokens,
 )
 from tests.naive_mbf import NaiveMBF
 
@@ -162,3 +176,423 @@ def test_decay_trust_region_and_intervals(
 def test_convolutions_of_any_geometry(case: tuple[nn.Module, tuple[int, ...]], sequence: str) -> None:
     module, shape = case
     follow(module, batch_of(*shape), steps=2, sequence=sequence)
+
+
+# Embeddings.
+
+
+@pytest.mark.parametrize("sequence", ["expand", "reduce"])
+@pytest.mark.parametrize("padding_idx", [None, 0, -2])
+@pytest.mark.parametrize("shape", [(9,), (3, 5), (2, 3, 4), ()])
+def test_embedding(sequence: str, padding_idx: int | None, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = nn.Embedding(7, 4, padding_idx=padding_idx)
+    batch = tokens(*shape) if shape else (lambda generator: (torch.tensor(3),))
+    optimizer, _ = follow(model, batch, sequence=sequence, weight_decay=0.01)
+    assert_no_fallback(optimizer)
+    if padding_idx is not None:
+        assert not optimizer.state[model.weight]["fisher_blocks"].view(7, 4)[padding_idx].any()
+
+
+# Weights that several uses share.
+
+
+class Pair(nn.Module):
+    """Two layers with one weight, one after the other."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        second.weight = first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(torch.tanh(self.first(x)))
+        return out
+
+
+class TiedConv1D(Conv1D):
+    """Without a bias."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__(nf, nx)
+        self.bias = None  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+TiedConv1D.__name__ = "Conv1D"
+
+
+@pytest.mark.parametrize("sequence", ["expand", "reduce"])
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (lambda: Twice(nn.Linear(4, 3)), (5, 4)),
+        (lambda: Twice(nn.Linear(4, 3)), (5, 3, 4)),
+        (lambda: Twice(nn.Conv2d(2, 3, 3, padding=1)), (3, 2, 4, 5)),
+        (lambda: Twice(nn.Conv2d(2, 3, 3, padding=1)), (2, 2, 4, 5)),
+        (lambda: Twice(nn.ConvTranspose2d(2, 3, 2, stride=2)), (2, 2, 3, 2)),
+        (lambda: Twice(nn.BatchNorm1d(4)), (5, 4)),
+        (lambda: Twice(nn.BatchNorm1d(4)), (2, 4)),
+        (lambda: Twice(nn.LayerNorm(4)), (5, 3, 4)),
+        (lambda: Twice(nn.LayerNorm(4)), (2, 3, 4)),
+    ],
+)
+def test_module_called_several_times(build: Callable[[], nn.Module], shape: tuple[int, ...], sequence: str) -> None:
+    """On as many samples, where its gradients add up under "reduce", or on others."""
+    torch.manual_seed(0)
+    follow(build(), batch_of(*shape), sequence=sequence)
+
+
+class EmbeddedTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3, padding_idx=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.embedding(x).square() + self.embedding(x.flip(1)) - self.embedding(x[:2, :1]).sum((0, 1))
+        return out
+
+
+@pytest.mark.parametrize("sequence", ["expand", "reduce"])
+def test_embedding_called_several_times(sequence: str) -> None:
+    torch.manual_seed(0)
+    follow(EmbeddedTwice(), tokens(4, 3, vocabulary=5), sequence=sequence)
+
+
+@pytest.mark.parametrize("linear_blocks", ["shared", "per_output", 2])
+@pytest.mark.parametrize("sequence", ["expand", "reduce"])
+@pytest.mark.parametrize("biases", [(False, False), (True, True), (True, False), (False, True)])
+def test_linears_that_share_a_weight(biases: tuple[bool, bool], sequence: str, linear_blocks: str | int) -> None:
+    torch.manual_seed(0)
+    follow(SharedWeight(*biases), batch_of(5, 4), sequence=sequence, linear_blocks=linear_blocks)
+    pair = Pair(nn.Linear(4, 4, bias=biases[0]), nn.Linear(4, 4, bias=biases[1]))
+    follow(pair, batch_of(5, 3, 4), sequence=sequence, linear_blocks=linear_blocks)
+
+
+PAIRS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "convs": (lambda: Pair(nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)), (3, 2, 4, 5)),
+    "convs-first-bias": (lambda: Pair(nn.Conv1d(2, 2, 3), nn.Conv1d(2, 2, 3, bias=False)), (3, 2, 7)),
+    "convs-second-bias": (lambda: Pair(nn.Conv1d(2, 2, 3, bias=False), nn.Conv1d(2, 2, 3)), (3, 2, 7)),
+    "deconvs-first-bias": (
+        lambda: Pair(nn.ConvTranspose1d(2, 2, 3), nn.ConvTranspose1d(2, 2, 3, bias=False)),
+        (3, 2, 7),
+    ),
+    "conv-deconv": (lambda: Pair(nn.Conv2d(2, 3, 3), nn.ConvTranspose2d(3, 2, 3)), (3, 2, 5, 6)),
+    "conv-deconv-no-bias": (lambda: Pair(nn.Conv1d(2, 3, 3, bias=False), nn.ConvTranspose1d(3, 2, 3)), (3, 2, 7)),
+    "norms": (lambda: Pair(nn.LayerNorm(4), nn.LayerNorm(4)), (3, 5, 4)),
+    "norms-first-bias": (lambda: Pair(nn.LayerNorm(4), nn.LayerNorm(4, bias=False)), (3, 5, 4)),
+    "norms-second-bias": (lambda: Pair(nn.RMSNorm(4), nn.LayerNorm(4)), (3, 5, 4)),
+    "hf-conv1ds": (lambda: Pair(Conv1D(4, 4), Conv1D(4, 4)), (3, 5, 4)),
+    "hf-conv1d-no-bias": (lambda: TiedConv1D(3, 5), (4, 5)),
+    "hf-conv1d-no-bias-square": (lambda: TiedConv1D(4, 4), (3, 4)),
+    "hf-conv1d-linear": (lambda: Pair(Conv1D(3, 5), nn.Linear(3, 5)), (3, 5)),
+    "linear-hf-conv1d-no-bias": (lambda: Pair(nn.Linear(5, 3), TiedConv1D(5, 3)), (3, 4, 5)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:MBF.* of the trained parameters have no layer rule")
+@pytest.mark.parametrize("sequence", ["expand", "reduce"])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_layers_that_share_a_weight(pair: str, sequence: str) -> None:
+    """A use without a bias has no part in the blocks of another's."""
+    build, shape = PAIRS[pair]
+    torch.manual_seed(0)
+    follow(build(), batch_of(*shape), sequence=sequence)
+
+
+@pytest.mark.filterwarnings("ignore:MBF.* of the trained parameters have no layer rule")
+@pytest.mark.parametrize("linear_blocks", ["shared", "per_output", 3])
+@pytest.mark.parametrize("sequence", ["expand", "reduce"])
+@pytest.mark.parametrize(
+    ("build", "batch"),
+    [
+        (lambda: TiedLanguageModel(bias=False), tokens(3, 5)),
+        (lambda: TiedLanguageModel(bias=True, padding_idx=0), tokens(3, 5)),
+        (lambda: TiedLanguageModel(bias=True), tokens(6)),
+        (TiedAutoencoder, batch_of(5, 6)),
+        (TiedAutoencoder, batch_of(3, 4, 6)),
+    ],
+    ids=["language-model", "language-model-bias-padding", "language-model-rows", "autoencoder", "autoencoder-3d"],
+)
+def test_weight_shared_in_both_orientations(
+    build: Callable[[], nn.Module], batch: Batch, sequence: str, linear_blocks: str | int
+) -> None:
+    torch.manual_seed(0)
+    follow(build(), batch, steps=4, sequence=sequence, linear_blocks=linear_blocks, weight_decay=0.01)
+
+
+@pytest.mark.parametrize("sequence", ["expand", "reduce"])
+@pytest.mark.parametrize("build", [lambda: nn.LayerNorm(4), lambda: nn.RMSNorm(4), lambda: nn.Linear(4, 3)])
+def test_sequences_of_several_lengths(build: Callable[[], nn.Module], sequence: str) -> None:
+    torch.manual_seed(0)
+    follow(TwoLengths(build()), batch_of(3, 5, 4), sequence=sequence)
+
+
+@pytest.mark.parametrize("sequence", ["expand", "reduce"])
+@pytest.mark.parametrize("layer", ["linear", "conv2d-padding", "deconv2d-stride-padding", "layernorm", "embedding"])
+def test_batch_without_rows_leaves_the_blocks_alone(layer: str, sequence: str) -> None:
+    """As an expert sees it that no token was sent to; its gradient is 0, and the momentum goes on."""
+    build, shape = (lambda: nn.Embedding(7, 4), ()) if layer == "embedding" else LAYERS[layer]
+
+    def batch(generator: torch.Generator) -> tuple[Tensor]:
+        empty = generator.initial_seed() == 2  # the seed is the number of the step
+        if layer == "embedding":
+            return tokens(0 if empty else 5)(generator)
+        return batch_of(0 if empty else shape[0], *shape[1:])(generator)
+
+    torch.manual_seed(0)
+    follow(build(), batch, steps=4, sequence=sequence)
+
+
+# What is trained, and in which group.
+
+HALVES = ["linear", "linear-3d", "hf-conv1d", "conv2d-groups", "deconv2d", "batchnorm2d", "layernorm-3d"]
+
+
+@pytest.mark.parametrize("linear_blocks", ["shared", "per_output", 2, 3])
+@pytest.mark.parametrize("storage", ["full", "packed"])
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+@pytest.mark.parametrize("layer", HALVES)
+def test_half_frozen_layer(layer: str, frozen: str, storage: str, linear_blocks: str | int) -> None:
+    build, shape = LAYERS[layer]
+    if linear_blocks != "shared" and not layer.startswith(("linear", "hf")):
+        return
+    torch.manual_seed(0)
+    model = build()
+    model.get_parameter(frozen).requires_grad_(False)
+    follow(model, batch_of(*shape), inverse_storage=storage, linear_blocks=linear_blocks)
+
+
+@pytest.mark.parametrize("linear_blocks", ["shared", "per_output", 2])
+@pytest.mark.parametrize("layer", HALVES)
+def test_bias_frozen_for_some_steps(layer: str, linear_blocks: str | int) -> None:
+    def freeze(model: nn.Module, step: int) -> None:
+        model.get_parameter("bias").requires_grad_(step not in (1, 2))
+
+    build, shape = LAYERS[layer]
+    torch.manual_seed(0)
+    follow(build(), batch_of(*shape), steps=5, before=freeze, linear_blocks=linear_blocks)
+
+
+@pytest.mark.parametrize("held", ["weight", "bias"])
+@pytest.mark.parametrize("layer", HALVES)
+def test_half_held_layer(layer: str, held: str) -> None:
+    build, shape = LAYERS[layer]
+    torch.manual_seed(0)
+    follow(build(), batch_of(*shape), params=lambda model: [{"params": [model.get_parameter(held)]}])
+
+
+@pytest.mark.parametrize("linear_blocks", ["shared", "per_output", 2, 3])
+@pytest.mark.parametrize("layer", HALVES)
+def test_weight_and_bias_in_different_groups(layer: str, linear_blocks: str | int) -> None:
+    def groups(model: nn.Module) -> list[dict[str, Any]]:
+        bias = {"params": [model.get_parameter("bias")], "lr": 0.1, "momentum": 0.3, "kl_clip": 1e-4}
+        return [bias, {"params": [model.get_parameter("weight")], "kl_clip": 1e-5}]
+
+    build, shape = LAYERS[layer]
+    torch.manual_seed(0)
+    _, naive = follow(build(), batch_of(*shape), params=groups, linear_blocks=linear_blocks)
+    first, second = (group["scale"] for group in naive.groups)
+    assert max(first, second) < 1
+    assert first != second
+
+
+def test_a_group_has_settings_of_its_own() -> None:
+    def groups(model: nn.Module) -> list[dict[str, Any]]:
+        first, second, last = (model.get_submodule(name).parameters() for name in ("0", "2", "4"))
+        return [
+            {"params": first, "beta2": 0.3, "update_interval": 2, "linear_blocks": "per_output", "maximize": True},
+            {"params": second, "inverse_interval": 3, "loss_reduction": "sum", "linear_blocks": 3, "weight_decay": 0.1},
+            {"params": last, "damping": 0.3, "sequence": "reduce", "kl_clip": None, "lr": 1e-3},
+        ]
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    follow(model, batch_of(4, 3, 5), steps=6, params=groups)
+
+
+def test_frozen_layers_cost_nothing() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+    for p in model[:2].parameters():
+        p.requires_grad_(False)
+    optimizer = MBF(model, **SETTINGS)
+    model(torch.randn(5, 6, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    optimizer.metrics()
+    assert not any(optimizer.state[p] for p in model[:2].parameters())
+
+
+# Networks.
+
+
+@pytest.mark.parametrize("sequence", ["expand", "reduce"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_network(network: str, sequence: str) -> None:
+    build, batch = NETWORKS[network]
+    torch.manual_seed(0)
+    # Steps of one layer move what the next one sees, so rounding grows from step to step as it does in training.
+    follow(
+        build(),
+        batch,
+        steps=5,
+        sequence=sequence,
+        update_interval=2,
+        inverse_interval=2,
+        weight_decay=0.05,
+        tolerance=1e-8,
+    )
+
+
+@pytest.mark.parametrize(("update_interval", "inverse_interval"), [(1, 1), (2, 1), (1, 3), (2, 4)])
+def test_layer_unused_in_some_steps(update_interval: int, inverse_interval: int) -> None:
+    torch.manual_seed(0)
+    intervals = {"update_interval": update_interval, "inverse_interval": inverse_interval}
+    follow(Branches(), batch_of(6, 4), steps=8, weight_decay=0.01, **intervals)
+
+
+@pytest.mark.filterwarnings("ignore:MBF.* of the trained parameters have no layer rule")
+@pytest.mark.parametrize("loss_reduction", ["mean", "sum"])
+@pytest.mark.parametrize("fallback", FALLBACKS)
+def test_fallback(fallback: str, loss_reduction: str) -> None:
+    build, call, names = FALLBACKS[fallback]
+    torch.manual_seed(0)
+    model = WithFallback(build(), call)
+    optimizer, _ = follow(model, batch_of(6, 4), loss_reduction=loss_reduction, update_interval=2)
+    rows = {row.name: row for row in optimizer.explain()}
+    assert {name for name, row in rows.items() if row.fallback} == {f"fallback.{name}" for name in names}
+
+
+@pytest.mark.filterwarnings("ignore:MBF.* of the trained parameters have no layer rule")
+def test_parametrized_weight_and_its_bias() -> None:
+    torch.manual_seed(0)
+    follow(WithFallback(weight_norm(nn.Linear(6, 6)), lambda m, x: m(x)), batch_of(6, 4))
+
+
+# Batches in parts.
+
+
+@pytest.mark.parametrize("sequence", ["expand", "reduce"])
+@pytest.mark.parametrize(
+    "layer", ["linear-3d", "hf-conv1d-3d", "conv2d-groups", "deconv2d-stride-padding", "layernorm-3d", "groupnorm"]
+)
+def test_accumulation(layer: str, sequence: str) -> None:
+    """Blocks of micro-batches are those of one batch of all their samples, whose mean has the derivatives they have."""
+    build, shape = LAYERS[layer]
+    torch.manual_seed(0)
+    model = build().double()
+    (x,) = batch_of(6, *shape[1:])(torch.Generator().manual_seed(0))
+    states = []
+    for parts in (1, 2, 3):
+        net = copy.deepcopy(model)
+        optimizer = MBF(net, **SETTINGS, sequence=sequence)
+        for part in x.chunk(parts):
+            (net(part).sin().flatten(1).sum(1).mean() / parts).backward()
+        optimizer.step()
+        states.append([value for p in net.parameters() for value in (*optimizer.state[p].values(), p.detach())])
+    for other in states[1:]:
+        for ours, wanted in zip(other, states[0], strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=TOLERANCE, atol=TOLERANCE * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("sequence", ["expand", "reduce"])
+def test_accumulation_against_the_naive(sequence: str) -> None:
+    torch.manual_seed(0)
+    follow(Twice(nn.Linear(4, 3)), batch_of(6, 3, 4), parts=2, sequence=sequence)
+    follow(nn.Conv1d(4, 3, 2), batch_of(6, 4, 5), parts=3, sequence=sequence)
+
+
+@pytest.mark.parametrize("layer", ["linear-3d", "conv2d-groups", "deconv2d", "batchnorm2d", "layernorm-two-dims"])
+@pytest.mark.parametrize("linear_blocks", ["per_output", 4])
+def test_samples_in_pieces(monkeypatch: pytest.MonkeyPatch, layer: str, linear_blocks: str | int) -> None:
+    """As many as memory is set aside for, and blocks so large that they go to matrix products."""
+    monkeypatch.setattr(mini_blocks, "CHUNK", 50)
+    monkeypatch.setattr(mini_blocks, "PIECE", 30)
+    monkeypatch.setattr(mini_blocks, "SMALL", 2)
+    build, shape = LAYERS[layer]
+    torch.manual_seed(0)
+    follow(build(), batch_of(5, *shape[1:]), sequence="reduce", linear_blocks=linear_blocks)
+
+
+# How inverses are stored.
+
+
+@pytest.mark.parametrize("linear_blocks", ["shared", "per_output", 2])
+def test_packed_inverses_step_as_full_ones(linear_blocks: str | int) -> None:
+    """They are the same numbers; the kernels may add them in another order."""
+    build, batch = NETWORKS["convolutional"]
+    torch.manual_seed(0)
+    follow(build(), batch, inverse_storage="packed", linear_blocks=linear_blocks, tolerance=1e-8)
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv2d", "batchnorm2d", "hf-conv1d"])
+@pytest.mark.parametrize("linear_blocks", ["shared", "per_output", 2])
+def test_bfloat16_inverses_are_within_their_bound(layer: str, linear_blocks: str | int) -> None:
+    """One step of P m, every entry of P rounded by at most 2^-8 of itself, the unit roundoff."""
+    build, shape = LAYERS[layer]
+    torch.manual_seed(0)
+    model = build().double()
+    twin = copy.deepcopy(model)
+    settings = {**SETTINGS, "kl_clip": None, "linear_blocks": linear_blocks}
+    ours = MBF(model, **settings, inverse_storage="bfloat16")
+    naive = NaiveMBF(twin, **settings)
+    start = [p.detach().clone() for p in twin.parameters()]
+    for net, opt in ((model, ours), (twin, naive)):
+        generator = torch.Generator().manual_seed(0)
+        loss_of(net(*batch_of(*shape)(generator)), generator).backward()
+        opt.step()
+    # The error of P m is at most 2^-8 |P| |m|: the largest sum of a row of any block, times the largest entry.
+    largest = max(
+        float(torch.linalg.inv(b.average + 0.05 * torch.eye(b.average.shape[-1])).abs().sum(-1).max())
+        for b in naive.blocks
+        if b.average is not None
+    )
+    steepest = max(float(q.grad.abs().max()) for q in twin.parameters() if q.grad is not None)
+    bound = 2**-8 * settings["lr"] * largest * steepest
+    moved = False
+    for p, q, before in zip(model.parameters(), twin.parameters(), start, strict=True):
+        error = float((p - q).detach().abs().max())
+        assert error <= bound, f"off by {error:.1e}, where {bound:.1e} is allowed"
+        moved |= error > 0
+        assert not torch.equal(q, before)
+    assert moved, "nothing was rounded"
+
+
+# Against the definition itself, and what it is good for.
+
+
+def test_reduce_is_the_gradient_of_each_sample() -> None:
+    """End to end, with no word of layers: vmap(grad) of the loss of a whole network gives every block."""
+    torch.manual_seed(0)
+    model = Attention().double()
+    x = tokens(4, 5)(torch.Generator().manual_seed(0))[0]
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        out: Tensor = functional_call(model, parameters, (x.unsqueeze(0),))
+        return out.sin().sum()
+
+    of_samples = vmap(grad(loss), in_dims=(None, 0))({n: p.detach() for n, p in model.named_parameters()}, x)
+    optimizer = MBF(model, sequence="reduce", lr=0.0)
+    model(x).sin().flatten(1).sum(1).mean().backward()
+    optimizer.step()
+
+    def blocks(name: str) -> Tensor:
+        found: Tensor = optimizer.state[model.get_parameter(name)]["fisher_blocks"]
+        return found
+
+    for name in ("up", "down", "head", "project"):
+        weight, bias = of_samples[f"{name}.weight"], of_samples[f"{name}.bias"]
+        rows = torch.cat([weight.mT if name == "project" else weight, bias.unsqueeze(-1)], -1)
+        wanted = torch.einsum("noi,noj->ij", rows, rows) / (len(x) * rows.shape[1])
+        torch.testing.assert_close(blocks(f"{name}.weight")[0], wanted, rtol=1e-11, atol=1e-13)
+    for name in ("query", "key", "value"):
+        rows = of_samples[f"{name}.weight"]
+        wanted = torch.einsum("noi,noj->ij", rows, rows) / (len(x) * rows.shape[1])
+        torch.testing.assert_close(blocks(f"{name}.weight")[0], wanted, rtol=1e-11, atol=1e-13)
+    both = torch.stack([of_samples["norm1.weight"], of_samples["norm1.bias"]], -1)
+    wanted = torch.einsum("nci,ncj->cij", both, both) / len(x)
+    torch.testing.assert_close(blocks("norm1.weight"), wanted, rtol=1e-11, atol=1e-13)
+    for name in ("norm2.weight", "embedding.weight"):
+        wanted = of_samples[name].square().mean(0).reshape(-1, 1, 1)
+        torch.testing.assert_close(blocks(name), wanted, rtol=1e-11, atol=1e-13)
