@@ -37,7 +37,7 @@ NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc)
 .PHONY: help demo test bench lint build dist clean FORCE
 
 help:
-	@echo 'make demo    trains a CNN with AdamW, SGD, AdaFisher and AdaFisherW, side by side'
+	@echo 'make demo    trains a CNN with AdamW, SGD, AdaFisher, AdaFisherW and MBF, side by side'
 	@echo 'make test    runs the tests'
 	@echo 'make bench   measures the kernels against their baselines'
 	@echo 'make lint    ruff and mypy'
@@ -48,7 +48,7 @@ help:
 	@sed -n '/^# [A-Z_]*=/,/^$$/s/^# //p' Makefile
 
 demo: build
-	$(PY) -m fisher_kernels compare digits --optimizers adamw,sgd,adafisher,adafisherw --out $(OUT) $(ARGS)
+	$(PY) -m fisher_kernels compare digits --optimizers adamw,sgd,adafisher,adafisherw,mbf --out $(OUT) $(ARGS)
 
 test: build
 	$(PY) -m pytest $(ARGS)

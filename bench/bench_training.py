@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from bench.interleaved import Case, Run, RunCase
-from fisher_kernels import AdaFisher
+from fisher_kernels import MBF, AdaFisher
 from fisher_kernels.tasks import find_task
 
 
@@ -27,6 +28,10 @@ def iterations(make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> 
         optimizer.step()
 
     return iterate
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
 
 
 @pytest.fixture
@@ -50,9 +55,30 @@ def test_iteration_of_the_digits_cnn(run_case: RunCase, threads: int, interval: 
             shape=f"digits CNN, {threads} thread{'s' * (threads > 1)}, refresh every {interval}",
             dtype=torch.float32,
             ours=iterations(lambda model: AdaFisher(model, update_interval=interval)),
-            baselines={
-                "AdamW(fused)": iterations(lambda model: torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True))
-            },
+            baselines={"AdamW(fused)": iterations(adamw)},
+            gates={} if most is None else {"AdamW(fused)": 1 / most},
+            repeat=10,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("threads", "options", "most"),
+    [(1, {}, 1.6), (1, {"update_interval": 10}, None), (2, {}, None)],
+    indirect=["threads"],
+    ids=["defaults", "refresh-every-10", "two-threads"],
+)
+def test_iteration_of_the_digits_cnn_with_mbf(
+    run_case: RunCase, threads: int, options: dict[str, Any], most: float | None
+) -> None:
+    interval = options.get("update_interval", 1)
+    run_case(
+        Case(
+            op="MBF training iteration",
+            shape=f"digits CNN, {threads} thread{'s' * (threads > 1)}, refresh every {interval}, inverse every 10",
+            dtype=torch.float32,
+            ours=iterations(lambda model: MBF(model, **options)),
+            baselines={"AdamW(fused)": iterations(adamw)},
             gates={} if most is None else {"AdamW(fused)": 1 / most},
             repeat=10,
         )

@@ -346,6 +346,56 @@ def _naive_curvature(row: Tensor | None, column: Tensor | None, view: tuple[int,
     return product + _DAMPING
 
 
+# One block a kernel, packed ones, and inverses that the rows of a layer with a bias share.
+_MBF = (((20, 3, 3, 3), (60, 9, 9)), ((7, 5), (7, 15)), ((12, 10), (1, 2, 6, 6)), ((12,), None))
+
+
+def _mbf_inputs(source: Source) -> Inputs:
+    wide = Source(ACCUMULATOR[source.dtype], source.device, source.generator)
+    inverses = [None if shape is None else wide.normal(*shape) for _, shape in _MBF]
+    for x in inverses:
+        if x is not None and x.dim() > 2:
+            x.add_(x.mT.clone())
+    return {
+        "params": [source.normal(*shape) for shape, _ in _MBF],
+        "grads": [source.normal(*shape) for shape, _ in _MBF],
+        "momentum_buffers": [wide.normal(*shape) for shape, _ in _MBF],
+        "inverses": inverses,
+        "stored_u": torch.finfo(source.dtype).eps / 2,
+    }
+
+
+def _mbf_case(name: str, **options: Any) -> Case:
+    def step(inputs: Inputs, **options: Any) -> list[Tensor]:
+        names = ("params", "grads", "momentum_buffers", "inverses")
+        plain = {"lr": _LR, "momentum": _BETA, "weight_decay": 0.0, "decoupled": False, "maximize": False}
+        skipped, _ = ops.mbf_step_(*(inputs[name] for name in names), **{**plain, **options})
+        return [*inputs["params"], *inputs["momentum_buffers"], skipped]
+
+    def tolerance(inputs: Inputs, expected: list[Tensor], u: float) -> list[Tolerance]:
+        decay = options.get("weight_decay", 0.0)
+        moments = [
+            _BETA * m.abs() + g.abs() + decay * w.abs()
+            for w, g, m in zip(inputs["params"], inputs["grads"], inputs["momentum_buffers"], strict=True)
+        ]
+        # The step of magnitudes leaves lr |P| |m| in parameters of 0.
+        sizes = {
+            "params": [torch.zeros_like(m) for m in moments],
+            "grads": [-m for m in moments],
+            "momentum_buffers": [torch.zeros_like(m) for m in moments],
+            "inverses": [None if x is None else x.abs() for x in inputs["inverses"]],
+        }
+        with backends.use_backend("reference"):
+            changes = step(sizes)[: len(moments)]
+        of_params = [
+            40 * u * (w.abs() + change + _LR * decay * w.abs()) + inputs["stored_u"] * e.abs()
+            for w, change, e in zip(inputs["params"], changes, expected, strict=False)
+        ]
+        return [*of_params, *(16 * u * m for m in moments), 0.0]
+
+    return Case("mbf_step_", name, _SUM_DTYPES, _mbf_inputs, lambda inputs: step(inputs, **options), tolerance)
+
+
 # Blocks. A factorisation moves the block by (n + 1) u of its norm at most, which the condition number amplifies;
 # forming the inverse costs as much again, twice.
 
@@ -507,4 +557,7 @@ CASES: Sequence[Case] = (
     _step_case("decoupled weight decay", weight_decay=0.1, decoupled=True),
     _step_case("maximised and scaled", maximize=True, scale=1024.0),
     _step_case("nothing at all after an overflow", scale=2.0, found_inf=True),
+    _mbf_case("plain"),
+    _mbf_case("weight decay in the gradient, maximised", weight_decay=0.1, maximize=True),
+    _mbf_case("clipped, decoupled weight decay", weight_decay=0.1, decoupled=True, kl_clip=1e6),
 )

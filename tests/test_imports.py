@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("backends",),
     ("ops", "tap"),
     ("layers",),
+    ("mini_blocks",),
     ("statistics",),
     ("optim",),
     ("",),

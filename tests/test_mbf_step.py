@@ -101,9 +101,10 @@ def naive(case: Step) -> tuple[list[Tensor], list[Tensor], float]:
                     total += directions[p][e] * gs[k]
     lr, clip = float(o["lr"]), o.get("kl_clip")
     scale = 1.0 if clip is None or lr == 0 or total == 0 else min(1.0, math.sqrt(clip / (lr * lr * abs(total))))
-    for p, e in ((p, e) for p in range(len(params)) for e in range(len(params[p]))):
-        decay = o["weight_decay"] * params[p][e] if o["decoupled"] else 0.0
-        params[p][e] -= lr * (scale * directions[p][e] + decay)
+    for weights, along in zip(params, directions, strict=True):
+        for e, d in enumerate(along):
+            decay = o["weight_decay"] * weights[e] if o["decoupled"] else 0.0
+            weights[e] -= lr * (scale * d + decay)
 
     def like(values: Sequence[Sequence[float]]) -> list[Tensor]:
         return [torch.tensor(v, dtype=torch.float64).view(x.shape) for v, x in zip(values, case.params, strict=True)]

@@ -214,7 +214,7 @@ def test_text_model_is_causal() -> None:
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("adam", {}, "unknown optimizer 'adam': choose from adamw, sgd, adafisher, adafisherw"),
+        ("adam", {}, "unknown optimizer 'adam': choose from adamw, sgd, adafisher, adafisherw, mbf"),
         ("adafisher:fast", {}, "unknown variant 'fast' of adafisher: choose from paper, release, relative"),
         ("sgd:paper", {}, "unknown variant 'paper' of sgd: it has none"),
         ("sgd", {"damping": 1.0}, "sgd has no hyperparameter 'damping': it takes lr, weight_decay"),

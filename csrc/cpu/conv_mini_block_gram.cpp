@@ -18,7 +18,7 @@ namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
 
 namespace {
 
-constexpr int64_t kRun = 8;           // samples summed before their sum is added to the total
+constexpr int64_t kRun = 16;          // samples summed before their sum is added to the total
 constexpr int64_t kSegment = 1024;    // positions summed before their sum is added to the entry
 constexpr int64_t kCopies = 1 << 18;  // bytes of copies that a thread aims at, and of totals: both stay in its cache
 constexpr int64_t kTotals = 1 << 18;
@@ -64,6 +64,7 @@ struct Products {
   int64_t positions;
   A* entries;
   int64_t entries_row;
+  const int64_t* places;  // of the kernel offsets in a row of entries
   bool is_first;
 };
 
@@ -76,7 +77,7 @@ inline Vector<A> operand(const A* p) {
   }
 }
 
-/// entries[r, t] (+)= sum over positions l of left[r, l] * right[windows[l] + taps[t]].
+/// entries[r, places[t]] (+)= sum over positions l of left[r, l] * right[windows[l] + taps[t]].
 template <class A, bool kLeftLanes, bool kRightLanes, int kRows, int kTaps>
 void add_products(const Products<A>& p) {
   Vector<A> sums[kRows][kTaps] = {};
@@ -103,7 +104,7 @@ void add_products(const Products<A>& p) {
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
     for (int t = 0; t < kTaps; ++t) {
-      A* const entry = p.entries + r * p.entries_row + t * kLanes<A>;
+      A* const entry = p.entries + r * p.entries_row + p.places[t];
       store(entry, p.is_first ? sums[r][t] : load(entry) + sums[r][t]);
     }
   }
@@ -231,40 +232,43 @@ class Kernel {
   static constexpr bool kStages = !kLeftLanes && !std::is_same_v<T, A>;  // numbers to widen, a few rows at a time
 
  public:
-  explicit Kernel(const ConvMiniBlockGram& a) : a_(a), geometry_(a), n_(geometry_.taps) {
+  explicit Kernel(const ConvMiniBlockGram& a) : a_(a), geometry_(a), n_(geometry_.taps), columns_(n_ + kMaxTaps), places_(n_ + kMaxTaps) {
     const int64_t width = kRightLanes ? kStep : 1;
     if (kRightLanes) geometry_.widen(kStep);
-    tap_groups_ = split_evenly(n_, kMaxTaps);
-    rows_ = max_rows(ceil_div(n_, tap_groups_.parts));
-    const int64_t lane_groups = kLanesAre == Lanes::inputs   ? a.groups * ceil_div(a.inputs, kStep)
-                                : kLanesAre == Lanes::groups ? ceil_div(a.groups, kStep)
-                                                             : a.groups;
+    const int64_t lane_groups = kLanesAre == Lanes::groups ? ceil_div(a.groups, kStep) : a.groups;
     const int64_t lefts = kLanesAre == Lanes::outputs ? ceil_div(a.outputs, kStep) : a.outputs;
-    const int64_t rights = kLanesAre == Lanes::inputs ? 1 : a.inputs;
+    const int64_t rights = kLanesAre == Lanes::inputs ? ceil_div(a.inputs, kStep) : a.inputs;
+    const int64_t most_slots = larger(1, kMaxTaps / n_);
+    slots_ = ceil_div(rights, ceil_div(rights, most_slots));
+    rows_ = max_rows(ceil_div(slots_ * n_, ceil_div(slots_ * n_, kMaxTaps)));
 
     right_size_ = (geometry_.padded + 1) * width;
     left_size_ = kLeftLanes ? geometry_.outputs * kStep : 0;
     totals_size_ = triangle(n_) * kStep;
     const int64_t bytes = sizeof(A);
     // A matter of the shape of single channels: no block knows how many others there are.
-    run_ = larger(1, smaller(kRun, kCopies / ((left_size_ + right_size_) * bytes)));
+    run_ = larger(1, smaller(kRun, kCopies / ((left_size_ + most_slots * right_size_) * bytes)));
+    for (int64_t slot = 0; slot < slots_; ++slot) {
+      for (int64_t k = 0; k < n_; ++k) {
+        columns_.data()[slot * n_ + k] = slot * run_ * right_size_ + geometry_.tap_places()[k];
+        places_.data()[slot * n_ + k] = (slot * rows_ * run_ * n_ + k) * kStep;
+      }
+    }
     const int64_t vectors = larger(1, kTotals / (totals_size_ * bytes));
     if (kLeftLanes) {  // a copy of left serves many rights, which in turn are few where copies of them are large
       const int64_t copies = larger(1, kCopies / (run_ * right_size_ * bytes));
       left_parts_ = split_evenly(lefts, rows_);
-      right_parts_ = split_evenly(rights, larger(1, smaller(vectors / rows_, copies)));
+      right_parts_ = split_evenly(rights, larger(slots_, smaller(vectors / rows_, copies)));
     } else {
-      left_parts_ = split_evenly(lefts, larger(rows_, vectors));
-      right_parts_ = {1, 1};
+      left_parts_ = split_evenly(lefts, larger(rows_, vectors / slots_));
+      right_parts_ = split_evenly(rights, slots_);
     }
     // Which unit a block is in changes nothing for it: units may be as many as threads ask for.
     threads_ = useful_threads(a.samples * lefts * rights * lane_groups * n_ * (geometry_.outputs + n_), a.threads);
-    while (lane_groups * left_parts_.parts * right_parts_.parts < threads_ && left_parts_.parts * rows_ < lefts) {
-      ++left_parts_.parts;
-    }
-    while (lane_groups * left_parts_.parts * right_parts_.parts < threads_ && right_parts_.parts < rights) {
-      ++right_parts_.parts;
-    }
+    const auto are_few = [&] { return lane_groups * left_parts_.parts * right_parts_.parts < threads_; };
+    while (!kLeftLanes && are_few() && right_parts_.parts < rights) ++right_parts_.parts;
+    while (are_few() && left_parts_.parts * rows_ < lefts) ++left_parts_.parts;
+    while (are_few() && right_parts_.parts < rights) ++right_parts_.parts;
     units_ = lane_groups * left_parts_.parts * right_parts_.parts;
     threads_ = static_cast<int>(larger(1, smaller(threads_, units_)));
     most_lefts_ = ceil_div(lefts, left_parts_.parts);
@@ -273,15 +277,17 @@ class Kernel {
 
   void operator()() const {
     const int64_t copies = run_ * (most_rights_ * right_size_ + most_lefts_ * left_size_);
-    const int64_t entries = rows_ * run_ * n_ * kStep, totals = most_lefts_ * most_rights_ * totals_size_;
+    const int64_t entries = slots_ * rows_ * run_ * n_ * kStep, totals = most_lefts_ * most_rights_ * totals_size_;
     const int64_t staged = kStages ? rows_ * geometry_.outputs : 0;
-    const int64_t size = ceil_div(copies + entries + totals + staged, kStep) * kStep;
+    const int64_t squares = n_ * n_ * kStep;
+    const int64_t size = ceil_div(copies + entries + totals + squares + staged, kStep) * kStep;
     const LaneScratch<A> scratch(threads_ * size / kStep);
     parallel_for(threads_, units_, [&](int thread, int64_t begin, int64_t end) {
       Buffers buffers;
       buffers.totals = reinterpret_cast<A*>(scratch.data()) + thread * size;
       buffers.entries = buffers.totals + totals;
-      buffers.lefts = buffers.entries + entries;
+      buffers.squares = buffers.entries + entries;
+      buffers.lefts = buffers.squares + squares;
       buffers.rights = buffers.lefts + run_ * most_lefts_ * left_size_;
       buffers.staged = buffers.rights + run_ * most_rights_ * right_size_;
       for (A* p = buffers.rights; p < buffers.staged; ++p) *p = 0;  // the padding, which no copy overwrites
@@ -293,7 +299,8 @@ class Kernel {
   /// A thread's memory. Copies of channels: [slots, samples of a run, positions, lanes].
   struct Buffers {
     A* totals;   // [rights, lefts, n (n + 1) / 2, lanes]
-    A* entries;  // [rows, samples of a run, n, lanes]
+    A* entries;  // [right slots of a tile, left slots, samples of a run, n, lanes]
+    A* squares;  // [n, n, lanes]
     A* lefts;
     A* rights;
     A* staged;  // [rows, positions]
@@ -303,13 +310,15 @@ class Kernel {
   struct Unit {
     int64_t lefts;
     int64_t rights;
-    int64_t lanes;  // in outputs lanes: those from the first slot on
+    int64_t lanes;  // of all slots from the first on
     Numbering left_channel;
     Numbering right_channel;
-    Numbering left_block;     // of left slot and lane in out
-    int64_t right_block;      // further on in out for each right slot
-    int64_t lanes_of(int64_t left) const {
-      return kLanesAre == Lanes::outputs ? smaller(kStep, lanes - left * kStep) : lanes;
+    Numbering left_block;  // of left slot and lane in out
+    int64_t right_block;   // further on in out for each right slot
+
+    int64_t lanes_of(int64_t left, int64_t right) const {
+      const int64_t slot = kLanesAre == Lanes::outputs ? left : kLanesAre == Lanes::inputs ? right : 0;
+      return smaller(kStep, lanes - slot * kStep);
     }
   };
 
@@ -320,11 +329,11 @@ class Kernel {
     const int64_t ins = a_.inputs, outs = a_.outputs;
     Unit unit{left_parts_.count(left), right_parts_.count(right), 0, {}, {}, {}, 0};
     if constexpr (kLanesAre == Lanes::inputs) {
-      const int64_t pieces = ceil_div(ins, kStep), group = lane_group / pieces, in = lane_group % pieces * kStep;
-      unit.lanes = smaller(kStep, ins - in);
-      unit.left_channel = {group * outs + first_left, 1, 0};
-      unit.right_channel = {group * ins + in, 0, 1};
-      unit.left_block = {unit.left_channel.first * ins + in, ins, 1};
+      unit.lanes = ins - first_right * kStep;
+      unit.left_channel = {lane_group * outs + first_left, 1, 0};
+      unit.right_channel = {lane_group * ins + first_right * kStep, kStep, 1};
+      unit.left_block = {unit.left_channel.first * ins + first_right * kStep, ins, 1};
+      unit.right_block = kStep;
     } else if constexpr (kLanesAre == Lanes::outputs) {
       unit.lanes = outs - first_left * kStep;
       unit.left_channel = {lane_group * outs + first_left * kStep, kStep, 1};
@@ -333,7 +342,7 @@ class Kernel {
       unit.right_block = 1;
     } else {
       const int64_t group = lane_group * kStep;
-      unit.lanes = smaller(kStep, a_.groups - group);
+      unit.lanes = a_.groups - group;
       unit.left_channel = {group * outs + first_left, 1, outs};
       unit.right_channel = {group * ins + first_right, 1, ins};
       unit.left_block = {unit.left_channel.first * ins + first_right, ins, outs * ins};
@@ -344,17 +353,18 @@ class Kernel {
 
   void sum_unit(int64_t index, const Buffers& buffers) const {
     const Unit unit = unit_at(index);
-    const Even tiles = split_evenly(unit.lefts, rows_);
+    const Even tiles = split_evenly(unit.lefts, rows_), right_tiles = split_evenly(unit.rights, slots_);
     if (a_.samples == 0) {
       for (int64_t i = 0; i < unit.lefts * unit.rights * totals_size_; ++i) buffers.totals[i] = 0;
     }
     for (int64_t first = 0; first < a_.samples; first += run_) {
       const int64_t samples = smaller(run_, a_.samples - first);
       copy(unit, first, samples, buffers);
-      for (int64_t right = 0; right < unit.rights; ++right) {
-        for (int64_t tile = 0; tile < tiles.parts; ++tile) {
-          with_constant<kMostRows>(tiles.count(tile), [&](auto rows) {
-            sum_tile<rows>(unit, first, samples, tiles.first(tile), right, buffers);
+      for (int64_t right = 0; right < right_tiles.parts; ++right) {
+        for (int64_t left = 0; left < tiles.parts; ++left) {
+          const Tile tile{tiles.first(left), right_tiles.first(right), right_tiles.count(right)};
+          with_constant<kMostRows>(tiles.count(left), [&](auto rows) {
+            sum_tile<rows>(unit, tile, first, samples, buffers);
           });
         }
       }
@@ -372,7 +382,7 @@ class Kernel {
         const int64_t* const places = geometry_.input_places();
         if constexpr (kRightLanes) {
           const int64_t lane_stride = unit.right_channel.per_lane * a_.x.channel_stride;
-          copy_lanes<T>({x, lane_stride, a_.x.position_stride}, unit.lanes, geometry_.inputs, places, to);
+          copy_lanes<T>({x, lane_stride, a_.x.position_stride}, unit.lanes_of(0, right), geometry_.inputs, places, to);
         } else {
           for (int64_t p = 0; p < geometry_.inputs; ++p) to[places[p]] = widen(x[p * a_.x.position_stride]);
         }
@@ -380,7 +390,7 @@ class Kernel {
       for (int64_t left = 0; kLeftLanes && left < unit.lefts; ++left) {
         const int64_t lane_stride = unit.left_channel.per_lane * a_.grad_output.channel_stride;
         copy_lanes<T>({left_data(unit, left, first + s), lane_stride, a_.grad_output.position_stride},
-                      unit.lanes_of(left), geometry_.outputs, nullptr,
+                      unit.lanes_of(left, 0), geometry_.outputs, nullptr,
                       buffers.lefts + (left * run_ + s) * left_size_);
       }
     }
@@ -391,11 +401,18 @@ class Kernel {
            unit.left_channel(left) * a_.grad_output.channel_stride;
   }
 
-  /// Adds the outer products of a run of samples for a few left slots and one right slot.
+  /// Slots whose sums share the registers: several right ones where the kernel has few offsets.
+  struct Tile {
+    int64_t left;
+    int64_t right;
+    int64_t rights;
+  };
+
+  /// Adds the outer products of a run of samples for kRows left slots and a few right ones.
   template <int kRows>
-  void sum_tile(const Unit& unit, int64_t first, int64_t samples, int64_t left, int64_t right,
-                const Buffers& buffers) const {
-    const int64_t entries_row = run_ * n_ * kStep;
+  void sum_tile(const Unit& unit, const Tile& tile, int64_t first, int64_t samples, const Buffers& buffers) const {
+    const int64_t entries_row = run_ * n_ * kStep, left = tile.left;
+    const Even columns = split_evenly(tile.rights * n_, kMaxTaps);
     for (int64_t s = 0; s < samples; ++s) {
       Products<A> products;
       products.entries_row = entries_row;
@@ -423,18 +440,18 @@ class Kernel {
         products.left_row = a_.grad_output.channel_stride;
         products.left_step = a_.grad_output.position_stride;
       }
-      products.right = buffers.rights + (right * run_ + s) * right_size_;
-      for (int64_t group = 0; group < tap_groups_.parts; ++group) {
-        const int64_t tap = tap_groups_.first(group);
-        products.taps = geometry_.tap_places() + tap;
-        products.entries = buffers.entries + (s * n_ + tap) * kStep;
+      products.right = buffers.rights + (tile.right * run_ + s) * right_size_;
+      products.entries = buffers.entries + s * n_ * kStep;
+      for (int64_t group = 0; group < columns.parts; ++group) {
+        products.taps = columns_.data() + columns.first(group);
+        products.places = places_.data() + columns.first(group);
         int64_t l = 0;
         do {  // once even where there are no positions, for the zeros
           products.left = lefts + l * products.left_step;
           products.windows = geometry_.window_places() + l;
           products.positions = smaller(kSegment, geometry_.outputs - l);
           products.is_first = l == 0;
-          with_constant<kMaxTaps>(tap_groups_.count(group), [&](auto taps) {
+          with_constant<kMaxTaps>(columns.count(group), [&](auto taps) {
             // Taps that leave no registers for so many rows never come with them.
             constexpr int kFit = kRows < max_rows(taps) ? kRows : max_rows(taps);
             add_products<A, kLeftLanes, kRightLanes, kFit, taps>(products);
@@ -443,31 +460,50 @@ class Kernel {
         } while (l < geometry_.outputs);
       }
     }
-    for (int64_t r = 0; r < kRows; ++r) {
-      add_run(Run<A>{buffers.entries + r * entries_row, samples, n_, first == 0},
-              buffers.totals + (right * most_lefts_ + left + r) * totals_size_);
+    for (int64_t right = 0; right < tile.rights; ++right) {
+      for (int64_t r = 0; r < kRows; ++r) {
+        add_run(Run<A>{buffers.entries + (right * rows_ + r) * entries_row, samples, n_, first == 0},
+                buffers.totals + ((tile.right + right) * most_lefts_ + left + r) * totals_size_);
+      }
     }
   }
 
   void write(const Unit& unit, const Buffers& buffers) const {
     const A decay = static_cast<A>(a_.decay), gain = static_cast<A>(a_.gain);
+    const int64_t step = unit.left_block.per_lane * n_ * n_;
     for (int64_t left = 0; left < unit.lefts; ++left) {
       for (int64_t right = 0; right < unit.rights; ++right) {
         const A* const totals = buffers.totals + (right * most_lefts_ + left) * totals_size_;
-        const int64_t block = unit.left_block(left) + right * unit.right_block;
-        for (int64_t lane = 0; lane < unit.lanes_of(left); ++lane) {
-          A* const out = static_cast<A*>(a_.out) + (block + lane * unit.left_block.per_lane) * n_ * n_;
-          write_block(totals + lane, n_, decay, gain, out);
+        const int64_t block = unit.left_block(left) + right * unit.right_block, lanes = unit.lanes_of(left, right);
+        A* const out = static_cast<A*>(a_.out) + block * n_ * n_;
+        if (step == n_ * n_) {
+          write_neighbours(totals, lanes, reinterpret_cast<Vector<A>*>(buffers.squares), decay, gain, out);
+        } else {
+          for (int64_t lane = 0; lane < lanes; ++lane) write_block(totals + lane, n_, decay, gain, out + lane * step);
         }
       }
     }
   }
 
+  /// write_block for blocks that lie one after the other.
+  void write_neighbours(const A* totals, int64_t lanes, Vector<A>* squares, A decay, A gain, A* out) const {
+    if (decay != 0) load_lanes(out, lanes, n_ * n_, squares);
+    for (int64_t i = 0; i < n_; ++i) {
+      for (int64_t j = 0; j <= i; ++j, totals += kStep) {
+        Vector<A> value = gain * load(totals);
+        if (decay != 0) value += decay * squares[i * n_ + j];
+        squares[i * n_ + j] = squares[j * n_ + i] = value;
+      }
+    }
+    store_lanes(squares, (uint32_t{1} << lanes) - 1, n_ * n_, out);
+  }
+
   const ConvMiniBlockGram& a_;
   Geometry geometry_;
   const int64_t n_;
-  int rows_;         // most left slots of a tile
-  Even tap_groups_;  // kernel offsets of a tile
+  int64_t slots_;  // most right slots of a tile
+  int64_t rows_;   // most left slots
+  const Scratch<int64_t> columns_, places_;  // where right slots' kernel offsets lie in copies and in entries
   Even left_parts_, right_parts_;
   int64_t units_;
   int threads_;

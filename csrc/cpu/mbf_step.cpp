@@ -14,12 +14,17 @@ namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
 
 namespace {
 
-// Elements worked on at a time, in whole rows: what passes through buffers stays in the first cache. A matter of the
-// shape alone, as the sum of <d, g> is made of one partial sum for each chunk.
-constexpr int64_t kChunk = 512;
+// Elements worked on at a time, in whole rows: few, so that the processor asks for the memory of the gradient, the
+// momentum, the inverse and the parameter in turn and never long for one alone. A matter of the shape alone, as the sum
+// of <d, g> is made of one partial sum for each chunk.
+constexpr int64_t kChunk = 128;
+constexpr int64_t kWholeRows = 16;  // as many of them fill whole registers
 constexpr int kMostRegisters = 4;  // of a row for which the whole direction is kept in registers
 
-int64_t chunk_rows(const MbfParameter& p) { return larger(1, kChunk / p.columns); }
+int64_t chunk_rows(const MbfParameter& p) {
+  return p.columns * kWholeRows <= 4 * kChunk ? ceil_div(kChunk, p.columns * kWholeRows) * kWholeRows
+                                              : larger(1, kChunk / p.columns);
+}
 int64_t chunk_count(const MbfParameter& p) { return ceil_div(p.rows, chunk_rows(p)); }
 int64_t numel(const MbfParameter& p) { return p.rows * p.columns; }
 int64_t block_numbers(const MbfParameter& p) {

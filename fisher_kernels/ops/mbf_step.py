@@ -78,7 +78,9 @@ def _check_tensor(name: str, x: Tensor, dtype: torch.dtype, i: int, param: Tenso
             f"{_OP}: {name} has shape {tuple(x.shape)}, expected {tuple(param.shape)}, the shape of params[{i}]"
         )
     if x.dtype != dtype:
-        raise TypeError(f"{_OP}: {name} has dtype {x.dtype}, expected {dtype} beside params[{i}] of dtype {param.dtype}")
+        raise TypeError(
+            f"{_OP}: {name} has dtype {x.dtype}, expected {dtype} beside params[{i}] of dtype {param.dtype}"
+        )
     if x.device != param.device:
         raise ValueError(f"{_OP}: {name} is on {x.device}, expected {param.device}, the device of params[{i}]")
 
@@ -148,22 +150,22 @@ def _check_parameter(
 class _Entry(NamedTuple):
     """A parameter that has an inverse, maybe with the bias that follows it."""
 
-    index: int
+    position: int  # in the lists
     layout: _Layout
     biased: bool
 
     def join(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """The elements of the parameter and its bias as (rows, columns)."""
         rows, columns, _ = self.layout
-        body = tensors[self.index].to(dtype).reshape(rows, columns - self.biased).contiguous()
-        return torch.cat([body, tensors[self.index + 1].to(dtype).reshape(rows, 1)], 1) if self.biased else body
+        body = tensors[self.position].to(dtype).reshape(rows, columns - self.biased).contiguous()
+        return torch.cat([body, tensors[self.position + 1].to(dtype).reshape(rows, 1)], 1) if self.biased else body
 
     def store(self, values: Tensor, tensors: Sequence[Tensor]) -> None:
         """Undoes ``join``."""
-        body = tensors[self.index]
+        body = tensors[self.position]
         body.copy_(values[:, : self.layout.columns - self.biased].reshape(body.shape))
         if self.biased:
-            bias = tensors[self.index + 1]
+            bias = tensors[self.position + 1]
             bias.copy_(values[:, -1:].reshape(bias.shape))
 
     def in_blocks(self, rows: Tensor) -> Tensor:
@@ -259,7 +261,7 @@ def _gradient(
     grad_scale: Tensor | None,
 ) -> Tensor:
     """The gradient that enters the momentum, as (rows, columns)."""
-    wide = ACCUMULATOR[params[entry.index].dtype]
+    wide = ACCUMULATOR[params[entry.position].dtype]
     g = entry.join(grads, wide)
     if grad_scale is not None:
         g = g / grad_scale.to(g.device, wide).reshape(())
@@ -295,7 +297,7 @@ def _reference(
     total = torch.zeros((), dtype=torch.float64, device=device)
     directions = []
     for entry in entries:
-        i = entry.index
+        i = entry.position
         g = _gradient(entry, params, grads, 0.0 if decoupled else weight_decay, maximize, grad_scale)
         old = entry.join(momentum_buffers, g.dtype)
         new = momentum * old + g
@@ -319,7 +321,7 @@ def _reference(
         step = (rate * scale).to(d.dtype) * d
         if weight_decay and decoupled:
             step = step + (rate * weight_decay).to(d.dtype) * w
-        entry.store(torch.where(kept, w - step, w).to(params[entry.index].dtype), params)
+        entry.store(torch.where(kept, w - step, w).to(params[entry.position].dtype), params)
     return skipped, scale
 
 

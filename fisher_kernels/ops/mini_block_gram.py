@@ -235,9 +235,12 @@ def conv_mini_block_gram_(
 
     ``out[o, i] <- decay * out[o, i] + gain * sum_s w w^T``, where w is the gradient of kernel (o, i) by sample s,
     ``w[k] = sum_l grad_output[s, o, l] * x_padded[s, i, l * stride + k * dilation]``, i being a channel of o's group.
-    The result is symmetric to the bit. Neither the gradients nor unfolded patches are held for more than a few samples:
-    memory beyond the arguments does not grow with the batch. (The blocks of a mini-block Fisher matrix, MBF, arXiv
-    2202.04124.)
+    The result is symmetric to the bit. (The blocks of a mini-block Fisher matrix, MBF, arXiv 2202.04124.)
+
+    Memory beyond the arguments does not grow with the batch. The native kernel holds copies of a few channels of at
+    most 16 samples, a few MB a thread at most, or one sample's if these are larger, and sums of about 256 KB, or of a
+    few blocks if they are larger. The reference unfolds so many samples at a time that 2^20 numbers result, at least
+    one.
 
     Args:
         out: (O, I / groups, n, n), n being the number of offsets of the kernel in row-major order; contiguous, float64
