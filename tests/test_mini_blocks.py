@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -596,3 +597,143 @@ def test_reduce_is_the_gradient_of_each_sample() -> None:
     for name in ("norm2.weight", "embedding.weight"):
         wanted = of_samples[name].square().mean(0).reshape(-1, 1, 1)
         torch.testing.assert_close(blocks(name), wanted, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("loss_reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("outputs", "linear_blocks"), [(1, "shared"), (1, "per_output"), (3, "shared")])
+def test_one_step_solves_one_equation(outputs: int, linear_blocks: str, loss_reduction: str, samples: int) -> None:
+    """Least squares with one input lands on its minimum in one step, as damping goes to 0.
+
+    With residuals r = W h + b - y and the loss |r|^2 / 2 of a sample, s = r and a shared block is
+    G = (|r|^2 / O) h h^T, h with its 1. A gradient r h^T then becomes r h^T / (q |h|^2 + damping), q = |r|^2 / O, and
+    the step changes the residuals to r (1 - lr |h|^2 / (q |h|^2 + damping)): with lr = q they are
+    r damping / (q |h|^2 + damping), whatever the input is. The same sample several times leaves the mean of losses and
+    G as they are; of a sum the gradient is so many times as long, and lr = q / samples.
+    """
+    torch.manual_seed(0)
+    h, y = torch.randn(5, dtype=torch.float64), torch.randn(outputs, dtype=torch.float64)
+    x, square = h.expand(samples, 5), float(h.square().sum()) + 1
+    reduce = {"mean": torch.mean, "sum": torch.sum}[loss_reduction]
+    for damping in (1.0, 1e-2, 1e-6):
+        model = nn.Linear(5, outputs).double()
+        before = (model(h) - y).detach()
+        q = float(before.square().mean())
+        optimizer = MBF(
+            model,
+            lr=q if loss_reduction == "mean" else q / samples,
+            momentum=0.0,
+            damping=damping,
+            kl_clip=None,
+            loss_reduction=loss_reduction,
+            linear_blocks=linear_blocks,
+        )
+        reduce(0.5 * (model(x) - y).square().sum(1)).backward()
+        optimizer.step()
+        after = (model(h) - y).detach()
+        # Rounding is magnified by the condition number of G + damping, q |h|^2 / damping: at most 1e8 here.
+        wanted = before * damping / (q * square + damping)
+        torch.testing.assert_close(after, wanted, rtol=0, atol=1e-15 * float(before.abs().max()) * square / damping)
+
+
+def quadratic(condition: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, targets and the weight of least error: inputs come twice, with residuals of 1 and of -1 there.
+
+    Half the second derivative of the error is then the mean of h h^T, of the given condition number, and so is the
+    Fisher matrix at the minimum.
+    """
+    generator = torch.Generator().manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))
+    scales = torch.logspace(0, -0.5 * float(torch.tensor(condition).log10()), 6, dtype=torch.float64)
+    x = (basis * scales).repeat(2, 1)
+    weight = torch.randn(1, 6, generator=generator, dtype=torch.float64)
+    return x, x @ weight.T + torch.tensor([1.0, -1.0]).repeat_interleave(6).unsqueeze(1), weight
+
+
+@pytest.mark.parametrize("linear_blocks", ["shared", "per_output"])
+@pytest.mark.parametrize("condition", [1.0, 1e2, 1e4])
+def test_convergence_does_not_depend_on_the_condition_of_a_block(condition: float, linear_blocks: str) -> None:
+    """A quadratic whose Fisher matrix is its second derivative: the error to go is (1 - lr)^2 of itself at each step.
+
+    The blocks are taken at the minimum, where that holds. Damping of 1e-9 changes a factor of 1 - lr by
+    1e-9 / (smallest eigenvalue of G) at most.
+    """
+    x, y, weight = quadratic(condition)
+    model = nn.Linear(6, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(weight)
+    settings: dict[str, Any] = {"momentum": 0.0, "kl_clip": None, "damping": 1e-9, "linear_blocks": linear_blocks}
+    optimizer = MBF(model, lr=0.0, update_interval=1000, inverse_interval=1, **settings)
+
+    def excess() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = 0.5 * (model(x) - y).square().mean() - 0.5
+        loss.backward()
+        return loss.detach()
+
+    excess()
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[model.weight]["fisher_blocks"][0], x.T @ x / 12, rtol=1e-12, atol=1e-15)
+    with torch.no_grad():
+        model.weight.zero_()
+    lr = optimizer.param_groups[0]["lr"] = 0.4
+    errors = []
+    for _ in range(12):
+        errors.append(float(excess()))
+        optimizer.step()
+    for old, new in itertools.pairwise(errors):
+        assert new / old == pytest.approx((1 - lr) ** 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("linear_blocks", ["shared", "per_output"])
+def test_training_does_not_depend_on_the_units_of_the_inputs(linear_blocks: str) -> None:
+    """Inputs A h in place of h: without damping gradients become g A^T, blocks A G A^T, and predictions stay the same.
+
+    In every step and for any loss, here with A of condition 1e3. Blocks then have one of 1e6 times that of the first,
+    which magnifies the rounding of 1e-16.
+    """
+    torch.manual_seed(0)
+    x = torch.randn(40, 5, dtype=torch.float64)
+    y = torch.randint(3, (40,))
+    basis, _ = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))
+    change = basis * torch.logspace(0, 3, 5, dtype=torch.float64) @ basis.T.flip(0)
+    losses = []
+    for inputs in (x, x @ change.T):
+        model = nn.Linear(5, 3).double()
+        with torch.no_grad():
+            model.weight.zero_()
+            model.bias.zero_()
+        optimizer = MBF(model, lr=0.02, damping=0.0, linear_blocks=linear_blocks, inverse_interval=2, kl_clip=0.01)
+        losses.append([])
+        for _ in range(15):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(inputs), y)
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(float(loss.detach()))
+    assert losses[0][-1] < losses[0][0] - 0.03
+    assert losses[1] == pytest.approx(losses[0], rel=1e-7)
+
+
+# Whether the tests above would see a mistake.
+
+MISTAKES: dict[str, tuple[str, Callable[[list[float], Any], list[float]]]] = {
+    "samples for rows": ("linear-3d", lambda divisors, sums: [d * 4 for d in divisors]),
+    "outputs not averaged": ("linear", lambda divisors, sums: [d / 4 for d in divisors]),
+    "sum for mean": ("conv2d", lambda divisors, sums: list(sums.counts)),
+    "one sample too few": (
+        "layernorm-3d",
+        lambda divisors, sums: [d * n / (n - 1) for d, n in zip(divisors, sums.counts, strict=True)],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_wrong_coefficient_is_seen(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, wrong = MISTAKES[mistake]
+    right = mini_blocks.BlockRule.divisors
+    build, shape = LAYERS[layer]
+    follow(build(), batch_of(*shape), steps=1)
+    monkeypatch.setattr(mini_blocks.BlockRule, "divisors", lambda self, sums: wrong(right(self, sums), sums))
+    with pytest.raises(AssertionError, match=r"off by \d\.\de[-+]0[012] of its longest move"):
+        follow(build(), batch_of(*shape), steps=1)
