@@ -330,12 +330,10 @@ class ConvBlocks(BlockRule):
         conv_mini_block_gram_(
             out, inputs, outputs, module.kernel_size, module.stride, padding, module.dilation, module.groups
         )
-        return self._with_bias(out.flatten(), grad)
-
-    def _with_bias(self, out: Tensor, grad: Tensor) -> Sums:
-        if len(self.blocks) == 1:
-            return Sums([out], [grad.shape[0]])
-        return Sums([out, column_sum_of_squares(_sum_of_positions(grad))], [grad.shape[0]] * 2)
+        sums = [out.flatten()]
+        if len(self.blocks) > 1:
+            sums.append(column_sum_of_squares(_bias_gradients(module, grad)))
+        return Sums(sums, [grad.shape[0]] * len(sums))
 
     def per_sample(self, module: Any, x: Tensor, grad: Tensor) -> list[Tensor]:
         inputs, outputs, padding = self._geometry(module, x, grad)
@@ -349,7 +347,7 @@ class ConvBlocks(BlockRule):
 
         gradients = torch.func.vmap(weight_gradient)(inputs, outputs.to(wide).unsqueeze(1))
         parts = [gradients.flatten(1).unsqueeze(1)]
-        return [*parts, _sum_of_positions(grad).unsqueeze(1)] if len(self.blocks) > 1 else parts
+        return [*parts, _bias_gradients(module, grad).unsqueeze(1)] if len(self.blocks) > 1 else parts
 
 
 _WEIGHT_GRADIENT: dict[int, Callable[..., Tensor]] = {
@@ -359,8 +357,10 @@ _WEIGHT_GRADIENT: dict[int, Callable[..., Tensor]] = {
 }
 
 
-def _sum_of_positions(grad: Tensor) -> Tensor:
-    """(samples, channels) from (samples, channels, positions...)."""
+def _bias_gradients(module: Any, grad: Tensor) -> Tensor:
+    """(samples, channels) from (samples, channels, positions...); zeros for a use of the weight without a bias."""
+    if not _has_bias(module):
+        return grad.new_zeros(grad.shape[:2], dtype=ACCUMULATOR[grad.dtype])
     return grad.flatten(2).sum(2, dtype=ACCUMULATOR[grad.dtype])
 
 

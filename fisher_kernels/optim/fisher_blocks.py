@@ -293,7 +293,7 @@ class FisherBlocks:
         whole = inverse.unsqueeze(0) if shared else inverse
         for p in part.alone:
             if p.grad is not None:
-                yield Unit((p,), whole, part=part)
+                yield Unit((p,), whole, part.blocks.transposed, part)
         if part.coupled:
             assert part.weight is not None
             yield Unit((part.weight, part.biases[0]), whole, part.blocks.transposed, part)
