@@ -425,7 +425,7 @@ class NormBlocks(BlockRule):
         return [torch.stack(parts, -1).flatten(1).unsqueeze(1)]
 
 
-def _sum_over(x: Tensor, dims: Sequence[int]) -> Tensor:
+def _sum_over(x: Tensor, dims: list[int]) -> Tensor:
     return x.sum(dims) if dims else x
 
 

@@ -373,12 +373,10 @@ class NaiveMBF:
         if G is not None and block.role == "joint" and not coupled:
             G = without_cross_terms(G, columns, shared)
         for b in alone:
-            if block.inverted is None:
-                yield b, moments[id(b)]
-            else:
-                assert G is not None
-                corner = self._bias_block(G, columns, shared)
-                yield b, moments[id(b)] / (corner + damping)
+            # Beside a weight that is stepped with another bias there is no inverse to wait for.
+            current = block.average if coupled else G
+            corner = 1 - damping if current is None else self._bias_block(current, columns, shared)
+            yield b, moments[id(b)] / (corner + damping)
         if id(weight) not in moments:
             return
         m = moments[id(weight)]

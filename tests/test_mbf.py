@@ -200,6 +200,53 @@ def test_resumes_tied_weights_and_fallbacks_bit_for_bit() -> None:
     assert_same_parameters(model, twin)
 
 
+class TwoBiases(nn.Module):
+    """Two Linears with one weight and a bias each, and a normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(self.norm(self.first(x)))
+        return out
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("storage", ["full", "packed", "bfloat16"])
+@pytest.mark.parametrize("linear_blocks", ["shared", "per_output", 2])
+def test_resumes_biases_apart_from_their_weight_bit_for_bit(
+    linear_blocks: str | int, storage: str, apart: bool
+) -> None:
+    """Saved between an update and the inversion that is due to it; what a bias is stepped with is as old as ever."""
+
+    def build() -> tuple[TwoBiases, MBF]:
+        torch.manual_seed(0)
+        model = TwoBiases()
+        biases = [p for name, p in model.named_parameters() if name.endswith("bias") and apart]
+        others = [p for p in model.parameters() if not any(p is bias for bias in biases)]
+        groups = [{"params": others}, *([{"params": biases}] if apart else [])]
+        settings = {"linear_blocks": linear_blocks, "inverse_storage": storage, "inverse_interval": 3}
+        return model, MBF(model, lr=0.1, params=groups, **settings)
+
+    def go(model: nn.Module, optimizer: MBF, steps: range) -> None:
+        for step in steps:
+            x = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            model(x).sin().sum(1).mean().backward()
+            optimizer.step()
+
+    (model, ours), (twin, resumed) = build(), build()
+    go(model, ours, range(5))
+    twin.load_state_dict(model.state_dict())
+    resumed.load_state_dict(ours.state_dict())
+    go(model, ours, range(5, 9))
+    go(twin, resumed, range(5, 9))
+    assert_same_parameters(model, twin)
+    assert_same_state(resumed.state_dict(), ours.state_dict())
+
+
 def test_loading_brings_the_hyperparameters_along() -> None:
     """As for every torch optimizer; here they decide what the blocks are."""
     model = network()
@@ -464,6 +511,23 @@ def test_warm_start_is_the_mean_over_all_samples() -> None:
     assert float(ours.state[model[0].weight]["fisher_updates"]) == 2
 
 
+def test_warm_start_counts_the_samples_of_each_layer() -> None:
+    """Of sequences of several lengths an Embedding sees as many samples as there are, a Linear as there are rows."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4), nn.Linear(4, 3)).double()
+    ours = MBF(model)
+    generator = torch.Generator().manual_seed(0)
+    data = [torch.randint(0, 5, shape, generator=generator) for shape in ((6, 2), (4, 5))]
+    ours.warm_start(data, lambda x: model(x).sin().flatten(1).sum(1).mean(), progress=False)
+    squares = torch.zeros(5, 4, dtype=torch.float64)
+    for sample in (row for x in data for row in x):
+        (gradient,) = torch.autograd.grad(model(sample.unsqueeze(0)).sin().sum(), model[0].weight)
+        squares += gradient.square()
+    torch.testing.assert_close(
+        ours.state[model[0].weight]["fisher_blocks"].view(5, 4), squares / 10, rtol=1e-12, atol=1e-15
+    )
+
+
 def test_warm_start_leaves_all_else_alone(capsys: pytest.CaptureFixture[str]) -> None:
     model = network()
     ours = MBF(model, update_interval=5)
@@ -578,6 +642,11 @@ def test_metrics_are_figures_of_the_inverses() -> None:
     assert row["cosine_with_sgd"] == pytest.approx(expected)
     assert report["4.weight"] == report["4.bias"]
     assert all(0 < row["damping_share"] <= 1 for row in report.values())
+    ours.zero_grad()
+    later = ours.metrics()
+    assert list(later) == list(report)
+    assert all(math.isnan(row.pop("cosine_with_sgd")) for row in later.values())
+    assert all(later[name].items() <= row.items() for name, row in report.items())
 
 
 # Learning.

@@ -350,24 +350,25 @@ def test_batch_without_rows_leaves_the_blocks_alone(layer: str, sequence: str) -
 # What is trained, and in which group.
 
 HALVES = ["linear", "linear-3d", "hf-conv1d", "conv2d-groups", "deconv2d", "batchnorm2d", "layernorm-3d"]
+HALVES_AND_BLOCKS = [
+    (layer, blocks)
+    for layer in HALVES
+    for blocks in (("shared", "per_output", 2, 3) if layer.startswith(("linear", "hf")) else ("shared",))
+]
 
 
-@pytest.mark.parametrize("linear_blocks", ["shared", "per_output", 2, 3])
 @pytest.mark.parametrize("storage", ["full", "packed"])
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
-@pytest.mark.parametrize("layer", HALVES)
+@pytest.mark.parametrize(("layer", "linear_blocks"), HALVES_AND_BLOCKS)
 def test_half_frozen_layer(layer: str, frozen: str, storage: str, linear_blocks: str | int) -> None:
     build, shape = LAYERS[layer]
-    if linear_blocks != "shared" and not layer.startswith(("linear", "hf")):
-        return
     torch.manual_seed(0)
     model = build()
     model.get_parameter(frozen).requires_grad_(False)
     follow(model, batch_of(*shape), inverse_storage=storage, linear_blocks=linear_blocks)
 
 
-@pytest.mark.parametrize("linear_blocks", ["shared", "per_output", 2])
-@pytest.mark.parametrize("layer", HALVES)
+@pytest.mark.parametrize(("layer", "linear_blocks"), HALVES_AND_BLOCKS)
 def test_bias_frozen_for_some_steps(layer: str, linear_blocks: str | int) -> None:
     def freeze(model: nn.Module, step: int) -> None:
         model.get_parameter("bias").requires_grad_(step not in (1, 2))
@@ -385,8 +386,7 @@ def test_half_held_layer(layer: str, held: str) -> None:
     follow(build(), batch_of(*shape), params=lambda model: [{"params": [model.get_parameter(held)]}])
 
 
-@pytest.mark.parametrize("linear_blocks", ["shared", "per_output", 2, 3])
-@pytest.mark.parametrize("layer", HALVES)
+@pytest.mark.parametrize(("layer", "linear_blocks"), HALVES_AND_BLOCKS)
 def test_weight_and_bias_in_different_groups(layer: str, linear_blocks: str | int) -> None:
     def groups(model: nn.Module) -> list[dict[str, Any]]:
         bias = {"params": [model.get_parameter("bias")], "lr": 0.1, "momentum": 0.3, "kl_clip": 1e-4}

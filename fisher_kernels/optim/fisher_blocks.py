@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,8 +62,8 @@ class Unit:
     part: Part | None = None
 
 
-New = tuple[Part, Tensor, float]
-"""A part, raw sums of its blocks, end to end, and what they are divided by to be a mean."""
+New = tuple[Part, Tensor, float, float]
+"""A part, raw sums of its blocks, end to end, what they are divided by to be a mean, and over how many samples."""
 
 
 def packs(blocks: Blocks) -> bool:
@@ -179,7 +179,7 @@ class FisherBlocks:
     # Averages.
 
     def new_blocks(self, sites: Sequence[Site], taken: Sequence[tuple[int, Sums]]) -> Iterator[New]:
-        """The parts that have raw sums, with the sums and what they are divided by to be a mean."""
+        """The parts that have raw sums."""
         for index, sums in taken:
             if not all(sums.counts):
                 continue  # an empty batch
@@ -187,12 +187,12 @@ class FisherBlocks:
             for part in self._of_site[index]:
                 assert part.address is not None
                 position = part.address[1]
-                yield part, sums.vectors[position], divisors[position]
+                yield part, sums.vectors[position], divisors[position], sums.counts[position]
 
     def fold(self, new: Sequence[New]) -> None:
         """Average new blocks in, one call for all that share coefficients; the first ones are taken as they are."""
-        batches: dict[tuple[Any, ...], list[New]] = defaultdict(list)
-        for part, vector, divisor in new:
+        batches: dict[tuple[Any, ...], list[tuple[Part, Tensor, float]]] = defaultdict(list)
+        for part, vector, divisor, _ in new:
             average = self.averages(part)[0]
             first = part.number not in self._averaged
             key = (0.0 if first else self.groups[part.owner]["beta2"], average.dtype, average.device)
@@ -217,6 +217,7 @@ class FisherBlocks:
         self.averages(part)[2].add_(1)
         self._averaged.add(part.number)
         self._stale.add(part.number)
+        self._renew_slices(part, ("further bias",))
 
     # Inverses.
 
@@ -253,7 +254,7 @@ class FisherBlocks:
                     kept.append(part)
             self._stale.discard(number)
             self._inverted.add(number)
-            self._renew_slices(part)
+            self._renew_slices(part, ("weight", "bias"))
         return kept
 
     def _invert(self, part: Part) -> Tensor:
@@ -284,24 +285,24 @@ class FisherBlocks:
 
     # What the step reads.
 
-    def units(self, part: Part) -> Iterator[Unit]:
-        """The entries of the step for the parameters of a part that have a gradient."""
-        if all(p.grad is None for p in part.params):
-            return
+    def units(self, part: Part, steps: Callable[[Parameter], bool]) -> Iterator[Unit]:
+        """The entries of the step for those parameters of a part of which ``steps`` is true."""
+        if not any(map(steps, part.params)) or (len(part.blocks.roles) == 2 and part.coupled is None):
+            return  # the latter before the first step of a state that was loaded
         inverse = self.averages(part)[1]
         shared = part.blocks.shared_by is not None
         whole = inverse.unsqueeze(0) if shared else inverse
         for p in part.alone:
-            if p.grad is not None:
+            if steps(p):
                 yield Unit((p,), whole, part.blocks.transposed, part)
         if part.coupled:
             assert part.weight is not None
             yield Unit((part.weight, part.biases[0]), whole, part.blocks.transposed, part)
-        elif part.weight is not None and part.weight.grad is not None:
+        elif part.weight is not None and steps(part.weight):
             yield Unit((part.weight,), self._slice(part, "weight"), part.blocks.transposed, part)
         for p in part.biases[bool(part.coupled) :]:
-            if p.grad is not None:
-                yield Unit((p,), self._slice(part, "bias"), part=part)
+            if steps(p):
+                yield Unit((p,), self._slice(part, "further bias" if part.coupled else "bias"), part=part)
 
     def _slice(self, part: Part, role: str) -> Tensor:
         key = part.number, role
@@ -313,24 +314,29 @@ class FisherBlocks:
         """The inverse for a weight or a bias that is stepped without the other."""
         averages, inverses, _ = self.averages(part)
         block, column = part.blocks.last_column
+        shared = part.blocks.shared_by is not None
         if role == "weight":
-            if part.blocks.shared_by is not None:
+            if shared:
                 return inverses[: block + (column > 0)].unsqueeze(0)  # the bias's column is no more than padding
             full = unpack(inverses, part.blocks.size) if inverses.dim() == 2 else inverses
             return full[:, :-1, :-1].contiguous()
-        # From the average: beside a weight that is stepped with another bias, this one has no part in the inverse.
-        if part.number not in self._averaged:
-            alone = averages.new_ones(1 if part.blocks.shared_by else part.blocks.count)
+        if role == "bias":
+            # In a triangle the corner is the last entry.
+            lasts = inverses[:, -1] if inverses.dim() == 2 else inverses[:, -1, -1]
+            corner = inverses[block, column, column] if shared else lasts
+        elif part.number not in self._averaged:
+            corner = averages.new_ones(1 if shared else part.blocks.count)
         else:
-            corner = averages[block, column, column] if part.blocks.shared_by else averages[:, -1, -1]
-            alone = 1 / (corner + self.groups[part.owner]["damping"])
-        alone = alone.to(inverses.dtype)
-        return alone.reshape(1, 1, 1, 1) if part.blocks.shared_by else alone.reshape(-1, 1, 1)
+            # Beside a weight that is stepped with another bias, a further one has no part in the inverse.
+            corner = averages[block, column, column] if shared else averages[:, -1, -1]
+            corner = 1 / (corner + self.groups[part.owner]["damping"])
+        corner = corner.to(inverses.dtype).contiguous()
+        return corner.reshape(1, 1, 1, 1) if shared else corner.reshape(-1, 1, 1)
 
-    def _renew_slices(self, part: Part) -> None:
+    def _renew_slices(self, part: Part, roles: Sequence[str]) -> None:
         """Bring copies of an inverse up to date, where they are."""
-        for (number, role), old in self._slices.items():
-            if number == part.number:
+        for role in roles:
+            if (old := self._slices.get((part.number, role))) is not None:
                 new = self._make_slice(part, role)
                 if new.data_ptr() != old.data_ptr():
                     old.copy_(new)

@@ -222,7 +222,7 @@ class MBF(LayerwiseOptimizer):
 
     def _from_gradients(self, sums: list[Sums], grad_scale: Tensor | None) -> Iterator[New]:
         """Squared gradients of what no layer serves; N times that of a mean over N samples has the scale of blocks."""
-        samples = max((n for s in sums for n in s.counts), default=1)
+        samples = max([1, *(n for s in sums for n in s.counts)])
         for part in self._blocks.fallbacks:
             group, gradient = self._groups[part.owner], part.owner.grad
             if gradient is not None and is_due(group) and gradient.numel():
@@ -230,7 +230,7 @@ class MBF(LayerwiseOptimizer):
                 if grad_scale is not None:
                     wide = wide / grad_scale.to(wide.device, wide.dtype)
                 mean = group["loss_reduction"] == "mean"
-                yield part, wide.square().flatten(), 1 / max(samples, 1) if mean else max(samples, 1)
+                yield part, wide.square().flatten(), 1 / samples if mean else samples, samples
 
     def _invert(self, everything: bool = False) -> None:
         due = {id(g) for g in self.param_groups if everything or g["iteration"] % g["inverse_interval"] == 0}
@@ -275,7 +275,7 @@ class MBF(LayerwiseOptimizer):
         plan = _Plan(self._blocks.version)
         plan.waiting = [p for p in group["params"] if p.grad is None]
         for part in self._blocks.parts:
-            for unit in self._blocks.units(part):
+            for unit in self._blocks.units(part, lambda p: p.grad is not None):
                 if self._groups[unit.params[0]] is group:
                     plan.add(unit, self._numbers)
         return plan
@@ -337,10 +337,9 @@ class MBF(LayerwiseOptimizer):
     def _add_batch(self, sums: dict[int, tuple[Tensor, float]]) -> None:
         """Add the blocks of one batch, each as often as it has samples."""
         taken = self.statistics.take()
-        samples = max((n for _, s in taken for n in s.counts), default=1)
         new = [*self._blocks.new_blocks(self.statistics.sites, taken)]
         new += self._from_gradients([s for _, s in taken], None)
-        for part, vector, divisor in new:
+        for part, vector, divisor, samples in new:
             if bool(vector.isfinite().all()):
                 total, seen = sums.get(part.number, (0.0, 0.0))
                 sums[part.number] = (total + vector * (samples / divisor), seen + samples)
@@ -367,9 +366,7 @@ class MBF(LayerwiseOptimizer):
         report: dict[str, dict[str, float]] = {}
         for part in self._blocks.parts:
             group = self._groups[part.owner]
-            for unit in self._blocks.units(part):
-                if any(self.moment not in self.state[p] for p in unit.params):
-                    continue
+            for unit in self._blocks.units(part, lambda p: self.moment in self.state.get(p, {})):
                 group = self._groups[unit.params[0]]
                 eigenvalues = _eigenvalues(unit, part.blocks)
                 lr = float(group["lr"])
