@@ -46,9 +46,7 @@ def _reference(
     scale, shift = _fake(x, grad_output, eps, mean, variance)
     if x.numel() == 0:
         return scale.zero_(), shift.zero_()
-    wide, grad = x.to(scale.dtype).flatten(2), grad_output.to(scale.dtype).flatten(2)
-    if x.dim() == 2:
-        wide, grad = wide.unsqueeze(2), grad.unsqueeze(2)
+    wide, grad = (v.to(scale.dtype).reshape(*x.shape[:2], -1) for v in (x, grad_output))
     if mean is None or variance is None:
         centred = wide - wide.mean((0, 2), keepdim=True)
         centred -= centred.mean((0, 2), keepdim=True)  # what rounding left of a large mean
