@@ -78,9 +78,7 @@ def _check_tensor(name: str, x: Tensor, dtype: torch.dtype, i: int, param: Tenso
             f"{_OP}: {name} has shape {tuple(x.shape)}, expected {tuple(param.shape)}, the shape of params[{i}]"
         )
     if x.dtype != dtype:
-        raise TypeError(
-            f"{_OP}: {name} has dtype {x.dtype}, expected {dtype} beside params[{i}] of dtype {param.dtype}"
-        )
+        raise TypeError(f"{_OP}: {name} has dtype {x.dtype}, expected {dtype} beside params[{i}] of dtype {param.dtype}")
     if x.device != param.device:
         raise ValueError(f"{_OP}: {name} is on {x.device}, expected {param.device}, the device of params[{i}]")
 
