@@ -2,6 +2,7 @@
 
 #include "../kernels.h"
 #include "integers.h"
+#include "lanes.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "vector.h"
@@ -11,7 +12,8 @@
 // sums of d know what it missed (Chan, Golub and LeVeque's corrected two-pass algorithm): with d = x - pivot and
 // rest = mean(d),
 //   mean = pivot + rest,   variance = mean(d^2) - rest^2,   sum of g (x - mean) = sum of g d - rest * sum of g,
-// and rest is as small as rounding, so that nothing cancels. Short runs are summed in Accumulator<X>, runs in float64.
+// and rest is as small as rounding, so that nothing cancels. Short runs are summed in Accumulator<X>, the runs
+// of a channel in float64.
 namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
 
 namespace {
@@ -76,8 +78,9 @@ class LongRuns {
     V sums[2] = {}, squares[2] = {};
     double sum = 0, square = 0;
     int64_t pending = 0;
+    V gradient_rows[kWidth], product_rows[kWidth];
     for (int64_t n = 0; n < samples_; ++n) {
-      double gradient = 0, product = 0;
+      V gradient = {}, product = {};
       for (int64_t first = 0; first < positions_; first += kPiece) {
         const int64_t size = smaller(kPiece, positions_ - first);
         V gradients[2] = {}, products[2] = {};
@@ -94,8 +97,8 @@ class LongRuns {
         visit<2>(
             size, [&](int slot, int64_t i) { add(slot, load(xs + i) - pivot, load(gs + i)); },
             [&](int64_t i) { add(1, keep(load(xs + i) - pivot), keep(load(gs + i))); });
-        gradient += sum_lanes<A>(gradients[0] + gradients[1]);
-        product += sum_lanes<A>(products[0] + products[1]);
+        gradient += gradients[0] + gradients[1];
+        product += products[0] + products[1];
         pending += size;
         if (kOwn && pending >= kPiece) {
           sum += fold(sums);
@@ -103,8 +106,13 @@ class LongRuns {
           pending = 0;
         }
       }
-      gradients_of_samples[n] = static_cast<A>(gradient);
-      products_of_samples[n] = static_cast<A>(product);
+      gradient_rows[n % kWidth] = gradient;
+      product_rows[n % kWidth] = product;
+      if (n % kWidth == kWidth - 1 || n == samples_ - 1) {
+        const int64_t first = n - n % kWidth, count = n - first + 1;
+        sum_rows(gradient_rows, count, gradients_of_samples + first);
+        sum_rows(product_rows, count, products_of_samples + first);
+      }
     }
     Finish<A> finish{0, 0};
     if constexpr (kOwn) {
@@ -134,6 +142,18 @@ class LongRuns {
 
   /// Zeros where the last register of a run repeats what came before.
   V keep(V value) const { return mask_ ? value : V{}; }
+
+  /// out[i] = the sum of row i, for i < count: one transposition is cheaper than as many sums of lanes.
+  static void sum_rows(V (&rows)[kWidth], int64_t count, A* out) {
+    for (int64_t i = count; i < kWidth; ++i) rows[i] = V{};
+    transpose<A>(rows);
+#pragma GCC unroll 4
+    for (int half = kWidth / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < half; ++i) rows[i] += rows[i + half];
+    }
+    count == kWidth ? store(out, rows[0]) : store(out, rows[0], count);
+  }
 
   static A fold(V (&sums)[2]) {
     const A sum = sum_lanes<A>(sums[0] + sums[1]);

@@ -56,6 +56,10 @@ def _reference(
     return (grad * centred).sum(2) * (variance.to(scale.dtype) + eps).rsqrt(), grad.sum(2)
 
 
+def _is_contiguous(x: Tensor) -> bool:
+    return x.is_contiguous() or x[:1].is_contiguous()
+
+
 def _is_channels_last(x: Tensor) -> bool:
     return x[:1].movedim(1, -1).is_contiguous()
 
@@ -68,7 +72,7 @@ def _cpu(
         return scale.zero_(), shift.zero_()
     if scale.dtype == torch.float64:
         x, grad_output = x.double(), grad_output.double()
-    if not (x[:1].is_contiguous() and grad_output[:1].is_contiguous()):
+    if not (_is_contiguous(x) and _is_contiguous(grad_output)):
         if _is_channels_last(x):  # the order of x, which is the larger where there is a difference
             if not _is_channels_last(grad_output):
                 grad_output = grad_output.movedim(1, -1).contiguous().movedim(-1, 1)
