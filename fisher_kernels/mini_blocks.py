@@ -36,6 +36,7 @@ from fisher_kernels.layers import (
 )
 from fisher_kernels.ops import (
     ACCUMULATOR,
+    batch_norm_gradients,
     channel_sum_of_squares,
     column_sum_of_squares,
     conv_mini_block_gram_,
@@ -392,11 +393,14 @@ class NormBlocks(BlockRule):
     def batched(self, module: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of scale and of shift, both (samples, channels).
 
-        All samples at once, as those of a batch normalisation depend on each other, but piece by piece: what is as
-        large as x would be fresh memory each time.
+        All samples at once, as those of a batch normalisation depend on each other; the others piece by piece: what is
+        as large as x would be fresh memory each time.
         """
-        by_feature = isinstance(module, (nn.LayerNorm, nn.RMSNorm))
-        if by_feature:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            own = module.training or module.running_mean is None
+            mean, variance = (None, None) if own else (module.running_mean, module.running_var)
+            return batch_norm_gradients(x, grad, module.eps, mean, variance)
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             shape = tuple(module.normalized_shape)
             if grad.dim() == len(shape):
                 x, grad = x.unsqueeze(0), grad.unsqueeze(0)
@@ -407,15 +411,14 @@ class NormBlocks(BlockRule):
                 x, grad = unsqueeze_batch(x, spatial), unsqueeze_batch(grad, spatial)
             positions = list(range(2, grad.dim()))
         wide = ACCUMULATOR[grad.dtype]
-        normalisation = _Normalisation(module, x, wide)
         scales, shifts = [], []
         size = max(1, PIECE // max(1, grad[0].numel()))
         for piece, derivative in zip(x.split(size), grad.split(size), strict=True):
             derivative = derivative.to(wide)
-            scale = normalisation(piece.to(wide)).mul_(derivative)
+            scale = _normalised(module, piece.to(wide)).mul_(derivative)
             scales.append(_sum_over(scale, positions).flatten(1))
             shifts.append(_sum_over(derivative, positions).flatten(1))
-        return normalisation.finish(torch.cat(scales)), torch.cat(shifts)
+        return torch.cat(scales), torch.cat(shifts)
 
     def per_sample(self, module: Any, x: Tensor, grad: Tensor) -> list[Tensor]:
         (blocks,) = self.blocks
@@ -429,48 +432,17 @@ def _sum_over(x: Tensor, dims: list[int]) -> Tensor:
     return x.sum(dims) if dims else x
 
 
-class _Normalisation:
-    """What a normalisation multiplies by its scale, piece by piece of the batch.
-
-    The factor that a batch normalisation divides by is known, and applied, only when all pieces have been seen.
-    """
-
-    def __init__(self, module: Any, x: Tensor, dtype: torch.dtype) -> None:
-        self.module = module
-        self.batch = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        if self.batch:
-            self.shape = (1, -1, *[1] * (x.dim() - 2))
-            self.own = module.training or module.running_mean is None
-            self.reduced = [d for d in range(x.dim()) if d != 1]
-            mean = x.mean(self.reduced, dtype=dtype) if self.own else module.running_mean.to(dtype)
-            self.mean = mean.view(self.shape)
-            self.squares = torch.zeros_like(mean)
-            self.count = x.numel() // max(1, x.shape[1])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Of one piece, a new tensor."""
-        module: Any = self.module
-        if self.batch:
-            x = x - self.mean
-            if self.own:
-                self.squares += channel_sum_of_squares(x)
-            return x
-        if isinstance(module, nn.LayerNorm):
-            return F.layer_norm(x, module.normalized_shape, eps=module.eps)
-        if isinstance(module, nn.RMSNorm):
-            return F.rms_norm(x, module.normalized_shape, eps=module.eps)
-        if isinstance(module, nn.GroupNorm):
-            return F.group_norm(x, module.num_groups, eps=module.eps)
-        own = module.training or not module.track_running_stats
-        mean, variance = (None, None) if own else (module.running_mean.to(x.dtype), module.running_var.to(x.dtype))
-        return F.instance_norm(x, mean, variance, use_input_stats=own, eps=module.eps)
-
-    def finish(self, scales: Tensor) -> Tensor:
-        """Gradients of the scale, (samples, channels), from sums over positions."""
-        if not self.batch:
-            return scales
-        variance = self.squares / self.count if self.own else self.module.running_var.to(scales.dtype)
-        return scales * (variance + self.module.eps).rsqrt()
+def _normalised(module: Any, x: Tensor) -> Tensor:
+    """What a normalisation of single samples multiplies by its scale, as a new tensor."""
+    if isinstance(module, nn.LayerNorm):
+        return F.layer_norm(x, module.normalized_shape, eps=module.eps)
+    if isinstance(module, nn.RMSNorm):
+        return F.rms_norm(x, module.normalized_shape, eps=module.eps)
+    if isinstance(module, nn.GroupNorm):
+        return F.group_norm(x, module.num_groups, eps=module.eps)
+    own = module.training or not module.track_running_stats
+    mean, variance = (None, None) if own else (module.running_mean.to(x.dtype), module.running_var.to(x.dtype))
+    return F.instance_norm(x, mean, variance, use_input_stats=own, eps=module.eps)
 
 
 class EmbeddingBlocks(BlockRule):

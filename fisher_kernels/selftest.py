@@ -492,6 +492,31 @@ def _convolution_case(name: str, channels: int, outputs: int, decay: float = 0.0
     )
 
 
+def _batch_norm_case(name: str, shape: tuple[int, ...], last: bool = False, given: bool = False) -> Case:
+    channels, eps = shape[1], 1e-3
+
+    def inputs(source: Source) -> Inputs:
+        x, grad = (source.normal(*shape) for _ in range(2))
+        if last:
+            x, grad = (v.movedim(1, -1).contiguous().movedim(-1, 1) for v in (x, grad))
+        mean, variance = (source.uniform(channels), source.uniform(channels)) if given else (None, None)
+        return {"x": x, "grad_output": grad, "mean": mean, "variance": variance}
+
+    def call(inputs: Inputs) -> list[Tensor]:
+        return [*ops.batch_norm_gradients(inputs["x"], inputs["grad_output"], eps, inputs["mean"], inputs["variance"])]
+
+    def tolerance(inputs: Inputs, expected: list[Tensor], u: float) -> list[Tolerance]:
+        x, size = (inputs[name].reshape(*shape[:2], -1) for name in ("x", "grad_output"))
+        own_variance, own_mean = torch.var_mean(x, (0, 2), correction=0)
+        mean, variance = (inputs["mean"], inputs["variance"]) if given else (own_mean, own_variance)
+        distance = (x - mean[:, None]).abs() + own_variance.sqrt()[:, None]
+        roundings = x.numel() // channels + 20
+        products = (size.abs() * distance).sum(2) * (variance + eps).rsqrt()
+        return [2 * roundings * u * products, roundings * u * size.abs().sum(2)]
+
+    return Case("batch_norm_gradients", name, _SUM_DTYPES, inputs, call, tolerance)
+
+
 def _gram_case(name: str, rows: int, columns: int, decay: float = 0.0, weighted: bool = True) -> Case:
     def inputs(source: Source) -> Inputs:
         out, x = source.uniform(columns, columns), source.normal(rows, columns)
@@ -548,6 +573,10 @@ CASES: Sequence[Case] = (
     _convolution_case("many input channels", 35, 7),
     _convolution_case("average of few input channels", 3, 37, decay=0.9),
     _convolution_case("channel by channel", 18, 18, groups=18),
+    _batch_norm_case("images", (7, 5, 5, 7)),
+    _batch_norm_case("channels last", (5, 37, 3, 3), last=True),
+    _batch_norm_case("short runs", (9, 21, 2, 3)),
+    _batch_norm_case("given statistics", (9, 37), given=True),
     _gram_case("weighted", 131, 67),
     _gram_case("average", 600, 33, decay=0.9),
     _gram_case("without weights", 17, 130, weighted=False),

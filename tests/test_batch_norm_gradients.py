@@ -48,7 +48,8 @@ def bounds(x: Tensor, grad: Tensor, eps: float, u: float, roundings: int, *given
 
     A lane adds at most 128 numbers, at a rounding each, before float64 takes over; a few roundings are those of
     differences, products and of the sums of lanes. All are relative to sums of magnitudes. What the mean misses is
-    relative to the deviation, not to the mean, and multiplies the sum of the gradients; the variance is as far off.
+    relative to the deviation, and to the square of rounding beside the mean itself, as the sum of distances corrects
+    it; it multiplies the sum of the gradients. The variance is as far off.
     """
     dims = [0, *range(2, x.dim())]
     shape = (1, -1, *[1] * (x.dim() - 2))
@@ -58,16 +59,17 @@ def bounds(x: Tensor, grad: Tensor, eps: float, u: float, roundings: int, *given
     variance = given[1].double() if given else distance.square().mean(dims)
     inverse = (variance + eps).rsqrt()
     if not given:
-        distance = distance + variance.sqrt().view(shape)
+        distance = distance + (variance.sqrt() + roundings * u * mean.abs()).view(shape)
     products, sums = ((v.flatten(2).sum(2) if v.dim() > 2 else v) for v in (size * distance, size))
     return 2 * roundings * u * products * inverse, roundings * u * sums
 
 
 def check(implementation: str, x: Tensor, grad: Tensor, what: str = "", *given: Tensor, eps: float = EPS) -> None:
     before = x.clone(), grad.clone()
-    expected = defined(x, grad, eps, *given)
     actual = batch_norm_gradients(x, grad, eps, *given)
     dtype = torch.float64 if torch.float64 in (x.dtype, grad.dtype) else torch.float32
+    given = tuple(v.to(dtype) for v in given)
+    expected = defined(x, grad, eps, *given)
     # PyTorch's own sums promise no more than a rounding for each number, and float64 has nothing wider above it.
     exact = implementation == "reference" or dtype == torch.float64
     roundings = 140 + (x.numel() // x.shape[1] if exact else 0)
@@ -170,9 +172,7 @@ def test_what_is_not_finite_stays_where_it_is(
             assert torch.equal(~scale.isfinite(), sample if given else channel)
             assert torch.equal(scale[scale.isfinite()], clean[0][scale.isfinite()])
             assert_same_bits(shift, clean[1])
-            for bad, good in zip(
-                batch_norm_gradients(layout(x), layout(bad_grad), EPS, *given), clean, strict=True
-            ):
+            for bad, good in zip(batch_norm_gradients(layout(x), layout(bad_grad), EPS, *given), clean, strict=True):
                 assert torch.equal(~bad.isfinite(), sample)
                 assert torch.equal(bad[~sample], good[~sample])
 

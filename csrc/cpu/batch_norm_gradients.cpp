@@ -2,7 +2,9 @@
 
 #include "../kernels.h"
 #include "integers.h"
+#include "lanes.h"
 #include "parallel.h"
+#include "scratch.h"
 #include "vector.h"
 
 // Two passes over a channel: one for its mean, and one for everything else from the distances d to that mean: sums of d
@@ -10,12 +12,15 @@
 // sums of d know what it missed (Chan, Golub and LeVeque's corrected two-pass algorithm): with d = x - pivot and
 // rest = mean(d),
 //   mean = pivot + rest,   variance = mean(d^2) - rest^2,   sum of g (x - mean) = sum of g d - rest * sum of g,
-// and rest is as small as rounding, so that nothing cancels. Short runs are summed in Accumulator<X>, runs in float64.
+// and rest is as small as rounding, so that nothing cancels. Short runs are summed in Accumulator<X>, the runs
+// of a channel in float64.
 namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
 
 namespace {
 
 constexpr int64_t kRun = 64;  // numbers a lane adds before float64 takes over
+
+constexpr int64_t kPrefetched = 1 << 15;  // numbers of a channel that the second-level cache holds beside another's
 
 /// What is left to do with the sums of a channel once all of it has been seen.
 template <class A>
@@ -59,18 +64,23 @@ class LongRuns {
     for (int64_t i = 0; i < kWidth; ++i) mask_[i] = i >= kWidth - rest ? -1 : 0;
   }
 
+  int64_t scratch_size() const { return 2 * samples_; }
+
+  /// Writes only when all is known: the outputs of a channel are far apart.
   template <bool kOwn>
-  void sum(int64_t channel) const {
+  void sum(int64_t channel, A* products_of_samples) const {
+    A* const gradients_of_samples = products_of_samples + samples_;
     const X* const x = static_cast<const X*>(a_.x) + channel * positions_;
     const G* const grad = static_cast<const G*>(a_.grad_output) + channel * positions_;
     A* const scale = static_cast<A*>(a_.scale) + channel;
     A* const shift = static_cast<A*>(a_.shift) + channel;
-    const A pivot = kOwn ? mean(x) : static_cast<const A*>(a_.mean)[channel];
+    const A pivot = kOwn ? mean(x, grad) : static_cast<const A*>(a_.mean)[channel];
     V sums[2] = {}, squares[2] = {};
     double sum = 0, square = 0;
     int64_t pending = 0;
+    V gradient_rows[kWidth], product_rows[kWidth];
     for (int64_t n = 0; n < samples_; ++n) {
-      double gradient = 0, product = 0;
+      V gradient = {}, product = {};
       for (int64_t first = 0; first < positions_; first += kPiece) {
         const int64_t size = smaller(kPiece, positions_ - first);
         V gradients[2] = {}, products[2] = {};
@@ -87,8 +97,8 @@ class LongRuns {
         visit<2>(
             size, [&](int slot, int64_t i) { add(slot, load(xs + i) - pivot, load(gs + i)); },
             [&](int64_t i) { add(1, keep(load(xs + i) - pivot), keep(load(gs + i))); });
-        gradient += sum_lanes<A>(gradients[0] + gradients[1]);
-        product += sum_lanes<A>(products[0] + products[1]);
+        gradient += gradients[0] + gradients[1];
+        product += products[0] + products[1];
         pending += size;
         if (kOwn && pending >= kPiece) {
           sum += fold(sums);
@@ -96,8 +106,13 @@ class LongRuns {
           pending = 0;
         }
       }
-      shift[n * channels_] = static_cast<A>(gradient);
-      scale[n * channels_] = static_cast<A>(product);
+      gradient_rows[n % kWidth] = gradient;
+      product_rows[n % kWidth] = product;
+      if (n % kWidth == kWidth - 1 || n == samples_ - 1) {
+        const int64_t first = n - n % kWidth, count = n - first + 1;
+        sum_rows(gradient_rows, count, gradients_of_samples + first);
+        sum_rows(product_rows, count, products_of_samples + first);
+      }
     }
     Finish<A> finish{0, 0};
     if constexpr (kOwn) {
@@ -105,7 +120,10 @@ class LongRuns {
     } else {
       finish.inverse = inverse_deviation<A>(static_cast<const A*>(a_.variance)[channel], a_.eps);
     }
-    for (int64_t n = 0; n < samples_; ++n) scale[n * channels_] = finish(scale[n * channels_], shift[n * channels_]);
+    for (int64_t n = 0; n < samples_; ++n) {
+      scale[n * channels_] = finish(products_of_samples[n], gradients_of_samples[n]);
+      shift[n * channels_] = gradients_of_samples[n];
+    }
   }
 
  private:
@@ -125,13 +143,27 @@ class LongRuns {
   /// Zeros where the last register of a run repeats what came before.
   V keep(V value) const { return mask_ ? value : V{}; }
 
+  /// out[i] = the sum of row i, for i < count: one transposition is cheaper than as many sums of lanes.
+  static void sum_rows(V (&rows)[kWidth], int64_t count, A* out) {
+    for (int64_t i = count; i < kWidth; ++i) rows[i] = V{};
+    transpose<A>(rows);
+#pragma GCC unroll 4
+    for (int half = kWidth / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < half; ++i) rows[i] += rows[i + half];
+    }
+    count == kWidth ? store(out, rows[0]) : store(out, rows[0], count);
+  }
+
   static A fold(V (&sums)[2]) {
     const A sum = sum_lanes<A>(sums[0] + sums[1]);
     sums[0] = sums[1] = V{};
     return sum;
   }
 
-  A mean(const X* x) const {
+  /// Meanwhile the gradients of a small channel are fetched, which lie farther apart than the hardware foresees.
+  A mean(const X* x, const G* grad) const {
+    const bool prefetch = samples_ * positions_ <= kPrefetched;
     double total = 0;
     V sums[4] = {};
     int64_t pending = 0;
@@ -140,7 +172,11 @@ class LongRuns {
         const X* const xs = x + n * a_.x_sample_stride + first;
         const int64_t size = smaller(kPiece, positions_ - first);
         visit<4>(
-            size, [&](int slot, int64_t i) { sums[slot] += load(xs + i); },
+            size,
+            [&](int slot, int64_t i) {
+              if (prefetch) __builtin_prefetch(grad + n * a_.grad_sample_stride + first + i);
+              sums[slot] += load(xs + i);
+            },
             [&](int64_t i) { sums[1] += keep(load(xs + i)); });
         pending += size;
         if (pending >= kPiece) {
@@ -323,8 +359,10 @@ void sum_channels(const BatchNormGradients& a) {
   const int threads = useful_threads(a.samples * a.channels * a.positions, a.threads);
   if (!a.channels_last && a.positions >= kWidth) {
     const LongRuns<X, G> runs(a);
-    return parallel_for(threads, a.channels, [&](int, int64_t begin, int64_t end) {
-      for (int64_t channel = begin; channel < end; ++channel) runs.template sum<kOwn>(channel);
+    const Scratch<Accumulator<X>> scratch(threads * runs.scratch_size());
+    return parallel_for(threads, a.channels, [&](int thread, int64_t begin, int64_t end) {
+      auto* const own = scratch.data() + thread * runs.scratch_size();
+      for (int64_t channel = begin; channel < end; ++channel) runs.template sum<kOwn>(channel, own);
     });
   }
   const X* const x = static_cast<const X*>(a.x);

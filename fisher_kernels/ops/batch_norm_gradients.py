@@ -46,9 +46,7 @@ def _reference(
     scale, shift = _fake(x, grad_output, eps, mean, variance)
     if x.numel() == 0:
         return scale.zero_(), shift.zero_()
-    wide, grad = x.to(scale.dtype).flatten(2), grad_output.to(scale.dtype).flatten(2)
-    if x.dim() == 2:
-        wide, grad = wide.unsqueeze(2), grad.unsqueeze(2)
+    wide, grad = (v.to(scale.dtype).reshape(*x.shape[:2], -1) for v in (x, grad_output))
     if mean is None or variance is None:
         centred = wide - wide.mean((0, 2), keepdim=True)
         centred -= centred.mean((0, 2), keepdim=True)  # what rounding left of a large mean
@@ -56,6 +54,10 @@ def _reference(
     else:
         centred = wide - mean.to(scale.dtype).view(1, -1, 1)
     return (grad * centred).sum(2) * (variance.to(scale.dtype) + eps).rsqrt(), grad.sum(2)
+
+
+def _is_contiguous(x: Tensor) -> bool:
+    return x.is_contiguous() or x[:1].is_contiguous()
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -70,7 +72,7 @@ def _cpu(
         return scale.zero_(), shift.zero_()
     if scale.dtype == torch.float64:
         x, grad_output = x.double(), grad_output.double()
-    if not (x[:1].is_contiguous() and grad_output[:1].is_contiguous()):
+    if not (_is_contiguous(x) and _is_contiguous(grad_output)):
         if _is_channels_last(x):  # the order of x, which is the larger where there is a difference
             if not _is_channels_last(grad_output):
                 grad_output = grad_output.movedim(1, -1).contiguous().movedim(-1, 1)
