@@ -395,6 +395,7 @@ def test_half_held_layer(layer: str, held: str) -> None:
 def test_weight_and_bias_in_different_groups(layer: str, linear_blocks: str | int) -> None:
     def groups(model: nn.Module) -> list[dict[str, Any]]:
         bias = {"params": [model.get_parameter("bias")], "lr": 0.1, "momentum": 0.3, "kl_clip": 1e-4}
+        bias |= {"damping": 0.2, "beta2": 0.2, "inverse_interval": 2}  # these for a convolution's only
         return [bias, {"params": [model.get_parameter("weight")], "kl_clip": 1e-5}]
 
     build, shape = LAYERS[layer]
