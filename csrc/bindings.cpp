@@ -81,6 +81,12 @@ PYBIND11_MODULE(_native, module) {
       "sample contiguous or channels last, and out [O, I / groups, n, n]. padding holds (before, after) for each "
       "dimension. Of out the lower triangles are read, and nothing if decay is 0.");
 
+  module.def("batch_norm_gradients", &fk::batch_norm_gradients, "x"_a, "grad_output"_a, "eps"_a, "mean"_a,
+             "variance"_a, "scale"_a, "shift"_a, "threads"_a,
+             "shift[n, c] = sum over s of grad_output[n, c, s] and scale[n, c] = the same sum of grad_output times "
+             "(x - mean[c]) / sqrt(variance[c] + eps), for x and grad_output [N, C, *S], the samples of both contiguous "
+             "or those of both channels last. mean, variance: None for those of x over n and s.");
+
   module.def(
       "stream_update", &fk::stream_update, "firsts"_a, "seconds"_a, "reads"_a, "threads"_a,
       "firsts[i] += reads[i], seconds[i] += reads[i]: what the bare memory traffic of a step costs, for benchmarks.");

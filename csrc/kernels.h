@@ -288,6 +288,29 @@ struct ConvMiniBlockGram {
   int threads;
 };
 
+/// Gradients of a batch normalisation's scale and shift by single samples:
+///   shift[n, c] = sum over s of grad_output[n, c, s],
+///   scale[n, c] = sum over s of grad_output[n, c, s] * (x[n, c, s] - mean[c]) / sqrt(variance[c] + eps),
+/// mean and (biased) variance being those of x over n and s where they are null.
+struct BatchNormGradients {
+  const void* x;            // [samples, channels, positions], each sample without gaps
+  const void* grad_output;  // likewise
+  DType x_dtype;
+  DType grad_dtype;      // float64 for float64 x, and for it alone
+  const void* mean;      // [channels] or null, accumulation_dtype(x_dtype)
+  const void* variance;  // [channels] or null with mean
+  void* scale;           // [samples, channels]
+  void* shift;           // [samples, channels]
+  bool channels_last;    // memory order within a sample: (s, c) in place of (c, s), of both
+  int64_t samples;
+  int64_t x_sample_stride;
+  int64_t grad_sample_stride;
+  int64_t channels;
+  int64_t positions;
+  double eps;
+  int threads;
+};
+
 /// Three float32 arrays of one size. first += read; second += read: three reads and two writes, as a step has.
 struct StreamArrays {
   float* first;
@@ -327,6 +350,7 @@ struct StreamRead {
   void mini_block_gram_(const MiniBlockGram&);             \
   void conv_mini_block_gram_(const ConvMiniBlockGram&);    \
   void weighted_gram_(const WeightedGram&);                \
+  void batch_norm_gradients(const BatchNormGradients&);    \
   void stream_update(const StreamUpdate&);                 \
   void stream_read(const StreamRead&);                     \
   }

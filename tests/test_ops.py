@@ -134,6 +134,20 @@ SAMPLES: dict[str, tuple[Callable[[], Arguments], ...]] = {
         lambda: convolution_arguments((2, 6, 5, 7), 4, (2, 2), groups=2),
         lambda: convolution_arguments((5, 2, 8), 3, (3,), 2, [(1, 0)]),
     ),
+    "batch_norm_gradients": (
+        lambda: ((random((3, 4, 5, 6), torch.float32), random((3, 4, 5, 6), torch.bfloat16, 1), 1e-5), {}),
+        lambda: (
+            (
+                random((3, 20, 5, 2), torch.float64).to(memory_format=torch.channels_last),
+                random((3, 20, 5, 4), torch.float64)[..., ::2],
+                0.1,
+                torch.arange(20.0),
+                torch.arange(20.0, dtype=torch.float64),
+            ),
+            {},
+        ),
+        lambda: ((random((3, 4, 0), torch.float32), random((3, 4, 0), torch.float32), 1e-5), {}),
+    ),
     "tap": (
         lambda: ((random((3, 4), torch.float32), [random((3, 2), torch.float32)], torch.zeros(1), [0, 0, 0, 1]), {}),
     ),
@@ -237,10 +251,13 @@ def public(name: str) -> Callable[..., Any]:
         return gram
     if name == "minmax":
         return lambda x, *rest: [y + 1 for y in ops.minmax([2 * v for v in x], *rest)]
+    if name == "batch_norm_gradients":
+        return lambda x, *rest: [y + 1 for y in ops.batch_norm_gradients(2 * x, *rest)]
     return lambda x, *rest: getattr(ops, name)(2 * x, *rest) + 1
 
 
 COMPILED = (
+    "batch_norm_gradients",
     "block_apply",
     "column_sum_of_squares",
     "channel_sum_of_squares",

@@ -232,7 +232,8 @@ class Kernel {
   static constexpr bool kStages = !kLeftLanes && !std::is_same_v<T, A>;  // numbers to widen, a few rows at a time
 
  public:
-  explicit Kernel(const ConvMiniBlockGram& a) : a_(a), geometry_(a), n_(geometry_.taps), columns_(n_ + kMaxTaps), places_(n_ + kMaxTaps) {
+  explicit Kernel(const ConvMiniBlockGram& a)
+      : a_(a), geometry_(a), n_(geometry_.taps), columns_(n_ + kMaxTaps), places_(n_ + kMaxTaps) {
     const int64_t width = kRightLanes ? kStep : 1;
     if (kRightLanes) geometry_.widen(kStep);
     const int64_t lane_groups = kLanesAre == Lanes::groups ? ceil_div(a.groups, kStep) : a.groups;

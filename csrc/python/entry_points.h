@@ -37,6 +37,8 @@ void conv_mini_block_gram_(py::handle out, py::handle x, py::handle grad_output,
                            const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
                            double decay, double gain, int threads);
 void weighted_gram_(py::handle out, py::handle x, py::handle weight, double decay, double gain, int threads);
+void batch_norm_gradients(py::handle x, py::handle grad_output, double eps, py::handle mean, py::handle variance,
+                          py::handle scale, py::handle shift, int threads);
 
 void stream_update(py::handle firsts, py::handle seconds, py::handle reads, int threads);
 uint32_t stream_read(py::handle x, int threads);

@@ -2,6 +2,7 @@
 
 from fisher_kernels.ops._define import ACCUMULATOR
 from fisher_kernels.ops.adafisher_step import adafisher_step_
+from fisher_kernels.ops.batch_norm_gradients import batch_norm_gradients
 from fisher_kernels.ops.block_inverse import block_apply, block_inverse, block_inverse_, block_solve
 from fisher_kernels.ops.factor_ema import factor_ema_, minmax, minmax_
 from fisher_kernels.ops.gram import weighted_gram_
@@ -12,6 +13,7 @@ from fisher_kernels.ops.sum_of_squares import channel_sum_of_squares, column_sum
 __all__ = [
     "ACCUMULATOR",
     "adafisher_step_",
+    "batch_norm_gradients",
     "block_apply",
     "block_inverse",
     "block_inverse_",

@@ -239,8 +239,7 @@ def conv_mini_block_gram_(
 
     Memory beyond the arguments does not grow with the batch. The native kernel holds copies of a few channels of at
     most 16 samples, a few MB a thread at most, or one sample's if these are larger, and sums of about 256 KB, or of a
-    few blocks if they are larger. The reference unfolds so many samples at a time that 2^20 numbers result, at least
-    one.
+    few blocks if they are larger. The reference unfolds as many samples at a time as make 2^20 numbers, at least one.
 
     Args:
         out: (O, I / groups, n, n), n being the number of offsets of the kernel in row-major order; contiguous, float64

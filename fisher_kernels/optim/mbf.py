@@ -182,6 +182,7 @@ class MBF(LayerwiseOptimizer):
         return "1 x 1 blocks from the squared gradient of the batch"
 
     def _rewatched(self) -> None:
+        self._rules = BlockRules(self._model)  # which know parameters by identity: a copy has others
         self._numbers = {p: number for number, p in enumerate(self._groups)}
         self._plans: dict[int, _Plan] = {}
         self._blocks = FisherBlocks(self.statistics.sites, self.state, self._groups)
@@ -194,7 +195,7 @@ class MBF(LayerwiseOptimizer):
         return torch.float32 if name == "fisher_updates" else super()._dtype_of(p, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_rules": self._rules, "_scales": self._scales}
+        return {**super().__getstate__(), "_scales": self._scales}
 
     # Step.
 

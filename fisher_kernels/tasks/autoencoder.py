@@ -31,6 +31,7 @@ HYPERPARAMETERS = {
     "adafisher:relative": {"lr": 0.3, "weight_decay": 5e-4},
     "adafisher:release": {"lr": 3e-4, "weight_decay": 5e-4},
     "adafisherw:relative": {"lr": 0.3, "weight_decay": 1e-4},
+    "mbf": {"lr": 1e-3, "weight_decay": 1e-2},
     "adafisherw:release": {"lr": 3e-4, "weight_decay": 1e-2},
 }
 

@@ -32,6 +32,7 @@ HYPERPARAMETERS = {
     "adafisher:relative": {"lr": 3.0, "weight_decay": 5e-4},
     "adafisher:release": {"lr": 1e-2, "weight_decay": 5e-4},
     "adafisherw:relative": {"lr": 3.0, "weight_decay": 1e-4},
+    "mbf": {"lr": 1e-3, "weight_decay": 1e-2},
     "adafisherw:release": {"lr": 1e-2, "weight_decay": 1e-2},
 }
 

@@ -1,0 +1,64 @@
+#include "../kernels.h"
+#include "capability.h"
+#include "convolution.h"
+#include "entry_points.h"
+#include "tensor.h"
+
+namespace fisher_kernels {
+
+void batch_norm_gradients(py::handle x_object, py::handle grad_object, double eps, py::handle mean_object,
+                          py::handle variance_object, py::handle scale_object, py::handle shift_object, int threads) {
+  constexpr const char* kFunction = "batch_norm_gradients";
+  const Argument x_argument{kFunction, "x"}, grad_argument{kFunction, "grad_output"};
+  const Argument mean_argument{kFunction, "mean"}, variance_argument{kFunction, "variance"};
+  const TensorView x = read_tensor(x_object, x_argument);
+  check_float(x, x_argument);
+  if (x.dims < 2) value_error(x_argument, "has shape " + x.shape() + ", expected at least 2 dimensions");
+  const TensorView grad = read_tensor(grad_object, grad_argument);
+  check_float(grad, grad_argument);
+  const DType dtype = accumulation_dtype(x.dtype);
+  if (accumulation_dtype(grad.dtype) != dtype) check_dtype(grad, x.dtype, grad_argument);
+  check_shape(grad, std::vector<int64_t>(x.sizes, x.sizes + x.dims), grad_argument);
+  check_coefficient(eps, {kFunction, "eps"});
+  if (mean_object.is_none() != variance_object.is_none()) {
+    value_error(variance_argument, mean_object.is_none() ? "is a tensor, expected None, as mean is"
+                                                         : "is None, expected a tensor, as mean is");
+  }
+  const int64_t samples = x.sizes[0], channels = x.sizes[1];
+  const auto read_vector = [&](py::handle object, const Argument& argument) -> const void* {
+    if (object.is_none()) return nullptr;
+    const TensorView vector = read_tensor(object, argument);
+    check_dtype(vector, dtype, argument);
+    check_shape(vector, {channels}, argument);
+    check_contiguous(vector, argument);
+    return vector.data;
+  };
+  const auto read_output = [&](py::handle object, const Argument& argument) {
+    const TensorView out = read_tensor(object, argument);
+    check_dtype(out, dtype, argument);
+    check_shape(out, {samples, channels}, argument);
+    check_contiguous(out, argument);
+    return out.data;
+  };
+  const void* const mean = read_vector(mean_object, mean_argument);
+  const void* const variance = read_vector(variance_object, variance_argument);
+  void* const scale = read_output(scale_object, {kFunction, "scale"});
+  void* const shift = read_output(shift_object, {kFunction, "shift"});
+  check_threads(threads, {kFunction, "threads"});
+  // Both orders are the same where there is one position: channels side by side are then the better view.
+  const bool channels_last = is_dense(x, 1, Order::channels_last) && is_dense(grad, 1, Order::channels_last);
+  if (!channels_last) {
+    const char* const expected = "the samples of x and grad_output contiguous, or those of both channels last";
+    if (!is_dense(x, 1, Order::channels_first)) layout_error(x, x_argument, expected);
+    if (!is_dense(grad, 1, Order::channels_first)) layout_error(grad, grad_argument, expected);
+  }
+  int64_t positions = 1;
+  for (int d = 2; d < x.dims; ++d) positions *= x.sizes[d];
+
+  const py::gil_scoped_release release;
+  run(BatchNormGradients{x.data, grad.data, x.dtype, grad.dtype, mean, variance, scale, shift, channels_last, samples,
+                         x.strides[0], grad.strides[0], channels, positions, eps, threads},
+      {FISHER_KERNELS_VARIANTS(batch_norm_gradients)});
+}
+
+}  // namespace fisher_kernels
