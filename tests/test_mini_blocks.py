@@ -294,6 +294,7 @@ PAIRS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "hf-conv1d-no-bias": (lambda: TiedConv1D(3, 5), (4, 5)),
     "hf-conv1d-no-bias-square": (lambda: TiedConv1D(4, 4), (3, 4)),
     "hf-conv1d-linear": (lambda: Pair(Conv1D(3, 5), nn.Linear(3, 5)), (3, 5)),
+    "linear-no-bias-hf-conv1d": (lambda: Pair(nn.Linear(5, 3, bias=False), Conv1D(5, 3)), (3, 4, 5)),
     "linear-hf-conv1d-no-bias": (lambda: Pair(nn.Linear(5, 3), TiedConv1D(5, 3)), (3, 4, 5)),
 }
 
