@@ -120,7 +120,7 @@ class BlockRule(Rule):
         return self.blocks
 
     def capture(self, module: Any, x: Tensor) -> tuple[list[Tensor], list[int]]:
-        # Autograd keeps the input of a layer whose weight it trains, and checks that nobody writes to it.
+        # Autograd keeps the input of a layer whose weight it trains: nobody may write to it, which the engine checks.
         return [x if module.weight.requires_grad else x.clone()], []
 
     def sum_lengths(self, module: Any) -> list[int | None]:

@@ -73,6 +73,7 @@ class Site:
     layers: list[Layer] = field(default_factory=list)
     sums: Sums | None = None
     uses: list[Use] = field(default_factory=list)  # of the last backward, where they contribute together
+    kept: list[tuple[Layer, list[int]]] = field(default_factory=list)  # of whom they are, and writes to their tensors
     task: int = -1
 
     @cached_property
@@ -83,13 +84,17 @@ class Site:
     def settle(self) -> Sums | None:
         """The pending sums, with what the uses of the last backward make together."""
         if self.uses:
+            for use, (layer, versions) in zip(self.uses, self.kept, strict=True):
+                if _versions(use.captured) != versions:
+                    self.clear()
+                    raise _overwritten(layer, "the step")
             sums = self.rule.contribute_together(self.uses)
-            self.uses = []
+            self.uses, self.kept = [], []
             self.sums = sums if self.sums is None else self.sums + sums
         return self.sums
 
     def clear(self) -> None:
-        self.sums, self.uses, self.task = None, [], -1
+        self.sums, self.uses, self.kept, self.task = None, [], [], -1
 
 
 def find_layers(
@@ -206,7 +211,7 @@ class Statistics:
         pending = {(site.owner, site.rule.layout): site for site in other.sites}
         for site in self.sites:
             if (old := pending.get((site.owner, site.rule.layout))) is not None:
-                site.sums, site.uses, site.task = old.sums, old.uses, old.task
+                site.sums, site.uses, site.kept, site.task = old.sums, old.uses, old.kept, old.task
 
     def take(self, grad_scale: Tensor | None = None) -> list[tuple[int, Sums]]:
         """The pending sums of every site that has any, as (index, sums), over all processes; nothing stays pending.
@@ -293,6 +298,7 @@ class Statistics:
         if layer.rule.together:
             grad = grad if scale is None else grad.to(ACCUMULATOR[grad.dtype]) / scale.to(grad.device)
             site.uses.append(Use(layer.module, layer.rule, captured, sizes, grad))
+            site.kept.append((layer, _versions(captured)))
             return
         sums = layer.rule.contribute(layer.module, captured, sizes, grad)
         if scale is not None:  # None before the first scale()
@@ -319,6 +325,19 @@ def _executes(node: Any) -> bool:
         return _will_engine_execute_node(node)
     except RuntimeError:
         return False  # autograd.grad with respect to the parameter itself: it returns gradients, it accumulates none
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """Counts of the writes to tensors; a rule that keeps an input relies on there being none."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def _overwritten(layer: Layer, until: str) -> RuntimeError:
+    # Autograd tells in most cases, but it keeps a copy of its own under autocast and of an input that is padded.
+    return RuntimeError(
+        f"the input of module {layer.name!r} was modified in place before {until}, where its statistics need it as it "
+        "was: modify a copy"
+    )
 
 
 def _remove(handles: list[Any]) -> None:
@@ -387,9 +406,12 @@ class _OutputHook:
         sizes: list[int],
     ) -> None:
         self.engine, self.address, self.captured, self.sizes = engine, address, captured, sizes
+        self.versions = _versions(captured)
 
     def __call__(self, grad: Tensor) -> None:
         engine = self.engine()
         if engine is not None:
             _, index, use = self.address
+            if _versions(self.captured) != self.versions:
+                raise _overwritten(engine.sites[index].layers[use], "its backward")
             engine.commit(index, use, self.captured, self.sizes, grad)

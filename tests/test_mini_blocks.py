@@ -246,20 +246,25 @@ def test_module_called_several_times(build: Callable[[], nn.Module], shape: tupl
     follow(build(), batch_of(*shape), sequence=sequence)
 
 
-class EmbeddedTwice(nn.Module):
-    def __init__(self) -> None:
+class InTurn(nn.Module):
+    """Calls one layer on all samples, on other ones, and on all of them again."""
+
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(5, 3, padding_idx=1)
+        self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.embedding(x).square() + self.embedding(x.flip(1)) - self.embedding(x[:2, :1]).sum((0, 1))
+        first, other = self.layer(x).square(), self.layer(x[:2, :1])
+        out: Tensor = first - other.sum(0) + self.layer(x.flip(1))
         return out
 
 
 @pytest.mark.parametrize("sequence", ["expand", "reduce"])
-def test_embedding_called_several_times(sequence: str) -> None:
+def test_calls_on_different_samples_in_turn(sequence: str) -> None:
     torch.manual_seed(0)
-    follow(EmbeddedTwice(), tokens(4, 3, vocabulary=5), sequence=sequence)
+    follow(InTurn(nn.Embedding(5, 3, padding_idx=1)), tokens(4, 3, vocabulary=5), sequence=sequence)
+    follow(InTurn(nn.Linear(4, 3)), batch_of(4, 3, 4), sequence=sequence)
+    follow(InTurn(nn.LayerNorm(4)), batch_of(4, 3, 4), sequence=sequence)
 
 
 @pytest.mark.parametrize("linear_blocks", ["shared", "per_output", 2])
@@ -289,6 +294,7 @@ PAIRS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "hf-conv1d-no-bias": (lambda: TiedConv1D(3, 5), (4, 5)),
     "hf-conv1d-no-bias-square": (lambda: TiedConv1D(4, 4), (3, 4)),
     "hf-conv1d-linear": (lambda: Pair(Conv1D(3, 5), nn.Linear(3, 5)), (3, 5)),
+    "linear-no-bias-hf-conv1d": (lambda: Pair(nn.Linear(5, 3, bias=False), Conv1D(5, 3)), (3, 4, 5)),
     "linear-hf-conv1d-no-bias": (lambda: Pair(nn.Linear(5, 3), TiedConv1D(5, 3)), (3, 4, 5)),
 }
 
@@ -390,6 +396,7 @@ def test_half_held_layer(layer: str, held: str) -> None:
 def test_weight_and_bias_in_different_groups(layer: str, linear_blocks: str | int) -> None:
     def groups(model: nn.Module) -> list[dict[str, Any]]:
         bias = {"params": [model.get_parameter("bias")], "lr": 0.1, "momentum": 0.3, "kl_clip": 1e-4}
+        bias |= {"damping": 0.2, "beta2": 0.2, "inverse_interval": 2}  # these for a convolution's only
         return [bias, {"params": [model.get_parameter("weight")], "kl_clip": 1e-5}]
 
     build, shape = LAYERS[layer]
@@ -423,6 +430,43 @@ def test_frozen_layers_cost_nothing() -> None:
     optimizer.step()
     optimizer.metrics()
     assert not any(optimizer.state[p] for p in model[:2].parameters())
+
+
+# Inputs that do not stay as they were.
+
+
+@pytest.mark.parametrize("sequence", ["expand", "reduce"])
+@pytest.mark.parametrize(("layer", "autocast"), [("linear", True), ("conv2d", True), ("conv2d-circular", False)])
+def test_input_written_to_before_the_backward_is_refused(layer: str, autocast: bool, sequence: str) -> None:
+    """Autograd notices by itself, unless it keeps a copy of the input, cast or padded."""
+    build, shape = LAYERS[layer]
+    model = build()
+    optimizer = MBF(model, sequence=sequence)
+    x = torch.randn(*shape)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        out = model(x)
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="the input of module '' was modified in place before its backward"):
+        out.float().sum().backward()
+    assert optimizer.statistics.take() == []
+
+
+def test_input_written_to_before_the_step_is_refused() -> None:
+    """Where all uses of a sample are waited for, as between micro-batches that are read into one place."""
+    model = nn.Sequential(nn.Linear(5, 4))
+    optimizer = MBF(model, sequence="reduce")
+    before = copy.deepcopy(model)
+    x = torch.randn(3, 5)
+    model(x).sum().backward()
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="the input of module '0' was modified in place before the step"):
+        optimizer.step()
+    for p, q in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(p, q)
+    optimizer = MBF(model)
+    model(x).sum().backward()
+    x.mul_(2)
+    optimizer.step()
 
 
 # Networks.

@@ -74,7 +74,7 @@ class MBF(LayerwiseOptimizer):
         maximize: ascend.
         params: parameter groups, each with any of these hyperparameters; None takes all parameters of the model. The
             settings of a layer's blocks are those of its weight's group. A bias whose weight is in another group has
-            blocks of its own.
+            blocks of its own. Those of a convolution's bias take damping, beta2 and inverse_interval from its group.
         grad_scaler: the ``torch.amp.GradScaler`` in use, so that blocks are in the units of unscaled gradients also
             after a manual ``unscale_``.
         inverse_storage: ``"full"``; ``"packed"``, one triangle of each block that is not shared; ``"bfloat16"``.
