@@ -359,7 +359,7 @@ HALVES = ["linear", "linear-3d", "hf-conv1d", "conv2d-groups", "deconv2d", "batc
 HALVES_AND_BLOCKS = [
     (layer, blocks)
     for layer in HALVES
-    for blocks in (("shared", "per_output", 2, 3) if layer.startswith(("linear", "hf")) else ("shared",))
+    for blocks in (("shared", "per_output", 2, 5) if layer.startswith(("linear", "hf")) else ("shared",))
 ]
 
 
@@ -507,6 +507,18 @@ def test_fallback(fallback: str, loss_reduction: str) -> None:
     optimizer, _ = follow(model, batch_of(6, 4), loss_reduction=loss_reduction, update_interval=2)
     rows = {row.name: row for row in optimizer.explain()}
     assert {name for name, row in rows.items() if row.fallback} == {f"fallback.{name}" for name in names}
+
+
+@pytest.mark.filterwarnings("ignore:MBF.* of the trained parameters have no layer rule")
+def test_fallback_with_an_interval_of_its_own() -> None:
+    def groups(model: nn.Module) -> list[dict[str, Any]]:
+        fallback = list(model.get_submodule("fallback").parameters())
+        others = [p for p in model.parameters() if not any(p is q for q in fallback)]
+        return [{"params": others}, {"params": fallback, "update_interval": 2}]
+
+    build, call, _ = FALLBACKS["free-parameter"]
+    torch.manual_seed(0)
+    follow(WithFallback(build(), call), batch_of(6, 4), params=groups)
 
 
 @pytest.mark.filterwarnings("ignore:MBF.* of the trained parameters have no layer rule")
