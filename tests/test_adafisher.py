@@ -279,6 +279,7 @@ def test_step_hooks_run_around_the_step() -> None:
     assert seen[0][1] != seen[1][1]
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_step_has_its_name_in_a_profile(optimizer: type[AdaFisher]) -> None:
     model = nn.Linear(3, 2)

@@ -35,7 +35,7 @@ def _layout(i: int, param: Tensor, inverse: Tensor, bias: Tensor | None) -> _Lay
     rows = (param.shape[0] if param.dim() else 1) if bias is None else bias.numel()
     columns = numel // rows if rows else math.prod(param.shape[1:])
     fits = rows * columns == numel
-    columns += bias is not None
+    columns += 0 if bias is None else 1  # no bool, which a symbolic size does not add
     total = rows * columns
     if len(shape) == 4:
         one, blocks, n, m = shape
