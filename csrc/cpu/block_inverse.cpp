@@ -253,7 +253,8 @@ constexpr int64_t kStreamedBytes = 4 << 20;
 
 template <class A>
 inline bool worth_streaming(const A* out, int64_t size) {
-  return size * static_cast<int64_t>(sizeof(A)) >= kStreamedBytes && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
+  return aligned && size * static_cast<int64_t>(sizeof(A)) >= kStreamedBytes;
 }
 
 /// NaN in the lanes of blocks with an entry that is not finite. The whole group is read in the order of memory, which

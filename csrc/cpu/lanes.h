@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
 #include "integers.h"
@@ -72,7 +73,9 @@ inline void load_piece(const A* x, int64_t count, int64_t size, int64_t first, V
     transpose_piece(x + first, size, columns);
   } else {
     A rows[kLanes<A>][kPiece<A>];
-    for (int64_t r = 0; r < kLanes<A>; ++r) std::memcpy(rows[r], x + (r < count ? r : 0) * size + first, sizeof(rows[r]));
+    for (int64_t r = 0; r < kLanes<A>; ++r) {
+      std::memcpy(rows[r], x + (r < count ? r : 0) * size + first, sizeof(rows[r]));
+    }
     transpose_piece(rows[0], kPiece<A>, columns);
   }
 #pragma GCC unroll 4
