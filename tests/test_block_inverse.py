@@ -78,6 +78,15 @@ def test_inverse_and_solution(implementation: str, n: int, dtype: torch.dtype) -
 
 
 @each_dtype
+def test_every_size_in_lanes(implementation: str, dtype: torch.dtype) -> None:
+    for n in range(1, 65):
+        a = blocks(17, n, dtype)
+        inverse, info = block_inverse(a, 0.1)
+        assert_same_bits(info, good(17))
+        check_inverse(inverse, a, 0.1, f"n = {n}")
+
+
+@each_dtype
 @pytest.mark.parametrize("n", SIZES)
 def test_product(implementation: str, n: int, dtype: torch.dtype) -> None:
     """Of matrices that are not symmetric; sums of n products of whole numbers are exact."""
@@ -224,6 +233,42 @@ def test_bad_blocks(implementation: str, n: int, fault: str, dtype: torch.dtype)
     assert_same_bits(out[bad], before[bad])
     assert_same_bits(out[~bad], clean[~bad])
     assert_same_bits(surroundings(out), around, "the memory around the result")
+
+
+@each_dtype
+@pytest.mark.parametrize("n", [3, 9, 25])
+def test_results_larger_than_caches(implementation: str, n: int, dtype: torch.dtype) -> None:
+    """They are those of the same blocks in a small batch, wherever they are written to."""
+    if implementation == "reference":
+        pytest.skip("LAPACK promises no such thing")
+    part = blocks(96, n, dtype)
+    entry(-1, 0, math.nan)(part[40])  # alone in its group
+    part[64:80, 0, -1] = math.inf  # a whole group
+    inverse, info = block_inverse(part, 0.1)
+    assert info.nonzero().flatten().tolist() == [40, *range(64, 80)]
+    times = 5_000_000 // (part.numel() * part.element_size()) + 1
+    a = torch.cat([part.repeat(times, 1, 1), part[:7]])
+    expected, expected_info = (
+        torch.cat([inverse.repeat(times, 1, 1), inverse[:7]]),
+        torch.cat([info.repeat(times), info[:7]]),
+    )
+    large, large_info = block_inverse(a, 0.1)
+    assert_same_bits(large_info, expected_info)
+    assert_same_bits(large, expected)
+    for out in (torch.zeros_like(a), unaligned(torch.zeros_like(a))):
+        around = surroundings(out)
+        assert_same_bits(block_inverse_(out, a, 0.1), expected_info)
+        assert_same_bits(out, torch.where(expected_info[:, None, None] != 0, torch.zeros_like(a), expected))
+        assert_same_bits(surroundings(out), around, "the memory around the result")
+
+
+@each_dtype
+@pytest.mark.parametrize("n", [2, 9, 25])
+def test_a_bad_block_in_any_lane(implementation: str, n: int, dtype: torch.dtype) -> None:
+    for bad in range(18):
+        a = blocks(18, n, dtype)
+        a[bad, 0, -1] = math.nan  # in the upper triangle, which is not inverted
+        assert block_inverse(a, 0.1)[1].nonzero().flatten().tolist() == [bad]
 
 
 def test_inverses_that_overflow_are_bad(implementation: str) -> None:

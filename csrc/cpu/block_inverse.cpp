@@ -247,12 +247,30 @@ inline void fill_bad(A* out, int64_t size, const int64_t* info, int64_t count) {
   }
 }
 
-inline void prefetch(const void* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+/// Results larger than this do not stay in the caches until they are read: they bypass them, which saves reading what
+/// is overwritten.
+constexpr int64_t kStreamedBytes = 4 << 20;
+
+template <class A>
+inline bool worth_streaming(const A* out, int64_t size) {
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
+  return aligned && size * static_cast<int64_t>(sizeof(A)) >= kStreamedBytes;
 }
 
-/// Calls body(lanes, first, count) for each group of blocks, read into lanes and factored. `extra` more registers lie
-/// behind the reciprocals.
+/// NaN in the lanes of blocks with an entry that is not finite. The whole group is read in the order of memory, which
+/// is what the processor fetches ahead; taking the blocks side by side is not.
+template <class A>
+inline Vector<A> find_taint(const A* blocks, int64_t count, int64_t size) {
+  Vector<A> taint = {};
+  if (all_finite(blocks, count * size)) return taint;
+  for (int64_t r = 0; r < count; ++r) {
+    if (!all_finite(blocks + r * size, size)) taint[r] = static_cast<A>(__builtin_nan(""));
+  }
+  return taint;
+}
+
+/// Calls body(lanes, room, first, count) for each group of blocks, read into lanes and factored. There is room for all
+/// numbers of a group, and `extra` more registers lie behind the reciprocals.
 template <class A, class Body>
 inline void for_groups(const A* blocks, int64_t count, int64_t n, double damping, int64_t extra, int threads,
                        const Body& body) {
@@ -260,17 +278,17 @@ inline void for_groups(const A* blocks, int64_t count, int64_t n, double damping
   const int64_t size = n * n, groups = ceil_div(count, kWidth);
   const int useful = static_cast<int>(smaller(groups, useful_threads(groups * kWidth * size * (1 + n / 8), threads)));
   parallel_for(useful, groups, [&](int, int64_t begin, int64_t end) {
-    const LaneScratch<A> scratch(size + n + extra);
+    const LaneScratch<A> scratch(2 * size + n + extra);
+    Vector<A>* const a = scratch.data() + size;
+    A* const room = reinterpret_cast<A*>(scratch.data());
     for (int64_t group = begin; group < end; ++group) {
       const int64_t first = group * kWidth, present = smaller(count - first, kWidth);
-      Lanes<A> lanes{scratch.data(), scratch.data() + size, n, {}};
-      lanes.taint = load_lanes(blocks + first * size, present, size, lanes.a);
-      if (group + 1 < end) {
-        prefetch(blocks + (first + kWidth) * size, smaller(count - first - kWidth, kWidth) * size * sizeof(A));
-      }
+      Lanes<A> lanes{a, a + size, n, find_taint(blocks + first * size, present, size)};
+      load_lower(blocks + first * size, present, n, a);
       factor(lanes, static_cast<A>(damping));
-      body(lanes, first, present);
+      body(lanes, room, first, present);
     }
+    finish_streaming();
   });
 }
 
@@ -291,9 +309,6 @@ inline void apply_in_lanes(const A* blocks, const A* vectors, A* out, int64_t co
       const int64_t first = group * kWidth, present = smaller(count - first, kWidth);
       load_lanes(blocks + first * size, present, size, a);
       load_lanes(vectors + first * n, present, n, v);
-      if (group + 1 < end) {
-        prefetch(blocks + (first + kWidth) * size, smaller(count - first - kWidth, kWidth) * size * sizeof(A));
-      }
       int64_t i = 0;
       for (; i + 4 <= n; i += 4) {
         Vector<A> sum[4] = {};
@@ -337,11 +352,19 @@ void block_inverse(const BlockInverse& b) {
     using A = Accumulator<std::remove_pointer_t<decltype(type)>>;
     A* const out = static_cast<A*>(b.out);
     const int64_t size = b.n * b.n;
+    const bool streamed = worth_streaming(out, b.count * size);
     for_groups(static_cast<const A*>(b.blocks), b.count, b.n, b.damping, 0, b.threads,
-               [&](Lanes<A>& lanes, int64_t first, int64_t count) {
+               [&](Lanes<A>& lanes, A* room, int64_t first, int64_t count) {
                  invert(lanes);
-                 store_lanes(lanes.a, judge(lanes, count, b.info + first), size, out + first * size);
-                 if (!b.keep_bad) fill_bad(out + first * size, size, b.info + first, count);
+                 A* const to = out + first * size;
+                 const uint32_t good = judge(lanes, count, b.info + first);
+                 if (streamed && good == kAllLanes<A>) {
+                   store_lanes(lanes.a, good, size, room);
+                   for (int64_t i = 0; i < size * kLanes<A>; i += kLanes<A>) stream(to + i, load(room + i));
+                   return;
+                 }
+                 store_lanes(lanes.a, good, size, to);
+                 if (!b.keep_bad) fill_bad(to, size, b.info + first, count);
                });
   });
 }
@@ -352,9 +375,10 @@ void block_solve(const BlockSolve& b) {
     const A* const rhs = static_cast<const A*>(b.rhs);
     A* const out = static_cast<A*>(b.out);
     for_groups(static_cast<const A*>(b.blocks), b.count, b.n, b.damping, b.n, b.threads,
-               [&](Lanes<A>& lanes, int64_t first, int64_t count) {
+               [&](Lanes<A>& lanes, A*, int64_t first, int64_t count) {
                  Vector<A>* const x = lanes.reciprocal + b.n;
-                 lanes.taint += load_lanes(rhs + first * b.n, count, b.n, x);
+                 lanes.taint += find_taint(rhs + first * b.n, count, b.n);
+                 load_lanes(rhs + first * b.n, count, b.n, x);
                  solve(lanes, x);
                  store_lanes(x, judge(lanes, count, b.info + first), b.n, out + first * b.n);
                  fill_bad(out + first * b.n, b.n, b.info + first, count);

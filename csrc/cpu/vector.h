@@ -4,8 +4,10 @@
 #include <cstring>
 #include <type_traits>
 
-#ifdef __AVX2__
+#if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 #include "../common/dtype.h"
@@ -171,6 +173,27 @@ inline void store(float16* p, Vector<float> value) {
 inline Vector<float> load(const float16* p) { return widen_float16<Vector<float>>(load_upper_halves(p)); }
 inline void store(float16* p, Vector<float> value) { store_upper_halves(p, round_to_float16<Words>(value)); }
 #endif
+
+/// Stores past the caches, which keep what they hold; p is a multiple of the size of a register. Other threads see it
+/// after finish_streaming.
+template <class A>
+inline void stream(A* p, Vector<A> value) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits_as<__m512i>(value));
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits_as<__m256i>(value));
+#elif defined(__SSE2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits_as<__m128i>(value));
+#else
+  store(p, value);
+#endif
+}
+
+inline void finish_streaming() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
 
 /// The first `count` elements at p, and zeros.
 template <class T>
