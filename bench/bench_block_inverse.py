@@ -13,7 +13,7 @@ SHAPES = {9: 65_536, 25: 8_192, 49: 2_048}
 """Size -> number of blocks: 20 MB each."""
 
 DAMPING = 0.1
-GATES = {9: 20.0, 25: 12.0, 49: 12.0}
+GATES = {9: 20.0, 25: 16.0, 49: 16.0}
 
 each_shape = pytest.mark.parametrize(("n", "count"), SHAPES.items())
 
