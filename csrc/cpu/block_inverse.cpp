@@ -28,6 +28,8 @@ struct Lanes {
   Vector<A>* reciprocal;  // [n], of D
   int64_t n;
   Vector<A> taint;
+  const char* next;  // goes through the next group, which is to be in the cache when this one is done
+  int64_t stride;    // a step of it; there is one with each product of columns
 };
 
 /// Entries of a matrix: at(i, k) is data[i * row + k * step].
@@ -38,10 +40,16 @@ struct Entries {
   int64_t step;
 };
 
-/// tile[i][j] -= sum over k < count of x(i, k) * y(j, k).
+/// tile[i][j] -= sum over k < count of x(i, k) * y(j, k). Fetches some of the next group on the way: a few lines at a
+/// time, for which nobody has to wait. What is asked for beyond its end does no harm.
 template <class A, int kRows, int kColumns>
-inline void subtract_products(Vector<A> (&tile)[kRows][kColumns], Entries<A> x, Entries<A> y, int64_t count) {
+inline void subtract_products(Vector<A> (&tile)[kRows][kColumns], Entries<A> x, Entries<A> y, int64_t count,
+                              Lanes<A>& lanes) {
+  const char* next = lanes.next;
+  const int64_t stride = lanes.stride;
   for (int64_t k = 0; k < count; ++k) {
+    __builtin_prefetch(next, 0, 2);
+    next += stride;
     Vector<A> factors[kColumns];
 #pragma GCC unroll 4
     for (int j = 0; j < kColumns; ++j) factors[j] = y.data[j * y.row + k * y.step];
@@ -52,6 +60,7 @@ inline void subtract_products(Vector<A> (&tile)[kRows][kColumns], Entries<A> x, 
       for (int j = 0; j < kColumns; ++j) tile[i][j] -= factor * factors[j];
     }
   }
+  lanes.next = next;
 }
 
 /// Rows first, first + 1, ... of L in place of those of the lower triangle, and of L D as columns of the upper one.
@@ -65,7 +74,7 @@ inline void factor_rows(Lanes<A>& lanes, int64_t first) {
     for (int i = 0; i < kRows; ++i) {
       for (int j = 0; j < kTile; ++j) tile[i][j] = rows[i * n + column + j];
     }
-    subtract_products<A>(tile, Entries<A>{rows, n, 1}, Entries<A>{lanes.a + column, 1, n}, column);
+    subtract_products<A>(tile, Entries<A>{rows, n, 1}, Entries<A>{lanes.a + column, 1, n}, column, lanes);
 #pragma GCC unroll 4
     for (int j = 0; j < kTile; ++j) {
 #pragma GCC unroll 4
@@ -81,7 +90,7 @@ inline void factor_rows(Lanes<A>& lanes, int64_t first) {
   for (int i = 0; i < kRows; ++i) {
     for (int j = 0; j < kRows; ++j) tile[i][j] = rows[i * n + first + j];
   }
-  subtract_products<A>(tile, Entries<A>{rows, n, 1}, Entries<A>{lanes.a + first, 1, n}, first);
+  subtract_products<A>(tile, Entries<A>{rows, n, 1}, Entries<A>{lanes.a + first, 1, n}, first, lanes);
   const Vector<A> zero = {}, one = zero + 1, nan = zero + static_cast<A>(__builtin_nan(""));
 #pragma GCC unroll 4
   for (int j = 0; j < kRows; ++j) {
@@ -109,7 +118,7 @@ inline void invert_rows(Lanes<A>& lanes, int64_t first) {
   for (int64_t column = 0; column < first; column += kTile) {
     Vector<A> tile[kRows][kTile] = {};
     subtract_products<A>(tile, Entries<A>{rows + column, n, 1}, Entries<A>{lanes.a + column * n + column, 1, n},
-                         first - column);
+                         first - column, lanes);
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
@@ -150,7 +159,7 @@ inline void square_rows(Lanes<A>& lanes, int64_t first) {
   for (int64_t column = 0; column < first; column += kTile) {
     Vector<A> tile[kRows][kTile] = {};
     subtract_products<A>(tile, Entries<A>{rows + below, n, 1}, Entries<A>{lanes.a + below * n + column, 1, n},
-                         n - below);
+                         n - below, lanes);
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
@@ -167,7 +176,8 @@ inline void square_rows(Lanes<A>& lanes, int64_t first) {
     }
   }
   Vector<A> tile[kRows][kRows] = {};
-  subtract_products<A>(tile, Entries<A>{rows + below, n, 1}, Entries<A>{lanes.a + below * n + first, 1, n}, n - below);
+  subtract_products<A>(tile, Entries<A>{rows + below, n, 1}, Entries<A>{lanes.a + below * n + first, 1, n}, n - below,
+                       lanes);
 #pragma GCC unroll 4
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
@@ -247,6 +257,8 @@ inline void fill_bad(A* out, int64_t size, const int64_t* info, int64_t count) {
   }
 }
 
+constexpr int64_t kCacheLine = 64;
+
 /// Results larger than this do not stay in the caches until they are read: they bypass them, which saves reading what
 /// is overwritten.
 constexpr int64_t kStreamedBytes = 4 << 20;
@@ -281,9 +293,14 @@ inline void for_groups(const A* blocks, int64_t count, int64_t n, double damping
     const LaneScratch<A> scratch(2 * size + n + extra);
     Vector<A>* const a = scratch.data() + size;
     A* const room = reinterpret_cast<A*>(scratch.data());
+    // About as many products of columns as factor, invert and square have together.
+    const int64_t tiles = ceil_div(n, kTile), products = larger(1, kTile * tiles * tiles * tiles / 2);
+    const int64_t stride = ceil_div(size * kVectorBytes, products * kCacheLine) * kCacheLine;
     for (int64_t group = begin; group < end; ++group) {
       const int64_t first = group * kWidth, present = smaller(count - first, kWidth);
-      Lanes<A> lanes{a, a + size, n, find_taint(blocks + first * size, present, size)};
+      const A* const next = blocks + (group + 1 < end ? first + present : first) * size;
+      Lanes<A> lanes{a, a + size, n, find_taint(blocks + first * size, present, size),
+                     reinterpret_cast<const char*>(next), stride};
       load_lower(blocks + first * size, present, n, a);
       factor(lanes, static_cast<A>(damping));
       body(lanes, room, first, present);
