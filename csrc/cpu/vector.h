@@ -213,7 +213,7 @@ inline void store(T* p, Vector<T> value, int64_t count) {
 
 /// The sum of the lanes, half added to half.
 template <class A, int kSize = kLanes<A>>
-inline A sum_lanes(typename VectorOf<A, kSize>::Type value) {
+inline A sum_lanes(const typename VectorOf<A, kSize>::Type& value) {
   if constexpr (kSize == 1) {
     return value[0];
   } else {
