@@ -358,6 +358,22 @@ def test_weight_and_bias_in_groups_of_their_own() -> None:
     torch.testing.assert_close(model.bias.double(), bias, rtol=1e-4, atol=1e-5)
 
 
+def test_a_weight_that_is_frozen_in_mid_run_leaves_its_bias_a_block_of_its_own_at_once() -> None:
+    """The inverse of the whole block, due for renewal in seven steps, is of no use to a bias alone."""
+    model = nn.Linear(4, 3).double()
+    ours = MBF(model, kl_clip=None, momentum=0.0, inverse_interval=10)
+    x, y = torch.randn(8, 4, dtype=torch.float64), torch.randn(8, 3, dtype=torch.float64)
+    for step in range(3):
+        model.weight.requires_grad_(step < 2)
+        ours.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        before = model.bias.detach().clone()
+        ours.step()
+    assert model.bias.grad is not None
+    corner = ours.state[model.weight]["fisher_blocks"][0, -1, -1]
+    torch.testing.assert_close(model.bias, before - 1e-3 * model.bias.grad / (corner + 1e-3), rtol=1e-9, atol=0)
+
+
 # Statistics that no block can be made of.
 
 
