@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-import weakref
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -610,11 +610,11 @@ def test_checkpointing_keeps_no_inputs(checkpointed: bool) -> None:
     """What a rule keeps of a forward goes the way of what autograd keeps: checkpointing drops and recomputes it."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
     ours = MBF(model)
-    inputs: list[weakref.ref[Tensor]] = []
-    model[2].register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0])))
+    inputs: list[StorageWeakRef] = []  # of the memory: what is kept is another tensor on it
+    model[2].register_forward_pre_hook(lambda _, args: inputs.append(StorageWeakRef(args[0].untyped_storage())))
     x = torch.randn(4, 8)
     out = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
-    assert (inputs[0]() is None) == checkpointed
+    assert inputs[0].expired() == checkpointed
     out.sum().backward()
     ours.step()
     assert float(ours.state[model[2].weight]["fisher_updates"]) == 1
