@@ -257,8 +257,6 @@ class LinearBlocks(BlockRule):
         return [gradients]
 
     def _contribute(self, module: Any, x: Tensor, grad: Tensor) -> Sums:
-        if self.together:
-            return self._contribute_together([Use(module, self, [x], [], grad)])
         (blocks,) = self.blocks
         columns, rows = self._rows(module, x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]))
         out = self._zeros(columns, blocks)
@@ -292,7 +290,7 @@ class EmbeddingRows(LinearBlocks):
         return super().per_sample(module, self._one_hot(module, x, grad.dtype), grad)
 
     def _contribute(self, module: Any, x: Tensor, grad: Tensor) -> Sums:
-        if self.together or not self.blocks[0].shared_by:
+        if not self.blocks[0].shared_by:
             return self._contribute_together([Use(module, self, [x], [], grad)])
         # All that a shared block needs of a one-hot row is its square: 1, or 0 for padding.
         ones = torch.ones_like(x, dtype=grad.dtype)

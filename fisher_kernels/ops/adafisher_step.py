@@ -12,6 +12,7 @@ from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import native
 from fisher_kernels.ops._define import ACCUMULATOR, check_floating, define
+from fisher_kernels.ops._step import check_lengths, check_one_element, check_rate, check_written
 
 _OP = "adafisher_step_"
 
@@ -49,23 +50,6 @@ def _shape(x: Tensor | None) -> str:
     return "None" if x is None else str(tuple(x.shape))
 
 
-def _check_one_element(name: str, x: Tensor | None, device: torch.device | None) -> None:
-    if x is None:
-        return
-    if x.numel() != 1:
-        raise ValueError(f"{_OP}: {name} has shape {tuple(x.shape)}, expected one element")
-    if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{_OP}: {name} has dtype {x.dtype}, expected float32 or float64")
-    if not (x.device.type == "cpu" or x.device == device):
-        raise ValueError(f"{_OP}: {name} is on {x.device}, expected cpu or the device of the parameters, {device}")
-
-
-def _check_rate(lr: Tensor) -> None:
-    # Not on another device: reading it would wait for all the work queued there.
-    if lr.device.type == "cpu" and not 0 <= lr.item() < math.inf:
-        raise ValueError(f"{_OP}: lr is {lr.item()}, expected a finite number of at least 0")
-
-
 def _check_tensor(
     name: str, x: Tensor, shape: torch.Size | None, dtype: torch.dtype, like_name: str, like: Tensor
 ) -> None:
@@ -77,13 +61,6 @@ def _check_tensor(
         raise TypeError(f"{_OP}: {name} has dtype {x.dtype}, expected {dtype} beside {like_name} of dtype {like.dtype}")
     if x.device != like.device:
         raise ValueError(f"{_OP}: {name} is on {x.device}, expected {like.device}, the device of {like_name}")
-
-
-def _check_layout(name: str, x: Tensor) -> None:
-    if not all(stride != 0 or size <= 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-        raise ValueError(
-            f"{_OP}: {name} has strides {x.stride()}, expected no two elements at one address, as it is written"
-        )
 
 
 def _check(
@@ -107,16 +84,14 @@ def _check(
         "row_factors": row_factors,
         "column_factors": column_factors,
     }
-    for name, values in lists.items():
-        if len(values) != len(params):
-            raise ValueError(f"{_OP}: {name} has {len(values)} tensors, expected {len(params)}, the length of params")
+    check_lengths(_OP, params, lists)
     if not 0 <= beta < 1:
         raise ValueError(f"{_OP}: beta is {beta}, expected 0 <= beta < 1")
     for name, value in (("damping", damping), ("weight_decay", weight_decay)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{_OP}: {name} is {value}, expected a finite number of at least 0")
     for name, scalar in (("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
-        _check_one_element(name, scalar, params[0].device if params else None)
+        check_one_element(_OP, name, scalar, params[0].device if params else None)
     views = []
     for i, (p, g, m, t, r, c) in enumerate(
         zip(params, grads, exp_avgs, steps, row_factors, column_factors, strict=True)
@@ -126,7 +101,7 @@ def _check(
         wide = ACCUMULATOR[p.dtype]
         _check_tensor(f"grads[{i}]", g, p.shape, p.dtype, param, p)
         _check_tensor(f"exp_avgs[{i}]", m, p.shape, wide, param, p)
-        _check_one_element(f"steps[{i}]", t, p.device)
+        check_one_element(_OP, f"steps[{i}]", t, p.device)
         if t.dtype != torch.float32:
             raise TypeError(f"{_OP}: steps[{i}] has dtype {t.dtype}, expected float32")
         for name, factor, dims in ((f"row_factors[{i}]", r, 1), (f"column_factors[{i}]", c, 2)):
@@ -137,8 +112,8 @@ def _check(
                         f"{_OP}: {name} has shape {tuple(factor.shape)} and strides {factor.stride()}, expected a "
                         f"contiguous {'vector' if dims == 1 else 'vector, or (groups, columns)'}"
                     )
-        _check_layout(param, p)
-        _check_layout(f"exp_avgs[{i}]", m)
+        check_written(_OP, param, p)
+        check_written(_OP, f"exp_avgs[{i}]", m)
         views.append(_view(i, p, r, c))
     return views
 
@@ -204,7 +179,7 @@ def _reference(
         params, grads, exp_avgs, steps, row_factors, column_factors,
         lr, beta, damping, weight_decay, grad_scale, found_inf,
     )  # fmt: skip
-    _check_rate(lr)
+    check_rate(_OP, lr)
     skipped = torch.zeros(len(params), dtype=torch.int64, device=params[0].device if params else None)
     if found_inf is not None and bool(found_inf):
         return skipped

@@ -12,6 +12,7 @@ from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import native
 from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define
+from fisher_kernels.ops._step import check_lengths, check_one_element, check_rate, check_written
 
 _OP = "mbf_step_"
 
@@ -55,23 +56,6 @@ def _layout(i: int, param: Tensor, inverse: Tensor, bias: Tensor | None) -> _Lay
     )
 
 
-def _check_one_element(name: str, x: Tensor | None, device: torch.device | None) -> None:
-    if x is None:
-        return
-    if x.numel() != 1:
-        raise ValueError(f"{_OP}: {name} has shape {tuple(x.shape)}, expected one element")
-    if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{_OP}: {name} has dtype {x.dtype}, expected float32 or float64")
-    if not (x.device.type == "cpu" or x.device == device):
-        raise ValueError(f"{_OP}: {name} is on {x.device}, expected cpu or the device of the parameters, {device}")
-
-
-def _check_rate(lr: Tensor) -> None:
-    # Not on another device: reading it would wait for all the work queued there.
-    if lr.device.type == "cpu" and not 0 <= lr.item() < math.inf:
-        raise ValueError(f"{_OP}: lr is {lr.item()}, expected a finite number of at least 0")
-
-
 def _check_tensor(name: str, x: Tensor, dtype: torch.dtype, i: int, param: Tensor) -> None:
     if x.shape != param.shape:
         raise ValueError(
@@ -85,13 +69,6 @@ def _check_tensor(name: str, x: Tensor, dtype: torch.dtype, i: int, param: Tenso
         raise ValueError(f"{_OP}: {name} is on {x.device}, expected {param.device}, the device of params[{i}]")
 
 
-def _check_written(name: str, x: Tensor) -> None:
-    if not all(stride != 0 or size <= 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-        raise ValueError(
-            f"{_OP}: {name} has strides {x.stride()}, expected no two elements at one address, as it is written"
-        )
-
-
 def _check_lists(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -103,9 +80,7 @@ def _check_lists(
         "momentum_buffers": momentum_buffers,
         "inverses": inverses,
     }
-    for name, values in lists.items():
-        if len(values) != len(params):
-            raise ValueError(f"{_OP}: {name} has {len(values)} tensors, expected {len(params)}, the length of params")
+    check_lengths(_OP, params, lists)
 
 
 def _check_parameter(
@@ -120,8 +95,8 @@ def _check_parameter(
     wide = ACCUMULATOR[p.dtype]
     _check_tensor(f"grads[{i}]", grads[i], p.dtype, i, p)
     _check_tensor(f"momentum_buffers[{i}]", momentum_buffers[i], wide, i, p)
-    _check_written(f"params[{i}]", p)
-    _check_written(f"momentum_buffers[{i}]", momentum_buffers[i])
+    check_written(_OP, f"params[{i}]", p)
+    check_written(_OP, f"momentum_buffers[{i}]", momentum_buffers[i])
     if inverse is None:
         if i == 0 or inverses[i - 1] is None:
             raise ValueError(f"{_OP}: inverses[{i}] is None, expected the inverse of params[{i - 1}] before it")
@@ -206,7 +181,7 @@ def _check(
     if kl_clip is not None and not 0 < kl_clip < math.inf:
         raise ValueError(f"{_OP}: kl_clip is {kl_clip}, expected a finite number above 0, or None")
     for name, scalar in (("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
-        _check_one_element(name, scalar, params[0].device if params else None)
+        check_one_element(_OP, name, scalar, params[0].device if params else None)
     for i in range(len(params)):
         _check_parameter(i, params, grads, momentum_buffers, inverses)
     entries = (_entry(i, params, inverses) for i in range(len(params)))
@@ -288,7 +263,7 @@ def _reference(
     entries = _check(
         params, grads, momentum_buffers, inverses, lr, momentum, weight_decay, kl_clip, grad_scale, found_inf
     )  # fmt: skip
-    _check_rate(lr)
+    check_rate(_OP, lr)
     device = params[0].device if params else None
     skipped = torch.zeros(len(params), dtype=torch.int64, device=device)
     scale = torch.ones((), dtype=torch.float64, device=device)
@@ -340,7 +315,7 @@ def _directions(
     shared = [i for i, inverse in enumerate(inverses) if inverse is not None and inverse.dim() == 4]
     if shared:
         _check_lists(params, grads, momentum_buffers, inverses)
-        _check_one_element("grad_scale", grad_scale, torch.device("cpu"))
+        check_one_element(_OP, "grad_scale", grad_scale, torch.device("cpu"))
     for i in shared:
         for k in range(i, i + 2 if i + 1 < len(params) and inverses[i + 1] is None else i + 1):
             _check_parameter(k, params, grads, momentum_buffers, inverses)

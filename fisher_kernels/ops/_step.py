@@ -1,0 +1,43 @@
+"""What the steps that take lists of parameters check alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_lengths(op: str, params: Sequence[Tensor], lists: Mapping[str, Sequence[Tensor | None]]) -> None:
+    """All lists are as long as that of the parameters."""
+    for name, values in lists.items():
+        if len(values) != len(params):
+            raise ValueError(f"{op}: {name} has {len(values)} tensors, expected {len(params)}, the length of params")
+
+
+def check_one_element(op: str, name: str, x: Tensor | None, device: torch.device | None) -> None:
+    """A scalar is a float of one element, on the device of the parameters or where it costs nothing to read."""
+    if x is None:
+        return
+    if x.numel() != 1:
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected one element")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{op}: {name} has dtype {x.dtype}, expected float32 or float64")
+    if not (x.device.type == "cpu" or x.device == device):
+        raise ValueError(f"{op}: {name} is on {x.device}, expected cpu or the device of the parameters, {device}")
+
+
+def check_rate(op: str, lr: Tensor) -> None:
+    """A learning rate is finite and not negative."""
+    # Not on another device: reading it would wait for all the work queued there.
+    if lr.device.type == "cpu" and not 0 <= lr.item() < math.inf:
+        raise ValueError(f"{op}: lr is {lr.item()}, expected a finite number of at least 0")
+
+
+def check_written(op: str, name: str, x: Tensor) -> None:
+    """A tensor that is written holds each element once."""
+    if not all(stride != 0 or size <= 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(
+            f"{op}: {name} has strides {x.stride()}, expected no two elements at one address, as it is written"
+        )
