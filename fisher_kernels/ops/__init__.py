@@ -8,6 +8,7 @@ from fisher_kernels.ops.factor_ema import factor_ema_, minmax, minmax_
 from fisher_kernels.ops.gram import weighted_gram_
 from fisher_kernels.ops.mbf_step import mbf_step_
 from fisher_kernels.ops.mini_block_gram import conv_mini_block_gram_, mini_block_gram_
+from fisher_kernels.ops.sofim_step import sofim_step_
 from fisher_kernels.ops.sum_of_squares import channel_sum_of_squares, column_sum_of_squares, patch_sum_of_squares
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "minmax",
     "minmax_",
     "patch_sum_of_squares",
+    "sofim_step_",
     "weighted_gram_",
 ]

@@ -16,6 +16,23 @@ def check_lengths(op: str, params: Sequence[Tensor], lists: Mapping[str, Sequenc
             raise ValueError(f"{op}: {name} has {len(values)} tensors, expected {len(params)}, the length of params")
 
 
+def check_beside(op: str, name: str, x: Tensor, dtype: torch.dtype, i: int, param: Tensor) -> None:
+    """A tensor is on the device of parameter i and has the dtype that goes with it."""
+    if x.dtype != dtype:
+        raise TypeError(f"{op}: {name} has dtype {x.dtype}, expected {dtype} beside params[{i}] of dtype {param.dtype}")
+    if x.device != param.device:
+        raise ValueError(f"{op}: {name} is on {x.device}, expected {param.device}, the device of params[{i}]")
+
+
+def check_like(op: str, name: str, x: Tensor, dtype: torch.dtype, i: int, param: Tensor) -> None:
+    """As ``check_beside``, and of the shape of the parameter."""
+    if x.shape != param.shape:
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(x.shape)}, expected {tuple(param.shape)}, the shape of params[{i}]"
+        )
+    check_beside(op, name, x, dtype, i, param)
+
+
 def check_one_element(op: str, name: str, x: Tensor | None, device: torch.device | None) -> None:
     """A scalar is a float of one element, on the device of the parameters or where it costs nothing to read."""
     if x is None:
@@ -26,6 +43,13 @@ def check_one_element(op: str, name: str, x: Tensor | None, device: torch.device
         raise TypeError(f"{op}: {name} has dtype {x.dtype}, expected float32 or float64")
     if not (x.device.type == "cpu" or x.device == device):
         raise ValueError(f"{op}: {name} is on {x.device}, expected cpu or the device of the parameters, {device}")
+
+
+def check_count(op: str, i: int, t: Tensor, param: Tensor) -> None:
+    """A number of steps is one float32 element."""
+    check_one_element(op, f"steps[{i}]", t, param.device)
+    if t.dtype != torch.float32:
+        raise TypeError(f"{op}: steps[{i}] has dtype {t.dtype}, expected float32")
 
 
 def check_rate(op: str, lr: Tensor) -> None:

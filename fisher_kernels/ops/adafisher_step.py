@@ -12,7 +12,15 @@ from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import native
 from fisher_kernels.ops._define import ACCUMULATOR, check_floating, define
-from fisher_kernels.ops._step import check_lengths, check_one_element, check_rate, check_written
+from fisher_kernels.ops._step import (
+    check_beside,
+    check_count,
+    check_lengths,
+    check_like,
+    check_one_element,
+    check_rate,
+    check_written,
+)
 
 _OP = "adafisher_step_"
 
@@ -50,19 +58,6 @@ def _shape(x: Tensor | None) -> str:
     return "None" if x is None else str(tuple(x.shape))
 
 
-def _check_tensor(
-    name: str, x: Tensor, shape: torch.Size | None, dtype: torch.dtype, like_name: str, like: Tensor
-) -> None:
-    if not (shape is None or x.shape == shape):
-        raise ValueError(
-            f"{_OP}: {name} has shape {tuple(x.shape)}, expected {tuple(like.shape)}, the shape of {like_name}"
-        )
-    if x.dtype != dtype:
-        raise TypeError(f"{_OP}: {name} has dtype {x.dtype}, expected {dtype} beside {like_name} of dtype {like.dtype}")
-    if x.device != like.device:
-        raise ValueError(f"{_OP}: {name} is on {x.device}, expected {like.device}, the device of {like_name}")
-
-
 def _check(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -96,23 +91,20 @@ def _check(
     for i, (p, g, m, t, r, c) in enumerate(
         zip(params, grads, exp_avgs, steps, row_factors, column_factors, strict=True)
     ):
-        param = f"params[{i}]"
-        check_floating(_OP, param, p.dtype)
+        check_floating(_OP, f"params[{i}]", p.dtype)
         wide = ACCUMULATOR[p.dtype]
-        _check_tensor(f"grads[{i}]", g, p.shape, p.dtype, param, p)
-        _check_tensor(f"exp_avgs[{i}]", m, p.shape, wide, param, p)
-        check_one_element(_OP, f"steps[{i}]", t, p.device)
-        if t.dtype != torch.float32:
-            raise TypeError(f"{_OP}: steps[{i}] has dtype {t.dtype}, expected float32")
+        check_like(_OP, f"grads[{i}]", g, p.dtype, i, p)
+        check_like(_OP, f"exp_avgs[{i}]", m, wide, i, p)
+        check_count(_OP, i, t, p)
         for name, factor, dims in ((f"row_factors[{i}]", r, 1), (f"column_factors[{i}]", c, 2)):
             if factor is not None:
-                _check_tensor(name, factor, None, wide, param, p)
+                check_beside(_OP, name, factor, wide, i, p)
                 if not (factor.is_contiguous() and factor.dim() <= dims):
                     raise ValueError(
                         f"{_OP}: {name} has shape {tuple(factor.shape)} and strides {factor.stride()}, expected a "
                         f"contiguous {'vector' if dims == 1 else 'vector, or (groups, columns)'}"
                     )
-        check_written(_OP, param, p)
+        check_written(_OP, f"params[{i}]", p)
         check_written(_OP, f"exp_avgs[{i}]", m)
         views.append(_view(i, p, r, c))
     return views

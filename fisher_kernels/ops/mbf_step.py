@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import native
 from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define
-from fisher_kernels.ops._step import check_lengths, check_one_element, check_rate, check_written
+from fisher_kernels.ops._step import check_lengths, check_like, check_one_element, check_rate, check_written
 
 _OP = "mbf_step_"
 
@@ -56,19 +56,6 @@ def _layout(i: int, param: Tensor, inverse: Tensor, bias: Tensor | None) -> _Lay
     )
 
 
-def _check_tensor(name: str, x: Tensor, dtype: torch.dtype, i: int, param: Tensor) -> None:
-    if x.shape != param.shape:
-        raise ValueError(
-            f"{_OP}: {name} has shape {tuple(x.shape)}, expected {tuple(param.shape)}, the shape of params[{i}]"
-        )
-    if x.dtype != dtype:
-        raise TypeError(
-            f"{_OP}: {name} has dtype {x.dtype}, expected {dtype} beside params[{i}] of dtype {param.dtype}"
-        )
-    if x.device != param.device:
-        raise ValueError(f"{_OP}: {name} is on {x.device}, expected {param.device}, the device of params[{i}]")
-
-
 def _check_lists(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -93,8 +80,8 @@ def _check_parameter(
     p, inverse = params[i], inverses[i]
     check_floating(_OP, f"params[{i}]", p.dtype)
     wide = ACCUMULATOR[p.dtype]
-    _check_tensor(f"grads[{i}]", grads[i], p.dtype, i, p)
-    _check_tensor(f"momentum_buffers[{i}]", momentum_buffers[i], wide, i, p)
+    check_like(_OP, f"grads[{i}]", grads[i], p.dtype, i, p)
+    check_like(_OP, f"momentum_buffers[{i}]", momentum_buffers[i], wide, i, p)
     check_written(_OP, f"params[{i}]", p)
     check_written(_OP, f"momentum_buffers[{i}]", momentum_buffers[i])
     if inverse is None:

@@ -1,0 +1,287 @@
+"""The SOFIM update of a whole list of parameters in one call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from fisher_kernels._library import native
+from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define
+from fisher_kernels.ops._step import (
+    check_count,
+    check_lengths,
+    check_like,
+    check_one_element,
+    check_rate,
+    check_written,
+)
+
+_OP = "sofim_step_"
+DIRECTIONS = ("momentum", "gradient")
+SCOPES = ("global", "tensor")
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{_OP}: {name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def _check_one_or_each(name: str, values: Sequence[object], params: Sequence[Tensor]) -> None:
+    if len(values) not in (1, len(params)):
+        raise ValueError(f"{_OP}: {name} has {len(values)} entries, expected 1 or {len(params)}, the length of params")
+
+
+def _check(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr: Sequence[Tensor],
+    beta: float,
+    rho: float,
+    direction: str,
+    scope: str,
+    weight_decay: Sequence[float],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    check_lengths(_OP, params, {"grads": grads, "exp_avgs": exp_avgs, "steps": steps})
+    if not 0 <= beta < 1:
+        raise ValueError(f"{_OP}: beta is {beta}, expected 0 <= beta < 1")
+    if not 0 < rho < math.inf:
+        raise ValueError(f"{_OP}: rho is {rho}, expected a finite number above 0")
+    _check_choice("direction", direction, DIRECTIONS)
+    _check_choice("scope", scope, SCOPES)
+    _check_one_or_each("lr", lr, params)
+    _check_one_or_each("weight_decay", weight_decay, params)
+    for i, decay in enumerate(weight_decay):
+        check_coefficient(_OP, f"weight_decay[{i}]", decay)
+    device = params[0].device if params else None
+    scalars = {f"lr[{i}]": rate for i, rate in enumerate(lr)}
+    for name, scalar in (*scalars.items(), ("grad_scale", grad_scale), ("found_inf", found_inf)):
+        check_one_element(_OP, name, scalar, device)
+    for i, (p, g, m, t) in enumerate(zip(params, grads, exp_avgs, steps, strict=True)):
+        check_floating(_OP, f"params[{i}]", p.dtype)
+        if p.device != device:
+            raise ValueError(f"{_OP}: params[{i}] is on {p.device}, expected {device}, the device of params[0]")
+        check_like(_OP, f"grads[{i}]", g, p.dtype, i, p)
+        check_like(_OP, f"exp_avgs[{i}]", m, ACCUMULATOR[p.dtype], i, p)
+        check_count(_OP, i, t, p)
+        check_written(_OP, f"params[{i}]", p)
+        check_written(_OP, f"exp_avgs[{i}]", m)
+
+
+def _fake(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: Sequence[Tensor],
+    beta: float,
+    rho: float,
+    direction: str,
+    scope: str,
+    weight_decay: Sequence[float],
+    decoupled: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    _check(
+        params, grads, exp_avgs, steps, lr, beta, rho, direction, scope, weight_decay, grad_scale, found_inf
+    )  # fmt: skip
+    device = params[0].device if params else None
+    count = len(params)
+    return (
+        torch.empty(count, dtype=torch.int64, device=device),
+        torch.empty(count, dtype=torch.float64, device=device),
+    )
+
+
+def _reference(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: Sequence[Tensor],
+    beta: float,
+    rho: float,
+    direction: str,
+    scope: str,
+    weight_decay: Sequence[float],
+    decoupled: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    _check(
+        params, grads, exp_avgs, steps, lr, beta, rho, direction, scope, weight_decay, grad_scale, found_inf
+    )  # fmt: skip
+    for rate in lr:
+        check_rate(_OP, rate)
+    count = len(params)
+    rates = lr if len(lr) == count else [*lr] * count
+    decays = weight_decay if len(weight_decay) == count else [*weight_decay] * count
+    device = params[0].device if params else None
+    skipped = torch.zeros(count, dtype=torch.int64, device=device)
+    squares = torch.zeros(count, dtype=torch.float64, device=device)  # of the corrected moments
+    products = torch.zeros_like(squares)  # of corrected moments and gradients
+    if found_inf is not None and bool(found_inf):
+        return skipped, squares
+    gradients, corrections, finites = [], [], []
+    for i, (w, m, t, decay) in enumerate(zip(params, exp_avgs, steps, decays, strict=True)):
+        t += 1
+        g = grads[i].to(m.dtype)
+        if grad_scale is not None:
+            g = g / grad_scale.to(m.device, m.dtype).reshape(())
+        if maximize:
+            g = -g
+        if decay and not decoupled:
+            g = g + decay * w.to(m.dtype)
+        moment = beta * m + (1 - beta) * g
+        finite = moment.isfinite()
+        m.copy_(torch.where(finite, moment, m))
+        # Scalars and dot products in float64: only the elementwise work is in the moment's dtype.
+        correction = 1 - beta ** t.double().reshape(())
+        taken, along = m[finite].double(), g[finite].double()
+        skipped[i] = m.numel() - taken.numel()
+        squares[i] = taken.square().sum() / correction**2
+        products[i] = (taken * along).sum() / correction
+        gradients.append(g)
+        corrections.append(correction)
+        finites.append(finite)
+    square, product = (x.sum().expand(count) if scope == "global" else x for x in (squares, products))
+    for i, (w, m, decay) in enumerate(zip(params, exp_avgs, decays, strict=True)):
+        along_moment, along_gradient = _coefficients(square[i], product[i], corrections[i], rho, direction)
+        step = along_moment.to(m.dtype) * m
+        if direction == "gradient":
+            step = step + along_gradient.to(m.dtype) * gradients[i]
+        wide = w.to(m.dtype)
+        if decay and decoupled:
+            step = step + decay * wide
+        updated = wide - rates[i].to(m.device, m.dtype).reshape(()) * step
+        w.copy_(torch.where(finites[i], updated.to(w.dtype), w))
+    return skipped, squares
+
+
+def _coefficients(
+    square: Tensor, product: Tensor, correction: Tensor, rho: float, direction: str
+) -> tuple[Tensor, Tensor]:
+    """By what the moment (as it is stored) and the gradient enter F^-1 x; both 0 where a dot product overflows."""
+    if direction == "momentum":
+        return 1 / (correction * (rho + square)), torch.zeros_like(square)
+    fits = square.isfinite() & product.isfinite()
+    along_moment = -product / (correction * rho * (rho + square))
+    zero = torch.zeros_like(square)
+    return torch.where(fits, along_moment, zero), torch.where(fits, 1 / rho, zero)
+
+
+def _cpu(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: Sequence[Tensor],
+    beta: float,
+    rho: float,
+    direction: str,
+    scope: str,
+    weight_decay: Sequence[float],
+    decoupled: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    skipped, squares = torch.empty(len(params), dtype=torch.int64), torch.empty(len(params), dtype=torch.float64)
+    native().sofim_step_(
+        params, grads, exp_avgs, steps, lr, beta, rho, direction, scope, weight_decay, decoupled, maximize, grad_scale,
+        found_inf, skipped, squares, torch.get_num_threads(),
+    )  # fmt: skip
+    increment_version(params)  # for backward passes that kept them; moments and counts are in no graph
+    return skipped, squares
+
+
+_step = define(
+    "sofim_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] steps, *, Tensor[] lr, "
+    "float beta, float rho, str direction, str scope, float[] weight_decay, bool decoupled, bool maximize, "
+    "Tensor? grad_scale=None, Tensor? found_inf=None) -> (Tensor, Tensor)",
+    fake=_fake,
+    reference=_reference,
+    cpu=_cpu,
+)
+
+
+def sofim_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor | Sequence[float | Tensor],
+    beta: float,
+    rho: float,
+    direction: str = "momentum",
+    scope: str = "global",
+    weight_decay: float | Sequence[float] = 0.0,
+    decoupled: bool = True,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One SOFIM step of a list of parameters, in place: two passes over memory, a dot product between them.
+
+    With all parameters as one vector w, or each as one with ``scope="tensor"``::
+
+        t    <- t + 1
+        g     = grad / grad_scale, negated to maximise, + weight_decay * w unless decoupled
+        m    <- beta * m + (1 - beta) * g          u = m / (1 - beta^t)
+        F     = u u^T + rho I
+        w    <- w - lr * (F^-1 x + weight_decay * w if decoupled)
+
+    where x is u, so that ``F^-1 x = u / (rho + |u|^2)``, or g, so that ``F^-1 x = (g - u (u.g) / (rho + |u|^2)) / rho``
+    (Sherman-Morrison). Dot products are summed up in float64.
+
+    An element whose new moment would not be finite, as after a gradient that is NaN or infinite, takes no part: it
+    keeps its parameter and its moment and is in no dot product. If a dot product overflows, which takes float64
+    gradients of more than 1e150, ``F^-1 x`` counts as 0. Where ``found_inf`` is not 0 nothing changes at all, the step
+    counts neither (SOFIM, arXiv 2403.02833, Algorithm 1).
+
+    Args:
+        params: float32, float64, bfloat16 or float16, any shapes and strides without overlap, on one device.
+        grads: of the shapes and dtypes of params.
+        exp_avgs: first moments m of the shapes of params; float64 for float64 parameters, else float32.
+        steps: number of steps t taken so far, one float32 element for each parameter.
+        lr: learning rate, finite and at least 0: a number or a tensor of one element, or one for each parameter.
+        beta: decay of the moment, 0 <= beta < 1.
+        rho: regularisation of F, above 0.
+        direction: ``"momentum"`` (x is u) or ``"gradient"`` (x is g).
+        scope: ``"global"`` or ``"tensor"``.
+        weight_decay: at least 0; one number, or one for each parameter.
+        decoupled: decay the weights rather than add the decay to the gradient.
+        maximize: ascend rather than descend.
+        grad_scale: one element by which gradients are divided, or None.
+        found_inf: one element; the whole call does nothing where it is not 0.
+
+    Returns:
+        int64 (len(params),): how many elements of each parameter were skipped, and float64 (len(params),): what each
+        parameter adds to |u|^2, both on the device of the parameters; zeros where ``found_inf`` is not 0.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape, device, length or range; the message names it,
+            and nothing is changed.
+    """
+    rates = [lr] if isinstance(lr, (float, int, Tensor)) else lr
+    decays = [weight_decay] if isinstance(weight_decay, (float, int)) else weight_decay
+    return _step(
+        list(params), list(grads), list(exp_avgs), list(steps),
+        lr=[rate if isinstance(rate, Tensor) else torch.full((), rate, dtype=torch.float64) for rate in rates],
+        beta=beta, rho=rho, direction=direction, scope=scope, weight_decay=list(decays), decoupled=decoupled,
+        maximize=maximize, grad_scale=grad_scale, found_inf=found_inf,
+    )  # fmt: skip
