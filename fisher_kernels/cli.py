@@ -91,6 +91,7 @@ def train(
     weight_decay: Annotated[float | None, typer.Option(min=0, help="Weight decay.", show_default="tuned")] = None,
     update_interval: Annotated[int | None, typer.Option(min=1, help="Steps between refreshes of the factors.")] = None,
     damping: Annotated[float | None, typer.Option(min=0, help="Constant added to the curvature.")] = None,
+    rho: Annotated[float | None, typer.Option(min=0, help="Regularisation of SOFIM's matrix.")] = None,
     epochs: Epochs = None,
     seed: Annotated[int, typer.Option(min=0, help="Fixes the initial model and the order of the batches.")] = 0,
     batch_size: BatchSize = None,
@@ -101,7 +102,13 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train one optimizer on a task. Exits with 1 if training diverges."""
-    given = {"lr": lr, "weight_decay": weight_decay, "update_interval": update_interval, "damping": damping}
+    given = {
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "update_interval": update_interval,
+        "damping": damping,
+        "rho": rho,
+    }
     overrides = {name: value for name, value in given.items() if value is not None}
     name = optimizer if variant is None else f"{optimizer}:{variant}"
     with _usage_errors():

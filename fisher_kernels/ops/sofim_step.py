@@ -278,10 +278,11 @@ def sofim_step_(
             and nothing is changed.
     """
     rates = [lr] if isinstance(lr, (float, int, Tensor)) else lr
+    numbers = {x: torch.full((), x, dtype=torch.float64) for x in {x for x in rates if not isinstance(x, Tensor)}}
     decays = [weight_decay] if isinstance(weight_decay, (float, int)) else weight_decay
     return _step(
         list(params), list(grads), list(exp_avgs), list(steps),
-        lr=[rate if isinstance(rate, Tensor) else torch.full((), rate, dtype=torch.float64) for rate in rates],
+        lr=[x if isinstance(x, Tensor) else numbers[x] for x in rates],
         beta=beta, rho=rho, direction=direction, scope=scope, weight_decay=list(decays), decoupled=decoupled,
         maximize=maximize, grad_scale=grad_scale, found_inf=found_inf,
     )  # fmt: skip

@@ -16,8 +16,9 @@ from torch.nn import Parameter
 
 from fisher_kernels.layers import Rule, Sums, rule_for
 from fisher_kernels.ops import ACCUMULATOR, adafisher_step_
+from fisher_kernels.optim.base import count, find_gradients, totals
 from fisher_kernels.optim.diagonal_factors import VARIANTS, DiagonalFactors, Place
-from fisher_kernels.optim.layerwise import LayerwiseOptimizer, count, totals
+from fisher_kernels.optim.layerwise import LayerwiseOptimizer
 from fisher_kernels.statistics import Layer
 
 
@@ -284,9 +285,6 @@ class AdaFisherW(AdaFisher):
     decoupled = True
 
 
-_Gradients = tuple[list[Tensor], list[Tensor]]
-
-
 class _Batch:
     """The lists that one call of the step takes."""
 
@@ -315,15 +313,9 @@ class _Plan:
         self.version = version
         self.batches = (_Batch(), _Batch())  # with factors, and of constant curvature
         self.waiting: list[Parameter] = []
-        self.found: _Gradients | None = None
+        self.found: list[list[Tensor]] | None = None
 
-    def gradients(self) -> _Gradients | None:
+    def gradients(self) -> list[list[Tensor]] | None:
         """Find the gradients of the two batches; None unless exactly their parameters have one."""
-        self.found = None
-        if any(p.grad is not None for p in self.waiting):
-            return None
-        served, constant = ([p.grad for p in batch.params] for batch in self.batches)
-        if any(g is None for g in served) or any(g is None for g in constant):
-            return None
-        self.found = served, constant  # type: ignore[assignment]
+        self.found = find_gradients([batch.params for batch in self.batches], self.waiting)
         return self.found

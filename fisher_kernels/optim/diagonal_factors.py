@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from fisher_kernels.layers import Factors, Sums
 from fisher_kernels.ops import ACCUMULATOR, factor_ema_, minmax, minmax_
-from fisher_kernels.optim.layerwise import Counters, count
+from fisher_kernels.optim.base import Counters, count
 from fisher_kernels.statistics import Site
 
 

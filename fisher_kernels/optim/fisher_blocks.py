@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from fisher_kernels.layers import Sums
 from fisher_kernels.mini_blocks import Blocks
 from fisher_kernels.ops import ACCUMULATOR, block_inverse, block_inverse_, factor_ema_
-from fisher_kernels.optim.layerwise import Counters, count
+from fisher_kernels.optim.base import Counters, count
 from fisher_kernels.statistics import Site
 
 STORAGES = ("full", "packed", "bfloat16")

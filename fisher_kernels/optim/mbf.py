@@ -19,8 +19,9 @@ from torch.nn import Parameter
 from fisher_kernels.layers import Rule, Sums
 from fisher_kernels.mini_blocks import BlockRules, Blocks, Sharing
 from fisher_kernels.ops import ACCUMULATOR, mbf_step_
+from fisher_kernels.optim.base import count, totals
 from fisher_kernels.optim.fisher_blocks import STORAGES, FisherBlocks, New, Unit, unpack
-from fisher_kernels.optim.layerwise import LayerwiseOptimizer, count, is_due, totals
+from fisher_kernels.optim.layerwise import LayerwiseOptimizer, is_due
 from fisher_kernels.statistics import Layer
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from fisher_kernels.optim import MBF, AdaFisher, AdaFisherW
+from fisher_kernels.optim import MBF, SOFIM, AdaFisher, AdaFisherW
 from fisher_kernels.tasks.task import Hyperparameters, Task
 
 
@@ -37,6 +37,10 @@ def _sgd(model: nn.Module, **hyperparameters: Any) -> Optimizer:
     return SGD(model.parameters(), momentum=0.9, fused=True, **hyperparameters)
 
 
+def _sofim(model: nn.Module, **hyperparameters: Any) -> Optimizer:
+    return SOFIM(model.named_parameters(), **hyperparameters)
+
+
 _ADAFISHER_OPTIONS = ("lr", "weight_decay", "update_interval", "damping")
 _ADAFISHER_VARIANTS = ("paper", "release", "relative")
 
@@ -46,6 +50,7 @@ OPTIMIZERS: Mapping[str, Entry] = {
     "adafisher": Entry("AdaFisher", AdaFisher, _ADAFISHER_OPTIONS, _ADAFISHER_VARIANTS),
     "adafisherw": Entry("AdaFisherW", AdaFisherW, _ADAFISHER_OPTIONS, _ADAFISHER_VARIANTS),
     "mbf": Entry("MBF", MBF, ("lr", "weight_decay", "update_interval", "damping")),
+    "sofim": Entry("SOFIM", _sofim, ("lr", "weight_decay", "rho")),
 }
 
 

@@ -1,0 +1,294 @@
+"""What all optimizers share: parameter groups, the frame of a step, state that survives, reports."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from fisher_kernels.ops import ACCUMULATOR
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How one parameter is served."""
+
+    name: str
+    shape: tuple[int, ...]
+    group: int
+    rule: str
+    detail: str
+    state_bytes: int
+    frozen: bool
+
+    @property
+    def fallback(self) -> bool:
+        return self.rule == "fallback"
+
+
+class Explanations(tuple[Explanation, ...]):
+    """One :class:`Explanation` a parameter; prints as a table."""
+
+    def __str__(self) -> str:
+        table = Table(title="How each parameter is served")
+        for column in ("parameter", "shape", "group", "rule", "detail"):
+            table.add_column(column, overflow="fold")
+        table.add_column("state bytes", justify="right")
+        for row in self:
+            rule = f"{row.rule}, frozen" if row.frozen else row.rule
+            shape = " x ".join(map(str, row.shape)) or "scalar"
+            table.add_row(row.name, shape, str(row.group), rule, row.detail, f"{row.state_bytes:,}")
+        console = Console(width=120, record=False)
+        with console.capture() as capture:
+            console.print(table)
+        return capture.get()
+
+
+class FisherOptimizer(Optimizer):
+    """Base of all optimizers.
+
+    Args:
+        params: parameters or parameter groups, as every torch optimizer takes them.
+        defaults: hyperparameters of groups that do not set them.
+    """
+
+    _step_supports_amp_scaling = True
+
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+    moment: ClassVar[str]
+    """State: the moment of a parameter, of its shape."""
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        self._groups: dict[Parameter, dict[str, Any]] = {}
+        self._skipped: Counters = {}
+        self._warned: set[str] = set()
+        super().__init__(params, defaults)
+
+    # What subclasses define.
+
+    def _advance(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Update every parameter that has a gradient."""
+        raise NotImplementedError
+
+    def _refused(self) -> None:
+        """Called when a step is skipped because gradients are known not to be finite."""
+
+    def _regrouped(self) -> None:
+        """Called when a group has been added."""
+
+    def _restored(self) -> None:
+        """Called in a copy, or when unpickled: whatever knows parameters by identity is out of date."""
+
+    def _reloaded(self) -> None:
+        """Called when another state has been loaded."""
+        self._restored()
+
+    def _served(self) -> Callable[[Parameter], tuple[str, str]]:
+        """What says the rule that serves a parameter, and how."""
+        raise NotImplementedError
+
+    # Groups.
+
+    def _find_groups(self) -> None:
+        self._groups = {p: group for group in self.param_groups for p in group["params"]}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; a group that is refused changes nothing."""
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+            self._find_groups()
+            self._regrouped()
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            self._find_groups()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"lr has shape {tuple(lr.shape)}, expected a number or a tensor of one element")
+        for i, p in enumerate(group["params"]):
+            if p.dtype not in ACCUMULATOR:
+                raise TypeError(
+                    f"params[{i}] has dtype {p.dtype}, expected float32, float64, bfloat16 or float16: "
+                    f"{type(self).__name__} has no rule for others"
+                )
+
+    # Step.
+
+    @_disable_dynamo  # torch.compiler.disable would import the whole compiler along with this module
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; optimizers that read layers average their statistics in first.
+
+        Under ``torch.compile`` the step stays outside the graph: it is one kernel a parameter group already.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = evaluate_closure(closure)
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
+            self._refused()
+            return loss
+        for group in self.param_groups:
+            self._check_not_moved(group)
+        self._advance(grad_scale, found_inf)
+        return loss
+
+    def _check_not_moved(self, group: dict[str, Any]) -> None:
+        """Refuse a model that changed its dtype or device since its state was made; one parameter tells."""
+        for p in group["params"]:
+            if (moment := self.state.get(p, {}).get(self.moment)) is not None:
+                if moment.dtype != ACCUMULATOR[p.dtype] or moment.device != p.device:
+                    raise RuntimeError(
+                        f"the model was moved to {p.dtype} on {p.device} after its optimizer state was made "
+                        f"({moment.dtype} on {moment.device}); move the state along with "
+                        "optimizer.load_state_dict(optimizer.state_dict())"
+                    )
+                return
+
+    def _with_gradients(self) -> Iterator[tuple[dict[str, Any], Parameter]]:
+        """The parameters that this step updates, with their groups; a sparse gradient is refused."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.is_sparse:
+                    raise ValueError(
+                        f"a parameter of shape {tuple(p.shape)} has a sparse gradient, expected a dense one: leave it "
+                        "to torch.optim.SparseAdam (params=)"
+                    )
+                yield group, p
+
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(f"{type(self).__name__}: {message}", stacklevel=7)
+
+    # State.
+
+    def _dtype_of(self, p: Parameter, name: str) -> torch.dtype:
+        """The dtype of a floating-point entry of a parameter's state."""
+        return torch.float32 if name == "step" else ACCUMULATOR[p.dtype]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; what is given is copied, and neither changed nor kept.
+
+        Moments and factors keep their precision: they take the wide dtype of their parameter (float64 for float64,
+        otherwise float32) and its device.
+        """
+        loaded = state_dict
+
+        def last_seen(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+            nonlocal loaded
+            loaded = state_dict
+
+        # Behind the hooks of others, which may have put another state in place.
+        handle = self.register_load_state_dict_pre_hook(last_seen)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        ids = itertools.chain.from_iterable(group["params"] for group in loaded["param_groups"])
+        parameters = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        for number, p in zip(ids, parameters, strict=True):
+            for name, value in loaded["state"].get(number, {}).items():
+                if isinstance(value, Tensor):
+                    dtype = self._dtype_of(p, name) if value.is_floating_point() else value.dtype
+                    self.state[p][name] = value.detach().to(p.device, dtype, copy=True)
+        self._find_groups()
+        self._reloaded()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("_skipped", "_warned")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_skipped" in state:  # a copy or an unpickled optimizer; load_state_dict comes here too, with less
+            self._find_groups()
+            self._restored()
+
+    # Reports.
+
+    def _names(self) -> Iterator[tuple[str, Parameter]]:
+        """Every parameter with its name, or its place where it has none."""
+        for g, group in enumerate(self.param_groups):
+            names = group.get("param_names") or [
+                f"param_groups[{g}]['params'][{i}]" for i in range(len(group["params"]))
+            ]
+            yield from zip(names, group["params"], strict=True)
+
+    def explain(self) -> Explanations:
+        """How each parameter is served: one row a parameter; ``print`` shows a table.
+
+        A row names the rule (a layer type, say, or ``"fallback"``) and what it comes to, the parameter's group, whether
+        it is frozen, and the bytes of its state so far.
+        """
+        served = self._served()
+        rows = []
+        group_index = {id(group): i for i, group in enumerate(self.param_groups)}
+        for name, p in self._names():
+            rule, detail = served(p)
+            state = self.state.get(p, {})
+            size = sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, Tensor))
+            group = group_index[id(self._groups[p])]
+            rows.append(Explanation(name, tuple(p.shape), group, rule, detail, size, not p.requires_grad))
+        return Explanations(rows)
+
+
+Counters = dict[tuple[int, ...], Tensor]
+"""Numbers of parameters or of sites -> how often something happened to each, where it is counted."""
+
+
+def count(counters: Counters, key: tuple[int, ...], new: Tensor) -> None:
+    """Add counts where they are, without waiting for the device."""
+    if key in counters:
+        counters[key].add_(new)
+    else:
+        counters[key] = new
+
+
+def totals(counters: Counters) -> dict[int, int]:
+    """The counts of each number; waits for the device."""
+    sums: dict[int, int] = {}
+    for key, values in counters.items():
+        for number, value in zip(key, values.tolist(), strict=True):
+            sums[number] = sums.get(number, 0) + value
+    return sums
+
+
+def find_gradients(batches: Sequence[Sequence[Parameter]], waiting: Sequence[Parameter]) -> list[list[Tensor]] | None:
+    """The gradients of batches of parameters; None unless all of them, and none of those waiting, have a dense one."""
+    if any(p.grad is not None for p in waiting):
+        return None
+    found = [[p.grad for p in batch] for batch in batches]
+    if any(g is None or g.is_sparse for gradients in found for g in gradients):
+        return None
+    return found  # type: ignore[return-value]
+
+
+def evaluate_closure(closure: Callable[[], Any] | None) -> Any:
+    """The loss of a step's closure, with gradients on; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

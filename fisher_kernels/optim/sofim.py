@@ -1,0 +1,270 @@
+"""SOFIM: momentum preconditioned by a rank-one Fisher matrix, in the memory of SGD with momentum.
+
+Source: SOFIM, arXiv 2403.02833, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fisher_kernels.ops import ACCUMULATOR, sofim_step_
+from fisher_kernels.optim.base import FisherOptimizer, count, find_gradients, totals
+
+SHARED = ("rho", "beta", "direction", "decoupled", "maximize")
+"""Hyperparameters on which all groups of scope ``"global"`` agree: they have one Fisher matrix."""
+
+GLOBAL = "global"
+
+
+class SOFIM(FisherOptimizer):
+    """SOFIM: the Fisher information as one outer product of the mean gradient, inverted in closed form.
+
+    With w all parameters as one vector (or each as one, with ``scope="tensor"``), at step t::
+
+        g = gradient                           (+ weight_decay * w if not decoupled)
+        m <- beta m + (1 - beta) g             u = m / (1 - beta^t)
+        F = u u^T + rho I
+        w <- w - lr * F^-1 x                   (- lr * weight_decay * w if decoupled)
+
+    and x = u, for which ``F^-1 u = u / (rho + |u|^2)``, or x = g, for which ``F^-1 g = (g - u (u.g) / (rho + |u|^2)) /
+    rho`` (Sherman-Morrison). The matrix is never formed: a step needs one norm, or two dot products.
+
+    With x = u this is SGD with momentum at a rate of ``lr / (rho + |u|^2)``: about ``lr / rho`` while gradients are
+    small, and falling with their square once they are not. The longest step is ``lr / (2 sqrt(rho))``, at ``|u| =
+    sqrt(rho)``, whatever the gradients.
+
+    State is one moment a parameter (float32, or float64 for float64 parameters) and a step count a tensor.
+
+    Args:
+        params: parameters or parameter groups, each with any of these hyperparameters; no model is needed.
+        lr: learning rate, a number or a tensor of one element.
+        rho: regularisation of F, above 0, in units of squared gradients.
+        beta: decay of the moment, 0 <= beta < 1.
+        direction: ``"momentum"``, the paper's, or ``"gradient"``, for study: with a small rho it takes away most of the
+            gradient along the moment, which is where the loss falls, and tends to diverge.
+        scope: ``"global"``, one matrix over the parameters of all groups that have this scope, each group with its own
+            lr and weight_decay; or ``"tensor"``, one for each parameter.
+        weight_decay: decoupled, unless told otherwise.
+        decoupled: False adds the decay to the gradient (L2).
+        maximize: ascend.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of range, or groups of scope ``"global"`` differ
+            in one of rho, beta, direction, decoupled and maximize; the message names it.
+
+    Source: SOFIM, arXiv 2403.02833, Algorithm 1; ``"gradient"``, ``"tensor"`` and the weight decay are additions.
+    """
+
+    moment = "exp_avg"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 0.1,
+        *,
+        rho: float = 0.1,
+        beta: float = 0.9,
+        direction: Literal["momentum", "gradient"] = "momentum",
+        scope: Literal["global", "tensor"] = "global",
+        weight_decay: float = 0.0,
+        decoupled: bool = True,
+        maximize: bool = False,
+    ) -> None:
+        self._plan: _Plan | None = None
+        defaults = {
+            "lr": lr,
+            "rho": rho,
+            "beta": beta,
+            "direction": direction,
+            "scope": scope,
+            "weight_decay": weight_decay,
+            "decoupled": decoupled,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    # Groups.
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        for name in ("lr", "weight_decay"):
+            if not 0 <= group[name] < math.inf:
+                raise ValueError(f"{name} is {group[name]}, expected a finite number of at least 0")
+        if not 0 < group["rho"] < math.inf:
+            raise ValueError(f"rho is {group['rho']}, expected a finite number above 0")
+        if not 0 <= group["beta"] < 1:
+            raise ValueError(f"beta is {group['beta']}, expected 0 <= beta < 1")
+        for name, choices in (("direction", ("momentum", "gradient")), ("scope", ("global", "tensor"))):
+            if group[name] not in choices:
+                raise ValueError(f"{name} is {group[name]!r}, expected one of {', '.join(map(repr, choices))}")
+
+    def _regrouped(self) -> None:
+        self._check_shared()
+        self._restored()
+
+    def _restored(self) -> None:
+        self._plan = None
+
+    def _check_shared(self) -> None:
+        joint = [group for group in self.param_groups if group["scope"] == GLOBAL]
+        for group in joint[1:]:
+            for name in SHARED:
+                if group[name] != joint[0][name]:
+                    raise ValueError(
+                        f"{name} is {group[name]!r} in one group and {joint[0][name]!r} in another, expected one "
+                        "value: groups of scope 'global' have one Fisher matrix; scope='tensor' gives each tensor its own"
+                    )
+
+    # Step.
+
+    def _advance(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        self._check_shared()
+        plan = self._plan
+        if plan is None or plan.scopes != self._scopes():
+            plan = self._plan = self._make_plan()
+        gradients = plan.gradients()
+        if gradients is None:
+            plan = self._plan = self._make_plan()
+            gradients = plan.gradients()
+            assert gradients is not None
+        for batch, grads in zip(plan.batches, gradients, strict=True):
+            settings = batch.groups[0]
+            skipped, batch.squares = sofim_step_(
+                batch.params,
+                grads,
+                [state["exp_avg"] for state in batch.states],
+                [state["step"] for state in batch.states],
+                lr=batch.of_each("lr"),
+                weight_decay=batch.of_each("weight_decay"),
+                rho=settings["rho"],
+                beta=settings["beta"],
+                direction=settings["direction"],
+                scope=settings["scope"],
+                decoupled=settings["decoupled"],
+                maximize=settings["maximize"],
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+            )
+            count(self._skipped, batch.numbers, skipped)
+
+    def _scopes(self) -> list[str]:
+        return [group["scope"] for group in self.param_groups]
+
+    def _make_plan(self) -> _Plan:
+        """One call for all groups of scope "global"; for the others one for each group and device."""
+        stepped = [(group, p) for group, p in self._with_gradients()]
+        batches: dict[Any, _Batch] = {}
+        numbers = {p: number for number, p in enumerate(self._groups)}
+        for group, p in stepped:
+            state = self.state[p]
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state["exp_avg"] = torch.zeros_like(p, dtype=ACCUMULATOR[p.dtype])
+            key = GLOBAL if group["scope"] == GLOBAL else (id(group), p.device)
+            batches.setdefault(key, _Batch()).add(numbers[p], p, state, group)
+        waiting = [p for p in self._groups if p.grad is None]
+        return _Plan(list(batches.values()), waiting, self._scopes())
+
+    # Reports.
+
+    def _served(self) -> Callable[[Parameter], tuple[str, str]]:
+        def rank_one(p: Parameter) -> tuple[str, str]:
+            group = self._groups[p]
+            whole = "of all groups of this scope" if group["scope"] == GLOBAL else "of this parameter"
+            return "rank one", f"u u^T + {group['rho']:g} I {whole}, x is the {group['direction']}"
+
+        return rank_one
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Figures of the last step, under ``"global"`` and the names of parameters of scope ``"tensor"``.
+
+        - ``moment_norm``: ``|u|``, of the moment with its bias corrected.
+        - ``shrinkage``: ``1 / (rho + |u|^2)``, by which the moment is multiplied; ``1 / rho`` is none.
+        - ``cosine_with_sgd``: between ``F^-1 x`` and the gradient (NaN without a gradient).
+        - ``skipped_elements``: how many elements were left alone because their gradient was not finite, so far.
+
+        Reading them waits for the device; the cosine takes a pass over gradients and moments.
+        """
+        skipped = totals(self._skipped)
+        names = [name for name, _ in self._names()]
+        report = {}
+        for batch in self._plan.batches if self._plan is not None else ():
+            squares, group = batch.squares.tolist(), batch.groups[0]
+            everything = range(len(batch.params))
+            scopes = (
+                {GLOBAL: everything} if group["scope"] == GLOBAL else {names[batch.numbers[i]]: [i] for i in everything}
+            )
+            for name, members in scopes.items():
+                square = sum(squares[i] for i in members)
+                report[name] = {
+                    "moment_norm": math.sqrt(square),
+                    "shrinkage": 1 / (group["rho"] + square),
+                    "cosine_with_sgd": self._cosine([batch.params[i] for i in members], group),
+                    "skipped_elements": sum(skipped.get(batch.numbers[i], 0) for i in members),
+                }
+        return report
+
+    def _cosine(self, params: list[Parameter], group: dict[str, Any]) -> float:
+        """Between F^-1 x and the gradient g; from the dot products of g and u, whichever x is."""
+        gg = ug = uu = 0.0
+        for p in params:
+            if p.grad is None:
+                return math.nan
+            state = self.state[p]
+            g = p.grad.double()
+            u = state["exp_avg"].double() / (1 - group["beta"] ** state["step"].double())
+            gg, ug, uu = gg + float(g.square().sum()), ug + float((u * g).sum()), uu + float(u.square().sum())
+        if group["maximize"]:
+            ug = -ug
+        along, square = ug, uu  # of F^-1 x, times a positive number: the product with g, and with itself
+        if group["direction"] == "gradient":
+            share = ug / (group["rho"] + uu)
+            along, square = gg - share * ug, gg - 2 * share * ug + share**2 * uu
+        return along / math.sqrt(square * gg) if square * gg > 0 else math.nan
+
+
+class _Batch:
+    """The lists that one call of the step takes."""
+
+    def __init__(self) -> None:
+        self.numbers: tuple[int, ...] = ()
+        self.params: list[Parameter] = []
+        self.states: list[dict[str, Tensor]] = []
+        self.groups: list[dict[str, Any]] = []
+        self.squares = torch.zeros(0)  # of the last step
+
+    def add(self, number: int, p: Parameter, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        self.numbers += (number,)
+        self.params.append(p)
+        self.states.append(state)
+        self.groups.append(group)
+
+    def of_each(self, name: str) -> Any:
+        """A hyperparameter: one value if there is one group, otherwise one for each parameter."""
+        first = self.groups[0]
+        if self.groups[-1] is first:  # parameters come group by group
+            return first[name]
+        return [group[name] for group in self.groups]
+
+
+class _Plan:
+    """What the steps take while the same parameters have gradients and no group changes its scope.
+
+    Making these lists would cost more than the step itself where there are many small parameters.
+    """
+
+    def __init__(self, batches: list[_Batch], waiting: list[Parameter], scopes: list[str]) -> None:
+        self.batches = batches
+        self.waiting = waiting
+        self.scopes = scopes
+
+    def gradients(self) -> list[list[Tensor]] | None:
+        """Those of each batch; None unless exactly its parameters have one."""
+        return find_gradients([batch.params for batch in self.batches], self.waiting)
