@@ -118,7 +118,7 @@ class SOFIM(FisherOptimizer):
                 if group[name] != joint[0][name]:
                     raise ValueError(
                         f"{name} is {group[name]!r} in one group and {joint[0][name]!r} in another, expected one "
-                        "value: groups of scope 'global' have one Fisher matrix; scope='tensor' gives each tensor its own"
+                        "value: groups of scope 'global' share a matrix; scope='tensor' gives each parameter its own"
                     )
 
     # Step.
