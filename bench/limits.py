@@ -15,6 +15,11 @@ def stream_update(writes: Sequence[Tensor], seconds: Sequence[Tensor], reads: Se
     native().stream_update(list(writes), list(seconds), list(reads), torch.get_num_threads())
 
 
+def stream_add(writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
+    """Two reads and one write of float32 in place: ``w += r``."""
+    native().stream_update(list(writes), None, list(reads), torch.get_num_threads())
+
+
 def stream_read(x: Tensor) -> None:
     """One read of every byte of a contiguous tensor."""
     native().stream_read(x, torch.get_num_threads())

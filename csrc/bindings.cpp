@@ -58,6 +58,13 @@ PYBIND11_MODULE(_native, module) {
              "One mini-block Fisher step of a list of parameters: m <- momentum * m + g, w <- w - lr * scale * P m. "
              "directions[i] is P m, (blocks, rows, size), where inverses[i] is (1, blocks, size, size), else None. "
              "skipped[i] counts the blocks whose P m is not finite, which stay as they were.");
+  module.def("sofim_step_", &fk::sofim_step_, "params"_a, "grads"_a, "exp_avgs"_a, "steps"_a, "lr"_a, "beta"_a, "rho"_a,
+             "direction"_a, "scope"_a, "weight_decay"_a, "decoupled"_a, "maximize"_a, "grad_scale"_a, "found_inf"_a,
+             "skipped"_a, "squares"_a, "threads"_a,
+             "One SOFIM step of a list of parameters: m <- beta * m + (1 - beta) * g, u = m / (1 - beta^t), "
+             "w <- w - lr * (u u^T + rho I)^-1 x, x being u or, with direction 'gradient', g, over all parameters or, "
+             "with scope 'tensor', over each. skipped[i] counts the elements whose m would not be finite, which stay "
+             "as they were; squares[i] is what parameter i adds to u . u.");
   module.def("block_inverse", &fk::block_inverse, "blocks"_a, "damping"_a, "out"_a, "info"_a, "threads"_a,
              "out[b] = (blocks[b] + damping I)^-1 and info[b] = 0, or NaN and 1 where there is no such inverse.");
   module.def("block_inverse_", &fk::block_inverse_, "out"_a, "blocks"_a, "damping"_a, "info"_a, "threads"_a,
@@ -89,7 +96,7 @@ PYBIND11_MODULE(_native, module) {
 
   module.def(
       "stream_update", &fk::stream_update, "firsts"_a, "seconds"_a, "reads"_a, "threads"_a,
-      "firsts[i] += reads[i], seconds[i] += reads[i]: what the bare memory traffic of a step costs, for benchmarks.");
+      "firsts[i] += reads[i], seconds[i] += reads[i] unless None: what the bare memory traffic of a step costs, for benchmarks.");
   module.def(
       "stream_read", &fk::stream_read, "x"_a, "threads"_a,
       "Reads x once and returns a sum of its bits: what the bare memory traffic of a sum costs, for benchmarks.");

@@ -191,6 +191,37 @@ struct MbfStep {
   int threads;
 };
 
+/// One parameter of SofimStep. No element knows its neighbours: arrays that fill their memory alike count as contiguous,
+/// in whatever order.
+struct SofimParameter {
+  StridedArray parameter;
+  StridedArray gradient;  // same dtype
+  StridedArray moment;    // accumulation_dtype(dtype)
+  int64_t size;
+  double lr;
+  double correction;  // 1 - beta^t
+  double weight_decay;
+  WeightDecay decay;
+  DType dtype;
+};
+
+/// With all parameters as one vector w, or each as one:
+///   g = gradient_scale * gradient;  m <- beta * m + (1 - beta) * g;  u = m / correction;
+///   w <- w - lr * (u u^T + rho I)^-1 x,   x being u or g.
+/// Elements whose new m is not finite stay as they are, are in no dot product and are counted.
+struct SofimStep {
+  const SofimParameter* parameters;
+  int64_t count;
+  int64_t* skipped;  // [count]
+  double* squares;   // [count], what each adds to u . u
+  double beta;
+  double rho;
+  bool along_gradient;  // x is g
+  bool by_parameter;    // each is a vector of its own
+  double gradient_scale;  // negative to maximize
+  int threads;
+};
+
 /// out = (block + damping I)^-1 for each of `count` symmetric positive definite blocks, exactly symmetric; out may be
 /// blocks. info is 0 for a good block and 1 for one that has no inverse or holds what is not finite, in either
 /// triangle; its out is NaN, or stays as it was. The lower triangle is what is inverted.
@@ -311,10 +342,11 @@ struct BatchNormGradients {
   int threads;
 };
 
-/// Three float32 arrays of one size. first += read; second += read: three reads and two writes, as a step has.
+/// Three float32 arrays of one size. first += read; second += read: three reads and two writes, as a step has. Without
+/// `second`, two reads and a write, as a pass over some of its arrays has.
 struct StreamArrays {
   float* first;
-  float* second;
+  float* second;  // or null
   const float* read;
   int64_t size;
 };
@@ -344,6 +376,7 @@ struct StreamRead {
   void factor_ema_(const FactorEma&);                      \
   void adafisher_step_(const AdaFisherStep&);              \
   void mbf_step_(const MbfStep&);                          \
+  void sofim_step_(const SofimStep&);                      \
   void block_inverse(const BlockInverse&);                 \
   void block_solve(const BlockSolve&);                     \
   void block_apply(const BlockApply&);                     \

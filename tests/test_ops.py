@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,6 +32,8 @@ from tests.cases.factor_ema import vectors
 from tests.cases.mbf_step import PARAMETERS as MBF_PARAMETERS
 from tests.cases.mbf_step import step as mbf_step
 from tests.cases.mini_block_gram import Convolution
+from tests.cases.sofim_step import SHAPES as SOFIM_SHAPES
+from tests.cases.sofim_step import step as sofim_step
 from tests.comparison import assert_same_bits, assert_within, surroundings
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -46,6 +48,13 @@ def mbf_arguments(**options: Any) -> Arguments:
     chosen = [MBF_PARAMETERS[i] for i in (0, 6, 20, 37, 38, 50, 51)]
     case = mbf_step(chosen, (torch.float32, torch.bfloat16), **options)
     return case.lists(), {**case.options, "lr": torch.tensor(0.01)}
+
+
+def sofim_arguments(lr: Sequence[float], **options: Any) -> Arguments:
+    case = sofim_step([SOFIM_SHAPES[i] for i in (0, 2, 5, 9, 18)], (torch.float32, torch.bfloat16))
+    given = {"lr": [torch.tensor(rate) for rate in lr], "beta": 0.9, "rho": 0.5, "direction": "momentum"}
+    given |= {"scope": "global", "weight_decay": [0.0], "decoupled": True, "maximize": False}
+    return case.lists(), {**given, **options}
 
 
 def convolution_arguments(*options: Any, **more: Any) -> Arguments:
@@ -122,6 +131,19 @@ SAMPLES: dict[str, tuple[Callable[[], Arguments], ...]] = {
             found_inf=torch.tensor([0.0]),
         ),
     ),
+    "sofim_step_": (
+        lambda: sofim_arguments([0.1]),
+        lambda: sofim_arguments(
+            [0.1, 0.2, 0.3, 0.4, 0.5],
+            direction="gradient",
+            scope="tensor",
+            weight_decay=[0.1, 0.0, 0.2, 0.3, 0.4],
+            decoupled=False,
+            maximize=True,
+            grad_scale=torch.tensor(2.0),
+            found_inf=torch.tensor([0.0]),
+        ),
+    ),
     "weighted_gram_": (
         lambda: ((random((5, 5), torch.float32), random((4, 5), torch.float32), None, 0.9, 0.1), {}),
         lambda: ((random((3, 3), torch.float32), random((3, 4), torch.float16).mT, torch.arange(4.0), 0.0, 1.0), {}),
@@ -162,6 +184,7 @@ MUTATES = {
     "factor_ema_": {"state"},
     "adafisher_step_": {"params", "exp_avgs", "steps"},
     "mbf_step_": {"params", "momentum_buffers"},
+    "sofim_step_": {"params", "exp_avgs", "steps"},
     "weighted_gram_": {"out"},
     "mini_block_gram_": {"out"},
     "conv_mini_block_gram_": {"out"},
@@ -236,12 +259,12 @@ def public(name: str) -> Callable[..., Any]:
             return ops.adafisher_step_(params, [-g for g in grads], *rest, **options) + 1
 
         return adafisher
-    if name == "mbf_step_":
+    if name in ("mbf_step_", "sofim_step_"):
 
-        def mbf(params: list[Tensor], grads: list[Tensor], *rest: Any, **options: Any) -> list[Tensor]:
-            return [x + 1 for x in ops.mbf_step_(params, [-g for g in grads], *rest, **options)]
+        def step_of_two_results(params: list[Tensor], grads: list[Tensor], *rest: Any, **options: Any) -> list[Tensor]:
+            return [x + 1 for x in getattr(ops, name)(params, [-g for g in grads], *rest, **options)]
 
-        return mbf
+        return step_of_two_results
     if name in MUTATES:
 
         def gram(out: Tensor, x: Tensor, *rest: Any) -> Tensor:
@@ -267,6 +290,7 @@ COMPILED = (
     "adafisher_step_",
     "mbf_step_",
     "mini_block_gram_",
+    "sofim_step_",
     "weighted_gram_",
 )
 
@@ -357,6 +381,7 @@ def test_arguments_that_require_a_gradient_are_stepped_under_no_grad(backend: st
         "mbf_step_",
         "mini_block_gram_",
         "conv_mini_block_gram_",
+        "sofim_step_",
         "weighted_gram_",
     ],
 )

@@ -312,28 +312,22 @@ int64_t step_range(const AdaFisherStep& step, const AdaFisherParameter& p, int64
   return skipped;
 }
 
-/// The start of the chunk that holds element i.
-inline int64_t chunk_start(int64_t i) { return i - i % kChunk; }
-
 }  // namespace
 
 void adafisher_step_(const AdaFisherStep& step) {
   int64_t total = 0;
   for (int64_t i = 0; i < step.count; ++i) total += step.parameters[i].numel();
-  // The elements of all parameters, end to end, are split evenly. Cuts fall between chunks, which start with their
-  // parameter: so an element meets the same code whatever the number of threads.
+  // The elements of all parameters, end to end, are split evenly.
   parallel_for(useful_threads(total, step.threads), total, [&](int, int64_t begin, int64_t end) {
     int64_t start = 0;  // of parameter i among all elements
     for (int64_t i = 0; i < step.count && start < end; ++i) {
       const AdaFisherParameter& p = step.parameters[i];
-      const int64_t size = p.numel();
-      const int64_t first = begin > start ? chunk_start(smaller(begin - start, size) + kChunk - 1) : 0;
-      const int64_t last = end - start < size ? smaller(size, chunk_start(end - start + kChunk - 1)) : size;
-      if (first < last) {
-        const int64_t skipped = step_range(step, p, first, last);
+      const Part part = part_of(begin, end, start, p.numel(), kChunk);
+      if (!part.empty()) {
+        const int64_t skipped = step_range(step, p, part.first, part.last);
         if (skipped > 0) __atomic_fetch_add(step.skipped + i, skipped, __ATOMIC_RELAXED);
       }
-      start += size;
+      start += p.numel();
     }
   });
 }

@@ -9,18 +9,14 @@ namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
 
 namespace {
 
-/// Adds the numbers at `read` to those at `first` and `second`, for `count` numbers.
+/// Adds the numbers at `read` to those at `first` and, if kBoth, at `second`, for `count` numbers.
+template <bool kBoth>
 void update(float* __restrict first, float* __restrict second, const float* __restrict read, int64_t count) {
-  int64_t i = 0;
-  for (; i + kLanes<float> <= count; i += kLanes<float>) {
+  for_registers<float>(count, [&](int64_t i, const auto& load, const auto& store) {
     const Vector<float> value = load(read + i);
     store(first + i, load(first + i) + value);
-    store(second + i, load(second + i) + value);
-  }
-  for (; i < count; ++i) {
-    first[i] += read[i];
-    second[i] += read[i];
-  }
+    if constexpr (kBoth) store(second + i, load(second + i) + value);
+  });
 }
 
 }  // namespace
@@ -32,9 +28,14 @@ void stream_update(const StreamUpdate& a) {
     int64_t start = 0;  // of array i among all numbers
     for (int64_t i = 0; i < a.count && start < end; ++i) {
       const StreamArrays& arrays = a.arrays[i];
-      const int64_t first = begin > start ? begin - start : 0;
-      const int64_t last = end - start < arrays.size ? end - start : arrays.size;
-      if (first < last) update(arrays.first + first, arrays.second + first, arrays.read + first, last - first);
+      const Part part = part_of(begin, end, start, arrays.size, 1);
+      if (!part.empty()) {
+        float* const first = arrays.first + part.first;
+        const float* const read = arrays.read + part.first;
+        const int64_t size = part.last - part.first;
+        arrays.second == nullptr ? update<false>(first, nullptr, read, size)
+                                 : update<true>(first, arrays.second + part.first, read, size);
+      }
       start += arrays.size;
     }
   });

@@ -268,19 +268,6 @@ class Rows {
   T* const buffer_;
 };
 
-/// Calls body(i, load, store) for the registers of `count` elements: load(p) and store(p, v) take what is left at the
-/// end.
-template <class A, class Body>
-inline void for_registers(int64_t count, const Body& body) {
-  int64_t i = 0;
-  for (; i + kLanes<A> <= count; i += kLanes<A>) {
-    body(i, [](auto* p) { return load(p); }, [](auto* p, auto value) { store(p, value); });
-  }
-  if (i == count) return;
-  const int64_t rest = count - i;
-  body(i, [=](auto* p) { return load(p, rest); }, [=](auto* p, auto value) { store(p, value, rest); });
-}
-
 /// The step of one parameter.
 template <WeightDecay kDecay, class T>
 class Stepper {

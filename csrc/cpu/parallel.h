@@ -6,6 +6,8 @@
 #include <omp.h>
 #endif
 
+#include "integers.h"
+
 namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
 namespace {
 
@@ -33,6 +35,22 @@ void parallel_for(int threads, int64_t count, const Body& body) {
 #endif
   static_cast<void>(threads);
   body(0, int64_t{0}, count);
+}
+
+/// A stretch of an array.
+struct Part {
+  int64_t first;
+  int64_t last;
+
+  bool empty() const { return first >= last; }
+};
+
+/// Of arrays laid end to end, of which this one comes after `start` elements, what a share [begin, end) of all elements
+/// holds. Cuts fall between chunks, which start with their array: so an element meets the same code whatever the number
+/// of shares.
+inline Part part_of(int64_t begin, int64_t end, int64_t start, int64_t size, int64_t chunk) {
+  const auto cut = [&](int64_t i) { return i <= start ? 0 : smaller(size, ceil_div(i - start, chunk) * chunk); };
+  return {cut(begin), cut(end)};
 }
 
 }  // namespace

@@ -74,5 +74,30 @@ void scatter(const T* in, int64_t first, int64_t count, const Walk& walk, T* dat
   });
 }
 
+/// The elements of an array in row-major order, at most kMost at a time: where they lie, or in a buffer.
+template <class T, int64_t kMost>
+class Chunks {
+ public:
+  explicit Chunks(const StridedArray& array)
+      : data_(static_cast<T*>(array.data)), in_place_(array.contiguous), walk_(array) {}
+
+  T* read(int64_t first, int64_t count) {
+    if (in_place_) return data_ + first;
+    gather(data_, walk_, first, count, buffer_);
+    return buffer_;
+  }
+
+  /// Puts back what was read last and changed.
+  void write(int64_t first, int64_t count) {
+    if (!in_place_) scatter(buffer_, first, count, walk_, data_);
+  }
+
+ private:
+  T* const data_;
+  const bool in_place_;
+  const Walk walk_;
+  alignas(64) T buffer_[kMost];
+};
+
 }  // namespace
 }  // namespace fisher_kernels::FISHER_KERNELS_CAPABILITY

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cmath>
 #include <memory>
 #include <string>
 #include <vector>
@@ -16,11 +15,6 @@ namespace {
 
 constexpr const char* kFunction = "adafisher_step_";
 
-void check_range(double value, bool in_range, const char* name, const char* expected) {
-  if (!in_range)
-    value_error({kFunction, name}, "is " + std::string(py::str(py::float_(value))) + ", expected " + expected);
-}
-
 /// The list arguments, all of one length.
 struct Lists {
   List params, grads, exp_avgs, steps, row_factors, column_factors;
@@ -36,19 +30,9 @@ struct Lists {
 
  private:
   List read(py::handle object, const char* name) const {
-    const Argument argument{kFunction, name};
-    const List list(object, argument);
-    list.check_size(params.size(), argument, "the number of params");
-    return list;
+    return read_list(object, params, {kFunction, name});
   }
 };
-
-float* read_step(py::handle object, const Argument& argument) {
-  const TensorView step = read_tensor(object, argument);
-  check_dtype(step, DType::float32, argument);
-  if (step.numel() != 1) value_error(argument, "has shape " + step.shape() + ", expected one element");
-  return static_cast<float*>(step.data);
-}
 
 /// A row or column factor: one entry per row or column, or a constant (1 for a missing factor).
 struct Factor {
@@ -114,18 +98,7 @@ bool rows_are_dense(const TensorView& param, int64_t columns, std::vector<int64_
     inner /= param.sizes[first];
     if (param.sizes[first] > 1 && param.strides[first] != inner) return false;
   }
-  if (inner != columns) return false;
-
-  std::vector<int> order;  // dimensions within a row, innermost first
-  for (int d = first; d < param.dims; ++d) {
-    if (param.sizes[d] > 1) order.push_back(d);
-  }
-  std::sort(order.begin(), order.end(), [&](int a, int b) { return param.strides[a] < param.strides[b]; });
-  int64_t stride = 1;
-  for (const int d : order) {
-    if (param.strides[d] != stride) return false;
-    stride *= param.sizes[d];
-  }
+  if (inner != columns || !is_dense(param, first)) return false;
 
   places.assign(1, 0);
   for (int d = first; d < param.dims; ++d) {
@@ -135,13 +108,6 @@ bool rows_are_dense(const TensorView& param, int64_t columns, std::vector<int64_
       for (int64_t i = 0; i < param.sizes[d]; ++i) finer.push_back(place + i * param.strides[d]);
     }
     places.swap(finer);
-  }
-  return true;
-}
-
-bool same_strides(const TensorView& a, const TensorView& b) {
-  for (int d = 0; d < a.dims; ++d) {
-    if (a.sizes[d] > 1 && a.strides[d] != b.strides[d]) return false;
   }
   return true;
 }
@@ -202,25 +168,6 @@ AdaFisherParameter read_parameter(const Lists& lists, py::ssize_t i, Permuted& p
   return parameter;
 }
 
-/// 1 - beta^t, for many equal t.
-class BiasCorrection {
- public:
-  explicit BiasCorrection(double beta) : beta_(beta) {}
-
-  double operator()(float t) {
-    if (t != t_) {
-      t_ = t;
-      value_ = 1.0 - std::pow(beta_, static_cast<double>(t));
-    }
-    return value_;
-  }
-
- private:
-  double beta_;
-  float t_ = 0.0f;
-  double value_ = 0.0;
-};
-
 }  // namespace
 
 void adafisher_step_(py::handle params, py::handle grads, py::handle exp_avgs, py::handle steps, py::handle row_factors,
@@ -230,17 +177,13 @@ void adafisher_step_(py::handle params, py::handle grads, py::handle exp_avgs, p
   const Lists lists(params, grads, exp_avgs, steps, row_factors, column_factors);
   const py::ssize_t count = lists.params.size();
   const double lr = read_scalar(lr_object, {kFunction, "lr"});
-  check_range(lr, std::isfinite(lr) && lr >= 0, "lr", "a finite number >= 0");
-  check_range(beta, beta >= 0 && beta < 1, "beta", "a number in [0, 1)");
-  check_range(damping, std::isfinite(damping) && damping >= 0, "damping", "a finite number >= 0");
-  check_range(weight_decay, std::isfinite(weight_decay) && weight_decay >= 0, "weight_decay", "a finite number >= 0");
-  const double scale = grad_scale.is_none() ? 1.0 : read_scalar(grad_scale, {kFunction, "grad_scale"});
-  const bool refused = !found_inf.is_none() && read_scalar(found_inf, {kFunction, "found_inf"}) != 0.0;
-  const Argument skipped_argument{kFunction, "skipped"};
-  const TensorView skipped = read_tensor(skipped_object, skipped_argument);
-  check_dtype(skipped, DType::int64, skipped_argument);
-  check_shape(skipped, {count}, skipped_argument);
-  check_contiguous(skipped, skipped_argument);
+  check_coefficient(lr, {kFunction, "lr"});
+  check_range(beta, beta >= 0 && beta < 1, "a number in [0, 1)", {kFunction, "beta"});
+  check_coefficient(damping, {kFunction, "damping"});
+  check_coefficient(weight_decay, {kFunction, "weight_decay"});
+  const double gradient_scale = read_gradient_scale(grad_scale, maximize, kFunction);
+  const bool refused = read_found_inf(found_inf, kFunction);
+  auto* const skipped = read_output<int64_t>(skipped_object, DType::int64, {count}, {kFunction, "skipped"});
   check_threads(threads, {kFunction, "threads"});
 
   Permuted permuted;
@@ -253,19 +196,14 @@ void adafisher_step_(py::handle params, py::handle grads, py::handle exp_avgs, p
     counters.push_back(read_step(lists.steps[i], {kFunction, "steps", i}));
   }
 
-  auto* const skipped_counts = static_cast<int64_t*>(skipped.data);
-  std::fill_n(skipped_counts, count, 0);
+  std::fill_n(skipped, count, 0);
   if (refused) return;
   BiasCorrection bias_correction(beta);
   for (py::ssize_t i = 0; i < count; ++i) parameters[i].step_size = lr / bias_correction(++*counters[i]);
 
-  const WeightDecay decay = weight_decay == 0.0 ? WeightDecay::none
-                            : decoupled         ? WeightDecay::decoupled
-                                                : WeightDecay::coupled;
-  const double gradient_scale = (maximize ? -1.0 : 1.0) / scale;
   const py::gil_scoped_release release;
-  run(AdaFisherStep{parameters.data(), count, skipped_counts, lr, beta, damping, weight_decay, decay, gradient_scale,
-                    threads},
+  run(AdaFisherStep{parameters.data(), count, skipped, lr, beta, damping, weight_decay,
+                    decay_form(weight_decay, decoupled), gradient_scale, threads},
       {FISHER_KERNELS_VARIANTS(adafisher_step_)});
 }
 

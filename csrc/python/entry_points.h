@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 // What bindings.cpp exposes. Each function reads and checks its Python arguments, releases the GIL and runs its kernel.
@@ -27,6 +28,10 @@ void mbf_step_(py::handle params, py::handle grads, py::handle momentum_buffers,
                py::handle directions, py::handle lr, double momentum, double weight_decay, bool decoupled,
                bool maximize, py::handle kl_clip, py::handle grad_scale, py::handle found_inf, py::handle skipped,
                py::handle scale, int threads);
+void sofim_step_(py::handle params, py::handle grads, py::handle exp_avgs, py::handle steps, py::handle lr, double beta,
+                 double rho, const std::string& direction, const std::string& scope,
+                 const std::vector<double>& weight_decay, bool decoupled, bool maximize, py::handle grad_scale,
+                 py::handle found_inf, py::handle skipped, py::handle squares, int threads);
 void block_inverse(py::handle blocks, double damping, py::handle out, py::handle info, int threads);
 void block_inverse_(py::handle out, py::handle blocks, double damping, py::handle info, int threads);
 void block_solve(py::handle blocks, double damping, py::handle rhs, py::handle out, py::handle info, int threads);

@@ -9,7 +9,8 @@ namespace fisher_kernels {
 
 void stream_update(py::handle firsts, py::handle seconds, py::handle reads, int threads) {
   constexpr const char* kFunction = "stream_update";
-  const List first_list(firsts, {kFunction, "firsts"}), second_list(seconds, {kFunction, "seconds"}),
+  const bool both = !seconds.is_none();
+  const List first_list(firsts, {kFunction, "firsts"}), second_list(both ? seconds : firsts, {kFunction, "seconds"}),
       read_list(reads, {kFunction, "reads"});
   second_list.check_size(first_list.size(), {kFunction, "seconds"}, "the length of firsts");
   read_list.check_size(first_list.size(), {kFunction, "reads"}, "the length of firsts");
@@ -25,7 +26,8 @@ void stream_update(py::handle firsts, py::handle seconds, py::handle reads, int 
       return tensor;
     };
     const TensorView first = read(first_list, "firsts", nullptr);
-    arrays.push_back({static_cast<float*>(first.data), static_cast<float*>(read(second_list, "seconds", &first).data),
+    void* const second = both ? read(second_list, "seconds", &first).data : nullptr;
+    arrays.push_back({static_cast<float*>(first.data), static_cast<float*>(second),
                       static_cast<const float*>(read(read_list, "reads", &first).data), first.numel()});
   }
   const py::gil_scoped_release release;

@@ -29,10 +29,7 @@ struct Lists {
 
  private:
   List read(py::handle object, const char* name) const {
-    const Argument argument{kFunction, name};
-    const List list(object, argument);
-    list.check_size(params.size(), argument, "the number of params");
-    return list;
+    return read_list(object, params, {kFunction, name});
   }
 };
 
@@ -148,11 +145,6 @@ MbfParameter read_parameter(const Lists& lists, py::ssize_t i) {
   return parameter;
 }
 
-void check_range(double value, bool in_range, const char* name, const char* expected) {
-  if (!in_range)
-    value_error({kFunction, name}, "is " + std::string(py::str(py::float_(value))) + ", expected " + expected);
-}
-
 }  // namespace
 
 void mbf_step_(py::handle params, py::handle grads, py::handle momentum_buffers, py::handle inverses,
@@ -162,26 +154,18 @@ void mbf_step_(py::handle params, py::handle grads, py::handle momentum_buffers,
   const Lists lists(params, grads, momentum_buffers, inverses, directions);
   const py::ssize_t count = lists.params.size();
   const double lr = read_scalar(lr_object, {kFunction, "lr"});
-  check_range(lr, std::isfinite(lr) && lr >= 0, "lr", "a finite number >= 0");
-  check_range(momentum, momentum >= 0 && momentum < 1, "momentum", "a number in [0, 1)");
+  check_coefficient(lr, {kFunction, "lr"});
+  check_range(momentum, momentum >= 0 && momentum < 1, "a number in [0, 1)", {kFunction, "momentum"});
   check_coefficient(weight_decay, {kFunction, "weight_decay"});
   const double kl_clip = kl_clip_object.is_none() ? 0.0 : kl_clip_object.cast<double>();
-  check_range(kl_clip, kl_clip_object.is_none() || (std::isfinite(kl_clip) && kl_clip > 0), "kl_clip",
-              "a finite number > 0, or None");
-  const double gradient_divisor = grad_scale.is_none() ? 1.0 : read_scalar(grad_scale, {kFunction, "grad_scale"});
-  const bool refused = !found_inf.is_none() && read_scalar(found_inf, {kFunction, "found_inf"}) != 0.0;
-  const Argument skipped_argument{kFunction, "skipped"};
-  const TensorView skipped = read_tensor(skipped_object, skipped_argument);
-  check_dtype(skipped, DType::int64, skipped_argument);
-  check_shape(skipped, {count}, skipped_argument);
-  check_contiguous(skipped, skipped_argument);
-  const Argument scale_argument{kFunction, "scale"};
-  const TensorView scale = read_tensor(scale_object, scale_argument);
-  check_dtype(scale, DType::float64, scale_argument);
-  check_shape(scale, {}, scale_argument);
+  check_range(kl_clip, kl_clip_object.is_none() || (std::isfinite(kl_clip) && kl_clip > 0),
+              "a finite number > 0, or None", {kFunction, "kl_clip"});
+  const double gradient_scale = read_gradient_scale(grad_scale, maximize, kFunction);
+  const bool refused = read_found_inf(found_inf, kFunction);
+  auto* const skipped = read_output<int64_t>(skipped_object, DType::int64, {count}, {kFunction, "skipped"});
+  auto* const scale = read_output<double>(scale_object, DType::float64, {}, {kFunction, "scale"});
   check_threads(threads, {kFunction, "threads"});
 
-  auto* const skipped_counts = static_cast<int64_t*>(skipped.data);
   std::vector<MbfParameter> parameters;
   parameters.reserve(count);
   for (py::ssize_t i = 0; i < count; i += parameters.back().biased ? 2 : 1) {
@@ -190,18 +174,15 @@ void mbf_step_(py::handle params, py::handle grads, py::handle momentum_buffers,
                   "is None, expected the inverse of params[" + std::to_string(i - 1) + "] before it");
     }
     parameters.push_back(read_parameter(lists, i));
-    parameters.back().skipped = skipped_counts + i;
+    parameters.back().skipped = skipped + i;
   }
 
-  std::fill_n(skipped_counts, count, 0);
-  *static_cast<double*>(scale.data) = 1.0;
+  std::fill_n(skipped, count, 0);
+  *scale = 1.0;
   if (refused) return;
-  const WeightDecay decay = weight_decay == 0.0 ? WeightDecay::none
-                            : decoupled         ? WeightDecay::decoupled
-                                                : WeightDecay::coupled;
   const py::gil_scoped_release release;
-  run(MbfStep{parameters.data(), static_cast<int64_t>(parameters.size()), static_cast<double*>(scale.data), lr,
-              momentum, weight_decay, decay, (maximize ? -1.0 : 1.0) / gradient_divisor, kl_clip, threads},
+  run(MbfStep{parameters.data(), static_cast<int64_t>(parameters.size()), scale, lr, momentum, weight_decay,
+              decay_form(weight_decay, decoupled), gradient_scale, kl_clip, threads},
       {FISHER_KERNELS_VARIANTS(mbf_step_)});
 }
 

@@ -1,6 +1,9 @@
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <string>
+#include <vector>
 
 #include "../kernels.h"
 #include "tensor.h"
@@ -31,5 +34,85 @@ inline void check_writable(const TensorView& tensor, const Argument& argument) {
 inline StridedArray strided(const TensorView& tensor) {
   return {tensor.data, tensor.sizes, tensor.strides, tensor.dims, is_contiguous(tensor)};
 }
+
+inline bool same_strides(const TensorView& a, const TensorView& b) {
+  for (int d = 0; d < a.dims; ++d) {
+    if (a.sizes[d] > 1 && a.strides[d] != b.strides[d]) return false;
+  }
+  return true;
+}
+
+/// True if dimensions `first` and on lie in memory without gaps, in whatever order.
+inline bool is_dense(const TensorView& tensor, int first = 0) {
+  std::vector<int> order;  // innermost first
+  for (int d = first; d < tensor.dims; ++d) {
+    if (tensor.sizes[d] > 1) order.push_back(d);
+  }
+  std::sort(order.begin(), order.end(), [&](int a, int b) { return tensor.strides[a] < tensor.strides[b]; });
+  int64_t stride = 1;
+  for (const int d : order) {
+    if (tensor.strides[d] != stride) return false;
+    stride *= tensor.sizes[d];
+  }
+  return true;
+}
+
+/// A list that has an entry for each parameter.
+inline List read_list(py::handle object, const List& params, const Argument& argument) {
+  const List list(object, argument);
+  list.check_size(params.size(), argument, "the number of params");
+  return list;
+}
+
+/// A number of steps taken, which is to be advanced.
+inline float* read_step(py::handle object, const Argument& argument) {
+  const TensorView step = read_tensor(object, argument);
+  check_dtype(step, DType::float32, argument);
+  if (step.numel() != 1) value_error(argument, "has shape " + step.shape() + ", expected one element");
+  return static_cast<float*>(step.data);
+}
+
+/// What a gradient is multiplied by.
+inline double read_gradient_scale(py::handle grad_scale, bool maximize, const char* function) {
+  return (maximize ? -1.0 : 1.0) / (grad_scale.is_none() ? 1.0 : read_scalar(grad_scale, {function, "grad_scale"}));
+}
+
+/// Whether the step is not to be taken at all.
+inline bool read_found_inf(py::handle found_inf, const char* function) {
+  return !found_inf.is_none() && read_scalar(found_inf, {function, "found_inf"}) != 0.0;
+}
+
+/// A tensor that the caller allocated for a result.
+template <class T>
+T* read_output(py::handle object, DType dtype, const std::vector<int64_t>& shape, const Argument& argument) {
+  const TensorView tensor = read_tensor(object, argument);
+  check_dtype(tensor, dtype, argument);
+  check_shape(tensor, shape, argument);
+  check_contiguous(tensor, argument);
+  return static_cast<T*>(tensor.data);
+}
+
+inline WeightDecay decay_form(double weight_decay, bool decoupled) {
+  return weight_decay == 0.0 ? WeightDecay::none : decoupled ? WeightDecay::decoupled : WeightDecay::coupled;
+}
+
+/// 1 - beta^t, for many equal t.
+class BiasCorrection {
+ public:
+  explicit BiasCorrection(double beta) : beta_(beta) {}
+
+  double operator()(float t) {
+    if (t != t_) {
+      t_ = t;
+      value_ = 1.0 - std::pow(beta_, static_cast<double>(t));
+    }
+    return value_;
+  }
+
+ private:
+  double beta_;
+  float t_ = 0.0f;
+  double value_ = 0.0;
+};
 
 }  // namespace fisher_kernels

@@ -161,9 +161,13 @@ void check_threads(int threads, const Argument& argument) {
   if (threads < 1) value_error(argument, "is " + std::to_string(threads) + ", expected at least 1");
 }
 
+void check_range(double value, bool in_range, const char* expected, const Argument& argument) {
+  if (in_range) return;
+  value_error(argument, "is " + std::string(py::str(py::float_(value))) + ", expected " + expected);
+}
+
 void check_coefficient(double value, const Argument& argument) {
-  if (std::isfinite(value) && value >= 0) return;
-  value_error(argument, "is " + std::string(py::str(py::float_(value))) + ", expected a finite number >= 0");
+  check_range(value, std::isfinite(value) && value >= 0, "a finite number >= 0", argument);
 }
 
 List::List(py::handle object, const Argument& argument) {

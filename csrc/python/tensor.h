@@ -67,6 +67,7 @@ void check_float(const TensorView& tensor, const Argument& argument);
 void check_dims(const TensorView& tensor, int expected, const Argument& argument);
 void check_shape(const TensorView& tensor, const std::vector<int64_t>& expected, const Argument& argument);
 void check_contiguous(const TensorView& tensor, const Argument& argument);
+void check_range(double value, bool in_range, const char* expected, const Argument& argument);
 /// Finite and at least 0.
 void check_coefficient(double value, const Argument& argument);
 void check_threads(int threads, const Argument& argument);

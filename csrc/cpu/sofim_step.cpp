@@ -1,0 +1,252 @@
+#include <cstdint>
+#include <type_traits>
+
+#include "../kernels.h"
+#include "integers.h"
+#include "parallel.h"
+#include "scratch.h"
+#include "strided.h"
+#include "vector.h"
+
+namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
+
+namespace {
+
+// Elements whose products are added up on their own, counted from the start of their parameter: a matter of its shape
+// alone, so that the sums are the same for any number of threads. A multiple of every kLanes.
+constexpr int64_t kChunk = 1024;
+
+/// What the first pass finds in a chunk, and then in a parameter.
+struct Sums {
+  double square;   // m . m
+  double product;  // m . g
+  int64_t skipped;
+
+  void operator+=(const Sums& other) {
+    square += other.square;
+    product += other.product;
+    skipped += other.skipped;
+  }
+};
+
+/// The second pass takes along_moment * m + along_gradient * g + shrinkage * w off each parameter.
+struct Rates {
+  double along_moment;
+  double along_gradient;
+  double shrinkage;
+};
+
+/// Both passes over one parameter.
+template <WeightDecay kDecay, bool kAlongGradient, class T>
+class Stepper {
+ public:
+  Stepper(const SofimStep& step, const SofimParameter& p)
+      : gradient_scale_(static_cast<A>(step.gradient_scale)),
+        weight_decay_(static_cast<A>(p.weight_decay)),
+        beta_(static_cast<A>(step.beta)),
+        gain_(static_cast<A>(1.0 - step.beta)),
+        parameter_(p.parameter),
+        gradient_(p.gradient),
+        moment_(p.moment) {}
+
+  /// Advances the moments of a chunk; those that would not be finite stay as they are and enter no sum.
+  Sums advance(int64_t first, int64_t count) {
+    const T* const gradient = gradient_.read(first, count);
+    const T* const w = kDecay == WeightDecay::coupled ? parameter_.read(first, count) : nullptr;
+    A* const moment = moment_.read(first, count);
+    Doubles square = {}, product = {};
+    V doubt = {};
+    for_registers<A>(count, [&](int64_t i, const auto& load, const auto& store) {
+      const V old = load(moment + i), g = gradient_at(load, gradient + i, w + i), next = advanced(old, g);
+      const V zero = next - next;  // infinity - infinity is NaN
+      doubt += zero;
+      store(moment + i, zero == 0 ? next : old);
+      const Doubles counted = __builtin_convertvector(zero == 0 ? next : V{}, Doubles);
+      square += counted * counted;
+      if constexpr (kAlongGradient) product += counted * __builtin_convertvector(zero == 0 ? g : V{}, Doubles);
+    });
+    moment_.write(first, count);
+    const int64_t skipped = sum_lanes<A>(doubt) == 0 ? 0 : count_skipped(gradient, w, moment, count);
+    return {sum_lanes<double, kLanes<A>>(square), sum_lanes<double, kLanes<A>>(product), skipped};
+  }
+
+  /// Takes a step along the moments of a chunk. If some were skipped, they are found by their gradients as before: their
+  /// moment has not changed. (One that has cannot overflow now, between itself and g, unless both are within rounding
+  /// of the largest number.)
+  void descend(int64_t first, int64_t count, const Rates& rates, bool some_were_skipped) {
+    some_were_skipped ? descend<true>(first, count, rates) : descend<false>(first, count, rates);
+  }
+
+ private:
+  using A = Accumulator<T>;
+  using V = Vector<T>;
+  using Doubles = typename VectorOf<double, kLanes<A>>::Type;
+
+  template <class Load>
+  V gradient_at(const Load& load, const T* gradient, const T* w) const {
+    const V g = gradient_scale_ * load(gradient);
+    if constexpr (kDecay == WeightDecay::coupled) return g + weight_decay_ * load(w);
+    return g;
+  }
+
+  template <class X>
+  X advanced(X moment, X g) const {
+    return beta_ * moment + gain_ * g;
+  }
+
+  /// After the others have changed.
+  int64_t count_skipped(const T* gradient, const T* w, const A* moment, int64_t count) const {
+    int64_t skipped = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      A g = gradient_scale_ * widen(gradient[i]);
+      if constexpr (kDecay == WeightDecay::coupled) g += weight_decay_ * widen(w[i]);
+      const A next = advanced(moment[i], g);
+      skipped += next - next != 0;
+    }
+    return skipped;
+  }
+
+  template <bool kSomeWereSkipped>
+  void descend(int64_t first, int64_t count, const Rates& rates) {
+    const A along_moment = static_cast<A>(rates.along_moment), along_gradient = static_cast<A>(rates.along_gradient),
+            shrinkage = static_cast<A>(rates.shrinkage);
+    T* const w = parameter_.read(first, count);
+    const T* const gradient = kAlongGradient || kSomeWereSkipped ? gradient_.read(first, count) : nullptr;
+    const A* const moment = moment_.read(first, count);
+    for_registers<A>(count, [&](int64_t i, const auto& load, const auto& store) {
+      const V old = load(w + i), m = load(moment + i);
+      V change = along_moment * m;
+      if constexpr (kDecay == WeightDecay::decoupled) change += shrinkage * old;
+      if constexpr (kAlongGradient || kSomeWereSkipped) {
+        const V g = gradient_at(load, gradient + i, w + i);
+        if constexpr (kAlongGradient) change += along_gradient * g;
+        if constexpr (kSomeWereSkipped) {
+          const V next = advanced(m, g);
+          return store(w + i, next - next == 0 ? old - change : old);
+        }
+      }
+      store(w + i, old - change);
+    });
+    parameter_.write(first, count);
+  }
+
+  const A gradient_scale_;
+  const A weight_decay_;
+  const A beta_;
+  const A gain_;
+  Chunks<T, kChunk> parameter_;
+  Chunks<T, kChunk> gradient_;
+  Chunks<A, kChunk> moment_;
+};
+
+/// Calls body with a Stepper for one parameter.
+template <class Body>
+void with_stepper(const SofimStep& step, const SofimParameter& p, const Body& body) {
+  with_type(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto with = [&](auto decay) {
+      constexpr WeightDecay kDecay = decltype(decay)::value;
+      if (step.along_gradient) {
+        Stepper<kDecay, true, T> stepper(step, p);
+        body(stepper);
+      } else {
+        Stepper<kDecay, false, T> stepper(step, p);
+        body(stepper);
+      }
+    };
+    switch (p.decay) {
+      case WeightDecay::none: return with(std::integral_constant<WeightDecay, WeightDecay::none>{});
+      case WeightDecay::coupled: return with(std::integral_constant<WeightDecay, WeightDecay::coupled>{});
+      case WeightDecay::decoupled: return with(std::integral_constant<WeightDecay, WeightDecay::decoupled>{});
+    }
+  });
+}
+
+inline bool is_finite(double x) { return x - x == 0; }
+
+/// The solve of one vector, given u . u and u . g for the moment u = m / correction: by what m and g enter F^-1 x.
+Rates solve(const SofimStep& step, const SofimParameter& p, double square, double product) {
+  const double shrinkage = p.decay == WeightDecay::decoupled ? p.lr * p.weight_decay : 0.0;
+  if (!step.along_gradient) return {p.lr / (p.correction * (step.rho + square)), 0.0, shrinkage};
+  if (!is_finite(square) || !is_finite(product)) return {0.0, 0.0, shrinkage};
+  return {-p.lr * product / (p.correction * step.rho * (step.rho + square)), p.lr / step.rho, shrinkage};
+}
+
+int64_t chunk_count(const SofimParameter& p) { return ceil_div(p.size, kChunk); }
+
+/// What comes before a parameter.
+struct Start {
+  int64_t element;
+  int64_t chunk;
+};
+
+}  // namespace
+
+void sofim_step_(const SofimStep& step) {
+  const Scratch<Start> starts(step.count + 1);
+  starts.data()[0] = {0, 0};
+  for (int64_t i = 0; i < step.count; ++i) {
+    const SofimParameter& p = step.parameters[i];
+    const Start start = starts.data()[i];
+    starts.data()[i + 1] = {start.element + p.size, start.chunk + chunk_count(p)};
+  }
+  const Start total = starts.data()[step.count];
+  const int threads = useful_threads(total.element, step.threads);
+  const auto part = [&](int64_t i, int64_t begin, int64_t end) {
+    return part_of(begin, end, starts.data()[i].element, step.parameters[i].size, kChunk);
+  };
+
+  const Scratch<Sums> chunk_sums(total.chunk);
+  parallel_for(threads, total.element, [&](int, int64_t begin, int64_t end) {
+    for (int64_t i = 0; i < step.count; ++i) {
+      const Part mine = part(i, begin, end);
+      if (mine.empty()) continue;
+      Sums* const sums = chunk_sums.data() + starts.data()[i].chunk;
+      with_stepper(step, step.parameters[i], [&](auto& stepper) {
+        for (int64_t first = mine.first; first < mine.last; first += kChunk) {
+          sums[first / kChunk] = stepper.advance(first, smaller(kChunk, mine.last - first));
+        }
+      });
+    }
+  });
+
+  const Scratch<Rates> rates(step.count);
+  const Scratch<Sums> parameter_sums(step.count);
+  double square = 0, product = 0;
+  for (int64_t i = 0; i < step.count; ++i) {
+    Sums sums{};
+    for (int64_t chunk = starts.data()[i].chunk; chunk < starts.data()[i + 1].chunk; ++chunk) {
+      sums += chunk_sums.data()[chunk];
+    }
+    const double correction = step.parameters[i].correction;
+    sums.square /= correction * correction;
+    sums.product /= correction;
+    step.skipped[i] = sums.skipped;
+    step.squares[i] = sums.square;
+    parameter_sums.data()[i] = sums;
+    square += sums.square;
+    product += sums.product;
+  }
+  for (int64_t i = 0; i < step.count; ++i) {
+    const Sums& sums = parameter_sums.data()[i];
+    rates.data()[i] = step.by_parameter ? solve(step, step.parameters[i], sums.square, sums.product)
+                                        : solve(step, step.parameters[i], square, product);
+  }
+
+  // Backwards: what a thread came by last is still in its caches.
+  parallel_for(threads, total.element, [&](int, int64_t begin, int64_t end) {
+    for (int64_t i = step.count - 1; i >= 0; --i) {
+      const Part mine = part(i, begin, end);
+      if (mine.empty()) continue;
+      const Sums* const sums = chunk_sums.data() + starts.data()[i].chunk;
+      with_stepper(step, step.parameters[i], [&](auto& stepper) {
+        for (int64_t chunk = ceil_div(mine.last, kChunk) - 1; chunk >= mine.first / kChunk; --chunk) {
+          const int64_t first = chunk * kChunk;
+          stepper.descend(first, smaller(kChunk, mine.last - first), rates.data()[i], sums[chunk].skipped > 0);
+        }
+      });
+    }
+  });
+}
+
+}  // namespace fisher_kernels::FISHER_KERNELS_CAPABILITY
