@@ -4,12 +4,14 @@
 # BASE_PYTHON=python  what .venv is made with (default: the first of python3, python3.14, ... that is 3.10 or newer)
 # TORCH=requirement   what pip installs as torch, options included; with PYTHON= only if there is no torch at all
 # OUT=folder          where the demo writes its curves and numbers
-# ARGS=arguments      more arguments for pytest or for the demo
+# ARGS=arguments      more arguments for pytest, the demo or the comparison of the results
+# TASKS=names         tasks that make results compares the optimizers on (default: all)
 # FISHER_KERNELS_NATIVE=auto|on|off, FISHER_KERNELS_PORTABLE=ON|OFF, FISHER_KERNELS_WERROR=ON|OFF, CXX=compiler
 #                     settings of the native build, from the environment as well
 
 TORCH = torch==2.13.0
 OUT = build/demo
+TASKS = digits autoencoder text
 
 ifdef PYTHON
   PY := $(PYTHON)
@@ -34,12 +36,13 @@ NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc)
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test bench lint build dist clean FORCE
+.PHONY: help demo test bench results lint build dist clean FORCE
 
 help:
-	@echo 'make demo    trains a CNN with AdamW, SGD, AdaFisher, AdaFisherW and MBF, side by side'
+	@echo 'make demo    trains a CNN with AdamW, SGD, AdaFisher, AdaFisherW, MBF and SOFIM, side by side'
 	@echo 'make test    runs the tests'
 	@echo 'make bench   measures the kernels against their baselines'
+	@echo 'make results compares the optimizers on every task, into docs/results.md (half an hour)'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make build   environment, native module, editable install'
 	@echo 'make dist    sdist and wheel, in dist/'
@@ -48,13 +51,17 @@ help:
 	@sed -n '/^# [A-Z_]*=/,/^$$/s/^# //p' Makefile
 
 demo: build
-	$(PY) -m fisher_kernels compare digits --optimizers adamw,sgd,adafisher,adafisherw,mbf --out $(OUT) $(ARGS)
+	$(PY) -m fisher_kernels compare digits --out $(OUT) $(ARGS)
 
 test: build
 	$(PY) -m pytest $(ARGS)
 
 bench: build
 	OMP_PROC_BIND=true $(PY) -m pytest bench $(ARGS)
+
+results: build
+	set -e; for task in $(TASKS); do $(PY) -m fisher_kernels compare $$task --out docs/results/$$task $(ARGS); done
+	$(PY) -m bench.tables
 
 lint: build
 	$(PY) -m ruff check

@@ -1,7 +1,8 @@
-"""Puts the measured figures of a report into the documents: ``python -m bench.tables build/bench.json``.
+"""Puts measured figures into the documents: ``python -m bench.tables build/bench.json``.
 
-A document says where with a pair of comments, ``<!-- measured: OP, OP -->`` and ``<!-- end -->``; what stands between
-them is replaced by the rows of those ops.
+A document says where with a pair of comments. Between ``<!-- measured: OP, OP -->`` and ``<!-- end -->`` go the rows of
+those ops in the report of ``make bench``, if one is given; between ``<!-- from: FILE -->`` and ``<!-- end -->`` goes a
+Markdown file that ``fisher-kernels compare`` wrote, its place counted from the document.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import typer
 
 ROOT = Path(__file__).parent.parent
 PLACE = re.compile(r"^(<!-- measured: (?P<ops>[^>]*?) -->\n).*?^(<!-- end -->)", re.DOTALL | re.MULTILINE)
+FILE = re.compile(r"^(<!-- from: (?P<file>[^>]*?) -->\n).*?^(<!-- end -->)", re.DOTALL | re.MULTILINE)
 HEADER = (
     "| op | shape | dtype | baseline | baseline ms | ours ms | ratio | GB/s | of limit |\n| --- " + "| --- " * 8 + "|\n"
 )
@@ -44,13 +46,20 @@ def table(report: dict[str, Any], ops: list[str]) -> str:
     return HEADER + "".join(lines) + "\n" + textwrap.fill(caption.strip(), 120) + "\n"
 
 
-def main(report: Annotated[Path, typer.Argument(help="JSON report of make bench")]) -> None:
+def filled(document: Path, report: dict[str, Any] | None) -> str:
+    """The text of a document with the figures of today."""
+    text = document.read_text()
+    if report is not None:
+        text = PLACE.sub(lambda place: place[1] + table(report, place["ops"].split(", ")) + place[3], text)
+    return FILE.sub(lambda place: place[1] + (document.parent / place["file"]).read_text() + place[3], text)
+
+
+def main(report: Annotated[Path | None, typer.Argument(help="JSON report of make bench.")] = None) -> None:
     """Rewrite the measured tables of README.md and docs/."""
-    figures = json.loads(report.read_text())
+    figures = json.loads(report.read_text()) if report is not None else None
     for document in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
-        old = document.read_text()
-        new = PLACE.sub(lambda place: place[1] + table(figures, place["ops"].split(", ")) + place[3], old)
-        if new != old:
+        new = filled(document, figures)
+        if new != document.read_text():
             document.write_text(new)
             typer.echo(f"updated {document.relative_to(ROOT)}")
 

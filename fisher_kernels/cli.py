@@ -232,7 +232,7 @@ def _run(
     stem: str,
     as_json: bool,
 ) -> list[Record]:
-    """Trains, prints tables or JSON, and writes ``stem``.json and ``stem``.png."""
+    """Trains, prints tables or JSON, and writes ``stem``.json, ``stem``.md and ``stem``.png."""
     folder = out or Path("results") / task.name
     try:
         _require_backend()
@@ -244,18 +244,19 @@ def _run(
         _fail(str(error))
     data = report.document(task, settings, records)
     summaries = tasks.summarize(records, settings.epochs)
-    equal_time = tasks.at_equal_time(records, settings.epochs)
+    tables = report.tables(task, settings, summaries, tasks.at_equal_time(records, settings.epochs))
     report.write_json(folder / f"{stem}.json", data)
+    (folder / f"{stem}.md").write_text(report.markdown(tables))
     report.draw(folder / f"{stem}.png", task, summaries)
     if as_json:
         _print_json(data)
     else:
         console = Console()
-        console.print(report.tables(task, settings, summaries, equal_time))
+        console.print(tables)
         for record in records:
             if record.diverged:
                 console.print(f"[red]{record.title}, seed {record.seed}, diverged: {record.diverged}[/red]")
-        console.print(f"files: {folder / stem}.png, {folder / stem}.json", soft_wrap=True)
+        console.print(f"files: {folder / stem}.png, .md and .json", soft_wrap=True)
     return records
 
 

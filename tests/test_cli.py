@@ -160,10 +160,10 @@ def test_compare_writes_tables_a_picture_and_json(tmp_path: Path) -> None:
         "AdamW epoch",
         "step ms",
         "state B/param",
-        "compare.png",
-        "compare.json",
+        "compare.png, .md and .json",
     ):
         assert word in result.stdout
+    assert "| AdamW epoch | AdamW | SGD |\n" in (tmp_path / "compare.md").read_text()
     data = json.loads((tmp_path / "compare.json").read_text())
     assert data["task"] == "digits"
     assert data["metric"]["unit"] == "%"
@@ -245,7 +245,11 @@ def test_train_text_prints_json_alone(tmp_path: Path) -> None:
 def test_results_go_to_a_folder_of_the_task_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert invoke("train", "digits", "--optimizer", "sgd", *SHORT).exit_code == 0
-    assert sorted(path.name for path in (tmp_path / "results" / "digits").iterdir()) == ["sgd.json", "sgd.png"]
+    assert sorted(path.name for path in (tmp_path / "results" / "digits").iterdir()) == [
+        "sgd.json",
+        "sgd.md",
+        "sgd.png",
+    ]
 
 
 def test_a_diverging_training_is_reported_and_fails(tmp_path: Path) -> None:

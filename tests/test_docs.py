@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import typer
 
+from bench.tables import filled
 from fisher_kernels import ops
 from fisher_kernels.cli import app
 
@@ -117,6 +118,11 @@ def test_measured_tables_name_ops_that_are_measured(page: Path) -> None:
     }
     for names in re.findall(r"^<!-- measured: (.*) -->$", "\n".join(prose(page)), re.MULTILINE):
         assert set(names.split(", ")) <= measured
+
+
+@each_page
+def test_tables_of_results_are_those_of_their_files(page: Path) -> None:
+    assert filled(page, None) == page.read_text()
 
 
 # Nothing is left out.

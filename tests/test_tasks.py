@@ -27,7 +27,7 @@ from fisher_kernels.tasks import (
 from fisher_kernels.tasks import text as text_task
 from fisher_kernels.tasks.comparison import EqualTime, Spread
 from fisher_kernels.tasks.optimizers import Recipe
-from fisher_kernels.tasks.report import document, tables
+from fisher_kernels.tasks.report import document, markdown, tables
 from fisher_kernels.tasks.task import Batch, Figures, Metric, evaluation, seeded, shuffled
 from fisher_kernels.tasks.training import Record, Timing, Training, cosine, state_bytes
 
@@ -214,7 +214,7 @@ def test_text_model_is_causal() -> None:
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("adam", {}, "unknown optimizer 'adam': choose from adamw, sgd, adafisher, adafisherw, mbf"),
+        ("adam", {}, "unknown optimizer 'adam': choose from adamw, sgd, adafisher, adafisherw, mbf, sofim"),
         ("adafisher:fast", {}, "unknown variant 'fast' of adafisher: choose from paper, release, relative"),
         ("sgd:paper", {}, "unknown variant 'paper' of sgd: it has none"),
         ("sgd", {"damping": 1.0}, "sgd has no hyperparameter 'damping': it takes lr, weight_decay"),
@@ -346,6 +346,22 @@ def _rendered(task: Task, records: list[Record], settings: Settings) -> str:
         epochs = settings.epochs
         console.print(tables(task, settings, summarize(records, epochs), at_equal_time(records, epochs)))
     return capture.get()
+
+
+def test_markdown_has_the_cells_of_the_tables_and_fits_on_lines() -> None:
+    records = compare(LINE, [_sgd_from("wild", 1e30), _sgd_from("tame", 0.1)], [0, 1], SETTINGS)
+    summaries = summarize(records, SETTINGS.epochs)
+    text = markdown(tables(LINE, SETTINGS, summaries, at_equal_time(records, SETTINGS.epochs)))
+    rows = [line for line in text.split("\n") if line.startswith("|")]
+    assert rows[:2] == ["| epoch | SGD | SGD |", "| ---: | ---: | ---: |"]
+    tame = summaries[1].metric[-1]
+    assert tame is not None
+    mean, deviation = (LINE.metric.format(value) for value in (tame.mean, tame.deviation))
+    assert rows[1 + SETTINGS.epochs] == f"| {SETTINGS.epochs} | diverged (2 of 2) | {mean} ± {deviation} |"
+    assert sum(row.startswith("| ---") for row in rows) == 3
+    assert all(len(line) <= 120 for line in text.split("\n") if not line.startswith("|"))
+    assert "Measured on" in text
+    assert "[" not in text  # no markup of the terminal
 
 
 def _run(name: str, seed: int, seconds: list[float], metric: list[float], diverged: str | None = None) -> Record:

@@ -68,7 +68,7 @@ class SOFIM(FisherOptimizer):
         params: Iterable[Any],
         lr: float | Tensor = 0.1,
         *,
-        rho: float = 0.1,
+        rho: float = 0.01,
         beta: float = 0.9,
         direction: Literal["momentum", "gradient"] = "momentum",
         scope: Literal["global", "tensor"] = "global",

@@ -21,6 +21,7 @@ HYPERPARAMETERS = {
     "adafisherw:relative": {"lr": 0.3, "weight_decay": 1e-4},
     "mbf": {"lr": 3e-4, "weight_decay": 1e-2},
     "adafisherw:release": {"lr": 1e-3, "weight_decay": 1e-2},
+    "sofim": {"lr": 0.1, "weight_decay": 5e-4},
 }
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from fisher_kernels import environment
 from fisher_kernels.tasks.comparison import EqualTime, Spread, Summary, at_equal_time, summarize
@@ -25,17 +28,16 @@ if TYPE_CHECKING:
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
 _DOTS_PER_INCH = 150
+_LINE = 120  # of prose in a Markdown file
 
 
-def tables(
-    task: Task, settings: Settings, summaries: Sequence[Summary], equal_time: EqualTime | None
-) -> RenderableType:
+def tables(task: Task, settings: Settings, summaries: Sequence[Summary], equal_time: EqualTime | None) -> Group:
     """The metric epoch by epoch and, of several optimizers, at equal training times; what the steps cost."""
     seeds = len(summaries[0].seeds)
     over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else f"seed {summaries[0].seeds[0]}"
     schedule = "cosine" if settings.cosine else "constant"
     metric = f"{task.metric.name} in {task.metric.unit}"
-    parts: list[RenderableType] = [
+    parts: list[str | Table] = [
         f"{task.name}: {task.summary}; {settings.epochs} epochs, batch size {settings.batch_size}, "
         f"{schedule} learning rate",
         f"{metric} per epoch, {over}",
@@ -121,6 +123,32 @@ def _cost_table(summaries: Sequence[Summary]) -> Table:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def markdown(parts: Group) -> str:
+    """The same sentences and tables as Markdown, with what they were measured on."""
+    facts = environment.describe()
+    paragraphs = []
+    for part in parts.renderables:
+        if isinstance(part, Table):
+            paragraphs.append(_markdown_table(part))
+        text = part.caption if isinstance(part, Table) else part
+        if text:
+            paragraphs.append(textwrap.fill(str(text), _LINE))
+    machine = (
+        f"Measured on {facts['processor']} with {facts['threads']} of its threads ({facts['capability']}), torch "
+        f"{facts['torch']}, Python {facts['python']}, {datetime.date.today().isoformat()}."
+    )
+    return "\n\n".join([*paragraphs, textwrap.fill(machine, _LINE)]) + "\n"
+
+
+def _markdown_table(table: Table) -> str:
+    def line(cells: Iterable[RenderableType]) -> str:
+        return f"| {' | '.join(Text.from_markup(str(cell)).plain for cell in cells)} |"
+
+    rule = ("---:" if column.justify == "right" else "---" for column in table.columns)
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    return "\n".join(line(cells) for cells in ([column.header for column in table.columns], rule, *rows))
 
 
 def document(task: Task, settings: Settings, records: Sequence[Record]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ HYPERPARAMETERS = {
     "adafisherw:relative": {"lr": 3.0, "weight_decay": 1e-4},
     "mbf": {"lr": 1e-3, "weight_decay": 1e-2},
     "adafisherw:release": {"lr": 1e-2, "weight_decay": 1e-2},
+    "sofim": {"lr": 0.1, "weight_decay": 5e-4},
 }
 
 
