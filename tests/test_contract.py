@@ -1294,8 +1294,8 @@ LEARNERS = {
         for variant, rates in (("paper", (0.01, 0.05)), ("release", (1e-3, 0.05)), ("relative", (0.3, 0.3)))
     },
     "MBF": Learner(MINI_BLOCKS, {"lr": 0.05, "damping": 0.01}, {"lr": 0.05, "damping": 0.3, "kl_clip": None}),
-    "SOFIM": Learner(RANK_ONE, {"lr": 0.5}, {"lr": 0.5}),
-    "SOFIM-tensor": Learner(OPTIMIZERS["SOFIM-tensor"], {"lr": 0.5}, {"lr": 0.5}),
+    "SOFIM": Learner(replace(RANK_ONE, settings={"rho": 0.1}), {"lr": 0.5}, {"lr": 0.5}),
+    "SOFIM-tensor": Learner(replace(RANK_ONE, settings={"scope": "tensor", "rho": 0.1}), {"lr": 0.5}, {"lr": 0.5}),
     "SOFIM-gradient": Learner(
         replace(RANK_ONE, settings={"direction": "gradient", "rho": 1.0}), {"lr": 2.0}, {"lr": 0.5}
     ),

@@ -44,7 +44,7 @@ class Naive:
     def __init__(self, groups: Sequence[dict[str, Any]], **settings: Any) -> None:
         defaults = {
             "lr": 0.1,
-            "rho": 0.1,
+            "rho": 0.01,
             "beta": 0.9,
             "direction": "momentum",
             "scope": "global",
@@ -108,7 +108,7 @@ def test_defaults() -> None:
     group = SOFIM([nn.Parameter(torch.ones(2))]).param_groups[0]
     expected = {
         "lr": 0.1,
-        "rho": 0.1,
+        "rho": 0.01,
         "beta": 0.9,
         "direction": "momentum",
         "scope": "global",
@@ -425,7 +425,7 @@ def test_explain_says_what_the_matrix_is() -> None:
     ]
     rows = SOFIM(groups).explain()
     assert {row.detail for row in rows[:3]} == {"u u^T + 0.25 I of all groups of this scope, x is the momentum"}
-    assert {row.detail for row in rows[3:]} == {"u u^T + 0.1 I of this parameter, x is the gradient"}
+    assert {row.detail for row in rows[3:]} == {"u u^T + 0.01 I of this parameter, x is the gradient"}
     assert not any(row.fallback for row in rows)
 
 
