@@ -463,9 +463,14 @@ def test_metrics_of_mixed_scopes() -> None:
         {"params": model[6:].named_parameters(prefix="back")},
     ]
     ours = SOFIM(groups)
-    train(model, ours, range(2))
+    train(model, ours, range(1))
+    ours.zero_grad()
+    backward(model, 1)
+    model[4].weight.grad[[1, 3], 5] = math.nan
+    ours.step()
     report = ours.metrics()
     assert list(report) == ["global", "middle.4.weight", "middle.4.bias"]
+    assert [row["skipped_elements"] for row in report.values()] == [0, 2, 0]
     moments = [ours.state[p]["exp_avg"] for p in (model[0].weight, model[6].weight, model[6].bias)]
     assert report["global"]["moment_norm"] == pytest.approx(float(joined(moments).norm()) / (1 - 0.9**2), rel=1e-6)
     own = float(ours.state[model[4].bias]["exp_avg"].norm()) / (1 - 0.9**2)
