@@ -1120,6 +1120,13 @@ def test_parameters_of_other_layouts(make: Make, layout: str) -> None:
 # Compilers and averages.
 
 
+def compiling(test: Callable[..., None]) -> Callable[..., None]:
+    """The marks of a test that compiles. One backend will do: all the compiler can see is what lies before it."""
+    test = pytest.mark.usefixtures("fresh_compiler")(test)
+    test = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")(test)
+    return pytest.mark.parametrize("backend", ["reference"], indirect=True)(test)
+
+
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
@@ -1127,8 +1134,7 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@compiling
 def test_compiled_step_is_right_and_stays_outside_the_graph(make: Make) -> None:
     model, ours, twin, plain = twins(make)
     graphs = []
@@ -1165,8 +1171,7 @@ def test_compiled_step_is_right_and_stays_outside_the_graph(make: Make) -> None:
         refuses()
 
 
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@compiling
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at all
 def test_compiled_training_is_that_of_eager_mode(make: Make) -> None:
     """One function that does it all: gradients, the step, and what comes behind it."""
