@@ -1,4 +1,4 @@
-"""A small network of several layer types, and what tests of optimizers do with it."""
+"""Small networks, one of them of several layer types, and what tests of optimizers do with it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,31 @@ def network(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
     ).to(dtype)
 
 
-def backward(model: nn.Module, step: int) -> Tensor:
+class Tied(nn.Module):
+    """An output layer that shares its weight with an embedding, and a parameter that no layer has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.output = nn.Embedding(7, 4), nn.Linear(4, 7)
+        self.output.weight = self.embedding.weight
+        self.position = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.output(torch.tanh(self.embedding(x) + self.position))
+        return out
+
+
+def loss_of(model: nn.Module, step: int) -> Tensor:
+    """On the batch of that step."""
     generator = torch.Generator().manual_seed(step)
     dtype = next(model.parameters()).dtype
     x = torch.randn(8, 2, 4, 4, generator=generator).to(dtype)
     y = torch.randint(3, (8,), generator=generator)
-    loss = nn.functional.cross_entropy(model(x).to(torch.promote_types(dtype, torch.float32)), y)
+    return nn.functional.cross_entropy(model(x).to(torch.promote_types(dtype, torch.float32)), y)
+
+
+def backward(model: nn.Module, step: int) -> Tensor:
+    loss = loss_of(model, step)
     loss.backward()
     return loss
 

@@ -1,84 +1,33 @@
-"""MBF's contract: arguments, groups, checkpoints, reports, bad blocks, the trust region, the warm start."""
+"""MBF beyond the contract of all optimizers: what blocks are, bad ones, storage, the trust region, the warm start."""
 
 from __future__ import annotations
 
 import copy
 import math
 import warnings
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fisher_kernels import MBF
 from tests.small_network import (
+    Tied,
     assert_same_parameters,
     assert_same_state,
     backward,
     hooks,
     network,
-    only_tensors_and_numbers,
     parameters_of,
-    saved_and_loaded,
     train,
 )
 
 pytestmark = pytest.mark.usefixtures("backend", "one_thread")
 
-SETTINGS: list[dict[str, Any]] = [
-    {},
-    {"update_interval": 3, "inverse_interval": 2, "weight_decay": 0.01},
-    {"inverse_storage": "packed", "linear_blocks": "per_output", "inverse_interval": 4},
-    {"inverse_storage": "bfloat16", "linear_blocks": 5, "sequence": "reduce", "decoupled": False, "weight_decay": 0.01},
-]
-
-
 # Arguments.
-
-
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        ("lr", -1.0),
-        ("lr", math.nan),
-        ("lr", torch.tensor([0.1, 0.2])),
-        ("momentum", 1.0),
-        ("momentum", -0.1),
-        ("damping", -1e-3),
-        ("damping", math.inf),
-        ("kl_clip", 0.0),
-        ("kl_clip", -1.0),
-        ("kl_clip", math.inf),
-        ("beta2", 1.0),
-        ("beta2", math.nan),
-        ("update_interval", 0),
-        ("update_interval", 1.5),
-        ("inverse_interval", 0),
-        ("linear_blocks", "whole"),
-        ("linear_blocks", 0),
-        ("linear_blocks", 2.0),
-        ("linear_blocks", True),
-        ("sequence", "flatten"),
-        ("loss_reduction", "none"),
-        ("weight_decay", -0.1),
-        ("inverse_storage", "half"),
-    ],
-)
-def test_bad_argument_is_named(argument: str, value: Any) -> None:
-    model = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=rf"^{argument} (is|has) .*expected"):
-        MBF(model, **{argument: value})
-    with pytest.raises(ValueError, match=rf"^{argument} (is|has) .*expected"):
-        MBF(model, params=[{"params": model.parameters(), argument: value}])
 
 
 def test_defaults() -> None:
@@ -102,102 +51,7 @@ def test_defaults() -> None:
     assert {name: group[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_maximize_is_minimising_the_negative(settings: dict[str, Any]) -> None:
-    model, twin = network(), network()
-    ours, other = MBF(model, **settings), MBF(twin, maximize=True, **settings)
-    for step in range(3):
-        for net, opt, sign in ((model, ours, 1.0), (twin, other, -1.0)):
-            opt.zero_grad()
-            backward(net, step)
-            if sign < 0:  # the blocks hold products of two gradients and do not see the sign
-                for p in net.parameters():
-                    assert p.grad is not None
-                    p.grad.neg_()
-            opt.step()
-    assert_same_parameters(model, twin)
-
-
-def test_closure_and_scheduler() -> None:
-    model, twin = network(), network()
-    ours, plain = MBF(model, lr=torch.tensor(1e-3)), MBF(twin, lr=1e-3)
-    schedulers = [torch.optim.lr_scheduler.StepLR(opt, 1, 0.5) for opt in (ours, plain)]
-    for step in range(3):
-
-        def closure(step: int = step) -> Tensor:
-            ours.zero_grad()
-            return backward(model, step)
-
-        loss = ours.step(closure)
-        plain.zero_grad()
-        expected = backward(twin, step)
-        plain.step()
-        assert torch.equal(loss, expected)
-        for scheduler in schedulers:
-            scheduler.step()
-    # The rate as a float32 tensor is another number than as a float.
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-
-
 # Checkpoints.
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("saved_after", [0, 1, 4])
-def test_resumes_bit_for_bit(settings: dict[str, Any], saved_after: int) -> None:
-    model = network()
-    ours = MBF(model, **settings)
-    train(model, ours, range(saved_after))
-    state = ours.state_dict()
-    assert only_tensors_and_numbers(state)
-    stored = saved_and_loaded({"model": model.state_dict(), "optimizer": state})
-    twin = network(seed=1)
-    twin.load_state_dict(stored["model"])
-    resumed = MBF(twin, **settings)
-    resumed.load_state_dict(stored["optimizer"])
-    assert_same_state(resumed.state_dict(), state)
-    for net, opt in ((model, ours), (twin, resumed)):
-        train(net, opt, range(saved_after, saved_after + 6))
-    assert_same_parameters(model, twin)
-    assert_same_state(resumed.state_dict(), ours.state_dict())
-
-
-class Tied(nn.Module):
-    """An output layer that shares its weight with an embedding, and a parameter that no layer has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.output = nn.Embedding(7, 4), nn.Linear(4, 7)
-        self.output.weight = self.embedding.weight
-        self.position = nn.Parameter(torch.randn(5, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.output(torch.tanh(self.embedding(x) + self.position))
-        return out
-
-
-def train_tied(model: Tied, optimizer: MBF, steps: range) -> None:
-    for step in steps:
-        x = torch.randint(7, (3, 5), generator=torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        F.cross_entropy(model(x).flatten(0, 1), x.flatten()).backward()
-        optimizer.step()
-
-
-@pytest.mark.filterwarnings("ignore:MBF.* of the trained parameters have no layer rule")
-def test_resumes_tied_weights_and_fallbacks_bit_for_bit() -> None:
-    torch.manual_seed(0)
-    model = Tied()
-    ours = MBF(model, update_interval=3, inverse_interval=2)
-    train_tied(model, ours, range(4))
-    twin = Tied()
-    twin.load_state_dict(model.state_dict())
-    resumed = MBF(twin, update_interval=3, inverse_interval=2)
-    resumed.load_state_dict(ours.state_dict())
-    train_tied(model, ours, range(4, 9))
-    train_tied(twin, resumed, range(4, 9))
-    assert_same_parameters(model, twin)
 
 
 class TwoBiases(nn.Module):
@@ -247,94 +101,7 @@ def test_resumes_biases_apart_from_their_weight_bit_for_bit(
     assert_same_state(resumed.state_dict(), ours.state_dict())
 
 
-def test_loading_brings_the_hyperparameters_along() -> None:
-    """As for every torch optimizer; here they decide what the blocks are."""
-    model = network()
-    ours = MBF(model, linear_blocks="per_output", inverse_storage="packed", lr=2e-3)
-    train(model, ours, range(3))
-    twin = network(seed=1)
-    twin.load_state_dict(model.state_dict())
-    resumed = MBF(twin)
-    resumed.load_state_dict(ours.state_dict())
-    assert resumed.param_groups[0]["linear_blocks"] == "per_output"
-    train(model, ours, range(3, 7))
-    train(twin, resumed, range(3, 7))
-    assert_same_parameters(model, twin)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "wide"),
-    [(torch.float64, torch.float64), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)],
-)
-@pytest.mark.parametrize("storage", ["full", "packed", "bfloat16"])
-def test_resumes_on_another_dtype_without_losing_precision(dtype: torch.dtype, wide: torch.dtype, storage: str) -> None:
-    model = network()
-    ours = MBF(model, inverse_storage=storage, inverse_interval=3)
-    train(model, ours, range(4))
-    twin = network(seed=1)
-    twin.load_state_dict(model.state_dict())
-    twin = twin.to(dtype)
-    resumed = MBF(twin, inverse_storage=storage, inverse_interval=3)
-    resumed.load_state_dict(ours.state_dict())
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        for name, value in ours.state[p].items():
-            loaded = resumed.state[q][name]
-            if name == "inverse_blocks" and storage == "bfloat16":
-                assert loaded.dtype == torch.bfloat16
-            else:
-                assert loaded.dtype == (torch.float32 if name == "fisher_updates" else wide)
-            assert torch.equal(loaded.double(), value.double())
-    train(twin, resumed, range(4, 8))
-    assert all(bool(p.isfinite().all()) for p in twin.parameters())
-
-
-@pytest.mark.parametrize("flatten", [False, True])
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_distributed_checkpoint_of_one_process(settings: dict[str, Any], flatten: bool) -> None:
-    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
-    model = network()
-    ours = MBF(model, **settings)
-    train(model, ours, range(4))
-    stored = saved_and_loaded(get_optimizer_state_dict(model, ours, options=options))
-    twin = network(seed=1)
-    twin.load_state_dict(model.state_dict())
-    resumed = MBF(twin, **settings)
-    set_optimizer_state_dict(twin, resumed, stored, options=options)
-    train(model, ours, range(4, 9))
-    train(twin, resumed, range(4, 9))
-    assert_same_parameters(model, twin)
-
-
 # Groups.
-
-
-def test_groups_have_settings_of_their_own() -> None:
-    model, twin = network(), network()
-    grouped = MBF(model, params=[{"params": model[:4].parameters()}, {"params": model[4:].parameters(), "lr": 0.0}])
-    before = parameters_of(model)
-    train(model, grouped, range(2))
-    moved = {name: not torch.equal(p, before[name]) for name, p in model.named_parameters()}
-    assert moved == {name: name.startswith(("0.", "1.")) for name in before}
-    # One trust region a group: with both rates alike but in two groups, only the scale may differ.
-    ours = MBF(twin, kl_clip=None, params=[{"params": twin[:4].parameters()}, {"params": twin[4:].parameters()}])
-    other = network()
-    whole = MBF(other, kl_clip=None)
-    train(twin, ours, range(3))
-    train(other, whole, range(3))
-    for p, q in zip(twin.parameters(), other.parameters(), strict=True):
-        assert torch.equal(p, q)
-
-
-def test_group_added_in_mid_run_is_trained_and_watched() -> None:
-    model = network()
-    ours = MBF(model, params=list(model[0].parameters()) + list(model[1].parameters()))
-    train(model, ours, range(2))
-    ours.add_param_group({"params": model[4].parameters()})
-    before = model[4].weight.detach().clone()
-    train(model, ours, range(2, 4))
-    assert not torch.equal(model[4].weight, before)
-    assert float(ours.state[model[4].weight]["fisher_updates"]) == 2
-    assert float(ours.state[model[0].weight]["fisher_updates"]) == 4
 
 
 def test_weight_and_bias_in_groups_of_their_own() -> None:
@@ -665,21 +432,7 @@ def test_metrics_are_figures_of_the_inverses() -> None:
     assert all(later[name].items() <= row.items() for name, row in report.items())
 
 
-# Learning.
-
-
-def test_learns_a_linear_classifier() -> None:
-    generator = torch.Generator().manual_seed(0)
-    centres = 3 * torch.randn(3, 5, generator=generator)
-    y = torch.arange(90) % 3
-    x = centres[y] + torch.randn(90, 5, generator=generator)
-    model = nn.Linear(5, 3)
-    ours = MBF(model, lr=0.05, damping=1e-2)
-    for _ in range(30):
-        ours.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        ours.step()
-    assert float((model(x).argmax(1) == y).float().mean()) >= 0.97
+# The life of the hooks.
 
 
 def test_close_removes_the_hooks_for_good() -> None:

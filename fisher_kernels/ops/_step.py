@@ -52,11 +52,11 @@ def check_count(op: str, i: int, t: Tensor, param: Tensor) -> None:
         raise TypeError(f"{op}: steps[{i}] has dtype {t.dtype}, expected float32")
 
 
-def check_rate(op: str, lr: Tensor) -> None:
+def check_rate(op: str, lr: Tensor, name: str = "lr") -> None:
     """A learning rate is finite and not negative."""
     # Not on another device: reading it would wait for all the work queued there.
     if lr.device.type == "cpu" and not 0 <= lr.item() < math.inf:
-        raise ValueError(f"{op}: lr is {lr.item()}, expected a finite number of at least 0")
+        raise ValueError(f"{op}: {name} is {lr.item()}, expected a finite number of at least 0")
 
 
 def check_written(op: str, name: str, x: Tensor) -> None:

@@ -123,8 +123,8 @@ def _reference(
     _check(
         params, grads, exp_avgs, steps, lr, beta, rho, direction, scope, weight_decay, grad_scale, found_inf
     )  # fmt: skip
-    for rate in lr:
-        check_rate(_OP, rate)
+    for i, rate in enumerate(lr):
+        check_rate(_OP, rate, f"lr[{i}]")
     count = len(params)
     rates = lr if len(lr) == count else [*lr] * count
     decays = weight_decay if len(weight_decay) == count else [*weight_decay] * count

@@ -111,13 +111,13 @@ class AdaFisher(LayerwiseOptimizer):
     # Groups.
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
         if group["variant"] not in VARIANTS:
             raise ValueError(f"variant is {group['variant']!r}, expected one of {', '.join(map(repr, VARIANTS))}")
         variant = VARIANTS[group["variant"]]
         for name in ("lr", "damping", "update_interval"):
             if group[name] is None:
                 group[name] = getattr(variant, name)
+        super()._check_group(group)
         if group["fallback_curvature"] is not None and not 0 < group["fallback_curvature"] < math.inf:
             raise ValueError(f"fallback_curvature is {group['fallback_curvature']}, expected a positive number or None")
         interval = group["update_interval"]
@@ -126,7 +126,7 @@ class AdaFisher(LayerwiseOptimizer):
         for name in ("beta", "gamma"):
             if not 0 <= group[name] < 1:
                 raise ValueError(f"{name} is {group[name]}, expected 0 <= {name} < 1")
-        for name in ("lr", "damping", "eps", "weight_decay"):
+        for name in ("damping", "eps", "weight_decay"):
             if not 0 <= group[name] < math.inf:
                 raise ValueError(f"{name} is {group[name]}, expected a finite number of at least 0")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -108,6 +109,7 @@ class FisherOptimizer(Optimizer):
         """Add a parameter group; a group that is refused changes nothing."""
         super().add_param_group(param_group)
         try:
+            self._check_dtypes(self.param_groups[-1])
             self._check_group(self.param_groups[-1])
             self._find_groups()
             self._regrouped()
@@ -117,9 +119,17 @@ class FisherOptimizer(Optimizer):
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        """Check the hyperparameters of a group that is added, and again at each step: a schedule may have set them."""
         lr = group["lr"]
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"lr has shape {tuple(lr.shape)}, expected a number or a tensor of one element")
+        if isinstance(lr, Tensor):
+            if lr.numel() != 1:
+                raise ValueError(f"lr has shape {tuple(lr.shape)}, expected a number or a tensor of one element")
+            if not lr.is_cpu:
+                return  # reading it would wait for all the work queued there
+        if not 0 <= lr < math.inf:
+            raise ValueError(f"lr is {float(lr)}, expected a finite number of at least 0")
+
+    def _check_dtypes(self, group: dict[str, Any]) -> None:
         for i, p in enumerate(group["params"]):
             if p.dtype not in ACCUMULATOR:
                 raise TypeError(
@@ -149,6 +159,7 @@ class FisherOptimizer(Optimizer):
             self._refused()
             return loss
         for group in self.param_groups:
+            self._check_group(group)
             self._check_not_moved(group)
         self._advance(grad_scale, found_inf)
         return loss
@@ -165,18 +176,17 @@ class FisherOptimizer(Optimizer):
                     )
                 return
 
-    def _with_gradients(self) -> Iterator[tuple[dict[str, Any], Parameter]]:
-        """The parameters that this step updates, with their groups; a sparse gradient is refused."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p.grad.is_sparse:
-                    raise ValueError(
-                        f"a parameter of shape {tuple(p.shape)} has a sparse gradient, expected a dense one: leave it "
-                        "to torch.optim.SparseAdam (params=)"
-                    )
-                yield group, p
+    def _with_gradients(self) -> list[tuple[dict[str, Any], Parameter]]:
+        """The parameters that this step updates, with their groups; refused if one has a sparse gradient."""
+        stepped = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for _, p in stepped:
+            assert p.grad is not None
+            if p.grad.is_sparse:
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} has a sparse gradient, expected a dense one: leave it to "
+                    "torch.optim.SparseAdam (params=)"
+                )
+        return stepped
 
     def _warn_once(self, what: str, message: str) -> None:
         if what not in self._warned:

@@ -142,7 +142,7 @@ class MBF(LayerwiseOptimizer):
         for name in ("momentum", "beta2"):
             if not 0 <= group[name] < 1:
                 raise ValueError(f"{name} is {group[name]}, expected 0 <= {name} < 1")
-        for name in ("lr", "damping", "weight_decay"):
+        for name in ("damping", "weight_decay"):
             if not 0 <= group[name] < math.inf:
                 raise ValueError(f"{name} is {group[name]}, expected a finite number of at least 0")
         if group["kl_clip"] is not None and not 0 < group["kl_clip"] < math.inf:
@@ -374,8 +374,8 @@ class MBF(LayerwiseOptimizer):
                 scale = self._scales.get(id(group))
                 figures = {
                     "damping_share": group["damping"] * float(eigenvalues.mean()),
-                    "smallest_step": lr * float(eigenvalues.min()),
-                    "largest_step": lr * float(eigenvalues.max()),
+                    "smallest_step": lr * float(eigenvalues.min()) if eigenvalues.numel() else math.nan,
+                    "largest_step": lr * float(eigenvalues.max()) if eigenvalues.numel() else math.nan,
                     "trust_scale": 1.0 if scale is None else float(scale),
                     "cosine_with_sgd": self._cosine(unit),
                     "skipped_blocks": skipped.get(self._numbers[unit.params[0]], 0),

@@ -93,9 +93,8 @@ class SOFIM(FisherOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        for name in ("lr", "weight_decay"):
-            if not 0 <= group[name] < math.inf:
-                raise ValueError(f"{name} is {group[name]}, expected a finite number of at least 0")
+        if not 0 <= group["weight_decay"] < math.inf:
+            raise ValueError(f"weight_decay is {group['weight_decay']}, expected a finite number of at least 0")
         if not 0 < group["rho"] < math.inf:
             raise ValueError(f"rho is {group['rho']}, expected a finite number above 0")
         if not 0 <= group["beta"] < 1:
@@ -158,10 +157,9 @@ class SOFIM(FisherOptimizer):
 
     def _make_plan(self) -> _Plan:
         """One call for all groups of scope "global"; for the others one for each group and device."""
-        stepped = [(group, p) for group, p in self._with_gradients()]
         batches: dict[Any, _Batch] = {}
         numbers = {p: number for number, p in enumerate(self._groups)}
-        for group, p in stepped:
+        for group, p in self._with_gradients():
             state = self.state[p]
             if "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
