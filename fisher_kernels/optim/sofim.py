@@ -185,7 +185,7 @@ class SOFIM(FisherOptimizer):
 
         - ``moment_norm``: ``|u|``, of the moment with its bias corrected.
         - ``shrinkage``: ``1 / (rho + |u|^2)``, by which the moment is multiplied; ``1 / rho`` is none.
-        - ``cosine_with_sgd``: between ``F^-1 x`` and the gradient (NaN without a gradient).
+        - ``cosine_with_sgd``: between ``F^-1 x``, x without weight decay, and the gradient (NaN without a gradient).
         - ``skipped_elements``: how many elements were left alone because their gradient was not finite, so far.
 
         Reading them waits for the device; the cosine takes a pass over gradients and moments.
