@@ -36,38 +36,61 @@ struct Rates {
   double shrinkage;
 };
 
+/// Gradients and moments of a parameter's elements, a register of them or one.
+template <WeightDecay kDecay, class A>
+struct Momentum {
+  A gradient_scale;
+  A weight_decay;
+  A beta;
+  A gain;  // 1 - beta
+
+  Momentum(const SofimStep& step, const SofimParameter& p)
+      : gradient_scale(static_cast<A>(step.gradient_scale)),
+        weight_decay(static_cast<A>(p.weight_decay)),
+        beta(static_cast<A>(step.beta)),
+        gain(static_cast<A>(1.0 - step.beta)) {}
+
+  /// g; load reads gradients and parameters.
+  template <class Load, class T>
+  auto gradient(const Load& load, const T* stored, const T* parameter) const {
+    auto g = gradient_scale * load(stored);
+    if constexpr (kDecay == WeightDecay::coupled) g += weight_decay * load(parameter);
+    return g;
+  }
+
+  template <class X>
+  X advance(X moment, X g) const {
+    return beta * moment + gain * g;
+  }
+};
+
 /// Both passes over one parameter.
 template <WeightDecay kDecay, bool kAlongGradient, class T>
 class Stepper {
  public:
   Stepper(const SofimStep& step, const SofimParameter& p)
-      : gradient_scale_(static_cast<A>(step.gradient_scale)),
-        weight_decay_(static_cast<A>(p.weight_decay)),
-        beta_(static_cast<A>(step.beta)),
-        gain_(static_cast<A>(1.0 - step.beta)),
-        parameter_(p.parameter),
-        gradient_(p.gradient),
-        moment_(p.moment) {}
+      : momentum_(step, p), parameter_(p.parameter), gradient_(p.gradient), moment_(p.moment) {}
 
   /// Advances the moments of a chunk; those that would not be finite stay as they are and enter no sum.
   Sums advance(int64_t first, int64_t count) {
     const T* const gradient = gradient_.read(first, count);
     const T* const w = kDecay == WeightDecay::coupled ? parameter_.read(first, count) : nullptr;
     A* const moment = moment_.read(first, count);
-    Doubles square = {}, product = {};
+    const Momentum<kDecay, A> momentum = momentum_;  // a copy, which the stores below cannot change
+    SumOfProducts<A> square, product;
     V doubt = {};
     for_registers<A>(count, [&](int64_t i, const auto& load, const auto& store) {
-      const V old = load(moment + i), g = gradient_at(load, gradient + i, w + i), next = advanced(old, g);
+      const V g = momentum.gradient(load, gradient + i, w + i), old = load(moment + i), next = momentum.advance(old, g);
       const V zero = next - next;  // infinity - infinity is NaN
       doubt += zero;
       store(moment + i, zero == 0 ? next : old);
-      const Doubles counted = __builtin_convertvector(zero == 0 ? next : V{}, Doubles);
-      square += counted * counted;
-      if constexpr (kAlongGradient) product += counted * __builtin_convertvector(zero == 0 ? g : V{}, Doubles);
+      const V counted = zero == 0 ? next : V{};
+      square.add(counted, counted);
+      if constexpr (kAlongGradient) product.add(counted, zero == 0 ? g : V{});
     });
     moment_.write(first, count);
     const int64_t skipped = sum_lanes<A>(doubt) == 0 ? 0 : count_skipped(gradient, w, moment, count);
-    return {sum_lanes<double, kLanes<A>>(square), sum_lanes<double, kLanes<A>>(product), skipped};
+    return {square.total(), product.total(), skipped};
   }
 
   /// Takes a step along the moments of a chunk. If some were skipped, they are found by their gradients as before: their
@@ -80,27 +103,13 @@ class Stepper {
  private:
   using A = Accumulator<T>;
   using V = Vector<T>;
-  using Doubles = typename VectorOf<double, kLanes<A>>::Type;
-
-  template <class Load>
-  V gradient_at(const Load& load, const T* gradient, const T* w) const {
-    const V g = gradient_scale_ * load(gradient);
-    if constexpr (kDecay == WeightDecay::coupled) return g + weight_decay_ * load(w);
-    return g;
-  }
-
-  template <class X>
-  X advanced(X moment, X g) const {
-    return beta_ * moment + gain_ * g;
-  }
 
   /// After the others have changed.
   int64_t count_skipped(const T* gradient, const T* w, const A* moment, int64_t count) const {
     int64_t skipped = 0;
     for (int64_t i = 0; i < count; ++i) {
-      A g = gradient_scale_ * widen(gradient[i]);
-      if constexpr (kDecay == WeightDecay::coupled) g += weight_decay_ * widen(w[i]);
-      const A next = advanced(moment[i], g);
+      const A g = momentum_.gradient([](const T* p) { return widen(*p); }, gradient + i, w + i);
+      const A next = momentum_.advance(moment[i], g);
       skipped += next - next != 0;
     }
     return skipped;
@@ -113,15 +122,16 @@ class Stepper {
     T* const w = parameter_.read(first, count);
     const T* const gradient = kAlongGradient || kSomeWereSkipped ? gradient_.read(first, count) : nullptr;
     const A* const moment = moment_.read(first, count);
+    const Momentum<kDecay, A> momentum = momentum_;
     for_registers<A>(count, [&](int64_t i, const auto& load, const auto& store) {
       const V old = load(w + i), m = load(moment + i);
       V change = along_moment * m;
       if constexpr (kDecay == WeightDecay::decoupled) change += shrinkage * old;
       if constexpr (kAlongGradient || kSomeWereSkipped) {
-        const V g = gradient_at(load, gradient + i, w + i);
+        const V g = momentum.gradient(load, gradient + i, w + i);
         if constexpr (kAlongGradient) change += along_gradient * g;
         if constexpr (kSomeWereSkipped) {
-          const V next = advanced(m, g);
+          const V next = momentum.advance(m, g);
           return store(w + i, next - next == 0 ? old - change : old);
         }
       }
@@ -130,10 +140,7 @@ class Stepper {
     parameter_.write(first, count);
   }
 
-  const A gradient_scale_;
-  const A weight_decay_;
-  const A beta_;
-  const A gain_;
+  const Momentum<kDecay, A> momentum_;
   Chunks<T, kChunk> parameter_;
   Chunks<T, kChunk> gradient_;
   Chunks<A, kChunk> moment_;
