@@ -16,7 +16,7 @@ namespace {
 // alone, so that the sums are the same for any number of threads. A multiple of every kLanes.
 constexpr int64_t kChunk = 1024;
 
-/// What the first pass finds in a chunk, and then in a parameter.
+/// What the first pass finds in a chunk, and then in a parameter and in all.
 struct Sums {
   double square;   // m . m
   double product;  // m . g
@@ -171,15 +171,14 @@ void with_stepper(const SofimStep& step, const SofimParameter& p, const Body& bo
 
 inline bool is_finite(double x) { return x - x == 0; }
 
-/// The solve of one vector, given u . u and u . g for the moment u = m / correction: by what m and g enter F^-1 x.
-Rates solve(const SofimStep& step, const SofimParameter& p, double square, double product) {
+/// The solve of one vector, given the sums of its moments u = m / correction in place of m.
+Rates solve(const SofimStep& step, const SofimParameter& p, const Sums& sums) {
+  const double square = sums.square, product = sums.product;
   const double shrinkage = p.decay == WeightDecay::decoupled ? p.lr * p.weight_decay : 0.0;
   if (!step.along_gradient) return {p.lr / (p.correction * (step.rho + square)), 0.0, shrinkage};
   if (!is_finite(square) || !is_finite(product)) return {0.0, 0.0, shrinkage};
   return {-p.lr * product / (p.correction * step.rho * (step.rho + square)), p.lr / step.rho, shrinkage};
 }
-
-int64_t chunk_count(const SofimParameter& p) { return ceil_div(p.size, kChunk); }
 
 /// What comes before a parameter.
 struct Start {
@@ -187,72 +186,58 @@ struct Start {
   int64_t chunk;
 };
 
-}  // namespace
-
-void sofim_step_(const SofimStep& step) {
-  const Scratch<Start> starts(step.count + 1);
-  starts.data()[0] = {0, 0};
-  for (int64_t i = 0; i < step.count; ++i) {
-    const SofimParameter& p = step.parameters[i];
-    const Start start = starts.data()[i];
-    starts.data()[i + 1] = {start.element + p.size, start.chunk + chunk_count(p)};
-  }
-  const Start total = starts.data()[step.count];
-  const int threads = useful_threads(total.element, step.threads);
-  const auto part = [&](int64_t i, int64_t begin, int64_t end) {
-    return part_of(begin, end, starts.data()[i].element, step.parameters[i].size, kChunk);
-  };
-
-  const Scratch<Sums> chunk_sums(total.chunk);
-  parallel_for(threads, total.element, [&](int, int64_t begin, int64_t end) {
+/// Calls body(stepper, parameter, chunk, first, count) for the chunks of all parameters on several threads, which share
+/// the elements evenly and in every pass alike.
+template <class Body>
+void for_chunks(const SofimStep& step, const Start* starts, const Body& body) {
+  const int64_t total = starts[step.count].element;
+  parallel_for(useful_threads(total, step.threads), total, [&](int, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < step.count; ++i) {
-      const Part mine = part(i, begin, end);
-      if (mine.empty()) continue;
-      Sums* const sums = chunk_sums.data() + starts.data()[i].chunk;
-      with_stepper(step, step.parameters[i], [&](auto& stepper) {
-        for (int64_t first = mine.first; first < mine.last; first += kChunk) {
-          sums[first / kChunk] = stepper.advance(first, smaller(kChunk, mine.last - first));
+      const SofimParameter& p = step.parameters[i];
+      const Part part = part_of(begin, end, starts[i].element, p.size, kChunk);
+      if (part.empty()) continue;
+      with_stepper(step, p, [&](auto& stepper) {
+        for (int64_t first = part.first; first < part.last; first += kChunk) {
+          body(stepper, i, starts[i].chunk + first / kChunk, first, smaller(kChunk, part.last - first));
         }
       });
     }
   });
+}
 
-  const Scratch<Rates> rates(step.count);
-  const Scratch<Sums> parameter_sums(step.count);
-  double square = 0, product = 0;
+}  // namespace
+
+void sofim_step_(const SofimStep& step) {
+  const Scratch<Start> start_memory(step.count + 1);
+  Start* const starts = start_memory.data();
+  starts[0] = {0, 0};
   for (int64_t i = 0; i < step.count; ++i) {
-    Sums sums{};
-    for (int64_t chunk = starts.data()[i].chunk; chunk < starts.data()[i + 1].chunk; ++chunk) {
-      sums += chunk_sums.data()[chunk];
-    }
+    const int64_t size = step.parameters[i].size;
+    starts[i + 1] = {starts[i].element + size, starts[i].chunk + ceil_div(size, kChunk)};
+  }
+  const Scratch<Sums> chunk_sums(starts[step.count].chunk);
+  for_chunks(step, starts, [&](auto& stepper, int64_t, int64_t chunk, int64_t first, int64_t count) {
+    chunk_sums.data()[chunk] = stepper.advance(first, count);
+  });
+
+  const Scratch<Sums> sums(step.count);
+  Sums all{};
+  for (int64_t i = 0; i < step.count; ++i) {
+    Sums& own = sums.data()[i];
+    own = {};
+    for (int64_t chunk = starts[i].chunk; chunk < starts[i + 1].chunk; ++chunk) own += chunk_sums.data()[chunk];
     const double correction = step.parameters[i].correction;
-    sums.square /= correction * correction;
-    sums.product /= correction;
-    step.skipped[i] = sums.skipped;
-    step.squares[i] = sums.square;
-    parameter_sums.data()[i] = sums;
-    square += sums.square;
-    product += sums.product;
-  }
-  for (int64_t i = 0; i < step.count; ++i) {
-    const Sums& sums = parameter_sums.data()[i];
-    rates.data()[i] = step.by_parameter ? solve(step, step.parameters[i], sums.square, sums.product)
-                                        : solve(step, step.parameters[i], square, product);
+    own.square /= correction * correction;
+    own.product /= correction;
+    step.skipped[i] = own.skipped;
+    step.squares[i] = own.square;
+    all += own;
   }
 
-  // Backwards: what a thread came by last is still in its caches.
-  parallel_for(threads, total.element, [&](int, int64_t begin, int64_t end) {
-    for (int64_t i = step.count - 1; i >= 0; --i) {
-      const Part mine = part(i, begin, end);
-      if (mine.empty()) continue;
-      const Sums* const sums = chunk_sums.data() + starts.data()[i].chunk;
-      with_stepper(step, step.parameters[i], [&](auto& stepper) {
-        for (int64_t chunk = ceil_div(mine.last, kChunk) - 1; chunk >= mine.first / kChunk; --chunk) {
-          const int64_t first = chunk * kChunk;
-          stepper.descend(first, smaller(kChunk, mine.last - first), rates.data()[i], sums[chunk].skipped > 0);
-        }
-      });
-    }
+  // Forwards once more: what the first pass left in the caches is worth less than memory that is asked for in order.
+  for_chunks(step, starts, [&](auto& stepper, int64_t i, int64_t chunk, int64_t first, int64_t count) {
+    const Rates rates = solve(step, step.parameters[i], step.by_parameter ? sums.data()[i] : all);
+    stepper.descend(first, count, rates, chunk_sums.data()[chunk].skipped > 0);
   });
 }
 
