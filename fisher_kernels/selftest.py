@@ -396,6 +396,66 @@ def _mbf_case(name: str, **options: Any) -> Case:
     return Case("mbf_step_", name, _SUM_DTYPES, _mbf_inputs, lambda inputs: step(inputs, **options), tolerance)
 
 
+# SOFIM: rounded moments and gradients change the dot products, which change the coefficients; all terms are bounded by
+# their magnitudes.
+
+
+def _sofim_inputs(source: Source) -> Inputs:
+    wide = Source(ACCUMULATOR[source.dtype], source.device, source.generator)
+    params = [source.normal(*shape) for shape in ((7, 13), (33,), (), (0, 4), (50, 70))]
+    params.append(source.normal(12, 10).t())
+    params.append(source.normal(4, 6, 3, 3).to(memory_format=torch.channels_last))
+    grads = [torch.empty_like(p).copy_(source.normal(*p.shape)) for p in params]
+    _with_non_finite(grads[1])
+    return {
+        "params": params,
+        "grads": grads,
+        "exp_avgs": [torch.empty_like(p, dtype=wide.dtype).copy_(wide.normal(*p.shape)) for p in params],
+        "steps": [torch.full((), float(i), device=source.device) for i in range(len(params))],
+        "stored_u": torch.finfo(source.dtype).eps / 2,
+    }
+
+
+def _sofim_case(direction: str, scope: str) -> Case:
+    rho, decay = 5.0, 0.1
+
+    def call(inputs: Inputs) -> list[Tensor]:
+        skipped, squares = ops.sofim_step_(
+            *(inputs[name] for name in ("params", "grads", "exp_avgs", "steps")),
+            lr=_LR,
+            beta=_BETA,
+            rho=rho,
+            direction=direction,
+            scope=scope,
+            weight_decay=decay,
+        )
+        return [*inputs["params"], *inputs["exp_avgs"], *inputs["steps"], squares, skipped]
+
+    def tolerance(inputs: Inputs, expected: list[Tensor], u: float) -> list[Tolerance]:
+        gradients = [g.abs().nan_to_num(0, 0, 0) for g in inputs["grads"]]
+        moments = [_BETA * m.abs() + (1 - _BETA) * g for m, g in zip(inputs["exp_avgs"], gradients, strict=True)]
+        corrected = [m / (1 - _BETA ** (i + 1)) for i, m in enumerate(moments)]
+        squares = torch.stack([c.square().sum() for c in corrected])
+        products = torch.stack([(c * g).sum() for c, g in zip(corrected, gradients, strict=True)])
+        exact = expected[-2]
+        if scope == "global":
+            exact, all_squares, all_products = (x.sum().expand(len(x)) for x in (exact, squares, products))
+        else:
+            all_squares, all_products = squares, products
+        of_params = []
+        for i, (w, g, c) in enumerate(zip(inputs["params"], gradients, corrected, strict=True)):
+            bottom = rho + exact[i]
+            change = c / bottom * (1 + all_squares[i] / bottom)
+            if direction == "gradient":
+                change = (g + change * all_products[i]) / rho
+            bound = 40 * u * (w.abs() + _LR * (change + decay * w.abs())) + inputs["stored_u"] * expected[i].abs()
+            of_params.append(torch.where(inputs["grads"][i].isfinite(), bound, 0))
+        of_moments = [torch.where(g.isfinite(), 16 * u * m, 0) for g, m in zip(inputs["grads"], moments, strict=True)]
+        return [*of_params, *of_moments, *(0.0 for _ in inputs["steps"]), 32 * u * squares, 0.0]
+
+    return Case("sofim_step_", f"{direction}, {scope}", _SUM_DTYPES, _sofim_inputs, call, tolerance)
+
+
 # Blocks. A factorisation moves the block by (n + 1) u of its norm at most, which the condition number amplifies;
 # forming the inverse costs as much again, twice.
 
@@ -589,4 +649,8 @@ CASES: Sequence[Case] = (
     _mbf_case("plain"),
     _mbf_case("weight decay in the gradient, maximised", weight_decay=0.1, maximize=True),
     _mbf_case("clipped, decoupled weight decay", weight_decay=0.1, decoupled=True, kl_clip=1e6),
+    _sofim_case("momentum", "global"),
+    _sofim_case("momentum", "tensor"),
+    _sofim_case("gradient", "global"),
+    _sofim_case("gradient", "tensor"),
 )

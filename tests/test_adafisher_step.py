@@ -21,6 +21,18 @@ from fisher_kernels.ops import ACCUMULATOR
 from tests.cases import DTYPES, LAYOUTS, WRITABLE_LAYOUTS, channels_last, contiguous, random, sliced
 from tests.cases.adafisher_step import PARAMETERS, Parameter, Step, step
 from tests.comparison import assert_same_bits, assert_within, bits, surroundings, unit_roundoff
+from tests.step_errors import (
+    BAD_STEPS,
+    NO_COEFFICIENTS,
+    Bad,
+    bad_arrays,
+    bad_lists,
+    bad_numbers,
+    bad_scalars,
+    dtypes,
+    option,
+    tensor,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
@@ -464,96 +476,10 @@ def test_the_step_count_is_of_the_parameter(implementation: str) -> None:
 # Errors.
 
 
-def tensor(name: str, value: Callable[[], Tensor | None]) -> Callable[[Step], None]:
-    """Spoils the second tensor of a list: the first one must not be touched either."""
-
-    def spoil(case: Step) -> None:
-        getattr(case, name)[1] = value()
-
-    return spoil
-
-
-def option(name: str, value: Any) -> Callable[[Step], None]:
-    return lambda case: case.options.update({name: value})
-
-
-def shorter(name: str) -> Callable[[Step], None]:
-    return lambda case: getattr(case, name).pop()
-
-
-def dtypes(found: str, wanted: str) -> str:
-    return rf" .*(torch\.)?{found}.*, expected (torch\.)?{wanted}"
-
-
-def shapes(found: str, wanted: str) -> str:
-    return rf" has shape \({found}\), expected \({wanted}\)"
-
-
-BAD: dict[str, tuple[Callable[[Step], None], type[Exception], str]] = {
-    **{f"{name} length": (shorter(name), ValueError, rf"{name} has 1 \w+, expected 2") for name in NAMES[1:]},
-    "params length": (shorter("params"), ValueError, r"grads has 2 \w+, expected 1"),
-    "params dtype": (
-        tensor("params", lambda: torch.ones(4, 6, dtype=torch.int64)),
-        TypeError,
-        r"params\[1\]" + dtypes("int64", "float32"),
-    ),
-    "params complex": (
-        tensor("params", lambda: torch.ones(4, 6, dtype=torch.complex64)),
-        TypeError,
-        r"params\[1\]" + dtypes("complex64", r"(a floating-point|float32)"),
-    ),
-    "params expanded": (
-        tensor("params", lambda: torch.ones(6).expand(4, 6)),
-        ValueError,
-        r"params\[1\] has strides \(0, 1\)",
-    ),
-    "grads shape": (tensor("grads", lambda: torch.ones(6, 4)), ValueError, r"grads\[1\]" + shapes("6, 4", "4, 6")),
-    "grads size": (tensor("grads", lambda: torch.ones(24)), ValueError, r"grads\[1\]" + shapes("24,", "4, 6")),
-    "grads dtype": (
-        tensor("grads", lambda: torch.ones(4, 6, dtype=torch.bfloat16)),
-        TypeError,
-        r"grads\[1\]" + dtypes("bfloat16", "float32"),
-    ),
-    "grads device": (
-        tensor("grads", lambda: torch.ones(4, 6, device="meta")),
-        ValueError,
-        r"grads\[1\] is on meta, expected cpu",
-    ),
-    "exp_avgs shape": (
-        tensor("exp_avgs", lambda: torch.ones(4, 7)),
-        ValueError,
-        r"exp_avgs\[1\]" + shapes("4, 7", "4, 6"),
-    ),
-    "exp_avgs dtype": (
-        tensor("exp_avgs", lambda: torch.ones(4, 6, dtype=torch.float64)),
-        TypeError,
-        r"exp_avgs\[1\]" + dtypes("float64", "float32"),
-    ),
-    "exp_avgs expanded": (
-        tensor("exp_avgs", lambda: torch.ones(4, 1).expand(4, 6)),
-        ValueError,
-        r"exp_avgs\[1\] has strides \(1, 0\)",
-    ),
-    "exp_avgs device": (
-        tensor("exp_avgs", lambda: torch.ones(4, 6, device="meta")),
-        ValueError,
-        r"exp_avgs\[1\] is on meta, expected cpu",
-    ),
-    "steps dtype": (
-        tensor("steps", lambda: torch.tensor(1.0, dtype=torch.float64)),
-        TypeError,
-        r"steps\[1\]" + dtypes("float64", "float32"),
-    ),
-    "steps shape": (
-        tensor("steps", lambda: torch.ones(2)),
-        ValueError,
-        r"steps\[1\] .*shape \(2,\), expected .*one element",
-    ),
-    "steps device": (
-        tensor("steps", lambda: torch.ones((), device="meta")),
-        ValueError,
-        r"steps\[1\] is on meta, expected cpu",
-    ),
+BAD: Bad = {
+    **bad_lists(NAMES, 2),
+    **bad_arrays("exp_avgs"),
+    **BAD_STEPS,
     "row_factors shape": (
         tensor("row_factors", lambda: torch.ones(5)),
         ValueError,
@@ -619,36 +545,13 @@ BAD: dict[str, tuple[Callable[[Step], None], type[Exception], str]] = {
         ValueError,
         r"column_factors\[1\] is on meta, expected cpu",
     ),
-    **{
-        f"{name} {value}": (option(name, value), ValueError, rf"{name} is {value}, expected")
-        for name, values in (
-            ("beta", (-0.1, 1.0, 1.5, math.nan)),
-            ("damping", (-1.0, math.inf, math.nan)),
-            ("weight_decay", (-1.0, math.inf, math.nan)),
-        )
-        for value in values
-    },
-    **{
-        f"{name} shape": (
-            option(name, torch.ones(2)),
-            ValueError,
-            rf"{name} has shape \(2,\), expected one element",
-        )
-        for name in ("lr", "grad_scale", "found_inf")
-    },
-    **{
-        f"{name} dtype": (
-            option(name, torch.tensor(1)),
-            TypeError,
-            rf"{name} has dtype (torch\.)?int64, expected float32",
-        )
-        for name in ("lr", "grad_scale", "found_inf")
-    },
+    **bad_numbers(beta=(-0.1, 1.0, 1.5, math.nan), damping=NO_COEFFICIENTS, weight_decay=NO_COEFFICIENTS),
+    **bad_scalars("lr", "grad_scale", "found_inf"),
 }
 
 
 # Fakes have no number to look at.
-BAD_RATES: dict[str, tuple[Callable[[Step], None], type[Exception], str]] = {
+BAD_RATES: Bad = {
     f"lr {value}": (option("lr", value), ValueError, rf"lr is {float(value)}, expected")
     for value in (-1.0, math.inf, math.nan, scalar(-1.0), scalar(math.nan, torch.float64))
 }

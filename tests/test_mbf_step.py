@@ -19,6 +19,18 @@ from fisher_kernels.ops import ACCUMULATOR
 from tests.cases import DTYPES, LAYOUTS, WRITABLE_LAYOUTS, channels_last, contiguous, sliced
 from tests.cases.mbf_step import PARAMETERS, Parameter, Step, pack, packed, step, unpack
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
+from tests.step_errors import (
+    NO_COEFFICIENTS,
+    Bad,
+    bad_arrays,
+    bad_lists,
+    bad_numbers,
+    bad_scalars,
+    dtypes,
+    option,
+    shapes,
+    tensor,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
@@ -631,31 +643,6 @@ def test_same_bits_at_every_run_and_for_every_number_of_threads(
 # Errors.
 
 
-def tensor(name: str, value: Callable[[], Tensor | None], i: int = 1) -> Callable[[Step], None]:
-    """Spoils a later tensor of a list: the first one must not be touched either."""
-
-    def change(case: Step) -> None:
-        getattr(case, name)[i] = value()
-
-    return change
-
-
-def option(name: str, value: Any) -> Callable[[Step], None]:
-    return lambda case: case.options.update({name: value})
-
-
-def shorter(name: str) -> Callable[[Step], None]:
-    return lambda case: getattr(case, name).pop()
-
-
-def dtypes(found: str, wanted: str) -> str:
-    return rf" .*(torch\.)?{found}.*, expected (torch\.)?{wanted}"
-
-
-def shapes(found: str, wanted: str) -> str:
-    return rf" has shape \({found}\), expected \({wanted}\)"
-
-
 BAD_INVERSES = (
     (24, 2, 2),
     (3, 8, 7),
@@ -669,55 +656,9 @@ BAD_INVERSES = (
 )
 BAD_JOINED = ((4, 6, 6), (4, 21), (7, 4, 4), (1, 1, 4, 4), (1, 2, 2, 2))
 
-BAD: dict[str, tuple[Callable[[Step], None], type[Exception], str]] = {
-    **{f"{name} length": (shorter(name), ValueError, rf"{name} has 4 \w+, expected 5") for name in NAMES[1:]},
-    "params length": (shorter("params"), ValueError, r"grads has 5 \w+, expected 4"),
-    "params dtype": (
-        tensor("params", lambda: torch.ones(4, 6, dtype=torch.int64)),
-        TypeError,
-        r"params\[1\]" + dtypes("int64", "float32"),
-    ),
-    "params complex": (
-        tensor("params", lambda: torch.ones(4, 6, dtype=torch.complex64)),
-        TypeError,
-        r"params\[1\]" + dtypes("complex64", r"(a floating-point|float32)"),
-    ),
-    "params expanded": (
-        tensor("params", lambda: torch.ones(6).expand(4, 6)),
-        ValueError,
-        r"params\[1\] has strides \(0, 1\)",
-    ),
-    "grads shape": (tensor("grads", lambda: torch.ones(6, 4)), ValueError, r"grads\[1\]" + shapes("6, 4", "4, 6")),
-    "grads dtype": (
-        tensor("grads", lambda: torch.ones(4, 6, dtype=torch.bfloat16)),
-        TypeError,
-        r"grads\[1\]" + dtypes("bfloat16", "float32"),
-    ),
-    "grads device": (
-        tensor("grads", lambda: torch.ones(4, 6, device="meta")),
-        ValueError,
-        r"grads\[1\] is on meta, expected cpu",
-    ),
-    "momentum_buffers shape": (
-        tensor("momentum_buffers", lambda: torch.ones(4, 7)),
-        ValueError,
-        r"momentum_buffers\[1\]" + shapes("4, 7", "4, 6"),
-    ),
-    "momentum_buffers dtype": (
-        tensor("momentum_buffers", lambda: torch.ones(4, 6, dtype=torch.float64)),
-        TypeError,
-        r"momentum_buffers\[1\]" + dtypes("float64", "float32"),
-    ),
-    "momentum_buffers expanded": (
-        tensor("momentum_buffers", lambda: torch.ones(4, 1).expand(4, 6)),
-        ValueError,
-        r"momentum_buffers\[1\] has strides \(1, 0\)",
-    ),
-    "momentum_buffers device": (
-        tensor("momentum_buffers", lambda: torch.ones(4, 6, device="meta")),
-        ValueError,
-        r"momentum_buffers\[1\] is on meta, expected cpu",
-    ),
+BAD: Bad = {
+    **bad_lists(NAMES, 5),
+    **bad_arrays("momentum_buffers"),
     **{
         f"inverses {shape}": (
             tensor("inverses", lambda shape=shape: torch.ones(shape)),  # type: ignore[misc]
@@ -766,36 +707,13 @@ BAD: dict[str, tuple[Callable[[Step], None], type[Exception], str]] = {
         ValueError,
         r"inverses\[2\] .*params\[3\] of shape \(4,\)",
     ),
-    **{
-        f"{name} {value}": (option(name, value), ValueError, rf"{name} is {value}, expected")
-        for name, values in (
-            ("momentum", (-0.1, 1.0, 1.5, math.nan)),
-            ("weight_decay", (-1.0, math.inf, math.nan)),
-            ("kl_clip", (-1.0, 0.0, math.inf, math.nan)),
-        )
-        for value in values
-    },
-    **{
-        f"{name} shape": (
-            option(name, torch.ones(2)),
-            ValueError,
-            rf"{name} has shape \(2,\), expected one element",
-        )
-        for name in ("lr", "grad_scale", "found_inf")
-    },
-    **{
-        f"{name} dtype": (
-            option(name, torch.tensor(1)),
-            TypeError,
-            rf"{name} has dtype (torch\.)?int64, expected float32",
-        )
-        for name in ("lr", "grad_scale", "found_inf")
-    },
+    **bad_numbers(momentum=(-0.1, 1.0, 1.5, math.nan), weight_decay=NO_COEFFICIENTS, kl_clip=(0.0, *NO_COEFFICIENTS)),
+    **bad_scalars("lr", "grad_scale", "found_inf"),
 }
 
 
 # Fakes have no number to look at.
-BAD_RATES: dict[str, tuple[Callable[[Step], None], type[Exception], str]] = {
+BAD_RATES: Bad = {
     f"lr {value}": (option("lr", value), ValueError, rf"lr is {float(value)}, expected")
     for value in (-1.0, math.inf, math.nan, scalar(-1.0), scalar(math.nan, torch.float64))
 }

@@ -268,27 +268,23 @@ int64_t step_contiguous(const AdaFisherStep& step, const AdaFisherParameter& p, 
 template <WeightDecay kDecay, class T>
 int64_t step_strided(const AdaFisherStep& step, const AdaFisherParameter& p, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
-  T* const parameter = static_cast<T*>(p.parameter.data);
-  const T* const gradient = static_cast<const T*>(p.gradient.data);
-  A* const moment = static_cast<A*>(p.moment.data);
-  const Walk parameter_walk(p.parameter), gradient_walk(p.gradient), moment_walk(p.moment);
+  Chunks<T, kChunk> parameters(p.parameter), gradients(p.gradient);
+  Chunks<A, kChunk> moments(p.moment);
   const Rates<A> rates(step, p);
   CurvatureCursor<A> cursor(p, step.damping, begin);
-  alignas(kVectorBytes) T parameter_buffer[kChunk], gradient_buffer[kChunk];
-  alignas(kVectorBytes) A moment_buffer[kChunk], curvature[kChunk + kLanes<T>];
+  alignas(kVectorBytes) A curvature[kChunk + kLanes<T>];
   int64_t skipped = 0;
   for (int64_t first = begin; first < end; first += kChunk) {
     const int64_t count = smaller(kChunk, end - first);
     cursor.fill(count, curvature);
-    gather(parameter, parameter_walk, first, count, parameter_buffer);
-    gather(gradient, gradient_walk, first, count, gradient_buffer);
-    gather(moment, moment_walk, first, count, moment_buffer);
+    const T* const gradient = gradients.read(first, count);
     Vector<T> doubt = {};
     const auto curvature_at = [&](int64_t i) { return load(curvature + i); };
-    update_run<kDecay>(parameter_buffer, gradient_buffer, moment_buffer, count, curvature_at, rates, doubt);
-    scatter(parameter_buffer, first, count, parameter_walk, parameter);
-    scatter(moment_buffer, first, count, moment_walk, moment);
-    if (sum_lanes<A>(doubt) != 0) skipped += count_non_finite(gradient_buffer, count, rates.gradient_scale);
+    update_run<kDecay>(parameters.read(first, count), gradient, moments.read(first, count), count, curvature_at, rates,
+                       doubt);
+    parameters.write(first, count);
+    moments.write(first, count);
+    if (sum_lanes<A>(doubt) != 0) skipped += count_non_finite(gradient, count, rates.gradient_scale);
   }
   return skipped;
 }

@@ -396,13 +396,12 @@ class Stepper {
   }
 
   static double product(const A* d, const A* g, int64_t count) {
-    using Doubles = typename VectorOf<double, kLanes<A>>::Type;
-    Doubles sum = {};
+    SumOfProducts<A> sum;
     for_registers<A>(count, [&](int64_t i, const auto& load, const auto&) {
-      const Doubles x = __builtin_convertvector(load(d + i), Doubles), y = __builtin_convertvector(load(g + i), Doubles);
-      sum += x == x ? x * y : Doubles{};
+      const Vector<A> x = load(d + i), y = load(g + i), zero = {};
+      sum.add(x == x ? x : zero, x == x ? y : zero);
     });
-    return sum_lanes<double, kLanes<A>>(sum);
+    return sum.total();
   }
 
   /// One step along d, but for what is NaN.

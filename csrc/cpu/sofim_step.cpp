@@ -16,7 +16,7 @@ namespace {
 // alone, so that the sums are the same for any number of threads. A multiple of every kLanes.
 constexpr int64_t kChunk = 1024;
 
-/// What the first pass finds in a chunk, and then in a parameter.
+/// What the first pass finds in a chunk, and then in a parameter and in all.
 struct Sums {
   double square;   // m . m
   double product;  // m . g
@@ -36,38 +36,61 @@ struct Rates {
   double shrinkage;
 };
 
+/// Gradients and moments of a parameter's elements, a register of them or one.
+template <WeightDecay kDecay, class A>
+struct Momentum {
+  A gradient_scale;
+  A weight_decay;
+  A beta;
+  A gain;  // 1 - beta
+
+  Momentum(const SofimStep& step, const SofimParameter& p)
+      : gradient_scale(static_cast<A>(step.gradient_scale)),
+        weight_decay(static_cast<A>(p.weight_decay)),
+        beta(static_cast<A>(step.beta)),
+        gain(static_cast<A>(1.0 - step.beta)) {}
+
+  /// g; load reads gradients and parameters.
+  template <class Load, class T>
+  auto gradient(const Load& load, const T* stored, const T* parameter) const {
+    auto g = gradient_scale * load(stored);
+    if constexpr (kDecay == WeightDecay::coupled) g += weight_decay * load(parameter);
+    return g;
+  }
+
+  template <class X>
+  X advance(X moment, X g) const {
+    return beta * moment + gain * g;
+  }
+};
+
 /// Both passes over one parameter.
 template <WeightDecay kDecay, bool kAlongGradient, class T>
 class Stepper {
  public:
   Stepper(const SofimStep& step, const SofimParameter& p)
-      : gradient_scale_(static_cast<A>(step.gradient_scale)),
-        weight_decay_(static_cast<A>(p.weight_decay)),
-        beta_(static_cast<A>(step.beta)),
-        gain_(static_cast<A>(1.0 - step.beta)),
-        parameter_(p.parameter),
-        gradient_(p.gradient),
-        moment_(p.moment) {}
+      : momentum_(step, p), parameter_(p.parameter), gradient_(p.gradient), moment_(p.moment) {}
 
   /// Advances the moments of a chunk; those that would not be finite stay as they are and enter no sum.
   Sums advance(int64_t first, int64_t count) {
     const T* const gradient = gradient_.read(first, count);
     const T* const w = kDecay == WeightDecay::coupled ? parameter_.read(first, count) : nullptr;
     A* const moment = moment_.read(first, count);
-    Doubles square = {}, product = {};
+    const Momentum<kDecay, A> momentum = momentum_;  // a copy, which the stores below cannot change
+    SumOfProducts<A> square, product;
     V doubt = {};
     for_registers<A>(count, [&](int64_t i, const auto& load, const auto& store) {
-      const V old = load(moment + i), g = gradient_at(load, gradient + i, w + i), next = advanced(old, g);
+      const V g = momentum.gradient(load, gradient + i, w + i), old = load(moment + i), next = momentum.advance(old, g);
       const V zero = next - next;  // infinity - infinity is NaN
       doubt += zero;
       store(moment + i, zero == 0 ? next : old);
-      const Doubles counted = __builtin_convertvector(zero == 0 ? next : V{}, Doubles);
-      square += counted * counted;
-      if constexpr (kAlongGradient) product += counted * __builtin_convertvector(zero == 0 ? g : V{}, Doubles);
+      const V counted = zero == 0 ? next : V{};
+      square.add(counted, counted);
+      if constexpr (kAlongGradient) product.add(counted, zero == 0 ? g : V{});
     });
     moment_.write(first, count);
     const int64_t skipped = sum_lanes<A>(doubt) == 0 ? 0 : count_skipped(gradient, w, moment, count);
-    return {sum_lanes<double, kLanes<A>>(square), sum_lanes<double, kLanes<A>>(product), skipped};
+    return {square.total(), product.total(), skipped};
   }
 
   /// Takes a step along the moments of a chunk. If some were skipped, they are found by their gradients as before: their
@@ -80,27 +103,13 @@ class Stepper {
  private:
   using A = Accumulator<T>;
   using V = Vector<T>;
-  using Doubles = typename VectorOf<double, kLanes<A>>::Type;
-
-  template <class Load>
-  V gradient_at(const Load& load, const T* gradient, const T* w) const {
-    const V g = gradient_scale_ * load(gradient);
-    if constexpr (kDecay == WeightDecay::coupled) return g + weight_decay_ * load(w);
-    return g;
-  }
-
-  template <class X>
-  X advanced(X moment, X g) const {
-    return beta_ * moment + gain_ * g;
-  }
 
   /// After the others have changed.
   int64_t count_skipped(const T* gradient, const T* w, const A* moment, int64_t count) const {
     int64_t skipped = 0;
     for (int64_t i = 0; i < count; ++i) {
-      A g = gradient_scale_ * widen(gradient[i]);
-      if constexpr (kDecay == WeightDecay::coupled) g += weight_decay_ * widen(w[i]);
-      const A next = advanced(moment[i], g);
+      const A g = momentum_.gradient([](const T* p) { return widen(*p); }, gradient + i, w + i);
+      const A next = momentum_.advance(moment[i], g);
       skipped += next - next != 0;
     }
     return skipped;
@@ -113,15 +122,16 @@ class Stepper {
     T* const w = parameter_.read(first, count);
     const T* const gradient = kAlongGradient || kSomeWereSkipped ? gradient_.read(first, count) : nullptr;
     const A* const moment = moment_.read(first, count);
+    const Momentum<kDecay, A> momentum = momentum_;
     for_registers<A>(count, [&](int64_t i, const auto& load, const auto& store) {
       const V old = load(w + i), m = load(moment + i);
       V change = along_moment * m;
       if constexpr (kDecay == WeightDecay::decoupled) change += shrinkage * old;
       if constexpr (kAlongGradient || kSomeWereSkipped) {
-        const V g = gradient_at(load, gradient + i, w + i);
+        const V g = momentum.gradient(load, gradient + i, w + i);
         if constexpr (kAlongGradient) change += along_gradient * g;
         if constexpr (kSomeWereSkipped) {
-          const V next = advanced(m, g);
+          const V next = momentum.advance(m, g);
           return store(w + i, next - next == 0 ? old - change : old);
         }
       }
@@ -130,10 +140,7 @@ class Stepper {
     parameter_.write(first, count);
   }
 
-  const A gradient_scale_;
-  const A weight_decay_;
-  const A beta_;
-  const A gain_;
+  const Momentum<kDecay, A> momentum_;
   Chunks<T, kChunk> parameter_;
   Chunks<T, kChunk> gradient_;
   Chunks<A, kChunk> moment_;
@@ -164,15 +171,14 @@ void with_stepper(const SofimStep& step, const SofimParameter& p, const Body& bo
 
 inline bool is_finite(double x) { return x - x == 0; }
 
-/// The solve of one vector, given u . u and u . g for the moment u = m / correction: by what m and g enter F^-1 x.
-Rates solve(const SofimStep& step, const SofimParameter& p, double square, double product) {
+/// The solve of one vector, given the sums of its moments u = m / correction in place of m.
+Rates solve(const SofimStep& step, const SofimParameter& p, const Sums& sums) {
+  const double square = sums.square, product = sums.product;
   const double shrinkage = p.decay == WeightDecay::decoupled ? p.lr * p.weight_decay : 0.0;
   if (!step.along_gradient) return {p.lr / (p.correction * (step.rho + square)), 0.0, shrinkage};
   if (!is_finite(square) || !is_finite(product)) return {0.0, 0.0, shrinkage};
   return {-p.lr * product / (p.correction * step.rho * (step.rho + square)), p.lr / step.rho, shrinkage};
 }
-
-int64_t chunk_count(const SofimParameter& p) { return ceil_div(p.size, kChunk); }
 
 /// What comes before a parameter.
 struct Start {
@@ -180,72 +186,58 @@ struct Start {
   int64_t chunk;
 };
 
-}  // namespace
-
-void sofim_step_(const SofimStep& step) {
-  const Scratch<Start> starts(step.count + 1);
-  starts.data()[0] = {0, 0};
-  for (int64_t i = 0; i < step.count; ++i) {
-    const SofimParameter& p = step.parameters[i];
-    const Start start = starts.data()[i];
-    starts.data()[i + 1] = {start.element + p.size, start.chunk + chunk_count(p)};
-  }
-  const Start total = starts.data()[step.count];
-  const int threads = useful_threads(total.element, step.threads);
-  const auto part = [&](int64_t i, int64_t begin, int64_t end) {
-    return part_of(begin, end, starts.data()[i].element, step.parameters[i].size, kChunk);
-  };
-
-  const Scratch<Sums> chunk_sums(total.chunk);
-  parallel_for(threads, total.element, [&](int, int64_t begin, int64_t end) {
+/// Calls body(stepper, parameter, chunk, first, count) for the chunks of all parameters on several threads, which share
+/// the elements evenly and in every pass alike.
+template <class Body>
+void for_chunks(const SofimStep& step, const Start* starts, const Body& body) {
+  const int64_t total = starts[step.count].element;
+  parallel_for(useful_threads(total, step.threads), total, [&](int, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < step.count; ++i) {
-      const Part mine = part(i, begin, end);
-      if (mine.empty()) continue;
-      Sums* const sums = chunk_sums.data() + starts.data()[i].chunk;
-      with_stepper(step, step.parameters[i], [&](auto& stepper) {
-        for (int64_t first = mine.first; first < mine.last; first += kChunk) {
-          sums[first / kChunk] = stepper.advance(first, smaller(kChunk, mine.last - first));
+      const SofimParameter& p = step.parameters[i];
+      const Part part = part_of(begin, end, starts[i].element, p.size, kChunk);
+      if (part.empty()) continue;
+      with_stepper(step, p, [&](auto& stepper) {
+        for (int64_t first = part.first; first < part.last; first += kChunk) {
+          body(stepper, i, starts[i].chunk + first / kChunk, first, smaller(kChunk, part.last - first));
         }
       });
     }
   });
+}
 
-  const Scratch<Rates> rates(step.count);
-  const Scratch<Sums> parameter_sums(step.count);
-  double square = 0, product = 0;
+}  // namespace
+
+void sofim_step_(const SofimStep& step) {
+  const Scratch<Start> start_memory(step.count + 1);
+  Start* const starts = start_memory.data();
+  starts[0] = {0, 0};
   for (int64_t i = 0; i < step.count; ++i) {
-    Sums sums{};
-    for (int64_t chunk = starts.data()[i].chunk; chunk < starts.data()[i + 1].chunk; ++chunk) {
-      sums += chunk_sums.data()[chunk];
-    }
+    const int64_t size = step.parameters[i].size;
+    starts[i + 1] = {starts[i].element + size, starts[i].chunk + ceil_div(size, kChunk)};
+  }
+  const Scratch<Sums> chunk_sums(starts[step.count].chunk);
+  for_chunks(step, starts, [&](auto& stepper, int64_t, int64_t chunk, int64_t first, int64_t count) {
+    chunk_sums.data()[chunk] = stepper.advance(first, count);
+  });
+
+  const Scratch<Sums> sums(step.count);
+  Sums all{};
+  for (int64_t i = 0; i < step.count; ++i) {
+    Sums& own = sums.data()[i];
+    own = {};
+    for (int64_t chunk = starts[i].chunk; chunk < starts[i + 1].chunk; ++chunk) own += chunk_sums.data()[chunk];
     const double correction = step.parameters[i].correction;
-    sums.square /= correction * correction;
-    sums.product /= correction;
-    step.skipped[i] = sums.skipped;
-    step.squares[i] = sums.square;
-    parameter_sums.data()[i] = sums;
-    square += sums.square;
-    product += sums.product;
-  }
-  for (int64_t i = 0; i < step.count; ++i) {
-    const Sums& sums = parameter_sums.data()[i];
-    rates.data()[i] = step.by_parameter ? solve(step, step.parameters[i], sums.square, sums.product)
-                                        : solve(step, step.parameters[i], square, product);
+    own.square /= correction * correction;
+    own.product /= correction;
+    step.skipped[i] = own.skipped;
+    step.squares[i] = own.square;
+    all += own;
   }
 
-  // Backwards: what a thread came by last is still in its caches.
-  parallel_for(threads, total.element, [&](int, int64_t begin, int64_t end) {
-    for (int64_t i = step.count - 1; i >= 0; --i) {
-      const Part mine = part(i, begin, end);
-      if (mine.empty()) continue;
-      const Sums* const sums = chunk_sums.data() + starts.data()[i].chunk;
-      with_stepper(step, step.parameters[i], [&](auto& stepper) {
-        for (int64_t chunk = ceil_div(mine.last, kChunk) - 1; chunk >= mine.first / kChunk; --chunk) {
-          const int64_t first = chunk * kChunk;
-          stepper.descend(first, smaller(kChunk, mine.last - first), rates.data()[i], sums[chunk].skipped > 0);
-        }
-      });
-    }
+  // Forwards once more: what the first pass left in the caches is worth less than memory that is asked for in order.
+  for_chunks(step, starts, [&](auto& stepper, int64_t i, int64_t chunk, int64_t first, int64_t count) {
+    const Rates rates = solve(step, step.parameters[i], step.by_parameter ? sums.data()[i] : all);
+    stepper.descend(first, count, rates, chunk_sums.data()[chunk].skipped > 0);
   });
 }
 

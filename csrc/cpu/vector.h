@@ -236,6 +236,32 @@ inline A sum_lanes(const typename VectorOf<A, kSize>::Type& value) {
   }
 }
 
+/// Adds products up in float64, lane by lane in as many registers as that takes. (Sums in a vector of two registers
+/// would live in memory, as all would if add were called.)
+template <class A>
+class SumOfProducts {
+ public:
+  __attribute__((always_inline)) void add(const Vector<A>& x, const Vector<A>& y) {
+    const Wide wide_x = __builtin_convertvector(x, Wide), wide_y = __builtin_convertvector(y, Wide);
+    Vector<double> x_parts[kParts], y_parts[kParts];
+    std::memcpy(x_parts, &wide_x, sizeof(Wide));
+    std::memcpy(y_parts, &wide_y, sizeof(Wide));
+    for (int k = 0; k < kParts; ++k) sums_[k] += x_parts[k] * y_parts[k];
+  }
+
+  double total() const {
+    Vector<double> sum = sums_[0];
+    for (int k = 1; k < kParts; ++k) sum += sums_[k];
+    return sum_lanes<double>(sum);
+  }
+
+ private:
+  using Wide = typename VectorOf<double, kLanes<A>>::Type;
+  static constexpr int kParts = kLanes<A> / kLanes<double>;
+
+  Vector<double> sums_[kParts] = {};
+};
+
 /// Calls body with a null pointer of the C++ type of a floating-point dtype.
 template <class Body>
 inline void with_type(DType dtype, const Body& body) {
