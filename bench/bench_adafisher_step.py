@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.baselines import adamw, parameters
 from bench.interleaved import Case, RunCase
 from bench.limits import stream_update
 from fisher_kernels import AdaFisher
@@ -69,18 +70,7 @@ class Inputs:
         stream_update(self.params, self.exp_avgs, self.grads)
 
     def adamw(self) -> torch.optim.AdamW:
-        params = [nn.Parameter(p) for p in self.params]
-        for p, g in zip(params, self.grads, strict=True):
-            p.grad = g
-        return adamw(params, self.exp_avgs)
-
-
-def adamw(params: list[nn.Parameter], exp_avgs: list[Tensor]) -> torch.optim.AdamW:
-    """Fused AdamW with these first moments."""
-    optimizer = torch.optim.AdamW(params, lr=1e-3, fused=True)
-    for p, m in zip(params, exp_avgs, strict=True):
-        optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": m, "exp_avg_sq": torch.zeros_like(p)}
-    return optimizer
+        return adamw(parameters(self.params, self.grads), self.exp_avgs)
 
 
 def test_step_on_large_tensors(run_case: RunCase) -> None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from bench.baselines import adamw, parameters
 from bench.interleaved import Case, RunCase
 from bench.limits import stream_add
+from fisher_kernels import SOFIM
 from fisher_kernels.ops import sofim_step_
 
 OPTIONS: dict[str, Any] = {"beta": 0.9, "rho": 0.5}
@@ -48,12 +51,12 @@ class Inputs:
         stream_add(self.params, self.exp_avgs)
 
     def adamw(self) -> torch.optim.AdamW:
-        """Fused AdamW with these first moments."""
-        params = [nn.Parameter(p) for p in self.params]
-        optimizer = torch.optim.AdamW(params, lr=1e-3, fused=True)
-        for p, g, m in zip(params, self.grads, self.exp_avgs, strict=True):
-            p.grad = g
-            optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": m, "exp_avg_sq": torch.zeros_like(p)}
+        return adamw(parameters(self.params, self.grads), self.exp_avgs)
+
+    def sofim(self) -> SOFIM:
+        optimizer = SOFIM(parameters(self.params, self.grads), **OPTIONS)
+        for p, m, t in zip(optimizer.param_groups[0]["params"], self.exp_avgs, self.steps, strict=True):
+            optimizer.state[p] = {"step": t, "exp_avg": m}
         return optimizer
 
 
@@ -129,5 +132,28 @@ def test_host_cost_of_a_long_list(run_case: RunCase) -> None:
             ours=ours.step,
             baselines={"AdamW(fused).step": ours.adamw().step},
             repeat=20,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "promised"),
+    [(25, 1024, {"AdamW(fused).step": 1.10, "eager, foreach": 2.0}), (100, 64, {"AdamW(fused).step": 1.0})],
+)
+def test_whole_optimizer_step(run_case: RunCase, count: int, size: int, promised: dict[str, float]) -> None:
+    """``SOFIM.step()``, Python included."""
+    ours = Inputs(count, size)
+    run_case(
+        Case(
+            op="SOFIM.step",
+            shape=f"{count} x {size} x {size}",
+            dtype=torch.float32,
+            ours=ours.sofim().step,
+            baselines={"AdamW(fused).step": ours.adamw().step, "eager, foreach": ours.eager_step},
+            gates=promised,
+            bytes_moved=24 * ours.numel,
+            limit=ours.limit,
+            at_limit=0.95 if size == 1024 else None,
+            repeat=1 if size == 1024 else 20,
         )
     )
