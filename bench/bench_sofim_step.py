@@ -37,7 +37,7 @@ class Inputs:
         sofim_step_(self.params, self.grads, self.exp_avgs, self.steps, lr=self.lr, **OPTIONS, **options)
 
     def eager_step(self) -> None:
-        """The same in eager PyTorch, a call for the whole list wherever there is one."""
+        """The same in eager PyTorch, a call for the whole list wherever there is one: 28 bytes in three passes."""
         torch._foreach_add_(self.steps, 1)
         torch._foreach_lerp_(self.exp_avgs, self.grads, 0.1)
         correction = 1 - 0.9 ** float(self.steps[0])
@@ -69,7 +69,7 @@ def test_step_on_large_tensors(run_case: RunCase) -> None:
             dtype=torch.float32,
             ours=ours.step,
             baselines={"AdamW(fused).step": ours.adamw().step, "eager, foreach": ours.eager_step},
-            gates={"AdamW(fused).step": 1.10, "eager, foreach": 2.0, "limit": 0.90},
+            gates={"AdamW(fused).step": 1.10, "eager, foreach": 1.15, "limit": 0.90},
             bytes_moved=24 * ours.numel,
             limit=ours.limit,
             at_limit=0.95,

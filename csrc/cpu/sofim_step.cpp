@@ -93,9 +93,9 @@ class Stepper {
     return {square.total(), product.total(), skipped};
   }
 
-  /// Takes a step along the moments of a chunk. If some were skipped, they are found by their gradients as before: their
-  /// moment has not changed. (One that has cannot overflow now, between itself and g, unless both are within rounding
-  /// of the largest number.)
+  /// Takes a step along the moments of a chunk. If some were skipped, they are found by their gradients as before:
+  /// their moment has not changed. (One that has cannot overflow now, between itself and g, unless both are within
+  /// rounding of the largest number.)
   void descend(int64_t first, int64_t count, const Rates& rates, bool some_were_skipped) {
     some_were_skipped ? descend<true>(first, count, rates) : descend<false>(first, count, rates);
   }
