@@ -195,7 +195,7 @@ inline void finish_streaming() {
 #endif
 }
 
-/// The first `count` elements at p, and zeros.
+/// The first `count` elements at p, and zeros; count is at most that of lanes.
 template <class T>
 inline Vector<T> load(const T* p, int64_t count) {
   T padded[kLanes<T>] = {};
@@ -210,6 +210,33 @@ inline void store(T* p, Vector<T> value, int64_t count) {
   store(padded, value);
   std::memcpy(p, padded, count * sizeof(T));
 }
+
+// One instruction where processors have it for parts of registers; a copy of a length that only the run tells is a call.
+#if defined(__AVX512F__)
+inline Vector<float> load(const float* p, int64_t count) { return _mm512_maskz_loadu_ps((1u << count) - 1, p); }
+inline Vector<double> load(const double* p, int64_t count) { return _mm512_maskz_loadu_pd((1u << count) - 1, p); }
+inline void store(float* p, Vector<float> value, int64_t count) {
+  _mm512_mask_storeu_ps(p, (1u << count) - 1, value);
+}
+inline void store(double* p, Vector<double> value, int64_t count) {
+  _mm512_mask_storeu_pd(p, (1u << count) - 1, value);
+}
+#elif defined(__AVX2__)
+/// All bits in the first `count` words of four or eight bytes, from where `sizeof(T) * count` bytes are left of them.
+template <class T>
+inline __m256i first_words(int64_t count) {
+  alignas(32) static constexpr int64_t kWords[8] = {-1, -1, -1, -1, 0, 0, 0, 0};
+  return load_bits<__m256i>(reinterpret_cast<const char*>(kWords) + (kLanes<T> - count) * sizeof(T));
+}
+inline Vector<float> load(const float* p, int64_t count) { return _mm256_maskload_ps(p, first_words<float>(count)); }
+inline Vector<double> load(const double* p, int64_t count) { return _mm256_maskload_pd(p, first_words<double>(count)); }
+inline void store(float* p, Vector<float> value, int64_t count) {
+  _mm256_maskstore_ps(p, first_words<float>(count), value);
+}
+inline void store(double* p, Vector<double> value, int64_t count) {
+  _mm256_maskstore_pd(p, first_words<double>(count), value);
+}
+#endif
 
 /// The sum of the lanes, half added to half.
 template <class A, int kSize = kLanes<A>>
