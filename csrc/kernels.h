@@ -257,7 +257,7 @@ struct InverseUpdate {
   double decay;
   double gain;
   int64_t count;
-  int64_t vectors;
+  int64_t vectors;  // at least 1
   int64_t n;
   DType dtype;  // float32 or float64
   int threads;

@@ -71,11 +71,128 @@ inline void with_piece(const Piece& piece, const Body& body) {
   });
 }
 
-// Inverses. A block is gone through twice, for the products P u_j and to change it; between the two it stays in the
-// caches. Its rows need not fill registers: the last register of a row reaches into the next one, which is right behind
-// it. Only where that would leave the block is a part of a register read or written.
+// Inverses.
 
 enum Status : int64_t { kUpdated = 0, kNotPositive = 1, kNotFinite = 2 };
+
+/// What is asked of every vector before its update, for one block or for one in each lane of V.
+template <class A, class V>
+struct Judgement {
+  V den;
+  V status;
+
+  /// q = u^T P u, and size = the sum of u_i^2 P_ii.
+  Judgement(const InverseUpdate& b, V q, V size) {
+    using Number = std::conditional_t<std::is_same_v<V, double>, double, A>;
+    constexpr Number kUnit = std::numeric_limits<A>::epsilon() / 2;
+    const Number decay = static_cast<Number>(b.decay), gain = static_cast<Number>(b.gain), zero = 0;
+    const V none = V{}, one = none + 1, two = none + 2;
+    den = decay + gain * q;
+    // By how much rounding the entries of P moves q: each is at most the root of P_ii P_jj.
+    const V noise = (b.n * kUnit) * size, of_den = (gain < 0 ? -gain : gain) * noise;
+    const auto lost = (den <= of_den) | ((decay * q < den * noise) & (of_den > kUnit * kUnit * decay));
+    status = (den - den == zero) & (noise - noise == zero) ? (lost ? one : none) : two;
+  }
+};
+
+// Small blocks: one in each lane. The group of them is gone through once, and stored from where it has been updated.
+
+/// At least half a register, below which the last register of a row reaches over more than the next one.
+constexpr int64_t kLargestInLanes = 16;
+
+template <class A>
+struct LaneUpdater {
+  using V = Vector<A>;
+
+  const InverseUpdate& b;
+  V* const p;     // [n, n]
+  V* const u;     // [vectors, n]
+  V* const v;     // [n]
+  V* const size;  // [n], of the diagonal of P: at first, or what it has grown to
+
+  /// Registers that it works on.
+  static int64_t registers(const InverseUpdate& b) { return b.n * (b.n + b.vectors + 2); }
+
+  LaneUpdater(const InverseUpdate& update, V* memory)
+      : b(update), p(memory), u(p + b.n * b.n), v(u + b.vectors * b.n), size(v + b.n) {}
+
+  /// Updates what has been loaded, and says what became of each lane.
+  V update() const {
+    const V zero = {}, one = zero + 1, two = zero + 2;
+    V status = zero, lowest = one, taint = zero;
+    for (int64_t i = 0; i < b.n; ++i) {
+      size[i] = p[i * (b.n + 1)];
+      lowest = size[i] < lowest ? size[i] : lowest;
+    }
+    for (int64_t j = 0; j < b.vectors; ++j) {
+      const V* const x = u + j * b.n;
+      multiply_lanes<A>(p, x, b.n, v);
+      V q = zero, sum = zero;
+      for (int64_t i = 0; i < b.n; ++i) {
+        q += x[i] * v[i];
+        sum += x[i] * (x[i] * size[i]);
+      }
+      const Judgement<A, V> judgement(b, q, sum);
+      status = status != zero ? status : judgement.status;
+      taint = subtract(static_cast<A>(b.gain) / judgement.den, j + 1 == b.vectors ? static_cast<A>(1 / b.decay) : A(1));
+      for (int64_t i = 0; i < b.n; ++i) {
+        const V left = p[i * (b.n + 1)];
+        lowest = left < lowest ? left : lowest;
+        if (b.gain < 0) size[i] = left;
+      }
+    }
+    const V of_result = taint == zero ? (lowest > zero ? zero : one) : two;
+    return status != zero ? status : of_result;
+  }
+
+  /// P <- (P - c v v^T) * scale; zero, or NaN in the lanes where that is not finite.
+  V subtract(V c, A scale) const {
+    V taint = {};
+    for (int64_t r = 0; r < b.n; ++r) {
+      V* const row = p + r * b.n;
+      const V along = c * v[r];
+      for (int64_t k = 0; k <= r; ++k) {
+        const V value = (row[k] - along * v[k]) * scale;
+        taint += value * A(0);
+        row[k] = p[k * b.n + r] = value;
+      }
+    }
+    return taint;
+  }
+};
+
+template <class A>
+inline void update_in_lanes(const InverseUpdate& b) {
+  constexpr int64_t kWidth = kLanes<A>;
+  A* const inverse = static_cast<A*>(b.inverse);
+  const A* const u = static_cast<const A*>(b.u);
+  const int64_t size = b.n * b.n, row = b.vectors * b.n, groups = ceil_div(b.count, kWidth);
+  const int64_t threads = useful_threads(b.count * (size + row), b.threads);
+  parallel_for(static_cast<int>(smaller(threads, groups)), groups, [&](int, int64_t begin, int64_t end) {
+    const LaneScratch<A> scratch(LaneUpdater<A>::registers(b));
+    const LaneUpdater<A> updater(b, scratch.data());
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t first = group * kWidth, present = smaller(b.count - first, kWidth);
+      A* const blocks = inverse + first * size;
+      // What lies side by side in lanes lies one behind the other in memory: processors do not see it coming.
+      const char* const next = reinterpret_cast<const char*>(blocks + present * size);
+      for (int64_t i = 0; i < kWidth * size * static_cast<int64_t>(sizeof(A)); i += 64) __builtin_prefetch(next + i, 0, 2);
+      load_lanes(blocks, present, size, updater.p);
+      load_lanes(u + first * row, present, row, updater.u);
+      const Vector<A> status = updater.update();
+      uint32_t good = 0;
+      for (int64_t r = 0; r < present; ++r) {
+        b.info[first + r] = static_cast<int64_t>(status[r]);
+        good |= static_cast<uint32_t>(status[r] == 0) << r;
+      }
+      store_lanes(updater.p, good, size, blocks);
+    }
+  });
+}
+
+// Larger blocks: one after the other. A block is gone through twice, for the products P u_j and to change it; between
+// the two it stays in the caches. Its rows need not fill registers: the last register of a row reaches into the next
+// one, which is right behind it. Only where that would leave the block is a part of a register read or written.
 
 /// The lanes from p on that lie before `end`, and zeros.
 template <class A>
@@ -83,18 +200,15 @@ inline Vector<A> load_until(const A* p, const A* end) {
   return end - p >= kLanes<A> ? load(p) : load(p, end - p);
 }
 
-inline bool is_finite(double value) { return value - value == 0; }
-
 /// What one thread needs to update one block after the other.
 template <class A>
-class Updater {
+class RowUpdater {
  public:
-  explicit Updater(const InverseUpdate& b)
-      : n_(b.n),
+  explicit RowUpdater(const InverseUpdate& b)
+      : b_(b),
+        n_(b.n),
         vectors_(b.vectors),
         stride_(ceil_div(b.n, kLanes<A>) * kLanes<A>),
-        decay_(b.decay),
-        gain_(b.gain),
         sign_(b.gain < 0 ? A(-1) : A(1)),
         reciprocal_(static_cast<A>(1 / b.decay)),
         memory_((b.vectors + 2) * (stride_ / kLanes<A>)),
@@ -118,15 +232,11 @@ class Updater {
 
  private:
   static constexpr int kStripRegisters = 4;  // of columns whose sums stay in registers
-  static constexpr A kInfinity = std::numeric_limits<A>::infinity();
 
   void begin(const A* p) {
     for (int64_t i = 0; i < stride_; ++i) diagonal_[i] = size_[i] = i < n_ ? p[i * (n_ + 1)] : A(1);
-    reach_ = Vector<A>{} + (vectors_ > 0 ? A(0) : kInfinity);  // products have yet to see P
-    for (int64_t c = 0; c < n_; c += kLanes<A>) reach_ += load(diagonal_ + c) > A(0) ? Vector<A>{} : far();
+    reach_ = Vector<A>{};
   }
-
-  static Vector<A> far() { return Vector<A>{} + kInfinity; }
 
   /// v = P u.
   void multiply(const A* p, const A* u, A* v) {
@@ -139,21 +249,24 @@ class Updater {
   /// Columns first, first + 1, ... of it, in kRegisters registers. Adds the squares of P to the reach.
   template <int kRegisters>
   void multiply(const A* p, const A* u, int64_t first, A* v) {
-    const A* const end = p + n_ * n_;
     Vector<A> sum[kRegisters] = {}, squares[kRegisters] = {};
-    for (int64_t r = 0; r < n_; ++r) {
-      const A* const row = p + r * n_ + first;
+    const int64_t n = n_;
+    const auto add = [&](int64_t r, const auto& load) {
+      const A* const row = p + r * n + first;
 #pragma GCC unroll 4
       for (int i = 0; i < kRegisters; ++i) {
-        const Vector<A> value = load_until(row + i * kLanes<A>, end);
+        const Vector<A> value = load(row + i * kLanes<A>);
         sum[i] += u[r] * value;
         squares[i] += value * value;
       }
-    }
+    };
+    const A* const end = p + n * n;
+    int64_t r = 0;
+    for (; r < n - 1; ++r) add(r, [](const A* entries) { return load(entries); });
+    add(r, [=](const A* entries) { return load_until(entries, end); });
     for (int i = 0; i < kRegisters; ++i) {
       const int64_t c = first + i * kLanes<A>;
-      store(v + c, Vector<A>{});
-      store(v + c, sum[i], smaller(n_ - c, kLanes<A>));
+      store(v + c, first_lanes<A>(sum[i], smaller(n_ - c, kLanes<A>)));
       reach_ += squares[i];
     }
   }
@@ -175,38 +288,43 @@ class Updater {
       products += x * load(v + c);
       sizes += x * (x * load(size_ + c));
     }
-    constexpr double kUnit = std::numeric_limits<A>::epsilon() / 2;
-    const double q = sum_lanes<A>(products), den = decay_ + gain_ * q;
-    // By how much rounding the entries of P moves q: each is at most the root of P_ii P_jj.
-    const double noise = n_ * kUnit * sum_lanes<A>(sizes), noise_of_den = sign_ * gain_ * noise;
-    if (!is_finite(den) || !is_finite(noise)) return kNotFinite;
-    if (den <= noise_of_den) return kNotPositive;
-    if (decay_ * q < den * noise && noise_of_den > kUnit * kUnit * decay_) return kNotPositive;
-    const A root = static_cast<A>(__builtin_sqrt(sign_ * gain_ / den));
+    const Judgement<A, double> judgement(b_, sum_lanes<A>(products), sum_lanes<A>(sizes));
+    if (judgement.status != 0) return static_cast<Status>(judgement.status);
+    const Vector<A> far = Vector<A>{} + std::numeric_limits<A>::infinity();
+    const A root = static_cast<A>(__builtin_sqrt(sign_ * b_.gain / judgement.den));
     for (int64_t c = 0; c < n_; c += kLanes<A>) {
-      const Vector<A> w = root * load(v + c), left = load(diagonal_ + c) - (sign_ * w) * w;
+      const Vector<A> w = root * load(v + c), left = load(diagonal_ + c) - (sign_ * w) * w, size = load(size_ + c);
       store(v + c, w);
       store(diagonal_ + c, left);
-      if (gain_ < 0) store(size_ + c, left);
-      reach_ += left * reciprocal_ > A(0) ? w * w : far();
+      if (b_.gain < 0) store(size_ + c, left);
+      reach_ += (left * reciprocal_ > A(0)) & (size > A(0)) ? w * w : far;
     }
     return kUpdated;
   }
 
-  /// Lanes of entries (r, c), (r, c + 1), ... of the result, given those of P.
-  Vector<A> updated(Vector<A> old, int64_t r, int64_t c) const {
-    for (int64_t j = 0; j < vectors_; ++j) {
-      const A* const w = w_ + j * stride_;
-      old -= (sign_ * w[r]) * load(w + c);
+  /// What becomes of entries. Held in registers: for all a compiler knows, a store may change what an object points at.
+  struct Change {
+    const A* w;
+    int64_t vectors;
+    int64_t stride;
+    A sign;
+    A reciprocal;
+
+    /// Lanes of entries (r, c), (r, c + 1), ... of the result, given those of P.
+    Vector<A> operator()(Vector<A> old, int64_t r, int64_t c) const {
+      for (int64_t j = 0; j < vectors; ++j) old -= (sign * w[j * stride + r]) * load(w + j * stride + c);
+      return old * reciprocal;
     }
-    return old * reciprocal_;
-  }
+  };
+
+  Change change() const { return {w_, vectors_, stride_, sign_, reciprocal_}; }
 
   /// Whether the result may be written.
   Status look(const A* p) const {
     // No entry of P is larger than 1 + the sum of their squares. Nearly always that is all there is to see.
     constexpr double kRoom = std::numeric_limits<A>::max() / 4;
-    if ((1 + static_cast<double>(sum_lanes<A>(reach_))) / decay_ < kRoom) return kUpdated;
+    if ((1 + static_cast<double>(sum_lanes<A>(reach_))) / b_.decay < kRoom) return kUpdated;
+    const Change updated = change();
     Vector<A> taint = {};
     bool positive = true;
     for (int64_t r = 0; r < n_; ++r) {
@@ -220,31 +338,34 @@ class Updater {
     return positive ? kUpdated : kNotPositive;
   }
 
-  /// Each register is read before the one in front of it is written, which may reach into the next row. Where rows are
-  /// much shorter than a register it would reach too far.
+  /// Each register is read before the one in front of it is written, which may reach into the next row. Meanwhile the
+  /// next block is fetched.
   void write(A* p) const {
-    const A* const end = p + n_ * n_;
-    const bool reaching = 2 * n_ >= kLanes<A>;
-    Vector<A> next = load_until<A>(p, end);
-    for (int64_t r = 0; r < n_; ++r) {
-      A* const row = p + r * n_;
-      for (int64_t c = 0; c < n_; c += kLanes<A>) {
+    const Change updated = change();
+    const int64_t n = n_;
+    const A* const end = p + n * n;
+    Vector<A> next = load(p);
+    for (int64_t r = 0; r < n - 1; ++r) {
+      A* const row = p + r * n;
+      for (int64_t c = 0; c < n; c += kLanes<A>) {
         const Vector<A> value = updated(next, r, c);
-        next = load_until<A>(row + smaller(c + kLanes<A>, n_), end);
-        if (reaching && end - (row + c) >= kLanes<A>) {
-          store(row + c, value);
-        } else {
-          store(row + c, value, smaller(n_ - c, kLanes<A>));
-        }
+        next = load_until<A>(row + smaller(c + kLanes<A>, n), end);
+        __builtin_prefetch(row + c + n * n, 0, 3);
+        store(row + c, value);
       }
+    }
+    A* const row = p + (n - 1) * n;
+    for (int64_t c = 0; c < n; c += kLanes<A>) {
+      const Vector<A> value = updated(next, n - 1, c);
+      next = load_until<A>(row + smaller(c + kLanes<A>, n), end);
+      store(row + c, value, smaller(n - c, kLanes<A>));
     }
   }
 
+  const InverseUpdate& b_;
   const int64_t n_;
   const int64_t vectors_;
   const int64_t stride_;
-  const double decay_;
-  const double gain_;
   const A sign_;
   const A reciprocal_;
   const LaneScratch<A> memory_;
@@ -253,6 +374,18 @@ class Updater {
   A* const size_;      // of P, or of what it has grown to
   Vector<A> reach_;    // sums of squares of what the result is made of, or infinite where the diagonal is not positive
 };
+
+template <class A>
+inline void update_by_rows(const InverseUpdate& b) {
+  A* const inverse = static_cast<A*>(b.inverse);
+  const A* const u = static_cast<const A*>(b.u);
+  const int64_t size = b.n * b.n, row = b.vectors * b.n;
+  const int64_t threads = useful_threads(b.count * (size + row), b.threads);
+  parallel_for(static_cast<int>(smaller(threads, b.count)), b.count, [&](int, int64_t begin, int64_t end) {
+    RowUpdater<A> updater(b);
+    for (int64_t i = begin; i < end; ++i) b.info[i] = updater.update(inverse + i * size, u + i * row);
+  });
+}
 
 }  // namespace
 
@@ -295,13 +428,7 @@ void rank_one_solve(const RankOneSolve& s) {
 void inverse_update_(const InverseUpdate& b) {
   with_type(b.dtype, [&](auto* type) {
     using A = Accumulator<std::remove_pointer_t<decltype(type)>>;
-    A* const inverse = static_cast<A*>(b.inverse);
-    const A* const u = static_cast<const A*>(b.u);
-    const int64_t size = b.n * b.n, threads = useful_threads(b.count * size * (1 + b.vectors), b.threads);
-    parallel_for(static_cast<int>(smaller(threads, b.count)), b.count, [&](int, int64_t begin, int64_t end) {
-      Updater<A> updater(b);
-      for (int64_t i = begin; i < end; ++i) b.info[i] = updater.update(inverse + i * size, u + i * b.vectors * b.n);
-    });
+    b.n <= kLargestInLanes ? update_in_lanes<A>(b) : update_by_rows<A>(b);
   });
 }
 

@@ -238,6 +238,32 @@ inline void store(double* p, Vector<double> value, int64_t count) {
 }
 #endif
 
+template <class A>
+using Integer = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+
+template <class A>
+using Integers = typename VectorOf<Integer<A>, kLanes<A>>::Type;
+
+/// 0, 1, 2, ...
+template <class A>
+struct Counting {
+  Integer<A> values[kLanes<A>];
+
+  constexpr Counting() : values() {
+    for (int i = 0; i < kLanes<A>; ++i) values[i] = i;
+  }
+};
+
+template <class A>
+constexpr Counting<A> kCounting;
+
+/// The first `count` lanes, and zeros.
+template <class A>
+inline Vector<A> first_lanes(Vector<A> value, int64_t count) {
+  const auto lane = load_bits<Integers<A>>(kCounting<A>.values);
+  return lane < static_cast<Integer<A>>(count) ? value : Vector<A>{};
+}
+
 /// The sum of the lanes, half added to half.
 template <class A, int kSize = kLanes<A>>
 inline A sum_lanes(const typename VectorOf<A, kSize>::Type& value) {

@@ -40,6 +40,8 @@ void update(const char* function, bool rank_one, py::handle inverse_object, py::
     value_error(u_argument, "has shape " + u.shape() + ", expected (" + std::to_string(count) +
                                 (rank_one ? ", " : ", k, ") + std::to_string(n) + ")");
   }
+  const int64_t vectors = rank_one ? 1 : u.sizes[1];
+  if (vectors == 0) value_error(u_argument, "has shape " + u.shape() + ", expected at least one vector");
   check_contiguous(u, u_argument);
   check_number(decay, std::isfinite(decay) && decay > 0, {function, "decay"}, "a finite number above 0");
   check_number(gain, std::isfinite(gain), {function, "gain"}, "a finite number");
@@ -47,7 +49,6 @@ void update(const char* function, bool rank_one, py::handle inverse_object, py::
   check_threads(threads, {function, "threads"});
 
   const py::gil_scoped_release release;
-  const int64_t vectors = rank_one ? 1 : u.sizes[1];
   run(InverseUpdate{inverse.data, u.data, info, decay, gain, count, vectors, n, inverse.dtype, threads},
       {FISHER_KERNELS_VARIANTS(inverse_update_)});
 }

@@ -148,6 +148,8 @@ def _low_rank_reference(inverse: Tensor, u: Tensor, decay: float = 1.0, gain: fl
 
 
 def _low_rank_cpu(inverse: Tensor, u: Tensor, decay: float = 1.0, gain: float = 1.0) -> Tensor:
+    if u.dim() == 3 and u.shape[1] == 0:
+        u = u.new_zeros((u.shape[0], 1, u.shape[2]))  # the decay alone
     return _update_natively(native().low_rank_inverse_update_, inverse, u, decay, gain)
 
 
