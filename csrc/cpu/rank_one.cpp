@@ -95,10 +95,13 @@ struct Judgement {
   }
 };
 
-// Small blocks: one in each lane. The group of them is gone through once, and stored from where it has been updated.
+// Small blocks: one in each lane, stored from where they have been updated.
 
 /// At least half a register, below which the last register of a row reaches over more than the next one.
 constexpr int64_t kLargestInLanes = 16;
+
+template <class A>
+constexpr int64_t kCacheLine = 64 / static_cast<int64_t>(sizeof(A));  // numbers of one
 
 template <class A>
 struct LaneUpdater {
@@ -175,8 +178,8 @@ inline void update_in_lanes(const InverseUpdate& b) {
       const int64_t first = group * kWidth, present = smaller(b.count - first, kWidth);
       A* const blocks = inverse + first * size;
       // What lies side by side in lanes lies one behind the other in memory: processors do not see it coming.
-      const char* const next = reinterpret_cast<const char*>(blocks + present * size);
-      for (int64_t i = 0; i < kWidth * size * static_cast<int64_t>(sizeof(A)); i += 64) __builtin_prefetch(next + i, 0, 2);
+      const A* const next = blocks + present * size;
+      for (int64_t i = 0; i < kWidth * size; i += kCacheLine<A>) __builtin_prefetch(next + i, 0, 2);
       load_lanes(blocks, present, size, updater.p);
       load_lanes(u + first * row, present, row, updater.u);
       const Vector<A> status = updater.update();
