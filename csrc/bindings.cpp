@@ -74,6 +74,16 @@ PYBIND11_MODULE(_native, module) {
   module.def("block_apply", &fk::block_apply, "inverse"_a, "vectors"_a, "out"_a, "threads"_a,
              "out[b] = inverse[b] vectors[b].");
 
+  module.def("rank_one_solve", &fk::rank_one_solve, "u"_a, "x"_a, "rho"_a, "out"_a, "threads"_a,
+             "out = (u u^T + rho I)^-1 x, each list of contiguous tensors being one vector.");
+  module.def("rank_one_inverse_update_", &fk::rank_one_inverse_update_, "inverse"_a, "u"_a, "decay"_a, "gain"_a,
+             "info"_a, "threads"_a,
+             "inverse[b] <- (decay inverse[b]^-1 + gain u[b] u[b]^T)^-1 and info[b] = 0. Where that would not be "
+             "positive definite (1) or finite (2), inverse[b] stays as it was.");
+  module.def("low_rank_inverse_update_", &fk::low_rank_inverse_update_, "inverse"_a, "u"_a, "decay"_a, "gain"_a,
+             "info"_a, "threads"_a,
+             "The same with the sum over j of u[b, j] u[b, j]^T in place of u[b] u[b]^T.");
+
   module.def("weighted_gram_", &fk::weighted_gram_, "out"_a, "x"_a, "weight"_a, "decay"_a, "gain"_a, "threads"_a,
              "out <- decay * out + gain * sum over r of weight[r] x[r] x[r]^T, for x [R, D] with unit column stride. "
              "weight: None for ones. Of out the lower triangle is read, and nothing if decay is 0.");

@@ -261,6 +261,39 @@ struct BlockApply {
   int threads;
 };
 
+/// Tensors of one size and dtype, each without gaps.
+struct RankOneArrays {
+  const void* u;
+  const void* x;
+  void* out;
+  int64_t size;
+  DType dtype;
+};
+
+/// out = (x - u (u.x) / (rho + u.u)) / rho, all arrays u being one vector to the dot products, and likewise x.
+struct RankOneSolve {
+  const RankOneArrays* arrays;
+  int64_t count;
+  double rho;
+  int threads;
+};
+
+/// P <- (decay P^-1 + gain sum over j of u_j u_j^T)^-1 for each of `count` symmetric positive definite P. info is 0, or
+/// 1 where the result would not be positive definite as far as can be told, or 2 where it would not be finite; there P
+/// stays as it was.
+struct InverseUpdate {
+  void* inverse;  // [count, n, n]
+  const void* u;  // [count, vectors, n]
+  int64_t* info;  // [count]
+  double decay;
+  double gain;
+  int64_t count;
+  int64_t vectors;  // at least 1
+  int64_t n;
+  DType dtype;  // float32 or float64
+  int threads;
+};
+
 /// out <- decay * out + gain * sum over r of weight[r] x[r] x[r]^T. Of out the lower triangle is read, and nothing if
 /// decay is 0.
 struct WeightedGram {
@@ -380,6 +413,8 @@ struct StreamRead {
   void block_inverse(const BlockInverse&);                 \
   void block_solve(const BlockSolve&);                     \
   void block_apply(const BlockApply&);                     \
+  void rank_one_solve(const RankOneSolve&);                \
+  void inverse_update_(const InverseUpdate&);              \
   void mini_block_gram_(const MiniBlockGram&);             \
   void conv_mini_block_gram_(const ConvMiniBlockGram&);    \
   void weighted_gram_(const WeightedGram&);                \

@@ -499,6 +499,60 @@ def _block_cases(n: int) -> list[Case]:
     ]
 
 
+# Inverses kept current: v, q and the outer products round about n times relative to P, and an error in v counts by the
+# condition number. P is the inverse of a matrix whose eigenvalues lie between 0.5 and about 4.
+
+
+def _update_inputs(source: Source, n: int, vectors: Sequence[int]) -> Inputs:
+    x = source.normal(37, n, n + 2)
+    inverse = torch.linalg.inv(x @ x.mT / (n + 2) + 0.5 * torch.eye(n, dtype=x.dtype, device=x.device))
+    inverse = (inverse + inverse.mT) / 2
+    inverse[3, 0, -1] = math.nan
+    return {"inverse": inverse, "u": source.normal(37, *vectors, n)}
+
+
+def _update_cases(n: int) -> list[Case]:
+    def case(op: str, vectors: Sequence[int]) -> Case:
+        function = getattr(ops, op)
+
+        def call(inputs: Inputs) -> list[Tensor]:
+            info = function(inputs["inverse"], inputs["u"], 0.9, 0.1)
+            return [inputs["inverse"], info]
+
+        def tolerance(inputs: Inputs, expected: list[Tensor], u: float) -> list[Tolerance]:
+            rounds = sum(vectors) or 1
+            return [64 * (n + rounds) * rounds * u * expected[0].nan_to_num().abs().amax(), 0.0]
+
+        return Case(op, f"{n} x {n}", _FACTOR_DTYPES, lambda s: _update_inputs(s, n, vectors), call, tolerance)
+
+    return [case("rank_one_inverse_update_", ()), case("low_rank_inverse_update_", (3,))]
+
+
+def _solve_case() -> Case:
+    rho, shapes = 0.5, ((7, 13), (), (0, 3), (20_000,))
+
+    def inputs(source: Source) -> Inputs:
+        u, x = ([source.normal(*shape) for shape in shapes] for _ in range(2))
+        return {"u": u, "x": x, "stored_u": torch.finfo(source.dtype).eps / 2}
+
+    def tolerance(inputs: Inputs, expected: list[Tensor], u: float) -> list[Tolerance]:
+        square = sum(v.square().sum() for v in inputs["u"])
+        along = sum((v * y).abs().sum() for v, y in zip(inputs["u"], inputs["x"], strict=True)) / (rho + square)
+        return [
+            8 * u * (y.abs() + along * v.abs()) / rho + inputs["stored_u"] * z.abs()
+            for v, y, z in zip(inputs["u"], inputs["x"], expected, strict=True)
+        ]
+
+    return Case(
+        "rank_one_solve",
+        "four tensors",
+        _SUM_DTYPES,
+        inputs,
+        lambda inputs: ops.rank_one_solve(inputs["u"], inputs["x"], rho),
+        tolerance,
+    )
+
+
 # Grams: each entry is a sum of as many products as there are samples or rows, rounded as the sums of squares are but
 # for signs: the magnitudes of the products stand for their sum.
 
@@ -627,6 +681,8 @@ CASES: Sequence[Case] = (
     _ema_case("normalised", 0.08, 0.008, normalize=True, eps=1e-6),
     _ema_case("in pairs", 0.8, 0.2, joint=2),
     *(case for n in (1, 9, 25, 64) for case in _block_cases(n)),
+    *(case for n in (1, 9, 25, 70) for case in _update_cases(n)),
+    _solve_case(),
     _mini_block_case("3 x 3 kernels", 65, 35, 9),
     _mini_block_case("average", 7, 17, 25, decay=0.9),
     _mini_block_case("no samples", 0, 3, 4, decay=0.9),

@@ -32,6 +32,7 @@ from tests.cases.factor_ema import vectors
 from tests.cases.mbf_step import PARAMETERS as MBF_PARAMETERS
 from tests.cases.mbf_step import step as mbf_step
 from tests.cases.mini_block_gram import Convolution
+from tests.cases.rank_one import inverses
 from tests.cases.sofim_step import SHAPES as SOFIM_SHAPES
 from tests.cases.sofim_step import step as sofim_step
 from tests.comparison import assert_same_bits, assert_within, surroundings
@@ -120,6 +121,26 @@ SAMPLES: dict[str, tuple[Callable[[], Arguments], ...]] = {
         lambda: ((blocks(18, 5, torch.float32), random((18, 5), torch.float32)), {}),
         lambda: ((blocks(3, 4, torch.float64).mT, random((4, 3), torch.float64).T), {}),
     ),
+    "rank_one_solve": (
+        lambda: (
+            (
+                [random((3, 4), torch.float32), random((5,), torch.bfloat16)],
+                [random((3, 4), torch.float32, 1), random((5,), torch.bfloat16, 1)],
+                0.5,
+            ),
+            {},
+        ),
+        lambda: (([random((4, 6), torch.float64).T], [random((6, 8), torch.float64)[:, ::2]], 0.5), {}),
+        lambda: (([], [], 1.0), {}),
+    ),
+    "rank_one_inverse_update_": (
+        lambda: ((inverses(18, 5, torch.float32), random((18, 5), torch.float32), 0.9, 0.1), {}),
+        lambda: ((inverses(6, 20, torch.float64)[::2], random((20, 3), torch.float64).T, 0.9), {}),
+    ),
+    "low_rank_inverse_update_": (
+        lambda: ((inverses(18, 5, torch.float32), random((18, 2, 5), torch.float32), 0.9, 0.1), {}),
+        lambda: ((inverses(6, 20, torch.float64)[::2], random((3, 20, 2), torch.float64).mT), {}),
+    ),
     "mbf_step_": (
         lambda: mbf_arguments(),
         lambda: mbf_arguments(
@@ -180,6 +201,8 @@ SAMPLES: dict[str, tuple[Callable[[], Arguments], ...]] = {
 CALLS = [pytest.param(name, sample, id=f"{name}-{i}") for name in SAMPLES for i, sample in enumerate(SAMPLES[name])]
 MUTATES = {
     "block_inverse_": {"out"},
+    "rank_one_inverse_update_": {"inverse"},
+    "low_rank_inverse_update_": {"inverse"},
     "minmax_": {"out"},
     "factor_ema_": {"state"},
     "adafisher_step_": {"params", "exp_avgs", "steps"},
@@ -272,6 +295,8 @@ def public(name: str) -> Callable[..., Any]:
             return out + 1
 
         return gram
+    if name == "rank_one_solve":
+        return lambda u, x, *rest: [y + 1 for y in ops.rank_one_solve([2 * v for v in u], x, *rest)]
     if name == "minmax":
         return lambda x, *rest: [y + 1 for y in ops.minmax([2 * v for v in x], *rest)]
     if name == "batch_norm_gradients":
@@ -290,6 +315,9 @@ COMPILED = (
     "adafisher_step_",
     "mbf_step_",
     "mini_block_gram_",
+    "rank_one_solve",
+    "rank_one_inverse_update_",
+    "low_rank_inverse_update_",
     "sofim_step_",
     "weighted_gram_",
 )
@@ -381,6 +409,8 @@ def test_arguments_that_require_a_gradient_are_stepped_under_no_grad(backend: st
         "mbf_step_",
         "mini_block_gram_",
         "conv_mini_block_gram_",
+        "rank_one_inverse_update_",
+        "low_rank_inverse_update_",
         "sofim_step_",
         "weighted_gram_",
     ],

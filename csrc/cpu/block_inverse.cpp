@@ -326,20 +326,7 @@ inline void apply_in_lanes(const A* blocks, const A* vectors, A* out, int64_t co
       const int64_t first = group * kWidth, present = smaller(count - first, kWidth);
       load_lanes(blocks + first * size, present, size, a);
       load_lanes(vectors + first * n, present, n, v);
-      int64_t i = 0;
-      for (; i + 4 <= n; i += 4) {
-        Vector<A> sum[4] = {};
-        for (int64_t k = 0; k < n; ++k) {
-#pragma GCC unroll 4
-          for (int64_t r = 0; r < 4; ++r) sum[r] += a[(i + r) * n + k] * v[k];
-        }
-        for (int64_t r = 0; r < 4; ++r) sums[i + r] = sum[r];
-      }
-      for (; i < n; ++i) {
-        Vector<A> sum = {};
-        for (int64_t k = 0; k < n; ++k) sum += a[i * n + k] * v[k];
-        sums[i] = sum;
-      }
+      multiply_lanes<A>(a, v, n, sums);
       store_lanes(sums, (uint32_t{1} << present) - 1, n, out + first * n);
     }
   });

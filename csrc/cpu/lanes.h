@@ -123,6 +123,25 @@ inline bool all_finite(const A* x, int64_t count) {
   return sum_lanes<A>((sum[0] + sum[1]) + (sum[2] + sum[3])) == 0;
 }
 
+/// out = a v, for an n x n matrix and a vector in each lane.
+template <class A>
+inline void multiply_lanes(const Vector<A>* a, const Vector<A>* v, int64_t n, Vector<A>* out) {
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) {
+    Vector<A> sum[4] = {};
+    for (int64_t k = 0; k < n; ++k) {
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < 4; ++r) sum[r] += a[(i + r) * n + k] * v[k];
+    }
+    for (int64_t r = 0; r < 4; ++r) out[i + r] = sum[r];
+  }
+  for (; i < n; ++i) {
+    Vector<A> sum = {};
+    for (int64_t k = 0; k < n; ++k) sum += a[i * n + k] * v[k];
+    out[i] = sum;
+  }
+}
+
 /// x[r * size + i] = lanes[i][r] for arrays r with a bit in `chosen`.
 template <class A>
 inline void store_lanes(const Vector<A>* lanes, uint32_t chosen, int64_t size, A* x) {

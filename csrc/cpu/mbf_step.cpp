@@ -37,32 +37,6 @@ int64_t chunk_cost(const MbfParameter& p) {
   return chunk_rows(p) * (inverse + 5 * p.columns);
 }
 
-template <class A>
-using Integer = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
-
-template <class A>
-using Integers = typename VectorOf<Integer<A>, kLanes<A>>::Type;
-
-/// 0, 1, 2, ...
-template <class A>
-struct Counting {
-  Integer<A> values[kLanes<A>];
-
-  constexpr Counting() : values() {
-    for (int i = 0; i < kLanes<A>; ++i) values[i] = i;
-  }
-};
-
-template <class A>
-constexpr Counting<A> kCounting;
-
-/// The first `count` lanes, and zeros.
-template <class A>
-inline Vector<A> first_lanes(Vector<A> value, int64_t count) {
-  const auto lane = load_bits<Integers<A>>(kCounting<A>.values);
-  return lane < static_cast<Integer<A>>(count) ? value : Vector<A>{};
-}
-
 // Numbers of an inverse as lanes to compute in.
 template <class A, class S>
 inline Vector<A> load_inverse(const S* p) {

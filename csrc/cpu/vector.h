@@ -195,7 +195,7 @@ inline void finish_streaming() {
 #endif
 }
 
-/// The first `count` elements at p, and zeros.
+/// The first `count` elements at p, and zeros; count is at most that of lanes.
 template <class T>
 inline Vector<T> load(const T* p, int64_t count) {
   T padded[kLanes<T>] = {};
@@ -209,6 +209,59 @@ inline void store(T* p, Vector<T> value, int64_t count) {
   T padded[kLanes<T>];
   store(padded, value);
   std::memcpy(p, padded, count * sizeof(T));
+}
+
+// One instruction where processors have one for it; a copy of a length that only the run tells is a call.
+#if defined(__AVX512F__)
+inline Vector<float> load(const float* p, int64_t count) { return _mm512_maskz_loadu_ps((1u << count) - 1, p); }
+inline Vector<double> load(const double* p, int64_t count) { return _mm512_maskz_loadu_pd((1u << count) - 1, p); }
+inline void store(float* p, Vector<float> value, int64_t count) {
+  _mm512_mask_storeu_ps(p, (1u << count) - 1, value);
+}
+inline void store(double* p, Vector<double> value, int64_t count) {
+  _mm512_mask_storeu_pd(p, (1u << count) - 1, value);
+}
+#elif defined(__AVX2__)
+/// All bits in the first `count` words of four or eight bytes, from where `sizeof(T) * count` bytes are left of them.
+template <class T>
+inline __m256i first_words(int64_t count) {
+  alignas(32) static constexpr int64_t kWords[8] = {-1, -1, -1, -1, 0, 0, 0, 0};
+  return load_bits<__m256i>(reinterpret_cast<const char*>(kWords) + (kLanes<T> - count) * sizeof(T));
+}
+inline Vector<float> load(const float* p, int64_t count) { return _mm256_maskload_ps(p, first_words<float>(count)); }
+inline Vector<double> load(const double* p, int64_t count) { return _mm256_maskload_pd(p, first_words<double>(count)); }
+inline void store(float* p, Vector<float> value, int64_t count) {
+  _mm256_maskstore_ps(p, first_words<float>(count), value);
+}
+inline void store(double* p, Vector<double> value, int64_t count) {
+  _mm256_maskstore_pd(p, first_words<double>(count), value);
+}
+#endif
+
+template <class A>
+using Integer = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+
+template <class A>
+using Integers = typename VectorOf<Integer<A>, kLanes<A>>::Type;
+
+/// 0, 1, 2, ...
+template <class A>
+struct Counting {
+  Integer<A> values[kLanes<A>];
+
+  constexpr Counting() : values() {
+    for (int i = 0; i < kLanes<A>; ++i) values[i] = i;
+  }
+};
+
+template <class A>
+constexpr Counting<A> kCounting;
+
+/// The first `count` lanes, and zeros.
+template <class A>
+inline Vector<A> first_lanes(Vector<A> value, int64_t count) {
+  const auto lane = load_bits<Integers<A>>(kCounting<A>.values);
+  return lane < static_cast<Integer<A>>(count) ? value : Vector<A>{};
 }
 
 /// Calls body(i, load, store) for the registers of `count` elements: load(p) and store(p, v) take what is left at the

@@ -36,6 +36,11 @@ void block_inverse(py::handle blocks, double damping, py::handle out, py::handle
 void block_inverse_(py::handle out, py::handle blocks, double damping, py::handle info, int threads);
 void block_solve(py::handle blocks, double damping, py::handle rhs, py::handle out, py::handle info, int threads);
 void block_apply(py::handle inverse, py::handle vectors, py::handle out, int threads);
+void rank_one_solve(py::handle u, py::handle x, double rho, py::handle out, int threads);
+void rank_one_inverse_update_(py::handle inverse, py::handle u, double decay, double gain, py::handle info,
+                              int threads);
+void low_rank_inverse_update_(py::handle inverse, py::handle u, double decay, double gain, py::handle info,
+                              int threads);
 void mini_block_gram_(py::handle out, py::handle v, double decay, double gain, int threads);
 void conv_mini_block_gram_(py::handle out, py::handle x, py::handle grad_output,
                            const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,

@@ -8,6 +8,7 @@ from fisher_kernels.ops.factor_ema import factor_ema_, minmax, minmax_
 from fisher_kernels.ops.gram import weighted_gram_
 from fisher_kernels.ops.mbf_step import mbf_step_
 from fisher_kernels.ops.mini_block_gram import conv_mini_block_gram_, mini_block_gram_
+from fisher_kernels.ops.rank_one import low_rank_inverse_update_, rank_one_inverse_update_, rank_one_solve
 from fisher_kernels.ops.sofim_step import sofim_step_
 from fisher_kernels.ops.sum_of_squares import channel_sum_of_squares, column_sum_of_squares, patch_sum_of_squares
 
@@ -23,11 +24,14 @@ __all__ = [
     "column_sum_of_squares",
     "conv_mini_block_gram_",
     "factor_ema_",
+    "low_rank_inverse_update_",
     "mbf_step_",
     "mini_block_gram_",
     "minmax",
     "minmax_",
     "patch_sum_of_squares",
+    "rank_one_inverse_update_",
+    "rank_one_solve",
     "sofim_step_",
     "weighted_gram_",
 ]

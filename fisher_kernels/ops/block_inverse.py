@@ -9,35 +9,16 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import native
+from fisher_kernels.ops._blocks import check_blocks, check_partner, new_info
 from fisher_kernels.ops._define import define
 
 LARGEST = 64
 """The native inverse is for blocks of up to this size; larger ones go to LAPACK."""
 
 
-def _check_blocks(op: str, name: str, blocks: Tensor) -> None:
-    if blocks.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{op}: {name} has dtype {blocks.dtype}, expected float32 or float64")
-    if not (blocks.dim() == 3 and blocks.shape[1] == blocks.shape[2]):
-        raise ValueError(f"{op}: {name} has shape {tuple(blocks.shape)}, expected (B, n, n)")
-
-
 def _check_damping(op: str, damping: float) -> None:
     if not 0 <= damping < math.inf:
         raise ValueError(f"{op}: damping is {damping}, expected a finite number of at least 0")
-
-
-def _check_partner(op: str, name: str, x: Tensor, shape: torch.Size, like: str, blocks: Tensor) -> None:
-    if x.dtype != blocks.dtype:
-        raise TypeError(f"{op}: {name} has dtype {x.dtype}, expected {blocks.dtype}, the dtype of {like}")
-    if x.shape != shape:
-        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected {tuple(shape)}")
-    if x.device != blocks.device:
-        raise ValueError(f"{op}: {name} is on {x.device}, expected {blocks.device}, the device of {like}")
-
-
-def _new_info(blocks: Tensor) -> Tensor:
-    return blocks.new_empty(blocks.shape[:1], dtype=torch.int64)
 
 
 def _factor(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -53,7 +34,7 @@ def _factor(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 def _invert(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """The inverses, and which of them are of no use."""
     if blocks.numel() == 0:
-        return torch.empty_like(blocks, memory_format=torch.contiguous_format), _new_info(blocks).zero_() != 0
+        return torch.empty_like(blocks, memory_format=torch.contiguous_format), new_info(blocks).zero_() != 0
     factors, bad = _factor(blocks, damping)
     lower = torch.cholesky_inverse(factors).tril()
     inverse = lower + lower.tril(-1).mT
@@ -64,9 +45,9 @@ def _invert(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 
 
 def _fake(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    _check_blocks("block_inverse", "blocks", blocks)
+    check_blocks("block_inverse", "blocks", blocks)
     _check_damping("block_inverse", damping)
-    return blocks.new_empty(blocks.shape), _new_info(blocks)
+    return blocks.new_empty(blocks.shape), new_info(blocks)
 
 
 def _reference(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -79,7 +60,7 @@ def _cpu(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     if blocks.dim() != 3 or blocks.shape[-1] > LARGEST:
         return _reference(blocks, damping)
     blocks = blocks.contiguous()
-    inverse, info = torch.empty_like(blocks), _new_info(blocks)
+    inverse, info = torch.empty_like(blocks), new_info(blocks)
     native().block_inverse(blocks, damping, inverse, info, torch.get_num_threads())
     return inverse, info
 
@@ -116,10 +97,10 @@ def block_inverse(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 
 def _into_fake(out: Tensor, blocks: Tensor, damping: float) -> Tensor:
     op = "block_inverse_"
-    _check_blocks(op, "blocks", blocks)
+    check_blocks(op, "blocks", blocks)
     _check_damping(op, damping)
-    _check_partner(op, "out", out, blocks.shape, "blocks", blocks)
-    return _new_info(blocks)
+    check_partner(op, "out", out, blocks.shape, "blocks", blocks)
+    return new_info(blocks)
 
 
 def _into_reference(out: Tensor, blocks: Tensor, damping: float) -> Tensor:
@@ -132,7 +113,7 @@ def _into_reference(out: Tensor, blocks: Tensor, damping: float) -> Tensor:
 def _into_cpu(out: Tensor, blocks: Tensor, damping: float) -> Tensor:
     if blocks.dim() != 3 or blocks.shape[-1] > LARGEST:
         return _into_reference(out, blocks, damping)
-    info, dense = _new_info(blocks), out.contiguous()
+    info, dense = new_info(blocks), out.contiguous()
     native().block_inverse_(dense, blocks.contiguous(), damping, info, torch.get_num_threads())
     if dense is out:
         increment_version(out)  # for backward passes that kept it
@@ -171,10 +152,10 @@ def block_inverse_(out: Tensor, blocks: Tensor, damping: float) -> Tensor:
 
 def _solve_fake(blocks: Tensor, damping: float, rhs: Tensor) -> tuple[Tensor, Tensor]:
     op = "block_solve"
-    _check_blocks(op, "blocks", blocks)
+    check_blocks(op, "blocks", blocks)
     _check_damping(op, damping)
-    _check_partner(op, "rhs", rhs, blocks.shape[:2], "blocks", blocks)
-    return rhs.new_empty(rhs.shape), _new_info(blocks)
+    check_partner(op, "rhs", rhs, blocks.shape[:2], "blocks", blocks)
+    return rhs.new_empty(rhs.shape), new_info(blocks)
 
 
 def _solve_reference(blocks: Tensor, damping: float, rhs: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,7 +172,7 @@ def _solve_cpu(blocks: Tensor, damping: float, rhs: Tensor) -> tuple[Tensor, Ten
     if blocks.dim() != 3 or blocks.shape[-1] > LARGEST:
         return _solve_reference(blocks, damping, rhs)
     rhs = rhs.contiguous()
-    x, info = torch.empty_like(rhs), _new_info(blocks)
+    x, info = torch.empty_like(rhs), new_info(blocks)
     native().block_solve(blocks.contiguous(), damping, rhs, x, info, torch.get_num_threads())
     return x, info
 
@@ -225,8 +206,8 @@ def block_solve(blocks: Tensor, damping: float, rhs: Tensor) -> tuple[Tensor, Te
 
 
 def _apply_fake(inverse: Tensor, vectors: Tensor) -> Tensor:
-    _check_blocks("block_apply", "inverse", inverse)
-    _check_partner("block_apply", "vectors", vectors, inverse.shape[:2], "inverse", inverse)
+    check_blocks("block_apply", "inverse", inverse)
+    check_partner("block_apply", "vectors", vectors, inverse.shape[:2], "inverse", inverse)
     return vectors.new_empty(vectors.shape)
 
 

@@ -1,0 +1,90 @@
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "../kernels.h"
+#include "blocks.h"
+#include "capability.h"
+#include "entry_points.h"
+#include "tensor.h"
+
+namespace fisher_kernels {
+
+namespace {
+
+void check_number(double value, bool in_range, const Argument& argument, const char* expected) {
+  if (in_range) return;
+  value_error(argument, "is " + std::string(py::str(py::float_(value))) + ", expected " + expected);
+}
+
+/// A tensor of the shape and dtype of its partner.
+TensorView read_partner(py::handle object, const TensorView& partner, const Argument& argument) {
+  const TensorView tensor = read_tensor(object, argument);
+  check_dtype(tensor, partner.dtype, argument);
+  if (!same_shape(tensor, partner)) {
+    value_error(argument, "has shape " + tensor.shape() + ", expected " + partner.shape());
+  }
+  check_contiguous(tensor, argument);
+  return tensor;
+}
+
+/// u is (B, n) where `rank_one`, else (B, k, n).
+void update(const char* function, bool rank_one, py::handle inverse_object, py::handle u_object, double decay,
+            double gain, py::handle info_object, int threads) {
+  const Argument u_argument{function, "u"};
+  const TensorView inverse = read_blocks(inverse_object, {function, "inverse"});
+  const int64_t count = inverse.sizes[0], n = inverse.sizes[1];
+  const TensorView u = read_tensor(u_object, u_argument);
+  check_dtype(u, inverse.dtype, u_argument);
+  if (u.dims != (rank_one ? 2 : 3) || u.sizes[0] != count || u.sizes[u.dims - 1] != n) {
+    value_error(u_argument, "has shape " + u.shape() + ", expected (" + std::to_string(count) +
+                                (rank_one ? ", " : ", k, ") + std::to_string(n) + ")");
+  }
+  const int64_t vectors = rank_one ? 1 : u.sizes[1];
+  if (vectors == 0) value_error(u_argument, "has shape " + u.shape() + ", expected at least one vector");
+  check_contiguous(u, u_argument);
+  check_number(decay, std::isfinite(decay) && decay > 0, {function, "decay"}, "a finite number above 0");
+  check_number(gain, std::isfinite(gain), {function, "gain"}, "a finite number");
+  int64_t* const info = read_info(info_object, inverse, {function, "info"});
+  check_threads(threads, {function, "threads"});
+
+  const py::gil_scoped_release release;
+  run(InverseUpdate{inverse.data, u.data, info, decay, gain, count, vectors, n, inverse.dtype, threads},
+      {FISHER_KERNELS_VARIANTS(inverse_update_)});
+}
+
+}  // namespace
+
+void rank_one_solve(py::handle u_object, py::handle x_object, double rho, py::handle out_object, int threads) {
+  constexpr const char* kFunction = "rank_one_solve";
+  const List us(u_object, {kFunction, "u"}), xs(x_object, {kFunction, "x"}), outs(out_object, {kFunction, "out"});
+  xs.check_size(us.size(), {kFunction, "x"}, "the length of u");
+  outs.check_size(us.size(), {kFunction, "out"}, "the length of u");
+  check_number(rho, std::isfinite(rho) && rho > 0, {kFunction, "rho"}, "a finite number above 0");
+  check_threads(threads, {kFunction, "threads"});
+  std::vector<RankOneArrays> arrays(us.size());
+  for (py::ssize_t i = 0; i < us.size(); ++i) {
+    const Argument argument{kFunction, "u", i};
+    const TensorView u = read_tensor(us[i], argument);
+    check_float(u, argument);
+    check_contiguous(u, argument);
+    const TensorView x = read_partner(xs[i], u, {kFunction, "x", i});
+    const TensorView out = read_partner(outs[i], u, {kFunction, "out", i});
+    arrays[i] = {u.data, x.data, out.data, u.numel(), u.dtype};
+  }
+
+  const py::gil_scoped_release release;
+  run(RankOneSolve{arrays.data(), us.size(), rho, threads}, {FISHER_KERNELS_VARIANTS(rank_one_solve)});
+}
+
+void rank_one_inverse_update_(py::handle inverse, py::handle u, double decay, double gain, py::handle info,
+                              int threads) {
+  update("rank_one_inverse_update_", true, inverse, u, decay, gain, info, threads);
+}
+
+void low_rank_inverse_update_(py::handle inverse, py::handle u, double decay, double gain, py::handle info,
+                              int threads) {
+  update("low_rank_inverse_update_", false, inverse, u, decay, gain, info, threads);
+}
+
+}  // namespace fisher_kernels
