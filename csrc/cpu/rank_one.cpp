@@ -214,10 +214,12 @@ class RowUpdater {
         stride_(ceil_div(b.n, kLanes<A>) * kLanes<A>),
         sign_(b.gain < 0 ? A(-1) : A(1)),
         reciprocal_(static_cast<A>(1 / b.decay)),
-        memory_((b.vectors + 2) * (stride_ / kLanes<A>)),
+        around_stride_(stride_ + kLanes<A>),
+        memory_((b.vectors + 2) * (stride_ / kLanes<A>) + b.vectors * (around_stride_ / kLanes<A>)),
         w_(reinterpret_cast<A*>(memory_.data())),
         diagonal_(w_ + b.vectors * stride_),
-        size_(diagonal_ + stride_) {}
+        size_(diagonal_ + stride_),
+        around_(size_ + stride_) {}
 
   /// P <- (P - gain sum over j of v_j v_j^T / den_j) / decay with v_j = Q_j u_j and den_j = decay + gain u_j^T Q_j u_j,
   /// where Q_j is P less the terms before j: an L D L^T factorisation of decay I + gain U P U^T, as it goes along.
@@ -341,28 +343,48 @@ class RowUpdater {
     return positive ? kUpdated : kNotPositive;
   }
 
-  /// Each register is read before the one in front of it is written, which may reach into the next row. Meanwhile the
-  /// next block is fetched.
+  void write(A* p) {
+    for (int64_t j = 0; j < vectors_; ++j) {
+      const A* const w = w_ + j * stride_;
+      A* const around = around_ + j * around_stride_;
+      for (int64_t c = 0; c < n_ + kLanes<A>; ++c) around[c] = sign_ * w[c < n_ ? c : c - n_];
+    }
+    vectors_ == 1 ? write<true>(p) : write<false>(p);
+  }
+
+  /// In the order of memory, by registers at their natural addresses: a store across two lines of the cache takes as
+  /// long as several within one. A register may hold the end of a row and the beginning of the next. Meanwhile the next
+  /// block is fetched.
+  template <bool kOneVector>
   void write(A* p) const {
-    const Change updated = change();
-    const int64_t n = n_;
-    const A* const end = p + n * n;
-    Vector<A> next = load(p);
-    for (int64_t r = 0; r < n - 1; ++r) {
-      A* const row = p + r * n;
-      for (int64_t c = 0; c < n; c += kLanes<A>) {
-        const Vector<A> value = updated(next, r, c);
-        next = load_until<A>(row + smaller(c + kLanes<A>, n), end);
-        __builtin_prefetch(row + c + n * n, 0, 3);
-        store(row + c, value);
+    const int64_t n = n_, size = n * n, vectors = kOneVector ? 1 : vectors_, stride = stride_;
+    const int64_t around_stride = around_stride_;
+    const A *const w = w_, *const around = around_;
+    const A reciprocal = reciprocal_;
+    const auto lane = load_bits<Integers<A>>(kCounting<A>.values);
+    const Vector<A> one = Vector<A>{} + 1;
+    int64_t r = 0, c = 0;
+    const auto next = [&](Vector<A> value, int64_t count) {
+      const auto in_row = lane < static_cast<Integer<A>>(n - c);
+      for (int64_t j = 0; j < vectors; ++j) {
+        const A* const row = w + j * stride + r;  // of the last row no lane is in the next one
+        value -= (in_row ? row[0] * one : row[1] * one) * load(around + j * around_stride + c);
       }
+      c += count;
+      if (c >= n) {
+        c -= n;
+        ++r;
+      }
+      return value * reciprocal;
+    };
+    const int64_t head = -(reinterpret_cast<intptr_t>(p) / static_cast<int64_t>(sizeof(A))) & (kLanes<A> - 1);
+    if (head > 0) store(p, next(load(p, head), head), head);
+    int64_t i = head;
+    for (; i + kLanes<A> <= size; i += kLanes<A>) {
+      __builtin_prefetch(p + i + size, 0, 3);
+      store(p + i, next(load(p + i), kLanes<A>));
     }
-    A* const row = p + (n - 1) * n;
-    for (int64_t c = 0; c < n; c += kLanes<A>) {
-      const Vector<A> value = updated(next, n - 1, c);
-      next = load_until<A>(row + smaller(c + kLanes<A>, n), end);
-      store(row + c, value, smaller(n - c, kLanes<A>));
-    }
+    if (i < size) store(p + i, next(load(p + i, size - i), size - i), size - i);
   }
 
   const InverseUpdate& b_;
@@ -371,10 +393,12 @@ class RowUpdater {
   const int64_t stride_;
   const A sign_;
   const A reciprocal_;
+  const int64_t around_stride_;
   const LaneScratch<A> memory_;
   A* const w_;         // [vectors, stride]: v_j times the root of |gain| / den_j; zeros at the end of each
   A* const diagonal_;  // of P less the terms so far, and ones
   A* const size_;      // of P, or of what it has grown to
+  A* const around_;    // [vectors, around_stride]: w_j with the sign of the gain, and its beginning once more
   Vector<A> reach_;    // sums of squares of what the result is made of, or infinite where the diagonal is not positive
 };
 
