@@ -353,8 +353,8 @@ class RowUpdater {
   }
 
   /// In the order of memory, by registers at their natural addresses: a store across two lines of the cache takes as
-  /// long as several within one. A register may hold the end of a row and the beginning of the next. Meanwhile the next
-  /// block is fetched.
+  /// long as several within one. A register may hold the end of a row and the beginning of the next. Meanwhile later
+  /// blocks are fetched: into the first cache where there is room for them beside this one, else into the second.
   template <bool kOneVector>
   void write(A* p) const {
     const int64_t n = n_, size = n * n, vectors = kOneVector ? 1 : vectors_, stride = stride_;
@@ -363,6 +363,7 @@ class RowUpdater {
     const A reciprocal = reciprocal_;
     const auto lane = load_bits<Integers<A>>(kCounting<A>.values);
     const Vector<A> one = Vector<A>{} + 1;
+    const bool fits_twice = size * static_cast<int64_t>(sizeof(A)) <= 4096;
     int64_t r = 0, c = 0;
     const auto next = [&](Vector<A> value, int64_t count) {
       const auto in_row = lane < static_cast<Integer<A>>(n - c);
@@ -381,7 +382,11 @@ class RowUpdater {
     if (head > 0) store(p, next(load(p, head), head), head);
     int64_t i = head;
     for (; i + kLanes<A> <= size; i += kLanes<A>) {
-      __builtin_prefetch(p + i + size, 0, 3);
+      if (fits_twice) {
+        __builtin_prefetch(p + i + size + size / 2, 0, 3);
+      } else {
+        __builtin_prefetch(p + i + 2 * size, 0, 2);
+      }
       store(p + i, next(load(p + i), kLanes<A>));
     }
     if (i < size) store(p + i, next(load(p + i, size - i), size - i), size - i);
