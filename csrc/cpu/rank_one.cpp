@@ -30,24 +30,14 @@ struct Products {
 
 template <class T>
 inline Products multiply(const T* u, const T* x, int64_t size) {
-  using Doubles = typename VectorOf<double, kLanes<T>>::Type;
-  constexpr int kSums = 2;
-  Doubles square[kSums] = {}, along[kSums] = {};
-  const auto add = [&](int k, Vector<T> of_u, Vector<T> of_x) {
-    const Doubles wide = __builtin_convertvector(of_u, Doubles);
-    square[k] += wide * wide;
-    along[k] += wide * __builtin_convertvector(of_x, Doubles);
-  };
-  int64_t i = 0;
-  for (; i + kSums * kLanes<T> <= size; i += kSums * kLanes<T>) {
-#pragma GCC unroll 2
-    for (int k = 0; k < kSums; ++k) add(k, load(u + i + k * kLanes<T>), load(x + i + k * kLanes<T>));
-  }
-  for (; i < size; i += kLanes<T>) {
-    const int64_t count = smaller(size - i, kLanes<T>);
-    add(0, load(u + i, count), load(x + i, count));
-  }
-  return {sum_lanes<double, kLanes<T>>(square[0] + square[1]), sum_lanes<double, kLanes<T>>(along[0] + along[1])};
+  using A = Accumulator<T>;
+  SumOfProducts<A> square, along;
+  for_registers<A>(size, [&](int64_t i, const auto& load, const auto&) {
+    const Vector<T> v = load(u + i);
+    square.add(v, v);
+    along.add(v, load(x + i));
+  });
+  return {square.total(), along.total()};
 }
 
 /// out = (x - along * u) / rho.
@@ -55,9 +45,9 @@ template <class T>
 inline void subtract(const T* u, const T* x, int64_t size, double along_u, double damping, T* out) {
   using A = Accumulator<T>;
   const A along = static_cast<A>(along_u), rho = static_cast<A>(damping);
-  int64_t i = 0;
-  for (; i + kLanes<T> <= size; i += kLanes<T>) store(out + i, (load(x + i) - along * load(u + i)) / rho);
-  store(out + i, (load(x + i, size - i) - along * load(u + i, size - i)) / rho, size - i);
+  for_registers<A>(size, [&](int64_t i, const auto& load, const auto& store) {
+    store(out + i, (load(x + i) - along * load(u + i)) / rho);
+  });
 }
 
 /// Calls body(u, x, out, size) with pointers of the dtype of the piece.
