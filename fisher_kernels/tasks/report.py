@@ -213,7 +213,8 @@ def draw(path: Path, task: Task, summaries: Sequence[Summary]) -> None:
         _stretch_towards_100(by_epoch)
     for axes in (by_epoch, by_time):
         axes.grid(alpha=0.3)
-    by_epoch.legend(loc="lower right" if task.metric.higher_is_better else "upper right")
+    # Beside the axes: within them it would hide a point sooner or later.
+    figure.legend(*by_epoch.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(summaries), 6))
     figure.savefig(path)
 
 
