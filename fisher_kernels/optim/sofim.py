@@ -124,11 +124,10 @@ class SOFIM(FisherOptimizer):
 
     def _advance(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         self._check_shared()
-        plan = self._plan
-        if plan is None or plan.scopes != self._scopes():
-            plan = self._plan = self._make_plan()
-        gradients = plan.gradients()
-        if gradients is None:
+        plan, gradients = self._plan, None
+        if plan is not None and plan.scopes == self._scopes():
+            gradients = plan.gradients()
+        if plan is None or gradients is None:
             plan = self._plan = self._make_plan()
             gradients = plan.gradients()
             assert gradients is not None
@@ -195,10 +194,9 @@ class SOFIM(FisherOptimizer):
         report = {}
         for batch in self._plan.batches if self._plan is not None else ():
             squares, group = batch.squares.tolist(), batch.groups[0]
-            everything = range(len(batch.params))
-            scopes = (
-                {GLOBAL: everything} if group["scope"] == GLOBAL else {names[batch.numbers[i]]: [i] for i in everything}
-            )
+            scopes = {GLOBAL: [*range(len(squares))]}
+            if group["scope"] != GLOBAL:
+                scopes = {names[number]: [i] for i, number in enumerate(batch.numbers)}
             for name, members in scopes.items():
                 square = sum(squares[i] for i in members)
                 report[name] = {
