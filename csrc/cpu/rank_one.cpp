@@ -184,8 +184,8 @@ inline void update_in_lanes(const InverseUpdate& b) {
 }
 
 // Larger blocks: one after the other. A block is gone through twice, for the products P u_j and to change it; between
-// the two it stays in the caches. Its rows need not fill registers: the last register of a row reaches into the next
-// one, which is right behind it. Only where that would leave the block is a part of a register read or written.
+// the two it stays in the caches. Its rows need not fill registers. For the products the last register of a row reaches
+// into the next one, which is right behind it; only at the end of the block is a part of a register read.
 
 /// The lanes from p on that lie before `end`, and zeros.
 template <class A>

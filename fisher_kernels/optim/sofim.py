@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fisher_kernels.ops import ACCUMULATOR, sofim_step_
+from fisher_kernels.ops.sofim_step import DIRECTIONS, SCOPES
 from fisher_kernels.optim.base import FisherOptimizer, count, find_gradients, totals
 
 SHARED = ("rho", "beta", "direction", "decoupled", "maximize")
@@ -99,7 +100,7 @@ class SOFIM(FisherOptimizer):
             raise ValueError(f"rho is {group['rho']}, expected a finite number above 0")
         if not 0 <= group["beta"] < 1:
             raise ValueError(f"beta is {group['beta']}, expected 0 <= beta < 1")
-        for name, choices in (("direction", ("momentum", "gradient")), ("scope", ("global", "tensor"))):
+        for name, choices in (("direction", DIRECTIONS), ("scope", SCOPES)):
             if group[name] not in choices:
                 raise ValueError(f"{name} is {group[name]!r}, expected one of {', '.join(map(repr, choices))}")
 
