@@ -12,11 +12,6 @@ namespace fisher_kernels {
 
 namespace {
 
-void check_number(double value, bool in_range, const Argument& argument, const char* expected) {
-  if (in_range) return;
-  value_error(argument, "is " + std::string(py::str(py::float_(value))) + ", expected " + expected);
-}
-
 /// A tensor of the shape and dtype of its partner.
 TensorView read_partner(py::handle object, const TensorView& partner, const Argument& argument) {
   const TensorView tensor = read_tensor(object, argument);
@@ -43,8 +38,8 @@ void update(const char* function, bool rank_one, py::handle inverse_object, py::
   const int64_t vectors = rank_one ? 1 : u.sizes[1];
   if (vectors == 0) value_error(u_argument, "has shape " + u.shape() + ", expected at least one vector");
   check_contiguous(u, u_argument);
-  check_number(decay, std::isfinite(decay) && decay > 0, {function, "decay"}, "a finite number above 0");
-  check_number(gain, std::isfinite(gain), {function, "gain"}, "a finite number");
+  check_range(decay, std::isfinite(decay) && decay > 0, "a finite number above 0", {function, "decay"});
+  check_range(gain, std::isfinite(gain), "a finite number", {function, "gain"});
   int64_t* const info = read_info(info_object, inverse, {function, "info"});
   check_threads(threads, {function, "threads"});
 
@@ -60,7 +55,7 @@ void rank_one_solve(py::handle u_object, py::handle x_object, double rho, py::ha
   const List us(u_object, {kFunction, "u"}), xs(x_object, {kFunction, "x"}), outs(out_object, {kFunction, "out"});
   xs.check_size(us.size(), {kFunction, "x"}, "the length of u");
   outs.check_size(us.size(), {kFunction, "out"}, "the length of u");
-  check_number(rho, std::isfinite(rho) && rho > 0, {kFunction, "rho"}, "a finite number above 0");
+  check_range(rho, std::isfinite(rho) && rho > 0, "a finite number above 0", {kFunction, "rho"});
   check_threads(threads, {kFunction, "threads"});
   std::vector<RankOneArrays> arrays(us.size());
   for (py::ssize_t i = 0; i < us.size(); ++i) {
