@@ -6,21 +6,50 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+import torch
 
 from fisher_kernels._library import native_reason
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 
+
+def _is_interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def _triton_reason() -> str | None:
+    try:
+        found = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "Triton is not installed (pip install 'triton>=3.6', or a PyTorch with CUDA or ROCm, which brings it)"
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < (3, 6):
+        return f"Triton {found} is installed; triton >= 3.6 is needed"
+    if not (_is_interpreted() or torch.cuda.is_available()):
+        return "there is no GPU: torch.cuda.is_available() is False"
+    return None
+
+
 _REASONS: dict[str, str | None] = {
     "reference": None,
     "cpu": native_reason(),
     "cuda": "this version has no CUDA kernels; CUDA tensors run on the reference",
-    "triton": "this version has no Triton kernels; CUDA tensors run on the reference",
+    "triton": _triton_reason(),
 }
-_DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
+_DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if _is_interpreted() else "cuda"}
+
+# What ``auto`` takes for tensors of a type of device.
+_FASTEST = {
+    _DEVICES[name]: name
+    for name in ("cpu", "triton")
+    if _REASONS[name] is None and not (name == "triton" and _is_interpreted())
+}
 
 # Process-wide, not per thread: autograd runs backward hooks in threads of its own.
 _selected = os.environ.get("FISHER_KERNELS_BACKEND") or "auto"
@@ -34,6 +63,11 @@ def available() -> list[str]:
 def reasons() -> dict[str, str | None]:
     """For every backend, why it cannot run here; None where it can."""
     return dict(_REASONS)
+
+
+def device_type(name: str) -> str:
+    """The type of device that a backend runs on; the reference runs on all."""
+    return _DEVICES[name]
 
 
 def _check(name: str) -> None:
@@ -66,7 +100,8 @@ def use_backend(name: str) -> Iterator[None]:
 def choose(op: str, device: str, implemented: Iterable[str]) -> str:
     """The backend that runs ``op`` on tensors of a device type, out of those that implement it."""
     if _selected == "auto":
-        return "cpu" if device == "cpu" and _REASONS["cpu"] is None and "cpu" in implemented else "reference"
+        fast = _FASTEST.get(device)
+        return fast if fast is not None and fast in implemented else "reference"
     _check(_selected)
     if _selected not in implemented:
         raise RuntimeError(f"{op}: backend {_selected!r} does not implement this op")

@@ -83,9 +83,12 @@ def run() -> Iterator[Result]:
 
 def _places() -> list[tuple[str, torch.device]]:
     """Backends and the devices they run on."""
-    gpu = [torch.device("cuda")] if torch.cuda.is_available() else []
-    devices = {"reference": [torch.device("cpu"), *gpu], "cpu": [torch.device("cpu")], "cuda": gpu, "triton": gpu}
-    return [(backend, device) for backend in backends.available() for device in devices[backend]]
+    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return [
+        (backend, torch.device(kind))
+        for backend in backends.available()
+        for kind in (kinds if backend == "reference" else [backends.device_type(backend)])
+    ]
 
 
 def _check(case: Case, dtype: torch.dtype, backend: str, device: torch.device) -> Result:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
+import torch
+
+# Before anything imports Triton's kernels: without a GPU they run in its interpreter, on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import ctypes
 from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
-import torch
 
 from fisher_kernels import backends
 from fisher_kernels._library import native_module
@@ -24,13 +31,13 @@ hypothesis.settings.load_profile("fisher_kernels")
 
 
 def _backends() -> list[str]:
-    return [name for name in backends.available() if name in ("reference", "cpu")]
+    return [name for name in backends.available() if name in ("reference", "cpu", "triton")]
 
 
 def _implementations() -> list[str]:
     native = native_module()
     capabilities = [] if native is None else [f"cpu-{name}" for name in native.capabilities()]
-    return ["reference", *capabilities]
+    return ["reference", *capabilities, *(["triton"] if "triton" in _backends() else [])]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,7 +54,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(params=_backends())
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The test runs once on each backend for CPU tensors that is available here."""
+    """The test runs once on each backend for CPU tensors that is available here: for tests of the ops."""
+    with backends.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[name for name in _backends() if name != "triton"])
+def host_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The same without Triton's interpreter, which is slow: for tests of what is built on the ops."""
     with backends.use_backend(request.param):
         yield request.param
 

@@ -23,7 +23,7 @@ from tests.small_network import (
 OPTIMIZERS = (AdaFisher, AdaFisherW)
 VARIANTS = ("paper", "release", "relative")
 
-pytestmark = pytest.mark.usefixtures("backend", "one_thread")
+pytestmark = pytest.mark.usefixtures("host_backend", "one_thread")
 
 
 # Arguments.

@@ -179,7 +179,7 @@ every_configuration = pytest.mark.parametrize("make", CONFIGURATIONS.values(), i
 """In place of the fixture, for tests of what settings bear on: an interval of 3 has a middle to be saved in."""
 
 pytestmark = [
-    pytest.mark.usefixtures("backend", "one_thread"),
+    pytest.mark.usefixtures("host_backend", "one_thread"),
     pytest.mark.filterwarnings("ignore:.* of the trained parameters have no layer rule"),
 ]
 
@@ -1126,7 +1126,7 @@ def compiling(test: Callable[..., None]) -> Callable[..., None]:
     """The marks of a test that compiles. One backend will do: all the compiler can see is what lies before it."""
     test = pytest.mark.usefixtures("fresh_compiler")(test)
     test = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")(test)
-    return pytest.mark.parametrize("backend", ["reference"], indirect=True)(test)
+    return pytest.mark.parametrize("host_backend", ["reference"], indirect=True)(test)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ PACKAGE = "fisher_kernels"
 
 # From the bottom up; "" is the package itself. Modules on one line do not import one another.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_native",),
+    ("_native", "triton_kernels"),
     ("_library",),
     ("backends",),
     ("ops", "tap"),

@@ -42,7 +42,7 @@ damping of 1e-3 at most another 1e3 of what is left, carried through a few steps
 more."""
 
 pytestmark = [
-    pytest.mark.usefixtures("backend", "one_thread"),
+    pytest.mark.usefixtures("host_backend", "one_thread"),
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
 ]
 

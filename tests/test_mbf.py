@@ -25,7 +25,7 @@ from tests.small_network import (
     train,
 )
 
-pytestmark = pytest.mark.usefixtures("backend", "one_thread")
+pytestmark = pytest.mark.usefixtures("host_backend", "one_thread")
 
 # Arguments.
 

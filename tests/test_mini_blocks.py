@@ -45,7 +45,7 @@ block, 1e4 at most here (entries up to some hundreds over a damping of 0.05), an
 coefficient shows at 1e-2 or more."""
 
 pytestmark = [
-    pytest.mark.usefixtures("backend", "one_thread"),
+    pytest.mark.usefixtures("host_backend", "one_thread"),
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
 ]
 

@@ -22,7 +22,7 @@ TOLERANCE = 1e-5
 
 RECORDED_STEPS = (1, 2, 5, 12)
 
-pytestmark = pytest.mark.usefixtures("backend", "one_thread")
+pytestmark = pytest.mark.usefixtures("host_backend", "one_thread")
 
 
 def layer_from(text: str) -> nn.Module:

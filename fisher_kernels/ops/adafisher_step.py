@@ -58,6 +58,24 @@ def _shape(x: Tensor | None) -> str:
     return "None" if x is None else str(tuple(x.shape))
 
 
+def _check_numbers(
+    lr: Tensor,
+    beta: float,
+    damping: float,
+    weight_decay: float,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    device: torch.device | None,
+) -> None:
+    if not 0 <= beta < 1:
+        raise ValueError(f"{_OP}: beta is {beta}, expected 0 <= beta < 1")
+    for name, value in (("damping", damping), ("weight_decay", weight_decay)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{_OP}: {name} is {value}, expected a finite number of at least 0")
+    for name, scalar in (("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
+        check_one_element(_OP, name, scalar, device)
+
+
 def _check(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -80,13 +98,7 @@ def _check(
         "column_factors": column_factors,
     }
     check_lengths(_OP, params, lists)
-    if not 0 <= beta < 1:
-        raise ValueError(f"{_OP}: beta is {beta}, expected 0 <= beta < 1")
-    for name, value in (("damping", damping), ("weight_decay", weight_decay)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{_OP}: {name} is {value}, expected a finite number of at least 0")
-    for name, scalar in (("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
-        check_one_element(_OP, name, scalar, params[0].device if params else None)
+    _check_numbers(lr, beta, damping, weight_decay, grad_scale, found_inf, params[0].device if params else None)
     views = []
     for i, (p, g, m, t, r, c) in enumerate(
         zip(params, grads, exp_avgs, steps, row_factors, column_factors, strict=True)
@@ -225,6 +237,53 @@ def _cpu(
     return skipped
 
 
+def _factor_strides(view: _View, row_factor: Tensor | None, column_factor: Tensor | None) -> tuple[int, ...]:
+    """The view but for its groups, and how far the next row, column and group lie in the factors; 0 for constants."""
+    by_row = row_factor is not None and row_factor.numel() != 1
+    by_column = column_factor is not None and column_factor.numel() != 1
+    return view.rows, view.columns, int(by_row), int(by_column), view.columns if by_column else 0
+
+
+def _triton(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    row_factors: Sequence[Tensor | None],
+    column_factors: Sequence[Tensor | None],
+    *,
+    lr: Tensor,
+    beta: float,
+    damping: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> Tensor:
+    from fisher_kernels.triton_kernels import adafisher_step
+
+    def layout() -> list[tuple[int, ...]]:
+        views = _check(
+            params, grads, exp_avgs, steps, row_factors, column_factors,
+            lr, beta, damping, weight_decay, grad_scale, found_inf,
+        )  # fmt: skip
+        return [_factor_strides(*of) for of in zip(views, row_factors, column_factors, strict=True)]
+
+    device = params[0].device if params else None
+    _check_numbers(lr, beta, damping, weight_decay, grad_scale, found_inf, device)
+    check_rate(_OP, lr)
+    if not params or (found_inf is not None and found_inf.is_cpu and bool(found_inf)):
+        return torch.zeros(len(params), dtype=torch.int64, device=device)
+    skipped = adafisher_step.step(
+        params, grads, exp_avgs, steps, row_factors, column_factors, layout,
+        lr=lr, beta=beta, damping=damping, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize,
+        grad_scale=grad_scale, found_inf=found_inf,
+    )  # fmt: skip
+    increment_version(params)
+    return skipped
+
+
 _step = define(
     "adafisher_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] steps, "
     "Tensor?[] row_factors, Tensor?[] column_factors, *, Tensor lr, float beta, float damping, float weight_decay, "
@@ -232,6 +291,7 @@ _step = define(
     fake=_fake,
     reference=_reference,
     cpu=_cpu,
+    triton=_triton,
 )
 
 

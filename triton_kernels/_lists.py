@@ -1,0 +1,297 @@
+"""Lists of tensors as kernels see them: tables of addresses and sizes on the device, cut into chunks.
+
+A launch takes tables instead of tensors, so that a list of any length is one launch. What follows from shapes, strides
+and dtypes (the layout) is made once; addresses, which gradients change from step to step, are uploaded when they do.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._language import divmod_from
+
+CHUNK = tl.constexpr(8192)
+"""Elements of a tensor that one program works on."""
+WALKED = tl.constexpr(3)
+"""How many lists are walked together: parameters, gradients, moments."""
+DIMS = tl.constexpr(6)
+"""Dimensions of a strided tensor that are left when neighbours in memory are joined: at most so many."""
+
+_SLOTS = 64  # lists that are remembered for each op; a training loop has a few
+
+TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+WIDE = {dtype: tl.float64 if dtype == torch.float64 else tl.float32 for dtype in TYPES}
+
+
+@triton.jit
+def address(addresses, count, which: tl.constexpr, i, T: tl.constexpr):
+    """Where tensor i of a list lies."""
+    return tl.load(addresses + which * count + i).to(tl.pointer_type(T))
+
+
+@triton.jit
+def is_aligned(pointer):
+    """Whether 16 bytes at a time can be read from here on."""
+    return pointer.to(tl.int64) % 16 == 0
+
+
+@triton.jit
+def locate(geometry, i, start, lanes):
+    """Elements start + lanes of strided tensors: offsets as if contiguous, then in each of the three lists."""
+    table = geometry + i.to(tl.int64) * (WALKED + 2) * DIMS
+    whole = tl.zeros_like(lanes).to(tl.int64)
+    first, second, third = whole, whole, whole
+    carry = lanes
+    for k in tl.static_range(DIMS):
+        dim = table + (DIMS - 1 - k)
+        size = tl.load(dim)
+        carry, digit = divmod_from(start % size, carry, size)
+        start = start // size
+        whole += digit * tl.load(dim + DIMS)
+        first += digit * tl.load(dim + 2 * DIMS)
+        second += digit * tl.load(dim + 3 * DIMS)
+        third += digit * tl.load(dim + 4 * DIMS)
+    return whole, first, second, third
+
+
+class Launches(NamedTuple):
+    """A range of the chunks: all of tensors that one instance of a kernel works on."""
+
+    dtype: Any  # of Triton, that of the first list
+    wide: Any  # the one that sums and moments have beside it
+    strided: bool
+    chunks: Tensor  # int32 (programs, 2): the tensor, and the chunk of it
+
+
+@dataclass
+class Table:
+    """Everything on the device that a launch over some lists of tensors reads.
+
+    Attributes:
+        count: how many tensors each list has.
+        addresses: int64 (lists, count), 0 where a list has None.
+        layout: int64 (count, width): the size of each tensor, then what the op adds.
+        geometry: int64 (count, WALKED + 2, DIMS) for strided tensors: sizes, strides in the order in
+            which a tensor lies as if it were contiguous, then the strides of each list; dimensions of size 1 first.
+        launches: one for each dtype and kind.
+    """
+
+    count: int
+    addresses: Tensor
+    layout: Tensor
+    geometry: Tensor
+    launches: list[Launches]
+
+
+_dtype = attrgetter("dtype")
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    try:
+        return list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
+    except TypeError:
+        return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+def _signature(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """All of a list that its layout depends on."""
+    try:
+        return tuple(map(Tensor.size, tensors)), tuple(map(Tensor.stride, tensors)), tuple(map(_dtype, tensors))  # type: ignore[arg-type]
+    except TypeError:
+        return tuple(None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors)
+
+
+def _join(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    """Dimensions as (size, contiguous stride, stride of each tensor), in the memory order of the first, joined.
+
+    Elements next to each other in the first tensor stay so, whatever the order of its dimensions.
+    """
+    first = tensors[0]
+    whole, dims = 1, []
+    for d in reversed(range(first.dim())):
+        if first.shape[d] != 1:
+            dims.append((first.shape[d], whole, *(x.stride(d) for x in tensors)))
+        whole *= first.shape[d]
+    dims.sort(key=lambda dim: (-dim[2], -dim[1]))
+    joined: list[tuple[int, ...]] = []
+    for dim in dims:
+        size, strides = dim[0], dim[1:]
+        if joined and all(outer == size * inner for outer, inner in zip(joined[-1][1:], strides, strict=True)):
+            joined[-1] = (joined[-1][0] * size, *strides)
+        else:
+            joined.append(dim)
+    return joined
+
+
+def _chunks(tensors: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """The chunks of some tensors, int32 (programs, 2)."""
+    counts = torch.tensor([-(-sizes[i] // CHUNK.value) for i in tensors])
+    starts = counts.cumsum(0) - counts
+    chunk = torch.arange(int(counts.sum())) - starts.repeat_interleave(counts)
+    return torch.stack((torch.tensor(tensors).repeat_interleave(counts), chunk), 1).to(torch.int32)
+
+
+def _upload(host: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device that nothing waits for."""
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether launches go into a CUDA graph rather than to the device."""
+    return device.type != "cpu" and torch.cuda.is_current_stream_capturing()
+
+
+class _Slot:
+    """The table of one call, for as long as calls of it look alike."""
+
+    def __init__(self, op: str, signature: Any, device: torch.device) -> None:
+        self.op, self.signature, self.device = op, signature, device
+        self.pointers: list[list[int]] | None = None
+        self.table: Table | None = None
+        self.stream: int | None = None
+        self.ready: Any = None
+
+    def refuse_capture(self, what: str) -> None:
+        if is_capturing(self.device):
+            raise RuntimeError(
+                f"{self.op}: {what} while a CUDA graph is captured, expected the tensors of a call before the capture, "
+                "whose addresses are on the device already; make one call with them first, and keep gradients where "
+                "they are (zero_grad(set_to_none=False))"
+            )
+
+    def lay_out(self, lists: Sequence[Sequence[Tensor | None]], layout: Sequence[Sequence[int]]) -> None:
+        """Everything but the addresses."""
+        firsts: Sequence[Any] = lists[0]
+        sizes = [x.numel() for x in firsts]
+        kinds: dict[tuple[torch.dtype, bool], list[int]] = {}
+        geometry = torch.zeros(len(firsts), WALKED.value + 2, DIMS.value, dtype=torch.int64)
+        for i, first in enumerate(firsts):
+            together: list[Any] = [tensors[i] for tensors in lists[: WALKED.value]]
+            strided = not all(x.is_contiguous() for x in together)
+            if strided:
+                geometry[i] = self.geometry(i, together)
+            if sizes[i]:
+                kinds.setdefault((first.dtype, strided), []).append(i)
+        if not any(strided for _, strided in kinds):
+            geometry = geometry[:0]
+        rows = [(size, *row) for size, row in zip(sizes, layout, strict=True)]
+        self.table = Table(
+            len(firsts),
+            torch.empty(0, dtype=torch.int64),
+            _upload(torch.tensor(rows, dtype=torch.int64), self.device),
+            _upload(geometry, self.device),
+            [
+                Launches(TYPES[dtype], WIDE[dtype], strided, _upload(_chunks(members, sizes), self.device))
+                for (dtype, strided), members in kinds.items()
+            ],
+        )
+
+    def geometry(self, i: int, tensors: Sequence[Tensor]) -> Tensor:
+        dims = _join(tensors)
+        if len(dims) > DIMS.value:
+            raise ValueError(
+                f"{self.op}: tensor {i} of shape {tuple(tensors[0].shape)} has strides "
+                f"{', '.join(str(x.stride()) for x in tensors)}, expected at most {DIMS.value} dimensions that are not "
+                "next to each other in memory; make it contiguous"
+            )
+        empty = (1, *[0] * (len(tensors) + 1))
+        return torch.tensor([*[empty] * (DIMS.value - len(dims)), *dims]).T
+
+    def address(self, lists: Sequence[Sequence[Tensor | None]], pointers: list[list[int]]) -> Table:
+        """The table with these addresses, on the current stream."""
+        assert self.table is not None
+        stream = None if self.device.type == "cpu" else torch.cuda.current_stream(self.device)
+        if pointers != self.pointers:
+            self.check_devices(lists)
+            self.refuse_capture("addresses changed")
+            self.pointers = None
+            self.table.addresses = _upload(torch.tensor(pointers, dtype=torch.int64), self.device)
+            self.pointers = pointers
+            if stream is not None:
+                self.stream, self.ready = stream.cuda_stream, stream.record_event()
+        elif stream is not None and stream.cuda_stream != self.stream and not is_capturing(self.device):
+            # (A capture begins with the device idle.) Another stream waits for the upload, and keeps the memory.
+            stream.wait_event(self.ready)
+            for tensor in self.tensors():
+                tensor.record_stream(stream)
+        if is_capturing(self.device):
+            _captured.append(self.tensors())
+        return self.table
+
+    def check_devices(self, lists: Sequence[Sequence[Tensor | None]]) -> None:
+        for tensors in lists:
+            for i, x in enumerate(tensors):
+                if x is not None and x.device != self.device:
+                    raise ValueError(
+                        f"{self.op}: a tensor beside params[{i}] is on {x.device}, expected {self.device}, "
+                        "the device of the first"
+                    )
+
+    def tensors(self) -> list[Tensor]:
+        table = self.table
+        assert table is not None
+        return [table.addresses, table.layout, table.geometry, *(entry.chunks for entry in table.launches)]
+
+
+@functools.cache
+def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones((), dtype=dtype, device=device)
+
+
+def one(like: Tensor) -> Tensor:
+    """A 1 with the dtype and on the device of a tensor; the same at every call."""
+    return _one(like.dtype, like.device)
+
+
+_slots: dict[str, OrderedDict[Any, _Slot]] = {}
+_captured: list[list[Tensor]] = []  # what graphs refer to lives as long as the process: nobody says when they are gone
+
+
+def table(
+    op: str,
+    lists: Sequence[Sequence[Tensor | None]],
+    layout: Callable[[], Sequence[Sequence[int]]],
+    key: Any = None,
+) -> Table:
+    """The table of a call over lists of tensors, made anew only if they do not look as at the call before.
+
+    Args:
+        op: for errors, and to tell the lists of one op from those of another.
+        lists: of one length that is not 0, of tensors on one device; None where there is none. The first WALKED lists
+            have no None, and their tensors one shape: their elements are walked together.
+        layout: checks the lists and gives for each tensor what a kernel reads beside its size, as many whole numbers
+            for all of them. Called only where the lists look new.
+        key: whatever else the layout depends on.
+
+    Raises:
+        RuntimeError: the addresses are not on the device yet and a CUDA graph is being captured.
+        ValueError: a tensor lies in memory in a way that is not handled; what ``layout`` raises.
+    """
+    signature = (tuple(map(_signature, lists)), key)
+    pointers = list(map(_addresses, lists))
+    slots = _slots.setdefault(op, OrderedDict())
+    # Where the first tensor is tells groups of parameters apart; all the rest is compared.
+    first: Any = lists[0][0]
+    device = first.device
+    place = (len(lists[0]), pointers[0][0], device)
+    slot = slots.get(place)
+    if slot is None or slot.signature != signature:
+        made = layout()
+        slot = _Slot(op, signature, device)
+        slot.refuse_capture("lists that were not seen before")
+        slot.lay_out(lists, made)
+        slots[place] = slot
+    slots.move_to_end(place)
+    while len(slots) > _SLOTS:
+        slots.popitem(last=False)
+    return slot.address(lists, pointers)

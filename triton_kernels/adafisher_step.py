@@ -1,0 +1,215 @@
+"""The AdaFisher update of a list of parameters: 20 bytes a parameter in float32, two launches a dtype."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._configs import config, trial
+from ._language import divide, divmod_from, is_finite, narrow
+from ._launch import launch
+from ._lists import CHUNK, address, is_aligned, locate, one, table
+from ._steps import advance, is_off, scalar, times
+
+# The lists, in the order of the arguments.
+_PARAM, _GRAD, _MOMENT, _STEP, _ROW, _COLUMN = (tl.constexpr(k) for k in range(6))
+# What the layout has for each parameter: see `kernel`.
+_WIDTH = tl.constexpr(6)
+
+
+@triton.jit
+def _curvature(row_factor, column_factor, strides, row, group, column, mask, damping):
+    """F = row * column + damping."""
+    by_row, by_column, by_group = strides
+    left = tl.load(row_factor + row * by_row, mask)
+    right = tl.load(column_factor + column * by_column + group * by_group, mask)
+    return left * right + damping
+
+
+@triton.jit
+def _curvature_of_run(row_factor, column_factor, shape, strides, first, lanes, mask, damping):
+    """F of elements first + lanes in row-major order."""
+    rows, columns = shape
+    row = first // columns
+    down, column = divmod_from(first % columns, lanes, columns)
+    across, _ = divmod_from(row % rows, down, rows)
+    return _curvature(row_factor, column_factor, strides, row + down, row // rows + across, column, mask, damping)
+
+
+@triton.jit
+def _curvature_at(row_factor, column_factor, shape, strides, index, mask, damping):
+    """F of elements anywhere in row-major order."""
+    rows, columns = shape
+    row = index // columns
+    return _curvature(row_factor, column_factor, strides, row, row // rows, index % columns, mask, damping)
+
+
+@triton.jit
+def _update(
+    param, grad, moment, mask, curvature, inverse_scale, beta, gain, step_size, weight_decay, shrinkage, A: tl.constexpr
+):
+    """Step the elements at some addresses; counts those whose gradient is not finite, which stay as they were."""
+    w, m = tl.load(param, mask), tl.load(moment, mask)
+    wide = w.to(A)
+    g = tl.load(grad, mask).to(A) * inverse_scale
+    finite = is_finite(g)
+    # Not even a NaN of the parameter gets into the moment where there is no decay.
+    g += tl.where(weight_decay != 0, weight_decay * wide, 0)
+    new = beta * m + gain * g
+    change = divide(step_size * new, curvature) + tl.where(shrinkage != 0, shrinkage * wide, 0)
+    tl.store(param, tl.where(finite, narrow(wide - change, w.dtype), w), mask)
+    tl.store(moment, tl.where(finite, new, m), mask)
+    return finite
+
+
+@triton.jit(do_not_specialize=["count"])
+def kernel(
+    addresses,  # [6, count]
+    count,
+    layouts,  # [count, 6]: size, rows of a group, columns, steps in the factors: of a row, a column, a group
+    geometry,
+    chunks,  # [programs, 2]
+    corrections,  # [count]: 1 - beta^t
+    skipped,  # [count]
+    lr: tl.float64,
+    lr_factor,
+    beta: tl.float64,
+    damping: tl.float64,
+    weight_decay: tl.float64,  # of the coupled form
+    shrinkage: tl.float64,  # of the decoupled form
+    scale: tl.float64,
+    scale_factor,
+    found_inf,
+    T: tl.constexpr,
+    A: tl.constexpr,
+    STRIDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One chunk of one parameter."""
+    if not is_off(found_inf):
+        program = tl.program_id(0).to(tl.int64)
+        i = tl.load(chunks + 2 * program)
+        start = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
+        layout = layouts + i.to(tl.int64) * _WIDTH
+        param = address(addresses, count, _PARAM, i, T)
+        grad = address(addresses, count, _GRAD, i, T)
+        moment = address(addresses, count, _MOMENT, i, A)
+        row_factor = address(addresses, count, _ROW, i, A)
+        column_factor = address(addresses, count, _COLUMN, i, A)
+        shape = tl.load(layout + 1), tl.load(layout + 2)
+        strides = tl.load(layout + 3), tl.load(layout + 4), tl.load(layout + 5)
+
+        rate = times(lr, lr_factor)
+        inverse_scale = (1 / times(scale, scale_factor)).to(A)
+        step_size = (rate / tl.load(corrections + i)).to(A)
+        shrink = (rate * shrinkage).to(A)
+        b = tl.full((), beta, A)
+        gain = (1 - tl.full((), beta, tl.float64)).to(A)
+        damp = tl.full((), damping, A)
+        decay = tl.full((), weight_decay, A)
+        lanes = tl.arange(0, BLOCK)
+        left = tl.minimum(tl.load(layout) - start, CHUNK).to(tl.int32)
+        found = tl.zeros((BLOCK,), tl.int32)
+
+        if STRIDED:
+            for first in range(0, left, BLOCK):
+                mask = first + lanes < left
+                whole, at_param, at_grad, at_moment = locate(geometry, i, start + first, lanes)
+                curvature = _curvature_at(row_factor, column_factor, shape, strides, whole, mask, damp)
+                finite = _update(
+                    param + at_param, grad + at_grad, moment + at_moment, mask,
+                    curvature, inverse_scale, b, gain, step_size, decay, shrink, A,
+                )  # fmt: skip
+                found += (mask & ~finite).to(tl.int32)
+        elif (left == CHUNK) & is_aligned(param) & is_aligned(grad) & is_aligned(moment):
+            # No mask and known alignment: 16 bytes a load.
+            wide_param, wide_grad = tl.multiple_of(param, 16), tl.multiple_of(grad, 16)
+            wide_moment = tl.multiple_of(moment, 16)
+            for first in range(0, CHUNK, BLOCK):
+                at = start + first + lanes
+                curvature = _curvature_of_run(
+                    row_factor, column_factor, shape, strides, start + first, lanes, None, damp
+                )
+                finite = _update(
+                    wide_param + at, wide_grad + at, wide_moment + at, None,
+                    curvature, inverse_scale, b, gain, step_size, decay, shrink, A,
+                )  # fmt: skip
+                found += (~finite).to(tl.int32)
+        else:
+            for first in range(0, left, BLOCK):
+                mask = first + lanes < left
+                at = start + first + lanes
+                curvature = _curvature_of_run(
+                    row_factor, column_factor, shape, strides, start + first, lanes, mask, damp
+                )
+                finite = _update(
+                    param + at, grad + at, moment + at, mask,
+                    curvature, inverse_scale, b, gain, step_size, decay, shrink, A,
+                )  # fmt: skip
+                found += (mask & ~finite).to(tl.int32)
+        total = tl.sum(found)
+        if total > 0:
+            tl.atomic_add(skipped + i, total.to(tl.int64), sem="relaxed")  # whole numbers: no order matters
+
+
+def step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    row_factors: Sequence[Tensor | None],
+    column_factors: Sequence[Tensor | None],
+    layout: Callable[[], Sequence[Sequence[int]]],
+    *,
+    lr: Tensor,
+    beta: float,
+    damping: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> Tensor:
+    """Take the step.
+
+    Args:
+        layout: checks the lists where they are new, and gives for each parameter the entries of ``kernel``'s layouts
+            after the size.
+    """
+    device = params[0].device
+    factors = (
+        [one(m) if x is None else x for x, m in zip(xs, exp_avgs, strict=False)] for xs in (row_factors, column_factors)
+    )
+    plan = table("adafisher_step_", (params, grads, exp_avgs, steps, *factors), layout)
+    rate, rate_factor = scalar(lr)
+    scale, scale_factor = scalar(grad_scale)
+    corrections, skipped = advance(plan, _STEP.value, beta, found_inf, device)
+    for dtype, wide, strided, chunks in plan.launches:
+        chosen = config("adafisher_step_strided" if strided else "adafisher_step", device, len(chunks) * CHUNK.value)
+        launch(
+            kernel, len(chunks), device,
+            plan.addresses, plan.count, plan.layout, plan.geometry, chunks, corrections, skipped,
+            rate, rate_factor, beta, damping, 0.0 if decoupled else weight_decay, weight_decay if decoupled else 0.0,
+            -scale if maximize else scale, scale_factor, found_inf,
+            T=dtype, A=wide, STRIDED=strided, BLOCK=chosen.block, warps=chosen.warps,
+        )  # fmt: skip
+    return skipped
+
+
+@trial("adafisher_step")
+def _trial(device: torch.device, size: int) -> Callable[[], object]:
+    columns = 1024
+    param, grad, moment = (torch.randn(size // columns, columns, device=device) for _ in range(3))
+    row, column = (torch.rand(n, device=device) for n in (size // columns, columns))
+    count, lr = torch.zeros((), device=device), torch.zeros((), dtype=torch.float64)
+
+    def layout() -> list[tuple[int, ...]]:
+        return [(size // columns, columns, 1, 1, columns)]
+
+    return lambda: step(
+        [param], [grad], [moment], [count], [row], [column], layout,
+        lr=lr, beta=0.9, damping=1e-3, weight_decay=0.0, decoupled=False, maximize=False, grad_scale=None,
+        found_inf=None,
+    )  # fmt: skip
