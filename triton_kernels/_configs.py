@@ -55,9 +55,9 @@ def size_class(size: int) -> str:
 
 @functools.cache
 def device_name(device: torch.device) -> str:
-    """``cuda:90`` or ``hip:gfx942``: what a table has entries for; ``none`` for a device that is no GPU."""
+    """``cuda:90`` or ``hip:gfx942``, what a table has entries for; ``interpreter`` for a device that is no GPU."""
     if device.type == "cpu":
-        return "none"
+        return "interpreter"
     properties = torch.cuda.get_device_properties(device)
     architecture = getattr(properties, "gcnArchName", "").split(":")[0]
     return f"hip:{architecture}" if torch.version.hip else f"cuda:{properties.major}{properties.minor}"
