@@ -27,10 +27,10 @@ if "triton" not in backends.available():
 
 import triton
 import triton.language as tl
-from fisher_kernels.triton_kernels import _configs, _launch, _lists
-from fisher_kernels.triton_kernels._language import divide, divmod_from, narrow
 
 from fisher_kernels import triton_kernels
+from fisher_kernels.triton_kernels import _configs, _launch, _lists
+from fisher_kernels.triton_kernels._language import divide, divmod_from, narrow
 
 pytestmark = pytest.mark.skipif(not backends.is_interpreted(), reason="CPU tensors need the interpreter")
 
@@ -358,7 +358,19 @@ for _module in pkgutil.iter_modules(triton_kernels.__path__):
     importlib.import_module(f"fisher_kernels.triton_kernels.{_module.name}")
 
 
-@pytest.mark.parametrize("kernel", sorted(_configs._trials))
+def test_the_table_of_configurations_is_as_tuning_writes_it(tmp_path: Path) -> None:
+    from bench import tune
+
+    assert tune.layout(json.loads(tune.FILE.read_text())) == tune.FILE.read_text()
+    copy = tmp_path / "configs.json"
+    copy.write_text(tune.FILE.read_text())
+    tune.write("adafisher_step", "cuda:999", "large", _configs.Config(512, 8), copy)
+    default = _configs.table()["adafisher_step"]["default"]
+    expected = {**_configs.table()["adafisher_step"], "cuda:999": {"small": default["small"], "large": [512, 8]}}
+    assert json.loads(copy.read_text())["adafisher_step"] == expected
+
+
+@pytest.mark.parametrize("kernel", sorted(_configs.trials()))
 def test_trials_run(kernel: str) -> None:
     """What is measured launches the kernel it is said to measure, on tensors of its own."""
     launches: list[Any] = []

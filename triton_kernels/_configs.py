@@ -48,6 +48,11 @@ def trial(kernel: str) -> Callable[[Trial], Trial]:
     return register
 
 
+def trials() -> set[str]:
+    """The kernels of the modules imported so far that can be tuned."""
+    return set(_trials)
+
+
 def size_class(size: int) -> str:
     """The name of a class of sizes."""
     return "small" if size < SMALL else "large"
