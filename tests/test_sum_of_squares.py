@@ -27,6 +27,9 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
 Op = Callable[[Tensor], Tensor]
 
+# NumPy, on which Triton's interpreter runs, warns of what IEEE arithmetic has a result for.
+overflows = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+
 
 def defined(op: Op, x: Tensor) -> Tensor:
     """The definition: the reference in float64."""
@@ -165,6 +168,7 @@ def test_many_rows_are_summed_in_more_than_float32(implementation: str) -> None:
     check(implementation, patch_op(Patch((), 2)), x.view(-1, 9, 1).expand(-1, 9, 2))
 
 
+@overflows
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_beyond_the_range(implementation: str, dtype: torch.dtype) -> None:
     """Overflow gives infinity, NaN stays NaN, and neither spreads to the sums of other columns."""
@@ -191,6 +195,7 @@ def test_values_beyond_the_range(implementation: str, dtype: torch.dtype) -> Non
             )
 
 
+@overflows
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
 def test_patches_spread_a_value_only_where_they_read_it(
@@ -199,6 +204,8 @@ def test_patches_spread_a_value_only_where_they_read_it(
     for case in PATCHES:
         clean = random(case.shape, torch.float32)
         spots = list(itertools.product(*(sorted({0, size // 2, size - 1}) for size in case.shape[2:])))
+        if implementation == "triton":  # interpreted, each takes long: a corner, the middle and the other corner
+            spots = sorted({spots[0], spots[len(spots) // 2], spots[-1]})
         for spot in spots if clean.numel() else []:
             x = clean.clone()
             x[(-1, 0, *spot)] = value
@@ -271,7 +278,7 @@ def test_same_bits_at_every_run_and_for_every_number_of_threads(
     assert_same_bits(op(x), first, "repeated")
     check(implementation, op, x)
     # PyTorch's own reductions, which the reference is made of, promise no more than that.
-    for threads in (1, 2, 3) if implementation != "reference" else ():
+    for threads in (1, 2, 3) if implementation.startswith("cpu") else ():
         set_threads(threads)
         assert_same_bits(op(x), first, f"{threads} threads")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ._launch import launch
 from ._partial_sums import add_rows
 
-_OFFSETS = 16  # in depth and height, side by side
+_OFFSETS = 4  # in depth and height, side by side
 # Lines, positions in a line and channels of a tile, by whether channels are last and whether there is one line only.
 _TILES = {
     (False, False): (32, 32, 4),
@@ -68,16 +68,14 @@ def _add_windows(
     CHANNELS: tl.constexpr,
     OFFSETS: tl.constexpr,
 ):
-    """A tile of the image, for some channels and some kernel offsets in depth and height."""
+    """A tile of some channels of the image."""
     across = tl.cdiv(width, WIDTH)
     tiles = tl.cdiv(lines, LINES) * across
-    blocks = tl.cdiv(channels, CHANNELS)
     program = tl.program_id(0).to(tl.int64)
     tile = program % tiles
     line = tile // across * LINES + tl.arange(0, LINES)
     column = tile % across * WIDTH + tl.arange(0, WIDTH)
-    channel = program // tiles % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    offset = program // tiles // blocks * OFFSETS + tl.arange(0, OFFSETS)
+    channel = program // tiles * CHANNELS + tl.arange(0, CHANNELS)
 
     positions = line[:, None, None] * width + column[None, :, None]
     there = (line < lines)[:, None, None] & (column < width)[None, :, None] & (channel < channels)[None, None, :]
@@ -87,24 +85,27 @@ def _add_windows(
         at = channel[None, None, :] * (lines * width) + positions
     values = tl.load(x + at, there, 0)  # [LINES, WIDTH, CHANNELS]
 
-    read_lines = (
-        _is_read(
-            (line // height)[:, None], (offset // height_kernel)[None, :],
-            depth_before, depth_stride, depth_dilation, depth_outputs,
-        )
-        & _is_read(
-            (line % height)[:, None], (offset % height_kernel)[None, :],
-            height_before, height_stride, height_dilation, height_outputs,
-        )
-    )  # fmt: skip
     offsets = depth_kernel * height_kernel
-    into = out + ((tile * channels + channel[None, :]) * offsets + offset[:, None]) * width_kernel  # [OFFSETS, CHANNELS]
-    wanted = (offset < offsets)[:, None] & (channel < channels)[None, :]
-    for k in range(width_kernel.to(tl.int32)):
-        read = _is_read(column, k, width_before, width_stride, width_dilation, width_outputs)
-        # Never a product with 0: an infinity stays where it is read.
-        sums = tl.sum(tl.where(read[None, :, None], values, 0), 1)  # [LINES, CHANNELS]
-        tl.store(into + k, tl.sum(tl.where(read_lines[:, :, None], sums[:, None, :], 0), 0), wanted)
+    into = out + (tile * channels + channel[None, :]) * (offsets * width_kernel)  # [1, CHANNELS]
+    for first in range(0, offsets.to(tl.int32), OFFSETS):
+        offset = first + tl.arange(0, OFFSETS)
+        read_lines = (
+            _is_read(
+                (line // height)[:, None], (offset // height_kernel)[None, :],
+                depth_before, depth_stride, depth_dilation, depth_outputs,
+            )
+            & _is_read(
+                (line % height)[:, None], (offset % height_kernel)[None, :],
+                height_before, height_stride, height_dilation, height_outputs,
+            )
+        )  # [LINES, OFFSETS]  # fmt: skip
+        wanted = (offset < offsets)[:, None] & (channel < channels)[None, :]
+        for k in range(width_kernel.to(tl.int32)):
+            read = _is_read(column, k, width_before, width_stride, width_dilation, width_outputs)
+            # Never a product with 0: an infinity stays where it is read.
+            sums = tl.sum(tl.where(read[None, :, None], values, 0), 1)  # [LINES, CHANNELS]
+            totals = tl.sum(tl.where(read_lines[:, :, None], sums[:, None, :], 0), 0)  # [OFFSETS, CHANNELS]
+            tl.store(into + offset[:, None] * width_kernel + k, totals, wanted)
 
 
 def add_windows(
@@ -136,10 +137,9 @@ def add_windows(
     lines = depth * height
     tile_lines, tile_width, tile_channels = _TILES[channels_last, lines == 1]
     tiles = triton.cdiv(lines, tile_lines) * triton.cdiv(width, tile_width)
-    blocks = triton.cdiv(channels, tile_channels) * triton.cdiv(geometry[0][0] * geometry[1][0], _OFFSETS)
     into = out if tiles == 1 else torch.empty(tiles, channels * prod(kernel), dtype=x.dtype, device=x.device)
     launch(
-        _add_windows, tiles * blocks, x.device,
+        _add_windows, tiles * triton.cdiv(channels, tile_channels), x.device,
         x, into, channels, height, lines, width, *geometry[0], *geometry[1], *geometry[2],
         LAST=channels_last, LINES=tile_lines, WIDTH=tile_width, CHANNELS=tile_channels, OFFSETS=_OFFSETS,
     )  # fmt: skip

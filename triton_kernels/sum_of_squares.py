@@ -19,9 +19,8 @@ _TILE = 4096  # numbers that a program reads at a time
 _LANE_ROUNDS = 32  # numbers that one lane adds up in float32
 _LEAST_ROUNDS = 4  # beside which writing a partial sum is cheap
 _PROGRAMS = 1024  # as many keep every device busy
-_COLUMNS = 128  # of a tile of a tall matrix
-_FEW_ROWS = 32
-_SHORT = 8  # rows of a tile where there are few
+_HEIGHTS = (32, 8, 1)  # rows of a tile: the first that the matrix has
+_COLUMNS = 128  # of a tile of the first height
 
 _FEW_SAMPLES = 16
 _LONG_RUN = 2048
@@ -112,7 +111,7 @@ def sum_columns(x: Tensor, rows: int, columns: int, stride: int, out: Tensor) ->
     joined = _joined(rows, columns, x.element_size()) if stride == columns else 1
     wide, last = columns * joined, (rows - 1) % joined * columns + columns
     lines = triton.cdiv(rows, joined)
-    height = _SHORT if lines < _FEW_ROWS else _TILE // _COLUMNS
+    height = next(height for height in _HEIGHTS if lines >= height)
     width = _TILE // height
     tiles = triton.cdiv(wide, width)
     blocks, block = _blocks(lines, tiles, height)
