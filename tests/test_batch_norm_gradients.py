@@ -155,6 +155,7 @@ def test_empty(implementation: str, shape: tuple[int, ...], given: bool) -> None
         assert_same_bits(out, torch.zeros(shape[:2]))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, in Triton's interpreter
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_what_is_not_finite_stays_where_it_is(
