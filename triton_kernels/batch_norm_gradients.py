@@ -15,11 +15,11 @@ from ._launch import launch
 from ._lists import WIDE
 from ._partial_sums import add_rows
 
-_TILE = 2048  # numbers of x, and as many of grad_output, that a program reads at a time
+_TILE = 1024  # numbers of x, and as many of grad_output, that a program reads at a time
 _ROUNDS = tl.constexpr(8)  # tiles along the positions that it adds up
 _CHANNELS = 32  # side by side, of channels_last samples
 _POSITIONS = (512, 64, 8)  # of a tile of contiguous samples: the first that is not much longer than the run
-_LAST_POSITIONS = (64, 8, 1)  # the same for channels_last
+_LAST_POSITIONS = (32, 8, 1)  # the same for channels_last
 _FINISHED = 1024
 
 
@@ -41,6 +41,16 @@ def _add_tile(x, grad, sums, mask, pivot, GRAD: tl.constexpr, OWN: tl.constexpr)
         if GRAD:
             squares += d * d
     return gradients, products, distances, squares
+
+
+@triton.jit
+def _offsets(channel, block, first, s, lanes, step, LAST: tl.constexpr, POSITIONS: tl.constexpr):
+    """Where in a sample a tile begins to be read, what is side by side, and how far the next tile lies."""
+    if LAST:
+        at, across, jump = (first + s) * step + block, lanes, POSITIONS * step
+    else:
+        at, across, jump = (channel * step + first)[:, :, None], s, tl.full((), POSITIONS, tl.int64)
+    return at, across, jump
 
 
 @triton.jit(do_not_specialize=["samples", "channels", "size", "x_stride", "grad_stride"])
@@ -93,31 +103,20 @@ def _sum_samples(
     if whole & (step % V == 0) & (x_stride % V == 0) & (grad_stride % V == 0):
         # No mask, and strides that are known to be multiples of 16.
         wide = step // V * V
-        if LAST:
-            inside = first * wide + block
-            across = s * wide + lanes
-            jump = POSITIONS * wide
-        else:
-            inside = (channel * wide + first)[:, :, None]
-            across = s + lanes
-            jump = tl.full((), POSITIONS, tl.int64)
-        xs = x + (sample[:, None, None] * (x_stride // V * V) + inside) + across
-        gs = grad + (sample[:, None, None] * (grad_stride // V * V) + inside) + across
+        at, across, jump = _offsets(channel, block, first, s, lanes, wide, LAST, POSITIONS)
+        xs = x + (sample[:, None, None] * (x_stride // V * V) + at)
+        gs = grad + (sample[:, None, None] * (grad_stride // V * V) + at)
         for _ in range(0, left, POSITIONS):
-            sums = _add_tile(xs, gs, sums, None, pivot, GRAD, OWN)
+            sums = _add_tile(xs + across, gs + across, sums, None, pivot, GRAD, OWN)
             xs += jump
             gs += jump
     else:
-        if LAST:
-            at = channel[:, None, :] + (first + s) * channels
-            jump = POSITIONS * channels
-        else:
-            at = (channel * size)[:, :, None] + (first + s)
-            jump = tl.full((), POSITIONS, tl.int64)
+        at, across, jump = _offsets(channel, block, first, s, lanes, step, LAST, POSITIONS)
         xs = x + (sample[:, None, None] * x_stride + at)
         gs = grad + (sample[:, None, None] * grad_stride + at)
         for done in range(0, left, POSITIONS):
-            sums = _add_tile(xs, gs, sums, live[:, None, :] & (done + s < left), pivot, GRAD, OWN)
+            mask = live[:, None, :] & (done + s < left)
+            sums = _add_tile(xs + across, gs + across, sums, mask, pivot, GRAD, OWN)
             xs += jump
             gs += jump
     gradients, products, distances, squares = sums
@@ -159,12 +158,12 @@ def _finish(
         product += tl.load(at + pieces * count, there, 0).to(tl.float64)
     if variance is None:
         rest = tl.load(of_channels + channel, there, 0) / numbers  # of the mean, beyond the pivot
-        centred = tl.load(of_channels + channels + channel, there, 0) / numbers - rest * rest
+        centred = tl.load(of_channels + channels + channel, there, 1) / numbers - rest * rest
         own = tl.where(centred < 0, 0, centred)  # a NaN stays one
         # An infinite gradient stays one.
         product -= tl.where(gradient - gradient == 0, rest * gradient, 0)
     else:
-        own = tl.load(variance + channel, there, 0).to(tl.float64)
+        own = tl.load(variance + channel, there, 1).to(tl.float64)
     tl.store(shift + i, gradient.to(shift.dtype.element_ty), there)
     tl.store(scale + i, (product / tl.sqrt(own + eps)).to(scale.dtype.element_ty), there)
 
