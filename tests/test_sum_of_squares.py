@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fisher_kernels import use_backend
-from fisher_kernels.backends import available, reasons
 from fisher_kernels._library import native_module
+from fisher_kernels.backends import available, reasons
 from fisher_kernels.ops import ACCUMULATOR, channel_sum_of_squares, column_sum_of_squares, patch_sum_of_squares
 from tests.cases import (
     DTYPES,

@@ -1,5 +1,7 @@
-"""The last part of a sum that many programs share: their partial sums are added in float64, in an order that shapes
-alone decide."""
+"""The last part of a sum that many programs share.
+
+Partial sums are added in float64, in an order that shapes alone decide.
+"""
 
 import torch
 import triton
@@ -22,7 +24,9 @@ def powers_of_two(x: float) -> int:
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "divisor"])
-def _add_rows(x, out, rows: tl.int64, columns: tl.int64, divisor: tl.float64, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _add_rows(
+    x, out, rows: tl.int64, columns: tl.int64, divisor: tl.float64, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """One part of the rows, of a tile of columns: into a row of out."""
     tiles = tl.cdiv(columns, COLUMNS)
     program = tl.program_id(0).to(tl.int64)

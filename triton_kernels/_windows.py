@@ -21,7 +21,7 @@ _TILES = {
     (False, False): (32, 32, 4),
     (False, True): (1, 1024, 4),
     (True, False): (16, 16, 16),
-    (True, True): (1, 256, 16),
+    (True, True): (1, 128, 16),
 }
 
 

@@ -1,6 +1,6 @@
-"""Gradients of a batch normalisation's scale and shift by samples: x and grad_output are read once, and x once more
-before that for its mean, where none is given.
+"""Gradients of a batch normalisation's scale and shift by samples.
 
+x and grad_output are read once, and x once more before that for its mean, where none is given.
 That mean, the pivot, need not be exact: with d = x - pivot the sums of d tell what it missed (Chan, Golub and LeVeque's
 corrected two-pass algorithm), and nothing cancels.
 """
@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._language import divide
 from ._launch import launch
 from ._lists import WIDE
 from ._partial_sums import add_rows

@@ -108,9 +108,7 @@ def _triton(
     x, grad_output = _in_one_order(x, grad_output, scale.dtype)
     mean, variance = _statistics(mean, variance, scale.dtype)
     channels_last = not (_is_contiguous(x) and _is_contiguous(grad_output))
-    batch_norm_gradients.batch_norm_gradients(
-        x, grad_output, channels_last, eps, mean, variance, scale, shift
-    )
+    batch_norm_gradients.batch_norm_gradients(x, grad_output, channels_last, eps, mean, variance, scale, shift)
     return scale, shift
 
 
