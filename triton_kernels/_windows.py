@@ -20,7 +20,7 @@ _OFFSETS = 4  # in depth and height, side by side
 _TILES = {
     (False, False): (32, 32, 4),
     (False, True): (1, 1024, 4),
-    (True, False): (16, 16, 16),
+    (True, False): (8, 16, 16),
     (True, True): (1, 128, 16),
 }
 
@@ -29,7 +29,7 @@ _TILES = {
 def _is_read(position, offset, before, stride, dilation, outputs):
     """Whether a kernel offset reads a position in one of its windows."""
     shift = position + before - offset * dilation
-    return (shift >= 0) & (shift % stride == 0) & (shift // stride < outputs)
+    return (shift >= 0) & (shift % stride == 0) & (shift < outputs * stride)
 
 
 @triton.jit(
