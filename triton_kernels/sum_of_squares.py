@@ -53,7 +53,7 @@ def _sum_columns(
     left = tl.minimum(rows - first, block).to(tl.int32)
     width = tl.minimum(columns - column, COLUMNS).to(tl.int32)
     # How much of the last row is there, if it is in this block.
-    width_of_last = tl.where(first + left == rows, tl.minimum(last - column, width), width).to(tl.int32)
+    width_of_last = tl.where(first + left == rows, tl.minimum(tl.maximum(last - column, 0), width), width).to(tl.int32)
     r, c = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
     total = tl.zeros((ROWS, COLUMNS), A)
     into = out + program // tiles * columns + column + c
@@ -123,12 +123,13 @@ def sum_columns(x: Tensor, rows: int, columns: int, stride: int, out: Tensor) ->
     return out if blocks * joined == 1 else add_rows(partial, out)
 
 
-@triton.jit(do_not_specialize=["size", "pieces", "piece"])
-def _sum_runs(x, out, size: tl.int64, pieces: tl.int64, piece: tl.int64, A: tl.constexpr, TILE: tl.constexpr):
-    """The sum of squares of a piece of a run. Pieces begin at 16 bytes, wherever the run does."""
+@triton.jit(do_not_specialize=["size", "pieces", "rounds"])
+def _sum_runs(x, out, size: tl.int64, pieces: tl.int64, rounds: tl.int64, A: tl.constexpr, TILE: tl.constexpr):
+    """The sum of squares of a piece, so many tiles, of a run. Pieces begin at 16 bytes, wherever the run does."""
     V: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
     program = tl.program_id(0).to(tl.int64)
     begin = program // pieces * size
+    piece = rounds * TILE
     base = begin // V * V + program % pieces * piece
     ahead = tl.maximum(begin - base, 0).to(tl.int32)  # in the first tile, of the run before
     left = tl.minimum(begin + size - base, piece).to(tl.int32)
@@ -147,14 +148,15 @@ def _sum_runs(x, out, size: tl.int64, pieces: tl.int64, piece: tl.int64, A: tl.c
 
 def _sum_long_runs(x: Tensor, samples: int, channels: int, size: int, out: Tensor) -> Tensor:
     """The sum of squares of each channel of a contiguous x, run by run."""
-    rounds = triton.cdiv(size, _TILE)
-    wanted = min(max(powers_of_two(rounds * samples * channels / _PROGRAMS), _LEAST_ROUNDS), _LANE_ROUNDS)
-    piece = min(wanted, rounds) * _TILE
-    pieces = triton.cdiv(size + 16 // x.element_size() - 1, piece)
+    tiles = triton.cdiv(size, _TILE)
+    wanted = min(max(powers_of_two(tiles * samples * channels / _PROGRAMS), _LEAST_ROUNDS), _LANE_ROUNDS)
+    rounds = min(wanted, tiles)
+    pieces = triton.cdiv(size + 16 // x.element_size() - 1, rounds * _TILE)
     partial = torch.empty(samples, channels * pieces, dtype=out.dtype, device=x.device)
     launch(
-        _sum_runs, samples * channels * pieces, x.device, x, partial, size, pieces, piece, A=WIDE[x.dtype], TILE=_TILE
-    )
+        _sum_runs, samples * channels * pieces, x.device,
+        x, partial, size, pieces, rounds, A=WIDE[x.dtype], TILE=_TILE,
+    )  # fmt: skip
     if pieces == 1:
         return add_rows(partial, out)
     by_piece = partial if samples == 1 else add_rows(partial, torch.empty_like(partial[0]))
