@@ -174,12 +174,14 @@ _COLUMNS: dict[str, Callable[[Source], Tensor]] = {
     "transposed": lambda s: s.normal(31, 500).t(),
     "no rows": lambda s: s.normal(0, 5),
     "not finite": lambda s: _with_non_finite(s.normal(9, 17)),
+    "many rows": lambda s: s.normal(9000, 8),
 }
 
 _CHANNELS: dict[str, Callable[[Source], Tensor]] = {
     "3 x 5 x 7 x 9": lambda s: s.normal(3, 5, 7, 9),
     "channels last": lambda s: s.normal(3, 37, 5, 9).to(memory_format=torch.channels_last),
     "one dimension": lambda s: s.normal(4, 6, 131),
+    "long runs": lambda s: s.normal(2, 2, 5001),
     "three dimensions": lambda s: s.normal(2, 3, 4, 5, 6),
     "no spatial dimension": lambda s: s.normal(65, 12),
     "slice": lambda s: s.normal(3, 8, 9, 9)[:, 1:6, 2:, ::2],
@@ -206,6 +208,11 @@ def _patch_cases() -> list[Case]:
             kernel_size=3,
             padding=1,
             stride=2,
+        ),
+        *case(
+            "one dimension, channels last",
+            lambda s: s.normal(2, 6, 19).movedim(1, -1).contiguous().movedim(-1, 1),
+            kernel_size=3,
         ),
         *case("slice", lambda s: s.normal(2, 6, 12, 12)[:, ::2, 1:, :-3], kernel_size=3),
         *case("no samples", lambda s: s.normal(0, 4, 5, 5), kernel_size=3),
@@ -696,6 +703,9 @@ CASES: Sequence[Case] = (
     _batch_norm_case("channels last", (5, 37, 3, 3), last=True),
     _batch_norm_case("short runs", (9, 21, 2, 3)),
     _batch_norm_case("given statistics", (9, 37), given=True),
+    _batch_norm_case("vectors", (9, 37)),
+    _batch_norm_case("long runs", (2, 3, 1030)),
+    _batch_norm_case("long runs, channels last", (2, 5, 70), last=True),
     _gram_case("weighted", 131, 67),
     _gram_case("average", 600, 33, decay=0.9),
     _gram_case("without weights", 17, 130, weighted=False),
