@@ -12,12 +12,12 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 def narrow(x, T: tl.constexpr):
     """x in the dtype T, rounded to nearest, ties to even."""
     if _INTERPRETED and T == tl.bfloat16:
-        # The interpreter cuts bits off; adding half a unit first, and one more for an odd one, rounds. (None of what is
-        # cut off may stay: of a number below the normal ones it would show.)
+        # The interpreter cuts bits off, and errs below the normal numbers. Adding half a unit to the bits, and one more
+        # to odd ones, rounds to nearest.
         single = x.to(tl.float32)
         bits = single.to(tl.uint32, bitcast=True)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-        return tl.where(single == single, rounded, single).to(T)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(single == single, rounded, 0x7FC0).to(tl.uint16).to(T, bitcast=True)
     return x.to(T)
 
 
