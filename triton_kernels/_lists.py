@@ -199,9 +199,7 @@ class _Slot:
                 "they are (zero_grad(set_to_none=False))"
             )
 
-    def lay_out(
-        self, lists: Sequence[Sequence[Tensor | None]], layout: Sequence[Sequence[int]], sums: bool
-    ) -> None:
+    def lay_out(self, lists: Sequence[Sequence[Tensor | None]], layout: Sequence[Sequence[int]], sums: bool) -> None:
         """Everything but the addresses."""
         firsts: Sequence[Any] = lists[0]
         sizes = [x.numel() for x in firsts]
