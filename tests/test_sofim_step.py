@@ -685,7 +685,7 @@ def test_same_bits_at_every_run_and_for_every_number_of_threads(
     # Cut into three shares of the elements, these end within tensors and between them.
     shapes = ((130, 257), (7,), (40001,), (0,), (64, 3, 200), (1024, 33), (97, 256))
     if implementation == "triton":
-        shapes = shapes[1:2] + ((65, 130), (97, 25))
+        shapes = ((7,), (65, 130), (97, 25))
     case = step(shapes, (torch.float32, torch.bfloat16), layout=layout, direction=direction, scope=scope)
     for gradient in case.grads[::2]:
         gradient.view(gradient.shape)[..., ::3] = math.nan

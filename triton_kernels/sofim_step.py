@@ -5,6 +5,7 @@ kernels make coefficients of them, three for each parameter; the second pass tak
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -313,8 +314,8 @@ def descend_kernel(
             for first in range(0, left, BLOCK):
                 _, at_param, at_grad, at_moment = locate(geometry, i, start + first, lanes)
                 _descend(
-                    param + at_param, grad + at_grad, moment + at_moment, first + lanes < left, first + lanes < suspects,
-                    inverse_scale, decay, b, gain, rates, ALONG_GRADIENT, COUPLED,
+                    param + at_param, grad + at_grad, moment + at_moment,
+                    first + lanes < left, first + lanes < suspects, inverse_scale, decay, b, gain, rates, ALONG_GRADIENT, COUPLED,
                 )  # fmt: skip
         elif (left == CHUNK) & (suspects == 0) & are_aligned(param, grad, moment):
             wide_param, wide_grad = tl.multiple_of(param, 16), tl.multiple_of(grad, 16)
@@ -340,7 +341,7 @@ def _kind(rate: Tensor | None) -> int:
     return _SINGLE.value if rate.dtype == torch.float32 else _DOUBLE.value
 
 
-def _each(values: Sequence, count: int) -> Sequence:
+def _each(values: Sequence[Any], count: int) -> Sequence[Any]:
     return values if len(values) == count else [*values] * count
 
 
