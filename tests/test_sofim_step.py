@@ -17,9 +17,20 @@ from torch.utils import _pytree as pytree
 
 from fisher_kernels import use_backend
 from fisher_kernels.ops import ACCUMULATOR
-from tests.cases import DTYPES, LAYOUTS, WRITABLE_LAYOUTS, channels_last, contiguous, random, sliced, transposed
+from tests.cases import (
+    DTYPES,
+    LAYOUTS,
+    WRITABLE_LAYOUTS,
+    channels_last,
+    contiguous,
+    random,
+    sliced,
+    transposed,
+    unaligned,
+)
 from tests.cases.sofim_step import SHAPES, Step, step
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
+from tests.interpreted import far, far_partials, interpreted
 from tests.step_errors import (
     BAD_STEPS,
     NO_COEFFICIENTS,
@@ -718,6 +729,84 @@ def test_the_step_count_is_of_the_parameter(implementation: str) -> None:
         case = step([(3, 5), (63, 17)], torch.float32, direction=direction, scope=scope)
         case.steps = [scalar(3.0), torch.full((1,), count)]
         check(case)
+
+
+# Triton.
+
+
+@interpreted
+@pytest.mark.parametrize("direction", ["momentum", "gradient"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_full_chunks(dtype: torch.dtype, direction: str) -> None:
+    """They have a path of wide accesses, unless they are not aligned or someone was left out: the same bits."""
+    case = step([(2 * 8192 + 5,)], dtype, direction=direction, weight_decay=0.1, decoupled=dtype == torch.float64)
+    case.grads[0][9000] = math.nan
+    moved = case.map(unaligned)
+    with use_backend("triton"):
+        assert_same_results(check(case).copy().run(), check(moved).copy().run())
+    assert_unchanged(moved, case, around=False)
+
+
+@interpreted
+@pytest.mark.parametrize("direction", ["momentum", "gradient"])
+def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch, direction: str) -> None:
+    """The last chunk of a tensor of more than 2^31 elements, of which no other is there."""
+    from fisher_kernels.triton_kernels import sofim_step as kernels
+
+    case = step([(100,)], torch.bfloat16, direction=direction, weight_decay=0.1, decoupled=False)
+    case.grads[0][3] = math.nan
+    near = case.copy()
+    with use_backend("triton"):
+        expected = near.run()
+        monkeypatch.setattr(kernels, "table", far(kernels.table, (2, 2, 4)))
+        monkeypatch.setattr(kernels, "new_partials", far_partials)
+        assert_same_results(case.run(), expected)
+    assert_unchanged(case, near)
+
+
+@interpreted
+def test_numbers_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where reading them would wait, kernels read them: the same bits."""
+    from fisher_kernels.triton_kernels import sofim_step as kernels
+
+    each = [scalar(0.1), scalar(0.2, torch.float64), scalar(0.3)]
+    for lr, maximize in ((scalar(0.1), False), (each, True), (each[:1], False), (scalar(0.1, torch.float64), True)):
+        case = step(FEW[:3], DTYPES, lr=lr, maximize=maximize, weight_decay=0.1, grad_scale=scalar(3.0))
+        on_host = case.copy()
+        with use_backend("triton"):
+            expected = on_host.run()
+            with monkeypatch.context() as patch:
+                patch.setattr(kernels, "scalar", lambda x: (1.0, x))
+                assert_same_results(case.run(), expected)
+        assert_unchanged(case, on_host)
+
+
+@interpreted
+def test_launches_and_uploads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A longer list is no more launches; a new rate of all is no upload, rates of each are one when they change."""
+    from fisher_kernels.triton_kernels import _launch, _lists
+
+    launches: list[Any] = []
+    uploads: list[Tensor] = []
+    monkeypatch.setattr(_lists, "_upload", lambda host, device: uploads.append(host) or host)
+
+    def counts(case: Step, **options: Any) -> tuple[int, int]:
+        case.options.update(options)
+        launches.clear()
+        uploads.clear()
+        with use_backend("triton"), _launch.recording(launches.append):
+            case.run()
+        return len(launches), len(uploads)
+
+    for length in (1, 40):
+        case = step([(3, 5)] * length, torch.float32)
+        assert counts(case)[0] == 5
+        assert counts(case, lr=0.2) == (5, 0)
+    assert counts(case, lr=[0.1 * i for i in range(length)])[0] == 5
+    assert counts(case) == (5, 0)
+    assert counts(case, lr=[0.2 * i for i in range(length)]) == (5, 1)
+    assert counts(case, weight_decay=[0.01 * i for i in range(length)]) == (5, 1)
+    assert counts(case) == (5, 0)
 
 
 # Errors.

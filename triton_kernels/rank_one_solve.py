@@ -122,7 +122,8 @@ def subtract_kernel(
 
 def _places(tensors: Sequence[Tensor]) -> tuple[list[int], dict[torch.dtype, int]]:
     """Where the solution of each tensor begins among those of its dtype, and how many elements these have."""
-    places, sizes = [], {}
+    places: list[int] = []
+    sizes: dict[torch.dtype, int] = {}
     for x in tensors:
         places.append(sizes.get(x.dtype, 0))
         sizes[x.dtype] = places[-1] + triton.cdiv(x.numel(), _PLACE) * _PLACE

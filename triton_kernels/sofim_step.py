@@ -315,7 +315,8 @@ def descend_kernel(
                 _, at_param, at_grad, at_moment = locate(geometry, i, start + first, lanes)
                 _descend(
                     param + at_param, grad + at_grad, moment + at_moment,
-                    first + lanes < left, first + lanes < suspects, inverse_scale, decay, b, gain, rates, ALONG_GRADIENT, COUPLED,
+                    first + lanes < left, first + lanes < suspects,
+                    inverse_scale, decay, b, gain, rates, ALONG_GRADIENT, COUPLED,
                 )  # fmt: skip
         elif (left == CHUNK) & (suspects == 0) & are_aligned(param, grad, moment):
             wide_param, wide_grad = tl.multiple_of(param, 16), tl.multiple_of(grad, 16)
