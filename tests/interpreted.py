@@ -47,5 +47,10 @@ def far(make: Callable[..., Any], sizes: tuple[int, ...], starts: int | None = N
 
 
 def far_partials(plan: Any, kinds: int, device: torch.device) -> torch.Tensor:
-    """``new_partials`` for such a table of one tensor, 0 for what is not there."""
+    """``new_partials`` for such a table of one tensor."""
     return torch.zeros(kinds, FAR_CHUNKS + 1, dtype=torch.float64)
+
+
+def far_sums(plan: Any, partials: torch.Tensor) -> torch.Tensor:
+    """``add_chunks`` for such a table of one tensor, all others being 0."""
+    return partials[:, -1:].contiguous()

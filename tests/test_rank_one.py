@@ -24,7 +24,7 @@ from fisher_kernels.ops import (
 from tests.cases import DTYPES, LAYOUTS, WRITABLE_LAYOUTS, integers, random, unaligned
 from tests.cases.rank_one import SIZES, VECTORS, inverses, pieces, vectors
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
-from tests.interpreted import far, far_partials, interpreted
+from tests.interpreted import far, far_partials, far_sums, interpreted
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
@@ -181,6 +181,7 @@ def test_a_solution_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
         near = rank_one_solve([u], [x], 0.5)
         monkeypatch.setattr(kernels, "table", far(kernels.table, (2, 2), starts=2))
         monkeypatch.setattr(kernels, "new_partials", far_partials)
+        monkeypatch.setattr(kernels, "add_chunks", far_sums)
         assert_same_bits(rank_one_solve([u], [x], 0.5)[0], near[0])
 
 

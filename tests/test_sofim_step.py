@@ -30,7 +30,7 @@ from tests.cases import (
 )
 from tests.cases.sofim_step import SHAPES, Step, step
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
-from tests.interpreted import far, far_partials, interpreted
+from tests.interpreted import far, far_partials, far_sums, interpreted
 from tests.step_errors import (
     BAD_STEPS,
     NO_COEFFICIENTS,
@@ -740,11 +740,15 @@ def test_the_step_count_is_of_the_parameter(implementation: str) -> None:
 def test_full_chunks(dtype: torch.dtype, direction: str) -> None:
     """They have a path of wide accesses, unless they are not aligned or someone was left out: the same bits."""
     case = step([(2 * 8192 + 5,)], dtype, direction=direction, weight_decay=0.1, decoupled=dtype == torch.float64)
-    case.grads[0][9000] = math.nan
-    moved = case.map(unaligned)
+    spoiled = case.copy()
+    spoiled.grads[0][9000] = math.nan
+    moved, spoiled_and_moved = case.map(unaligned), spoiled.map(unaligned)
     with use_backend("triton"):
-        assert_same_results(check(case).copy().run(), check(moved).copy().run())
+        check(case)
+        moved.run()
+        assert_same_results(spoiled_and_moved.run(), spoiled.run())
     assert_unchanged(moved, case, around=False)
+    assert_unchanged(spoiled_and_moved, spoiled, around=False)
 
 
 @interpreted
@@ -760,6 +764,7 @@ def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch, direction: str)
         expected = near.run()
         monkeypatch.setattr(kernels, "table", far(kernels.table, (2, 2, 4)))
         monkeypatch.setattr(kernels, "new_partials", far_partials)
+        monkeypatch.setattr(kernels, "add_chunks", far_sums)
         assert_same_results(case.run(), expected)
     assert_unchanged(case, near)
 

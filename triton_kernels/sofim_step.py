@@ -26,6 +26,8 @@ _NO_TENSOR, _SINGLE, _DOUBLE = (tl.constexpr(k) for k in range(3))
 # Coefficients of the second pass, float64 [3, count].
 _ALONG_MOMENT, _ALONG_GRADIENT, _SHRINKAGE = (tl.constexpr(k) for k in range(3))
 
+_WARPS_STRIDED = 8  # four elements a thread: finding them takes many registers
+
 _LANES = tl.constexpr(128)  # parameters whose coefficients one program computes
 _LANE_LEVELS = tl.constexpr(7)
 
@@ -411,12 +413,14 @@ def step(
     total_chunks = partials.shape[1]
     left_out = torch.empty(total_chunks, dtype=torch.int32, device=device)
     form = {"ALONG_GRADIENT": along_gradient, "COUPLED": not decoupled and any(weight_decay), "EACH": each}
-    # Products and sums round apart, so that no choice of the compiler's tells one layout from another.
+    # Products and sums round apart, and sums are made of pairs: neither what a compiler would fuse nor the number of
+    # warps tells one layout from another.
     for dtype, wide, strided, chunks in plan.launches:
         launch(
             advance_kernel, len(chunks), device,
             plan.addresses, plan.count, plan.layout, plan.geometry, chunks, total_chunks, partials, left_out, skipped,
-            beta, decay, scale, scale_factor, found_inf, T=dtype, A=wide, STRIDED=strided, fuse=False, **form,
+            beta, decay, scale, scale_factor, found_inf, T=dtype, A=wide, STRIDED=strided,
+            fuse=False, warps=_WARPS_STRIDED if strided else 4, **form,
         )  # fmt: skip
     sums = add_chunks(plan, partials)
     squares = torch.empty(plan.count, dtype=torch.float64, device=device)
@@ -431,6 +435,7 @@ def step(
         launch(
             descend_kernel, len(chunks), device,
             plan.addresses, plan.count, plan.layout, plan.geometry, chunks, left_out, coefficients,
-            beta, decay, scale, scale_factor, found_inf, T=dtype, A=wide, STRIDED=strided, fuse=False, **form,
+            beta, decay, scale, scale_factor, found_inf, T=dtype, A=wide, STRIDED=strided,
+            fuse=False, warps=_WARPS_STRIDED if strided else 4, **form,
         )  # fmt: skip
     return skipped, squares
