@@ -121,7 +121,7 @@ def run(targets: Sequence[str] = TARGETS, pattern: str = "", sample: bool = Fals
     workers = min(len(work), len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if work:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            yield from pool.map(_inspect, work, chunksize=4)
+            yield from pool.map(_inspect_one, work, chunksize=4)
 
 
 # What is launched.
@@ -202,11 +202,16 @@ def _plain(value: Any) -> str:
 # What its code says.
 
 
-def _inspect(item: tuple[str, str, bool, int]) -> Row:
+def _inspect_one(item: tuple[str, str, bool, int]) -> Row:
     target, pattern, sample, index = item
-    variant = variants(target, pattern, sample)[index]
-    source, options, gpu = _source(variant.launch, target)
+    return inspect(variants(target, pattern, sample)[index], target)
+
+
+def inspect(variant: Variant, target: str) -> Row:
+    """Compile a variant for a target and read its code."""
     import triton
+
+    source, options, gpu = _source(variant.launch, target)
 
     started = time.perf_counter()
     try:

@@ -237,12 +237,14 @@ class _Slot:
         empty = (1, *[0] * (len(tensors) + 1))
         return torch.tensor([*[empty] * (DIMS.value - len(dims)), *dims]).T
 
-    def address(self, lists: Sequence[Sequence[Tensor | None]], pointers: list[list[int]]) -> Table:
+    def address(
+        self, lists: Sequence[Sequence[Tensor | None]], pointers: list[list[int]], layout: Callable[[], object]
+    ) -> Table:
         """The table with these addresses, on the current stream."""
         assert self.table is not None
         stream = None if self.device.type == "cpu" else torch.cuda.current_stream(self.device)
         if pointers != self.pointers:
-            self.check_devices(lists)
+            self.check_devices(lists, layout)
             self.refuse_capture("addresses or numbers changed")
             self.pointers = None
             self.table.addresses = _upload(torch.tensor(pointers, dtype=torch.int64), self.device)
@@ -258,14 +260,12 @@ class _Slot:
             _captured.append(self.tensors())
         return self.table
 
-    def check_devices(self, lists: Sequence[Sequence[Tensor | None]]) -> None:
-        for tensors in lists:
-            for i, x in enumerate(tensors):
-                if x is not None and x.device != self.device:
-                    raise ValueError(
-                        f"{self.op}: a tensor beside params[{i}] is on {x.device}, expected {self.device}, "
-                        "the device of the first"
-                    )
+    def check_devices(self, lists: Sequence[Sequence[Tensor | None]], layout: Callable[[], object]) -> None:
+        """Addresses of other devices look like all others; the op knows what to call the tensor."""
+        others = [x.device for tensors in lists for x in tensors if x is not None and x.device != self.device]
+        if others:
+            layout()
+            raise ValueError(f"{self.op}: a tensor is on {others[0]}, expected {self.device}, the device of the first")
 
     def tensors(self) -> list[Tensor]:
         table = self.table
@@ -275,7 +275,10 @@ class _Slot:
 
 @functools.cache
 def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.ones((), dtype=dtype, device=device)
+    made = torch.ones((), dtype=dtype, device=device)
+    if device.type != "cpu" and not is_capturing(device):
+        torch.cuda.current_stream(device).synchronize()  # once: other streams will read it
+    return made
 
 
 def one(like: Tensor) -> Tensor:
@@ -329,4 +332,4 @@ def table(
     slots.move_to_end(place)
     while len(slots) > _SLOTS:
         slots.popitem(last=False)
-    return slot.address(lists, pointers)
+    return slot.address(lists, pointers, layout)
