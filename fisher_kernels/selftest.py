@@ -416,6 +416,8 @@ def _sofim_inputs(source: Source) -> Inputs:
     params.append(source.normal(12, 10).t())
     params.append(source.normal(4, 6, 3, 3).to(memory_format=torch.channels_last))
     grads = [torch.empty_like(p).copy_(source.normal(*p.shape)) for p in params]
+    params.append(source.normal(9, 14))
+    grads.append(source.normal(14, 9).t())  # in another order than its parameter
     _with_non_finite(grads[1])
     return {
         "params": params,
@@ -426,23 +428,31 @@ def _sofim_inputs(source: Source) -> Inputs:
     }
 
 
-def _sofim_case(direction: str, scope: str) -> Case:
+def _sofim_case(direction: str, scope: str, of_each: bool = False) -> Case:
+    """With ``of_each`` a learning rate for each parameter, on its device, and weight decay in the gradient."""
     rho, decay = 5.0, 0.1
+
+    def rates(steps: list[Tensor]) -> list[Tensor]:
+        dtypes = torch.float32, torch.float64
+        return [torch.full((), _LR, dtype=dtypes[i % 2], device=t.device) for i, t in enumerate(steps)]
 
     def call(inputs: Inputs) -> list[Tensor]:
         skipped, squares = ops.sofim_step_(
             *(inputs[name] for name in ("params", "grads", "exp_avgs", "steps")),
-            lr=_LR,
+            lr=rates(inputs["steps"]) if of_each else _LR,
             beta=_BETA,
             rho=rho,
             direction=direction,
             scope=scope,
             weight_decay=decay,
+            decoupled=not of_each,
         )
         return [*inputs["params"], *inputs["exp_avgs"], *inputs["steps"], squares, skipped]
 
     def tolerance(inputs: Inputs, expected: list[Tensor], u: float) -> list[Tolerance]:
         gradients = [g.abs().nan_to_num(0, 0, 0) for g in inputs["grads"]]
+        if of_each:
+            gradients = [g + decay * w.abs() for g, w in zip(gradients, inputs["params"], strict=True)]
         moments = [_BETA * m.abs() + (1 - _BETA) * g for m, g in zip(inputs["exp_avgs"], gradients, strict=True)]
         corrected = [m / (1 - _BETA ** (i + 1)) for i, m in enumerate(moments)]
         squares = torch.stack([c.square().sum() for c in corrected])
@@ -463,7 +473,8 @@ def _sofim_case(direction: str, scope: str) -> Case:
         of_moments = [torch.where(g.isfinite(), 16 * u * m, 0) for g, m in zip(inputs["grads"], moments, strict=True)]
         return [*of_params, *of_moments, *(0.0 for _ in inputs["steps"]), 32 * u * squares, 0.0]
 
-    return Case("sofim_step_", f"{direction}, {scope}", _SUM_DTYPES, _sofim_inputs, call, tolerance)
+    name = f"{direction}, {scope}" + (", rates of each" if of_each else "")
+    return Case("sofim_step_", name, _SUM_DTYPES, _sofim_inputs, call, tolerance)
 
 
 # Blocks. A factorisation moves the block by (n + 1) u of its norm at most, which the condition number amplifies;
@@ -722,4 +733,6 @@ CASES: Sequence[Case] = (
     _sofim_case("momentum", "tensor"),
     _sofim_case("gradient", "global"),
     _sofim_case("gradient", "tensor"),
+    _sofim_case("momentum", "global", of_each=True),
+    _sofim_case("gradient", "global", of_each=True),
 )

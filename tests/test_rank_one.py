@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fisher_kernels import use_backend
 from fisher_kernels._library import native_module
 from fisher_kernels.ops import (
     ACCUMULATOR,
@@ -23,6 +24,7 @@ from fisher_kernels.ops import (
 from tests.cases import DTYPES, LAYOUTS, WRITABLE_LAYOUTS, integers, random, unaligned
 from tests.cases.rank_one import SIZES, VECTORS, inverses, pieces, vectors
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
+from tests.interpreted import far, far_partials, far_sums, interpreted
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
@@ -155,6 +157,45 @@ def test_same_solution_for_every_number_of_threads(implementation: str, set_thre
         set_threads(threads)
         for got, want in zip(rank_one_solve(u, x, 0.5), first, strict=True):
             assert_same_bits(got, want)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_full_chunks_of_a_solution(dtype: torch.dtype) -> None:
+    """They have a path of wide accesses, unless they are not aligned: the same bits."""
+    u, x = random((8192 + 5,), dtype), random((8192 + 5,), dtype, 1)
+    with use_backend("triton"):
+        (found,) = rank_one_solve([u], [x], 0.5)
+        (moved,) = rank_one_solve([unaligned(u)], [unaligned(x)], 0.5)
+    check_solution([found], [u], [x], 0.5)
+    assert_same_bits(moved, found)
+
+
+@interpreted
+def test_a_solution_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last chunk of a tensor of more than 2^31 elements, of which no other is there."""
+    from fisher_kernels.triton_kernels import rank_one_solve as kernels
+
+    u, x = random((100,), torch.bfloat16), random((100,), torch.bfloat16, 1)
+    with use_backend("triton"):
+        near = rank_one_solve([u], [x], 0.5)
+        monkeypatch.setattr(kernels, "table", far(kernels.table, (2, 2), starts=2))
+        monkeypatch.setattr(kernels, "new_partials", far_partials)
+        monkeypatch.setattr(kernels, "add_chunks", far_sums)
+        assert_same_bits(rank_one_solve([u], [x], 0.5)[0], near[0])
+
+
+@interpreted
+def test_solutions_are_tensors_of_their_own() -> None:
+    """Though they share a stretch of memory: changing one is no change of another."""
+    with use_backend("triton"):
+        first, second = rank_one_solve([torch.ones(3), torch.ones(2, 5)], [torch.ones(3), torch.ones(2, 5)], 0.5)
+    version, before = second._version, second.clone()
+    first.add_(1)
+    assert second._version == version
+    assert not second._is_view()
+    assert second.data_ptr() % 16 == 0
+    assert_same_bits(second, before)
 
 
 @pytest.mark.large

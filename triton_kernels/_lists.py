@@ -7,6 +7,7 @@ and dtypes (the layout) is made once; addresses, which gradients change from ste
 from __future__ import annotations
 
 import functools
+import struct
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,9 +41,21 @@ def address(addresses, count, which: tl.constexpr, i, T: tl.constexpr):
 
 
 @triton.jit
+def number(addresses, count, which: tl.constexpr, i, mask=None):
+    """What the numbers of a table have for tensor i: after the lists, in their order."""
+    return tl.load(addresses + which * count + i, mask).to(tl.float64, bitcast=True)
+
+
+@triton.jit
 def is_aligned(pointer):
     """Whether 16 bytes at a time can be read from here on."""
     return pointer.to(tl.int64) % 16 == 0
+
+
+@triton.jit
+def are_aligned(first, second, third):
+    """The same for three at once."""
+    return (first.to(tl.int64) | second.to(tl.int64) | third.to(tl.int64)) % 16 == 0
 
 
 @triton.jit
@@ -79,7 +92,7 @@ class Table:
 
     Attributes:
         count: how many tensors each list has.
-        addresses: int64 (lists, count), 0 where a list has None.
+        addresses: int64 (lists, count), 0 where a list has None; then the bits of numbers, a row for each list of them.
         layout: int64 (count, width): the size of each tensor, then what the op adds.
         geometry: int64 (count, WALKED + 2, DIMS) for strided tensors: sizes, strides in the order in
             which a tensor lies as if it were contiguous, then the strides of each list; dimensions of size 1 first.
@@ -103,6 +116,10 @@ def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
         return [0 if x is None else x.data_ptr() for x in tensors]
 
 
+def _bits(numbers: Sequence[float]) -> list[int]:
+    return list(struct.unpack(f"{len(numbers)}q", struct.pack(f"{len(numbers)}d", *numbers)))
+
+
 def _signature(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """All of a list that its layout depends on."""
     try:
@@ -111,10 +128,23 @@ def _signature(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
         return tuple(None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors)
 
 
-def _join(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    """Dimensions as (size, contiguous stride, stride of each tensor), in the memory order of the first, joined.
+def _fill_memory_alike(tensors: Sequence[Tensor]) -> bool:
+    """Whether the elements of all are the same stretch of memory in the same order, without gaps."""
+    first = tensors[0]
+    dims = sorted((stride, size) for size, stride in zip(first.shape, first.stride(), strict=True) if size != 1)
+    filled = 1
+    for stride, size in dims:
+        if stride != filled:
+            return False
+        filled *= size
+    return all(x.stride() == first.stride() for x in tensors)
 
-    Elements next to each other in the first tensor stay so, whatever the order of its dimensions.
+
+def _join(tensors: Sequence[Tensor], row_major: bool) -> list[tuple[int, ...]]:
+    """Dimensions as (size, contiguous stride, stride of each tensor), joined.
+
+    Unless they are to be in row-major order they are in the memory order of the first tensor: elements next to each
+    other there stay so, whatever the order of its dimensions.
     """
     first = tensors[0]
     whole, dims = 1, []
@@ -122,7 +152,7 @@ def _join(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
         if first.shape[d] != 1:
             dims.append((first.shape[d], whole, *(x.stride(d) for x in tensors)))
         whole *= first.shape[d]
-    dims.sort(key=lambda dim: (-dim[2], -dim[1]))
+    dims.sort(key=lambda dim: (-dim[1],) if row_major else (-dim[2], -dim[1]))
     joined: list[tuple[int, ...]] = []
     for dim in dims:
         size, strides = dim[0], dim[1:]
@@ -169,7 +199,7 @@ class _Slot:
                 "they are (zero_grad(set_to_none=False))"
             )
 
-    def lay_out(self, lists: Sequence[Sequence[Tensor | None]], layout: Sequence[Sequence[int]]) -> None:
+    def lay_out(self, lists: Sequence[Sequence[Tensor | None]], layout: Sequence[Sequence[int]], sums: bool) -> None:
         """Everything but the addresses."""
         firsts: Sequence[Any] = lists[0]
         sizes = [x.numel() for x in firsts]
@@ -177,9 +207,9 @@ class _Slot:
         geometry = torch.zeros(len(firsts), WALKED.value + 2, DIMS.value, dtype=torch.int64)
         for i, first in enumerate(firsts):
             together: list[Any] = [tensors[i] for tensors in lists[: WALKED.value]]
-            strided = not all(x.is_contiguous() for x in together)
+            strided = not all(x.is_contiguous() for x in together) and not (sums and _fill_memory_alike(together))
             if strided:
-                geometry[i] = self.geometry(i, together)
+                geometry[i] = self.geometry(i, together, sums)
             if sizes[i]:
                 kinds.setdefault((first.dtype, strided), []).append(i)
         if not any(strided for _, strided in kinds):
@@ -196,8 +226,8 @@ class _Slot:
             ],
         )
 
-    def geometry(self, i: int, tensors: Sequence[Tensor]) -> Tensor:
-        dims = _join(tensors)
+    def geometry(self, i: int, tensors: Sequence[Tensor], row_major: bool) -> Tensor:
+        dims = _join(tensors, row_major)
         if len(dims) > DIMS.value:
             raise ValueError(
                 f"{self.op}: tensor {i} of shape {tuple(tensors[0].shape)} has strides "
@@ -215,7 +245,7 @@ class _Slot:
         stream = None if self.device.type == "cpu" else torch.cuda.current_stream(self.device)
         if pointers != self.pointers:
             self.check_devices(lists, layout)
-            self.refuse_capture("addresses changed")
+            self.refuse_capture("addresses or numbers changed")
             self.pointers = None
             self.table.addresses = _upload(torch.tensor(pointers, dtype=torch.int64), self.device)
             self.pointers = pointers
@@ -265,6 +295,8 @@ def table(
     lists: Sequence[Sequence[Tensor | None]],
     layout: Callable[[], Sequence[Sequence[int]]],
     key: Any = None,
+    numbers: Sequence[Sequence[float]] = (),
+    sums: bool = False,
 ) -> Table:
     """The table of a call over lists of tensors, made anew only if they do not look as at the call before.
 
@@ -275,13 +307,16 @@ def table(
         layout: checks the lists and gives for each tensor what a kernel reads beside its size, as many whole numbers
             for all of them. Called only where the lists look new.
         key: whatever else the layout depends on.
+        numbers: lists of numbers, one for each tensor, which go to the device when they change, as addresses do.
+        sums: whether a kernel adds elements up. Then the order in which they are walked does not follow the strides of
+            one list: it is row-major, or that of memory for tensors that fill their memory alike.
 
     Raises:
         RuntimeError: the addresses are not on the device yet and a CUDA graph is being captured.
         ValueError: a tensor lies in memory in a way that is not handled; what ``layout`` raises.
     """
     signature = (tuple(map(_signature, lists)), key)
-    pointers = list(map(_addresses, lists))
+    pointers = [*map(_addresses, lists), *map(_bits, numbers)]
     slots = _slots.setdefault(op, OrderedDict())
     # Where the first tensor is tells groups of parameters apart; all the rest is compared.
     first: Any = lists[0][0]
@@ -292,7 +327,7 @@ def table(
         made = layout()
         slot = _Slot(op, signature, device)
         slot.refuse_capture("lists that were not seen before")
-        slot.lay_out(lists, made)
+        slot.lay_out(lists, made, sums)
         slots[place] = slot
     slots.move_to_end(place)
     while len(slots) > _SLOTS:

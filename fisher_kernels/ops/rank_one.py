@@ -20,12 +20,16 @@ NOT_FINITE = 2
 # rank_one_solve
 
 
+def _check_rho(rho: float) -> None:
+    if not 0 < rho < math.inf:
+        raise ValueError(f"rank_one_solve: rho is {rho}, expected a finite number above 0")
+
+
 def _check_solve(u: Sequence[Tensor], x: Sequence[Tensor], rho: float) -> None:
     op = "rank_one_solve"
     if len(x) != len(u):
         raise ValueError(f"{op}: x has {len(x)} tensors, expected {len(u)}, the length of u")
-    if not 0 < rho < math.inf:
-        raise ValueError(f"{op}: rho is {rho}, expected a finite number above 0")
+    _check_rho(rho)
     for i, (v, y) in enumerate(zip(u, x, strict=True)):
         check_floating(op, f"u[{i}]", v.dtype)
         if v.device != u[0].device:
@@ -58,11 +62,25 @@ def _solve_cpu(u: Sequence[Tensor], x: Sequence[Tensor], rho: float) -> list[Ten
     return out
 
 
+def _solve_triton(u: Sequence[Tensor], x: Sequence[Tensor], rho: float) -> list[Tensor]:
+    from fisher_kernels.triton_kernels import rank_one_solve
+
+    def check() -> None:
+        _check_solve(u, x, rho)
+
+    if not u:
+        check()
+        return []
+    _check_rho(rho)  # at every call; the lists where they are new
+    return rank_one_solve.solve([v.contiguous() for v in u], [y.contiguous() for y in x], rho, check)
+
+
 _rank_one_solve = define(
     "rank_one_solve(Tensor[] u, Tensor[] x, float rho) -> Tensor[]",
     fake=_solve_fake,
     reference=_solve_reference,
     cpu=_solve_cpu,
+    triton=_solve_triton,
 )
 
 
