@@ -31,12 +31,12 @@ _FLAT = tl.constexpr(1e-5)  # a spread of at most this share of the largest entr
 
 
 @triton.jit
-def _mean(x, at, size, divisor, mask):
-    """Entries of x / divisor, followed by a 1; a mask of None says that all of them are in x."""
+def _mean(x, at, present, divisor, mask):
+    """Entries of x / divisor, ones from ``present`` on; a mask of None says that all of them are there."""
     if mask is None:
         mean = divide(tl.load(x + at), divisor)
     else:
-        there = mask & (at < size)
+        there = mask & (at < present)
         mean = tl.where(there, divide(tl.load(x + at, there, 0), divisor), 1)
     return mean
 
@@ -53,25 +53,25 @@ def _include(low, high, value, mask):
 
 
 @triton.jit
-def _range_of(x, start, left, size, divisor, FULL: tl.constexpr):
-    """Smallest and largest of entries start to start + left of x / divisor, completed by a 1."""
+def _range_of(x, left, present, divisor, FULL: tl.constexpr):
     lanes = tl.arange(0, _BLOCK)
     low = tl.full((_BLOCK,), float("inf"), divisor.dtype)
     high = -low
     for first in range(0, left, _BLOCK):
-        mask = None if FULL else first + lanes < left
-        low, high = _include(low, high, _mean(x, start + first + lanes, size, divisor, mask), mask)
+        at = first + lanes
+        mask = None if FULL else at < left
+        low, high = _include(low, high, _mean(x, at, present, divisor, mask), mask)
     return tl.min(low), tl.max(high)
 
 
 @triton.jit
-def _range(x, start, left, size, divisor):
-    """The same, without masks where nothing is missing."""
-    if (left == CHUNK) & (start + left <= size) & is_aligned(x):
-        # Known alignment: 16 bytes a load.
-        low, high = _range_of(tl.multiple_of(x, 16), start, CHUNK, size, divisor, True)
+def _range(x, start, left, present, divisor):
+    """Smallest and largest of x / divisor in a chunk with so many entries, of which so many are in x."""
+    if (present == CHUNK) & is_aligned(x):
+        # No masks and known alignment: 16 bytes a load.
+        low, high = _range_of(tl.multiple_of(x + start, 16), CHUNK, CHUNK, divisor, True)
     else:
-        low, high = _range_of(x, start, left, size, divisor, False)
+        low, high = _range_of(x + start, left, present, divisor, False)
     return low, high
 
 
@@ -123,13 +123,13 @@ def minmax_ranges(addresses, count, layouts, chunks, ranges, A: tl.constexpr):
     size = tl.load(layout)
     weight = tl.load(address(addresses, count, _WEIGHT, i, A))
     left = tl.minimum(size - start, CHUNK).to(tl.int32)
-    low, high = _range(address(addresses, count, _X, i, A), start, left, size, weight)
+    low, high = _range(address(addresses, count, _X, i, A), start, left, left, weight)
     _store_range(ranges, tl.load(layout + 1) + chunk, low, high)
 
 
 @triton.jit
-def _scale(out, x, at, size, weight, low, high, eps, mask):
-    scaled = _normalize(_mean(x, at, size, weight, mask), low, high, eps)
+def _scale(out, x, at, left, weight, low, high, eps, mask):
+    scaled = _normalize(_mean(x, at, left, weight, mask), low, high, eps)
     tl.store(out + at, tl.where(weight == 0, 1, scaled), mask)
 
 
@@ -140,7 +140,7 @@ def minmax_results(addresses, count, layouts, chunks, ranges, eps: tl.float64, A
     layout = layouts + i.to(tl.int64) * _MINMAX_WIDTH
     size = tl.load(layout)
     weight = tl.load(address(addresses, count, _WEIGHT, i, A))
-    x, out = address(addresses, count, _X, i, A), address(addresses, count, _OUT, i, A)
+    x, out = address(addresses, count, _X, i, A) + start, address(addresses, count, _OUT, i, A) + start
     low, high = _load_range(ranges, tl.load(layout + 1), size, A)
     e = tl.full((), eps, A)
     left = tl.minimum(size - start, CHUNK).to(tl.int32)
@@ -148,10 +148,10 @@ def minmax_results(addresses, count, layouts, chunks, ranges, eps: tl.float64, A
     if (left == CHUNK) & is_aligned(x) & is_aligned(out):
         wide_x, wide_out = tl.multiple_of(x, 16), tl.multiple_of(out, 16)
         for first in range(0, CHUNK, _BLOCK):
-            _scale(wide_out, wide_x, start + first + lanes, size, weight, low, high, e, None)
+            _scale(wide_out, wide_x, first + lanes, CHUNK, weight, low, high, e, None)
     else:
         for first in range(0, left, _BLOCK):
-            _scale(out, x, start + first + lanes, size, weight, low, high, e, first + lanes < left)
+            _scale(out, x, first + lanes, left, weight, low, high, e, first + lanes < left)
 
 
 @triton.jit
@@ -165,16 +165,16 @@ def ema_ranges(addresses, count, layouts, chunks, ranges, rejected, joint, A: tl
     i, chunk, start = _chunk(chunks)
     layout = layouts + i.to(tl.int64) * _EMA_WIDTH
     left = tl.minimum(tl.load(layout) - start, CHUNK).to(tl.int32)
-    new = address(addresses, count, _NEW, i, A)
-    low, high = _range(new, start, left, tl.load(layout + 2), _divisor(layout, A))
+    present = tl.minimum(tl.load(layout + 2) - start, CHUNK).to(tl.int32)
+    low, high = _range(address(addresses, count, _NEW, i, A), start, left, present, _divisor(layout, A))
     _store_range(ranges, tl.load(layout + 1) + chunk, low, high)
     if not (is_finite(low) & is_finite(high)):
         tl.store(rejected + i // joint, 1)  # whoever finds it writes the same
 
 
 @triton.jit
-def _average(state, new, at, size, divisor, low, high, decay, gain, eps, mask, NORMALIZE: tl.constexpr):
-    value = _mean(new, at, size, divisor, mask)
+def _average(state, new, at, present, divisor, low, high, decay, gain, eps, mask, NORMALIZE: tl.constexpr):
+    value = _mean(new, at, present, divisor, mask)
     if NORMALIZE:
         value = _normalize(value, low, high, eps)
     tl.store(state + at, decay * tl.load(state + at, mask) + gain * value, mask)
@@ -199,24 +199,24 @@ def ema_results(
     i, _, start = _chunk(chunks)
     if tl.load(rejected + i // joint) == 0:
         layout = layouts + i.to(tl.int64) * _EMA_WIDTH
-        size, new_size = tl.load(layout), tl.load(layout + 2)
+        size = tl.load(layout)
         divisor = _divisor(layout, A)
-        state, new = address(addresses, count, _STATE, i, A), address(addresses, count, _NEW, i, A)
+        state, new = address(addresses, count, _STATE, i, A) + start, address(addresses, count, _NEW, i, A) + start
         low, high = tl.full((), 0, A), tl.full((), 0, A)
         if NORMALIZE:
             low, high = _load_range(ranges, tl.load(layout + 1), size, A)
         d, g, e = tl.full((), decay, A), tl.full((), gain, A), tl.full((), eps, A)
         left = tl.minimum(size - start, CHUNK).to(tl.int32)
+        present = tl.minimum(tl.load(layout + 2) - start, CHUNK).to(tl.int32)
         lanes = tl.arange(0, _BLOCK)
-        if (left == CHUNK) & (start + left <= new_size) & is_aligned(state) & is_aligned(new):
+        if (present == CHUNK) & is_aligned(state) & is_aligned(new):
             wide_state, wide_new = tl.multiple_of(state, 16), tl.multiple_of(new, 16)
             for first in range(0, CHUNK, _BLOCK):
-                at = start + first + lanes
-                _average(wide_state, wide_new, at, new_size, divisor, low, high, d, g, e, None, NORMALIZE)
+                _average(wide_state, wide_new, first + lanes, CHUNK, divisor, low, high, d, g, e, None, NORMALIZE)
         else:
             for first in range(0, left, _BLOCK):
-                at, mask = start + first + lanes, first + lanes < left
-                _average(state, new, at, new_size, divisor, low, high, d, g, e, mask, NORMALIZE)
+                at = first + lanes
+                _average(state, new, at, present, divisor, low, high, d, g, e, at < left, NORMALIZE)
 
 
 def _first_chunks(vectors: Sequence[Tensor]) -> list[int]:
