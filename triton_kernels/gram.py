@@ -12,14 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch
+from ._launch import INTERPRETED, launch
 from ._lists import WIDE
 
 _PROGRAMS = 528
 """Rows are shared out until there are about so many tiles to sum: four for each multiprocessor of an H200."""
 _LEAST_ROWS = 512
 """A share has at least so many rows."""
-_STORED_ROWS = tl.constexpr(16)  # of a tile, that a program of the second kernel works on
+_INTERPRETED = tl.constexpr(INTERPRETED)
+_STORED_ROWS = tl.constexpr(32)  # of a tile, that a program of the second kernel works on
 
 
 class _Sizes(NamedTuple):
@@ -49,20 +50,27 @@ def _head(x):
 
 
 @triton.jit
+def _dot(total, left, right, A: tl.constexpr):
+    """total + left^T right."""
+    if _INTERPRETED and right.dtype == tl.bfloat16:
+        left, right = left.to(tl.float32), right.to(tl.float32)  # which the interpreter can multiply
+    return tl.dot(tl.trans(left), right, total, input_precision="ieee", out_dtype=A)
+
+
+@triton.jit
 def _add_products(total, left, right, weight, A: tl.constexpr):
     """total + left^T diag(weight) right."""
     if weight is None:
-        total = tl.dot(tl.trans(left), right, total, input_precision="ieee", out_dtype=A)
+        total = _dot(total, left, right, A)
     elif right.dtype == tl.bfloat16:
         # A number of float32 is the sum of three of bfloat16, and their products are exact.
-        first, rest = _head(left.to(tl.float32) * weight[:, None])
+        first, rest = _head(left.to(A) * weight[:, None])
         second, third = _head(rest)
-        total = tl.dot(tl.trans(third.to(tl.bfloat16)), right, total)
-        total = tl.dot(tl.trans(second.to(tl.bfloat16)), right, total)
-        total = tl.dot(tl.trans(first.to(tl.bfloat16)), right, total)
+        total = _dot(total, third.to(tl.bfloat16), right, A)
+        total = _dot(total, second.to(tl.bfloat16), right, A)
+        total = _dot(total, first.to(tl.bfloat16), right, A)
     else:
-        weighted = left.to(A) * weight[:, None]
-        total = tl.dot(tl.trans(weighted), right.to(A), total, input_precision="ieee", out_dtype=A)
+        total = _dot(total, left.to(A) * weight[:, None], right.to(A), A)
     return total
 
 
@@ -138,13 +146,14 @@ def results(
 
 
 def _sizes(dtype: torch.dtype, weighted: bool, columns: int) -> _Sizes:
+    narrow = columns <= 64 or columns % 8 != 0  # rows of odd lengths are read number by number, which takes registers
     if dtype == torch.float64:
-        return _Sizes(32, 16, 256, 4, 2)
+        return _Sizes(64, 16, 256, 8, 2)
     if dtype == torch.float32 or (dtype == torch.float16 and weighted):
-        return _Sizes(32, 32, 256, 4, 3) if columns <= 32 else _Sizes(64, 16, 256, 4, 3)
-    if columns % 8:  # rows do not begin at addresses from which 16 bytes can be read
+        return _Sizes(64, 16, 256, 4, 3) if narrow else _Sizes(128, 16, 256, 8, 3)
+    if narrow:
         return _Sizes(64, 32, 4096, 4, 2)
-    return _Sizes(64, 64, 4096, 4, 3) if columns <= 64 else _Sizes(128, 64, 4096, 8, 3)
+    return _Sizes(128, 32 if weighted else 64, 4096, 8, 3)
 
 
 def weighted_gram(out: Tensor, x: Tensor, weight: Tensor | None, decay: float, gain: float) -> None:
