@@ -18,11 +18,11 @@ _NOT_POSITIVE, _NOT_FINITE = tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def _judge(q, size, n, unit: tl.float64, decay: tl.float64, gain: tl.float64):
-    """What is asked of every vector before its update, with q = u^T P u and size = sum of u_i^2 P_ii; and den."""
+def _judge(q, size, decay, gain, unit):
+    """What is asked of every vector before its update, with q = u^T P u and size = n sum of u_i^2 P_ii; and den."""
     den = decay + gain * q
     # By how much rounding the entries of P moves q: each is at most the root of P_ii P_jj.
-    noise = n * unit * size
+    noise = unit * size
     of_den = tl.abs(gain) * noise
     lost = (den <= of_den) | ((decay * q < den * noise) & (of_den > unit * unit * decay))
     finite = is_finite(den) & is_finite(noise)
@@ -59,20 +59,22 @@ def inverse_update(
     diagonal = tl.sum(tl.where(on_diagonal, p, 0), 1)  # [COUNT, SIDE]
     size = diagonal  # of it: at first, or what it has grown to
     status = tl.zeros((COUNT,), tl.int32)
+    d, g = tl.full((), decay, tl.float64), tl.full((), gain, tl.float64)
+    roundoff = tl.full((), unit, tl.float64)
     sign = tl.where(gain < 0, -1.0, 1.0).to(T)
     of_block = u + first * vectors * N + block.to(tl.int64)[:, None] * vectors * N + i[None, :]
     for _ in range(vectors):
         x = tl.load(of_block, in_vector, 0)
         v = tl.sum(p * x[:, :, None], 1)  # the sum of rows, P being symmetric
         q = tl.sum(x * v, 1)
-        fault, den = _judge(q.to(tl.float64), tl.sum(x * (x * size), 1).to(tl.float64), N, unit, decay, gain)
+        fault, den = _judge(q.to(tl.float64), N * tl.sum(x * (x * size), 1).to(tl.float64), d, g, roundoff)
         status = tl.where(status != 0, status, fault)
-        w = v * tl.sqrt(tl.abs(gain) / den).to(T)[:, None]
+        w = v * tl.sqrt(tl.abs(g) / den).to(T)[:, None]
         p -= sign * (w[:, :, None] * w[:, None, :])
         if gain < 0:
             size = tl.sum(tl.where(on_diagonal, p, 0), 1)
         of_block += N
-    p *= (1 / tl.full((), decay, tl.float64)).to(T)
+    p *= (1 / d).to(T)
 
     positive = tl.where(on_diagonal, p, 1) > 0
     of_entries = tl.where(is_finite(p), tl.where(positive, 0, _NOT_POSITIVE), _NOT_FINITE)
