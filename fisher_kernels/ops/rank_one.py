@@ -149,6 +149,22 @@ def _update_natively(kernel: Callable[..., None], inverse: Tensor, u: Tensor, de
     return info
 
 
+def _update_on_triton(inverse: Tensor, u: Tensor, decay: float, gain: float) -> Tensor:
+    from fisher_kernels.triton_kernels import rank_one
+
+    dense, u = inverse.contiguous(), u.contiguous()
+    if inverse.numel() == 0 or inverse.shape[-1] > rank_one.LARGEST:
+        info = _update(dense, u, decay, gain)
+    else:
+        info = new_info(inverse)
+        rank_one.update(dense, u, info, decay, gain)
+    if dense is inverse:
+        increment_version(inverse)
+    else:
+        inverse.copy_(dense)
+    return info
+
+
 def _low_rank_fake(inverse: Tensor, u: Tensor, decay: float = 1.0, gain: float = 1.0) -> Tensor:
     op = "low_rank_inverse_update_"
     check_blocks(op, "inverse", inverse)
@@ -171,11 +187,17 @@ def _low_rank_cpu(inverse: Tensor, u: Tensor, decay: float = 1.0, gain: float = 
     return _update_natively(native().low_rank_inverse_update_, inverse, u, decay, gain)
 
 
+def _low_rank_triton(inverse: Tensor, u: Tensor, decay: float = 1.0, gain: float = 1.0) -> Tensor:
+    _low_rank_fake(inverse, u, decay, gain)
+    return _update_on_triton(inverse, u, decay, gain)
+
+
 _low_rank = define(
     "low_rank_inverse_update_(Tensor(a!) inverse, Tensor u, float decay=1.0, float gain=1.0) -> Tensor",
     fake=_low_rank_fake,
     reference=_low_rank_reference,
     cpu=_low_rank_cpu,
+    triton=_low_rank_triton,
 )
 
 
@@ -229,11 +251,17 @@ def _rank_one_cpu(inverse: Tensor, u: Tensor, decay: float = 1.0, gain: float = 
     return _update_natively(native().rank_one_inverse_update_, inverse, u, decay, gain)
 
 
+def _rank_one_triton(inverse: Tensor, u: Tensor, decay: float = 1.0, gain: float = 1.0) -> Tensor:
+    _rank_one_fake(inverse, u, decay, gain)
+    return _update_on_triton(inverse, u[:, None], decay, gain)
+
+
 _rank_one = define(
     "rank_one_inverse_update_(Tensor(a!) inverse, Tensor u, float decay=1.0, float gain=1.0) -> Tensor",
     fake=_rank_one_fake,
     reference=_rank_one_reference,
     cpu=_rank_one_cpu,
+    triton=_rank_one_triton,
 )
 
 
