@@ -106,7 +106,6 @@ class Launches(NamedTuple):
     wide: Any  # the one that sums and moments have beside it
     strided: bool
     chunks: Tensor  # int32 (programs, 2): the tensor, and the chunk of it
-    kind: Any  # of the cuts
 
 
 @dataclass
@@ -120,6 +119,7 @@ class Table:
         geometry: int64 (count, WALKED + 2, DIMS) where a tensor is strided: sizes, strides in the order in
             which a tensor lies as if it were contiguous, then the strides of each list; dimensions of size 1 first.
         launches: one for each dtype and kind.
+        kinds: of each of the launches, that of its cuts.
         notes: those of the layout.
     """
 
@@ -128,6 +128,7 @@ class Table:
     layout: Tensor
     geometry: Tensor
     launches: list[Launches]
+    kinds: list[Any]
     notes: Any
 
 
@@ -217,9 +218,7 @@ class _Slot:
                 "they are (zero_grad(set_to_none=False))"
             )
 
-    def lay_out(
-        self, lists: Sequence[Sequence[Tensor | None]], layout: Sequence[Sequence[int]] | Layout
-    ) -> None:
+    def lay_out(self, lists: Sequence[Sequence[Tensor | None]], layout: Sequence[Sequence[int]] | Layout) -> None:
         """Everything but the addresses."""
         firsts: Sequence[Any] = lists[0]
         sizes = [x.numel() for x in firsts]
@@ -239,9 +238,10 @@ class _Slot:
             _upload(torch.tensor(rows, dtype=torch.int64), self.device),
             _upload(torch.stack(geometry) if geometry else torch.empty(0, dtype=torch.int64), self.device),
             [
-                Launches(TYPES[dtype], WIDE[dtype], strided, _upload(_chunks(cuts), self.device), kind)
-                for (dtype, strided, kind), cuts in kinds.items()
+                Launches(TYPES[dtype], WIDE[dtype], strided, _upload(_chunks(cuts), self.device))
+                for (dtype, strided, _), cuts in kinds.items()
             ],
+            [kind for _, _, kind in kinds],
             layout.notes,
         )
 

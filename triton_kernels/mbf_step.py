@@ -168,8 +168,7 @@ def _numbers(n, PACKED: tl.constexpr):
 
 @triton.jit
 def _product(inverse, new, down, column, n, mask, A: tl.constexpr, PACKED: tl.constexpr):
-    """P m of whole blocks: lanes are elements, which row and column of the blocks they are in being ``down`` and
-    ``column``."""
+    """P m of whole blocks; lanes are elements, in block ``down`` at ``column``."""
     d = tl.zeros((_LANES,), A)
     block = inverse + down * _numbers(n, PACKED)
     steps = tl.arange(0, _STEPS)[:, None]
@@ -392,7 +391,8 @@ def along(
             for k in range(0, length, _LANES):
                 mask = k + lanes < length
                 bad += (mask & ~is_finite(tl.load(stored + k + lanes, mask, 0.0))).to(tl.int32)
-            whole = tl.sum(bad) == 0
+            number = (tl.sum(bad) > 0).to(tl.int32)
+            whole = number + tl.zeros_like(lanes) == 0
             for k in range(0, length, _LANES):
                 mask = k + lanes < length
                 param, grad, moment = _pointers(
@@ -404,7 +404,6 @@ def along(
                 total += _step_along(
                     param, grad, moment, at, d, mask & whole, mask, coefficients, rate, shrink, sums is not None, A
                 )
-            number = (~whole).to(tl.int32)
         else:
             size = n.to(tl.int32)
             unit, element = lanes // size, lanes % size
@@ -531,7 +530,7 @@ class _Kind(NamedTuple):
 class _Shared(NamedTuple):
     """Directions that are one product of matrices: which parameter they are of, and their place."""
 
-    index: int
+    parameter: int
     view: View
     place: int
 
@@ -568,9 +567,7 @@ def _cuts(i: int, view: View, inverse: Tensor, strided: bool, clipped: bool) -> 
         yield cut("descend", element_chunks(rows * columns), FLAT=flat, **lies)
 
 
-def _lay_out(
-    views: Sequence[View | None], lists: Sequence[Sequence[Any]], clipped: bool
-) -> Layout:
+def _lay_out(views: Sequence[View | None], lists: Sequence[Sequence[Any]], clipped: bool) -> Layout:
     rows, cuts, shared, size = [], [], [], 0
     for i, view in enumerate(views):
         if view is None:
@@ -596,8 +593,9 @@ def _directions(workspace: Tensor, of: _Shared, dtype: torch.dtype) -> Tensor:
     return kept.view(rows, of.view.blocks, of.view.size).transpose(0, 1)
 
 
-def _of(plan: Table, *kernels: str) -> list[Launches]:
-    return [launches for launches in plan.launches if launches.kind.kernel in kernels]
+def _of(plan: Table, *kernels: str) -> Iterator[tuple[_Kind, Launches]]:
+    """The launches of some of the kernels."""
+    return (pair for pair in zip(plan.kinds, plan.launches, strict=True) if pair[0].kernel in kernels)
 
 
 _KERNELS = {"blocks": blocks, "diagonals": diagonals, "along": along}
@@ -648,17 +646,16 @@ def step(
     launch(prepare, triton.cdiv(plan.count, 128), device, skipped, clipped, plan.count, LANES=128)
     for shared in notes.shared:
         assert workspace is not None
-        multiply_shared(shared.index, _directions(workspace, shared, momentum_buffers[shared.index].dtype))
-    for large in _of(plan, "multiply"):
+        multiply_shared(shared.parameter, _directions(workspace, shared, momentum_buffers[shared.parameter].dtype))
+    for kind, (dtype, wide, _, chunks) in _of(plan, "multiply"):
         launch(
-            multiply, len(large.chunks), device, *lists_on_device, plan.geometry, large.chunks, workspace,
-            *coefficients, T=large.dtype, A=large.wide, **dict(large.kind.constants),
+            multiply, len(chunks), device, *lists_on_device, plan.geometry, chunks, workspace, *coefficients,
+            T=dtype, A=wide, **dict(kind.constants),
         )  # fmt: skip
-    passes = _of(plan, *_KERNELS)
-    count = sum(len(launches.chunks) for launches in passes)
+    count = sum(len(launches.chunks) for _, launches in _of(plan, *_KERNELS))
     sums = torch.empty(count, dtype=torch.float64, device=device) if kl_clip is not None else None
     first_sum = 0
-    for dtype, wide, _, chunks, kind in passes:
+    for kind, (dtype, wide, _, chunks) in _of(plan, *_KERNELS):
         where = () if kind.kernel == "diagonals" else (plan.geometry,)
         stored = workspace if kind.kernel == "along" or sums is not None else None
         launch(
@@ -668,7 +665,7 @@ def step(
         first_sum += len(chunks)
     if sums is not None:
         launch(clip, 1, device, sums, count, clipped, rate, rate_factor, kl_clip, found_inf, warps=8)
-    for dtype, wide, _, chunks, kind in _of(plan, "descend"):
+    for kind, (dtype, wide, _, chunks) in _of(plan, "descend"):
         launch(
             descend, len(chunks), device, *lists_on_device, plan.geometry, chunks, workspace, clipped, *rates,
             found_inf, T=dtype, A=wide, **dict(kind.constants),
