@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fisher_kernels import use_backend
+from fisher_kernels import backends, use_backend
 from fisher_kernels.ops import ACCUMULATOR
-from tests.cases import DTYPES, LAYOUTS, WRITABLE_LAYOUTS, channels_last, contiguous, sliced
+from tests.cases import DTYPES, LAYOUTS, WRITABLE_LAYOUTS, channels_last, contiguous, sliced, spread, unaligned
 from tests.cases.mbf_step import PARAMETERS, Parameter, Step, pack, packed, step, unpack
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
 from tests.step_errors import (
@@ -684,6 +684,79 @@ def test_same_bits_at_every_run_and_for_every_number_of_threads(
         assert_same_bits(skipped, results[0][1])
         assert_same_bits(scale, results[0][2])
         assert_unchanged(copy, results[0][0])
+
+
+# What Triton's kernels have of their own.
+
+
+LARGE = (packed((513,), 1, 513), Parameter((1, 512), (1, 513, 513)), Parameter((1,), None))
+
+
+@pytest.mark.parametrize(("layout", "clip"), [(contiguous, 1e-3), (spread, None)])
+def test_blocks_larger_than_what_a_program_holds(
+    implementation: str, layout: Callable[[Tensor], Tensor], clip: float | None
+) -> None:
+    case = check(step(LARGE, torch.float32, layout=layout, storage=torch.bfloat16, weight_decay=0.1, kl_clip=clip))
+    case.grads[0][500] = math.nan
+    alone = case.part(0, 1)
+    before = alone.copy()
+    assert alone.run()[0].tolist() == [1]
+    assert_unchanged(alone, before)
+
+
+@pytest.mark.parametrize("clip", [None, 1e-3])
+@pytest.mark.parametrize("layout", [contiguous, unaligned])
+def test_full_chunks_of_single_elements(
+    implementation: str, layout: Callable[[Tensor], Tensor], clip: float | None
+) -> None:
+    """Aligned ones are read 16 bytes at a time, all others element by element: with the same results."""
+    aligned = step([Parameter((16390,), (16390, 1, 1))], torch.float32, layout=contiguous, kl_clip=clip)
+    aligned.inverses = [contiguous(x) for x in aligned.inverses if x is not None]
+    aligned.grads[0][[7, 9000, 16389]] = math.nan
+    case = aligned.map(layout)
+    (skipped, scale), (expected, expected_scale) = case.run(), aligned.run()
+    assert skipped.tolist() == expected.tolist() == [3]
+    assert_same_bits(scale, expected_scale)
+    assert_unchanged(case, aligned, ("params", "momentum_buffers"), around=False)
+
+
+@pytest.mark.skipif("triton" not in backends.available(), reason="Triton cannot run here")
+@pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])
+def test_numbers_that_only_kernels_read(monkeypatch: pytest.MonkeyPatch, found_inf: float | None) -> None:
+    """As they are on a GPU, where nobody waits for them."""
+    from fisher_kernels.triton_kernels import mbf_step as kernels
+
+    monkeypatch.setattr(kernels, "scalar", lambda x: (1.0, x))
+    numbers = {"lr": scalar(0.01, torch.float64), "grad_scale": scalar(3.0), "kl_clip": 1e-3}
+    case = step(FEW, DTYPES, maximize=True, weight_decay=0.1, **numbers)
+    if found_inf != 1.0:
+        with use_backend("triton"):
+            case.options["found_inf"] = None if found_inf is None else scalar(found_inf)
+            check(case)
+        return
+    before = case.copy()
+    rows = {0: (8, 9, 9, 1, False), 1: (6, 1, 1, 1, False), 2: (6, 5, 5, 1, True), 4: (4, 13, 3, 5, True)}
+    views = [kernels.View(*rows[i]) if i in rows else None for i in range(len(FEW))]
+    skipped, scale = kernels.step(
+        *case.lists(), lambda: views, lambda i, out: out.zero_(), **case.options, found_inf=scalar(found_inf)
+    )
+    assert_same_bits(skipped, torch.zeros(len(FEW), dtype=torch.int64))
+    assert_same_bits(scale, torch.ones((), dtype=torch.float64))
+    assert_unchanged(case, before)
+
+
+@pytest.mark.skipif("triton" not in backends.available(), reason="Triton cannot run here")
+def test_launches_do_not_grow_with_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fisher_kernels.triton_kernels import mbf_step as kernels
+
+    def launches(copies: int) -> int:
+        started = []
+        monkeypatch.setattr(kernels, "launch", lambda *_, **__: started.append(1))
+        with use_backend("triton"):
+            step(FEW * copies, torch.float32, kl_clip=1e-3).run()
+        return len(started)
+
+    assert launches(1) == launches(5)
 
 
 # Errors.

@@ -44,6 +44,8 @@ _LANES = tl.constexpr(512)
 """Elements that one program holds: as many whole blocks as fit, or a part of one block."""
 _STEPS = tl.constexpr(4)
 """Rows of the inverses that are read together."""
+_LARGE_STEPS = tl.constexpr(8)
+"""The same of a block of which a program holds a part."""
 _BLOCK = tl.constexpr(1024)
 """Elements of a chunk at a time where each stands for itself."""
 _SUMS = tl.constexpr(4096)
@@ -327,9 +329,9 @@ def multiply(
         width = n - 1 if BIASED else n
         coefficients = _coefficients(scale, scale_factor, momentum, weight_decay, A)
         inverse = address(addresses, count, _INVERSE, i, S) + row * _numbers(n, PACKED)
-        steps = tl.arange(0, _STEPS)
+        steps = tl.arange(0, _LARGE_STEPS)
         d = tl.zeros((_LANES,), A)
-        for k in range(0, n, _STEPS):
+        for k in range(0, n, _LARGE_STEPS):
             source = k + steps
             there = source < n
             param, grad, moment = _pointers(
