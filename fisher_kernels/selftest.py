@@ -357,25 +357,40 @@ def _naive_curvature(row: Tensor | None, column: Tensor | None, view: tuple[int,
 
 
 # One block a kernel, packed ones, and inverses that the rows of a layer with a bias share.
-_MBF = (((20, 3, 3, 3), (60, 9, 9)), ((7, 5), (7, 15)), ((12, 10), (1, 2, 6, 6)), ((12,), None))
+_MbfShapes = Sequence[tuple[tuple[int, ...], tuple[int, ...] | None]]  # of a parameter and of its inverse
+_MBF: _MbfShapes = (((20, 3, 3, 3), (60, 9, 9)), ((7, 5), (7, 15)), ((12, 10), (1, 2, 6, 6)), ((12,), None))
+_MBF_OTHERS: _MbfShapes = (
+    ((50,), (50, 1, 1)),
+    ((3, 25), (3, 25, 25)),
+    ((6, 4), (6, 5, 5)),
+    ((6,), None),
+    ((2, 600), (1, 1, 601, 601)),
+    ((2,), None),
+    ((1, 513), (1, 513, 513)),
+)
 
 
-def _mbf_inputs(source: Source) -> Inputs:
+def _mbf_inputs(source: Source, shapes: _MbfShapes, channels_last: bool) -> Inputs:
     wide = Source(ACCUMULATOR[source.dtype], source.device, source.generator)
-    inverses = [None if shape is None else wide.normal(*shape) for _, shape in _MBF]
+    inverses = [None if shape is None else wide.normal(*shape) for _, shape in shapes]
     for x in inverses:
         if x is not None and x.dim() > 2:
             x.add_(x.mT.clone())
+
+    def tensors(source: Source) -> list[Tensor]:
+        made = [source.normal(*shape) for shape, _ in shapes]
+        return [x.to(memory_format=torch.channels_last) if x.dim() == 4 and channels_last else x for x in made]
+
     return {
-        "params": [source.normal(*shape) for shape, _ in _MBF],
-        "grads": [source.normal(*shape) for shape, _ in _MBF],
-        "momentum_buffers": [wide.normal(*shape) for shape, _ in _MBF],
+        "params": tensors(source),
+        "grads": tensors(source),
+        "momentum_buffers": tensors(wide),
         "inverses": inverses,
         "stored_u": torch.finfo(source.dtype).eps / 2,
     }
 
 
-def _mbf_case(name: str, **options: Any) -> Case:
+def _mbf_case(name: str, shapes: _MbfShapes = _MBF, channels_last: bool = False, **options: Any) -> Case:
     def step(inputs: Inputs, **options: Any) -> list[Tensor]:
         names = ("params", "grads", "momentum_buffers", "inverses")
         plain = {"lr": _LR, "momentum": _BETA, "weight_decay": 0.0, "decoupled": False, "maximize": False}
@@ -403,7 +418,14 @@ def _mbf_case(name: str, **options: Any) -> Case:
         ]
         return [*of_params, *(16 * u * m for m in moments), 0.0]
 
-    return Case("mbf_step_", name, _SUM_DTYPES, _mbf_inputs, lambda inputs: step(inputs, **options), tolerance)
+    return Case(
+        "mbf_step_",
+        name,
+        _SUM_DTYPES,
+        lambda source: _mbf_inputs(source, shapes, channels_last),
+        lambda inputs: step(inputs, **options),
+        tolerance,
+    )
 
 
 # SOFIM: rounded moments and gradients change the dot products, which change the coefficients; all terms are bounded by
@@ -732,6 +754,9 @@ CASES: Sequence[Case] = (
     _mbf_case("plain"),
     _mbf_case("weight decay in the gradient, maximised", weight_decay=0.1, maximize=True),
     _mbf_case("clipped, decoupled weight decay", weight_decay=0.1, decoupled=True, kl_clip=1e6),
+    _mbf_case("channels last", channels_last=True, kl_clip=1e6),
+    _mbf_case("other sizes", _MBF_OTHERS),
+    _mbf_case("other sizes, clipped", _MBF_OTHERS, kl_clip=1e6),
     _sofim_case("momentum", "global"),
     _sofim_case("momentum", "tensor"),
     _sofim_case("gradient", "global"),

@@ -77,6 +77,41 @@ def locate(geometry, i, start, lanes):
     return whole, first, second, third
 
 
+@triton.jit
+def locate_in_order(geometry, i, start, lanes):
+    """Elements start + lanes in row-major order, wherever they lie: offsets in each of the three lists."""
+    table = geometry + i.to(tl.int64) * (WALKED + 2) * DIMS
+    first = tl.zeros_like(lanes).to(tl.int64)
+    second, third = first, first
+    for k in tl.static_range(DIMS):
+        dim = table + k
+        size = tl.load(dim)
+        if size > 1:
+            run = tl.load(dim + DIMS)  # elements for which the index of this dimension stays
+            steps, _ = divmod_from(start % run, lanes, run)
+            _, digit = divmod_from(start // run % size, steps, size)
+            first += digit * tl.load(dim + 2 * DIMS)
+            second += digit * tl.load(dim + 3 * DIMS)
+            third += digit * tl.load(dim + 4 * DIMS)
+    return first, second, third
+
+
+class Cut(NamedTuple):
+    """A tensor as one kernel takes it."""
+
+    tensor: int
+    kind: Any  # which instance of which kernel, where dtype and strides do not say
+    programs: int  # that divide it among themselves
+
+
+class Layout(NamedTuple):
+    """How kernels take lists of tensors that are not walked element by element."""
+
+    rows: Sequence[Sequence[int]]  # for each tensor, what a kernel reads beside its size
+    cuts: Sequence[Cut]
+    notes: Any = None  # what else the op wants to find again
+
+
 class Launches(NamedTuple):
     """A range of the chunks: all of tensors that one instance of a kernel works on."""
 
@@ -94,9 +129,11 @@ class Table:
         count: how many tensors each list has.
         addresses: int64 (lists, count), 0 where a list has None; then the bits of numbers, a row for each list of them.
         layout: int64 (count, width): the size of each tensor, then what the op adds.
-        geometry: int64 (count, WALKED + 2, DIMS) for strided tensors: sizes, strides in the order in
+        geometry: int64 (count, WALKED + 2, DIMS) where a tensor is strided: sizes, strides in the order in
             which a tensor lies as if it were contiguous, then the strides of each list; dimensions of size 1 first.
         launches: one for each dtype and kind.
+        kinds: of each of the launches, that of its cuts.
+        notes: those of the layout.
     """
 
     count: int
@@ -104,6 +141,8 @@ class Table:
     layout: Tensor
     geometry: Tensor
     launches: list[Launches]
+    kinds: list[Any]
+    notes: Any
 
 
 _dtype = attrgetter("dtype")
@@ -163,12 +202,22 @@ def _join(tensors: Sequence[Tensor], row_major: bool) -> list[tuple[int, ...]]:
     return joined
 
 
-def _chunks(tensors: Sequence[int], sizes: Sequence[int]) -> Tensor:
+def is_strided(tensors: Sequence[Tensor]) -> bool:
+    """Whether any of the tensors lies otherwise than in row-major order without gaps."""
+    return not all(x.is_contiguous() for x in tensors)
+
+
+def element_chunks(size: int) -> int:
+    """Programs for a tensor of which each takes CHUNK elements."""
+    return -(-size // CHUNK.value)
+
+
+def _chunks(cuts: Sequence[Cut]) -> Tensor:
     """The chunks of some tensors, int32 (programs, 2)."""
-    counts = torch.tensor([-(-sizes[i] // CHUNK.value) for i in tensors])
+    counts = torch.tensor([cut.programs for cut in cuts])
     starts = counts.cumsum(0) - counts
     chunk = torch.arange(int(counts.sum())) - starts.repeat_interleave(counts)
-    return torch.stack((torch.tensor(tensors).repeat_interleave(counts), chunk), 1).to(torch.int32)
+    return torch.stack((torch.tensor([cut.tensor for cut in cuts]).repeat_interleave(counts), chunk), 1).to(torch.int32)
 
 
 def _upload(host: Tensor, device: torch.device) -> Tensor:
@@ -199,31 +248,33 @@ class _Slot:
                 "they are (zero_grad(set_to_none=False))"
             )
 
-    def lay_out(self, lists: Sequence[Sequence[Tensor | None]], layout: Sequence[Sequence[int]], sums: bool) -> None:
+    def lay_out(
+        self, lists: Sequence[Sequence[Tensor | None]], layout: Sequence[Sequence[int]] | Layout, sums: bool
+    ) -> None:
         """Everything but the addresses."""
         firsts: Sequence[Any] = lists[0]
         sizes = [x.numel() for x in firsts]
-        kinds: dict[tuple[torch.dtype, bool], list[int]] = {}
-        geometry = torch.zeros(len(firsts), WALKED.value + 2, DIMS.value, dtype=torch.int64)
-        for i, first in enumerate(firsts):
-            together: list[Any] = [tensors[i] for tensors in lists[: WALKED.value]]
-            strided = not all(x.is_contiguous() for x in together) and not (sums and _fill_memory_alike(together))
-            if strided:
-                geometry[i] = self.geometry(i, together, sums)
-            if sizes[i]:
-                kinds.setdefault((first.dtype, strided), []).append(i)
-        if not any(strided for _, strided in kinds):
-            geometry = geometry[:0]
-        rows = [(size, *row) for size, row in zip(sizes, layout, strict=True)]
+        if not isinstance(layout, Layout):
+            layout = Layout(layout, [Cut(i, None, element_chunks(size)) for i, size in enumerate(sizes)])
+        walked: list[Any] = list(zip(*lists[: WALKED.value], strict=True))
+        strided = [is_strided(tensors) and not (sums and _fill_memory_alike(tensors)) for tensors in walked]
+        kinds: dict[tuple[torch.dtype, bool, Any], list[Cut]] = {}
+        for cut in layout.cuts:
+            if cut.programs:
+                kinds.setdefault((firsts[cut.tensor].dtype, strided[cut.tensor], cut.kind), []).append(cut)
+        geometry = [self.geometry(i, tensors, sums) for i, tensors in enumerate(walked)] if any(strided) else []
+        rows = [(size, *row) for size, row in zip(sizes, layout.rows, strict=True)]
         self.table = Table(
             len(firsts),
             torch.empty(0, dtype=torch.int64),
             _upload(torch.tensor(rows, dtype=torch.int64), self.device),
-            _upload(geometry, self.device),
+            _upload(torch.stack(geometry) if geometry else torch.empty(0, dtype=torch.int64), self.device),
             [
-                Launches(TYPES[dtype], WIDE[dtype], strided, _upload(_chunks(members, sizes), self.device))
-                for (dtype, strided), members in kinds.items()
+                Launches(TYPES[dtype], WIDE[dtype], strided, _upload(_chunks(cuts), self.device))
+                for (dtype, strided, _), cuts in kinds.items()
             ],
+            [kind for _, _, kind in kinds],
+            layout.notes,
         )
 
     def geometry(self, i: int, tensors: Sequence[Tensor], row_major: bool) -> Tensor:
@@ -293,7 +344,7 @@ _captured: list[list[Tensor]] = []  # what graphs refer to lives as long as the 
 def table(
     op: str,
     lists: Sequence[Sequence[Tensor | None]],
-    layout: Callable[[], Sequence[Sequence[int]]],
+    layout: Callable[[], Sequence[Sequence[int]] | Layout],
     key: Any = None,
     numbers: Sequence[Sequence[float]] = (),
     sums: bool = False,
@@ -305,7 +356,7 @@ def table(
         lists: of one length that is not 0, of tensors on one device; None where there is none. The first WALKED lists
             have no None, and their tensors one shape: their elements are walked together.
         layout: checks the lists and gives for each tensor what a kernel reads beside its size, as many whole numbers
-            for all of them. Called only where the lists look new.
+            for all of them, with the chunks where they are not of CHUNK elements. Called only where the lists look new.
         key: whatever else the layout depends on.
         numbers: lists of numbers, one for each tensor, which go to the device when they change, as addresses do.
         sums: whether a kernel adds elements up. Then the order in which they are walked does not follow the strides of
