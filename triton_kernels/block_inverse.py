@@ -36,7 +36,7 @@ def _bits(x):
 @triton.jit
 def _pick(x, mask, axis: tl.constexpr):
     """The one element along an axis that a mask selects; as bits, so that masks known in advance leave no code."""
-    return tl.xor_sum(tl.where(mask, _bits(x), 0), axis).to(x.dtype, bitcast=True)
+    return tl.sum(tl.where(mask, _bits(x), 0), axis).to(x.dtype, bitcast=True)
 
 
 @triton.jit
