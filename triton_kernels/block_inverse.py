@@ -17,26 +17,20 @@ LARGEST = 64
 
 # Up to this size a thread has a block of its own. Its code is unrolled, and a block has to fit into the registers.
 _ONE_THREAD = {torch.float32: 9, torch.float64: 8}
-_LANES = 32
+_LANES = 64 if torch.version.hip else 32  # threads of a warp
 # Larger blocks share a warp or more: size of the tile -> blocks of a program, warps.
 _SHARED = {16: (4, 1), 32: (1, 1), 64: (1, 4)}
-_INTERPRETED_BLOCKS = 16  # what the interpreter takes for a program hardly depends on their number
-
-
-@triton.jit
-def _bits(x):
-    """x as whole numbers."""
-    if x.dtype == tl.float64:
-        bits = x.to(tl.int64, bitcast=True)
-    else:
-        bits = x.to(tl.int32, bitcast=True)
-    return bits
+_INTERPRETED_BLOCKS = 16  # at most: what the interpreter takes for a program depends on their number but little
 
 
 @triton.jit
 def _pick(x, mask, axis: tl.constexpr):
     """The one element along an axis that a mask selects; as bits, so that masks known in advance leave no code."""
-    return tl.sum(tl.where(mask, _bits(x), 0), axis).to(x.dtype, bitcast=True)
+    if x.dtype == tl.float64:
+        bits = x.to(tl.int64, bitcast=True)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+    return tl.sum(tl.where(mask, bits, 0), axis).to(x.dtype, bitcast=True)
 
 
 @triton.jit
@@ -76,7 +70,7 @@ def _sweep(a, x, good, k, i, j, column, SOLVE: tl.constexpr):
     at_pivot = column == k
     c = _pick(a, i == k, 0)  # [columns, blocks]
     d = _pick(c, at_pivot, 0)
-    good = good & (d > 0) & is_finite(d)
+    good = good & (d > 0) & (d < float("inf"))
     d = tl.where(good, d, 1.0)
     c = tl.where(at_pivot, -1.0, c)
     r = divide(c, tl.broadcast_to(d[None, :], c.shape))
@@ -95,20 +89,10 @@ def _finished(a, good, i, j):
 
 
 @triton.jit
-def _load_solution(rhs, first, left, n, BLOCKS: tl.constexpr, P: tl.constexpr):
-    """Right-hand sides, [columns, blocks]."""
-    column, block = tl.arange(0, P)[:, None], tl.arange(0, BLOCKS)[None, :]
-    return tl.load(rhs + first * n + block * n + column, (block < left) & (column < n), 0.0)
-
-
-@triton.jit
-def _store_solution(out, x, good, first, left, n, BLOCKS: tl.constexpr, P: tl.constexpr):
-    """The solutions; gives back which are of use."""
-    column, block = tl.arange(0, P)[:, None], tl.arange(0, BLOCKS)[None, :]
+def _solved(x, good):
+    """The solutions, NaN where they are of no use, and which are: [columns, blocks]."""
     good = good & (tl.max((~is_finite(x)).to(tl.int32), 0) == 0)
-    x = tl.where(good[None, :], x, float("nan"))
-    tl.store(out + first * n + block * n + column, x, (block < left) & (column < n))
-    return good
+    return tl.where(good[None, :], x, float("nan")), good
 
 
 @triton.jit
@@ -139,14 +123,16 @@ def one_thread_kernel(
         entries = tl.load(blocks + first * (N * N) + row * N + at, there, 0.0)
         a = tl.where(i == row, _to_threads(entries, BLOCKS, P)[None, :, :], a)
     x = tl.zeros((P, BLOCKS), T)
+    vector = first * N + block[:, None] * N + column[None, :]
     if SOLVE:
-        x = _load_solution(rhs, first, left, N, BLOCKS, P)
+        x = _to_threads(tl.load(rhs + vector, there, 0.0), BLOCKS, P)
     good = ~_any(~is_finite(a))
     a = _damped(a, i, j, tl.full((), damping, T))
     for k in tl.static_range(N):
         a, x, good = _sweep(a, x, good, k, i, j, column[:, None], SOLVE)
     if SOLVE:
-        good = _store_solution(out, x, good, first, left, N, BLOCKS, P)
+        x, good = _solved(x, good)
+        tl.store(out + vector, tl.trans(x), there)
     else:
         inverse, good = _finished(a, good, i, j)
         inverse = tl.where(good[None, None, :], inverse, float("nan"))
@@ -184,14 +170,17 @@ def shared_kernel(
     start = first * (n * n)
     a = tl.load(blocks + start + at, there, 0.0)
     x = tl.zeros((P, BLOCKS), T)
+    vector = first * n + block[None, :] * n + column[:, None]
+    of_block = (column < n)[:, None] & (block < left)[None, :]
     if SOLVE:
-        x = _load_solution(rhs, first, left, n, BLOCKS, P)
+        x = tl.load(rhs + vector, of_block, 0.0)
     good = ~_any(~is_finite(a))
     a = _damped(a, i, j, tl.full((), damping, T))
     for k in range(n):
         a, x, good = _sweep(a, x, good, k, i, j, column[:, None], SOLVE)
     if SOLVE:
-        good = _store_solution(out, x, good, first, left, n, BLOCKS, P)
+        x, good = _solved(x, good)
+        tl.store(out + vector, x, of_block)
     else:
         inverse, good = _finished(a, good, i, j)
         inverse = tl.where(good[None, None, :], inverse, float("nan"))
@@ -203,7 +192,7 @@ def shared_kernel(
 
 def _run(blocks: Tensor, rhs: Tensor | None, out: Tensor, info: Tensor, damping: float, keep: bool) -> None:
     count, n = blocks.shape[:2]
-    if n == 0:
+    if n == 0 or count == 0:
         info.zero_()
         return
     tile = triton.next_power_of_2(n)
@@ -217,7 +206,7 @@ def _run(blocks: Tensor, rhs: Tensor | None, out: Tensor, info: Tensor, damping:
         return
     some, warps = _SHARED[tile]
     if INTERPRETED:
-        some = _INTERPRETED_BLOCKS
+        some = min(triton.next_power_of_2(count), _INTERPRETED_BLOCKS)
     launch(
         shared_kernel, triton.cdiv(count, some), blocks.device,
         blocks, rhs, out, info, count, n, damping,
