@@ -52,7 +52,7 @@ def check_inverse(actual: Tensor, a: Tensor, damping: float, what: str = "") -> 
 def counts(implementation: str, n: int) -> tuple[int, ...]:
     if implementation != "triton":
         return COUNTS
-    return INTERPRETED_COUNTS if n <= 9 else (0, 17)
+    return INTERPRETED_COUNTS if n <= 17 else (0, 5)
 
 
 def good(count: int) -> Tensor:
@@ -87,8 +87,9 @@ def test_inverse_and_solution(implementation: str, n: int, dtype: torch.dtype) -
 
 @each_dtype
 def test_every_size_in_lanes(implementation: str, dtype: torch.dtype) -> None:
-    count = 2 if implementation == "triton" else 17
-    for n in range(1, 65):
+    # On Triton's slow interpreter some of those that are not among SIZES.
+    count, sizes = (2, range(10, 65, 4)) if implementation == "triton" else (17, range(1, 65))
+    for n in sizes:
         a = blocks(count, n, dtype)
         inverse, info = block_inverse(a, 0.1)
         assert_same_bits(info, good(count))
@@ -223,7 +224,9 @@ SPOILED: dict[str, Callable[[Tensor], None]] = {
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 9, 25, 64, 65])
 def test_bad_blocks(implementation: str, n: int, fault: str, dtype: torch.dtype) -> None:
     """Marked and made NaN, or left as they were in place; their neighbours do not change by a bit."""
-    count = 8 if implementation == "triton" and n >= 25 else 37  # its interpreter is slow
+    if implementation == "triton" and n not in (5, 25, 65):
+        pytest.skip("the interpreter is slow; all faults at once are below")
+    count = 17 if implementation == "triton" else 37
     a, rhs = blocks(count, n, dtype), random((count, n), dtype, 1)
     a.diagonal(dim1=1, dim2=2).add_(0.5)
     clean, solved = block_inverse(a, 0.0)[0], block_solve(a, 0.0, rhs)[0]
@@ -244,6 +247,23 @@ def test_bad_blocks(implementation: str, n: int, fault: str, dtype: torch.dtype)
     assert_same_bits(out[bad], before[bad])
     assert_same_bits(out[~bad], clean[~bad])
     assert_same_bits(surroundings(out), around, "the memory around the result")
+
+
+@each_dtype
+@pytest.mark.parametrize("n", [1, 2, 3, 9, 16, 64])
+def test_all_faults_at_once(implementation: str, n: int, dtype: torch.dtype) -> None:
+    a, rhs, out = blocks(20, n, dtype), random((20, n), dtype, 1), random((20, n, n), dtype, 2)
+    a.diagonal(dim1=1, dim2=2).add_(0.5)
+    clean, solved, before = block_inverse(a, 0.0)[0], block_solve(a, 0.0, rhs)[0], out.clone()
+    for b, spoil in enumerate(SPOILED.values()):
+        spoil(a[2 * b])
+    bad = torch.arange(20) % 2 + torch.arange(20) // (2 * len(SPOILED)) == 0
+    (inverse, info), (x, solve_info) = block_inverse(a, 0.0), block_solve(a, 0.0, rhs)
+    for found in (info, solve_info, block_inverse_(out, a, 0.0)):
+        assert torch.equal(found != 0, bad)
+    assert_same_bits(inverse, clean.masked_fill(bad[:, None, None], math.nan))
+    assert_same_bits(x, solved.masked_fill(bad[:, None], math.nan))
+    assert_same_bits(out, torch.where(bad[:, None, None], before, clean))
 
 
 @each_dtype
@@ -316,7 +336,7 @@ def test_a_block_does_not_depend_on_its_neighbours(implementation: str, n: int, 
         pytest.skip("LAPACK and BLAS promise no such thing")
     a, v = blocks(35, n, dtype), random((35, n), dtype, 1)
     inverse, x, product = block_inverse(a, 0.1)[0], block_solve(a, 0.1, v)[0], block_apply(a, v)
-    for b in (0, 1, 15, 16, 34):
+    for b in (0, 34) if implementation == "triton" else (0, 1, 15, 16, 34):
         one, w = a[b : b + 1].clone(), v[b : b + 1].clone()
         assert_same_bits(block_inverse(one, 0.1)[0][0], inverse[b])
         assert_same_bits(block_solve(one, 0.1, w)[0][0], x[b])
@@ -324,14 +344,14 @@ def test_a_block_does_not_depend_on_its_neighbours(implementation: str, n: int, 
 
 
 @each_dtype
-@pytest.mark.parametrize("n", [10, 25, 40])
+@pytest.mark.parametrize("n", [10, 40])
 def test_the_blocks_of_a_program_change_no_bit(n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes more of them than a GPU."""
     block_inverse_kernels = pytest.importorskip("fisher_kernels.triton_kernels.block_inverse")
-    a, rhs = blocks(5, n, dtype), random((5, n), dtype, 1)
+    a, rhs = blocks(3, n, dtype), random((3, n), dtype, 1)
     results = []
     with use_backend("triton"):
-        for most in (1, 4, 16):
+        for most in (1, 2, 4):
             monkeypatch.setattr(block_inverse_kernels, "_INTERPRETED_BLOCKS", most)
             results.append([*block_inverse(a, 0.1), *block_solve(a, 0.1, rhs)])
     for other in results[1:]:

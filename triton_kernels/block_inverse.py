@@ -20,7 +20,7 @@ _ONE_THREAD = {torch.float32: 9, torch.float64: 8}
 _LANES = 64 if torch.version.hip else 32  # threads of a warp
 # Larger blocks share a warp or more: size of the tile -> blocks of a program, warps.
 _SHARED = {16: (4, 1), 32: (1, 1), 64: (1, 4)}
-_INTERPRETED_BLOCKS = 16  # at most: what the interpreter takes for a program depends on their number but little
+_INTERPRETED_BLOCKS = 32  # at most: what the interpreter takes for a program depends on their number but little
 
 
 @triton.jit
