@@ -7,7 +7,7 @@ from torch import Tensor
 from ._language import divmod_from
 from ._launch import launch
 
-_TILE = 2048
+_TILE = 1024
 """Numbers of matrices that a program reads at a time."""
 _COLUMNS = 128
 """The longest part of a row in a tile; longer rows are read part by part."""
@@ -30,13 +30,13 @@ def kernel(
     here = (row < rows - first)[:, None]
     size = n.to(tl.int64)
     block, _ = divmod_from(first % size, row, size)
-    matrix = inverse + first * size + row[:, None] * n
-    vector = vectors + first // size * size + block[:, None] * n
+    matrix, vector = inverse + first * size, vectors + first // size * size
+    of_row, of_block = row[:, None] * n, block[:, None] * n
     total = tl.zeros((ROWS, COLUMNS), inverse.dtype.element_ty)
     for start in range(0, n, COLUMNS):
         column = start + tl.arange(0, COLUMNS)[None, :]
         mask = here & (column < n)
-        total += tl.load(matrix + column, mask, 0.0) * tl.load(vector + column, mask, 0.0)
+        total += tl.load(matrix + (of_row + column), mask, 0.0) * tl.load(vector + (of_block + column), mask, 0.0)
     tl.store(out + first + row, tl.sum(total, 1), row < rows - first)
 
 
