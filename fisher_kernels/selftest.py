@@ -723,7 +723,7 @@ CASES: Sequence[Case] = (
     _ema_case("sums and counts", 0.8, 0.2, divisors=(7.0, 3.0, 64.0, 5.0, 1.0, 9.0)),
     _ema_case("normalised", 0.08, 0.008, normalize=True, eps=1e-6),
     _ema_case("in pairs", 0.8, 0.2, joint=2),
-    *(case for n in (1, 9, 25, 64) for case in _block_cases(n)),
+    *(case for n in (1, 9, 16, 25, 64) for case in _block_cases(n)),
     *(case for n in (1, 4, 9, 25, 64, 70) for case in _update_cases(n)),
     _solve_case(),
     _mini_block_case("3 x 3 kernels", 65, 35, 9),
