@@ -18,7 +18,7 @@ from ._windows import add_windows
 _TILE = 4096  # numbers that a program reads at a time
 _LANE_ROUNDS = 32  # numbers that one lane adds up in float32
 _LEAST_ROUNDS = 4  # beside which writing a partial sum is cheap
-_PROGRAMS = 1024  # as many keep every device busy
+_PROGRAMS = 4096  # as many keep every device busy to the end
 _HEIGHTS = (32, 8, 1)  # rows of a tile: the first that the matrix has
 _COLUMNS = 128  # of a tile of the first height
 
