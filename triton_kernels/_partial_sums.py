@@ -18,7 +18,7 @@ _GROUPS = 4  # summed side by side
 _POSITIONS = 512  # of each of them at a time
 
 
-def powers_of_two(x: float) -> int:
+def power_of_two(x: float) -> int:
     """The largest power of two that is at most x, and 1 below that."""
     return 1 << max(int(x), 1).bit_length() - 1
 

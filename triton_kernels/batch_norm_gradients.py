@@ -220,7 +220,7 @@ def batch_norm_gradients(
     if own:
         of_mean = workspace(pieces * samples, channels)
         sum_samples(None, None, of_mean)
-        pivot = add_rows(of_mean, workspace(channels), divisor=samples * size)
+        pivot = add_rows(of_mean, workspace(channels), divisor=float(samples * size))
         of_channels = workspace(pieces * samples, 2 * channels)
     of_samples = workspace(2, pieces, count)
     sum_samples(pivot, of_samples, of_channels)
@@ -228,5 +228,5 @@ def batch_norm_gradients(
         sums = add_rows(of_channels, torch.empty(2 * channels, dtype=torch.float64, device=device))
     launch(
         _finish, triton.cdiv(count, _FINISHED), device,
-        of_samples, sums, variance, scale, shift, count, channels, pieces, samples * size, eps, BLOCK=_FINISHED,
+        of_samples, sums, variance, scale, shift, count, channels, pieces, float(samples * size), eps, BLOCK=_FINISHED,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Sums of squares: one read of x, and partial sums of a few hundredths of that.
+"""Sums of squares: one read of x, and partial sums that for many rows are a few hundredths of it.
 
 Everything is the sum of squares of the columns of a matrix, but for long runs of one channel in few samples.
 """
@@ -12,18 +12,18 @@ from torch import Tensor
 
 from ._launch import launch
 from ._lists import WIDE
-from ._partial_sums import add_columns, add_rows, powers_of_two
+from ._partial_sums import add_columns, add_rows, power_of_two
 from ._windows import add_windows
 
 _TILE = 4096  # numbers that a program reads at a time
 _LANE_ROUNDS = 32  # numbers that one lane adds up in float32
 _LEAST_ROUNDS = 4  # beside which writing a partial sum is cheap
-_PROGRAMS = 1024  # as many keep every device busy
+_PROGRAMS = 4096  # as many keep every device busy to the end
 _HEIGHTS = (32, 8, 1)  # rows of a tile: the first that the matrix has
 _COLUMNS = 128  # of a tile of the first height
 
-_FEW_SAMPLES = 16
-_LONG_RUN = 2048
+_FEW_SAMPLES = 16  # of which the sum by position would be no small part of x
+_LONG_RUN = 2048  # positions
 
 
 @triton.jit
@@ -92,17 +92,17 @@ def _joined(rows: int, columns: int, item: int) -> int:
 def _blocks(rows: int, tiles: int, height: int) -> tuple[int, int]:
     """How many blocks the rows are cut into, and the rows of each: shapes alone decide."""
     rounds = triton.cdiv(rows, height)
-    wanted = min(max(powers_of_two(rounds * tiles / _PROGRAMS), _LEAST_ROUNDS), _LANE_ROUNDS)
-    blocks = max(triton.cdiv(rounds, wanted), 1)
-    block = max(triton.cdiv(rounds, blocks), 1)
-    return max(triton.cdiv(rounds, block), 1), block * height
+    wanted = min(max(power_of_two(rounds * tiles / _PROGRAMS), _LEAST_ROUNDS), _LANE_ROUNDS)
+    block = triton.cdiv(rounds, triton.cdiv(rounds, wanted))  # as even as they come
+    return triton.cdiv(rounds, block), block * height
 
 
 def sum_columns(x: Tensor, rows: int, columns: int, stride: int, out: Tensor) -> Tensor:
     """The sum of squares of each column of a matrix.
 
     Args:
-        x: where the matrix begins; the columns of a row are side by side, the rows ``stride`` elements apart.
+        x: where the matrix, which has elements, begins; the columns of a row are side by side.
+        stride: from row to row, in elements.
         out: of ``columns`` elements, contiguous, in float64 for float64 and in float32 for all else.
 
     Returns:
@@ -149,7 +149,7 @@ def _sum_runs(x, out, size: tl.int64, pieces: tl.int64, rounds: tl.int64, A: tl.
 def _sum_long_runs(x: Tensor, samples: int, channels: int, size: int, out: Tensor) -> Tensor:
     """The sum of squares of each channel of a contiguous x, run by run."""
     tiles = triton.cdiv(size, _TILE)
-    wanted = min(max(powers_of_two(tiles * samples * channels / _PROGRAMS), _LEAST_ROUNDS), _LANE_ROUNDS)
+    wanted = min(max(power_of_two(tiles * samples * channels / _PROGRAMS), _LEAST_ROUNDS), _LANE_ROUNDS)
     rounds = min(wanted, tiles)
     pieces = triton.cdiv(size + 16 // x.element_size() - 1, rounds * _TILE)
     partial = torch.empty(samples, channels * pieces, dtype=out.dtype, device=x.device)
