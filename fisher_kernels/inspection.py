@@ -44,6 +44,8 @@ STREAMING: Mapping[str, Streams] = {
     "sofim_step.descend_kernel": Streams(2, 1, {"STRIDED": True}),
     "rank_one_solve.multiply_kernel": Streams(2, 0),
     "rank_one_solve.subtract_kernel": Streams(2, 1),
+    "mbf_step.diagonals": Streams(4, 2),
+    "mbf_step.descend": Streams(2, 1, {"FLAT": False}),
 }
 
 
