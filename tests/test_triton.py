@@ -252,7 +252,9 @@ def test_a_capture_refuses_what_is_not_on_the_device_yet(capture: Callable[[bool
     capture(True)
     before.grads = [g.clone() for g in before.grads]
     unchanged = before.copy()
-    with pytest.raises(RuntimeError, match=r"^adafisher_step_: addresses or numbers changed while a CUDA graph is captured, exp"):
+    with pytest.raises(
+        RuntimeError, match=r"^adafisher_step_: addresses or numbers changed while a CUDA graph is captured, exp"
+    ):
         take(before)
     for x, y in zip(before.tensors(), unchanged.tensors(), strict=True):
         assert_same_bits(x, y)
