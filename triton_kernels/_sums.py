@@ -18,7 +18,7 @@ from ._lists import CHUNK, Table
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 LANES = tl.constexpr(1024)
-"""Lanes of a chunk; with four warps a thread has 8 of them, 16 bytes of any dtype."""
+"""Lanes of a chunk; with four warps of 32 a thread has 8 of them, 16 bytes of any dtype."""
 LEVELS = tl.constexpr(10)
 """Halvings from ``LANES`` lanes to one."""
 
