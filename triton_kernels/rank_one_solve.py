@@ -103,7 +103,8 @@ def subtract_kernel(
     layout = layouts + i.to(tl.int64) * _WIDTH
     u = address(addresses, count, _U, i, T) + start
     x = address(addresses, count, _X, i, T) + start
-    out = outs + tl.load(layout + 2) + start
+    # As an address of its own: beside an argument compilers forget that it is aligned.
+    out = (outs.to(tl.int64) + (tl.load(layout + 2) + start) * (T.primitive_bitwidth // 8)).to(tl.pointer_type(T))
     along = tl.load(coefficient).to(A)
     damping = tl.full((), rho, tl.float64).to(A)
     lanes = tl.arange(0, _BLOCK)
