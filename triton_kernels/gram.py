@@ -88,6 +88,7 @@ def sums(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     RUN: tl.constexpr,
+    FAR: tl.constexpr,  # whether the rows of a step reach beyond offsets of 32 bits
 ):
     """Products of two ranges of columns, summed over a share of the rows."""
     tile = tl.program_id(0)
@@ -98,7 +99,8 @@ def sums(
     is_left, is_right = (left_columns < columns)[None, :], (right_columns < columns)[None, :]
     lanes = tl.arange(0, STEP)
     left_rows = tl.minimum(rows - begin, share).to(tl.int32)
-    left, right = lanes[:, None] * stride + left_columns[None, :], lanes[:, None] * stride + right_columns[None, :]
+    row_offsets = (lanes.to(tl.int64) if FAR else lanes)[:, None] * stride
+    left, right = row_offsets + left_columns[None, :], row_offsets + right_columns[None, :]
     first = x + begin * stride
     hop = tl.full((), STEP, tl.int64) * stride
     total = tl.zeros((BLOCK, BLOCK), A)
@@ -169,7 +171,7 @@ def weighted_gram(out: Tensor, x: Tensor, weight: Tensor | None, decay: float, g
     shares = torch.empty(count, tiles, block, block, dtype=out.dtype, device=out.device)
     launch(
         sums, (tiles, count), out.device, x, weight, shares, rows, columns, x.stride(0), share, tiles,
-        A=wide, BLOCK=block, STEP=step, RUN=run, warps=warps, stages=stages,
+        A=wide, BLOCK=block, STEP=step, RUN=run, FAR=step * x.stride(0) + columns >= 2**31, warps=warps, stages=stages,
     )  # fmt: skip
     launch(
         results, (tiles, block // _STORED_ROWS.value), out.device, out, shares, columns, tiles, count, decay, gain,
