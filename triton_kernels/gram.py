@@ -101,8 +101,6 @@ def sums(
     left_rows = tl.minimum(rows - begin, share).to(tl.int32)
     row_offsets = (lanes.to(tl.int64) if FAR else lanes)[:, None] * stride
     left, right = row_offsets + left_columns[None, :], row_offsets + right_columns[None, :]
-    first = x + begin * stride
-    hop = tl.full((), STEP, tl.int64) * stride
     total = tl.zeros((BLOCK, BLOCK), A)
     for run in range(0, left_rows, RUN):
         of_run = tl.zeros((BLOCK, BLOCK), A)
@@ -111,10 +109,10 @@ def sums(
             weights = None
             if weight is not None:
                 weights = tl.load(weight + begin + at + lanes, there, 0)
+            first = x + (begin + at) * stride
             of_left = tl.load(first + left, there[:, None] & is_left, 0)
             of_right = tl.load(first + right, there[:, None] & is_right, 0)
             of_run = _add_products(of_run, of_left, of_right, weights, A)
-            first += hop
         total += of_run
     at = (tl.program_id(1).to(tl.int64) * tiles + tile) * (BLOCK * BLOCK)
     entries = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
