@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ._launch import launch
 from ._lists import WIDE
-from .mini_block_gram import add_runs, gram, partial_size, run_length, sum_runs
+from .mini_block_gram import add_product, add_runs, gram, partial_size, run_length, sum_runs
 
 _SEGMENT = tl.constexpr(1024)  # positions that are summed before their sum is added to the total
-_WARPS = 4
+_WARPS = 8
 
 _WORKSPACE = 2**25  # bytes of gradients, and of their sums where runs are summed apart
 _SAMPLES = 1024  # of which gradients are held, at most: there may always be as many as one run sums
@@ -112,7 +112,7 @@ def gradient_kernel(
             else:
                 mask = (row < rows)[:, None] & is_one[None]
                 left = tl.load(grads[:, None] + along[None], mask, 0.0)  # [ROWS, POSITIONS]
-                segment = tl.dot(left, right, segment, input_precision="ieee", out_dtype=A)
+                segment = add_product(left, right, segment, A)
         total += segment
     to = w + (matrix.to(tl.int64) * rows + row[:, None]) * columns + column[None]  # [ROWS, COLUMNS]
     if ROWS == 1:

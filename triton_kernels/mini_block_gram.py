@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._language import divmod_from
-from ._launch import launch
+from ._launch import INTERPRETED, launch
 from ._lists import WIDE
 
 _LANES = tl.constexpr(32)
@@ -24,12 +24,12 @@ _ROWS = tl.constexpr(16)  # rows of lanes that a program works on, four a warp
 _UNROLL = tl.constexpr(4)  # samples whose loads are under way together
 _STEP = tl.constexpr(32)  # samples of one matrix product
 _WARPS = 4
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 _RUN = 32  # samples, but
 _MOST_RUNS = 64  # runs are longer where there would be more of them
 _MANY = 512  # programs that keep a GPU busy: below that, runs are summed apart
-_SMALL = 32  # largest block of one lane an entry,
-_SMALL_HALF = 16  # and of 16-bit numbers, of which tensor cores make tiles faster
+_SMALL = 16  # largest block of one lane an entry
 
 # Sizes and steps take one form whatever they are, lest the first batch of another size compile anew.
 _VARYING = ["out", "partials", "samples", "sample_stride", "run", "parts", "blocks", "n", "width", "pitch"]
@@ -193,6 +193,14 @@ def _tile(n, TILE: tl.constexpr):
 
 
 @triton.jit
+def add_product(left, right, total, A: tl.constexpr):
+    """total + left @ right, of sums in the dtype A."""
+    if _INTERPRETED and left.dtype == tl.bfloat16:
+        left, right = left.to(tl.float32), right.to(tl.float32)  # whose bits the interpreter takes for whole numbers
+    return tl.dot(left, right, total, input_precision="ieee", out_dtype=A)
+
+
+@triton.jit
 def _multiply_run(v, sample_stride, first, last, rows, columns, n, A: tl.constexpr, TILE: tl.constexpr):
     """Products of entries [TILE, TILE], over some samples."""
     total = tl.zeros((TILE, TILE), A)
@@ -202,7 +210,7 @@ def _multiply_run(v, sample_stride, first, last, rows, columns, n, A: tl.constex
         inside = (sample < last)[:, None]
         left = tl.load(here + rows[None, :], inside & (rows < n)[None, :], 0.0)  # [STEP, TILE]
         right = tl.load(here + columns[None, :], inside & (columns < n)[None, :], 0.0)
-        total = tl.dot(tl.trans(left), right, total, input_precision="ieee", out_dtype=A)
+        total = add_product(tl.trans(left), right, total, A)
     return total
 
 
@@ -294,7 +302,7 @@ class _Way(NamedTuple):
 
 
 def _way(blocks: int, n: int, dtype: torch.dtype) -> _Way:
-    if n <= (_SMALL_HALF if dtype.itemsize == 2 else _SMALL):
+    if n <= _SMALL:
         turns = triton.next_power_of_2(max(1, n // 2))
         programs = triton.cdiv(blocks, _ROWS.value * (_LANES.value // n))
         return _Way(small_kernel, small_finish_kernel, programs, {"TURNS": turns}, (1 + turns) * n)
