@@ -8,7 +8,7 @@ Samples are summed in runs, and the sums of runs one after the other, so that a 
 their number alone. Where blocks are few, runs are summed by programs of their own, and added by a second kernel.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -297,7 +297,7 @@ class _Way(NamedTuple):
     kernel: object
     finish: object
     programs: int
-    constants: dict[str, int]  # TURNS or TILE
+    constants: dict[str, Any]  # TURNS or TILE
     partial: int  # sums of a run for each block
 
 
