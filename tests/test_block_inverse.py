@@ -164,7 +164,8 @@ def test_nothing(implementation: str, n: int) -> None:
 @each_dtype
 @pytest.mark.parametrize("n", [3, 9, 17, 65])
 def test_every_layout(implementation: str, n: int, dtype: torch.dtype) -> None:
-    a, v = blocks(18, n, dtype), random((18, n), dtype, 1)
+    count = 3 if implementation == "triton" and n == 65 else 18
+    a, v = blocks(count, n, dtype), random((count, n), dtype, 1)
     for name, layout in LAYOUTS.items():
         x, y = layout(a), layout(v)
         inverse, _ = block_inverse(x, 0.1)
