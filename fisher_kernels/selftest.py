@@ -620,8 +620,10 @@ def _mini_block_case(name: str, samples: int, blocks: int, n: int, decay: float 
     )
 
 
-def _convolution_case(name: str, channels: int, outputs: int, decay: float = 0.0, groups: int = 1) -> Case:
-    samples, size, n = 9, 6, 9
+def _convolution_case(
+    name: str, channels: int, outputs: int, decay: float = 0.0, groups: int = 1, samples: int = 3
+) -> Case:
+    size, n = 6, 9
 
     def call(inputs: Inputs) -> list[Tensor]:
         ops.conv_mini_block_gram_(inputs["out"], inputs["x"], inputs["grad_output"], 3, 1, 1, 1, groups, decay, 0.1)
@@ -727,11 +729,15 @@ CASES: Sequence[Case] = (
     *(case for n in (1, 4, 9, 25, 64, 70) for case in _update_cases(n)),
     _solve_case(),
     _mini_block_case("3 x 3 kernels", 65, 35, 9),
-    _mini_block_case("average", 7, 17, 25, decay=0.9),
     _mini_block_case("no samples", 0, 3, 4, decay=0.9),
+    *(_mini_block_case(f"one run of {n}", 7, 5, n, decay=0.9) for n in (1, 5, 9, 12, 25, 40)),
+    *(_mini_block_case(f"runs of {n}", 33, 5, n) for n in (1, 5, 12, 25, 40)),
     _convolution_case("many input channels", 35, 7),
-    _convolution_case("average of few input channels", 3, 37, decay=0.9),
+    _convolution_case("average of few input channels", 3, 37, decay=0.9, samples=9),
     _convolution_case("channel by channel", 18, 18, groups=18),
+    _convolution_case("one input channel", 1, 7),
+    _convolution_case("one input channel, average of many output channels", 1, 37, decay=0.9),
+    _convolution_case("one output channel", 5, 1),
     _batch_norm_case("images", (7, 5, 5, 7)),
     _batch_norm_case("channels last", (5, 37, 3, 3), last=True),
     _batch_norm_case("short runs", (9, 21, 2, 3)),

@@ -15,6 +15,23 @@ interpreted = pytest.mark.skipif(
     not (backends.is_interpreted() and "triton" in backends.available()), reason="needs Triton and its interpreter"
 )
 
+
+
+def only_program(monkeypatch: pytest.MonkeyPatch, kernels: Any, number: int) -> None:
+    """Of what a module launches, one program runs: a late one of so many that all would take days."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    def launch(kernel: Any, programs: Any, *args: Any, **options: Any) -> None:
+        every(kernel, 1, *args, **options)
+
+    def set_grid_idx(*_: int) -> None:
+        interpreter_builder.grid_idx = (number, 0, 0)
+
+    every = kernels.launch
+    monkeypatch.setattr(kernels, "launch", launch)
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", set_grid_idx)
+
+
 FAR_CHUNKS = 2**18
 """So many chunks of 8,192 elements begin beyond what 32 bits can count."""
 

@@ -19,7 +19,16 @@ from torch.utils import _pytree as pytree
 from fisher_kernels import backends, use_backend
 from fisher_kernels.ops import ACCUMULATOR, conv_mini_block_gram_, mini_block_gram_
 from fisher_kernels.ops._convolution import padding_pairs, per_dimension
-from tests.cases import DTYPES, LAYOUTS, integers, random, unaligned
+from tests.cases import (
+    DTYPES,
+    LAYOUTS,
+    channels_last,
+    contiguous,
+    integers,
+    random,
+    unaligned,
+    zeros_without_memory,
+)
 from tests.cases.mini_block_gram import CONVOLUTIONS, Convolution
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
 
@@ -239,6 +248,20 @@ def test_more_samples_than_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernels, "_WORKSPACE", 3000)
         conv_mini_block_gram_(out, x, grad, *case.geometry, 0.5, 0.25)
     assert_same_bits(out, first)
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_samples_more_than_2_to_31_elements_apart(backend: str, layout: Callable[[Tensor], Tensor]) -> None:
+    case, far = Convolution((3, 3, 4, 3), 5, 2), 2**30 + 7
+
+    def apart(x: Tensor) -> Tensor:
+        memory = zeros_without_memory(2 * far + x[0].numel())
+        return memory.as_strided(x.shape, (far, *layout(x).stride()[1:])).copy_(x)
+
+    x, grad = (apart(integers(shape, torch.bfloat16, limit=2)) for shape in (case.shape, case.grad_shape()))
+    out = lost(case, x.dtype)
+    conv_mini_block_gram_(out, x, grad, *case.geometry)
+    assert_within(out, defined(case, x, grad), 0.0)
 
 
 PEAK = """

@@ -15,9 +15,10 @@ from torch.utils import _pytree as pytree
 
 from fisher_kernels import use_backend
 from fisher_kernels.ops import ACCUMULATOR, mini_block_gram_
-from tests.cases import DTYPES, LAYOUTS, integers, random, unaligned
+from tests.cases import DTYPES, LAYOUTS, integers, random, unaligned, zeros_without_memory
 from tests.cases.mini_block_gram import SHAPES
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
+from tests.interpreted import interpreted, only_program
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
@@ -152,6 +153,39 @@ def test_long_sums_are_added_in_runs(implementation: str) -> None:
     mini_block_gram_(out, v)
     expected = defined(v)
     assert_within(out, expected, (32 + samples / 32) * unit_roundoff(torch.float32) * expected)
+
+
+# Offsets of 64 bits.
+
+
+@pytest.mark.parametrize("n", [9, 17])
+def test_samples_more_than_2_to_31_elements_apart(backend: str, n: int) -> None:
+    samples, blocks, stride = 3, 5, 2**30 + 7
+    memory = zeros_without_memory((samples - 1) * stride + blocks * n)
+    v = memory.as_strided((samples, blocks, n), (stride, n, 1)).copy_(integers((samples, blocks, n), memory.dtype))
+    out = lost((samples, blocks, n), v.dtype)
+    mini_block_gram_(out, v)
+    assert_within(out, defined(v), 0.0)
+
+
+@interpreted
+@pytest.mark.parametrize("n", [2, 17])
+def test_blocks_more_than_2_to_31_elements_on(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """The first program whose blocks lie so far into out, and for n = 2 into v."""
+    from fisher_kernels.triton_kernels import mini_block_gram as kernels
+
+    blocks_of_program = 256 if n == 2 else 1  # and one tile
+    program = 2**31 // (n if n == 2 else n * n) // blocks_of_program + 1
+    first = program * blocks_of_program
+    blocks = first + blocks_of_program
+    v = zeros_without_memory(blocks * n).view(1, blocks, n)
+    out = zeros_without_memory(2 * blocks * n * n).view(torch.float32).view(blocks, n, n)
+    v[:, first:] = integers(v[:, first:].shape, v.dtype)
+    out[first:] = torch.nan
+    only_program(monkeypatch, kernels, program)
+    with use_backend("triton"):
+        mini_block_gram_(out, v)
+    assert_within(out[first:], defined(v[:, first:]), 0.0)
 
 
 # Errors.

@@ -53,3 +53,20 @@ def divmod_from(first, lanes, size):
     quotient = tl.where(past, (beyond // narrow_size).to(tl.int32) + 1, 0)
     remainder = tl.where(past, (beyond % narrow_size).to(tl.int64), first + lanes)
     return quotient, remainder
+
+
+@triton.jit
+def add_product(total, left, right, A: tl.constexpr):
+    """total + left @ right in the dtype A; of 16-bit numbers the products are exact in float32."""
+    if _INTERPRETED and left.dtype == tl.bfloat16:
+        left, right = left.to(tl.float32), right.to(tl.float32)  # which the interpreter can multiply
+    return tl.dot(left, right, total, input_precision="ieee", out_dtype=A)
+
+
+@triton.jit
+def tile_of_triangle(number):
+    """Row and column of a tile of the lower triangle, counted row by row."""
+    row = ((tl.sqrt(8.0 * number.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    row -= (row * (row + 1) // 2 > number).to(tl.int32)  # where the root was rounded up,
+    row += ((row + 1) * (row + 2) // 2 <= number).to(tl.int32)  # and where down
+    return row, number - row * (row + 1) // 2

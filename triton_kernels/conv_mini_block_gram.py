@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._language import add_product
 from ._launch import launch
 from ._lists import WIDE
-from .mini_block_gram import add_product, add_runs, gram, partial_size, run_length, sum_runs
+from .mini_block_gram import add_runs, gram, partial_size, run_length, sum_runs
 
 _SEGMENT = tl.constexpr(1024)  # positions that are summed before their sum is added to the total
 _WARPS = 8
@@ -112,7 +113,7 @@ def gradient_kernel(
             else:
                 mask = (row < rows)[:, None] & is_one[None]
                 left = tl.load(grads[:, None] + along[None], mask, 0.0)  # [ROWS, POSITIONS]
-                segment = add_product(left, right, segment, A)
+                segment = add_product(segment, left, right, A)
         total += segment
     to = w + (matrix.to(tl.int64) * rows + row[:, None]) * columns + column[None]  # [ROWS, COLUMNS]
     if ROWS == 1:

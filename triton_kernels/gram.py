@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import INTERPRETED, launch
+from ._language import add_product, tile_of_triangle
+from ._launch import launch
 from ._lists import WIDE
 
 _PROGRAMS = 528
 """Rows are shared out until there are about so many tiles to sum: four for each multiprocessor of an H200."""
 _LEAST_ROWS = 512
 """A share has at least so many rows."""
-_INTERPRETED = tl.constexpr(INTERPRETED)
 _STORED_ROWS = tl.constexpr(32)  # of a tile, that a program of the second kernel works on
 
 
@@ -34,15 +34,6 @@ class _Sizes(NamedTuple):
 
 
 @triton.jit
-def _place(tile):
-    """Row and column of a tile of the lower triangle, counted row by row."""
-    row = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    row -= (row * (row + 1) // 2 > tile).to(tl.int32)  # where the root was rounded up,
-    row += ((row + 1) * (row + 2) // 2 <= tile).to(tl.int32)  # and where down
-    return row, tile - row * (row + 1) // 2
-
-
-@triton.jit
 def _head(x):
     """The leading 8 bits of the significands of float32 numbers; what is left is exact."""
     head = (x.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -50,27 +41,19 @@ def _head(x):
 
 
 @triton.jit
-def _dot(total, left, right, A: tl.constexpr):
-    """total + left^T right."""
-    if _INTERPRETED and right.dtype == tl.bfloat16:
-        left, right = left.to(tl.float32), right.to(tl.float32)  # which the interpreter can multiply
-    return tl.dot(tl.trans(left), right, total, input_precision="ieee", out_dtype=A)
-
-
-@triton.jit
 def _add_products(total, left, right, weight, A: tl.constexpr):
     """total + left^T diag(weight) right."""
     if weight is None:
-        total = _dot(total, left, right, A)
+        total = add_product(total, tl.trans(left), right, A)
     elif right.dtype == tl.bfloat16:
         # A number of float32 is the sum of three of bfloat16, and their products are exact.
         first, rest = _head(left.to(A) * weight[:, None])
         second, third = _head(rest)
-        total = _dot(total, third.to(tl.bfloat16), right, A)
-        total = _dot(total, second.to(tl.bfloat16), right, A)
-        total = _dot(total, first.to(tl.bfloat16), right, A)
+        total = add_product(total, tl.trans(third.to(tl.bfloat16)), right, A)
+        total = add_product(total, tl.trans(second.to(tl.bfloat16)), right, A)
+        total = add_product(total, tl.trans(first.to(tl.bfloat16)), right, A)
     else:
-        total = _dot(total, left.to(A) * weight[:, None], right.to(A), A)
+        total = add_product(total, tl.trans(left.to(A) * weight[:, None]), right.to(A), A)
     return total
 
 
@@ -92,7 +75,7 @@ def sums(
 ):
     """Products of two ranges of columns, summed over a share of the rows."""
     tile = tl.program_id(0)
-    row, column = _place(tile)
+    row, column = tile_of_triangle(tile)
     begin = tl.program_id(1).to(tl.int64) * share
     left_columns = row * BLOCK + tl.arange(0, BLOCK)
     right_columns = column * BLOCK + tl.arange(0, BLOCK)
@@ -125,7 +108,7 @@ def results(
 ):
     """Some rows of a tile, and their mirror image."""
     tile = tl.program_id(0)
-    row, column = _place(tile)
+    row, column = tile_of_triangle(tile)
     lanes = tl.program_id(1) * _STORED_ROWS + tl.arange(0, _STORED_ROWS)
     entries = lanes[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     total = tl.zeros((_STORED_ROWS, BLOCK), A)

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._language import divmod_from
-from ._launch import INTERPRETED, launch
+from ._language import add_product, divmod_from, tile_of_triangle
+from ._launch import launch
 from ._lists import WIDE
 
 _LANES = tl.constexpr(32)
@@ -24,15 +24,14 @@ _ROWS = tl.constexpr(16)  # rows of lanes that a program works on, four a warp
 _UNROLL = tl.constexpr(4)  # samples whose loads are under way together
 _STEP = tl.constexpr(32)  # samples of one matrix product
 _WARPS = 4
-_INTERPRETED = tl.constexpr(INTERPRETED)
 
 _RUN = 32  # samples, but
 _MOST_RUNS = 64  # runs are longer where there would be more of them
 _MANY = 512  # programs that keep a GPU busy: below that, runs are summed apart
 _SMALL = 16  # largest block of one lane an entry
 
-# Sizes and steps take one form whatever they are, lest the first batch of another size compile anew.
-_VARYING = ["out", "partials", "samples", "sample_stride", "run", "parts", "blocks", "n", "width", "pitch"]
+# Sizes, steps and addresses take one form whatever they are, lest the first batch of another size compile anew.
+_VARYING = ["out", "partials", "v", "samples", "sample_stride", "run", "parts", "blocks", "n", "width", "pitch"]
 
 
 @triton.jit
@@ -183,21 +182,9 @@ def _tile(n, TILE: tl.constexpr):
     edge = tl.cdiv(n, TILE)
     tiles = edge * (edge + 1) // 2
     program = tl.program_id(0).to(tl.int64)
-    which = (program % tiles).to(tl.int32)
-    down = ((tl.sqrt(8.0 * which.to(tl.float32) + 1) - 1) / 2).to(tl.int32)
-    down -= (down * (down + 1) // 2 > which).to(tl.int32)  # a root that was rounded up, or down
-    down += ((down + 1) * (down + 2) // 2 <= which).to(tl.int32)
-    across = which - down * (down + 1) // 2
+    down, across = tile_of_triangle((program % tiles).to(tl.int32))
     lanes = tl.arange(0, TILE)
     return program // tiles, down * TILE + lanes, across * TILE + lanes
-
-
-@triton.jit
-def add_product(left, right, total, A: tl.constexpr):
-    """total + left @ right, of sums in the dtype A."""
-    if _INTERPRETED and left.dtype == tl.bfloat16:
-        left, right = left.to(tl.float32), right.to(tl.float32)  # whose bits the interpreter takes for whole numbers
-    return tl.dot(left, right, total, input_precision="ieee", out_dtype=A)
 
 
 @triton.jit
@@ -210,7 +197,7 @@ def _multiply_run(v, sample_stride, first, last, rows, columns, n, A: tl.constex
         inside = (sample < last)[:, None]
         left = tl.load(here + rows[None, :], inside & (rows < n)[None, :], 0.0)  # [STEP, TILE]
         right = tl.load(here + columns[None, :], inside & (columns < n)[None, :], 0.0)
-        total = add_product(tl.trans(left), right, total, A)
+        total = add_product(total, tl.trans(left), right, A)
     return total
 
 
