@@ -31,14 +31,16 @@ from tests.cases import (
 )
 from tests.cases.mini_block_gram import CONVOLUTIONS, Convolution
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
+from tests.interpreted import by_turns, skip_but_one_in
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
-SMALL = Convolution((9, 17, 5, 4), 5, 3, padding=1)
-
-
-# Triton's interpreter takes a hundred times as long: fewer layouts and averages there, of every case and dtype.
-FEW_LAYOUTS = ("unaligned", "channels_last", "expanded")
+# Lanes of input channels, of output channels and of groups.
+EACH_KIND = (
+    Convolution((9, 17, 5, 4), 5, 3, padding=1),
+    Convolution((3, 3, 5, 4), 18, 3),
+    Convolution((3, 17, 5, 4), 17, 3, groups=17),
+)
 
 
 def lost(case: Convolution, dtype: torch.dtype) -> Tensor:
@@ -102,8 +104,9 @@ def test_definition() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
 def test_every_layout(implementation: str, case: Convolution, dtype: torch.dtype) -> None:
-    for name in FEW_LAYOUTS if implementation == "triton" else LAYOUTS:
-        layout = LAYOUTS[name]
+    turn = CONVOLUTIONS.index(case)
+    skip_but_one_in(4, turn + DTYPES.index(dtype), implementation)
+    for name, layout in by_turns(LAYOUTS.items(), turn, implementation):
         x, grad = (layout(tensor) for tensor in inputs(case, dtype))
         before, out = (x.clone(), grad.clone()), unaligned(lost(case, dtype))
         around = surroundings(out)
@@ -119,9 +122,10 @@ def test_every_layout(implementation: str, case: Convolution, dtype: torch.dtype
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
 def test_average(implementation: str, case: Convolution, dtype: torch.dtype) -> None:
     """Two products and a sum more, each rounded once; of what is there the lower triangles count."""
+    turn = CONVOLUTIONS.index(case)
+    skip_but_one_in(4, turn + DTYPES.index(dtype) + 1, implementation)
     x, grad = inputs(case, dtype)
-    averages = ((2.5, 1.5), (0.9, 0.1), (1.0, 0.0))
-    for decay, gain in averages[:1] if implementation == "triton" else averages:
+    for decay, gain in by_turns(((2.5, 1.5), (0.9, 0.1), (1.0, 0.0)), turn, implementation):
         lower = random(case.out_shape(), ACCUMULATOR[dtype], 2).tril()
         out = lower + torch.full_like(lower, torch.nan).triu(1)
         old = lower.double() + lower.double().tril(-1).mT
@@ -134,6 +138,7 @@ def test_average(implementation: str, case: Convolution, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
 def test_whole_numbers_are_exact(implementation: str, case: Convolution, dtype: torch.dtype) -> None:
+    skip_but_one_in(4, CONVOLUTIONS.index(case) + DTYPES.index(dtype) + 2, implementation)
     x, grad = integers(case.shape, dtype, limit=2), integers(case.grad_shape(), dtype, 1, limit=2)
     expected = defined(case, x, grad)
     assert not expected.numel() or expected.max() < 2**24
@@ -145,12 +150,12 @@ def test_whole_numbers_are_exact(implementation: str, case: Convolution, dtype: 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of NumPy, in Triton's interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize(
-    "case", [SMALL, Convolution((3, 3, 5, 4), 18, 3), Convolution((3, 17, 5, 4), 17, 3, groups=17)], ids=str
-)
+@pytest.mark.parametrize("case", EACH_KIND, ids=str)
 def test_what_is_not_finite_stays_with_its_channel(
     implementation: str, case: Convolution, value: float, dtype: torch.dtype
 ) -> None:
+    turn = EACH_KIND.index(case) + DTYPES.index(dtype) + 2 * (value == math.inf)
+    skip_but_one_in(4, turn, implementation)
     x, grad = inputs(case, dtype)
     expected, actual = lost(case, dtype), lost(case, dtype)
     conv_mini_block_gram_(expected, x, grad, *case.geometry)
@@ -209,15 +214,19 @@ def test_agrees_with_the_gram_of_stored_gradients(implementation: str) -> None:
 
 
 def test_long_sums_are_added_in_segments(implementation: str) -> None:
-    """2^18 equal terms, in float32: segments of 1024 and their sums, where one after the other would lose far more."""
+    """2^18 equal terms, in float32: segments of 1024 and their sums, where one after the other would lose far more.
+
+    2^15 of them for Triton's interpreter.
+    """
     if implementation == "reference":
         pytest.skip("PyTorch promises nothing of the kind")
-    case = Convolution((1, 1, 2**18), 1, 1)
+    positions = 2**15 if implementation == "triton" else 2**18
+    case = Convolution((1, 1, positions), 1, 1)
     x, grad = torch.full(case.shape, 0.1), torch.full(case.grad_shape(), 0.7)
     out = lost(case, torch.float32)
     conv_mini_block_gram_(out, x, grad, *case.geometry)
     expected = defined(case, x, grad)
-    assert_within(out, expected, 2 * (1024 + 2**8 + 4) * unit_roundoff(torch.float32) * expected)
+    assert_within(out, expected, 2 * (1024 + positions / 1024 + 4) * unit_roundoff(torch.float32) * expected)
 
 
 @pytest.mark.parametrize("samples", [1, 256, 3000, 100_000])
