@@ -227,8 +227,9 @@ def _make_gradients(
     samples, _, n = w.shape
     columns = chunk.channels * n
     tile = 64 if x.tensor.dtype != torch.float64 else 32
-    row_tile = 1 if chunk.rows == 1 else 16 if chunk.rows <= 16 else tile
     column_tile = 16 if columns <= 16 else tile
+    # 64 rows of 16 columns need more registers on sm_80 than a thread gets.
+    row_tile = 1 if chunk.rows == 1 else 16 if chunk.rows <= 16 else min(tile, 2 * column_tile)
     positions = 2048 // column_tile if row_tile == 1 else 32
     programs = samples * chunk.groups * triton.cdiv(chunk.rows, row_tile) * triton.cdiv(columns, column_tile)
     launch(
