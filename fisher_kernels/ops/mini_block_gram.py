@@ -274,6 +274,7 @@ def conv_mini_block_gram_(
     Memory beyond the arguments does not grow with the batch. The native kernel holds copies of a few channels of at
     most 16 samples, a few MB a thread at most, or one sample's if these are larger, and sums of about 256 KB, or of a
     few blocks if they are larger. The reference unfolds as many samples at a time as make 2^20 numbers, at least one.
+    Triton's kernels hold gradients and sums of 32 MiB, or those of one block by 1024 samples if these are larger.
 
     Args:
         out: (O, I / groups, n, n), n being the number of offsets of the kernel in row-major order; contiguous, float64
