@@ -53,7 +53,8 @@ def _add_products(total, left, right, weight, A: tl.constexpr):
         total = add_product(total, tl.trans(second.to(tl.bfloat16)), right, A)
         total = add_product(total, tl.trans(first.to(tl.bfloat16)), right, A)
     else:
-        total = add_product(total, tl.trans(left.to(A) * weight[:, None]), right.to(A), A)
+        left, right = left.to(A) * weight[:, None], right.to(A)
+        total = add_product(total, tl.trans(left), right, A)  # transposed last, or the compiler spills registers
     return total
 
 
