@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -42,5 +43,6 @@ def install() -> None:
     module, strategies = ModuleType("hypothesis"), ModuleType("hypothesis.strategies")
     module.given, module.settings, module.strategies = _given, _settings, strategies  # type: ignore[attr-defined]
     for each in (module, strategies):
+        each.__spec__ = ModuleSpec(each.__name__, None)  # torch looks it up
         each.__getattr__ = _anything  # type: ignore[method-assign]
     sys.modules.update({"hypothesis": module, "hypothesis.strategies": strategies})

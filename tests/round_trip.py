@@ -71,8 +71,8 @@ def home(value: Any) -> Any:
 def round_trip(run: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """An implementation of an op for CPU tensors out of one for tensors of a device.
 
-    Arguments by position make the journey; those by keyword are numbers in tensors of one element (rates, scales), which
-    ops take from the CPU beside tensors of any device. Errors name the CPU for the device.
+    Arguments by position make the journey; those by keyword are numbers in tensors of one element (rates, scales),
+    which ops take from the CPU beside tensors of any device. Errors name the CPU for the device.
     """
 
     def there_and_back(*args: Any, **kwargs: Any) -> Any:
