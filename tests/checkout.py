@@ -25,4 +25,4 @@ def nest_triton_kernels(root: Path = ROOT) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[NESTED] = module
     spec.loader.exec_module(module)
-    fisher_kernels.triton_kernels = module  # type: ignore[attr-defined]
+    setattr(fisher_kernels, "triton_kernels", module)  # noqa: B010  (as an import does)

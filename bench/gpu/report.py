@@ -20,7 +20,17 @@ from fisher_kernels.environment import processor, version
 
 RESULTS = Path(__file__).parents[1] / "results"
 NOT_YET = "Not yet measured on a GPU.\n"
-COLUMNS = ("case", "dtype", "backend", "ms (p20 to p80)", "of limit", "against", "host and wall ms", "targets")
+COLUMNS = (
+    "case",
+    "dtype",
+    "backend",
+    "ms (p20 to p80)",
+    "moved, computed",
+    "of limit",
+    "against",
+    "host and wall ms",
+    "targets",
+)
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -68,6 +78,14 @@ def _milliseconds(times: dict[str, Any]) -> str:
     return f"{1e3 * times['median']:.4g} ({1e3 * times['p20']:.4g} to {1e3 * times['p80']:.4g})"
 
 
+def _work(row: dict[str, Any]) -> str:
+    """Bytes and operations, and how many of them a second."""
+    seconds = row["times"]["median"]
+    moved = f"{row['bytes_moved'] / 1e9:.3g} GB, {row['bytes_moved'] / 1e9 / seconds:,.0f} GB/s"
+    computed = f"{row['flops'] / 1e12:.3g} TFLOP, {row['flops'] / 1e12 / seconds:,.1f} TFLOP/s"
+    return f"{moved}; {computed}" if row["flops"] else moved
+
+
 def _targets(row: dict[str, Any]) -> str:
     return "; ".join(
         f"{name} {least:g} {'**missed**' if name in row['missed'] else 'met'}" for name, least in row["targets"].items()
@@ -82,11 +100,22 @@ def _against(row: dict[str, Any]) -> str:
 def _cells(row: dict[str, Any]) -> list[str]:
     case = f"`{row['op']}` {row['shape']}"
     if row["error"] is not None:
-        return [case, row["dtype"], row["backend"], "no result", "", row["error"].replace("|", "/"), "", _targets(row)]
+        return [
+            case,
+            row["dtype"],
+            row["backend"],
+            "no result",
+            "",
+            "",
+            row["error"].replace("|", "/"),
+            "",
+            _targets(row),
+        ]
     wall = "" if row["wall"] is None else f"{1e3 * row['host']['median']:.3g} and {1e3 * row['wall']['median']:.3g}"
     fraction = f"{row['fraction']:.2f} of {row['limit']}"
     return [
-        case, row["dtype"], row["backend"], _milliseconds(row["times"]), fraction, _against(row), wall, _targets(row),
+        case, row["dtype"], row["backend"], _milliseconds(row["times"]), _work(row), fraction, _against(row), wall,
+        _targets(row),
     ]  # fmt: skip
 
 

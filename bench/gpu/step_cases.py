@@ -34,7 +34,8 @@ Lists = list[list[Tensor]]
 
 def sampled(lists: Lists) -> Lists:
     """Copies of those tensors of each list that fit into a sample, the small ones first, and of the largest of them."""
-    kept, total = [], 0
+    kept: list[int] = []
+    total = 0
     for i in sorted(range(len(lists[0])), key=lambda i: lists[0][i].numel()):
         total += lists[0][i].numel()
         if kept and total > SAMPLE:
@@ -235,9 +236,8 @@ def cases(tiny: bool, compile_: bool) -> Iterator[Case]:
             f"{name}.step", f"{2 * layers} small tensors", f32,
             partial(optimizer_step, make, layers, width, bytes_each), targets=targets, wall=True,
         )  # fmt: skip
-    convolutions, ones = ([(4, 4, 3, 3)] * 2, [(8, 4, 1, 1)] * 2) if tiny else (
-        [(512, 512, 3, 3)] * 128, [(2048, 512, 1, 1)] * 256
-    )  # fmt: skip
+    convolutions: list[Shape] = [(4, 4, 3, 3)] * 2 if tiny else [(512, 512, 3, 3)] * 128
+    ones: list[Shape] = [(8, 4, 1, 1)] * 2 if tiny else [(2048, 512, 1, 1)] * 256
     for shapes, n in ((convolutions, 9), (ones, 1)):
         shape = f"{len(shapes)} x {' x '.join(map(str, shapes[0]))}"
         yield Case("mbf_step_", shape, f32, partial(mbf, shapes, n, False), targets={"copy": 0.85})
@@ -247,7 +247,7 @@ def cases(tiny: bool, compile_: bool) -> Iterator[Case]:
     name, shapes = next(reversed(named.items()))
     yield Case("adafisher_step_", f"{name}, 1e9", bf16, partial(adafisher, shapes, bf16, False), targets={"copy": 0.90})
     yield Case("sofim_step_", f"{name}, 1e9", bf16, partial(sofim, shapes, bf16), targets={"copy": 0.90})
-    large = [(16, 16)] * 2 if tiny else [(8192, 4096)] * 4
+    large: list[Shape] = [(16, 16)] * 2 if tiny else [(8192, 4096)] * 4
     yield Case("adafisher_step_", "4 x 8192 x 4096", f32, partial(adafisher, large, f32, compile_))
     few = convolutions[: 1 if tiny else 16]
     yield Case("mbf_step_", f"{len(few)} convolutions", f32, partial(mbf, few, 9, compile_))
