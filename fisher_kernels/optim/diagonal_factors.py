@@ -228,7 +228,7 @@ class DiagonalFactors:
             self.placed.update({p: placed[role] for role, p in layer.parameters.items()})
 
     def _renew(self, index: int, factors: Factors) -> None:
-        """Place factors, later ones where the first ones are: plans and captured graphs know them by their addresses."""
+        """Place factors, later ones where the first ones are: plans and captured graphs know their addresses."""
         if (placed := self._normal.get(index)) is None:
             self._place(index, factors)
         else:
