@@ -5,7 +5,7 @@
 # BASE_PYTHON=python  what .venv is made with (default: the first of python3, python3.14, ... that is 3.10 or newer)
 # TORCH=requirement   what pip installs as torch, options included; with PYTHON= only if there is no torch at all
 # OUT=folder          where the demo writes its curves and numbers
-# ARGS=arguments      more arguments for pytest, the demo, the comparison of the results or make gpu
+# ARGS=arguments      more arguments for pytest, the demo, the comparison of the results, the inspection or make gpu
 # TASKS=names         tasks that make results compares the optimizers on (default: all)
 # FISHER_KERNELS_NATIVE=auto|on|off, FISHER_KERNELS_PORTABLE=ON|OFF, FISHER_KERNELS_WERROR=ON|OFF, CXX=compiler
 #                     settings of the native build, from the environment as well
@@ -37,7 +37,7 @@ NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc)
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test bench gpu results lint build dist clean FORCE
+.PHONY: help demo test bench gpu results inspect lint build dist clean FORCE
 
 help:
 	@echo 'make demo    trains a CNN with AdamW, SGD, AdaFisher, AdaFisherW, MBF and SOFIM, side by side'
@@ -45,6 +45,7 @@ help:
 	@echo 'make bench   measures the kernels against their baselines'
 	@echo 'make gpu     proves and measures the kernels on a CUDA GPU, in ten minutes; installs nothing'
 	@echo 'make results compares the optimizers on every task, into docs/results.md (half an hour)'
+	@echo 'make inspect compiles every Triton kernel for GPUs that need not be here (a few minutes)'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make build   environment, native module, editable install'
 	@echo 'make dist    sdist and wheel, in dist/'
@@ -68,6 +69,9 @@ gpu:
 results: build
 	set -e; for task in $(TASKS); do $(PY) -m fisher_kernels compare $$task --out docs/results/$$task $(ARGS); done
 	$(PY) -m bench.tables
+
+inspect: build
+	$(PY) -m fisher_kernels inspect $(ARGS)
 
 lint: build
 	$(PY) -m ruff check

@@ -19,19 +19,26 @@ from fisher_kernels._library import native_reason
 NAMES = ("reference", "cpu", "cuda", "triton")
 
 
-def _is_interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, on CPU tensors, for tests."""
+def is_interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors: slow, for tests where there is no GPU."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
-def _triton_reason() -> str | None:
+def why_no_triton() -> str | None:
+    """Why Triton cannot compile kernels here, GPU or not; None where it can."""
     try:
         found = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return "Triton is not installed (pip install 'triton>=3.6', or a PyTorch with CUDA or ROCm, which brings it)"
     if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < (3, 6):
         return f"Triton {found} is installed; triton >= 3.6 is needed"
-    if not (_is_interpreted() or torch.cuda.is_available()):
+    return None
+
+
+def _why_not_here() -> str | None:
+    if (reason := why_no_triton()) is not None:
+        return reason
+    if not (is_interpreted() or torch.cuda.is_available()):
         return "there is no GPU: torch.cuda.is_available() is False"
     return None
 
@@ -40,15 +47,15 @@ _REASONS: dict[str, str | None] = {
     "reference": None,
     "cpu": native_reason(),
     "cuda": "this version has no CUDA kernels; CUDA tensors run on the reference",
-    "triton": _triton_reason(),
+    "triton": _why_not_here(),
 }
-_DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if _is_interpreted() else "cuda"}
+_DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if is_interpreted() else "cuda"}
 
 # What ``auto`` takes for tensors of a type of device.
 _FASTEST = {
     _DEVICES[name]: name
     for name in ("cpu", "triton")
-    if _REASONS[name] is None and not (name == "triton" and _is_interpreted())
+    if _REASONS[name] is None and not (name == "triton" and is_interpreted())
 }
 
 # Process-wide, not per thread: autograd runs backward hooks in threads of its own.
@@ -95,6 +102,18 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _selected = previous
+
+
+@contextmanager
+def assumed(name: str, device: str) -> Iterator[None]:
+    """As if the named backend ran on a type of device, and selected: for those who only look at its launches."""
+    kept = _REASONS[name], _DEVICES[name]
+    _REASONS[name], _DEVICES[name] = None, device
+    try:
+        with use_backend(name):
+            yield
+    finally:
+        _REASONS[name], _DEVICES[name] = kept
 
 
 def choose(op: str, device: str, implemented: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fisher_kernels import __version__, backends, environment, selftest, tasks
+from fisher_kernels import __version__, backends, environment, inspection, selftest, tasks
 from fisher_kernels.tasks import report
 from fisher_kernels.tasks.optimizers import Recipe
 from fisher_kernels.tasks.task import Task
@@ -172,6 +172,85 @@ def self_test(as_json: Json = False) -> None:
                 console.print(f"not tested: {backend}: {escape(reason)}", highlight=False, soft_wrap=True)
     if failures:
         raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    target: Annotated[
+        list[str] | None, typer.Option(help=f"One of: {', '.join(inspection.TARGETS)}.", show_default="all")
+    ] = None,
+    kernels: Annotated[str, typer.Option(help="Regular expression that names of kernels match.")] = "",
+    sample: Annotated[bool, typer.Option("--sample", help="One variant of each kernel only.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compile every Triton kernel for GPUs that need not be here, and show what their code needs.
+
+    Exits with 1 where a kernel does not compile, keeps registers in memory, or reads a stream in narrow pieces.
+    """
+    try:
+        with _usage_errors(), _inspection_progress() as watch:
+            rows = list(watch(inspection.run(target or inspection.TARGETS, kernels, sample)))
+    except RuntimeError as error:
+        _fail(str(error))
+    faults = [(row, fault) for row in rows for fault in row.faults]
+    if as_json:
+        _print_json({"passed": bool(rows) and not faults, "variants": [dataclasses.asdict(row) for row in rows]})
+    else:
+        console = Console()
+        Console(width=max(console.width, 110)).print(_inspection_table(rows))
+        for name, note in sorted({(row.kernel, row.note) for row in rows if row.note}):
+            console.print(f"accepted: {name}: {note}", highlight=False, soft_wrap=True)
+        for row, fault in faults:
+            where = f"{row.target}, {row.kernel}, {row.arguments}"
+            console.print(f"[red]failed:[/red] {escape(where)}: {escape(fault)}", highlight=False, soft_wrap=True)
+    if faults or not rows:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _inspection_progress() -> Iterator[Callable[[Iterator[inspection.Row]], Iterator[inspection.Row]]]:
+    columns = (TextColumn("{task.description}"), TextColumn("{task.completed} variants"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("compiling", total=None)
+
+        def watch(rows: Iterator[inspection.Row]) -> Iterator[inspection.Row]:
+            for row in rows:
+                progress.update(bar, advance=1)
+                yield row
+
+        yield watch
+
+
+def _inspection_table(rows: Sequence[inspection.Row]) -> Table:
+    """One row for each target and kernel, over all its variants."""
+    table = Table(caption="shared, stack: bytes; loads, stores: widths in bytes; over all variants")
+    for name in ("target", "kernel"):
+        table.add_column(name, no_wrap=True)
+    for name in ("variants", "registers", "shared", "stack", "loads", "stores", "seconds"):
+        table.add_column(name, justify="right")
+    groups: dict[tuple[str, str], list[inspection.Row]] = {}
+    for row in rows:
+        groups.setdefault((row.target, row.kernel), []).append(row)
+    for key, group in sorted(groups.items()):
+        colour = "red" if any(row.faults for row in group) else "green"
+        figures = (_range([getattr(row, name) for row in group]) for name in ("registers", "shared", "stack"))
+        widths = (_widths(group, kind) for kind in ("load", "store"))
+        seconds = sum(row.seconds for row in group)
+        table.add_row(key[0], f"[{colour}]{key[1]}[/{colour}]", str(len(group)), *figures, *widths, f"{seconds:.1f}")
+    return table
+
+
+def _range(values: Sequence[int | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    return str(known[0]) if min(known) == max(known) else f"{min(known)}-{max(known)}"
+
+
+def _widths(rows: Sequence[inspection.Row], kind: str) -> str:
+    """The widths in bytes of all accesses of a kind, the widest first."""
+    names = {tuple(name.split()) for row in rows for name in row.accesses}
+    return " ".join(str(width) for width in sorted((int(w) for k, w in names if k == kind), reverse=True))
 
 
 def _selftest_table(results: Sequence[selftest.Result]) -> Table:

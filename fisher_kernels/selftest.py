@@ -174,12 +174,14 @@ _COLUMNS: dict[str, Callable[[Source], Tensor]] = {
     "transposed": lambda s: s.normal(31, 500).t(),
     "no rows": lambda s: s.normal(0, 5),
     "not finite": lambda s: _with_non_finite(s.normal(9, 17)),
+    "many rows": lambda s: s.normal(9000, 8),
 }
 
 _CHANNELS: dict[str, Callable[[Source], Tensor]] = {
     "3 x 5 x 7 x 9": lambda s: s.normal(3, 5, 7, 9),
     "channels last": lambda s: s.normal(3, 37, 5, 9).to(memory_format=torch.channels_last),
     "one dimension": lambda s: s.normal(4, 6, 131),
+    "long runs": lambda s: s.normal(2, 2, 5001),
     "three dimensions": lambda s: s.normal(2, 3, 4, 5, 6),
     "no spatial dimension": lambda s: s.normal(65, 12),
     "slice": lambda s: s.normal(3, 8, 9, 9)[:, 1:6, 2:, ::2],
@@ -206,6 +208,11 @@ def _patch_cases() -> list[Case]:
             kernel_size=3,
             padding=1,
             stride=2,
+        ),
+        *case(
+            "one dimension, channels last",
+            lambda s: s.normal(2, 6, 19).movedim(1, -1).contiguous().movedim(-1, 1),
+            kernel_size=3,
         ),
         *case("slice", lambda s: s.normal(2, 6, 12, 12)[:, ::2, 1:, :-3], kernel_size=3),
         *case("no samples", lambda s: s.normal(0, 4, 5, 5), kernel_size=3),
@@ -350,25 +357,40 @@ def _naive_curvature(row: Tensor | None, column: Tensor | None, view: tuple[int,
 
 
 # One block a kernel, packed ones, and inverses that the rows of a layer with a bias share.
-_MBF = (((20, 3, 3, 3), (60, 9, 9)), ((7, 5), (7, 15)), ((12, 10), (1, 2, 6, 6)), ((12,), None))
+_MbfShapes = Sequence[tuple[tuple[int, ...], tuple[int, ...] | None]]  # of a parameter and of its inverse
+_MBF: _MbfShapes = (((20, 3, 3, 3), (60, 9, 9)), ((7, 5), (7, 15)), ((12, 10), (1, 2, 6, 6)), ((12,), None))
+_MBF_OTHERS: _MbfShapes = (
+    ((50,), (50, 1, 1)),
+    ((3, 25), (3, 25, 25)),
+    ((6, 4), (6, 5, 5)),
+    ((6,), None),
+    ((2, 600), (1, 1, 601, 601)),
+    ((2,), None),
+    ((1, 513), (1, 513, 513)),
+)
 
 
-def _mbf_inputs(source: Source) -> Inputs:
+def _mbf_inputs(source: Source, shapes: _MbfShapes, channels_last: bool) -> Inputs:
     wide = Source(ACCUMULATOR[source.dtype], source.device, source.generator)
-    inverses = [None if shape is None else wide.normal(*shape) for _, shape in _MBF]
+    inverses = [None if shape is None else wide.normal(*shape) for _, shape in shapes]
     for x in inverses:
         if x is not None and x.dim() > 2:
             x.add_(x.mT.clone())
+
+    def tensors(source: Source) -> list[Tensor]:
+        made = [source.normal(*shape) for shape, _ in shapes]
+        return [x.to(memory_format=torch.channels_last) if x.dim() == 4 and channels_last else x for x in made]
+
     return {
-        "params": [source.normal(*shape) for shape, _ in _MBF],
-        "grads": [source.normal(*shape) for shape, _ in _MBF],
-        "momentum_buffers": [wide.normal(*shape) for shape, _ in _MBF],
+        "params": tensors(source),
+        "grads": tensors(source),
+        "momentum_buffers": tensors(wide),
         "inverses": inverses,
         "stored_u": torch.finfo(source.dtype).eps / 2,
     }
 
 
-def _mbf_case(name: str, **options: Any) -> Case:
+def _mbf_case(name: str, shapes: _MbfShapes = _MBF, channels_last: bool = False, **options: Any) -> Case:
     def step(inputs: Inputs, **options: Any) -> list[Tensor]:
         names = ("params", "grads", "momentum_buffers", "inverses")
         plain = {"lr": _LR, "momentum": _BETA, "weight_decay": 0.0, "decoupled": False, "maximize": False}
@@ -396,7 +418,14 @@ def _mbf_case(name: str, **options: Any) -> Case:
         ]
         return [*of_params, *(16 * u * m for m in moments), 0.0]
 
-    return Case("mbf_step_", name, _SUM_DTYPES, _mbf_inputs, lambda inputs: step(inputs, **options), tolerance)
+    return Case(
+        "mbf_step_",
+        name,
+        _SUM_DTYPES,
+        lambda source: _mbf_inputs(source, shapes, channels_last),
+        lambda inputs: step(inputs, **options),
+        tolerance,
+    )
 
 
 # SOFIM: rounded moments and gradients change the dot products, which change the coefficients; all terms are bounded by
@@ -409,6 +438,8 @@ def _sofim_inputs(source: Source) -> Inputs:
     params.append(source.normal(12, 10).t())
     params.append(source.normal(4, 6, 3, 3).to(memory_format=torch.channels_last))
     grads = [torch.empty_like(p).copy_(source.normal(*p.shape)) for p in params]
+    params.append(source.normal(9, 14))
+    grads.append(source.normal(14, 9).t())  # in another order than its parameter
     _with_non_finite(grads[1])
     return {
         "params": params,
@@ -419,23 +450,31 @@ def _sofim_inputs(source: Source) -> Inputs:
     }
 
 
-def _sofim_case(direction: str, scope: str) -> Case:
+def _sofim_case(direction: str, scope: str, of_each: bool = False) -> Case:
+    """With ``of_each`` a learning rate for each parameter, on its device, and weight decay in the gradient."""
     rho, decay = 5.0, 0.1
+
+    def rates(steps: list[Tensor]) -> list[Tensor]:
+        dtypes = torch.float32, torch.float64
+        return [torch.full((), _LR, dtype=dtypes[i % 2], device=t.device) for i, t in enumerate(steps)]
 
     def call(inputs: Inputs) -> list[Tensor]:
         skipped, squares = ops.sofim_step_(
             *(inputs[name] for name in ("params", "grads", "exp_avgs", "steps")),
-            lr=_LR,
+            lr=rates(inputs["steps"]) if of_each else _LR,
             beta=_BETA,
             rho=rho,
             direction=direction,
             scope=scope,
             weight_decay=decay,
+            decoupled=not of_each,
         )
         return [*inputs["params"], *inputs["exp_avgs"], *inputs["steps"], squares, skipped]
 
     def tolerance(inputs: Inputs, expected: list[Tensor], u: float) -> list[Tolerance]:
         gradients = [g.abs().nan_to_num(0, 0, 0) for g in inputs["grads"]]
+        if of_each:
+            gradients = [g + decay * w.abs() for g, w in zip(gradients, inputs["params"], strict=True)]
         moments = [_BETA * m.abs() + (1 - _BETA) * g for m, g in zip(inputs["exp_avgs"], gradients, strict=True)]
         corrected = [m / (1 - _BETA ** (i + 1)) for i, m in enumerate(moments)]
         squares = torch.stack([c.square().sum() for c in corrected])
@@ -456,7 +495,8 @@ def _sofim_case(direction: str, scope: str) -> Case:
         of_moments = [torch.where(g.isfinite(), 16 * u * m, 0) for g, m in zip(inputs["grads"], moments, strict=True)]
         return [*of_params, *of_moments, *(0.0 for _ in inputs["steps"]), 32 * u * squares, 0.0]
 
-    return Case("sofim_step_", f"{direction}, {scope}", _SUM_DTYPES, _sofim_inputs, call, tolerance)
+    name = f"{direction}, {scope}" + (", rates of each" if of_each else "")
+    return Case("sofim_step_", name, _SUM_DTYPES, _sofim_inputs, call, tolerance)
 
 
 # Blocks. A factorisation moves the block by (n + 1) u of its norm at most, which the condition number amplifies;
@@ -683,8 +723,8 @@ CASES: Sequence[Case] = (
     _ema_case("sums and counts", 0.8, 0.2, divisors=(7.0, 3.0, 64.0, 5.0, 1.0, 9.0)),
     _ema_case("normalised", 0.08, 0.008, normalize=True, eps=1e-6),
     _ema_case("in pairs", 0.8, 0.2, joint=2),
-    *(case for n in (1, 9, 25, 64) for case in _block_cases(n)),
-    *(case for n in (1, 9, 25, 70) for case in _update_cases(n)),
+    *(case for n in (1, 9, 16, 25, 64) for case in _block_cases(n)),
+    *(case for n in (1, 4, 9, 25, 64, 70) for case in _update_cases(n)),
     _solve_case(),
     _mini_block_case("3 x 3 kernels", 65, 35, 9),
     _mini_block_case("average", 7, 17, 25, decay=0.9),
@@ -696,10 +736,16 @@ CASES: Sequence[Case] = (
     _batch_norm_case("channels last", (5, 37, 3, 3), last=True),
     _batch_norm_case("short runs", (9, 21, 2, 3)),
     _batch_norm_case("given statistics", (9, 37), given=True),
+    _batch_norm_case("vectors", (9, 37)),
+    _batch_norm_case("long runs", (2, 3, 1030)),
+    _batch_norm_case("long runs, channels last", (2, 5, 70), last=True),
     _gram_case("weighted", 131, 67),
     _gram_case("average", 600, 33, decay=0.9),
     _gram_case("without weights", 17, 130, weighted=False),
     _gram_case("no rows", 0, 5, decay=0.9),
+    _gram_case("weighted, columns in sixteens", 131, 144),
+    _gram_case("columns in sixteens", 70, 48, weighted=False),
+    _gram_case("more columns in sixteens", 70, 144, weighted=False),
     _step_case("plain"),
     _step_case("weight decay in the gradient", weight_decay=0.1),
     _step_case("decoupled weight decay", weight_decay=0.1, decoupled=True),
@@ -708,8 +754,13 @@ CASES: Sequence[Case] = (
     _mbf_case("plain"),
     _mbf_case("weight decay in the gradient, maximised", weight_decay=0.1, maximize=True),
     _mbf_case("clipped, decoupled weight decay", weight_decay=0.1, decoupled=True, kl_clip=1e6),
+    _mbf_case("channels last", channels_last=True, kl_clip=1e6),
+    _mbf_case("other sizes", _MBF_OTHERS),
+    _mbf_case("other sizes, clipped", _MBF_OTHERS, kl_clip=1e6),
     _sofim_case("momentum", "global"),
     _sofim_case("momentum", "tensor"),
     _sofim_case("gradient", "global"),
     _sofim_case("gradient", "tensor"),
+    _sofim_case("momentum", "global", of_each=True),
+    _sofim_case("gradient", "global", of_each=True),
 )

@@ -16,6 +16,7 @@ import ctypes
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import pytest
 
@@ -53,6 +54,31 @@ def _implementations() -> list[str]:
     native = native_module()
     capabilities = [] if native is None else [f"cpu-{name}" for name in native.capabilities()]
     return ["reference", *capabilities, *(["triton"] if "triton" in _backends() else [])]
+
+
+def _quicken_interpreter() -> None:
+    """Let Triton's interpreter put its own language in place once a launch, not at every call within a kernel.
+
+    It costs as much as all else that a small kernel does. Only the functions of Triton's standard library see another
+    module than kernels do, and what is put there stays.
+    """
+    import triton.language
+    from triton.runtime import interpreter
+
+    seen: set[int] = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        names = self.fn.__globals__
+        if names.get("tl") is not triton.language and id(names) not in seen:
+            interpreter._patch_lang(self.fn)
+            seen.add(id(names))
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
+if backends.is_interpreted() and "triton" in backends.available():
+    _quicken_interpreter()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

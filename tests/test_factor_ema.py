@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from fisher_kernels import use_backend
+from fisher_kernels.backends import available
 from fisher_kernels.ops import factor_ema_, minmax, minmax_
 from tests.cases import random, unaligned
 from tests.cases.factor_ema import LENGTHS, vectors
@@ -261,7 +262,10 @@ def test_ema_refuses_what_is_not_finite(
 ) -> None:
     """A run with one bad entry, anywhere, stays as it was to the bit; the others are updated."""
     lengths = (5, 1, 16, 65, 0, 7, 33, 2, 64, 3, 17, 4)
-    for spoiled, place in ((1, 0), (3, 64), (3, 20), (8, 63), (11, 1)):
+    spots = ((1, 0), (3, 64), (3, 20), (8, 63), (11, 1))
+    if implementation == "triton":  # which is slow in its interpreter: another spot for each length of a run
+        spots = (spots[joint % 5],)
+    for spoiled, place in spots:
         state = vectors(dtype, 0, lengths)
         new = vectors(dtype, 50, lengths)
         before, updated = copy.deepcopy(state), copy.deepcopy(state)
@@ -298,6 +302,78 @@ def test_a_list_is_its_members_one_by_one(implementation: str, normalize: bool) 
         assert_same_bits(got, want)
     for got, x in zip(minmax(new), new, strict=True):
         assert_same_bits(got, minmax([x])[0])
+
+
+def test_a_run_of_several_dtypes(implementation: str) -> None:
+    state = [torch.ones(3), torch.ones(3, dtype=torch.float64), torch.ones(2), torch.ones(2, dtype=torch.float64)]
+    new = [torch.zeros_like(s) for s in state]
+    new[1][2] = math.inf
+    assert factor_ema_(state, new, 0.5, 0.5, joint=2).tolist() == [1, 0]
+    assert [s.tolist() for s in state] == [[1.0] * 3] * 2 + [[0.5] * 2] * 2
+
+
+# Triton: vectors are cut into chunks of 8,192 entries.
+
+LONG = (8191, 8192, 8193, 24_600)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_vectors_of_several_chunks(implementation: str, dtype: torch.dtype) -> None:
+    """The smallest and the largest entry in chunks of their own, whole chunks read at once or entry by entry."""
+    x = vectors(dtype, 0, LONG)
+    x[3][10_000], x[3][24_599] = -3, 70
+    weights = [torch.tensor(0.5, dtype=dtype)] * 4
+    for layout in (torch.clone, unaligned):
+        given = [layout(v) for v in x]
+        check_minmax(given, 1e-3, weights)
+        for got, want in zip(minmax(given, 1e-3, weights), minmax(x, 1e-3, weights), strict=True):
+            assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("short", [False, True])
+def test_average_of_several_chunks(implementation: str, normalize: bool, short: bool) -> None:
+    """A short vector is completed by a 1 at the end of its last chunk, and in one of its own."""
+    means = vectors(torch.float32, 50, LONG)
+    sums = [(2 * v)[: len(v) - short].clone() for v in means]
+    for v in means:
+        v[-1] = 1 if short else v[-1]
+    state = [torch.ones(n) for n in LONG]
+    expected = double(state)
+    with use_backend("reference"):
+        factor_ema_(expected, double(means), 0.75, 0.25, normalize, 1e-3)
+    assert factor_ema_(state, sums, 0.75, 0.25, normalize, 1e-3, divisors=[2.0] * 4).tolist() == [0] * 4
+    for got, want, v in zip(state, expected, means, strict=True):
+        assert_within(got, want, minmax_rounding(v, 1e-3, 1.0, v.dtype) + 8 * unit_roundoff(v.dtype) * want.abs())
+    kept = copy.deepcopy(state)
+    sums[3][24_000] = math.nan
+    assert factor_ema_(state, sums, 0.75, 0.25, normalize, joint=2).tolist() == [0, 1]
+    for i in (2, 3):
+        assert_same_bits(state[i], kept[i])
+
+
+def test_only_what_changes_is_uploaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To Triton's tables: nothing where lists look as they did, so that a graph may hold the call."""
+    if "triton" not in available():
+        pytest.skip("no Triton")
+    from fisher_kernels.triton_kernels import _lists
+
+    uploads = 0
+    upload = _lists._upload
+
+    def counted(*args: Any) -> Tensor:
+        nonlocal uploads
+        uploads += 1
+        return upload(*args)
+
+    monkeypatch.setattr(_lists, "_upload", counted)
+    state, new = [torch.zeros(3), torch.zeros(4)], [torch.ones(3), torch.ones(4)]
+    with use_backend("triton"):
+        for decay, divisors, expected in ((0.5, [1.0, 2.0], True), (0.25, [1.0, 2.0], False), (0.25, [1.0, 3.0], True)):
+            before = uploads
+            factor_ema_(state, new, decay, 0.5, divisors=divisors)
+            assert (uploads > before) == expected
+    assert_within(state[1], torch.full((4,), (0.25 * 0.25 + 0.25) * 0.25 + 0.5 / 3, dtype=torch.float64), 1e-7)
 
 
 # Errors.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -14,12 +14,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from fisher_kernels import use_backend
+from fisher_kernels.backends import available
 from fisher_kernels.ops import ACCUMULATOR, weighted_gram_
 from tests.cases import DTYPES, LAYOUTS, integers, random, spread, unaligned
 from tests.cases.gram import SHAPES
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
+
+T = TypeVar("T")
 
 
 def lost(columns: int, dtype: torch.dtype) -> Tensor:
@@ -47,6 +50,14 @@ def assert_symmetric(out: Tensor) -> None:
     assert_same_bits(out, out.mT, "the upper triangle")
 
 
+def thinned(cases: Iterable[T], shape: tuple[int, int], implementation: str) -> list[T]:
+    """One or two of them on Triton, which is slow in its interpreter, and other ones for each shape."""
+    every, first = list(cases), SHAPES.index(shape)
+    if implementation != "triton":
+        return every
+    return [every[(first + i) % len(every)] for i in ((0,) if shape[0] > 1000 else (0, 2))]
+
+
 def test_definition() -> None:
     x, weight = random((5, 3), torch.float64), torch.tensor([1.0, 0.0, -2.0, 3.0, 0.5], dtype=torch.float64)
     out, old = random((3, 3), torch.float64, 1), random((3, 3), torch.float64, 1).numpy()
@@ -60,7 +71,7 @@ def test_definition() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_layout(implementation: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    for name, layout in LAYOUTS.items():
+    for name, layout in thinned(LAYOUTS.items(), shape, implementation):
         x = layout(random(shape, dtype))
         for weight in (None, weights(shape[0], dtype), spread(weights(shape[0], dtype))):
             before, out = x.clone(), unaligned(lost(shape[1], dtype))
@@ -77,7 +88,7 @@ def test_every_layout(implementation: str, shape: tuple[int, int], dtype: torch.
 def test_average(implementation: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     """Two products and a sum more, each rounded once; of what is there the lower triangle counts."""
     x, weight = random(shape, dtype), weights(shape[0], dtype)
-    for decay, gain in ((0.9, 0.1), (1.0, 0.0), (0.0, 0.25), (2.5, 1.5)):
+    for decay, gain in thinned(((0.9, 0.1), (1.0, 0.0), (0.0, 0.25), (2.5, 1.5)), shape, implementation):
         lower = random((shape[1], shape[1]), ACCUMULATOR[dtype], 1).tril()
         out = lower + torch.full_like(lower, torch.nan).triu(1)
         old = lower.double() + lower.double().tril(-1).mT
@@ -120,8 +131,8 @@ def test_what_is_not_finite_stays_in_its_column(implementation: str, value: floa
 def test_same_bits_for_every_number_of_threads(
     implementation: str, set_threads: Callable[[int], None], dtype: torch.dtype
 ) -> None:
-    if implementation == "reference":
-        pytest.skip("PyTorch promises nothing of the kind")
+    if not implementation.startswith("cpu"):
+        pytest.skip("no threads that this package starts")
     x, weight, first = random((600, 200), dtype), weights(600, dtype), lost(200, dtype)
     weighted_gram_(first, x, weight)
     for threads in (1, 2, 3, 7):
@@ -140,6 +151,56 @@ def test_long_sums_are_added_in_runs(implementation: str) -> None:
     weighted_gram_(out, x)
     expected = defined(x, None)
     assert_within(out, expected, (64 + 8192 / 64 + rows / 8192) * unit_roundoff(torch.float32) * expected)
+
+
+# Triton: how rows are cut, and which tiles there are.
+
+
+def gram_kernels() -> Any:
+    if "triton" not in available():
+        pytest.skip("no Triton")
+    from fisher_kernels.triton_kernels import gram
+
+    return gram
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_runs_within_a_share(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, weighted: bool) -> None:
+    """Shares of the rows that are several runs and a part of one, and runs that are several steps."""
+    gram = gram_kernels()
+    monkeypatch.setattr(gram, "_sizes", lambda *_: gram._Sizes(64, 16, 48, 4, 2))
+    monkeypatch.setattr(gram, "_LEAST_ROWS", 100)
+    x, weight = integers((301, 70), dtype), integers((301,), ACCUMULATOR[dtype], 2) if weighted else None
+    out = lost(70, dtype)
+    with use_backend("triton"):
+        weighted_gram_(out, x, weight)
+    assert_within(out, defined(x, weight), 0.0)
+    assert_symmetric(out)
+
+
+def test_weights_in_bfloat16_keep_the_precision_of_float32(implementation: str) -> None:
+    """One row of ones: the weight itself, which is three numbers of 8 bits."""
+    for value in (1 / 3, 16_777_215.0, -1e-30, 3.4028235e38, math.inf, -math.inf, math.nan):
+        weight, out = torch.tensor([value]), lost(2, torch.bfloat16)
+        weighted_gram_(out, torch.ones(1, 2, dtype=torch.bfloat16), weight)
+        assert_same_bits(out, weight.expand(2, 2))
+
+
+def test_tiles_of_the_lower_triangle() -> None:
+    """Found by a root, which is rounded: around the ends of rows of a matrix of six million columns."""
+    gram_kernels()
+    from tests.gram_places import places
+
+    row = torch.cat([torch.arange(1, 129), torch.randint(129, 46_000, (128,))])
+    first = row * (row + 1) // 2
+    tiles = torch.cat([first - 1, first, first + 1, first + row]).int()
+    found = torch.empty(2, 1024, dtype=torch.int32)
+    if torch.cuda.is_available():
+        tiles, found = tiles.cuda(), found.cuda()
+    places[(1,)](found[0], found[1], tiles, COUNT=1024)
+    assert torch.equal(found[0].cpu(), torch.cat([row - 1, row, row, row]).int())
+    assert torch.equal(found[1].cpu(), torch.cat([row - 1, 0 * row, 0 * row + 1, row]).int())
 
 
 # Errors.

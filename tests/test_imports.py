@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("optim",),
     ("",),
     ("environment", "selftest"),
-    ("tasks",),
+    ("inspection", "tasks"),
     ("cli",),
     ("__main__",),
 )

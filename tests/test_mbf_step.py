@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fisher_kernels import use_backend
+from fisher_kernels import backends, use_backend
 from fisher_kernels.ops import ACCUMULATOR
-from tests.cases import DTYPES, LAYOUTS, WRITABLE_LAYOUTS, channels_last, contiguous, sliced
+from tests.cases import DTYPES, LAYOUTS, WRITABLE_LAYOUTS, channels_last, contiguous, sliced, spread, unaligned
 from tests.cases.mbf_step import PARAMETERS, Parameter, Step, pack, packed, step, unpack
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
 from tests.step_errors import (
@@ -50,6 +50,42 @@ SOME = (
     Parameter((7,), None),
     Parameter((3, 2, 2), (1, 1, 5, 5)),
 )
+
+# Triton's interpreter takes a hundredth of a second and more for a program: every kind for it too, of small sizes.
+INTERPRETED = (
+    Parameter((3, 5, 1), (15, 1, 1)),
+    Parameter((5, 13, 3, 3), (65, 9, 9)),  # more than a program holds
+    packed((4, 3, 3, 3), 12, 9),
+    packed((5, 17), 5, 17),
+    Parameter((2, 3, 2, 6), (8, 9, 9)),
+    Parameter((3, 49), (3, 49, 49)),
+    Parameter((), (1, 1, 1, 1)),
+    Parameter((0, 4), (0, 4, 4)),
+    Parameter((9,), (9, 2, 2)),
+    Parameter((9,), None),
+    packed((6, 4), 6, 5),
+    Parameter((6,), None),
+    Parameter((0, 2), (0, 3, 3)),
+    Parameter((0,), None),
+    Parameter((4, 12), (1, 5, 3, 3)),
+    Parameter((4,), None),
+    Parameter((2, 700), (1, 1, 701, 701)),  # a block longer than what a program holds
+    Parameter((2,), None),
+)
+FEW = (
+    Parameter((2, 3, 2, 6), (8, 9, 9)),
+    Parameter((6,), (6, 1, 1)),
+    packed((6, 4), 6, 5),
+    Parameter((6,), None),
+    Parameter((4, 12), (1, 5, 3, 3)),
+    Parameter((4,), None),
+)
+
+
+def parameters_for(
+    implementation: str, interpreted: Sequence[Parameter] = INTERPRETED, native: Sequence[Parameter] = PARAMETERS
+) -> Sequence[Parameter]:
+    return interpreted if implementation == "triton" else native
 
 
 def scalar(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -295,19 +331,20 @@ def test_allowed_rounding_has_teeth(implementation: str, wrong: dict[str, Any]) 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_step(implementation: str, options: dict[str, Any], dtype: torch.dtype) -> None:
-    check(step(PARAMETERS, dtype, **options))
+    check(step(parameters_for(implementation), dtype, **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
 def test_inverses_stored_in_bfloat16(implementation: str, options: dict[str, Any], dtype: torch.dtype) -> None:
-    check(step(PARAMETERS, dtype, storage=torch.bfloat16, **options))
+    check(step(parameters_for(implementation), dtype, storage=torch.bfloat16, **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mixed_dtypes(implementation: str, dtype: torch.dtype) -> None:
     first = DTYPES.index(dtype)
-    check(step(PARAMETERS, DTYPES[first:] + DTYPES[:first], weight_decay=0.1, decoupled=True, kl_clip=1e-3))
+    dtypes = DTYPES[first:] + DTYPES[:first]
+    check(step(parameters_for(implementation), dtypes, weight_decay=0.1, decoupled=True, kl_clip=1e-3))
 
 
 def test_no_parameters(implementation: str) -> None:
@@ -345,18 +382,21 @@ def test_any_inverses(
     dtype: torch.dtype,
     storage: torch.dtype | None,
 ) -> None:
-    check(step(list(itertools.chain(*chosen)), dtype, layout=layout, storage=storage))
+    drawn = chosen[:1] if implementation == "triton" else chosen
+    check(step(list(itertools.chain(*drawn)), dtype, layout=layout, storage=storage))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("of", ["param", "grad", "moment"])
 def test_layouts_do_not_show(implementation: str, of: str, dtype: torch.dtype) -> None:
     """The same bits wherever the elements of each lie, and no other bits around them."""
-    for layout in (LAYOUTS if of == "grad" else WRITABLE_LAYOUTS).values():
+    chosen = list((LAYOUTS if of == "grad" else WRITABLE_LAYOUTS).values())
+    for layout in chosen[2::2] if implementation == "triton" else chosen:
         layouts = {"layout" if of == "param" else f"{of}_layout": layout}
         if of == "param":
             layouts["grad_layout"] = layouts["moment_layout"] = contiguous
-        case = step(PARAMETERS, dtype, **layouts, weight_decay=0.1, kl_clip=1e-3)
+        some = parameters_for(implementation, FEW)
+        case = step(some, dtype, **layouts, weight_decay=0.1, kl_clip=1e-3)
         plain = case.copy()
         plain.params, plain.grads, plain.momentum_buffers = (
             [contiguous(x) for x in tensors] for tensors in case.lists()[:3]
@@ -371,13 +411,14 @@ def test_layouts_do_not_show(implementation: str, of: str, dtype: torch.dtype) -
 
 def test_layouts_of_all_at_once(implementation: str) -> None:
     for layout in WRITABLE_LAYOUTS.values():
-        check(step(PARAMETERS, DTYPES, layout=layout, weight_decay=0.1))
+        check(step(parameters_for(implementation, FEW), DTYPES, layout=layout, weight_decay=0.1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_whole_numbers_are_exact(implementation: str, dtype: torch.dtype) -> None:
     """Small whole numbers and powers of two everywhere: every intermediate result fits, so nothing is rounded."""
-    case = step(PARAMETERS, dtype, lr=1.0, momentum=0.5, weight_decay=1.0, kl_clip=1e9)
+    some = parameters_for(implementation)
+    case = step(some, dtype, lr=1.0, momentum=0.5, weight_decay=1.0, kl_clip=1e9)
     for k, tensors in enumerate(case.lists()[:3]):
         for x in tensors:
             x.copy_(torch.arange(x.numel()).remainder(3 + k).sub(1).mul(1 + (k == 2)).view(x.shape))
@@ -389,9 +430,9 @@ def test_whole_numbers_are_exact(implementation: str, dtype: torch.dtype) -> Non
             x.copy_(y + y.tril(-1).mT)
     expected, _, _ = defined(case)
     case.run()
-    for i in range(len(PARAMETERS)):
-        assert_within(case.params[i], expected.params[i], 0.0, f"{PARAMETERS[i]}")
-        assert_within(case.momentum_buffers[i], expected.momentum_buffers[i], 0.0, f"{PARAMETERS[i]}")
+    for i, parameter in enumerate(some):
+        assert_within(case.params[i], expected.params[i], 0.0, f"{parameter}")
+        assert_within(case.momentum_buffers[i], expected.momentum_buffers[i], 0.0, f"{parameter}")
 
 
 def test_lr_may_be_a_tensor(implementation: str) -> None:
@@ -407,8 +448,9 @@ def test_lr_may_be_a_tensor(implementation: str) -> None:
 
 def test_packed_and_whole_blocks_agree(implementation: str) -> None:
     """A packed inverse is a way of storing it; so is bfloat16, at 2^-8 of each entry at most."""
-    shape, n = (40, 30, 3, 3), 9
-    whole = step([Parameter(shape, (1200, n, n))], torch.float32, lr=1.0, momentum=0.0)
+    rows, n = (60 if implementation == "triton" else 1200), 9
+    shape = (rows, 3, 3)
+    whole = step([Parameter(shape, (rows, n, n))], torch.float32, lr=1.0, momentum=0.0)
     whole.params[0].zero_()
     small, short = whole.copy(), whole.copy()
     assert whole.inverses[0] is not None
@@ -514,7 +556,7 @@ def test_blocks_without_a_finite_gradient_keep_their_bits(
     dtype: torch.dtype,
 ) -> None:
     """They are counted exactly, and all others take the very step they take without them."""
-    clean = step(PARAMETERS, dtype, layout=layout, **options)
+    clean = step(parameters_for(implementation, FEW), dtype, layout=layout, **options)
     if diagonal:  # a NaN reaches the whole block through zeros too
         for inverse in clean.inverses:
             if inverse is not None and inverse.dim() > 2:
@@ -541,12 +583,13 @@ def test_blocks_without_a_finite_gradient_keep_their_bits(
 def test_blocks_of_an_inverse_that_is_not_finite_are_skipped(implementation: str, value: float) -> None:
     """And no others: what lies around a block, zeros times infinity included, does not reach it. Sums that overflow
     count as the infinity they are."""
-    for i, parameter in enumerate(PARAMETERS):
+    some = parameters_for(implementation)
+    for i, parameter in enumerate(some):
         count = (parameter.inverse or (0,))[0]
         if parameter.inverse is None or len(parameter.inverse) == 4 or count < 3:
             continue
-        biased = i + 1 < len(PARAMETERS) and PARAMETERS[i + 1].inverse is None
-        clean = step(PARAMETERS[i : i + 1 + biased], torch.float32)
+        biased = i + 1 < len(some) and some[i + 1].inverse is None
+        clean = step(some[i : i + 1 + biased], torch.float32)
         for g in clean.grads:
             g.abs_().add_(1.0).mul_(10.0)
         case, before = clean.copy(), clean.copy()
@@ -570,11 +613,12 @@ def test_every_bit_pattern_of_a_skipped_parameter_stays(
     implementation: str, dtype: torch.dtype, layout: Callable[[Tensor], Tensor]
 ) -> None:
     """All but those of NaN, which stays NaN."""
-    case = step([Parameter((65536,), (16384, 4, 4))], dtype, layout=layout)
+    n = 1 if implementation == "triton" else 4
+    case = step([Parameter((65536,), (65536 // n, n, n))], dtype, layout=layout)
     patterns = torch.arange(-32768, 32768, dtype=torch.int16).view(dtype)
     case.params[0].copy_(patterns)
     case.grads[0].fill_(math.nan)
-    assert case.run()[0].tolist() == [16384]
+    assert case.run()[0].tolist() == [65536 // n]
     assert case.params[0][patterns.isnan()].isnan().all()
     assert_same_bits(case.params[0][~patterns.isnan()], patterns[~patterns.isnan()])
 
@@ -596,10 +640,11 @@ def test_a_scale_that_makes_gradients_infinite(implementation: str) -> None:
 
 def test_a_list_is_its_members_one_by_one(implementation: str) -> None:
     for options in (OPTIONS[1], OPTIONS[4]):
-        case = step(PARAMETERS, DTYPES, **options)
+        some = parameters_for(implementation)
+        case = step(some, DTYPES, **options)
         one_by_one = case.copy()
         case.run()
-        for i, (_, inverse) in enumerate(PARAMETERS):
+        for i, (_, inverse) in enumerate(some):
             if inverse is not None:
                 one_by_one.part(i, i + 1 + bias_of(case, i)).run()
         assert_unchanged(case, one_by_one)
@@ -625,11 +670,12 @@ SHARED = (
 def test_same_bits_at_every_run_and_for_every_number_of_threads(
     implementation: str, set_threads: Callable[[int], None], layout: Callable[[Tensor], Tensor]
 ) -> None:
-    case = step(SHARED, (torch.float32, torch.bfloat16), layout=layout, weight_decay=0.1, kl_clip=1e-3)
+    some = parameters_for(implementation, FEW, SHARED)
+    case = step(some, (torch.float32, torch.bfloat16), layout=layout, weight_decay=0.1, kl_clip=1e-3)
     for gradient in case.grads:
         gradient.view(gradient.shape)[..., ::37] = math.nan
     results = []
-    for threads in (1, 1, 2, 3):
+    for threads in (1, 1) if implementation == "triton" else (1, 1, 2, 3):
         set_threads(threads)
         copy = case.copy()
         results.append((copy, *copy.run()))
@@ -638,6 +684,79 @@ def test_same_bits_at_every_run_and_for_every_number_of_threads(
         assert_same_bits(skipped, results[0][1])
         assert_same_bits(scale, results[0][2])
         assert_unchanged(copy, results[0][0])
+
+
+# What Triton's kernels have of their own.
+
+
+LARGE = (packed((513,), 1, 513), Parameter((1, 512), (1, 513, 513)), Parameter((1,), None))
+
+
+@pytest.mark.parametrize(("layout", "clip"), [(contiguous, 1e-3), (spread, None)])
+def test_blocks_larger_than_what_a_program_holds(
+    implementation: str, layout: Callable[[Tensor], Tensor], clip: float | None
+) -> None:
+    case = check(step(LARGE, torch.float32, layout=layout, storage=torch.bfloat16, weight_decay=0.1, kl_clip=clip))
+    case.grads[0][500] = math.nan
+    alone = case.part(0, 1)
+    before = alone.copy()
+    assert alone.run()[0].tolist() == [1]
+    assert_unchanged(alone, before)
+
+
+@pytest.mark.parametrize("clip", [None, 1e-3])
+@pytest.mark.parametrize("layout", [contiguous, unaligned])
+def test_full_chunks_of_single_elements(
+    implementation: str, layout: Callable[[Tensor], Tensor], clip: float | None
+) -> None:
+    """Aligned ones are read 16 bytes at a time, all others element by element: with the same results."""
+    aligned = step([Parameter((16390,), (16390, 1, 1))], torch.float32, layout=contiguous, kl_clip=clip)
+    aligned.inverses = [contiguous(x) for x in aligned.inverses if x is not None]
+    aligned.grads[0][[7, 9000, 16389]] = math.nan
+    case = aligned.map(layout)
+    (skipped, scale), (expected, expected_scale) = case.run(), aligned.run()
+    assert skipped.tolist() == expected.tolist() == [3]
+    assert_same_bits(scale, expected_scale)
+    assert_unchanged(case, aligned, ("params", "momentum_buffers"), around=False)
+
+
+@pytest.mark.skipif("triton" not in backends.available(), reason="Triton cannot run here")
+@pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])
+def test_numbers_that_only_kernels_read(monkeypatch: pytest.MonkeyPatch, found_inf: float | None) -> None:
+    """As they are on a GPU, where nobody waits for them."""
+    from fisher_kernels.triton_kernels import mbf_step as kernels
+
+    monkeypatch.setattr(kernels, "scalar", lambda x: (1.0, x))
+    numbers = {"lr": scalar(0.01, torch.float64), "grad_scale": scalar(3.0), "kl_clip": 1e-3}
+    case = step(FEW, DTYPES, maximize=True, weight_decay=0.1, **numbers)
+    if found_inf != 1.0:
+        with use_backend("triton"):
+            case.options["found_inf"] = None if found_inf is None else scalar(found_inf)
+            check(case)
+        return
+    before = case.copy()
+    rows = {0: (8, 9, 9, 1, False), 1: (6, 1, 1, 1, False), 2: (6, 5, 5, 1, True), 4: (4, 13, 3, 5, True)}
+    views = [kernels.View(*rows[i]) if i in rows else None for i in range(len(FEW))]
+    skipped, scale = kernels.step(
+        *case.lists(), lambda: views, lambda i, out: out.zero_(), **case.options, found_inf=scalar(found_inf)
+    )
+    assert_same_bits(skipped, torch.zeros(len(FEW), dtype=torch.int64))
+    assert_same_bits(scale, torch.ones((), dtype=torch.float64))
+    assert_unchanged(case, before)
+
+
+@pytest.mark.skipif("triton" not in backends.available(), reason="Triton cannot run here")
+def test_launches_do_not_grow_with_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fisher_kernels.triton_kernels import mbf_step as kernels
+
+    def launches(copies: int) -> int:
+        started = []
+        monkeypatch.setattr(kernels, "launch", lambda *_, **__: started.append(1))
+        with use_backend("triton"):
+            step(FEW * copies, torch.float32, kl_clip=1e-3).run()
+        return len(started)
+
+    assert launches(1) == launches(5)
 
 
 # Errors.

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import mmap
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
@@ -18,14 +16,37 @@ from torch import Tensor
 
 from fisher_kernels import use_backend
 from fisher_kernels._library import native_module
+from fisher_kernels.backends import available, reasons
 from fisher_kernels.ops import ACCUMULATOR, channel_sum_of_squares, column_sum_of_squares, patch_sum_of_squares
-from tests.cases import DTYPES, LAYOUTS, channels_last, contiguous, integers, random, sliced, spread
+from tests.cases import (
+    DTYPES,
+    channels_last,
+    contiguous,
+    integers,
+    layouts,
+    random,
+    sliced,
+    spread,
+    unaligned,
+    zeros_without_memory,
+)
 from tests.cases.sum_of_squares import CHANNEL_SHAPES, COLUMN_SHAPES, PATCHES, Patch
 from tests.comparison import assert_same_bits, assert_within, unit_roundoff
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
 Op = Callable[[Tensor], Tensor]
+
+# NumPy, on which Triton's interpreter runs, warns of what IEEE arithmetic has a result for.
+overflows = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+
+
+@pytest.fixture
+def triton() -> Iterator[None]:
+    if "triton" not in available():
+        pytest.skip(f"no Triton: {reasons()['triton']}")
+    with use_backend("triton"):
+        yield
 
 
 def defined(op: Op, x: Tensor) -> Tensor:
@@ -117,28 +138,28 @@ def test_patch_definition_by_unfold() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", COLUMN_SHAPES, ids=str)
 def test_column(implementation: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    for name, layout in LAYOUTS.items():
+    for name, layout in layouts(implementation, dtype).items():
         check(implementation, column_sum_of_squares, layout(random(shape, dtype)), name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", CHANNEL_SHAPES, ids=str)
 def test_channel(implementation: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    for name, layout in LAYOUTS.items():
+    for name, layout in layouts(implementation, dtype).items():
         check(implementation, channel_sum_of_squares, layout(random(shape, dtype)), name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", PATCHES, ids=str)
 def test_patch(implementation: str, case: Patch, dtype: torch.dtype) -> None:
-    for name, layout in LAYOUTS.items():
+    for name, layout in layouts(implementation, dtype).items():
         check(implementation, patch_op(case), layout(random(case.shape, dtype)), name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sums_of_whole_numbers_are_exact(implementation: str, dtype: torch.dtype) -> None:
     """Squares and sums below 2^24: nothing is rounded, whatever the order."""
-    for layout in (contiguous, channels_last, sliced):
+    for layout in (contiguous, channels_last, sliced) if implementation != "triton" else (contiguous,):
         name = layout.__name__
         for shape in COLUMN_SHAPES:
             check(implementation, column_sum_of_squares, layout(integers(shape, dtype)), f"{name} {shape}", exact=True)
@@ -157,14 +178,17 @@ def test_many_rows_are_summed_in_more_than_float32(implementation: str) -> None:
         assert_within(torch.from_numpy(one_after_another), expected, rounding(expected, x))
     columns = x.T.reshape(1, 9, -1)
     check(implementation, column_sum_of_squares, x)
-    check(implementation, column_sum_of_squares, spread(x))
     check(implementation, channel_sum_of_squares, columns)
+    if implementation == "triton":  # the rest comes to the same kernels, and interpreted takes long
+        return
+    check(implementation, column_sum_of_squares, spread(x))
     check(implementation, channel_sum_of_squares, x.view(-1, 9, 1))
     check(implementation, channel_sum_of_squares, columns.view(9, -1, 8).permute(1, 0, 2))
     check(implementation, patch_op(Patch((), 2)), columns)
     check(implementation, patch_op(Patch((), 2)), x.view(-1, 9, 1).expand(-1, 9, 2))
 
 
+@overflows
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_beyond_the_range(implementation: str, dtype: torch.dtype) -> None:
     """Overflow gives infinity, NaN stays NaN, and neither spreads to the sums of other columns."""
@@ -191,6 +215,7 @@ def test_values_beyond_the_range(implementation: str, dtype: torch.dtype) -> Non
             )
 
 
+@overflows
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
 def test_patches_spread_a_value_only_where_they_read_it(
@@ -199,6 +224,8 @@ def test_patches_spread_a_value_only_where_they_read_it(
     for case in PATCHES:
         clean = random(case.shape, torch.float32)
         spots = list(itertools.product(*(sorted({0, size // 2, size - 1}) for size in case.shape[2:])))
+        if implementation == "triton":  # interpreted, each takes long: two corners
+            spots = sorted({spots[0], spots[-1]})
         for spot in spots if clean.numel() else []:
             x = clean.clone()
             x[(-1, 0, *spot)] = value
@@ -266,14 +293,47 @@ def test_same_bits_at_every_run_and_for_every_number_of_threads(
     shape: tuple[int, ...],
     layout: Callable[[Tensor], Tensor],
 ) -> None:
+    if implementation == "triton" and len(shape) > 3:
+        shape = (2, 5, 40, 40)  # interpreted, the whole image takes long
     x = layout(random(shape, torch.float32))
     first = op(x)
     assert_same_bits(op(x), first, "repeated")
     check(implementation, op, x)
     # PyTorch's own reductions, which the reference is made of, promise no more than that.
-    for threads in (1, 2, 3) if implementation != "reference" else ():
+    for threads in (1, 2, 3) if implementation.startswith("cpu") else ():
         set_threads(threads)
         assert_same_bits(op(x), first, f"{threads} threads")
+
+
+# What Triton's kernels have of their own.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tiles_of_every_height(triton: None, dtype: torch.dtype) -> None:
+    """Full tiles, what is left of them, rows that are joined, and more than one block, at every way to begin."""
+    for shape in ((1, 8200), (7, 4104), (8, 512), (29, 520), (33, 136), (300, 192), (421, 24), (2051, 40)):
+        x = integers(shape, dtype)
+        for layout in (contiguous, unaligned, sliced):
+            check("triton", column_sum_of_squares, layout(x), f"{layout.__name__} {shape}", exact=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_runs_of_many_pieces(triton: None, dtype: torch.dtype) -> None:
+    """Runs that begin between the places where 16 bytes are read."""
+    x = integers((1, 3, 40003), dtype, limit=3)
+    check("triton", channel_sum_of_squares, x, exact=True)
+    check("triton", channel_sum_of_squares, unaligned(x), "unaligned", exact=True)
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_images_of_many_tiles(triton: None, layout: Callable[[Tensor], Tensor]) -> None:
+    for case in (
+        Patch((1, 5, 37, 70), (6, 3), stride=(2, 3), padding=((0, 4), (2, 1)), dilation=(5, 2)),
+        Patch((2, 3, 2100), 5, stride=2, padding=3, dilation=7),
+        Patch((1, 2, 5, 9, 33), (3, 2, 4), stride=(2, 1, 3), padding=1),
+    ):
+        x = layout(integers(case.shape, torch.float32))
+        assert_within(patch_op(case)(x), windows(x, case), 0.0, str(case))
 
 
 # Errors.
@@ -367,18 +427,6 @@ def test_bad_arguments_without_data(name: str) -> None:
 # More than 2^31 elements.
 
 
-NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # mmap.MAP_NORESERVE, which Python has no name for
-
-
-def zeros_without_memory(numel: int) -> Tensor:
-    """Zeros in bfloat16 that take no memory until they are written: the system maps them all to the same page."""
-    try:
-        pages = mmap.mmap(-1, 2 * numel, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
-    except OSError as error:
-        pytest.skip(f"no address space of {2 * numel} bytes: {error}")
-    return torch.frombuffer(pages, dtype=torch.bfloat16)
-
-
 needs_native = pytest.mark.skipif(native_module() is None, reason="the reference would take 16 GB of memory")
 
 
@@ -403,6 +451,9 @@ def test_rows_more_than_2_to_31_elements_apart(rows: int, stride: int) -> None:
     expected = x.double().square().sum(0)
     with use_backend("cpu"):
         assert_within(column_sum_of_squares(x), expected, 0.0)
+    if "triton" in available():
+        with use_backend("triton"):
+            assert_within(column_sum_of_squares(x), expected, 0.0)
     sums = torch.empty(1, 1, 1, columns)
     native = native_module()
     assert native is not None

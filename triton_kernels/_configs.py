@@ -48,6 +48,11 @@ def trial(kernel: str) -> Callable[[Trial], Trial]:
     return register
 
 
+def trials() -> set[str]:
+    """The kernels of the modules imported so far that can be tuned."""
+    return set(_trials)
+
+
 def size_class(size: int) -> str:
     """The name of a class of sizes."""
     return "small" if size < SMALL else "large"
@@ -55,9 +60,9 @@ def size_class(size: int) -> str:
 
 @functools.cache
 def device_name(device: torch.device) -> str:
-    """``cuda:90`` or ``hip:gfx942``: what a table has entries for; ``none`` for a device that is no GPU."""
+    """``cuda:90`` or ``hip:gfx942``, what a table has entries for; ``interpreter`` for a device that is no GPU."""
     if device.type == "cpu":
-        return "none"
+        return "interpreter"
     properties = torch.cuda.get_device_properties(device)
     architecture = getattr(properties, "gcnArchName", "").split(":")[0]
     return f"hip:{architecture}" if torch.version.hip else f"cuda:{properties.major}{properties.minor}"

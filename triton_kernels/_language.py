@@ -12,12 +12,15 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 def narrow(x, T: tl.constexpr):
     """x in the dtype T, rounded to nearest, ties to even."""
     if _INTERPRETED and T == tl.bfloat16:
-        # The interpreter cuts bits off; adding half a unit first, and one more for an odd one, rounds.
+        # The interpreter's own conversion cuts bits off, and makes something of 0. Adding half a unit first, and one
+        # more for an odd one, rounds.
         single = x.to(tl.float32)
         bits = single.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-        return tl.where(single == single, rounded, single).to(T)
-    return x.to(T)
+        rounded = tl.where(single == single, bits + 0x7FFF + ((bits >> 16) & 1), bits | (1 << 22))
+        result = (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = x.to(T)
+    return result
 
 
 @triton.jit

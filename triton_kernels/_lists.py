@@ -7,6 +7,7 @@ and dtypes (the layout) is made once; addresses, which gradients change from ste
 from __future__ import annotations
 
 import functools
+import struct
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,9 +41,21 @@ def address(addresses, count, which: tl.constexpr, i, T: tl.constexpr):
 
 
 @triton.jit
+def number(addresses, count, which: tl.constexpr, i, mask=None):
+    """What the numbers of a table have for tensor i: after the lists, in their order."""
+    return tl.load(addresses + which * count + i, mask).to(tl.float64, bitcast=True)
+
+
+@triton.jit
 def is_aligned(pointer):
     """Whether 16 bytes at a time can be read from here on."""
     return pointer.to(tl.int64) % 16 == 0
+
+
+@triton.jit
+def are_aligned(first, second, third):
+    """The same for three at once."""
+    return (first.to(tl.int64) | second.to(tl.int64) | third.to(tl.int64)) % 16 == 0
 
 
 @triton.jit
@@ -64,6 +77,41 @@ def locate(geometry, i, start, lanes):
     return whole, first, second, third
 
 
+@triton.jit
+def locate_in_order(geometry, i, start, lanes):
+    """Elements start + lanes in row-major order, wherever they lie: offsets in each of the three lists."""
+    table = geometry + i.to(tl.int64) * (WALKED + 2) * DIMS
+    first = tl.zeros_like(lanes).to(tl.int64)
+    second, third = first, first
+    for k in tl.static_range(DIMS):
+        dim = table + k
+        size = tl.load(dim)
+        if size > 1:
+            run = tl.load(dim + DIMS)  # elements for which the index of this dimension stays
+            steps, _ = divmod_from(start % run, lanes, run)
+            _, digit = divmod_from(start // run % size, steps, size)
+            first += digit * tl.load(dim + 2 * DIMS)
+            second += digit * tl.load(dim + 3 * DIMS)
+            third += digit * tl.load(dim + 4 * DIMS)
+    return first, second, third
+
+
+class Cut(NamedTuple):
+    """A tensor as one kernel takes it."""
+
+    tensor: int
+    kind: Any  # which instance of which kernel, where dtype and strides do not say
+    programs: int  # that divide it among themselves
+
+
+class Layout(NamedTuple):
+    """How kernels take lists of tensors that are not walked element by element."""
+
+    rows: Sequence[Sequence[int]]  # for each tensor, what a kernel reads beside its size
+    cuts: Sequence[Cut]
+    notes: Any = None  # what else the op wants to find again
+
+
 class Launches(NamedTuple):
     """A range of the chunks: all of tensors that one instance of a kernel works on."""
 
@@ -79,11 +127,13 @@ class Table:
 
     Attributes:
         count: how many tensors each list has.
-        addresses: int64 (lists, count), 0 where a list has None.
+        addresses: int64 (lists, count), 0 where a list has None; then the bits of numbers, a row for each list of them.
         layout: int64 (count, width): the size of each tensor, then what the op adds.
-        geometry: int64 (count, WALKED + 2, DIMS) for strided tensors: sizes, strides in the order in
+        geometry: int64 (count, WALKED + 2, DIMS) where a tensor is strided: sizes, strides in the order in
             which a tensor lies as if it were contiguous, then the strides of each list; dimensions of size 1 first.
         launches: one for each dtype and kind.
+        kinds: of each of the launches, that of its cuts.
+        notes: those of the layout.
     """
 
     count: int
@@ -91,6 +141,8 @@ class Table:
     layout: Tensor
     geometry: Tensor
     launches: list[Launches]
+    kinds: list[Any]
+    notes: Any
 
 
 _dtype = attrgetter("dtype")
@@ -103,6 +155,10 @@ def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
         return [0 if x is None else x.data_ptr() for x in tensors]
 
 
+def _bits(numbers: Sequence[float]) -> list[int]:
+    return list(struct.unpack(f"{len(numbers)}q", struct.pack(f"{len(numbers)}d", *numbers)))
+
+
 def _signature(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """All of a list that its layout depends on."""
     try:
@@ -111,10 +167,23 @@ def _signature(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
         return tuple(None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors)
 
 
-def _join(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    """Dimensions as (size, contiguous stride, stride of each tensor), in the memory order of the first, joined.
+def _fill_memory_alike(tensors: Sequence[Tensor]) -> bool:
+    """Whether the elements of all are the same stretch of memory in the same order, without gaps."""
+    first = tensors[0]
+    dims = sorted((stride, size) for size, stride in zip(first.shape, first.stride(), strict=True) if size != 1)
+    filled = 1
+    for stride, size in dims:
+        if stride != filled:
+            return False
+        filled *= size
+    return all(x.stride() == first.stride() for x in tensors)
 
-    Elements next to each other in the first tensor stay so, whatever the order of its dimensions.
+
+def _join(tensors: Sequence[Tensor], row_major: bool) -> list[tuple[int, ...]]:
+    """Dimensions as (size, contiguous stride, stride of each tensor), joined.
+
+    Unless they are to be in row-major order they are in the memory order of the first tensor: elements next to each
+    other there stay so, whatever the order of its dimensions.
     """
     first = tensors[0]
     whole, dims = 1, []
@@ -122,7 +191,7 @@ def _join(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
         if first.shape[d] != 1:
             dims.append((first.shape[d], whole, *(x.stride(d) for x in tensors)))
         whole *= first.shape[d]
-    dims.sort(key=lambda dim: (-dim[2], -dim[1]))
+    dims.sort(key=lambda dim: (-dim[1],) if row_major else (-dim[2], -dim[1]))
     joined: list[tuple[int, ...]] = []
     for dim in dims:
         size, strides = dim[0], dim[1:]
@@ -133,12 +202,22 @@ def _join(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
     return joined
 
 
-def _chunks(tensors: Sequence[int], sizes: Sequence[int]) -> Tensor:
+def is_strided(tensors: Sequence[Tensor]) -> bool:
+    """Whether any of the tensors lies otherwise than in row-major order without gaps."""
+    return not all(x.is_contiguous() for x in tensors)
+
+
+def element_chunks(size: int) -> int:
+    """Programs for a tensor of which each takes CHUNK elements."""
+    return -(-size // CHUNK.value)
+
+
+def _chunks(cuts: Sequence[Cut]) -> Tensor:
     """The chunks of some tensors, int32 (programs, 2)."""
-    counts = torch.tensor([-(-sizes[i] // CHUNK.value) for i in tensors])
+    counts = torch.tensor([cut.programs for cut in cuts])
     starts = counts.cumsum(0) - counts
     chunk = torch.arange(int(counts.sum())) - starts.repeat_interleave(counts)
-    return torch.stack((torch.tensor(tensors).repeat_interleave(counts), chunk), 1).to(torch.int32)
+    return torch.stack((torch.tensor([cut.tensor for cut in cuts]).repeat_interleave(counts), chunk), 1).to(torch.int32)
 
 
 def _upload(host: Tensor, device: torch.device) -> Tensor:
@@ -169,35 +248,37 @@ class _Slot:
                 "they are (zero_grad(set_to_none=False))"
             )
 
-    def lay_out(self, lists: Sequence[Sequence[Tensor | None]], layout: Sequence[Sequence[int]]) -> None:
+    def lay_out(
+        self, lists: Sequence[Sequence[Tensor | None]], layout: Sequence[Sequence[int]] | Layout, sums: bool
+    ) -> None:
         """Everything but the addresses."""
         firsts: Sequence[Any] = lists[0]
         sizes = [x.numel() for x in firsts]
-        kinds: dict[tuple[torch.dtype, bool], list[int]] = {}
-        geometry = torch.zeros(len(firsts), WALKED.value + 2, DIMS.value, dtype=torch.int64)
-        for i, first in enumerate(firsts):
-            together: list[Any] = [tensors[i] for tensors in lists[: WALKED.value]]
-            strided = not all(x.is_contiguous() for x in together)
-            if strided:
-                geometry[i] = self.geometry(i, together)
-            if sizes[i]:
-                kinds.setdefault((first.dtype, strided), []).append(i)
-        if not any(strided for _, strided in kinds):
-            geometry = geometry[:0]
-        rows = [(size, *row) for size, row in zip(sizes, layout, strict=True)]
+        if not isinstance(layout, Layout):
+            layout = Layout(layout, [Cut(i, None, element_chunks(size)) for i, size in enumerate(sizes)])
+        walked: list[Any] = list(zip(*lists[: WALKED.value], strict=True))
+        strided = [is_strided(tensors) and not (sums and _fill_memory_alike(tensors)) for tensors in walked]
+        kinds: dict[tuple[torch.dtype, bool, Any], list[Cut]] = {}
+        for cut in layout.cuts:
+            if cut.programs:
+                kinds.setdefault((firsts[cut.tensor].dtype, strided[cut.tensor], cut.kind), []).append(cut)
+        geometry = [self.geometry(i, tensors, sums) for i, tensors in enumerate(walked)] if any(strided) else []
+        rows = [(size, *row) for size, row in zip(sizes, layout.rows, strict=True)]
         self.table = Table(
             len(firsts),
             torch.empty(0, dtype=torch.int64),
             _upload(torch.tensor(rows, dtype=torch.int64), self.device),
-            _upload(geometry, self.device),
+            _upload(torch.stack(geometry) if geometry else torch.empty(0, dtype=torch.int64), self.device),
             [
-                Launches(TYPES[dtype], WIDE[dtype], strided, _upload(_chunks(members, sizes), self.device))
-                for (dtype, strided), members in kinds.items()
+                Launches(TYPES[dtype], WIDE[dtype], strided, _upload(_chunks(cuts), self.device))
+                for (dtype, strided, _), cuts in kinds.items()
             ],
+            [kind for _, _, kind in kinds],
+            layout.notes,
         )
 
-    def geometry(self, i: int, tensors: Sequence[Tensor]) -> Tensor:
-        dims = _join(tensors)
+    def geometry(self, i: int, tensors: Sequence[Tensor], row_major: bool) -> Tensor:
+        dims = _join(tensors, row_major)
         if len(dims) > DIMS.value:
             raise ValueError(
                 f"{self.op}: tensor {i} of shape {tuple(tensors[0].shape)} has strides "
@@ -207,13 +288,15 @@ class _Slot:
         empty = (1, *[0] * (len(tensors) + 1))
         return torch.tensor([*[empty] * (DIMS.value - len(dims)), *dims]).T
 
-    def address(self, lists: Sequence[Sequence[Tensor | None]], pointers: list[list[int]]) -> Table:
+    def address(
+        self, lists: Sequence[Sequence[Tensor | None]], pointers: list[list[int]], layout: Callable[[], object]
+    ) -> Table:
         """The table with these addresses, on the current stream."""
         assert self.table is not None
         stream = None if self.device.type == "cpu" else torch.cuda.current_stream(self.device)
         if pointers != self.pointers:
-            self.check_devices(lists)
-            self.refuse_capture("addresses changed")
+            self.check_devices(lists, layout)
+            self.refuse_capture("addresses or numbers changed")
             self.pointers = None
             self.table.addresses = _upload(torch.tensor(pointers, dtype=torch.int64), self.device)
             self.pointers = pointers
@@ -228,14 +311,12 @@ class _Slot:
             _captured.append(self.tensors())
         return self.table
 
-    def check_devices(self, lists: Sequence[Sequence[Tensor | None]]) -> None:
-        for tensors in lists:
-            for i, x in enumerate(tensors):
-                if x is not None and x.device != self.device:
-                    raise ValueError(
-                        f"{self.op}: a tensor beside params[{i}] is on {x.device}, expected {self.device}, "
-                        "the device of the first"
-                    )
+    def check_devices(self, lists: Sequence[Sequence[Tensor | None]], layout: Callable[[], object]) -> None:
+        """Addresses of other devices look like all others; the op knows what to call the tensor."""
+        others = [x.device for tensors in lists for x in tensors if x is not None and x.device != self.device]
+        if others:
+            layout()
+            raise ValueError(f"{self.op}: a tensor is on {others[0]}, expected {self.device}, the device of the first")
 
     def tensors(self) -> list[Tensor]:
         table = self.table
@@ -245,7 +326,10 @@ class _Slot:
 
 @functools.cache
 def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.ones((), dtype=dtype, device=device)
+    made = torch.ones((), dtype=dtype, device=device)
+    if device.type != "cpu" and not is_capturing(device):
+        torch.cuda.current_stream(device).synchronize()  # once: other streams will read it
+    return made
 
 
 def one(like: Tensor) -> Tensor:
@@ -260,8 +344,10 @@ _captured: list[list[Tensor]] = []  # what graphs refer to lives as long as the 
 def table(
     op: str,
     lists: Sequence[Sequence[Tensor | None]],
-    layout: Callable[[], Sequence[Sequence[int]]],
+    layout: Callable[[], Sequence[Sequence[int]] | Layout],
     key: Any = None,
+    numbers: Sequence[Sequence[float]] = (),
+    sums: bool = False,
 ) -> Table:
     """The table of a call over lists of tensors, made anew only if they do not look as at the call before.
 
@@ -270,15 +356,18 @@ def table(
         lists: of one length that is not 0, of tensors on one device; None where there is none. The first WALKED lists
             have no None, and their tensors one shape: their elements are walked together.
         layout: checks the lists and gives for each tensor what a kernel reads beside its size, as many whole numbers
-            for all of them. Called only where the lists look new.
+            for all of them, with the chunks where they are not of CHUNK elements. Called only where the lists look new.
         key: whatever else the layout depends on.
+        numbers: lists of numbers, one for each tensor, which go to the device when they change, as addresses do.
+        sums: whether a kernel adds elements up. Then the order in which they are walked does not follow the strides of
+            one list: it is row-major, or that of memory for tensors that fill their memory alike.
 
     Raises:
         RuntimeError: the addresses are not on the device yet and a CUDA graph is being captured.
         ValueError: a tensor lies in memory in a way that is not handled; what ``layout`` raises.
     """
     signature = (tuple(map(_signature, lists)), key)
-    pointers = list(map(_addresses, lists))
+    pointers = [*map(_addresses, lists), *map(_bits, numbers)]
     slots = _slots.setdefault(op, OrderedDict())
     # Where the first tensor is tells groups of parameters apart; all the rest is compared.
     first: Any = lists[0][0]
@@ -289,9 +378,9 @@ def table(
         made = layout()
         slot = _Slot(op, signature, device)
         slot.refuse_capture("lists that were not seen before")
-        slot.lay_out(lists, made)
+        slot.lay_out(lists, made, sums)
         slots[place] = slot
     slots.move_to_end(place)
     while len(slots) > _SLOTS:
         slots.popitem(last=False)
-    return slot.address(lists, pointers)
+    return slot.address(lists, pointers, layout)

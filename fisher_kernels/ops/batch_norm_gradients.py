@@ -64,13 +64,9 @@ def _is_channels_last(x: Tensor) -> bool:
     return x[:1].movedim(1, -1).is_contiguous()
 
 
-def _cpu(
-    x: Tensor, grad_output: Tensor, eps: float, mean: Tensor | None = None, variance: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    scale, shift = _fake(x, grad_output, eps, mean, variance)
-    if x.numel() == 0:
-        return scale.zero_(), shift.zero_()
-    if scale.dtype == torch.float64:
+def _in_one_order(x: Tensor, grad_output: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both with contiguous samples, or both with channels_last ones; copied only if they are not."""
+    if dtype == torch.float64:
         x, grad_output = x.double(), grad_output.double()
     if not (_is_contiguous(x) and _is_contiguous(grad_output)):
         if _is_channels_last(x):  # the order of x, which is the larger where there is a difference
@@ -78,9 +74,41 @@ def _cpu(
                 grad_output = grad_output.movedim(1, -1).contiguous().movedim(-1, 1)
         else:
             x, grad_output = x.contiguous(), grad_output.contiguous()
-    if mean is not None and variance is not None:
-        mean, variance = mean.to(scale.dtype).contiguous(), variance.to(scale.dtype).contiguous()
+    return x, grad_output
+
+
+def _statistics(
+    mean: Tensor | None, variance: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    if mean is None or variance is None:
+        return None, None
+    return mean.to(dtype).contiguous(), variance.to(dtype).contiguous()
+
+
+def _cpu(
+    x: Tensor, grad_output: Tensor, eps: float, mean: Tensor | None = None, variance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    scale, shift = _fake(x, grad_output, eps, mean, variance)
+    if x.numel() == 0:
+        return scale.zero_(), shift.zero_()
+    x, grad_output = _in_one_order(x, grad_output, scale.dtype)
+    mean, variance = _statistics(mean, variance, scale.dtype)
     native().batch_norm_gradients(x, grad_output, eps, mean, variance, scale, shift, torch.get_num_threads())
+    return scale, shift
+
+
+def _triton(
+    x: Tensor, grad_output: Tensor, eps: float, mean: Tensor | None = None, variance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    from fisher_kernels.triton_kernels import batch_norm_gradients
+
+    scale, shift = _fake(x, grad_output, eps, mean, variance)
+    if x.numel() == 0:
+        return scale.zero_(), shift.zero_()
+    x, grad_output = _in_one_order(x, grad_output, scale.dtype)
+    mean, variance = _statistics(mean, variance, scale.dtype)
+    channels_last = not (_is_contiguous(x) and _is_contiguous(grad_output))
+    batch_norm_gradients.batch_norm_gradients(x, grad_output, channels_last, eps, mean, variance, scale, shift)
     return scale, shift
 
 
@@ -90,6 +118,7 @@ _batch_norm_gradients = define(
     fake=_fake,
     reference=_reference,
     cpu=_cpu,
+    triton=_triton,
 )
 
 

@@ -13,7 +13,7 @@ from fisher_kernels.ops._blocks import check_blocks, check_partner, new_info
 from fisher_kernels.ops._define import define
 
 LARGEST = 64
-"""The native inverse is for blocks of up to this size; larger ones go to LAPACK."""
+"""The kernels for inverses take blocks of up to this size; larger ones go to LAPACK, or on a GPU to its solvers."""
 
 
 def _check_damping(op: str, damping: float) -> None:
@@ -65,11 +65,22 @@ def _cpu(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     return inverse, info
 
 
+def _triton(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    from fisher_kernels.triton_kernels import block_inverse
+
+    inverse, info = _fake(blocks, damping)
+    if blocks.shape[-1] > LARGEST:
+        return _reference(blocks, damping)
+    block_inverse.inverse(blocks.contiguous(), damping, inverse, info)
+    return inverse, info
+
+
 _block_inverse = define(
     "block_inverse(Tensor blocks, float damping) -> (Tensor inverse, Tensor info)",
     fake=_fake,
     reference=_reference,
     cpu=_cpu,
+    triton=_triton,
 )
 
 
@@ -122,11 +133,27 @@ def _into_cpu(out: Tensor, blocks: Tensor, damping: float) -> Tensor:
     return info
 
 
+def _into_triton(out: Tensor, blocks: Tensor, damping: float) -> Tensor:
+    from fisher_kernels.triton_kernels import block_inverse
+
+    info = _into_fake(out, blocks, damping)
+    if blocks.shape[-1] > LARGEST:
+        return _into_reference(out, blocks, damping)
+    dense = out.contiguous()
+    block_inverse.inverse_(dense, blocks.contiguous(), damping, info)
+    if dense is out:
+        increment_version(out)
+    else:
+        out.copy_(dense)
+    return info
+
+
 _into = define(
     "block_inverse_(Tensor(a!) out, Tensor blocks, float damping) -> Tensor",
     fake=_into_fake,
     reference=_into_reference,
     cpu=_into_cpu,
+    triton=_into_triton,
 )
 
 
@@ -177,11 +204,24 @@ def _solve_cpu(blocks: Tensor, damping: float, rhs: Tensor) -> tuple[Tensor, Ten
     return x, info
 
 
+def _solve_triton(blocks: Tensor, damping: float, rhs: Tensor) -> tuple[Tensor, Tensor]:
+    from fisher_kernels.triton_kernels import block_inverse
+
+    _, info = _solve_fake(blocks, damping, rhs)
+    if blocks.shape[-1] > LARGEST:
+        return _solve_reference(blocks, damping, rhs)
+    rhs = rhs.contiguous()
+    x = torch.empty_like(rhs)
+    block_inverse.solve(blocks.contiguous(), damping, rhs, x, info)
+    return x, info
+
+
 _block_solve = define(
     "block_solve(Tensor blocks, float damping, Tensor rhs) -> (Tensor x, Tensor info)",
     fake=_solve_fake,
     reference=_solve_reference,
     cpu=_solve_cpu,
+    triton=_solve_triton,
 )
 
 
@@ -222,11 +262,20 @@ def _apply_cpu(inverse: Tensor, vectors: Tensor) -> Tensor:
     return out
 
 
+def _apply_triton(inverse: Tensor, vectors: Tensor) -> Tensor:
+    from fisher_kernels.triton_kernels import block_apply
+
+    out = _apply_fake(inverse, vectors)
+    block_apply.apply(inverse.contiguous(), vectors.contiguous(), out)
+    return out
+
+
 _block_apply = define(
     "block_apply(Tensor inverse, Tensor vectors) -> Tensor",
     fake=_apply_fake,
     reference=_apply_reference,
     cpu=_apply_cpu,
+    triton=_apply_triton,
 )
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import native
-from fisher_kernels.ops._define import define
+from fisher_kernels.ops._define import check_coefficient, define
 
 FLAT = 1e-5
 """A vector whose spread is at most this share of its largest entry is equal to rounding: it has no shape."""
@@ -47,12 +47,19 @@ def _check_same(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> 
         raise ValueError(f"{op}: {name} is on {x.device}, expected {like.device}, the device of {like_name}")
 
 
+_device = attrgetter("device")
+
+
+def _devices(*lists: Sequence[Tensor] | None) -> tuple[tuple[torch.device, ...], ...]:
+    """Of lists of vectors that look alike otherwise: what else is checked of them."""
+    return tuple(tuple(map(_device, vectors or ())) for vectors in lists)
+
+
 # minmax
 
 
 def _check_minmax(op: str, x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None) -> None:
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"{op}: eps is {eps}, expected a finite number of at least 0")
+    check_coefficient(op, "eps", eps)
     _check_vectors(op, "x", x)
     if weights is not None:
         if len(weights) != len(x):
@@ -96,11 +103,36 @@ def _minmax_cpu(x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | Non
     return outs
 
 
+def _minmax_triton(x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None = None) -> list[Tensor]:
+    outs = [torch.empty_like(v) for v in x]
+    _fill("minmax", outs, x, eps, weights, lambda: _check_minmax("minmax", x, eps, weights))
+    return outs
+
+
+def _fill(
+    op: str,
+    out: Sequence[Tensor],
+    x: Sequence[Tensor],
+    eps: float,
+    weights: Sequence[Tensor] | None,
+    check: Callable[[], None],
+) -> None:
+    """Run Triton's minmax; ``check`` checks lists that it has not seen before."""
+    from fisher_kernels.triton_kernels import factor_ema
+
+    check_coefficient(op, "eps", eps)
+    if not x:
+        check()
+        return
+    factor_ema.minmax(op, out, x, eps, weights, check, _devices(out, x, weights))
+
+
 _minmax_op = define(
     "minmax(Tensor[] x, float eps, Tensor[]? weights=None) -> Tensor[]",
     fake=_minmax_fake,
     reference=_minmax_reference,
     cpu=_minmax_cpu,
+    triton=_minmax_triton,
 )
 
 
@@ -148,11 +180,19 @@ def _into_cpu(out: Sequence[Tensor], x: Sequence[Tensor], eps: float, weights: S
     increment_version(out)
 
 
+def _into_triton(
+    out: Sequence[Tensor], x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None = None
+) -> None:
+    _fill("minmax_", out, x, eps, weights, lambda: _into_fake(out, x, eps, weights))
+    increment_version(out)
+
+
 _into = define(
     "minmax_(Tensor(a!)[] out, Tensor[] x, float eps, Tensor[]? weights=None) -> ()",
     fake=_into_fake,
     reference=_into_reference,
     cpu=_into_cpu,
+    triton=_into_triton,
 )
 
 
@@ -172,6 +212,13 @@ def minmax_(
 
 
 # factor_ema_
+
+
+def _check_numbers(count: int, decay: float, gain: float, eps: float, joint: int) -> None:
+    for name, value in (("decay", decay), ("gain", gain), ("eps", eps)):
+        check_coefficient("factor_ema_", name, value)
+    if not (joint >= 1 and count % joint == 0):
+        raise ValueError(f"factor_ema_: joint is {joint}, expected a divisor of {count}, the length of state")
 
 
 def _check_ema(
@@ -196,12 +243,9 @@ def _check_ema(
                 "one entry less"
             )
         _check_same(op, f"new[{i}]", x, f"state[{i}]", s)
-    named = [("decay", decay), ("gain", gain), ("eps", eps)]
-    for name, value in (*named, *((f"divisors[{i}]", d) for i, d in enumerate(divisors or ()))):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{op}: {name} is {value}, expected a finite number of at least 0")
-    if not (joint >= 1 and len(state) % joint == 0):
-        raise ValueError(f"{op}: joint is {joint}, expected a divisor of {len(state)}, the length of state")
+    for i, divisor in enumerate(divisors or ()):
+        check_coefficient(op, f"divisors[{i}]", divisor)
+    _check_numbers(len(state), decay, gain, eps, joint)
 
 
 def _ema_fake(
@@ -262,12 +306,37 @@ def _ema_cpu(
     return rejected
 
 
+def _ema_triton(
+    state: Sequence[Tensor],
+    new: Sequence[Tensor],
+    decay: float,
+    gain: float,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    joint: int = 1,
+    divisors: Sequence[float] | None = None,
+) -> Tensor:
+    from fisher_kernels.triton_kernels import factor_ema
+
+    def check() -> None:
+        _check_ema(state, new, decay, gain, eps, joint, divisors)
+
+    _check_numbers(len(state), decay, gain, eps, joint)
+    if not state:
+        check()
+        return torch.zeros(0, dtype=torch.int64)
+    rejected = factor_ema.average(state, new, decay, gain, normalize, eps, joint, divisors, check, _devices(state, new))
+    increment_version(state)
+    return rejected
+
+
 _ema = define(
     "factor_ema_(Tensor(a!)[] state, Tensor[] new, float decay, float gain, bool normalize=False, float eps=1e-6, "
     "int joint=1, float[]? divisors=None) -> Tensor",
     fake=_ema_fake,
     reference=_ema_reference,
     cpu=_ema_cpu,
+    triton=_ema_triton,
 )
 
 

@@ -55,11 +55,21 @@ def _cpu(out: Tensor, x: Tensor, weight: Tensor | None, decay: float, gain: floa
     increment_version([out])
 
 
+def _triton(out: Tensor, x: Tensor, weight: Tensor | None, decay: float, gain: float) -> None:
+    from fisher_kernels.triton_kernels import gram
+
+    _fake(out, x, weight, decay, gain)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    gram.weighted_gram(out, x, None if weight is None else weight.contiguous(), decay, gain)
+    increment_version([out])
+
+
 _weighted_gram = define(
     "weighted_gram_(Tensor(a!) out, Tensor x, Tensor? weight, float decay, float gain) -> ()",
     fake=_fake,
     reference=_reference,
     cpu=_cpu,
+    triton=_triton,
 )
 
 

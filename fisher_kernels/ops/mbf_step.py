@@ -149,6 +149,24 @@ def _entry(i: int, params: Sequence[Tensor], inverses: Sequence[Tensor | None]) 
     return _Entry(i, _layout(i, params[i], inverse, params[i + 1] if biased else None), biased)
 
 
+def _check_numbers(
+    lr: Tensor,
+    momentum: float,
+    weight_decay: float,
+    kl_clip: float | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    device: torch.device | None,
+) -> None:
+    if not 0 <= momentum < 1:
+        raise ValueError(f"{_OP}: momentum is {momentum}, expected 0 <= momentum < 1")
+    check_coefficient(_OP, "weight_decay", weight_decay)
+    if kl_clip is not None and not 0 < kl_clip < math.inf:
+        raise ValueError(f"{_OP}: kl_clip is {kl_clip}, expected a finite number above 0, or None")
+    for name, scalar in (("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
+        check_one_element(_OP, name, scalar, device)
+
+
 def _check(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -162,13 +180,8 @@ def _check(
     found_inf: Tensor | None,
 ) -> list[_Entry]:
     _check_lists(params, grads, momentum_buffers, inverses)
-    if not 0 <= momentum < 1:
-        raise ValueError(f"{_OP}: momentum is {momentum}, expected 0 <= momentum < 1")
-    check_coefficient(_OP, "weight_decay", weight_decay)
-    if kl_clip is not None and not 0 < kl_clip < math.inf:
-        raise ValueError(f"{_OP}: kl_clip is {kl_clip}, expected a finite number above 0, or None")
-    for name, scalar in (("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
-        check_one_element(_OP, name, scalar, params[0].device if params else None)
+    device = params[0].device if params else None
+    _check_numbers(lr, momentum, weight_decay, kl_clip, grad_scale, found_inf, device)
     for i in range(len(params)):
         _check_parameter(i, params, grads, momentum_buffers, inverses)
     entries = (_entry(i, params, inverses) for i in range(len(params)))
@@ -226,7 +239,7 @@ def _gradient(
     wide = ACCUMULATOR[params[entry.position].dtype]
     g = entry.join(grads, wide)
     if grad_scale is not None:
-        g = g / grad_scale.to(g.device, wide).reshape(())
+        g = g / grad_scale.to(wide).reshape(())  # on the CPU it may stay there: it enters as a number
     if maximize:
         g = -g
     return g + weight_decay * entry.join(params, wide) if weight_decay else g
@@ -287,6 +300,21 @@ def _reference(
     return skipped, scale
 
 
+def _shared_momentum(
+    entry: _Entry,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    momentum: float,
+    weight_decay: float,
+    maximize: bool,
+    grad_scale: Tensor | None,
+) -> Tensor:
+    """The new momentum of a parameter under a shared inverse, as (blocks, rows, size)."""
+    g = _gradient(entry, params, grads, weight_decay, maximize, grad_scale)
+    return entry.in_blocks(momentum * entry.join(momentum_buffers, g.dtype) + g).transpose(0, 1)
+
+
 def _directions(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -309,9 +337,10 @@ def _directions(
         entry, inverse = _entry(i, params, inverses), inverses[i]
         assert entry is not None
         assert inverse is not None
-        g = _gradient(entry, params, grads, weight_decay, maximize, grad_scale)
-        new = entry.in_blocks(momentum * entry.join(momentum_buffers, g.dtype) + g)
-        directions[i] = torch.bmm(new.transpose(0, 1), inverse[0].to(g.dtype)).contiguous()  # P is symmetric
+        new = _shared_momentum(
+            entry, params, grads, momentum_buffers, momentum, weight_decay, maximize, grad_scale
+        )  # fmt: skip
+        directions[i] = torch.bmm(new, inverse[0].to(new.dtype)).contiguous()  # P is symmetric
     return directions
 
 
@@ -347,6 +376,57 @@ def _cpu(
     return skipped, scale
 
 
+def _triton(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    inverses: Sequence[Tensor | None],
+    *,
+    lr: Tensor,
+    momentum: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    kl_clip: float | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    from fisher_kernels.triton_kernels import mbf_step
+
+    def views() -> list[mbf_step.View | None]:
+        entries = _check(
+            params, grads, momentum_buffers, inverses, lr, momentum, weight_decay, kl_clip, grad_scale, found_inf
+        )  # fmt: skip
+        result: list[mbf_step.View | None] = [None] * len(params)
+        for i, layout, biased in entries:
+            result[i] = mbf_step.View(*layout, layout.blocks, biased)
+        return result
+
+    def multiply_shared(i: int, out: Tensor) -> None:
+        entry, inverse = _entry(i, params, inverses), inverses[i]
+        assert entry is not None
+        assert inverse is not None
+        decay = 0.0 if decoupled else weight_decay
+        new = _shared_momentum(entry, params, grads, momentum_buffers, momentum, decay, maximize, grad_scale)
+        torch.bmm(new, inverse[0].to(new.dtype), out=out)  # P is symmetric
+
+    device = params[0].device if params else None
+    _check_numbers(lr, momentum, weight_decay, kl_clip, grad_scale, found_inf, device)
+    check_rate(_OP, lr)
+    if not params or (found_inf is not None and found_inf.is_cpu and bool(found_inf)):
+        if params:
+            _check_lists(params, grads, momentum_buffers, inverses)
+        zeros = torch.zeros(len(params), dtype=torch.int64, device=device)
+        return zeros, torch.ones((), dtype=torch.float64, device=device)
+    skipped, scale = mbf_step.step(
+        params, grads, momentum_buffers, inverses, views, multiply_shared,
+        lr=lr, momentum=momentum, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize, kl_clip=kl_clip,
+        grad_scale=grad_scale, found_inf=found_inf,
+    )  # fmt: skip
+    increment_version(params)
+    return skipped, scale
+
+
 _step = define(
     "mbf_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor?[] inverses, *, Tensor lr, "
     "float momentum, float weight_decay, bool decoupled, bool maximize, float? kl_clip=None, Tensor? grad_scale=None, "
@@ -354,6 +434,7 @@ _step = define(
     fake=_fake,
     reference=_reference,
     cpu=_cpu,
+    triton=_triton,
 )
 
 

@@ -20,12 +20,16 @@ NOT_FINITE = 2
 # rank_one_solve
 
 
+def _check_rho(rho: float) -> None:
+    if not 0 < rho < math.inf:
+        raise ValueError(f"rank_one_solve: rho is {rho}, expected a finite number above 0")
+
+
 def _check_solve(u: Sequence[Tensor], x: Sequence[Tensor], rho: float) -> None:
     op = "rank_one_solve"
     if len(x) != len(u):
         raise ValueError(f"{op}: x has {len(x)} tensors, expected {len(u)}, the length of u")
-    if not 0 < rho < math.inf:
-        raise ValueError(f"{op}: rho is {rho}, expected a finite number above 0")
+    _check_rho(rho)
     for i, (v, y) in enumerate(zip(u, x, strict=True)):
         check_floating(op, f"u[{i}]", v.dtype)
         if v.device != u[0].device:
@@ -58,11 +62,25 @@ def _solve_cpu(u: Sequence[Tensor], x: Sequence[Tensor], rho: float) -> list[Ten
     return out
 
 
+def _solve_triton(u: Sequence[Tensor], x: Sequence[Tensor], rho: float) -> list[Tensor]:
+    from fisher_kernels.triton_kernels import rank_one_solve
+
+    def check() -> None:
+        _check_solve(u, x, rho)
+
+    if not u:
+        check()
+        return []
+    _check_rho(rho)  # at every call; the lists where they are new
+    return rank_one_solve.solve([v.contiguous() for v in u], [y.contiguous() for y in x], rho, check)
+
+
 _rank_one_solve = define(
     "rank_one_solve(Tensor[] u, Tensor[] x, float rho) -> Tensor[]",
     fake=_solve_fake,
     reference=_solve_reference,
     cpu=_solve_cpu,
+    triton=_solve_triton,
 )
 
 
@@ -131,6 +149,22 @@ def _update_natively(kernel: Callable[..., None], inverse: Tensor, u: Tensor, de
     return info
 
 
+def _update_on_triton(inverse: Tensor, u: Tensor, decay: float, gain: float) -> Tensor:
+    from fisher_kernels.triton_kernels import rank_one
+
+    dense, u = inverse.contiguous(), u.contiguous()
+    if inverse.numel() == 0 or inverse.shape[-1] > rank_one.LARGEST:
+        info = _update(dense, u, decay, gain)
+    else:
+        info = new_info(inverse)
+        rank_one.update(dense, u, info, decay, gain)
+    if dense is inverse:
+        increment_version(inverse)
+    else:
+        inverse.copy_(dense)
+    return info
+
+
 def _low_rank_fake(inverse: Tensor, u: Tensor, decay: float = 1.0, gain: float = 1.0) -> Tensor:
     op = "low_rank_inverse_update_"
     check_blocks(op, "inverse", inverse)
@@ -153,11 +187,17 @@ def _low_rank_cpu(inverse: Tensor, u: Tensor, decay: float = 1.0, gain: float = 
     return _update_natively(native().low_rank_inverse_update_, inverse, u, decay, gain)
 
 
+def _low_rank_triton(inverse: Tensor, u: Tensor, decay: float = 1.0, gain: float = 1.0) -> Tensor:
+    _low_rank_fake(inverse, u, decay, gain)
+    return _update_on_triton(inverse, u, decay, gain)
+
+
 _low_rank = define(
     "low_rank_inverse_update_(Tensor(a!) inverse, Tensor u, float decay=1.0, float gain=1.0) -> Tensor",
     fake=_low_rank_fake,
     reference=_low_rank_reference,
     cpu=_low_rank_cpu,
+    triton=_low_rank_triton,
 )
 
 
@@ -211,11 +251,17 @@ def _rank_one_cpu(inverse: Tensor, u: Tensor, decay: float = 1.0, gain: float = 
     return _update_natively(native().rank_one_inverse_update_, inverse, u, decay, gain)
 
 
+def _rank_one_triton(inverse: Tensor, u: Tensor, decay: float = 1.0, gain: float = 1.0) -> Tensor:
+    _rank_one_fake(inverse, u, decay, gain)
+    return _update_on_triton(inverse, u[:, None], decay, gain)
+
+
 _rank_one = define(
     "rank_one_inverse_update_(Tensor(a!) inverse, Tensor u, float decay=1.0, float gain=1.0) -> Tensor",
     fake=_rank_one_fake,
     reference=_rank_one_reference,
     cpu=_rank_one_cpu,
+    triton=_rank_one_triton,
 )
 
 

@@ -35,11 +35,8 @@ def _check_one_or_each(name: str, values: Sequence[object], params: Sequence[Ten
         raise ValueError(f"{_OP}: {name} has {len(values)} entries, expected 1 or {len(params)}, the length of params")
 
 
-def _check(
+def _check_numbers(
     params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    steps: Sequence[Tensor],
     lr: Sequence[Tensor],
     beta: float,
     rho: float,
@@ -49,7 +46,6 @@ def _check(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    check_lengths(_OP, params, {"grads": grads, "exp_avgs": exp_avgs, "steps": steps})
     if not 0 <= beta < 1:
         raise ValueError(f"{_OP}: beta is {beta}, expected 0 <= beta < 1")
     if not 0 < rho < math.inf:
@@ -64,6 +60,13 @@ def _check(
     scalars = {f"lr[{i}]": rate for i, rate in enumerate(lr)}
     for name, scalar in (*scalars.items(), ("grad_scale", grad_scale), ("found_inf", found_inf)):
         check_one_element(_OP, name, scalar, device)
+
+
+def _check_lists(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], steps: Sequence[Tensor]
+) -> None:
+    check_lengths(_OP, params, {"grads": grads, "exp_avgs": exp_avgs, "steps": steps})
+    device = params[0].device if params else None
     for i, (p, g, m, t) in enumerate(zip(params, grads, exp_avgs, steps, strict=True)):
         check_floating(_OP, f"params[{i}]", p.dtype)
         if p.device != device:
@@ -73,6 +76,13 @@ def _check(
         check_count(_OP, i, t, p)
         check_written(_OP, f"params[{i}]", p)
         check_written(_OP, f"exp_avgs[{i}]", m)
+
+
+def _check_rates(lr: Sequence[Tensor]) -> None:
+    """Their values; what is the same tensor as the one before is not read again."""
+    for i, rate in enumerate(lr):
+        if i == 0 or rate is not lr[i - 1]:
+            check_rate(_OP, rate, f"lr[{i}]")
 
 
 def _fake(
@@ -92,9 +102,8 @@ def _fake(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check(
-        params, grads, exp_avgs, steps, lr, beta, rho, direction, scope, weight_decay, grad_scale, found_inf
-    )  # fmt: skip
+    _check_numbers(params, lr, beta, rho, direction, scope, weight_decay, grad_scale, found_inf)
+    _check_lists(params, grads, exp_avgs, steps)
     device = params[0].device if params else None
     count = len(params)
     return (
@@ -120,11 +129,9 @@ def _reference(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check(
-        params, grads, exp_avgs, steps, lr, beta, rho, direction, scope, weight_decay, grad_scale, found_inf
-    )  # fmt: skip
-    for i, rate in enumerate(lr):
-        check_rate(_OP, rate, f"lr[{i}]")
+    _check_numbers(params, lr, beta, rho, direction, scope, weight_decay, grad_scale, found_inf)
+    _check_lists(params, grads, exp_avgs, steps)
+    _check_rates(lr)
     count = len(params)
     rates = lr if len(lr) == count else [*lr] * count
     decays = weight_decay if len(weight_decay) == count else [*weight_decay] * count
@@ -208,6 +215,46 @@ def _cpu(
     return skipped, squares
 
 
+def _triton(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: Sequence[Tensor],
+    beta: float,
+    rho: float,
+    direction: str,
+    scope: str,
+    weight_decay: Sequence[float],
+    decoupled: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    from fisher_kernels.triton_kernels import sofim_step
+
+    _check_numbers(params, lr, beta, rho, direction, scope, weight_decay, grad_scale, found_inf)
+    _check_rates(lr)
+    device = params[0].device if params else None
+    on_host = found_inf is not None and found_inf.device != device  # where reading it costs nothing
+    if not params or (on_host and bool(found_inf)):
+        _check_lists(params, grads, exp_avgs, steps)
+        count = len(params)
+        return (
+            torch.zeros(count, dtype=torch.int64, device=device),
+            torch.zeros(count, dtype=torch.float64, device=device),
+        )
+    results = sofim_step.step(
+        params, grads, exp_avgs, steps, lambda: _check_lists(params, grads, exp_avgs, steps),
+        lr=lr, beta=beta, rho=rho, along_gradient=direction == "gradient", by_tensor=scope == "tensor",
+        weight_decay=weight_decay, decoupled=decoupled, maximize=maximize, grad_scale=grad_scale,
+        found_inf=None if on_host else found_inf,
+    )  # fmt: skip
+    increment_version(params)
+    return results
+
+
 _step = define(
     "sofim_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] steps, *, Tensor[] lr, "
     "float beta, float rho, str direction, str scope, float[] weight_decay, bool decoupled, bool maximize, "
@@ -215,6 +262,7 @@ _step = define(
     fake=_fake,
     reference=_reference,
     cpu=_cpu,
+    triton=_triton,
 )
 
 

@@ -31,6 +31,15 @@ def _contiguous_or_channels_last(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
+def _rows(x: Tensor) -> Tensor:
+    """Return x (..., D) as a matrix [R, D] with the columns of a row side by side, copied only if they are not."""
+    if not x.is_contiguous():
+        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        if x.shape[1] > 1 and x.stride(1) != 1:
+            x = x.contiguous()
+    return x
+
+
 # column_sum_of_squares
 
 
@@ -50,16 +59,28 @@ def _squares(x: Tensor) -> Tensor:
 
 def _column_cpu(x: Tensor) -> Tensor:
     out = _column_fake(x)
-    if not x.is_contiguous():
-        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # [R, D]
-        if x.shape[1] > 1 and x.stride(1) != 1:
-            x = x.contiguous()
-    native().column_sum_of_squares(x, out, torch.get_num_threads())
+    native().column_sum_of_squares(_rows(x), out, torch.get_num_threads())
     return out
 
 
+def _column_triton(x: Tensor) -> Tensor:
+    from fisher_kernels.triton_kernels import sum_of_squares
+
+    out = _column_fake(x)
+    if x.numel() == 0:
+        return out.zero_()
+    x = _rows(x)
+    columns = x.shape[-1]
+    rows = x.numel() // columns
+    return sum_of_squares.sum_columns(x, rows, columns, columns if x.is_contiguous() else x.stride(0), out)
+
+
 _column = define(
-    "column_sum_of_squares(Tensor x) -> Tensor", fake=_column_fake, reference=_column_reference, cpu=_column_cpu
+    "column_sum_of_squares(Tensor x) -> Tensor",
+    fake=_column_fake,
+    reference=_column_reference,
+    cpu=_column_cpu,
+    triton=_column_triton,
 )
 
 
@@ -101,8 +122,22 @@ def _channel_cpu(x: Tensor) -> Tensor:
     return out
 
 
+def _channel_triton(x: Tensor) -> Tensor:
+    from fisher_kernels.triton_kernels import sum_of_squares
+
+    out = _channel_fake(x)
+    if x.numel() == 0:
+        return out.zero_()
+    x = _contiguous_or_channels_last(x)
+    return sum_of_squares.sum_channels(x, not x.is_contiguous(), out)
+
+
 _channel = define(
-    "channel_sum_of_squares(Tensor x) -> Tensor", fake=_channel_fake, reference=_channel_reference, cpu=_channel_cpu
+    "channel_sum_of_squares(Tensor x) -> Tensor",
+    fake=_channel_fake,
+    reference=_channel_reference,
+    cpu=_channel_cpu,
+    triton=_channel_triton,
 )
 
 
@@ -175,11 +210,26 @@ def _patch_cpu(
     return out
 
 
+def _patch_triton(
+    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    from fisher_kernels.triton_kernels import sum_of_squares
+
+    geometry = tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation)
+    out = torch.empty(_patch_shape(x.shape, x.dtype, *geometry), dtype=ACCUMULATOR[x.dtype], device=x.device)
+    if x.numel() == 0:
+        return out.zero_()
+    x = _contiguous_or_channels_last(x)
+    outputs = windows("patch_sum_of_squares", x.shape, *geometry)
+    return sum_of_squares.sum_patches(x, not x.is_contiguous(), *geometry, outputs, out)
+
+
 _patch = define(
     "patch_sum_of_squares(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation) -> Tensor",
     fake=_patch_fake,
     reference=_patch_reference,
     cpu=_patch_cpu,
+    triton=_patch_triton,
 )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -76,3 +79,22 @@ WRITABLE_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     layout.__name__: layout for layout in (contiguous, unaligned, sliced, spread, transposed, channels_last)
 }
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {**WRITABLE_LAYOUTS, "expanded": expanded}
+
+
+def layouts(implementation: str, dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
+    """All; for Triton's interpreter, which takes long, all in float32 and those that are read in place in the rest."""
+    if implementation != "triton" or dtype == torch.float32:
+        return LAYOUTS
+    return {name: LAYOUTS[name] for name in ("contiguous", "channels_last")}
+
+
+_NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # mmap.MAP_NORESERVE, which Python has no name for
+
+
+def zeros_without_memory(numel: int) -> Tensor:
+    """Zeros in bfloat16 that take no memory until they are written: the system maps them all to the same page."""
+    try:
+        pages = mmap.mmap(-1, 2 * numel, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+    except OSError as error:
+        pytest.skip(f"no address space of {2 * numel} bytes: {error}")
+    return torch.frombuffer(pages, dtype=torch.bfloat16)

@@ -13,6 +13,9 @@ SIZES = (*range(1, 10), 16, 17, 25, 31, 33, 49, 63, 64, 65, 100)
 COUNTS = (0, 1, 15, 16, 17, 100)
 """Around a group of one block in each lane."""
 
+INTERPRETED_COUNTS = (0, 33)
+"""More than a program of a Triton kernel works on; its interpreter is slow."""
+
 
 def blocks(count: int, n: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """Means of squares, as Fisher blocks are: symmetric, and positive definite with any damping."""

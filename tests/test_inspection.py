@@ -1,0 +1,148 @@
+"""The inspection of compiled kernels: all of them compile for every target, and it finds what it looks for."""
+
+from __future__ import annotations
+
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fisher_kernels import backends, inspection
+from fisher_kernels.cli import app
+
+ROOT = Path(__file__).parent.parent
+
+if backends.why_no_triton():
+    pytest.skip(f"no Triton: {backends.why_no_triton()}", allow_module_level=True)
+
+
+def compiling(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process that compiles kernels where this one interprets them."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def rows_of(result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    assert result.stdout, result.stderr
+    return json.loads(result.stdout)["variants"]
+
+
+def test_one_variant_of_every_kernel_compiles_for_every_target() -> None:
+    result = compiling("-m", "fisher_kernels", "inspect", "--sample", "--json")
+    rows = rows_of(result)
+    assert [(row["target"], row["kernel"], row["faults"]) for row in rows if row["faults"]] == []
+    assert result.returncode == 0
+    by_target = {target: {row["kernel"] for row in rows if row["target"] == target} for target in inspection.TARGETS}
+    assert len({frozenset(kernels) for kernels in by_target.values()}) == 1
+    from fisher_kernels import triton_kernels
+
+    stems = {module.name for module in pkgutil.iter_modules(triton_kernels.__path__) if module.name[0] != "_"}
+    assert stems == {kernel.split(".")[0] for kernel in by_target["cuda:90"] if kernel[0] != "_"}
+    for row in rows:
+        assert 0 < row["registers"] <= 512, row
+        assert row["accesses"], row
+
+
+# A kernel that reads a stream in narrow pieces, one that keeps arrays in memory, one that does not compile.
+FAULTY = """
+from fisher_kernels import inspection, selftest
+from fisher_kernels.triton_kernels import _configs, adafisher_step
+
+selftest.CASES = [case for case in selftest.CASES if case.op == "adafisher_step_" and case.name == "plain"]
+selftest.CASES = [__import__("dataclasses").replace(case, dtypes=case.dtypes[:1]) for case in selftest.CASES]
+_configs.table()["adafisher_step"] = {"default": {"small": [BLOCK, 4], "large": [BLOCK, 4]}}
+inspection.variants("TARGET", "adafisher_step.kernel")
+for variant in inspection.variants("TARGET", "adafisher_step.kernel"):
+    if variant.constants["STRIDED"] is False:
+        row = inspection.inspect(variant, "TARGET")
+        print(row.faults)
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "block", "fault"),
+    [
+        ("cuda:90", 128, "loads of 16 bytes, expected at least 3"),
+        ("cuda:90", 4096, "bytes of stack, expected at most 16"),
+        ("hip:gfx942", 128, "loads of 16 bytes, expected at least 3"),
+    ],
+)
+def test_faults_are_found(target: str, block: int, fault: str) -> None:
+    result = compiling("-c", FAULTY.replace("BLOCK", str(block)).replace("TARGET", target))
+    assert fault in result.stdout, result.stdout + result.stderr
+
+
+def test_a_kernel_that_does_not_compile_is_a_fault() -> None:
+    result = compiling("-c", FAULTY.replace("BLOCK", "1000").replace("TARGET", "cuda:90"))
+    assert "CompilationError" in result.stdout, result.stdout + result.stderr
+
+
+SASS = """
+        /*0150*/                   LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0160*/                   LDG.E.64 R8, desc[UR4][R2.64+0x10] ;
+        /*0170*/                   LDG.E R10, desc[UR4][R2.64+0x18] ;
+        /*0180*/                   LDG.E.U16 R10, desc[UR4][R2.64+0x18] ;
+        /*0190*/                   LDGSTS.E.BYPASS.128 [R11], desc[UR4][R12.64] ;
+        /*01a0*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*01b0*/                   LDL.64 R2, [R1] ;
+"""
+ASSEMBLY = """
+        global_load_dwordx4 v[0:3], v[4:5], off
+        buffer_load_dwordx2 v[0:1], v4, s[0:3], 0 offen
+        global_load_ushort v1, v[2:3], off
+        global_store_dword v[2:3], v1, off
+        global_store_short v[2:3], v1, off
+    .vgpr_count:     40
+    .vgpr_spill_count: 3
+    .private_segment_fixed_size: 8
+"""
+
+
+def test_widths_are_read_from_machine_code() -> None:
+    found = inspection._count(inspection._nvidia_accesses(SASS))
+    assert found == {"load 16": 2, "load 8": 1, "load 4": 1, "load 2": 1, "store 16": 1}
+    assert inspection._amd(ASSEMBLY) == (
+        40, 12, {"load 16": 1, "load 8": 1, "load 2": 1, "store 4": 1, "store 2": 1}
+    )  # fmt: skip
+
+
+def test_a_trade_off_has_a_bound() -> None:
+    accepted = inspection.TradeOff(64, "a reason")
+    assert inspection._stack_faults(64, accepted) == []
+    assert inspection._stack_faults(72, accepted) == ["72 bytes of stack, expected at most 64"]
+    assert inspection._stack_faults(16, None) == []
+    assert inspection._stack_faults(24, None) == ["24 bytes of stack, expected at most 16"]
+
+
+def test_exceptions_name_kernels_that_exist_and_are_needed() -> None:
+    for kernel, trade_off in inspection.TRADE_OFFS.items():
+        assert trade_off.bytes > inspection.MOST_STACK
+        assert len(trade_off.reason) > 20
+        stem, function = kernel.split(".")
+        assert f"def {function}(" in (ROOT / "triton_kernels" / f"{stem}.py").read_text()
+    for kernel in inspection.STREAMING:
+        stem, function = kernel.split(".")
+        assert f"def {function}(" in (ROOT / "triton_kernels" / f"{stem}.py").read_text()
+
+
+def test_an_unknown_target_is_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    result = CliRunner().invoke(app, ["inspect", "--target", "tpu:5"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert result.exit_code == 2
+    assert "target is 'tpu:5', expected one of 'cuda:80'" in result.stderr
+
+
+@pytest.mark.skipif(not backends.is_interpreted(), reason="nothing is interpreted")
+def test_interpreted_kernels_cannot_be_inspected() -> None:
+    result = CliRunner().invoke(app, ["inspect"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert result.exit_code == 1
+    assert "kernels cannot be compiled here: TRITON_INTERPRET is set" in result.stderr

@@ -1,0 +1,441 @@
+"""The SOFIM update of a list of parameters: 24 bytes a parameter in float32, in two passes.
+
+The first pass advances the moments and leaves partial dot products, one or two float64 numbers a chunk. Two small
+kernels make coefficients of them, three for each parameter; the second pass takes the step.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._language import is_finite, narrow
+from ._launch import launch
+from ._lists import CHUNK, Table, address, are_aligned, locate, number, table
+from ._steps import advance, is_off, scalar, times
+from ._sums import BLOCK, LEVELS, add_chunks, first_chunks, new_partials, total
+
+# The lists, in the order of the arguments, and the numbers after them.
+_PARAM, _GRAD, _MOMENT, _STEP, _RATE_TENSOR, _RATE, _DECAY = (tl.constexpr(k) for k in range(7))
+# The layout: size, first chunk, and what a learning rate on the device is.
+_WIDTH = tl.constexpr(3)
+_NO_TENSOR, _SINGLE, _DOUBLE = (tl.constexpr(k) for k in range(3))
+# Coefficients of the second pass, float64 [3, count].
+_ALONG_MOMENT, _ALONG_GRADIENT, _SHRINKAGE = (tl.constexpr(k) for k in range(3))
+
+_WARPS_STRIDED = 8  # four elements a thread: finding them takes many registers
+
+_LANES = tl.constexpr(128)  # parameters whose coefficients one program computes
+_LANE_LEVELS = tl.constexpr(7)
+
+
+@triton.jit
+def _decay_of(addresses, count, i, weight_decay, EACH: tl.constexpr):
+    """The weight decay of parameter i: one for all, or one for each."""
+    if EACH:
+        decay = number(addresses, count, _DECAY, i)
+    else:
+        decay = tl.full((), weight_decay, tl.float64)
+    return decay
+
+
+@triton.jit
+def _gradient(grad, param, mask, inverse_scale, decay, COUPLED: tl.constexpr):
+    """What enters the moment."""
+    g = tl.load(grad, mask).to(inverse_scale.dtype) * inverse_scale
+    if COUPLED:
+        g += tl.where(decay != 0, decay * tl.load(param, mask).to(inverse_scale.dtype), 0)
+    return g
+
+
+@triton.jit
+def _advance_moments(
+    param, grad, moment, mask, inverse_scale, decay, beta, gain, square, product, taken,
+    ALONG_GRADIENT: tl.constexpr, COUPLED: tl.constexpr,
+):  # fmt: skip
+    """Advance the moments at some addresses, and add them to what the lanes have so far.
+
+    A moment that would not be finite stays as it was and is in no sum.
+    """
+    m = tl.load(moment, mask)
+    g = _gradient(grad, param, mask, inverse_scale, decay, COUPLED)
+    new = beta * m + gain * g
+    counts = is_finite(new)
+    tl.store(moment, tl.where(counts, new, m), mask)
+    if mask is not None:
+        counts = counts & mask
+    new = tl.where(counts, new, 0).to(tl.float64)
+    square = tl.fma(new, new, square)
+    if ALONG_GRADIENT:
+        product = tl.fma(new, tl.where(counts, g, 0).to(tl.float64), product)
+    return square, product, taken + counts.to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["count", "total_chunks"])
+def advance_kernel(
+    addresses,  # [lists and numbers, count]
+    count,
+    layouts,  # [count, 3]: size, first chunk, dtype of the learning rate
+    geometry,
+    chunks,  # [programs, 2]
+    total_chunks,
+    partials,  # [1 or 2, total_chunks]: m.m and m.g
+    left_out,  # [total_chunks]: how many elements are in no sum
+    skipped,  # [count]
+    beta: tl.float64,
+    weight_decay: tl.float64,
+    scale: tl.float64,
+    scale_factor,
+    found_inf,
+    T: tl.constexpr,
+    A: tl.constexpr,
+    STRIDED: tl.constexpr,
+    ALONG_GRADIENT: tl.constexpr,
+    COUPLED: tl.constexpr,
+    EACH: tl.constexpr,
+):
+    """The first pass over one chunk of one parameter."""
+    if not is_off(found_inf):
+        program = tl.program_id(0).to(tl.int64)
+        i = tl.load(chunks + 2 * program)
+        number_of_chunk = tl.load(chunks + 2 * program + 1).to(tl.int64)
+        start = number_of_chunk * CHUNK
+        layout = layouts + i.to(tl.int64) * _WIDTH
+        param = address(addresses, count, _PARAM, i, T)
+        grad = address(addresses, count, _GRAD, i, T)
+        moment = address(addresses, count, _MOMENT, i, A)
+        if not STRIDED:
+            param, grad, moment = param + start, grad + start, moment + start
+
+        inverse_scale = (1 / times(scale, scale_factor)).to(A)
+        decay = _decay_of(addresses, count, i, weight_decay, EACH).to(A)
+        b = tl.full((), beta, A)
+        gain = (1 - tl.full((), beta, tl.float64)).to(A)
+        lanes = tl.arange(0, BLOCK)
+        left = tl.minimum(tl.load(layout) - start, CHUNK).to(tl.int32)
+        square = tl.full((BLOCK,), 0, tl.float64)
+        product = tl.full((BLOCK,), 0, tl.float64)
+        taken = tl.full((BLOCK,), 0, tl.int32)
+
+        if STRIDED:
+            for first in range(0, left, BLOCK):
+                _, at_param, at_grad, at_moment = locate(geometry, i, start + first, lanes)
+                square, product, taken = _advance_moments(
+                    param + at_param, grad + at_grad, moment + at_moment, first + lanes < left,
+                    inverse_scale, decay, b, gain, square, product, taken, ALONG_GRADIENT, COUPLED,
+                )  # fmt: skip
+        elif (left == CHUNK) & are_aligned(param, grad, moment):
+            # No mask and known alignment: 16 bytes a load.
+            wide_param, wide_grad = tl.multiple_of(param, 16), tl.multiple_of(grad, 16)
+            wide_moment = tl.multiple_of(moment, 16)
+            for first in range(0, CHUNK, BLOCK):
+                at = first + lanes
+                square, product, taken = _advance_moments(
+                    wide_param + at, wide_grad + at, wide_moment + at, None,
+                    inverse_scale, decay, b, gain, square, product, taken, ALONG_GRADIENT, COUPLED,
+                )  # fmt: skip
+        else:
+            for first in range(0, left, BLOCK):
+                at = first + lanes
+                square, product, taken = _advance_moments(
+                    param + at, grad + at, moment + at, at < left,
+                    inverse_scale, decay, b, gain, square, product, taken, ALONG_GRADIENT, COUPLED,
+                )  # fmt: skip
+
+        chunk = tl.load(layout + 1) + number_of_chunk
+        here = tl.arange(0, 1)
+        tl.store(partials + chunk + here, total(square[None, :], LEVELS))
+        if ALONG_GRADIENT:
+            tl.store(partials + total_chunks + chunk + here, total(product[None, :], LEVELS))
+        not_taken = left - tl.sum(taken)
+        tl.store(left_out + chunk, not_taken)
+        if not_taken > 0:
+            tl.atomic_add(skipped + i, not_taken.to(tl.int64), sem="relaxed")  # whole numbers: no order matters
+
+
+@triton.jit
+def _corrected(sums, corrections, count, i, there, ALONG_GRADIENT: tl.constexpr):
+    """u.u and u.g of some parameters."""
+    correction = tl.load(corrections + i, there, 1.0)
+    square = tl.load(sums + i, there, 0.0) / (correction * correction)
+    if ALONG_GRADIENT:
+        product = tl.load(sums + count + i, there, 0.0) / correction
+    else:
+        product = tl.zeros_like(square)
+    return square, product
+
+
+@triton.jit
+def _rates(addresses, count, layouts, i, there, lr, lr_factor, EACH: tl.constexpr):
+    """The learning rates of some parameters: one for all, or each a number or a tensor of its own."""
+    if EACH:
+        kind = tl.load(layouts + i.to(tl.int64) * _WIDTH + 2, there, _NO_TENSOR)
+        pointer = tl.load(addresses + _RATE_TENSOR * count + i, there, 0)
+        single = tl.load(pointer.to(tl.pointer_type(tl.float32)), kind == _SINGLE, 1.0).to(tl.float64)
+        double = tl.load(pointer.to(tl.pointer_type(tl.float64)), kind == _DOUBLE, 1.0)
+        rate = number(addresses, count, _RATE, i, there) * single * double
+    else:
+        rate = times(lr, lr_factor) + tl.zeros_like(i).to(tl.float64)
+    return rate
+
+
+@triton.jit(do_not_specialize=["count"])
+def solve_kernel(
+    addresses,
+    count,
+    layouts,
+    sums,  # [1 or 2, count]: m.m and m.g
+    corrections,  # [count]: 1 - beta^t
+    squares,  # [count]: u.u
+    coefficients,  # [3, count]
+    lr: tl.float64,
+    lr_factor,
+    weight_decay: tl.float64,
+    rho: tl.float64,
+    found_inf,
+    GLOBAL: tl.constexpr,
+    ALONG_GRADIENT: tl.constexpr,
+    EACH: tl.constexpr,
+):
+    """What some parameters take off: coefficients of the moment as it is stored, the gradient and the parameter."""
+    lanes = tl.arange(0, _LANES)
+    i = tl.program_id(0) * _LANES + lanes
+    there = i < count
+    if is_off(found_inf):
+        tl.store(squares + i, tl.zeros_like(i).to(tl.float64), there)
+    else:
+        square, product = _corrected(sums, corrections, count, i, there, ALONG_GRADIENT)
+        tl.store(squares + i, square, there)
+        if GLOBAL:
+            # Every program adds up the same numbers in the same order.
+            square_of_lanes = tl.full((_LANES,), 0, tl.float64)
+            product_of_lanes = tl.full((_LANES,), 0, tl.float64)
+            for first in range(0, count, _LANES):
+                more = first + lanes
+                its_square, its_product = _corrected(sums, corrections, count, more, more < count, ALONG_GRADIENT)
+                square_of_lanes += its_square
+                product_of_lanes += its_product
+            square = total(square_of_lanes[None, :], _LANE_LEVELS)
+            product = total(product_of_lanes[None, :], _LANE_LEVELS)
+        correction = tl.load(corrections + i, there, 1.0)
+        rate = _rates(addresses, count, layouts, i, there, lr, lr_factor, EACH)
+        if EACH:
+            decay = number(addresses, count, _DECAY, i, there)
+        else:
+            decay = tl.full((), weight_decay, tl.float64)
+        bottom = rho + square
+        if ALONG_GRADIENT:
+            fits = is_finite(square) & is_finite(product)  # if not, the solution counts as 0
+            along_moment = tl.where(fits, -rate * product / (correction * rho * bottom), 0)
+            along_gradient = tl.where(fits, rate / rho, 0)
+        else:
+            along_moment = rate / (correction * bottom)
+            along_gradient = tl.zeros_like(rate)
+        tl.store(coefficients + _ALONG_MOMENT * count + i, along_moment, there)
+        tl.store(coefficients + _ALONG_GRADIENT * count + i, along_gradient, there)
+        tl.store(coefficients + _SHRINKAGE * count + i, rate * decay, there)
+
+
+@triton.jit
+def _descend(
+    param, grad, moment, mask, suspect, inverse_scale, decay, beta, gain, rates,
+    ALONG_GRADIENT: tl.constexpr, COUPLED: tl.constexpr,
+):  # fmt: skip
+    """Step the parameters at some addresses, but for suspects that the first pass left out.
+
+    Those show by their gradients, as their moments have not changed. (One that has cannot overflow now, between itself
+    and g, unless both are within rounding of the largest number.)
+    """
+    along_moment, along_gradient, shrinkage = rates
+    w, m = tl.load(param, mask), tl.load(moment, mask)
+    wide = w.to(m.dtype)
+    change = along_moment * m
+    if ALONG_GRADIENT:
+        g = _gradient(grad, param, mask, inverse_scale, decay, COUPLED)
+        change += along_gradient * g
+    elif suspect is not None:
+        g = _gradient(grad, param, suspect, inverse_scale, decay, COUPLED)
+    if not COUPLED:
+        # Not even a NaN of the parameter gets into the change where there is no decay.
+        change += tl.where(decay != 0, shrinkage * wide, 0)
+    new = narrow(wide - change, w.dtype)
+    if suspect is not None:
+        new = tl.where(is_finite(beta * m + gain * g) | ~suspect, new, w)
+    tl.store(param, new, mask)
+
+
+@triton.jit(do_not_specialize=["count"])
+def descend_kernel(
+    addresses,
+    count,
+    layouts,
+    geometry,
+    chunks,
+    left_out,
+    coefficients,
+    beta: tl.float64,
+    weight_decay: tl.float64,
+    scale: tl.float64,
+    scale_factor,
+    found_inf,
+    T: tl.constexpr,
+    A: tl.constexpr,
+    STRIDED: tl.constexpr,
+    ALONG_GRADIENT: tl.constexpr,
+    COUPLED: tl.constexpr,
+    EACH: tl.constexpr,
+):
+    """The second pass over one chunk of one parameter; arguments as for the first."""
+    if not is_off(found_inf):
+        program = tl.program_id(0).to(tl.int64)
+        i = tl.load(chunks + 2 * program)
+        number_of_chunk = tl.load(chunks + 2 * program + 1).to(tl.int64)
+        start = number_of_chunk * CHUNK
+        layout = layouts + i.to(tl.int64) * _WIDTH
+        param = address(addresses, count, _PARAM, i, T)
+        grad = address(addresses, count, _GRAD, i, T)
+        moment = address(addresses, count, _MOMENT, i, A)
+        if not STRIDED:
+            param, grad, moment = param + start, grad + start, moment + start
+
+        inverse_scale = (1 / times(scale, scale_factor)).to(A)
+        decay = _decay_of(addresses, count, i, weight_decay, EACH).to(A)
+        b = tl.full((), beta, A)
+        gain = (1 - tl.full((), beta, tl.float64)).to(A)
+        along_moment = tl.load(coefficients + _ALONG_MOMENT * count + i).to(A)
+        along_gradient = tl.load(coefficients + _ALONG_GRADIENT * count + i).to(A)
+        rates = along_moment, along_gradient, tl.load(coefficients + _SHRINKAGE * count + i).to(A)
+        lanes = tl.arange(0, BLOCK)
+        left = tl.minimum(tl.load(layout) - start, CHUNK).to(tl.int32)
+        suspects = tl.where(tl.load(left_out + tl.load(layout + 1) + number_of_chunk) > 0, left, 0)
+
+        if STRIDED:
+            for first in range(0, left, BLOCK):
+                _, at_param, at_grad, at_moment = locate(geometry, i, start + first, lanes)
+                _descend(
+                    param + at_param, grad + at_grad, moment + at_moment,
+                    first + lanes < left, first + lanes < suspects,
+                    inverse_scale, decay, b, gain, rates, ALONG_GRADIENT, COUPLED,
+                )  # fmt: skip
+        elif (left == CHUNK) & (suspects == 0) & are_aligned(param, grad, moment):
+            wide_param, wide_grad = tl.multiple_of(param, 16), tl.multiple_of(grad, 16)
+            wide_moment = tl.multiple_of(moment, 16)
+            for first in range(0, CHUNK, BLOCK):
+                at = first + lanes
+                _descend(
+                    wide_param + at, wide_grad + at, wide_moment + at, None, None,
+                    inverse_scale, decay, b, gain, rates, ALONG_GRADIENT, COUPLED,
+                )  # fmt: skip
+        else:
+            for first in range(0, left, BLOCK):
+                at = first + lanes
+                _descend(
+                    param + at, grad + at, moment + at, at < left, at < suspects,
+                    inverse_scale, decay, b, gain, rates, ALONG_GRADIENT, COUPLED,
+                )  # fmt: skip
+
+
+def _kind(rate: Tensor | None) -> int:
+    if rate is None:
+        return _NO_TENSOR.value
+    return _SINGLE.value if rate.dtype == torch.float32 else _DOUBLE.value
+
+
+def _each(values: Sequence[Any], count: int) -> Sequence[Any]:
+    return values if len(values) == count else [*values] * count
+
+
+def _plan(
+    params: Sequence[Tensor],
+    lists: Sequence[Sequence[Tensor | None]],
+    rates: Sequence[Tensor],
+    decays: Sequence[float],
+    check: Callable[[], None],
+    each: bool,
+) -> tuple[Table, tuple[float, Tensor | None], float]:
+    """The table; and learning rate and weight decay of all, which count for nothing where each has its own."""
+    count = len(params)
+    numbers: Sequence[Sequence[float]] = ()
+    on_device: Sequence[Tensor | None] = [None] * count
+    if each:
+        read = {id(rate): (rate, scalar(rate)) for rate in {id(rate): rate for rate in rates}.values()}
+        of_each = [read[id(rate)][1] for rate in _each(rates, count)]
+        on_device = [x for _, x in of_each]
+        numbers = [x for x, _ in of_each], _each(decays, count)
+
+    def layout() -> list[tuple[int, ...]]:
+        check()
+        return list(zip(first_chunks(params), map(_kind, on_device), strict=True))
+
+    plan = table("sofim_step_", (*lists, on_device), layout, numbers=numbers, sums=True)
+    return plan, (1.0, None) if each else scalar(rates[0]), 0.0 if each else decays[0]
+
+
+def step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    check: Callable[[], None],
+    *,
+    lr: Sequence[Tensor],
+    beta: float,
+    rho: float,
+    along_gradient: bool,
+    by_tensor: bool,
+    weight_decay: Sequence[float],
+    decoupled: bool,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Take the step.
+
+    Args:
+        check: of the lists, called where they are new.
+        lr, weight_decay: one, or one for each parameter.
+        along_gradient: the direction.
+        by_tensor: the scope.
+        found_inf: on the device of the parameters.
+    """
+    device = params[0].device
+    each = len(lr) > 1 or len(weight_decay) > 1
+    plan, (rate, rate_factor), decay = _plan(
+        params, (params, grads, exp_avgs, steps), lr, weight_decay, check, each
+    )  # fmt: skip
+    scale, scale_factor = scalar(grad_scale)
+    scale = -scale if maximize else scale
+    corrections, skipped = advance(plan, _STEP.value, beta, found_inf, device)
+    partials = new_partials(plan, 2 if along_gradient else 1, device)
+    total_chunks = partials.shape[1]
+    left_out = torch.empty(total_chunks, dtype=torch.int32, device=device)
+    form = {"ALONG_GRADIENT": along_gradient, "COUPLED": not decoupled and any(weight_decay), "EACH": each}
+    # Products and sums round apart, and sums are made of pairs: neither what a compiler would fuse nor the number of
+    # warps tells one layout from another.
+    for dtype, wide, strided, chunks in plan.launches:
+        launch(
+            advance_kernel, len(chunks), device,
+            plan.addresses, plan.count, plan.layout, plan.geometry, chunks, total_chunks, partials, left_out, skipped,
+            beta, decay, scale, scale_factor, found_inf, T=dtype, A=wide, STRIDED=strided,
+            fuse=False, warps=_WARPS_STRIDED if strided else 4, **form,
+        )  # fmt: skip
+    sums = add_chunks(plan, partials)
+    squares = torch.empty(plan.count, dtype=torch.float64, device=device)
+    coefficients = torch.empty(3, plan.count, dtype=torch.float64, device=device)
+    launch(
+        solve_kernel, triton.cdiv(plan.count, _LANES.value), device,
+        plan.addresses, plan.count, plan.layout, sums, corrections, squares, coefficients,
+        rate, rate_factor, decay, rho, found_inf,
+        GLOBAL=not by_tensor, ALONG_GRADIENT=along_gradient, EACH=each, fuse=False,
+    )  # fmt: skip
+    for dtype, wide, strided, chunks in plan.launches:
+        launch(
+            descend_kernel, len(chunks), device,
+            plan.addresses, plan.count, plan.layout, plan.geometry, chunks, left_out, coefficients,
+            beta, decay, scale, scale_factor, found_inf, T=dtype, A=wide, STRIDED=strided,
+            fuse=False, warps=_WARPS_STRIDED if strided else 4, **form,
+        )  # fmt: skip
+    return skipped, squares
