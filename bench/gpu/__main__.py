@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[2]
 WHOLE = 570.0
 """Seconds that everything together may take."""
 SOFT = 0.85
+CHOSEN = "(gpu or round_trip or triton) and not does_not_grow_with_the_batch"
+"""Of the tests: all that go to the GPU, but for one that measures the memory of a host process."""
 NEEDED = {"torch": "PyTorch 2.11 or newer with CUDA", "numpy": "numpy", "triton": "Triton 3.6 or newer"}
 WANTED = {
     "pytest": "the GPU tests are left out",
@@ -70,7 +72,7 @@ def steps(left: float) -> list[Step]:
     """What there is to do in so many seconds."""
     python = sys.executable
     testing = [
-        *(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "-k", "gpu or round_trip or triton"),
+        *(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "-k", CHOSEN),
         "--seconds={soft}",
         *tests(),
     ]
