@@ -42,7 +42,6 @@ STREAMING: Mapping[str, Streams] = {
     "adafisher_step.kernel": Streams(3, 2, {"STRIDED": True}),
     "sofim_step.advance_kernel": Streams(2, 1, {"STRIDED": True}),
     "sofim_step.descend_kernel": Streams(2, 1, {"STRIDED": True}),
-    "rank_one_solve.multiply_kernel": Streams(2, 0),
     "rank_one_solve.subtract_kernel": Streams(2, 1),
     "mbf_step.diagonals": Streams(4, 2),
     "mbf_step.descend": Streams(2, 1, {"FLAT": False}),

@@ -100,7 +100,7 @@ def test_every_size_in_lanes(implementation: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("n", SIZES)
 def test_product(implementation: str, n: int, dtype: torch.dtype) -> None:
     """Of matrices that are not symmetric; sums of n products of whole numbers are exact."""
-    for count in COUNTS:
+    for count in counts(implementation, n):
         a, v = random((count, n, n), dtype), random((count, n), dtype, 1)
         magnitude = (a.double().abs() @ v.double().abs()[..., None])[..., 0]
         expected = (a.double() @ v.double()[..., None])[..., 0]
@@ -164,7 +164,8 @@ def test_nothing(implementation: str, n: int) -> None:
 @each_dtype
 @pytest.mark.parametrize("n", [3, 9, 17, 65])
 def test_every_layout(implementation: str, n: int, dtype: torch.dtype) -> None:
-    a, v = blocks(18, n, dtype), random((18, n), dtype, 1)
+    count = 3 if implementation == "triton" and n == 65 else 18
+    a, v = blocks(count, n, dtype), random((count, n), dtype, 1)
     for name, layout in LAYOUTS.items():
         x, y = layout(a), layout(v)
         inverse, _ = block_inverse(x, 0.1)
@@ -302,6 +303,7 @@ def test_a_bad_block_in_any_lane(implementation: str, n: int, dtype: torch.dtype
         assert block_inverse(a, 0.1)[1].nonzero().flatten().tolist() == [bad]
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of numpy, in Triton's interpreter
 def test_inverses_that_overflow_are_bad(implementation: str) -> None:
     a = torch.stack([torch.full((1, 1), value) for value in (1e-42, 1.0, 3e38)])
     assert block_inverse(a, 0.0)[1].tolist() == [1, 0, 0]

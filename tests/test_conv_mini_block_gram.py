@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from fisher_kernels import use_backend
+from fisher_kernels import backends, use_backend
 from fisher_kernels.ops import ACCUMULATOR, conv_mini_block_gram_, mini_block_gram_
 from fisher_kernels.ops._convolution import padding_pairs, per_dimension
 from tests.cases import DTYPES, LAYOUTS, integers, random, unaligned
@@ -26,6 +26,10 @@ from tests.comparison import assert_same_bits, assert_within, surroundings, unit
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
 SMALL = Convolution((9, 17, 5, 4), 5, 3, padding=1)
+
+
+# Triton's interpreter takes a hundred times as long: fewer layouts and averages there, of every case and dtype.
+FEW_LAYOUTS = ("unaligned", "channels_last", "expanded")
 
 
 def lost(case: Convolution, dtype: torch.dtype) -> Tensor:
@@ -89,7 +93,8 @@ def test_definition() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
 def test_every_layout(implementation: str, case: Convolution, dtype: torch.dtype) -> None:
-    for name, layout in LAYOUTS.items():
+    for name in FEW_LAYOUTS if implementation == "triton" else LAYOUTS:
+        layout = LAYOUTS[name]
         x, grad = (layout(tensor) for tensor in inputs(case, dtype))
         before, out = (x.clone(), grad.clone()), unaligned(lost(case, dtype))
         around = surroundings(out)
@@ -106,7 +111,8 @@ def test_every_layout(implementation: str, case: Convolution, dtype: torch.dtype
 def test_average(implementation: str, case: Convolution, dtype: torch.dtype) -> None:
     """Two products and a sum more, each rounded once; of what is there the lower triangles count."""
     x, grad = inputs(case, dtype)
-    for decay, gain in ((0.9, 0.1), (1.0, 0.0), (2.5, 1.5)):
+    averages = ((2.5, 1.5), (0.9, 0.1), (1.0, 0.0))
+    for decay, gain in averages[:1] if implementation == "triton" else averages:
         lower = random(case.out_shape(), ACCUMULATOR[dtype], 2).tril()
         out = lower + torch.full_like(lower, torch.nan).triu(1)
         old = lower.double() + lower.double().tril(-1).mT
@@ -127,6 +133,7 @@ def test_whole_numbers_are_exact(implementation: str, case: Convolution, dtype: 
     assert_within(out, expected, 0.0)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of NumPy, in Triton's interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize(
@@ -171,8 +178,8 @@ def test_what_is_not_finite_stays_with_its_channel(
 def test_same_bits_for_every_number_of_threads(
     implementation: str, set_threads: Callable[[int], None], case: Convolution, dtype: torch.dtype
 ) -> None:
-    if implementation == "reference":
-        pytest.skip("PyTorch promises nothing of the kind")
+    if implementation in ("reference", "triton"):
+        pytest.skip("PyTorch promises nothing of the kind, and a GPU has no such threads")
     x, grad = inputs(case, dtype)
     first = lost(case, dtype)
     conv_mini_block_gram_(first, x, grad, *case.geometry)
@@ -204,6 +211,36 @@ def test_long_sums_are_added_in_segments(implementation: str) -> None:
     assert_within(out, expected, 2 * (1024 + 2**8 + 4) * unit_roundoff(torch.float32) * expected)
 
 
+@pytest.mark.parametrize("samples", [1, 256, 3000, 100_000])
+@pytest.mark.parametrize("sizes", [(1, 512, 512, 9), (1, 64, 3, 49), (64, 1, 1, 9), (1, 2048, 512, 1)], ids=str)
+def test_chunks_on_a_gpu_cover_all_blocks_and_fit(sizes: tuple[int, int, int, int], samples: int) -> None:
+    kernels = pytest.importorskip("fisher_kernels.triton_kernels.conv_mini_block_gram")
+    groups, rows, channels, n = sizes
+    run, held, chunks = kernels.plan(samples, groups, rows, channels, n, torch.float32)
+    seen = torch.zeros(groups, rows, channels, dtype=torch.int64)
+    for c in chunks:
+        seen[c.group : c.group + c.groups, c.row : c.row + c.rows, c.channel : c.channel + c.channels] += 1
+        assert held * c.groups * c.rows * c.channels * n * 4 <= 2**25
+    assert bool((seen == 1).all())
+    assert held == samples or held % run == 0
+
+
+def test_more_samples_than_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks of samples and of blocks give the bits of one."""
+    kernels = pytest.importorskip("fisher_kernels.triton_kernels.conv_mini_block_gram")
+    if "triton" not in backends.available() or backends.device_type("triton") != "cpu":
+        pytest.skip("on the interpreter")
+    case = Convolution((70, 4, 3), 3, 2)
+    x, grad = inputs(case, torch.float32)
+    first, out = (random(case.out_shape(), torch.float32, 2) for _ in range(2))
+    with use_backend("triton"):
+        conv_mini_block_gram_(first, x, grad, *case.geometry, 0.5, 0.25)
+        monkeypatch.setattr(kernels, "_SAMPLES", 32)
+        monkeypatch.setattr(kernels, "_WORKSPACE", 3000)
+        conv_mini_block_gram_(out, x, grad, *case.geometry, 0.5, 0.25)
+    assert_same_bits(out, first)
+
+
 PEAK = """
 import resource, sys, torch
 from fisher_kernels import use_backend
@@ -219,16 +256,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set in KiB")
-def test_memory_does_not_grow_with_the_batch(backend: str) -> None:
+def test_memory_does_not_grow_with_the_batch(host_backend: str) -> None:
     """Patches and gradients of a sample are 442 KB: 28 MB for 64 samples, 226 MB for 512."""
 
     def peak(samples: int) -> int:
-        command = [sys.executable, "-c", PEAK, backend, str(samples)]
+        command = [sys.executable, "-c", PEAK, host_backend, str(samples)]
         return int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=os.getcwd()).stdout)
 
     few, many = peak(64), peak(512)
     assert many < few + 8192, f"{few} KiB for 64 samples, {many} KiB for 512"
-    if backend == "cpu":
+    if host_backend == "cpu":
         assert many < 8192
 
 

@@ -187,6 +187,17 @@ def test_weights_in_bfloat16_keep_the_precision_of_float32(implementation: str) 
         assert_same_bits(out, weight.expand(2, 2))
 
 
+@pytest.mark.large
+@pytest.mark.parametrize("rows", [5, 20])
+def test_rows_far_from_each_other(implementation: str, rows: int) -> None:
+    """Offsets beyond 2^31 within the rows that are read at a time, and beyond 2^32 between them."""
+    storage = torch.zeros(19 * 2**27 + 3, dtype=torch.bfloat16)
+    x, out = storage.as_strided((rows, 3), (19 * 2**27 // (rows - 1), 1)), lost(3, torch.bfloat16)
+    x.copy_(integers((rows, 3), x.dtype))
+    weighted_gram_(out, x)
+    assert_within(out, defined(x, None), 0.0)
+
+
 def test_tiles_of_the_lower_triangle() -> None:
     """Found by a root, which is rounded: around the ends of rows of a matrix of six million columns."""
     gram_kernels()

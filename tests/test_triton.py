@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import importlib.util
 import json
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fisher_kernels import backends, use_backend
+from fisher_kernels import backends, ops, use_backend
 from fisher_kernels.ops import adafisher_step_
 from tests.cases import WRITABLE_LAYOUTS, random
 from tests.cases.adafisher_step import PARAMETERS, step
@@ -89,6 +90,42 @@ def test_quotients_round_to_nearest(dtype: torch.dtype) -> None:
     out = torch.full_like(x, torch.nan)
     _divide_kernel[(1,)](x, y, out, LANES=4096)
     assert_same_bits(out, x / y)
+
+
+@pytest.mark.parametrize("op", ["adafisher_step_", "mbf_step_", "sofim_step_"])
+def test_scalars_may_be_on_the_device(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    """Learning rate and scale that a kernel reads give the bits of those that it is given, and stop it too."""
+    param, grad, moment = (random((6, 9), torch.float32, seed) for seed in range(3))
+    options: dict[str, Any] = {"lr": torch.tensor(0.3), "grad_scale": torch.tensor(3.0), "weight_decay": 0.1}
+    options |= {"decoupled": True, "maximize": False}
+    lists = {
+        "adafisher_step_": ([torch.zeros(())], [torch.rand(6)], [torch.rand(9)]),
+        "mbf_step_": ([random((6, 9, 9), torch.float32, 7)],),
+        "sofim_step_": ([torch.zeros(())],),
+    }[op]
+    own = {
+        "adafisher_step_": {"beta": 0.9, "damping": 0.1},
+        "mbf_step_": {"momentum": 0.9, "kl_clip": 1e-3},
+        "sofim_step_": {"beta": 0.9, "rho": 0.5, "direction": "gradient", "scope": "global"},
+    }[op]
+    results = []
+    for on_device in (False, True):
+        if on_device:
+            module = importlib.import_module(f"fisher_kernels.triton_kernels.{op[:-1]}")
+            monkeypatch.setattr(module, "scalar", lambda x: (1.0, x))
+        w, m = param.clone(), moment.clone()
+        counts = copy.deepcopy(lists)
+        with use_backend("triton"):
+            getattr(ops, op)([w], [grad], [m], *counts, **options, **own)
+        results.append((w, m))
+    assert not torch.equal(results[0][0], param)
+    for given, read in zip(*results, strict=True):
+        assert_same_bits(read, given)
+    w, m = param.clone(), moment.clone()
+    with use_backend("triton"):
+        getattr(ops, op)([w], [grad], [m], *copy.deepcopy(lists), **options, **own, found_inf=torch.tensor(1.0))
+    assert_same_bits(w, param)
+    assert_same_bits(m, moment)
 
 
 # Tables.

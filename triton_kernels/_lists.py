@@ -179,7 +179,7 @@ def _fill_memory_alike(tensors: Sequence[Tensor]) -> bool:
     return all(x.stride() == first.stride() for x in tensors)
 
 
-def _join(tensors: Sequence[Tensor], row_major: bool) -> list[tuple[int, ...]]:
+def _join(tensors: Sequence[Tensor], row_major: bool = False) -> list[tuple[int, ...]]:
     """Dimensions as (size, contiguous stride, stride of each tensor), joined.
 
     Unless they are to be in row-major order they are in the memory order of the first tensor: elements next to each

@@ -1,6 +1,6 @@
 """Sums over lists of tensors in float64, whose bits follow from shapes alone.
 
-A program adds up its chunk in ``BLOCK`` lanes, then the lanes, and leaves one partial sum; ``add_chunks`` adds those of
+A program adds up its chunk in ``LANES`` lanes, then the lanes, and leaves one partial sum; ``add_chunks`` adds those of
 each tensor. Every addition has two terms and a place of its own in a tree: neither alignment nor the number of warps
 nor how a compiler lays numbers out in registers shows.
 """
@@ -17,15 +17,15 @@ from ._lists import CHUNK, Table
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
-BLOCK = tl.constexpr(1024)
-"""Lanes of a chunk; with four warps a thread has 8 of them, 16 bytes of any dtype."""
+LANES = tl.constexpr(1024)
+"""Lanes of a chunk; with four warps of 32 a thread has 8 of them, 16 bytes of any dtype."""
 LEVELS = tl.constexpr(10)
-"""Halvings from ``BLOCK`` lanes to one."""
+"""Halvings from ``LANES`` lanes to one."""
 
 # Partial sums of several tensors at once, as most have few.
 _TENSORS = tl.constexpr(4)
-_LANES = tl.constexpr(512)
-_LANE_LEVELS = tl.constexpr(9)
+_PARTIALS = tl.constexpr(512)
+_PARTIAL_LEVELS = tl.constexpr(9)
 
 
 @triton.jit
@@ -50,11 +50,11 @@ def _add_chunks(layouts, count, partials, chunks, sums, WIDTH: tl.constexpr):
     size, first = tl.load(layout, there, 0), tl.load(layout + 1, there, 0)
     number = ((size + CHUNK - 1) // CHUNK)[:, None]  # [tensors, 1]
     own = partials + (which * chunks + first)[:, None]
-    lanes = tl.arange(0, _LANES)[None, :]
-    sum_of_lanes = tl.full((_TENSORS, _LANES), 0, tl.float64)
-    for k in range(0, tl.max(number).to(tl.int32), _LANES):
+    lanes = tl.arange(0, _PARTIALS)[None, :]
+    sum_of_lanes = tl.full((_TENSORS, _PARTIALS), 0, tl.float64)
+    for k in range(0, tl.max(number).to(tl.int32), _PARTIALS):
         sum_of_lanes += tl.load(own + k + lanes, k + lanes < number, 0.0)
-    tl.store(sums + which * count + i, total(sum_of_lanes, _LANE_LEVELS), there)
+    tl.store(sums + which * count + i, total(sum_of_lanes, _PARTIAL_LEVELS), there)
 
 
 def first_chunks(tensors: Sequence[Tensor]) -> list[int]:

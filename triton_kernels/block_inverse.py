@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._language import divide, is_finite
+from ._language import divide
 from ._launch import INTERPRETED, launch
 
 LARGEST = 64
@@ -34,9 +34,9 @@ def _pick(x, mask, axis: tl.constexpr):
 
 
 @triton.jit
-def _any(x):
-    """Whether any entry of a block is set: [rows, columns, blocks] -> [blocks]."""
-    return tl.max(tl.max(x.to(tl.int32), 0), 0) != 0
+def _all_finite(x):
+    """Which blocks are finite: [rows, columns, blocks] -> [blocks]."""
+    return tl.max(tl.max((~(tl.abs(x) < float("inf"))).to(tl.int32), 0), 0) == 0
 
 
 @triton.jit
@@ -56,9 +56,10 @@ def _to_threads(x, BLOCKS: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def _damped(a, i, j, damping):
-    """What is inverted, by the lower triangle."""
-    a = tl.where(i >= j, a, tl.permute(a, (1, 0, 2)))
-    return tl.where(i == j, a + damping, a)
+    """What is inverted, by the lower triangle, 0 where it is not finite; and which are finite."""
+    finite = _all_finite(a)
+    a = tl.where(finite[None, None, :], tl.where(i >= j, a, tl.permute(a, (1, 0, 2))), 0.0)
+    return tl.where(i == j, a + damping, a), finite
 
 
 @triton.jit
@@ -85,13 +86,13 @@ def _sweep(a, x, good, k, i, j, column, SOLVE: tl.constexpr):
 def _finished(a, good, i, j):
     """The inverses, symmetric to the bit, and which are of use."""
     inverse = 0.0 - tl.where(i >= j, a, tl.permute(a, (1, 0, 2)))
-    return inverse, good & ~_any(~is_finite(inverse))
+    return inverse, good & _all_finite(inverse)
 
 
 @triton.jit
 def _solved(x, good):
     """The solutions, NaN where they are of no use, and which are: [columns, blocks]."""
-    good = good & (tl.max((~is_finite(x)).to(tl.int32), 0) == 0)
+    good = good & _all_finite(x[None, :, :])
     return tl.where(good[None, :], x, float("nan")), good
 
 
@@ -126,8 +127,10 @@ def one_thread_kernel(
     vector = first * N + block[:, None] * N + column[None, :]
     if SOLVE:
         x = _to_threads(tl.load(rhs + vector, there, 0.0), BLOCKS, P)
-    good = ~_any(~is_finite(a))
-    a = _damped(a, i, j, tl.full((), damping, T))
+    a, good = _damped(a, i, j, tl.full((), damping, T))
+    if SOLVE:
+        good = good & _all_finite(x[None, :, :])
+        x = tl.where(good[None, :], x, 0.0)
     for k in tl.static_range(N):
         a, x, good = _sweep(a, x, good, k, i, j, column[:, None], SOLVE)
     if SOLVE:
@@ -174,8 +177,10 @@ def shared_kernel(
     of_block = (column < n)[:, None] & (block < left)[None, :]
     if SOLVE:
         x = tl.load(rhs + vector, of_block, 0.0)
-    good = ~_any(~is_finite(a))
-    a = _damped(a, i, j, tl.full((), damping, T))
+    a, good = _damped(a, i, j, tl.full((), damping, T))
+    if SOLVE:
+        good = good & _all_finite(x[None, :, :])
+        x = tl.where(good[None, :], x, 0.0)
     for k in range(n):
         a, x, good = _sweep(a, x, good, k, i, j, column[:, None], SOLVE)
     if SOLVE:

@@ -88,6 +88,7 @@ def sums(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     RUN: tl.constexpr,
+    FAR: tl.constexpr,  # whether the rows of a step reach beyond offsets of 32 bits
 ):
     """Products of two ranges of columns, summed over a share of the rows."""
     tile = tl.program_id(0)
@@ -98,9 +99,8 @@ def sums(
     is_left, is_right = (left_columns < columns)[None, :], (right_columns < columns)[None, :]
     lanes = tl.arange(0, STEP)
     left_rows = tl.minimum(rows - begin, share).to(tl.int32)
-    left, right = lanes[:, None] * stride + left_columns[None, :], lanes[:, None] * stride + right_columns[None, :]
-    first = x + begin * stride
-    hop = tl.full((), STEP, tl.int64) * stride
+    row_offsets = (lanes.to(tl.int64) if FAR else lanes)[:, None] * stride
+    left, right = row_offsets + left_columns[None, :], row_offsets + right_columns[None, :]
     total = tl.zeros((BLOCK, BLOCK), A)
     for run in range(0, left_rows, RUN):
         of_run = tl.zeros((BLOCK, BLOCK), A)
@@ -109,10 +109,10 @@ def sums(
             weights = None
             if weight is not None:
                 weights = tl.load(weight + begin + at + lanes, there, 0)
+            first = x + (begin + at) * stride
             of_left = tl.load(first + left, there[:, None] & is_left, 0)
             of_right = tl.load(first + right, there[:, None] & is_right, 0)
             of_run = _add_products(of_run, of_left, of_right, weights, A)
-            first += hop
         total += of_run
     at = (tl.program_id(1).to(tl.int64) * tiles + tile) * (BLOCK * BLOCK)
     entries = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -169,7 +169,7 @@ def weighted_gram(out: Tensor, x: Tensor, weight: Tensor | None, decay: float, g
     shares = torch.empty(count, tiles, block, block, dtype=out.dtype, device=out.device)
     launch(
         sums, (tiles, count), out.device, x, weight, shares, rows, columns, x.stride(0), share, tiles,
-        A=wide, BLOCK=block, STEP=step, RUN=run, warps=warps, stages=stages,
+        A=wide, BLOCK=block, STEP=step, RUN=run, FAR=step * x.stride(0) + columns >= 2**31, warps=warps, stages=stages,
     )  # fmt: skip
     launch(
         results, (tiles, block // _STORED_ROWS.value), out.device, out, shares, columns, tiles, count, decay, gain,

@@ -14,13 +14,14 @@ from torch import Tensor
 from ._language import divide, narrow
 from ._launch import launch
 from ._lists import CHUNK, TYPES, address, are_aligned, table
-from ._sums import BLOCK, LEVELS, add_chunks, first_chunks, new_partials, total
+from ._sums import LANES, LEVELS, add_chunks, first_chunks, new_partials, total
 
 # The lists, in the order of the arguments.
 _U, _X = (tl.constexpr(k) for k in range(2))
 # The layout: size, first chunk, where the solution begins among those of its dtype.
 _WIDTH = tl.constexpr(3)
 
+_BLOCK = tl.constexpr(2048)  # of the second pass: 16 bytes of any dtype a thread, with warps of 32 lanes and of 64
 _PLACE = 16  # elements whose multiples solutions begin at: 32 bytes of the shortest dtype
 
 
@@ -42,19 +43,19 @@ def multiply_kernel(
     layout = layouts + i.to(tl.int64) * _WIDTH
     u = address(addresses, count, _U, i, T) + start
     x = address(addresses, count, _X, i, T) + start
-    lanes = tl.arange(0, BLOCK)
+    lanes = tl.arange(0, LANES)
     left = tl.minimum(tl.load(layout) - start, CHUNK).to(tl.int32)
-    square = tl.full((BLOCK,), 0, tl.float64)
-    along = tl.full((BLOCK,), 0, tl.float64)
+    square = tl.full((LANES,), 0, tl.float64)
+    along = tl.full((LANES,), 0, tl.float64)
     if (left == CHUNK) & are_aligned(u, x, x):
         # No mask and known alignment: 16 bytes a load.
         wide_u, wide_x = tl.multiple_of(u, 16), tl.multiple_of(x, 16)
-        for first in range(0, CHUNK, BLOCK):
+        for first in range(0, CHUNK, LANES):
             at = first + lanes
             v, y = tl.load(wide_u + at).to(tl.float64), tl.load(wide_x + at).to(tl.float64)
             square, along = tl.fma(v, v, square), tl.fma(v, y, along)
     else:
-        for first in range(0, left, BLOCK):
+        for first in range(0, left, LANES):
             at = first + lanes
             v = tl.load(u + at, at < left, 0.0).to(tl.float64)
             y = tl.load(x + at, at < left, 0.0).to(tl.float64)
@@ -72,10 +73,10 @@ def solve_kernel(
     rho: tl.float64,
 ):
     """By what u enters the solution."""
-    lanes = tl.arange(0, BLOCK)
-    square = tl.full((BLOCK,), 0, tl.float64)
-    along = tl.full((BLOCK,), 0, tl.float64)
-    for first in range(0, count, BLOCK):
+    lanes = tl.arange(0, LANES)
+    square = tl.full((LANES,), 0, tl.float64)
+    along = tl.full((LANES,), 0, tl.float64)
+    for first in range(0, count, LANES):
         i = first + lanes
         square += tl.load(sums + i, i < count, 0.0)
         along += tl.load(sums + count + i, i < count, 0.0)
@@ -102,19 +103,20 @@ def subtract_kernel(
     layout = layouts + i.to(tl.int64) * _WIDTH
     u = address(addresses, count, _U, i, T) + start
     x = address(addresses, count, _X, i, T) + start
-    out = outs + tl.load(layout + 2) + start
+    # As an address of its own: beside an argument compilers forget that it is aligned.
+    out = (outs.to(tl.int64) + (tl.load(layout + 2) + start) * (T.primitive_bitwidth // 8)).to(tl.pointer_type(T))
     along = tl.load(coefficient).to(A)
     damping = tl.full((), rho, tl.float64).to(A)
-    lanes = tl.arange(0, BLOCK)
+    lanes = tl.arange(0, _BLOCK)
     left = tl.minimum(tl.load(layout) - start, CHUNK).to(tl.int32)
     if (left == CHUNK) & are_aligned(u, x, out):
         wide_u, wide_x, wide_out = tl.multiple_of(u, 16), tl.multiple_of(x, 16), tl.multiple_of(out, 16)
-        for first in range(0, CHUNK, BLOCK):
+        for first in range(0, CHUNK, _BLOCK):
             at = first + lanes
             v, y = tl.load(wide_u + at).to(A), tl.load(wide_x + at).to(A)
             tl.store(wide_out + at, narrow(divide(y - along * v, damping), T))
     else:
-        for first in range(0, left, BLOCK):
+        for first in range(0, left, _BLOCK):
             at = first + lanes
             v, y = tl.load(u + at, at < left).to(A), tl.load(x + at, at < left).to(A)
             tl.store(out + at, narrow(divide(y - along * v, damping), T), at < left)

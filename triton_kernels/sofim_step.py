@@ -16,7 +16,7 @@ from ._language import is_finite, narrow
 from ._launch import launch
 from ._lists import CHUNK, Table, address, are_aligned, locate, number, table
 from ._steps import advance, is_off, scalar, times
-from ._sums import BLOCK, LEVELS, add_chunks, first_chunks, new_partials, total
+from ._sums import LANES, LEVELS, add_chunks, first_chunks, new_partials, total
 
 # The lists, in the order of the arguments, and the numbers after them.
 _PARAM, _GRAD, _MOMENT, _STEP, _RATE_TENSOR, _RATE, _DECAY = (tl.constexpr(k) for k in range(7))
@@ -26,10 +26,11 @@ _NO_TENSOR, _SINGLE, _DOUBLE = (tl.constexpr(k) for k in range(3))
 # Coefficients of the second pass, float64 [3, count].
 _ALONG_MOMENT, _ALONG_GRADIENT, _SHRINKAGE = (tl.constexpr(k) for k in range(3))
 
+_BLOCK = 2048  # of the second pass: 16 bytes of any dtype a thread, with warps of 32 lanes and of 64
 _WARPS_STRIDED = 8  # four elements a thread: finding them takes many registers
 
-_LANES = tl.constexpr(128)  # parameters whose coefficients one program computes
-_LANE_LEVELS = tl.constexpr(7)
+_PARAMS = tl.constexpr(128)  # parameters whose coefficients one program computes
+_PARAM_LEVELS = tl.constexpr(7)
 
 
 @triton.jit
@@ -114,14 +115,14 @@ def advance_kernel(
         decay = _decay_of(addresses, count, i, weight_decay, EACH).to(A)
         b = tl.full((), beta, A)
         gain = (1 - tl.full((), beta, tl.float64)).to(A)
-        lanes = tl.arange(0, BLOCK)
+        lanes = tl.arange(0, LANES)
         left = tl.minimum(tl.load(layout) - start, CHUNK).to(tl.int32)
-        square = tl.full((BLOCK,), 0, tl.float64)
-        product = tl.full((BLOCK,), 0, tl.float64)
-        taken = tl.full((BLOCK,), 0, tl.int32)
+        square = tl.full((LANES,), 0, tl.float64)
+        product = tl.full((LANES,), 0, tl.float64)
+        taken = tl.full((LANES,), 0, tl.int32)
 
         if STRIDED:
-            for first in range(0, left, BLOCK):
+            for first in range(0, left, LANES):
                 _, at_param, at_grad, at_moment = locate(geometry, i, start + first, lanes)
                 square, product, taken = _advance_moments(
                     param + at_param, grad + at_grad, moment + at_moment, first + lanes < left,
@@ -131,14 +132,14 @@ def advance_kernel(
             # No mask and known alignment: 16 bytes a load.
             wide_param, wide_grad = tl.multiple_of(param, 16), tl.multiple_of(grad, 16)
             wide_moment = tl.multiple_of(moment, 16)
-            for first in range(0, CHUNK, BLOCK):
+            for first in range(0, CHUNK, LANES):
                 at = first + lanes
                 square, product, taken = _advance_moments(
                     wide_param + at, wide_grad + at, wide_moment + at, None,
                     inverse_scale, decay, b, gain, square, product, taken, ALONG_GRADIENT, COUPLED,
                 )  # fmt: skip
         else:
-            for first in range(0, left, BLOCK):
+            for first in range(0, left, LANES):
                 at = first + lanes
                 square, product, taken = _advance_moments(
                     param + at, grad + at, moment + at, at < left,
@@ -201,8 +202,8 @@ def solve_kernel(
     EACH: tl.constexpr,
 ):
     """What some parameters take off: coefficients of the moment as it is stored, the gradient and the parameter."""
-    lanes = tl.arange(0, _LANES)
-    i = tl.program_id(0) * _LANES + lanes
+    lanes = tl.arange(0, _PARAMS)
+    i = tl.program_id(0) * _PARAMS + lanes
     there = i < count
     if is_off(found_inf):
         tl.store(squares + i, tl.zeros_like(i).to(tl.float64), there)
@@ -211,15 +212,15 @@ def solve_kernel(
         tl.store(squares + i, square, there)
         if GLOBAL:
             # Every program adds up the same numbers in the same order.
-            square_of_lanes = tl.full((_LANES,), 0, tl.float64)
-            product_of_lanes = tl.full((_LANES,), 0, tl.float64)
-            for first in range(0, count, _LANES):
+            square_of_lanes = tl.full((_PARAMS,), 0, tl.float64)
+            product_of_lanes = tl.full((_PARAMS,), 0, tl.float64)
+            for first in range(0, count, _PARAMS):
                 more = first + lanes
                 its_square, its_product = _corrected(sums, corrections, count, more, more < count, ALONG_GRADIENT)
                 square_of_lanes += its_square
                 product_of_lanes += its_product
-            square = total(square_of_lanes[None, :], _LANE_LEVELS)
-            product = total(product_of_lanes[None, :], _LANE_LEVELS)
+            square = total(square_of_lanes[None, :], _PARAM_LEVELS)
+            product = total(product_of_lanes[None, :], _PARAM_LEVELS)
         correction = tl.load(corrections + i, there, 1.0)
         rate = _rates(addresses, count, layouts, i, there, lr, lr_factor, EACH)
         if EACH:
@@ -287,6 +288,7 @@ def descend_kernel(
     ALONG_GRADIENT: tl.constexpr,
     COUPLED: tl.constexpr,
     EACH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """The second pass over one chunk of one parameter; arguments as for the first."""
     if not is_off(found_inf):
@@ -426,7 +428,7 @@ def step(
     squares = torch.empty(plan.count, dtype=torch.float64, device=device)
     coefficients = torch.empty(3, plan.count, dtype=torch.float64, device=device)
     launch(
-        solve_kernel, triton.cdiv(plan.count, _LANES.value), device,
+        solve_kernel, triton.cdiv(plan.count, _PARAMS.value), device,
         plan.addresses, plan.count, plan.layout, sums, corrections, squares, coefficients,
         rate, rate_factor, decay, rho, found_inf,
         GLOBAL=not by_tensor, ALONG_GRADIENT=along_gradient, EACH=each, fuse=False,
@@ -436,6 +438,6 @@ def step(
             descend_kernel, len(chunks), device,
             plan.addresses, plan.count, plan.layout, plan.geometry, chunks, left_out, coefficients,
             beta, decay, scale, scale_factor, found_inf, T=dtype, A=wide, STRIDED=strided,
-            fuse=False, warps=_WARPS_STRIDED if strided else 4, **form,
+            BLOCK=LANES.value if strided else _BLOCK, fuse=False, warps=_WARPS_STRIDED if strided else 4, **form,
         )  # fmt: skip
     return skipped, squares

@@ -52,6 +52,13 @@ def check_count(op: str, i: int, t: Tensor, param: Tensor) -> None:
         raise TypeError(f"{op}: steps[{i}] has dtype {t.dtype}, expected float32")
 
 
+def found_on_device(found_inf: Tensor | None, device: torch.device | None) -> tuple[bool, Tensor | None]:
+    """Whether it is known here that a step does nothing, and what its kernels have to ask on their device."""
+    if found_inf is None or found_inf.device == device:
+        return False, found_inf
+    return bool(found_inf), None
+
+
 def check_rate(op: str, lr: Tensor, name: str = "lr") -> None:
     """A learning rate is finite and not negative."""
     # Not on another device: reading it would wait for all the work queued there.

@@ -20,6 +20,7 @@ from fisher_kernels.ops._step import (
     check_one_element,
     check_rate,
     check_written,
+    found_on_device,
 )
 
 _OP = "adafisher_step_"
@@ -273,7 +274,9 @@ def _triton(
     device = params[0].device if params else None
     _check_numbers(lr, beta, damping, weight_decay, grad_scale, found_inf, device)
     check_rate(_OP, lr)
-    if not params or (found_inf is not None and found_inf.is_cpu and bool(found_inf)):
+    nothing, found_inf = found_on_device(found_inf, device)
+    if nothing or not params:
+        layout()
         return torch.zeros(len(params), dtype=torch.int64, device=device)
     skipped = adafisher_step.step(
         params, grads, exp_avgs, steps, row_factors, column_factors, layout,

@@ -12,7 +12,14 @@ from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import native
 from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define
-from fisher_kernels.ops._step import check_lengths, check_like, check_one_element, check_rate, check_written
+from fisher_kernels.ops._step import (
+    check_lengths,
+    check_like,
+    check_one_element,
+    check_rate,
+    check_written,
+    found_on_device,
+)
 
 _OP = "mbf_step_"
 
@@ -413,9 +420,9 @@ def _triton(
     device = params[0].device if params else None
     _check_numbers(lr, momentum, weight_decay, kl_clip, grad_scale, found_inf, device)
     check_rate(_OP, lr)
-    if not params or (found_inf is not None and found_inf.is_cpu and bool(found_inf)):
-        if params:
-            _check_lists(params, grads, momentum_buffers, inverses)
+    nothing, found_inf = found_on_device(found_inf, device)
+    if nothing or not params:
+        views()
         zeros = torch.zeros(len(params), dtype=torch.int64, device=device)
         return zeros, torch.ones((), dtype=torch.float64, device=device)
     skipped, scale = mbf_step.step(

@@ -57,11 +57,22 @@ def _cpu(out: Tensor, v: Tensor, decay: float, gain: float) -> None:
     increment_version([out])
 
 
+def _triton(out: Tensor, v: Tensor, decay: float, gain: float) -> None:
+    from fisher_kernels.triton_kernels import mini_block_gram
+
+    _fake(out, v, decay, gain)
+    if v.stride()[1:] != (v.shape[2], 1):
+        v = v.contiguous()
+    mini_block_gram.gram(out, v, decay, gain)
+    increment_version([out])
+
+
 _mini_block_gram = define(
     "mini_block_gram_(Tensor(a!) out, Tensor v, float decay, float gain) -> ()",
     fake=_fake,
     reference=_reference,
     cpu=_cpu,
+    triton=_triton,
 )
 
 
@@ -210,12 +221,35 @@ def _conv_cpu(
     increment_version([out])
 
 
+def _conv_triton(
+    out: Tensor,
+    x: Tensor,
+    grad_output: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    decay: float,
+    gain: float,
+) -> None:
+    from fisher_kernels.triton_kernels import conv_mini_block_gram
+
+    _conv_fake(out, x, grad_output, kernel_size, stride, padding, dilation, groups, decay, gain)
+    x, grad_output = _with_even_positions(x), _with_even_positions(grad_output)
+    conv_mini_block_gram.conv_gram(
+        out, x, grad_output, kernel_size, stride, padding[::2], dilation, groups, decay, gain
+    )
+    increment_version([out])
+
+
 _conv_mini_block_gram = define(
     "conv_mini_block_gram_(Tensor(a!) out, Tensor x, Tensor grad_output, int[] kernel_size, int[] stride, "
     "int[] padding, int[] dilation, int groups, float decay, float gain) -> ()",
     fake=_conv_fake,
     reference=_conv_reference,
     cpu=_conv_cpu,
+    triton=_conv_triton,
 )
 
 

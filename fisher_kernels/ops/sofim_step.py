@@ -18,6 +18,7 @@ from fisher_kernels.ops._step import (
     check_one_element,
     check_rate,
     check_written,
+    found_on_device,
 )
 
 _OP = "sofim_step_"
@@ -237,8 +238,8 @@ def _triton(
     _check_numbers(params, lr, beta, rho, direction, scope, weight_decay, grad_scale, found_inf)
     _check_rates(lr)
     device = params[0].device if params else None
-    on_host = found_inf is not None and found_inf.device != device  # where reading it costs nothing
-    if not params or (on_host and bool(found_inf)):
+    nothing, found_inf = found_on_device(found_inf, device)
+    if nothing or not params:
         _check_lists(params, grads, exp_avgs, steps)
         count = len(params)
         return (
@@ -249,7 +250,7 @@ def _triton(
         params, grads, exp_avgs, steps, lambda: _check_lists(params, grads, exp_avgs, steps),
         lr=lr, beta=beta, rho=rho, along_gradient=direction == "gradient", by_tensor=scope == "tensor",
         weight_decay=weight_decay, decoupled=decoupled, maximize=maximize, grad_scale=grad_scale,
-        found_inf=None if on_host else found_inf,
+        found_inf=found_inf,
     )  # fmt: skip
     increment_version(params)
     return results
