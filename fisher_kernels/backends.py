@@ -46,7 +46,7 @@ def _why_not_here() -> str | None:
 _REASONS: dict[str, str | None] = {
     "reference": None,
     "cpu": native_reason(),
-    "cuda": "this version has no CUDA kernels; CUDA tensors run on the reference",
+    "cuda": "this version has no CUDA kernels; CUDA tensors run on Triton's, or on the reference",
     "triton": _why_not_here(),
 }
 _DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if is_interpreted() else "cuda"}
