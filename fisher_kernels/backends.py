@@ -1,6 +1,7 @@
 """Which implementation of an op runs: ``auto``, ``reference``, ``cpu``, ``cuda`` or ``triton``.
 
-``auto``, the default, takes the native kernels for CPU tensors and the reference wherever nothing else is built.
+``auto``, the default, takes the native kernels for CPU tensors, Triton's for tensors on a GPU, and the reference
+wherever these are missing.
 ``FISHER_KERNELS_BACKEND`` sets another default; :func:`use_backend` overrides it for a while.
 """
 
