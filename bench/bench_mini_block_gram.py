@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.baselines import outer_products_of_patches
 from bench.interleaved import Case, RunCase
 from bench.limits import stream_read
 from fisher_kernels.ops import conv_mini_block_gram_, mini_block_gram_
@@ -66,9 +67,7 @@ def test_conv_mini_block_gram(
     out = torch.empty(outputs, inputs, n, n)
 
     def unfolded() -> Tensor:
-        patches = torch.nn.functional.unfold(x, kernel_size, padding=padding)  # [N, I * n, L]
-        gradients = torch.bmm(grad.flatten(2), patches.mT).view(samples, outputs * inputs, n)
-        return torch.einsum("nbi,nbj->bij", gradients, gradients)
+        return outer_products_of_patches(x, grad, kernel_size, padding)
 
     def ours() -> None:
         conv_mini_block_gram_(out, x, grad, kernel_size, padding=padding)

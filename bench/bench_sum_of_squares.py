@@ -7,38 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
+from bench.baselines import rows_and_slices, unfold_of_the_sum, unfold_of_x
 from bench.interleaved import Case, RunCase
 from bench.limits import stream_read
 from fisher_kernels.ops import channel_sum_of_squares, column_sum_of_squares, patch_sum_of_squares
-
-
-def unfold_of_the_sum(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
-    """The best simple eager form: squares summed over samples, then unfolded."""
-    squares = (x * x).sum(0, keepdim=True)
-    return F.unfold(squares, kernel, padding=padding, stride=stride).sum((0, 2)).view(x.shape[1], kernel, kernel)
-
-
-def rows_and_slices(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
-    """The best careful eager form: ``addcmul_`` sample by sample, then one slice for each offset."""
-    squares = torch.zeros_like(x[0])
-    for sample in x:
-        squares.addcmul_(sample, sample)
-    squares = F.pad(squares, (padding,) * 4)
-    height, width = ((n - kernel) // stride + 1 for n in squares.shape[1:])
-    out = x.new_empty(x.shape[1], kernel, kernel)
-    for i in range(kernel):
-        for j in range(kernel):
-            window = squares[:, i : i + (height - 1) * stride + 1 : stride, j : j + (width - 1) * stride + 1 : stride]
-            out[:, i, j] = window.sum((1, 2))
-    return out
-
-
-def unfold_of_x(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
-    """The textbook form: every patch written out."""
-    return F.unfold(x, kernel, padding=padding, stride=stride).square().sum((0, 2)).view(x.shape[1], kernel, kernel)
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 1)])

@@ -2,7 +2,8 @@
 
 A document says where with a pair of comments. Between ``<!-- measured: OP, OP -->`` and ``<!-- end -->`` go the rows of
 those ops in the report of ``make bench``, if one is given; between ``<!-- from: FILE -->`` and ``<!-- end -->`` goes a
-Markdown file that ``fisher-kernels compare`` wrote, its place counted from the document.
+Markdown file that ``fisher-kernels compare`` wrote, its place counted from the document; and between ``<!-- gpu -->``
+and ``<!-- end -->`` the latest report of ``make gpu`` of each device, out of ``bench/results/``.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from typing import Annotated, Any
 
 import typer
 
+from bench.gpu.report import latest, markdown
+
 ROOT = Path(__file__).parent.parent
 PLACE = re.compile(r"^(<!-- measured: (?P<ops>[^>]*?) -->\n).*?^(<!-- end -->)", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"^(<!-- from: (?P<file>[^>]*?) -->\n).*?^(<!-- end -->)", re.DOTALL | re.MULTILINE)
+GPU = re.compile(r"^(<!-- gpu -->\n).*?^(<!-- end -->)", re.DOTALL | re.MULTILINE)
 HEADER = (
     "| op | shape | dtype | baseline | baseline ms | ours ms | ratio | GB/s | of limit |\n| --- " + "| --- " * 8 + "|\n"
 )
@@ -51,6 +55,7 @@ def filled(document: Path, report: dict[str, Any] | None) -> str:
     text = document.read_text()
     if report is not None:
         text = PLACE.sub(lambda place: place[1] + table(report, place["ops"].split(", ")) + place[3], text)
+    text = GPU.sub(lambda place: place[1] + markdown(latest()) + place[2], text)
     return FILE.sub(lambda place: place[1] + (document.parent / place["file"]).read_text() + place[3], text)
 
 

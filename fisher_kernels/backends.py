@@ -1,6 +1,7 @@
 """Which implementation of an op runs: ``auto``, ``reference``, ``cpu``, ``cuda`` or ``triton``.
 
-``auto``, the default, takes the native kernels for CPU tensors and the reference wherever nothing else is built.
+``auto``, the default, takes the native kernels for CPU tensors, Triton's for tensors on a GPU, and the reference
+wherever these are missing.
 ``FISHER_KERNELS_BACKEND`` sets another default; :func:`use_backend` overrides it for a while.
 """
 
@@ -46,7 +47,7 @@ def _why_not_here() -> str | None:
 _REASONS: dict[str, str | None] = {
     "reference": None,
     "cpu": native_reason(),
-    "cuda": "this version has no CUDA kernels; CUDA tensors run on the reference",
+    "cuda": "this version has no CUDA kernels; CUDA tensors run on Triton's, or on the reference",
     "triton": _why_not_here(),
 }
 _DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if is_interpreted() else "cuda"}

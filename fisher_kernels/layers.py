@@ -362,7 +362,7 @@ class ReleaseNorm(Norm):
 
     def means(self, module: Any, sums: Sums) -> Means:
         u, samples = sums.vectors[0], sums.counts[0]
-        inputs = torch.stack((u.square().sum(), u.new_tensor(float(u.numel()))))
+        inputs = torch.stack((u.square().sum(), u.new_full((), float(u.numel()))))
         return {"input_factor": (inputs, samples**2), **super().means(module, sums)}
 
     def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:

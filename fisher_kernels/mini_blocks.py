@@ -469,7 +469,7 @@ class EmbeddingBlocks(BlockRule):
                 if use.module.padding_idx is not None:
                     padding = tokens.flatten() == use.module.padding_idx
                     rows[-1] = rows[-1].masked_fill(padding.unsqueeze(1), 0.0)
-            occurring, where = torch.cat(keys).unique(return_inverse=True)
+            occurring, where = _distinct(torch.cat(keys))
             totals = out.new_zeros(len(occurring), out.shape[1]).index_add_(0, where, torch.cat(rows))
             out.index_add_(0, occurring % len(out), totals.square_())
             count += samples
@@ -479,6 +479,19 @@ class EmbeddingBlocks(BlockRule):
 def _keys(tokens: Tensor, kinds: int) -> Tensor:
     """A number for each kind of token in each sample."""
     return tokens + kinds * torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1)
+
+
+def _distinct(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct numbers, and for each number its place among them."""
+    return keys.unique(return_inverse=True) if keys.is_cpu else distinct_padded(keys)
+
+
+def distinct_padded(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, filled up with zeros to the length of ``keys``: to know how many there are is to wait for a GPU."""
+    ordered, order = keys.sort(stable=True)
+    places = F.pad(ordered.diff() != 0, (1, 0))[: len(keys)].cumsum(0)
+    where = torch.empty_like(order).scatter_(0, order, places)
+    return torch.zeros_like(keys).scatter_(0, places, ordered), where
 
 
 def _uses_of(model: nn.Module) -> dict[int, list[nn.Module]]:

@@ -7,28 +7,43 @@ import os
 import torch
 
 # Before anything imports Triton's kernels: without a GPU they run in its interpreter, on CPU tensors.
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
+else:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import ctypes
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import hypothesis
 import pytest
 
 from fisher_kernels import backends
 from fisher_kernels._library import native_module
+from tests import no_hypothesis
+from tests.checkout import nest_triton_kernels
+from tests.round_trip import through
 
-# The same examples at every run: a failure that comes and goes helps nobody.
-hypothesis.settings.register_profile(
-    "fisher_kernels",
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)
-hypothesis.settings.load_profile("fisher_kernels")
+nest_triton_kernels()
+
+try:
+    import hypothesis
+except ModuleNotFoundError:
+    no_hypothesis.install()
+else:
+    # The same examples at every run: a failure that comes and goes helps nobody.
+    hypothesis.settings.register_profile(
+        "fisher_kernels",
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+    )
+    hypothesis.settings.load_profile("fisher_kernels")
+
+_BEGAN = time.monotonic()
 
 
 def _backends() -> list[str]:
@@ -68,6 +83,13 @@ if backends.is_interpreted() and "triton" in backends.available():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--large", action="store_true", help="run the tests that need more than 14 GB of memory too")
+    parser.addoption("--seconds", type=float, help="skip what has not begun after so many seconds")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    seconds = item.config.getoption("--seconds")
+    if seconds is not None and time.monotonic() - _BEGAN > seconds:
+        pytest.skip(f"not run: the {seconds:g} seconds of --seconds were over")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -78,10 +100,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(skip)
 
 
+@contextmanager
+def _using(name: str) -> Iterator[None]:
+    """Run the ops on a backend, on Triton by way of the GPU if there is one."""
+    on_a_gpu = name == "triton" and torch.cuda.is_available()
+    with backends.use_backend(name), through(torch.device("cuda", 0)) if on_a_gpu else nullcontext():
+        yield
+
+
 @pytest.fixture(params=_backends())
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The test runs once on each backend for CPU tensors that is available here: for tests of the ops."""
-    with backends.use_backend(request.param):
+    """The test runs once on each backend that is available here: for tests of the ops."""
+    with _using(request.param):
         yield request.param
 
 
@@ -97,7 +127,7 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     """As ``backend``, but the native kernels run once for every instruction set of this processor."""
     name, _, capability = str(request.param).partition("-")
     native = native_module()
-    with backends.use_backend(name):
+    with _using(name):
         if native is None or not capability:
             yield request.param
             return

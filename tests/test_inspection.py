@@ -86,6 +86,41 @@ def test_a_kernel_that_does_not_compile_is_a_fault() -> None:
     assert "CompilationError" in result.stdout, result.stdout + result.stderr
 
 
+# Steps of lists of several lengths, at several counts and rates; the compilations that each of them asks for.
+AGAIN = """
+import torch
+from fisher_kernels import backends, inspection, ops
+from fisher_kernels.triton_kernels import _launch
+
+def compilations(length, count, lr):
+    launches = []
+    def tensors(*shape):
+        return [torch.rand(shape) for _ in range(length)]
+    def counts():
+        return [torch.tensor(float(count)) for _ in range(length)]
+    common = {"weight_decay": 0.1, "decoupled": True, "maximize": False}
+    with backends.assumed("triton", "cpu"), _launch.recording(launches.append):
+        walked = [tensors(9, 9) for _ in range(3)]
+        ops.adafisher_step_(*walked, counts(), tensors(9), tensors(9), lr=lr, beta=0.9, damping=0.1, **common)
+        ops.sofim_step_(*walked, counts(), lr=lr, beta=0.9, rho=0.5, direction="momentum", scope="global", **common)
+        ops.mbf_step_(*walked, tensors(9, 9, 9), lr=lr, momentum=0.9, kl_clip=0.1, **common)
+        ops.factor_ema_(tensors(9), tensors(9), 0.9, 0.1 * lr)
+        ops.rank_one_inverse_update_(torch.rand(length, 9, 9), torch.rand(length, 9), 0.9, 0.1 * lr)
+    return {inspection._source(launch, "cuda:90")[0].hash() for launch in launches}
+
+first = compilations(3, 5, 0.3)
+print(len(first) > 8)
+for length, count, lr in ((1, 0, 1.0), (2, 1, 2.0), (16, 15, 16.0), (17, 31, 0.0)):
+    print(compilations(length, count, lr) == first)
+"""
+
+
+def test_nothing_is_compiled_again_as_a_run_goes_on() -> None:
+    """Triton makes special cases of 1 and of multiples of 16 unless it is told not to."""
+    result = compiling("-c", AGAIN)
+    assert result.stdout.split() == ["True"] * 5, result.stdout + result.stderr
+
+
 SASS = """
         /*0150*/                   LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
         /*0160*/                   LDG.E.64 R8, desc[UR4][R2.64+0x10] ;

@@ -793,3 +793,13 @@ def test_a_wrong_coefficient_is_seen(mistake: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(mini_blocks.BlockRule, "divisors", lambda self, sums: wrong(right(self, sums), sums))
     with pytest.raises(AssertionError, match=r"off by \d\.\de[-+]0[012] of its longest move"):
         follow(build(), batch_of(*shape), steps=1)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 100])
+def test_distinct_numbers_without_knowing_how_many(count: int) -> None:
+    keys = torch.randint(9, (count,), generator=torch.Generator().manual_seed(count))
+    expected, places = keys.unique(return_inverse=True)
+    distinct, where = mini_blocks.distinct_padded(keys)
+    assert torch.equal(where, places)
+    assert torch.equal(distinct[: len(expected)], expected)
+    assert not distinct[len(expected) :].any()

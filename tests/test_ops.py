@@ -654,7 +654,7 @@ with backends.use_backend("reference"):
     [
         ("reference", "reference"),
         ("fast", "ValueError backend is 'fast', expected one of 'auto', 'reference', 'cpu', 'cuda', 'triton'"),
-        ("triton", f"RuntimeError backend 'triton' is not available: {backends.reasons()['triton']}"),
+        ("cuda", f"RuntimeError backend 'cuda' is not available: {backends.reasons()['cuda']}"),
     ],
 )
 def test_the_environment_sets_the_default(value: str, line: str) -> None:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn import Parameter
@@ -41,6 +39,9 @@ class Explanations(tuple[Explanation, ...]):
     """One :class:`Explanation` a parameter; prints as a table."""
 
     def __str__(self) -> str:
+        from rich.console import Console  # here, so that optimizers work without it
+        from rich.table import Table
+
         table = Table(title="How each parameter is served")
         for column in ("parameter", "shape", "group", "rule", "detail"):
             table.add_column(column, overflow="fold")

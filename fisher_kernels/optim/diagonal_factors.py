@@ -61,6 +61,16 @@ class _Batch:
     vectors: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)  # one for each vector
     normal: list[Tensor] = field(default_factory=list)  # minmax of the vectors
+    arrivals: list[Tensor] = field(default_factory=list)  # where new values are put, on a GPU
+
+    def settle(self, values: list[Tensor]) -> list[Tensor]:
+        """New values where they were at the last refresh, on a GPU: a captured graph knows them by their addresses."""
+        if self.one.is_cpu:
+            return values
+        if [x.shape for x in self.arrivals] != [x.shape for x in values]:
+            self.arrivals = [torch.empty_like(x) for x in values]
+        torch._foreach_copy_(self.arrivals, values)
+        return self.arrivals
 
 
 class DiagonalFactors:
@@ -89,7 +99,8 @@ class DiagonalFactors:
         self._plans: dict[tuple[Any, ...], list[_Batch]] = {}
         self._settings = list({id(groups[site.owner]): groups[site.owner] for site in sites}.values())
         self._normal: dict[int, Factors] = {}
-        self._central: dict[int, Tensor | None] = {}
+        self._constants: dict[tuple[int, torch.device, torch.dtype], tuple[dict[str, Any], Tensor | None]] = {}
+        self._joined: dict[Parameter, Place] = {}
         self._served = {p for site in sites for layer in site.layers for p in layer.parameters.values()}
         self._orientations: dict[Parameter, list[int]] = defaultdict(list)
         for index, site in enumerate(sites):
@@ -146,7 +157,7 @@ class DiagonalFactors:
             variant = VARIANTS[batch.variant]
             decay, gain = variant.coefficients(batch.gamma)
             flags = factor_ema_(
-                batch.averages, values, decay, gain, variant.normalize, batch.eps, batch.joint, divisors
+                batch.averages, batch.settle(values), decay, gain, variant.normalize, batch.eps, batch.joint, divisors
             )
             # On other devices nobody waits to learn what was refused: minmax makes ones of an average of weight 0.
             if not flags.is_cpu or any(flags.tolist()):
@@ -189,17 +200,14 @@ class DiagonalFactors:
                 for index in batch.indices:
                     *factors, (_, weight) = self.averages(index).items()
                     if batch.variant == "relative":
-                        self._place(index, _relative(self.sites[index], {name: f / weight for name, f in factors}))
+                        self._renew(index, _relative(self.sites[index], {name: f / weight for name, f in factors}))
                     elif index not in self._normal:  # later refreshes change these averages where they are
                         self._place(index, dict(factors))
         formed = {index for batch in batches for index in batch.indices} if self._tied else set()
         for owner, orientations in self._tied.items():
             if not formed.isdisjoint(orientations):
-                self.placed[owner] = self._tie(owner)
-                self.version += 1
-        if self._central:
-            self._central.clear()
-            self.version += 1
+                self._join(owner)
+        self._renew_constants()
 
     def _normalize(self, batch: _Batch) -> None:
         """Minmax of all averages of a batch, into the same tensors at every refresh: they are placed but once."""
@@ -218,6 +226,24 @@ class DiagonalFactors:
         placed = site.rule.place(site.module, factors)
         for layer in site.layers:
             self.placed.update({p: placed[role] for role, p in layer.parameters.items()})
+
+    def _renew(self, index: int, factors: Factors) -> None:
+        """Place factors, later ones where the first ones are: plans and captured graphs know their addresses."""
+        if (placed := self._normal.get(index)) is None:
+            self._place(index, factors)
+        else:
+            for name, factor in factors.items():
+                placed[name].copy_(factor)
+
+    def _join(self, owner: Parameter) -> None:
+        """Place the common factors of a weight that is used in two orientations, at the same addresses every time."""
+        new = self._tie(owner)
+        for old, factor in zip(self._joined.setdefault(owner, new), new, strict=True):
+            if old is not factor and old is not None and factor is not None:
+                old.copy_(factor)
+        if self.placed[owner] is not self._joined[owner]:
+            self.placed[owner] = self._joined[owner]
+            self.version += 1
 
     def _tie(self, owner: Parameter) -> Place:
         """One row and one column vector for a weight that its uses see in different orientations.
@@ -252,16 +278,30 @@ class DiagonalFactors:
         That is 1 where a layer serves it but has no statistics yet; for a fallback the group's ``fallback_curvature``,
         1 in the release, or else the median over the group's layers of ``mean(S') mean(H') + damping``.
         """
-        group = self.groups[p]
-        given = group["fallback_curvature"]
-        if p in self._served or (given is None and group["variant"] == "release"):
+        if p in self._served:
             return None
-        if id(group) not in self._central:
-            self._central[id(group)] = (
-                self._median(group) if given is None else torch.tensor([given], dtype=torch.float64)
-            )
-        value = self._central[id(group)]
-        return None if value is None else value.to(p.device, ACCUMULATOR[p.dtype])
+        group = self.groups[p]
+        key = id(group), p.device, ACCUMULATOR[p.dtype]
+        if key not in self._constants:
+            self._constants[key] = group, self._fallback(group, *key[1:])
+        return self._constants[key][1]
+
+    def _fallback(self, group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Tensor | None:
+        given = group["fallback_curvature"]
+        if given is not None:
+            return torch.full((1,), given, dtype=dtype, device=device)
+        median = None if group["variant"] == "release" else self._median(group)
+        return None if median is None else median.to(device, dtype)
+
+    def _renew_constants(self) -> None:
+        """Bring constants up to date after a refresh, where they are."""
+        for key, (group, old) in self._constants.items():
+            new = self._fallback(group, *key[1:])
+            if old is not None and new is not None:
+                old.copy_(new)
+            elif old is not new:
+                self._constants[key] = group, new
+                self.version += 1
 
     def _median(self, group: dict[str, Any]) -> Tensor | None:
         means = []

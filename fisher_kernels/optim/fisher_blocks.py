@@ -127,6 +127,7 @@ class FisherBlocks:
         self._inverted = set(self._averaged)
         self._stale = set(self._averaged)  # saved between an update and the inversion due to it, for all that is known
         self._slices: dict[tuple[int, str], Tensor] = {}
+        self._arrivals: dict[int, Tensor] = {}
 
     def _add(self, owner: Parameter, blocks: Blocks, **kept: Any) -> Part:
         self.parts.append(Part(len(self.parts), owner, blocks, **kept))
@@ -195,9 +196,11 @@ class FisherBlocks:
         for part, vector, divisor, _ in new:
             average = self.averages(part)[0]
             first = part.number not in self._averaged
-            key = (0.0 if first else self.groups[part.owner]["beta2"], average.dtype, average.device)
-            batches[key].append((part, vector.to(average.dtype), divisor))
-        for (decay, _, _), batch in batches.items():
+            decay = 0.0 if first else self.groups[part.owner]["beta2"]
+            batches[first, decay, average.dtype, average.device].append(
+                (part, self._settle(part, vector.to(average.dtype)), divisor)
+            )
+        for (first, decay, _, _), batch in batches.items():
             parts = [part for part, _, _ in batch]
             flags = factor_ema_(
                 [self.averages(part)[0].view(-1) for part in parts],
@@ -206,15 +209,27 @@ class FisherBlocks:
                 1 - decay,
                 divisors=[divisor for _, _, divisor in batch],
             )
-            for part, refused in zip(parts, flags.tolist(), strict=True):
-                if not refused:
+            # A GPU is waited for only where there may be no average yet: then the inverse must stay the identity.
+            known = flags.tolist() if flags.is_cpu or first else None
+            for i, part in enumerate(parts):
+                if known is None:
+                    self.mark(part, flags[i])
+                elif not known[i]:
                     self.mark(part)
-            if any(flags.tolist()):
+            if known is None or any(known):
                 count(self.refused, tuple(part.number for part in parts), flags)
 
-    def mark(self, part: Part) -> None:
-        """Note that the average of a part has changed."""
-        self.averages(part)[2].add_(1)
+    def _settle(self, part: Part, vector: Tensor) -> Tensor:
+        """New sums where they were at the last refresh, if a captured graph is to know them by their address."""
+        if vector.is_cpu or not self.groups[part.owner]["capturable"]:
+            return vector
+        if part.number not in self._arrivals:
+            self._arrivals[part.number] = torch.empty_like(vector)
+        return self._arrivals[part.number].copy_(vector)
+
+    def mark(self, part: Part, refused: Tensor | int = 0) -> None:
+        """Note that the average of a part has changed, or on a GPU that it may have."""
+        self.averages(part)[2].add_(1 - refused)
         self._averaged.add(part.number)
         self._stale.add(part.number)
         self._renew_slices(part, ("further bias",))

@@ -146,7 +146,8 @@ class LayerwiseOptimizer(FisherOptimizer):
         if "silent" in self._warned:
             return
         waiting = [site.owner.grad for site in self.statistics.sites if is_due(self._groups[site.owner])]
-        if any(bool(grad.any()) for grad in waiting if grad is not None):
+        # Whether a gradient is all zeros is read on the CPU alone: elsewhere the step would wait for the device.
+        if any(not grad.is_cpu or bool(grad.any()) for grad in waiting if grad is not None):
             self._warn_once(
                 "silent",
                 "a refresh step has gradients but saw no statistics of any layer. Was the model compiled and run "

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -79,6 +78,8 @@ class MBF(LayerwiseOptimizer):
         grad_scaler: the ``torch.amp.GradScaler`` in use, so that blocks are in the units of unscaled gradients also
             after a manual ``unscale_``.
         inverse_storage: ``"full"``; ``"packed"``, one triangle of each block that is not shared; ``"bfloat16"``.
+        capturable: on a GPU, keep new statistics at fixed addresses, so that a CUDA graph can capture a step that takes
+            them; it costs a copy of them and their memory. Other steps can be captured without it.
         process_group: over which statistics are added up, one all-reduce a refresh; None takes the default group where
             torch.distributed is initialised.
 
@@ -111,6 +112,7 @@ class MBF(LayerwiseOptimizer):
         params: Iterable[Any] | None = None,
         grad_scaler: Any = None,
         inverse_storage: str = "full",
+        capturable: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         defaults = {
@@ -128,6 +130,7 @@ class MBF(LayerwiseOptimizer):
             "decoupled": decoupled,
             "maximize": maximize,
             "inverse_storage": inverse_storage,
+            "capturable": capturable,
         }
         self._scales: dict[int, Tensor] = {}
         super().__init__(model, params, defaults, grad_scaler, process_group)
@@ -135,6 +138,7 @@ class MBF(LayerwiseOptimizer):
     # Groups.
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        group.setdefault("capturable", False)  # which states saved by earlier versions lack
         super()._check_group(group)
         for name in ("update_interval", "inverse_interval"):
             if not isinstance(group[name], int) or group[name] < 1:
@@ -298,6 +302,8 @@ class MBF(LayerwiseOptimizer):
         Raises:
             ValueError: there was no batch, or none that gave finite statistics of any layer.
         """
+        from rich.progress import track  # here, so that training works without it
+
         parameters = list(self._groups)
         grad_scaler, self.statistics.grad_scaler = self.statistics.grad_scaler, None  # nothing is scaled here
         gradients = [p.grad for p in parameters]

@@ -1,0 +1,64 @@
+"""The self-test by its Python interface, for environments without the command line's packages: one line an op.
+
+``--compile`` first compiles the kernels in several processes, which fills Triton's cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+
+import torch
+
+from fisher_kernels import backends, selftest
+from tests.checkout import nest_triton_kernels
+
+MOST_PROCESSES = 12
+
+
+def launch(which: int, processes: int) -> None:
+    """Run one case out of so many on Triton; what comes of it is another's business."""
+    nest_triton_kernels()
+    device = torch.device(backends.device_type("triton"))
+    jobs = [(case, dtype) for case in selftest.CASES for dtype in case.dtypes]
+    for case, dtype in jobs[which::processes]:
+        selftest._check(case, dtype, "triton", device)
+
+
+def compile_all() -> None:
+    """Compile what the self-test launches, a case at a time on each processor core."""
+    processes = min(os.cpu_count() or 1, MOST_PROCESSES)
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=launch, args=(i, processes)) for i in range(processes)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def main() -> int:
+    """The command: 1 on any failure."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.selftest", description=__doc__)
+    parser.add_argument("--compile", action="store_true", help="first compile the kernels in several processes")
+    nest_triton_kernels()
+    if parser.parse_args().compile and backends.reasons()["triton"] is None:
+        compile_all()
+    groups: dict[tuple[str, str, str], list[selftest.Result]] = {}
+    for result in selftest.run():
+        groups.setdefault((result.op, result.backend, result.device), []).append(result)
+        if not result.passed:
+            print(f"failed: {result.op}, {result.case}, {result.dtype} on {result.backend}: {result.message}")
+    for (op, backend, device), results in sorted(groups.items()):
+        worst = max((r.worst for r in results if r.worst is not None), default=0.0)
+        passed = sum(r.passed for r in results)
+        print(f"{op} on {backend} ({device}): {passed} of {len(results)} passed, largest error {worst:.2f}")
+    for name, reason in backends.reasons().items():
+        if reason is not None:
+            print(f"not tested: {name}: {reason}")
+    return int(any(not r.passed for results in groups.values() for r in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

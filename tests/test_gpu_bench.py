@@ -1,0 +1,204 @@
+"""The benchmarks for a GPU at tiny sizes on the CPU: the harness, its report, and what it does with failures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import tables
+from bench.gpu import __main__ as driver
+from bench.gpu import limits, measure, op_cases, report, shapes, step_cases
+from bench.gpu.case import LIMITS, Case, Work
+from bench.gpu.timing import Clock, Times
+
+CPU = torch.device("cpu")
+CLOCK = Clock(CPU, 0.0)
+RATES = dict.fromkeys(LIMITS, 1e9)
+CASES = list(chain(step_cases.cases(True, False), op_cases.cases(True, False)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case_is_right_and_measured(case: Case) -> None:
+    (row,) = measure.measure(case, CLOCK, RATES, ["reference"], 0)
+    assert row.error is None
+    assert {name: b.error for name, b in row.baselines.items() if b.error} == {}
+    assert row.times is not None
+    assert row.times.p20 <= row.times.median <= row.times.p80
+    assert row.bytes_moved > 0
+    assert set(case.targets) <= {*row.ratios, *(f"memory: {name}" for name in row.baselines)}
+    assert case.limit in row.ratios
+    assert (row.wall is not None) == case.wall
+
+
+def test_full_sizes_are_those_of_the_targets() -> None:
+    for found in shapes.models(False).values():
+        assert 0.95e9 < shapes.size(found) < 1.1e9
+    assert shapes.size(shapes.resnet(64)) == 25_557_032, "a ResNet-50 as torchvision has it"
+    full = list(chain(step_cases.cases(False, False), op_cases.cases(False, False)))
+    assert len(full) == len(CASES)
+    assert len({case.name for case in full}) == len(full)
+
+
+def made(run: Any = lambda: None, check: Any = lambda: None, **targets: float) -> Case:
+    return Case(
+        "op", "shape", torch.float32,
+        lambda device: Work(run, {"other": lambda: sum(range(1000)), "broken": lambda: 1 / 0}, check, 100),
+        targets=targets,
+    )  # fmt: skip
+
+
+def test_a_wrong_result_has_no_figures() -> None:
+    def check() -> None:
+        raise AssertionError("off by 3\nand more")
+
+    (row,) = measure.measure(made(check=check, copy=0.1), CLOCK, RATES, ["reference"], 0)
+    assert row.times is None
+    assert row.error == "AssertionError: off by 3"
+    assert row.ratios == {}
+
+
+def test_a_baseline_that_fails_leaves_the_case_alone() -> None:
+    (row,) = measure.measure(made(), CLOCK, RATES, ["reference"], 0)
+    assert row.error is None
+    assert row.baselines["broken"].error == "ZeroDivisionError: division by zero"
+    assert "broken" not in row.ratios
+    assert row.ratios["other"] > 0
+
+
+def test_inputs_that_do_not_fit_are_an_error() -> None:
+    case = replace(made(), prepare=lambda device: torch.empty(1 << 60))  # type: ignore[arg-type, return-value]
+    (row,) = measure.measure(case, CLOCK, RATES, ["reference"], 0)
+    assert row.error is not None
+
+
+@pytest.mark.parametrize(("cache", "sets"), [(0, 1), (40, 1), (60, 2), (400, 9), (10**9, measure.MOST_SETS)])
+def test_sets_of_inputs_exceed_twice_the_cache(cache: int, sets: int) -> None:
+    assert len(measure._sets(made(), CPU, cache)) == sets
+
+
+def test_targets_are_of_the_fastest_backend_and_missed_if_not_measured() -> None:
+    def row(backend: str, seconds: float | None, reached: float) -> measure.Row:
+        times = None if seconds is None else Times(seconds, seconds, seconds, 3)
+        return measure.Row(
+            "op", "shape", "float32", backend, "copy", times=times, ratios={"copy": reached},
+            targets={"copy": 0.9, "other": 1.0}, error=None if seconds else "no result",
+        )  # fmt: skip
+
+    slow, fast = row("triton", 2.0, 0.5), row("cuda", 1.0, 0.95)
+    assert fast.missed == ["other"]
+    assert measure._best([slow, fast, row("reference", 0.1, 9.0)]) == [fast]
+    failed = row("cuda", None, 0.0)
+    assert measure._best([slow, failed]) == [failed, slow]
+
+
+def facts(device: str, date: str, **more: Any) -> dict[str, Any]:
+    found, good = measure.run(CPU, tiny=True, compile_=False, seconds=60, only="^block_inverse_|^factor_ema_", wait=0.0)
+    assert not good, "no processor copies as fast as promised at this size"
+    return {**found, "device": device, "date": date, **more}
+
+
+def test_the_report_goes_into_the_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = facts("NVIDIA X1 80GB", "2026-01-02")
+    files = [report.write({**old, "date": date}, tmp_path) for date in ("2026-01-02", "2025-12-31")]
+    files.append(report.write({**old, "device": "B", "left_out": ["op 3 x 3 float32"]}, tmp_path))
+    (tmp_path / "cpu.json").write_text('{"date": "2027-01-01", "rows": []}')
+    assert [file.name for file in files] == [
+        "nvidia-x1-80gb-2026-01-02.json", "nvidia-x1-80gb-2025-12-31.json", "b-2026-01-02.json"
+    ]  # fmt: skip
+    assert json.loads(files[0].read_text())["versions"]["torch"] == torch.__version__
+    found = report.latest(tmp_path)
+    assert [(f["device"], f["date"]) for f in found] == [("B", "2026-01-02"), ("NVIDIA X1 80GB", "2026-01-02")]
+    monkeypatch.setattr(tables, "latest", lambda: found)
+    page = tmp_path / "page.md"
+    page.write_text("before\n\n<!-- gpu -->\nNot yet measured on a GPU.\n<!-- end -->\nafter\n")
+    text = tables.filled(page, None)
+    assert text.startswith("before\n\n<!-- gpu -->\n### B\n")
+    assert text.endswith("<!-- end -->\nafter\n")
+    assert "### NVIDIA X1 80GB" in text
+    assert "- op 3 x 3 float32" in text
+    assert f"torch {torch.__version__}" in text.replace("\n", " ")
+    assert "copy 0.3 **missed**" in text
+    assert "linalg.inv_ex 30" in text
+    assert all(len(line) <= 120 for line in text.split("\n") if not line.startswith("|"))
+    page.write_text(text)
+    assert tables.filled(page, None) == text
+    monkeypatch.setattr(tables, "latest", list)
+    assert tables.filled(page, None) == "before\n\n<!-- gpu -->\nNot yet measured on a GPU.\n<!-- end -->\nafter\n"
+
+
+def test_the_report_is_shown_with_rich_and_without(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = facts("B", "2026-01-02", left_out=["op 3 x 3 float32"])
+    for _ in range(2):
+        report.show(found)
+        printed = capsys.readouterr().out
+        assert "missed: block_inverse_" in printed
+        assert "left out, as the time was over: op 3 x 3 float32" in printed
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+
+
+def test_what_there_is_no_time_for_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    found, good = measure.run(CPU, tiny=True, compile_=False, seconds=-1.0, only="^block_inverse_", wait=0.0)
+    assert not good
+    assert found["rows"] == []
+    assert len(found["left_out"]) == 3
+
+
+def test_limits_have_figures() -> None:
+    found = limits.measure(CLOCK, True)
+    assert tuple(found) == LIMITS
+    assert min(found.values()) > 0
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+# The whole of make gpu.
+
+
+def test_every_step_is_carried_out_whatever_becomes_of_the_others() -> None:
+    def step(name: str, code: str, seconds: float = 60.0) -> driver.Step:
+        return driver.Step(name, (sys.executable, "-c", code, "--seconds={soft}"), seconds)
+
+    outcomes = driver.run(
+        [
+            step("bad", "import sys; sys.exit(3)"),
+            step("slow", "import time; time.sleep(60)", 1.0),
+            step("good", "import sys; assert sys.argv[1] == '--seconds=34', sys.argv", 40.0),
+            driver.Step("late", ("false",), 0.0),
+        ],
+        deadline=10**9,
+        now=lambda: 0.0,
+    )
+    assert outcomes == {
+        "bad": "failed (3) in 0 s",
+        "slow": "stopped after 1 s",
+        "good": "done in 0 s",
+        "late": "left out: the time was over",
+    }
+
+
+def test_without_a_gpu_it_says_so_at_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench.gpu"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert driver.main() == 2
+    assert measure.main([]) == 2
+    errors = capsys.readouterr().err
+    assert "make gpu: there is no GPU" in errors
+    assert sys.executable in errors
+
+
+def test_the_steps_fit_into_ten_minutes_and_name_files_that_exist() -> None:
+    todo = {step.name: step for step in driver.steps(driver.WHOLE)}
+    assert driver.WHOLE < 600
+    assert driver.SOFT * todo["benchmarks"].seconds == pytest.approx(measure.BUDGET, rel=0.02)
+    files = driver.tests()
+    assert files[0] == "tests/test_gpu.py"
+    assert "tests/test_adafisher_step.py" in files
+    assert "tests/test_conv_mini_block_gram.py" in files
