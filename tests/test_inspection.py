@@ -106,6 +106,9 @@ def compilations(length, count, lr):
         ops.mbf_step_(*walked, tensors(9, 9, 9), lr=lr, momentum=0.9, kl_clip=0.1, **common)
         ops.factor_ema_(tensors(9), tensors(9), 0.9, 0.1 * lr)
         ops.rank_one_inverse_update_(torch.rand(length, 9, 9), torch.rand(length, 9), 0.9, 0.1 * lr)
+        ops.mini_block_gram_(torch.rand(length, 9, 9), torch.rand(32 + length, length, 9), 0.9, 0.1 * lr)
+        x, grad = torch.rand(length, 2 + length, 6, 6), torch.rand(length, 5, 4, 4)
+        ops.conv_mini_block_gram_(torch.rand(5, 2 + length, 9, 9), x, grad, 3, decay=0.9, gain=0.1 * lr)
     return {inspection._source(launch, "cuda:90")[0].hash() for launch in launches}
 
 first = compilations(3, 5, 0.3)

@@ -34,7 +34,8 @@ def _place(index, second, third):
 
 @triton.jit(
     do_not_specialize=[
-        "w", "x", "grad", "groups", "rows", "columns", "x_channel", "x_position", "grad_channel", "grad_position",
+        "w", "x", "grad", "groups", "rows", "columns", "x_sample", "x_group", "x_channel", "x_position",
+        "grad_sample", "grad_group", "grad_channel", "grad_position",
         "depth", "height", "width", "positions", "out_height", "out_width", "n", "kernel_height", "kernel_width",
         "stride_d", "stride_h", "stride_w", "before_d", "before_h", "before_w", "step_d", "step_h", "step_w",
     ]
