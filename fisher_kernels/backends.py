@@ -52,12 +52,8 @@ _REASONS: dict[str, str | None] = {
 }
 _DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if is_interpreted() else "cuda"}
 
-# What ``auto`` takes for tensors of a type of device.
-_FASTEST = {
-    _DEVICES[name]: name
-    for name in ("cpu", "triton")
-    if _REASONS[name] is None and not (name == "triton" and is_interpreted())
-}
+# What ``auto`` takes for tensors of a type of device, where it runs there: never Triton's interpreter.
+_FASTEST = {"cpu": "cpu", "cuda": "triton"}
 
 # Process-wide, not per thread: autograd runs backward hooks in threads of its own.
 _selected = os.environ.get("FISHER_KERNELS_BACKEND") or "auto"
@@ -120,8 +116,9 @@ def assumed(name: str, device: str) -> Iterator[None]:
 def choose(op: str, device: str, implemented: Iterable[str]) -> str:
     """The backend that runs ``op`` on tensors of a device type, out of those that implement it."""
     if _selected == "auto":
-        fast = _FASTEST.get(device)
-        return fast if fast is not None and fast in implemented else "reference"
+        fast = _FASTEST.get(device, "reference")
+        runs = _REASONS[fast] is None and fast in implemented
+        return fast if runs and _DEVICES.get(fast) == device else "reference"
     _check(_selected)
     if _selected not in implemented:
         raise RuntimeError(f"{op}: backend {_selected!r} does not implement this op")

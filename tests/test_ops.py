@@ -547,6 +547,21 @@ def test_auto_chooses_by_device() -> None:
         assert backends.choose("op", "mps", ("reference", "cpu")) == "reference"
 
 
+@pytest.mark.usefixtures("every_backend")
+def test_auto_takes_triton_on_a_gpu_and_never_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    all_of_them = ("reference", "cpu", "triton")
+    with use_backend("auto"):
+        monkeypatch.setitem(backends._DEVICES, "triton", "cuda")
+        assert backends.choose("op", "cuda", all_of_them) == "triton"
+        assert backends.choose("op", "cpu", all_of_them) == "cpu"
+        monkeypatch.setitem(backends._DEVICES, "triton", "cpu")
+        assert backends.choose("op", "cuda", all_of_them) == "reference"
+        assert backends.choose("op", "cpu", all_of_them) == "cpu"
+        monkeypatch.setitem(backends._DEVICES, "triton", "cuda")
+        monkeypatch.setitem(backends._REASONS, "triton", "it was left out")
+        assert backends.choose("op", "cuda", all_of_them) == "reference"
+
+
 @pytest.mark.usefixtures("no_native")
 def test_auto_falls_back_to_the_reference() -> None:
     with use_backend("auto"):

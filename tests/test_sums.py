@@ -21,7 +21,7 @@ def sums_of(sizes: tuple[int, ...], partials: torch.Tensor) -> torch.Tensor:
     tensors = [torch.empty(1, dtype=torch.bfloat16).expand(size) for size in sizes]
     layout = torch.tensor([(size, first, 7) for size, first in zip(sizes, _sums.first_chunks(tensors), strict=True)])
     none = torch.empty(0, dtype=torch.int64)
-    return _sums.add_chunks(_lists.Table(len(sizes), none, layout, none, []), partials)
+    return _sums.add_chunks(_lists.Table(len(sizes), none, layout, none, [], [], None), partials)
 
 
 def test_every_chunk_counts_once() -> None:
