@@ -56,8 +56,9 @@ help:
 demo: build
 	$(PY) -m fisher_kernels compare digits --out $(OUT) $(ARGS)
 
+# A process for each core, each on one thread; tests of threads set their number.
 test: build
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 bench: build
 	OMP_PROC_BIND=true $(PY) -m pytest bench $(ARGS)
