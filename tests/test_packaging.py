@@ -87,6 +87,7 @@ def test_a_wheel_has_the_package_and_nothing_beside_it(kind: str, request: pytes
     nested = {f"fisher_kernels/{name}" for name in sources("triton_kernels", ".py")}
     assert "fisher_kernels/triton_kernels/__init__.py" in nested
     assert {name for name in package if name.endswith(".py")} == sources("fisher_kernels", ".py") | nested
+    assert "fisher_kernels/triton_kernels/configs.json" in package
     assert {name.split("/")[0] for name in package} == {"fisher_kernels"}
     assert any(re.fullmatch(r"fisher_kernels-[^/]+/licenses/LICENSE", name) for name in found)
 
@@ -114,7 +115,7 @@ def test_an_sdist_has_all_that_builds_and_tests_it(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         found = {member.name.partition("/")[2] for member in archive if member.isfile()}
     assert {"CMakeLists.txt", "LICENSE", "Makefile", "pyproject.toml", "setup.py"} <= found
-    for folder, suffix in (("csrc", ""), ("fisher_kernels", ".py"), ("triton_kernels", ".py"), ("tests", ".py")):
+    for folder, suffix in (("csrc", ""), ("fisher_kernels", ".py"), ("triton_kernels", ""), ("tests", ".py")):
         assert sources(folder, suffix)
         assert sources(folder, suffix) <= found
     assert not [name for name in found if name.endswith((".so", ".pyc")) or name == NOTE]

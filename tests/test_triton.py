@@ -8,6 +8,7 @@ import importlib.util
 import json
 import mmap
 import pkgutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -428,3 +429,28 @@ def test_reasons_why_there_is_no_triton(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     assert str(backends.why_no_triton()).startswith("Triton is not installed (pip install 'triton>=3.6'")
+
+
+def test_without_triton_the_package_works_and_says_so() -> None:
+    code = """
+import importlib.metadata, sys
+sys.modules["triton"] = None  # importing it fails
+find = importlib.metadata.version
+def version(name):
+    if name == "triton":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return find(name)
+importlib.metadata.version = version
+import torch, fisher_kernels
+from fisher_kernels import ops
+print(ops.column_sum_of_squares(torch.full((2, 1), 3.0)).item())
+try:
+    with fisher_kernels.use_backend("triton"):
+        pass
+except RuntimeError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    value, reason = result.stdout.splitlines()
+    assert value == "18.0"
+    assert reason.startswith("backend 'triton' is not available: Triton is not installed")
