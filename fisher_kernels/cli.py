@@ -197,7 +197,7 @@ def inspect(
         _print_json({"passed": bool(rows) and not faults, "variants": [dataclasses.asdict(row) for row in rows]})
     else:
         console = Console()
-        Console(width=max(console.width, 110)).print(_inspection_table(rows))
+        Console(width=max(console.width, 140)).print(_inspection_table(rows))
         for name, note in sorted({(row.kernel, row.note) for row in rows if row.note}):
             console.print(f"accepted: {name}: {note}", highlight=False, soft_wrap=True)
         for row, fault in faults:

@@ -30,8 +30,12 @@ MOST_STACK = 16
 """Bytes of stack, for spilled registers, that nobody needs to explain."""
 
 
+WIDE = {"cuda": 16, "hip": 8}
+"""Bytes of a wide access: 32 lanes of 16 bytes, or 64 of 8, are the same stretch of memory."""
+
+
 class Streams(NamedTuple):
-    """How many arrays a kernel streams through: at least so many loads and stores must be 16 bytes wide."""
+    """How many arrays a kernel streams through: at least so many loads and stores must be wide."""
 
     loads: int
     stores: int
@@ -43,6 +47,8 @@ STREAMING: Mapping[str, Streams] = {
     "sofim_step.advance_kernel": Streams(2, 1, {"STRIDED": True}),
     "sofim_step.descend_kernel": Streams(2, 1, {"STRIDED": True}),
     "rank_one_solve.subtract_kernel": Streams(2, 1),
+    "sum_of_squares._sum_columns": Streams(1, 0),
+    "sum_of_squares._sum_runs": Streams(1, 0),
     "mbf_step.diagonals": Streams(4, 2),
     "mbf_step.descend": Streams(2, 1, {"FLAT": False}),
 }
@@ -55,7 +61,13 @@ class TradeOff(NamedTuple):
     reason: str
 
 
-TRADE_OFFS: Mapping[str, TradeOff] = {}
+TRADE_OFFS: Mapping[str, TradeOff] = {
+    "gram.sums": TradeOff(
+        32,
+        "weighted bfloat16 on cuda:80 multiplies in three parts and keeps 8 of 255 registers in memory; tiles half as "
+        "large would read every number twice as often",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,7 @@ class Variant:
     arguments: str  # the dtypes of its pointers, and its compile-time arguments
     launch: Any  # what the self-test recorded
     constants: Mapping[str, Any]
+    aligned: bool  # whether all tensors are known to begin at 16 bytes
 
 
 @dataclass(frozen=True)
@@ -185,14 +198,25 @@ def _variant(launch: Any, target: str) -> Variant:
     source, _, _ = _source(launch, target)
     function = launch.kernel.fn
     pointers = Counter(kind for kind in source.signature.values() if kind.startswith("*"))
+    # What Triton is not told to be a multiple of 16 bytes: a tensor that is not, or any that it takes for one.
+    unaligned = [
+        name
+        for i, (name, kind) in enumerate(source.signature.items())
+        if kind.startswith("*") and ["tt.divisibility", 16] not in source.attrs.get((i,), [])
+    ]
     absent = [name for name, kind in source.signature.items() if kind == "constexpr" and name not in launch.options]
     words = [
         *(kind if count == 1 else f"{count} {kind}" for kind, count in sorted(pointers.items())),
         *(f"{name}={_plain(value)}" for name, value in launch.options.items() if name != "enable_fp_fusion"),
         *(f"no {name}" for name in absent),
+        *(f"unaligned {name}" for name in unaligned),
     ]
     return Variant(
-        f"{function.__module__.rsplit('.', 1)[1]}.{function.__name__}", " ".join(words), launch, launch.options
+        f"{function.__module__.rsplit('.', 1)[1]}.{function.__name__}",
+        " ".join(words),
+        launch,
+        launch.options,
+        not unaligned,
     )
 
 
@@ -213,7 +237,6 @@ def inspect(variant: Variant, target: str) -> Row:
     import triton
 
     source, options, gpu = _source(variant.launch, target)
-
     started = time.perf_counter()
     try:
         compiled = triton.compile(source, target=gpu, options=options.__dict__)
@@ -226,7 +249,7 @@ def inspect(variant: Variant, target: str) -> Row:
     else:
         registers, stack, accesses = _nvidia(compiled.asm["cubin"])
     trade_off = TRADE_OFFS.get(variant.kernel)
-    faults = [*_stack_faults(stack, trade_off), *_width_faults(variant, accesses)]
+    faults = [*_stack_faults(stack, trade_off), *_width_faults(variant, accesses, WIDE[gpu.backend])]
     return Row(
         target,
         variant.kernel,
@@ -246,14 +269,22 @@ def _stack_faults(stack: int, trade_off: TradeOff | None) -> list[str]:
     return [f"{stack} bytes of stack, expected at most {most}"] if stack > most else []
 
 
-def _width_faults(variant: Variant, accesses: Mapping[str, int]) -> list[str]:
+def _width_faults(variant: Variant, accesses: Mapping[str, int], wide: int) -> list[str]:
     streams = STREAMING.get(variant.kernel)
-    if streams is None or any(variant.constants.get(name) == value for name, value in streams.unless.items()):
+    if (
+        streams is None
+        or not variant.aligned
+        or any(variant.constants.get(name) == value for name, value in streams.unless.items())
+    ):
         return []
+    found: Counter[str] = Counter()
+    for name, number in accesses.items():
+        kind, width = name.split()
+        found[kind] += number if int(width) >= wide else 0
     return [
-        f"{accesses.get(f'{kind} 16', 0)} {kind}s of 16 bytes, expected at least {least}"
+        f"{found[kind]} {kind}s of {wide} bytes, expected at least {least}"
         for kind, least in (("load", streams.loads), ("store", streams.stores))
-        if accesses.get(f"{kind} 16", 0) < least
+        if found[kind] < least
     ]
 
 

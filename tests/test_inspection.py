@@ -73,7 +73,7 @@ for variant in inspection.variants("TARGET", "adafisher_step.kernel"):
     [
         ("cuda:90", 128, "loads of 16 bytes, expected at least 3"),
         ("cuda:90", 4096, "bytes of stack, expected at most 16"),
-        ("hip:gfx942", 128, "loads of 16 bytes, expected at least 3"),
+        ("hip:gfx942", 128, "loads of 8 bytes, expected at least 3"),
     ],
 )
 def test_faults_are_found(target: str, block: int, fault: str) -> None:
