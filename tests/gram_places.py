@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
-from fisher_kernels.triton_kernels.gram import _place
+from fisher_kernels.triton_kernels._language import tile_of_triangle
 
 
 @triton.jit
 def places(rows, columns, tiles, COUNT: tl.constexpr):
     at = tl.arange(0, COUNT)
-    row, column = _place(tl.load(tiles + at))
+    row, column = tile_of_triangle(tl.load(tiles + at))
     tl.store(rows + at, row)
     tl.store(columns + at, column)
