@@ -145,6 +145,46 @@ def updates(count: int, n: int, device: torch.device) -> Work:
     return Work(lambda: ops.rank_one_inverse_update_(inverse, u, 0.95, 0.05), {"eager, in place": eager}, check, moved)
 
 
+def several_updates(count: int, n: int, device: torch.device) -> Work:
+    inverse = torch.linalg.inv(blocks(count, n, device) + DAMPING * torch.eye(n, device=device))
+    inverse = ((inverse + inverse.mT) / 2).contiguous()
+    u = torch.randn(count, 4, n, device=device)
+
+    def eager() -> None:
+        w = torch.bmm(u, inverse)
+        s = 0.95 * torch.eye(4, device=device) + 0.05 * torch.bmm(w, u.mT)
+        inverse.baddbmm_(w.mT, torch.linalg.solve(s, w), beta=1 / 0.95, alpha=-0.05 / 0.95)
+
+    def check() -> None:
+        ours = inverse[:SAMPLES].clone()
+        ops.low_rank_inverse_update_(ours, u[:SAMPLES], 0.95, 0.05)
+        w = u[:SAMPLES].double()
+        close(ours, torch.linalg.inv(0.95 * torch.linalg.inv(inverse[:SAMPLES].double()) + 0.05 * w.mT @ w), 1e-3)
+
+    moved = 2 * inverse.nbytes + u.nbytes
+    return Work(lambda: ops.low_rank_inverse_update_(inverse, u, 0.95, 0.05), {"Woodbury, bmm": eager}, check, moved)
+
+
+def long_solution(count: int, size: int, device: torch.device) -> Work:
+    u, x = ([torch.randn(size, device=device) for _ in range(count)] for _ in range(2))
+    rho = 0.5
+
+    def solved(u: list[Tensor], x: list[Tensor]) -> list[Tensor]:
+        square = torch.stack([v.square().sum() for v in u]).sum()
+        along = torch.stack([(v * y).sum() for v, y in zip(u, x, strict=True)]).sum() / (rho + square)
+        return [(y - along * v) / rho for v, y in zip(u, x, strict=True)]
+
+    def check() -> None:
+        exact = solved([v.double() for v in u], [y.double() for y in x])
+        for actual, expected in zip(ops.rank_one_solve(u, x, rho), exact, strict=True):
+            close(actual, expected)
+
+    return Work(
+        lambda: ops.rank_one_solve(u, x, rho), {"eager": partial(solved, u, x)}, check, 20 * count * size,
+        held=12 * count * size,
+    )  # fmt: skip
+
+
 # Grams.
 
 
@@ -228,6 +268,24 @@ def factor_average(count: int, device: torch.device) -> Work:
     )
 
 
+def normalised(count: int, device: torch.device) -> Work:
+    lengths = [64, 576, 128, 1152, 256, 2304, 512, 4608] * count
+    x, out = ([torch.rand(n, device=device) for n in lengths] for _ in range(2))
+
+    def eager(vectors: list[Tensor]) -> list[Tensor]:
+        ranges = [v.aminmax() for v in vectors]
+        return [(v - low) / (high - low + 1e-6) for v, (low, high) in zip(vectors, ranges, strict=True)]
+
+    def check() -> None:
+        ops.minmax_(out, x)
+        for actual, expected in zip(out, eager([v.double() for v in x]), strict=True):
+            close(actual, expected)
+
+    return Work(
+        lambda: ops.minmax_(out, x), {"eager, flat vectors not looked for": partial(eager, x)}, check, 8 * sum(lengths)
+    )
+
+
 def batch_norm(shape: tuple[int, ...], last: bool, device: torch.device) -> Work:
     x, grad = (images(shape, F32, last, device) for _ in range(2))
 
@@ -292,7 +350,12 @@ def cases(tiny: bool, compile_: bool) -> Iterator[Case]:
     n, count = 9, at(1_000_000, 40)
     for op, make in (("block_solve", solutions), ("block_apply", products), ("rank_one_inverse_update_", updates)):
         yield Case(op, f"{count} x {n} x {n}", F32, partial(make, count, n))
+    few = at(250_000, 10)
+    yield Case("low_rank_inverse_update_", f"{few} x {n} x {n}, 4 vectors", F32, partial(several_updates, few, n))
+    tensors, size = at(25, 2), at(1024**2, 50)
+    yield Case("rank_one_solve", f"{tensors} x {size}", F32, partial(long_solution, tensors, size))
     count = at(12, 1)
+    yield Case("minmax_", f"{8 * count} vectors", F32, partial(normalised, count), wall=True)
     yield Case("factor_ema_", f"{8 * count} vectors", F32, partial(factor_average, count), wall=True)
     for last in (False, True):
         of = name + (", channels last" if last else "")
