@@ -10,7 +10,7 @@ from torch import Tensor
 from ._configs import config, trial
 from ._language import divide, divmod_from, is_finite, narrow
 from ._launch import launch
-from ._lists import CHUNK, address, is_aligned, locate, one, table
+from ._lists import CHUNK, address, are_aligned, locate, one, table
 from ._steps import advance, is_off, scalar, times
 
 # The lists, in the order of the arguments.
@@ -123,7 +123,7 @@ def kernel(
                     curvature, inverse_scale, b, gain, step_size, decay, shrink, A,
                 )  # fmt: skip
                 found += (mask & ~finite).to(tl.int32)
-        elif (left == CHUNK) & is_aligned(param) & is_aligned(grad) & is_aligned(moment):
+        elif (left == CHUNK) & are_aligned(param, grad, moment):
             # No mask and known alignment: 16 bytes a load.
             wide_param, wide_grad = tl.multiple_of(param, 16), tl.multiple_of(grad, 16)
             wide_moment = tl.multiple_of(moment, 16)

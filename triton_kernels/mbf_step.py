@@ -22,6 +22,7 @@ from ._lists import (
     Layout,
     Table,
     address,
+    are_aligned,
     element_chunks,
     is_aligned,
     is_strided,
@@ -279,7 +280,7 @@ def diagonals(
         left = tl.minimum(tl.load(layout) - start, CHUNK).to(tl.int32)
         lanes = tl.arange(0, _BLOCK)
         found, total = tl.zeros((_BLOCK,), tl.int32), tl.zeros((_BLOCK,), tl.float64)
-        aligned = is_aligned(param) & is_aligned(grad) & is_aligned(moment) & is_aligned(inverse)
+        aligned = are_aligned(param, grad, moment) & is_aligned(inverse)
         if (left == CHUNK) & aligned:
             # No mask and known alignment: 16 bytes a load.
             wide_param, wide_grad = tl.multiple_of(param, 16), tl.multiple_of(grad, 16)
