@@ -1,7 +1,7 @@
 """Which implementation of an op runs: ``auto``, ``reference``, ``cpu``, ``cuda`` or ``triton``.
 
-``auto``, the default, takes the native kernels for CPU tensors, those in CUDA or else Triton's for tensors on a GPU, and
-the reference wherever these are missing.
+``auto``, the default, takes the native kernels for CPU tensors, CUDA's or else Triton's for tensors on a GPU, and the
+reference wherever these are missing.
 ``FISHER_KERNELS_BACKEND`` sets another default; :func:`use_backend` overrides it for a while.
 """
 
@@ -66,14 +66,13 @@ def _why_no_cuda() -> str | None:
             f"{_version(driver)}: a newer driver is needed, or a build with an older toolkit"
         )
     built = [int(re.sub("[a-z]", "", architecture)) for architecture in architectures.split(",")]
-    here = [
-        10 * major + minor for major, minor in map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
-    ]
-    for capability in here:
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        capability = 10 * major + minor
         if not any(x // 10 == capability // 10 and x <= capability for x in built) and capability < max(built):
             return (
-                f"the CUDA kernels were built for compute capabilities {architectures}, and a GPU here has {capability}: "
-                "FISHER_KERNELS_CUDA_ARCHS names others when the module is built"
+                f"the CUDA kernels were built for compute capabilities {architectures}, and a GPU here has "
+                f"{capability}: FISHER_KERNELS_CUDA_ARCHS names others when the module is built"
             )
     return None
 

@@ -273,13 +273,10 @@ Entry make_entry(const AdaFisherParameter& p, int64_t index) {
           static_cast<int32_t>(index), p.row_is_constant, p.column_is_constant};
 }
 
-bool is_contiguous(const AdaFisherParameter& p) {
-  return p.parameter.contiguous && p.gradient.contiguous && p.moment.contiguous;
-}
-
 /// All parameters of one dtype.
 template <class T>
-void step(const AdaFisherStep& arguments, const Shared& shared, DType dtype, const Stream& stream) {
+void step(const AdaFisherStep& arguments, const Geometries<AdaFisherParameter>& geometries, const Shared& shared,
+          DType dtype, const Stream& stream) {
   using Traits = cuda::Traits<T>;
   constexpr size_t kSharedBytes = sizeof(int[Traits::kWarps]);
   TableWriter<Table<Entry, Shared>> contiguous(kName, adafisher_step_kernel<Traits, Entry>, Traits::kThreads,
@@ -290,11 +287,10 @@ void step(const AdaFisherStep& arguments, const Shared& shared, DType dtype, con
     const AdaFisherParameter& p = arguments.parameters[i];
     if (p.dtype != dtype) continue;
     const Entry entry = make_entry(p, i);
-    if (is_contiguous(p)) {
-      contiguous.add(entry, chunks(entry.size));
+    if (const Geometry* const geometry = geometries[i]) {
+      strided.add({entry, *geometry}, chunks(entry.size));
     } else {
-      const Geometry geometry = make_geometry(kName, {&p.parameter, &p.gradient, &p.moment}, false);
-      strided.add({entry, geometry}, chunks(entry.size));
+      contiguous.add(entry, chunks(entry.size));
     }
   }
   contiguous.flush();
@@ -304,6 +300,7 @@ void step(const AdaFisherStep& arguments, const Shared& shared, DType dtype, con
 }  // namespace
 
 void adafisher_step_(const AdaFisherStep& arguments, const Stream& stream) {
+  const Geometries<AdaFisherParameter> geometries(kName, arguments.parameters, arguments.count, false);
   const DeviceGuard guard(stream);
   const Scratch corrections(stream, arguments.count * sizeof(double));
   advance(
@@ -312,7 +309,7 @@ void adafisher_step_(const AdaFisherStep& arguments, const Stream& stream) {
   const Shared shared{arguments.gradient_scale, arguments.lr,    arguments.beta,           arguments.damping,
                       arguments.weight_decay,   arguments.decay, corrections.as<double>(), arguments.skipped};
   for (const DType dtype : {DType::float32, DType::bfloat16, DType::float16, DType::float64}) {
-    for_type(dtype, [&](auto type) { step<typename decltype(type)::type>(arguments, shared, dtype, stream); });
+    for_type(dtype, [&](auto type) { step<typename decltype(type)::type>(arguments, geometries, shared, dtype, stream); });
   }
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "kernels.h"
@@ -88,5 +89,28 @@ inline Geometry make_geometry(const char* function, const StridedArray* const (&
   }
   return geometry;
 }
+
+/// The geometries of those parameters of a step that are not contiguous, found before anything is launched: a fault
+/// leaves everything as it was.
+template <class Parameter>
+class Geometries {
+ public:
+  Geometries(const char* function, const Parameter* parameters, int64_t count, bool row_major) {
+    for (int64_t i = 0; i < count; ++i) {
+      const Parameter& p = parameters[i];
+      if (p.parameter.contiguous && p.gradient.contiguous && p.moment.contiguous) continue;
+      of_.emplace(i, make_geometry(function, {&p.parameter, &p.gradient, &p.moment}, row_major));
+    }
+  }
+
+  /// Null for one that is contiguous.
+  const Geometry* operator[](int64_t i) const {
+    const auto found = of_.find(i);
+    return found == of_.end() ? nullptr : &found->second;
+  }
+
+ private:
+  std::unordered_map<int64_t, Geometry> of_;
+};
 
 }  // namespace fisher_kernels::cuda

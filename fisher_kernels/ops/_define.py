@@ -91,7 +91,7 @@ def define(
     position.
     """
     name = schema.split("(", 1)[0]
-    implementations = {
+    implementations: dict[str, Callable[..., Any]] = {
         "reference": reference,
         "cpu": functools.partial(native, CPU),
         "cuda": functools.partial(native, CUDA),
