@@ -1,0 +1,204 @@
+#include "block.h"
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+
+#ifdef FISHER_KERNELS_HOST_ASAN
+#include <sanitizer/asan_interface.h>
+#endif
+
+namespace fisher_kernels::on_host {
+
+__thread Running running;
+
+namespace {
+
+constexpr size_t kAlignment = 128;
+constexpr size_t kCanaryBytes = 256;
+constexpr int kCanary = 0xa5;
+
+}  // namespace
+
+BlockRunner& BlockRunner::here() {
+  thread_local BlockRunner runner;
+  return runner;
+}
+
+BlockRunner::BlockRunner()
+    : fibers_(&BlockRunner::serve), shared_memory_(new unsigned char[kAlignment + kMaxSharedBytes + kCanaryBytes]) {
+  const auto address = reinterpret_cast<uintptr_t>(shared_memory_.get());
+  shared_ = shared_memory_.get() + (kAlignment - address % kAlignment) % kAlignment;
+}
+
+Fault BlockRunner::run(const Launch& launch, const Order& order, uint3 block) {
+  prepare(launch, order, block);
+  starting_ = next();
+  serving_ = &fibers_.take();
+  main_.switch_to(*serving_);
+  if (fault_.error != cudaSuccess) fibers_.reset();
+  check_shared_memory();
+  return std::move(fault_);
+}
+
+void BlockRunner::prepare(const Launch& launch, const Order& order, uint3 block) {
+  const dim3 size = launch.block;
+  const int threads = static_cast<int>(size.x * size.y * size.z);
+  launch_ = &launch;
+  fault_ = {};
+  ended_ = at_barrier_ = warp_turn_ = lane_turn_ = 0;
+  prepare_order(order, threads);
+
+  threads_.resize(threads);
+  Thread* thread = threads_.data();
+  for (unsigned z = 0; z < size.z; ++z) {
+    for (unsigned y = 0; y < size.y; ++y) {
+      for (unsigned x = 0; x < size.x; ++x) *thread++ = {{x, y, z}, State::ready, nullptr, {}};
+    }
+  }
+  warps_.resize(warp_order_.size());
+  for (size_t w = 0; w < warps_.size(); ++w) {
+    const int first = static_cast<int>(w) * kWarpSize;
+    const int lanes = std::min(kWarpSize, threads - first);
+    warps_[w] = {first, lanes, lanes, 0};
+  }
+
+  std::memset(shared_, 0xff, launch.shared_bytes);
+#ifdef FISHER_KERNELS_HOST_ASAN
+  __asan_poison_memory_region(shared_ + launch.shared_bytes, kMaxSharedBytes + kCanaryBytes - launch.shared_bytes);
+#else
+  std::memset(shared_ + launch.shared_bytes, kCanary, kCanaryBytes);
+#endif
+  const dim3 grid = launch.grid;
+  running = {{}, block, {size.x, size.y, size.z}, {grid.x, grid.y, grid.z}, shared_};
+}
+
+void BlockRunner::prepare_order(const Order& order, int threads) {
+  if (threads == ordered_threads_ && order == order_) return;
+  order_ = order;
+  ordered_threads_ = threads;
+  warp_order_ = order.of((threads + kWarpSize - 1) / kWarpSize);
+  lane_order_.clear();
+  for (int first = 0; first < threads; first += kWarpSize) {
+    for (const int lane : order.of(std::min(kWarpSize, threads - first))) lane_order_.push_back(first + lane);
+  }
+}
+
+void BlockRunner::check_shared_memory() {
+#ifdef FISHER_KERNELS_HOST_ASAN
+  __asan_unpoison_memory_region(shared_, kMaxSharedBytes + kCanaryBytes);
+#else
+  const unsigned char* canary = shared_ + launch_->shared_bytes;
+  const unsigned char* last = canary + kCanaryBytes;
+  const unsigned char* written = std::find_if(canary, last, [](unsigned char byte) { return byte != kCanary; });
+  if (written == last) return;
+  fail(cudaErrorIllegalAddress, "byte " + std::to_string(written - shared_) + " of " +
+                                    std::to_string(launch_->shared_bytes) + " bytes of shared memory was written");
+#endif
+}
+
+/// What every fiber does: it runs threads until one of them, or the end of the block, needs another stack.
+void BlockRunner::serve() {
+  Fiber::begin();
+  BlockRunner& runner = here();
+  Fiber& self = *runner.serving_;
+  for (;;) {
+    Thread* thread = runner.starting_;
+    do {
+      runner.run_thread(*thread, self);
+      thread = runner.next();
+    } while (thread != nullptr && thread->fiber == nullptr);
+    runner.fibers_.give_back(self);
+    self.switch_to(thread != nullptr ? *thread->fiber : runner.main_);
+  }
+}
+
+void BlockRunner::run_thread(Thread& thread, Fiber& fiber) {
+  current_ = &thread;
+  thread.fiber = &fiber;
+  running.thread = thread.index;
+  std::string exception;
+  try {
+    launch_->call(launch_->context);
+  } catch (const std::exception& error) {
+    exception = error.what();
+  } catch (...) {
+    exception = "of an unknown type";
+  }
+  thread.fiber = nullptr;
+  thread.state = State::ended;
+  ++ended_;
+  if (!exception.empty()) fail(cudaErrorLaunchFailure, name(thread) + " threw an exception: " + exception);
+  if (fiber.overflowed()) {
+    fail(cudaErrorLaunchOutOfResources, "a stack of " + std::to_string(FISHER_KERNELS_HOST_STACK_BYTES) +
+                                            " bytes overflowed (FISHER_KERNELS_HOST_STACK_BYTES)");
+  }
+}
+
+/// The thread whose turn it is. None if all have ended, or a fault was found.
+///
+/// A warp goes on until none of its lanes can, then the next does; after the last, the barrier of the block opens.
+BlockRunner::Thread* BlockRunner::next() {
+  if (fault_.error != cudaSuccess) return nullptr;
+  for (;;) {
+    Warp& warp = warps_[warp_order_[warp_turn_]];
+    if (warp.ready == 0) {
+      lane_turn_ = 0;
+      if (++warp_turn_ < static_cast<int>(warps_.size())) continue;
+      warp_turn_ = 0;
+      if (!release_block()) return nullptr;
+      continue;
+    }
+    if (lane_turn_ == warp.size) lane_turn_ = 0;
+    Thread& thread = threads_[lane_order_[warp.first + lane_turn_++]];
+    if (thread.state != State::ready) continue;
+    thread.state = State::running;
+    --warp.ready;
+    return &thread;
+  }
+}
+
+/// Lets others run until the running thread is woken and has its turn.
+void BlockRunner::wait() {
+  Thread& self = *current_;
+  Thread* thread = next();
+  if (thread != &self) {
+    if (thread == nullptr) abandon();
+    if (thread->fiber != nullptr) {
+      self.fiber->switch_to(*thread->fiber);
+    } else {
+      starting_ = thread;
+      serving_ = &fibers_.take();
+      self.fiber->switch_to(*serving_);
+    }
+  }
+  current_ = &self;
+  running.thread = self.index;
+}
+
+void BlockRunner::wake(Thread& thread) {
+  thread.state = State::ready;
+  ++warps_[number(thread) / kWarpSize].ready;
+}
+
+/// Leaves the block for good, with what its threads have on their stacks.
+void BlockRunner::abandon() {
+  for (;;) current_->fiber->switch_to(main_);
+}
+
+/// Stops at a fault of the running thread, if the message says that there is one.
+void BlockRunner::refuse(std::string message) {
+  if (message.empty()) return;
+  fail(cudaErrorLaunchFailure, message);
+  message = {};  // nothing is freed later
+  abandon();
+}
+
+void BlockRunner::fail(cudaError_t error, const std::string& message) {
+  if (fault_.error != cudaSuccess) return;
+  const uint3 block = running.block;
+  fault_ = {error, "block (" + std::to_string(block.x) + "," + std::to_string(block.y) + "," +
+                       std::to_string(block.z) + "): " + message};
+}
+
+}  // namespace fisher_kernels::on_host

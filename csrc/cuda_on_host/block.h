@@ -1,0 +1,108 @@
+#pragma once
+
+// One block of a grid: its threads, each on a fiber while it waits, and the meetings that they wait for.
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+#include "launch.h"
+#include "order.h"
+#include "running.h"
+
+namespace fisher_kernels::on_host {
+
+/// Dynamic shared memory that a block may have: 227 KB, as compute capability 9.0 has.
+inline constexpr int kMaxSharedBytes = 227 * 1024;
+
+/// Why a launch stopped.
+struct Fault {
+  cudaError_t error = cudaSuccess;
+  std::string message;
+};
+
+/// Runs blocks, one after the other. Each thread of the processor has its own, for fibers stay where they began.
+class BlockRunner {
+ public:
+  /// The one of the calling thread of the processor.
+  static BlockRunner& here();
+
+  /// Runs one block to its end, or to its first fault.
+  Fault run(const Launch& launch, const Order& order, uint3 block);
+
+  /// Called by the running CUDA thread: see running.h.
+  uint64_t meet_block(const Arrival& arrival);
+  uint64_t meet_warp(const Arrival& arrival);
+
+ private:
+  enum class State : uint8_t { ready, running, waiting, ended };
+
+  struct Thread {
+    uint3 index;
+    State state;
+    Fiber* fiber;  // null before it starts and after it ends
+    Arrival at;    // where it waits; `value` is what it receives there
+  };
+
+  struct Warp {
+    int first;         // number of its first thread
+    int size;          // threads that it has: fewer than 32 in the last warp of some blocks
+    int ready;         // threads that could run
+    uint32_t waiting;  // lanes that wait for other lanes
+  };
+
+  BlockRunner();
+
+  void prepare(const Launch& launch, const Order& order, uint3 block);
+  void prepare_order(const Order& order, int threads);
+  void check_shared_memory();
+
+  [[noreturn]] static void serve();
+  void run_thread(Thread& thread, Fiber& fiber);
+  Thread* next();
+  void wait();
+  void wake(Thread& thread);
+  void fail(cudaError_t error, const std::string& message);
+  [[noreturn]] void abandon();
+  void refuse(std::string message);
+
+  bool release_block();
+  bool is_complete(const Warp& warp, uint32_t mask) const;
+  void exchange(Warp& warp, uint32_t mask);
+  std::string wrong_arrival(const Thread& thread, const Warp& warp) const;
+  std::string wrong_source(const Warp& warp, uint32_t mask) const;
+  std::string stuck() const;
+  std::string describe(const Thread& thread) const;
+
+  std::string name(const Thread& thread) const { return "thread " + std::to_string(number(thread)); }
+  int number(const Thread& thread) const { return static_cast<int>(&thread - threads_.data()); }
+
+  // What runs.
+  const Launch* launch_ = nullptr;
+  Fault fault_;
+  std::vector<Thread> threads_;
+  std::vector<Warp> warps_;
+  int ended_ = 0;
+  int at_barrier_ = 0;
+
+  // Whose turn it is.
+  Order order_;
+  int ordered_threads_ = 0;       // the block size that the two below are for
+  std::vector<int> warp_order_;   // warps by turn
+  std::vector<int> lane_order_;   // threads by turn, warp for warp
+  int warp_turn_ = 0;
+  int lane_turn_ = 0;
+
+  // Where it runs.
+  Fiber main_;
+  FiberPool fibers_;
+  Thread* current_ = nullptr;
+  Thread* starting_ = nullptr;  // the thread that a fiber just taken is to run
+  Fiber* serving_ = nullptr;    // that fiber
+  std::unique_ptr<unsigned char[]> shared_memory_;
+  unsigned char* shared_;  // aligned
+};
+
+}  // namespace fisher_kernels::on_host

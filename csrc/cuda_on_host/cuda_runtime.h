@@ -1,0 +1,68 @@
+#pragma once
+
+// CUDA on the host: stands in for the toolkit's header of this name, so that the project's .cu files compile with a
+// C++17 compiler and run on the processor. Tests of the kernels need no GPU this way.
+//
+// Build: put this folder first among the include folders and the toolkit's after it, and compile its .cpp files along:
+//
+//   g++ -std=c++17 -fopenmp -fvisibility=hidden -I csrc/cuda_on_host -isystem /usr/local/cuda/include
+//       -x c++ kernels.cu -x none csrc/cuda_on_host/*.cpp
+//
+// Types, error codes, half and bfloat16 are the toolkit's own. The toolkit's compiler and libraries are not needed.
+//
+// Run: `fisher_kernels::on_host::launch` (launch.h) takes the place of <<<...>>>. It runs the whole grid before it
+// returns. Blocks spread over OpenMP threads; within a block every CUDA thread is a fiber, and all are on one thread of
+// the processor. Shared memory is `fisher_kernels::on_host::shared_memory()`, dynamic only.
+//
+// Seen, with a message that names block and threads (`last_message`):
+// - barriers that not all reach: threads that ended, or wait somewhere else
+// - warp operations: a mask without the caller, with lanes that the block has not, that ended or that wait elsewhere;
+//   a source lane out of the mask. Stricter than CUDA, which forgives lanes that have ended.
+// - writes just past the shared memory, stack overflows, exceptions
+// - launches that CUDA would refuse: empty or too large, parameters of more than 32,764 bytes, too much shared memory
+// Seen by their effect:
+// - reads of shared memory that was never written: it starts as NaN
+// - some races: FISHER_KERNELS_HOST_ORDER=forward|reverse|SEED sets the order in which threads, warps and blocks run;
+//   results that differ show a missing barrier. A cheap look, not a proof: no difference proves nothing.
+// - with -fsanitize=address: accesses out of bounds, in shared memory as well; with -fsanitize=undefined: misaligned
+//   vector loads
+//
+// Not seen: other data races, the memory model, occupancy, registers, __launch_bounds__, barriers met at different
+// lines, time. A thread that spins until another writes never ends. Not there: tensor cores, cp.async, textures,
+// streams (every call is complete when it returns), atomics on floating point, static __shared__ variables.
+
+#ifdef __CUDACC__
+#error "csrc/cuda_on_host is for host compilers: nvcc must find the toolkit's cuda_runtime.h"
+#endif
+
+#include <cuda_runtime_api.h>
+
+// The words of CUDA that the toolkit defines for its own compiler only.
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#undef __maxnreg__
+#define __maxnreg__(...)
+#undef __shared__
+#define __shared__ \
+  _Pragma("GCC error \"CUDA on the host has no __shared__ variables: take dynamic memory, on_host::shared_memory()\"")
+
+#include "atomics.h"
+#include "intrinsics.h"
+#include "launch.h"
+#include "loads.h"
+#include "running.h"
+#include "warp.h"
+
+// Forms of the runtime's functions that take a kernel itself.
+
+template <class... Params>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute attribute, int value) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+
+template <class... Params>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*kernel)(Params...), int block_size,
+                                                          size_t shared_bytes) {
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, reinterpret_cast<const void*>(kernel), block_size,
+                                                       shared_bytes);
+}

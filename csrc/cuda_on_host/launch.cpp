@@ -1,0 +1,90 @@
+#include "launch.h"
+
+#include <algorithm>
+#include <atomic>
+#include <mutex>
+#include <unordered_map>
+
+#include "block.h"
+#include "order.h"
+#include "runtime_api.h"
+
+namespace fisher_kernels::on_host {
+
+namespace {
+
+constexpr size_t kMaxParameterBytes = 32764;
+// CUDA threads that are worth a second thread of the processor.
+constexpr int64_t kMinParallelThreads = 4096;
+
+thread_local std::string message;
+
+std::string text(dim3 size) {
+  return "(" + std::to_string(size.x) + "," + std::to_string(size.y) + "," + std::to_string(size.z) + ")";
+}
+
+int64_t volume(dim3 size) { return int64_t{size.x} * size.y * size.z; }
+
+/// Why CUDA would not start this.
+Fault refusal(const Launch& launch) {
+  const dim3 grid = launch.grid;
+  const dim3 block = launch.block;
+  if (grid.x == 0 || grid.x > 0x7fffffff || grid.y == 0 || grid.y > 0xffff || grid.z == 0 || grid.z > 0xffff) {
+    return {cudaErrorInvalidConfiguration, "a grid of " + text(grid) + " blocks: 1 to 2147483647, 65535 and 65535 can run"};
+  }
+  if (volume(block) == 0 || block.x > 1024 || block.y > 1024 || block.z > 64 || volume(block) > 1024) {
+    return {cudaErrorInvalidConfiguration, "a block of " + text(block) + " threads: 1 to 1024 can run, at most 64 along z"};
+  }
+  const size_t most = allowed_shared_bytes(launch.kernel);
+  if (launch.shared_bytes > most) {
+    return {cudaErrorInvalidValue, std::to_string(launch.shared_bytes) + " bytes of shared memory: the kernel may have " +
+                                       std::to_string(most) + ", and by cudaFuncSetAttribute up to " +
+                                       std::to_string(kMaxSharedBytes)};
+  }
+  if (launch.parameter_bytes > kMaxParameterBytes) {
+    return {cudaErrorInvalidValue, std::to_string(launch.parameter_bytes) + " bytes of kernel parameters: at most " +
+                                       std::to_string(kMaxParameterBytes) + " fit"};
+  }
+  return {};
+}
+
+uint3 position(int64_t block, dim3 grid) {
+  return {static_cast<unsigned>(block % grid.x), static_cast<unsigned>(block / grid.x % grid.y),
+          static_cast<unsigned>(block / grid.x / grid.y)};
+}
+
+/// Runs the blocks until the first fault.
+Fault run_blocks(const Launch& launch, const Order& order) {
+  const int64_t blocks = volume(launch.grid);
+  const bool parallel = blocks > 1 && blocks * volume(launch.block) >= kMinParallelThreads;
+  std::atomic<bool> stop{false};
+  Fault fault;
+#pragma omp parallel for schedule(dynamic) if (parallel)
+  for (int64_t turn = 0; turn < blocks; ++turn) {
+    if (stop.load(std::memory_order_relaxed)) continue;
+    Fault found = BlockRunner::here().run(launch, order, position(order.block(turn, blocks), launch.grid));
+    // Only the first to exchange gets past, so one thread writes.
+    if (found.error != cudaSuccess && !stop.exchange(true)) fault = std::move(found);
+  }
+  return fault;
+}
+
+Fault run_or_refuse(const Launch& launch) {
+  if (Fault refused = refusal(launch); refused.error != cudaSuccess) return refused;
+  const auto order = Order::from_environment();
+  if (!order) return {cudaErrorInvalidValue, "FISHER_KERNELS_HOST_ORDER is neither forward nor reverse nor a number"};
+  return run_blocks(launch, *order);
+}
+
+}  // namespace
+
+cudaError_t run(const Launch& launch) {
+  Fault fault = run_or_refuse(launch);
+  message = std::move(fault.message);
+  set_last_error(fault.error);
+  return fault.error;
+}
+
+const std::string& last_message() { return message; }
+
+}  // namespace fisher_kernels::on_host

@@ -1,0 +1,29 @@
+#pragma once
+
+// Loads and stores with a cache hint: here without the hint. A vector type is moved whole, so that a sanitizer sees an
+// address that the device would refuse.
+
+template <class T>
+inline T __ldg(const T* address) {
+  return *address;
+}
+
+template <class T>
+inline T __ldcg(const T* address) {
+  return *address;
+}
+
+template <class T>
+inline T __ldcs(const T* address) {
+  return *address;
+}
+
+template <class T>
+inline void __stcg(T* address, T value) {
+  *address = value;
+}
+
+template <class T>
+inline void __stcs(T* address, T value) {
+  *address = value;
+}
