@@ -79,8 +79,8 @@ class BuildNative(build_ext):
         self.mkpath(str(Path(self.get_ext_fullpath(ext.name)).parent))
         self.copy_file(str(folder / f"_native{SUFFIX}"), self.get_ext_fullpath(ext.name))
         on_host = folder / f"_cuda_on_host{SUFFIX}"
-        if self.inplace and os.environ.get("FISHER_KERNELS_CUDA_ON_HOST", "OFF") == "ON":
-            self.copy_file(str(on_host), str(ROOT / "fisher_kernels"))  # for tests: no wheel has it
+        if os.environ.get("FISHER_KERNELS_CUDA_ON_HOST") == "ON":
+            self.copy_file(str(on_host), str(ROOT / "fisher_kernels"))  # for tests; no wheel has it
 
 
 class BuildPackage(build_py):

@@ -70,5 +70,6 @@ function(add_cuda_kernels_on_host name)
   target_link_libraries(${name} PRIVATE common)
   target_include_directories(${name} BEFORE PRIVATE csrc/cuda_on_host)
   target_include_directories(${name} SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
+  target_compile_options(${name} PRIVATE -Wno-unknown-pragmas)  # of unrolling
   target_compile_definitions(${name} PRIVATE FISHER_KERNELS_CUDA_ON_HOST FISHER_KERNELS_CUDA_ARCHS="host")
 endfunction()
