@@ -78,9 +78,9 @@ class BuildNative(build_ext):
         self.force = True  # copies even over a newer module, which another compiler may have made
         self.mkpath(str(Path(self.get_ext_fullpath(ext.name)).parent))
         self.copy_file(str(folder / f"_native{SUFFIX}"), self.get_ext_fullpath(ext.name))
-        on_host = folder / f"_cuda_on_host{SUFFIX}"
         if os.environ.get("FISHER_KERNELS_CUDA_ON_HOST") == "ON":
-            self.copy_file(str(on_host), str(ROOT / "fisher_kernels"))  # for tests; no wheel has it
+            for module in folder.glob(f"_cuda_on_host*{SUFFIX}"):
+                self.copy_file(str(module), str(ROOT / "fisher_kernels"))  # for tests; no wheel has them
 
 
 class BuildPackage(build_py):

@@ -26,13 +26,17 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, f"the native module does not load: {error}"
 
 
-def runs_cuda_on_host() -> bool:
-    """Whether the CUDA kernels run as they were compiled for the CPU, on CPU tensors: slow, for tests without a GPU."""
-    return os.environ.get("FISHER_KERNELS_CUDA_ON_HOST", "").lower() in ("1", "true", "yes", "on")
+def _load_cuda_on_host() -> ModuleType | None:
+    chosen = os.environ.get("FISHER_KERNELS_CUDA_ON_HOST") or "0"
+    names = {"0": None, "1": "_cuda_on_host", "sanitized": "_cuda_on_host_sanitized"}
+    if chosen not in names:
+        raise ValueError(f"FISHER_KERNELS_CUDA_ON_HOST is {chosen!r}, expected '0', '1' or 'sanitized'")
+    name = names[chosen]
+    return None if name is None else importlib.import_module(f"fisher_kernels.{name}")
 
 
 _NATIVE, _REASON = _load()
-_ON_HOST = importlib.import_module("fisher_kernels._cuda_on_host") if runs_cuda_on_host() else None
+_ON_HOST = _load_cuda_on_host()
 
 
 def native_module() -> ModuleType | None:
@@ -55,6 +59,11 @@ def _host(_: torch.device | None) -> tuple[int, int]:
 
 Place = int | tuple[int, int]
 """Where a native kernel runs: a number of threads, or the index of a CUDA device and the address of its stream."""
+
+
+def runs_cuda_on_host() -> bool:
+    """Whether the CUDA kernels run as they were compiled for the CPU, on CPU tensors: slow, for tests without a GPU."""
+    return _ON_HOST is not None
 
 
 class Native(NamedTuple):

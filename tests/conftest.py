@@ -15,7 +15,7 @@ if torch.cuda.is_available():
 else:
     os.environ["TRITON_INTERPRET"] = "1"
     if list(Path(__file__).parents[1].glob(f"fisher_kernels/_cuda_on_host{sysconfig.get_config_var('EXT_SUFFIX')}")):
-        os.environ["FISHER_KERNELS_CUDA_ON_HOST"] = "1"
+        os.environ.setdefault("FISHER_KERNELS_CUDA_ON_HOST", "1")
 
 import ctypes
 import time
