@@ -47,7 +47,7 @@ help:
 	@echo 'make bench   measures the kernels against their baselines'
 	@echo 'make gpu     proves and measures the kernels on a CUDA GPU, in ten minutes; installs nothing'
 	@echo 'make results compares the optimizers on every task, into docs/results.md (half an hour)'
-	@echo 'make inspect compiles every Triton kernel for GPUs that need not be here (a few minutes)'
+	@echo 'make inspect compiles every GPU kernel for GPUs that need not be here, and reads its code (ten minutes)'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make build   environment, native module, editable install'
 	@echo 'make dist    sdist and wheel, in dist/'
@@ -73,7 +73,8 @@ results: build
 	set -e; for task in $(TASKS); do $(PY) -m fisher_kernels compare $$task --out docs/results/$$task $(ARGS); done
 	$(PY) -m bench.tables
 
-inspect: build
+inspect:
+	$(MAKE) build FISHER_KERNELS_CUDA=on FISHER_KERNELS_CUDA_ARCHS=80,90,100 FISHER_KERNELS_WERROR=ON
 	$(PY) -m fisher_kernels inspect $(ARGS)
 
 lint: build
