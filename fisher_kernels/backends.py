@@ -1,19 +1,23 @@
 """Which implementation of an op runs: ``auto``, ``reference``, ``cpu``, ``cuda`` or ``triton``.
 
-``auto``, the default, takes the native kernels for CPU tensors, CUDA's or else Triton's for tensors on a GPU, and the
-reference wherever these are missing.
+``auto``, the default, takes the native kernels for CPU tensors, the faster of CUDA's and Triton's for tensors on a GPU, as
+``auto.json`` has it, and the reference wherever these are missing.
 ``FISHER_KERNELS_BACKEND`` sets another default; :func:`use_backend` overrides it for a while.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fisher_kernels._library import native_module, native_reason, runs_cuda_on_host
 
@@ -44,7 +48,8 @@ def _why_not_here() -> str | None:
     return None
 
 
-def _version(number: int) -> str:
+def cuda_version(number: int) -> str:
+    """A version as CUDA counts them, 1000 major + 10 minor, as people write it."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
@@ -62,8 +67,8 @@ def _why_no_cuda() -> str | None:
         return "there is no GPU: torch.cuda.is_available() is False"
     if driver < runtime:
         return (
-            f"the CUDA kernels were built with CUDA {_version(runtime)}, and the driver knows no more than CUDA "
-            f"{_version(driver)}: a newer driver is needed, or a build with an older toolkit"
+            f"the CUDA kernels were built with CUDA {cuda_version(runtime)}, and the driver knows no more than CUDA "
+            f"{cuda_version(driver)}: a newer driver is needed, or a build with an older toolkit"
         )
     built = [int(re.sub("[a-z]", "", architecture)) for architecture in architectures.split(",")]
     for index in range(torch.cuda.device_count()):
@@ -89,9 +94,11 @@ _DEVICES = {
     "triton": "cpu" if is_interpreted() else "cuda",
 }
 
-# What ``auto`` takes for tensors of a type of device, the first that runs there: never Triton's interpreter, nor CUDA
-# kernels on the CPU.
-_FASTEST = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+_OF_A_GPU = ("cuda", "triton")
+
+# Which of them is faster, where that was measured: op -> [largest size, backend] of each class of sizes, in order, null
+# for no limit. ``python -m bench.gpu.choose`` makes it.
+_AUTO: dict[str, Any] = json.loads(Path(__file__).with_name("auto.json").read_text())
 
 # Process-wide, not per thread: autograd runs backward hooks in threads of its own.
 _selected = os.environ.get("FISHER_KERNELS_BACKEND") or "auto"
@@ -151,10 +158,54 @@ def assumed(name: str, device: str) -> Iterator[None]:
         _REASONS[name], _DEVICES[name] = kept
 
 
-def choose(op: str, device: str, implemented: Iterable[str]) -> str:
-    """The backend that runs ``op`` on tensors of a device type, out of those that implement it."""
+_calls: list[tuple[str, int]] | None = None
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[str, int]]]:
+    """Inside, the op and the size of every call go into a list: for benchmarks."""
+    global _calls
+    previous, _calls = _calls, []
+    try:
+        yield _calls
+    finally:
+        _calls = previous
+
+
+def size_of(argument: Tensor | Sequence[Tensor]) -> int:
+    """The size of an op's work, from its first argument: n of matrices (B, n, n), else the number of elements."""
+    if not isinstance(argument, Tensor):
+        return sum(map(size_of, argument))
+    square = argument.dim() == 3 and argument.shape[1] == argument.shape[2]
+    return argument.shape[2] if square else argument.numel()
+
+
+def _fastest(op: str, device: str, argument: Any) -> tuple[str, ...]:
+    """What ``auto`` takes, the first that runs here: never Triton's interpreter, nor CUDA kernels on the CPU."""
+    if device == "cpu":
+        return ("cpu",)
+    classes = _AUTO["ops"].get(op) if device == "cuda" else None
+    if not classes or argument is None:
+        return _OF_A_GPU if device == "cuda" else ()
+    size = size_of(argument) if len(classes) > 1 else 0
+    fast = next(backend for most, backend in classes if most is None or size <= most)
+    return fast, *(name for name in _OF_A_GPU if name != fast)
+
+
+def measured_on() -> str | None:
+    """The device and day of the measurement from which ``auto`` chooses on a GPU; None if there was none yet."""
+    return f"{_AUTO['device']}, {_AUTO['date']}" if _AUTO["device"] else None
+
+
+def choose(op: str, device: str, implemented: Iterable[str], argument: Any = None) -> str:
+    """The backend that runs ``op`` on tensors of a device type, out of those that implement it.
+
+    ``argument`` is the first one of the call, which says how large it is.
+    """
+    if _calls is not None and argument is not None:
+        _calls.append((op, size_of(argument)))
     if _selected == "auto":
-        for fast in _FASTEST.get(device, ()):
+        for fast in _fastest(op, device, argument):
             if _REASONS[fast] is None and _DEVICES[fast] == device and fast in implemented:
                 return fast
         return "reference"

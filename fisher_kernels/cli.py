@@ -75,11 +75,19 @@ def info(as_json: Json = False) -> None:
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
         if name != "backends":
-            table.add_row(name, "none" if value is None else str(value))
+            table.add_row(name, _fact(value))
     availability = Table("backend", "available", title="backends", title_justify="left")
     for name, reason in facts["backends"].items():
         availability.add_row(name, "[green]yes[/green]" if reason is None else f"[yellow]no:[/yellow] {escape(reason)}")
     Console().print(table, "", availability)
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{name} {_fact(entry)}" for name, entry in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_fact, value))
+    return "none" if value is None else str(value)
 
 
 @app.command()

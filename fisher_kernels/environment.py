@@ -29,10 +29,26 @@ def describe() -> dict[str, Any]:
         "processor": processor(),
         "capability": native.capability() if native else None,
         "openmp": native.openmp() if native else None,
+        "cuda": _cuda(),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "backend": default_backend(),
+        "gpu backends measured on": backends.measured_on(),
         "backends": backends.reasons(),
+    }
+
+
+def _cuda() -> dict[str, Any] | None:
+    """What the CUDA kernels inside the native module were built for and with."""
+    native = native_module()
+    toolkit = native.cuda_toolkit() if native else None
+    if toolkit is None:
+        return None
+    architectures, runtime, driver = toolkit
+    return {
+        "architectures": architectures.split(","),
+        "runtime": backends.cuda_version(runtime),
+        "driver": backends.cuda_version(driver) if driver else None,
     }
 
 

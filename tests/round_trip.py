@@ -94,10 +94,10 @@ def through(device: torch.device) -> Iterator[None]:
     """Inside, ``use_backend("cuda")`` and ``use_backend("triton")`` take CPU tensors, by way of ``device``."""
     choose = backends.choose
 
-    def choose_the_way(op: str, kind: str, implemented: Iterable[str]) -> str:
+    def choose_the_way(op: str, kind: str, implemented: Iterable[str], argument: Any = None) -> str:
         selected = backends._selected
         if selected not in ("cuda", "triton") or kind != "cpu" or selected not in implemented:
-            return choose(op, kind, implemented)
+            return choose(op, kind, implemented, argument)
         assert isinstance(implemented, dict)
         name = f"{selected} by way of {device}"
         implemented.setdefault(name, round_trip(implemented[selected], device))

@@ -14,7 +14,7 @@ import torch
 
 from bench import tables
 from bench.gpu import __main__ as driver
-from bench.gpu import limits, measure, op_cases, report, shapes, step_cases
+from bench.gpu import choose, limits, measure, op_cases, report, shapes, step_cases
 from bench.gpu.case import LIMITS, Case, Work
 from bench.gpu.timing import Clock, Times
 
@@ -202,3 +202,43 @@ def test_the_steps_fit_into_ten_minutes_and_name_files_that_exist() -> None:
     assert files[0] == "tests/test_gpu.py"
     assert "tests/test_adafisher_step.py" in files
     assert "tests/test_conv_mini_block_gram.py" in files
+
+
+def measured(op: str, size: int | None, **milliseconds: float) -> list[dict[str, Any]]:
+    return [
+        {"op": op, "shape": str(size), "dtype": "float32", "size": size, "backend": name, "times": {"median": time}}
+        for name, time in milliseconds.items()
+    ]
+
+
+def test_auto_takes_what_was_measured_to_be_faster(tmp_path: Path) -> None:
+    rows = [
+        *measured("block_inverse", 4, cuda=1.0, triton=2.0),
+        *measured("block_inverse", 9, cuda=1.0, triton=1.1),
+        *measured("block_inverse", 25, cuda=3.0, triton=1.0),
+        *measured("block_inverse", 64, cuda=1.0, triton=5.0),
+        *measured("gram", 100, cuda=2.0, triton=1.0),
+        *measured("gram", 100, reference=0.1),
+        *measured("only_one", 100, cuda=2.0),
+        *measured("MBF.step", None, cuda=2.0, triton=1.0),
+    ]
+    made = choose.table({"device": "GPU X", "date": "2026-01-02", "rows": rows})
+    assert made["ops"] == {
+        "block_inverse": [(15, "cuda"), (40, "triton"), (None, "cuda")],
+        "gram": [(None, "triton")],
+    }
+    source, out = tmp_path / "results.json", tmp_path / "auto.json"
+    source.write_text(json.dumps({"device": "GPU X", "date": "2026-01-02", "rows": rows}))
+    assert choose.main([str(source), "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["device"] == "GPU X"
+
+
+def test_a_measurement_without_both_backends_chooses_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "results.json"
+    source.write_text(json.dumps({"device": "X", "date": "2026-01-02", "rows": measured("op", 1, cuda=1.0)}))
+    with pytest.raises(SystemExit):
+        choose.main([str(source), "--out", str(tmp_path / "auto.json")])
+    assert "no case of the measurement on X has times of both cuda and triton" in capsys.readouterr().err
+    assert not (tmp_path / "auto.json").exists()

@@ -46,6 +46,8 @@ class Row:
     dtype: str
     backend: str
     limit: str
+    size: int | None = None
+    """Of the op's work, as the choice of a backend counts it; None for what is more than one op."""
     bytes_moved: int = 0
     flops: float = 0.0
     sets: int = 0
@@ -133,6 +135,9 @@ def measure(case: Case, clock: Clock, rates: dict[str, float], names: Iterable[s
         if failure is None:
             try:
                 with use_backend(name):
+                    with backends.recorded() as called:
+                        works[0].run()
+                    row.size = next((size for op, size in called if op == case.op), None)
                     works[0].check()
                     if name == "reference":
                         row.targets = {}

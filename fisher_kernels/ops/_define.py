@@ -99,7 +99,7 @@ def define(
     }
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        backend = backends.choose(name, _device_type(args[0]), implementations)
+        backend = backends.choose(name, _device_type(args[0]), implementations, args[0])
         return implementations[backend](*args, **kwargs)
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -112,7 +112,7 @@ def define(
 
     def call_on_one(x: Any, *args: Any) -> Any:
         if _is_eager() and _is_plain(x):
-            return implementations[backends.choose(name, _device_type(x), implementations)](x, *args)
+            return implementations[backends.choose(name, _device_type(x), implementations, x)](x, *args)
         return op(x, *args)
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -121,7 +121,9 @@ def define(
             if by_name:
                 tensors += map(kwargs.get, by_name)
             if all(map(_is_plain, tensors)):
-                return implementations[backends.choose(name, _device_type(args[0]), implementations)](*args, **kwargs)
+                return implementations[backends.choose(name, _device_type(args[0]), implementations, args[0])](
+                    *args, **kwargs
+                )
         return op(*args, **kwargs)
 
     return call_on_one if by_position == [0] and not by_name else call

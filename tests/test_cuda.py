@@ -1,0 +1,262 @@
+"""The CUDA kernels as a backend: why they cannot run, what they were built for, and how they fare on the host."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fisher_kernels import backends, environment, use_backend
+from fisher_kernels._library import native_module, runs_cuda_on_host
+from fisher_kernels.ops import column_sum_of_squares
+
+ROOT = Path(__file__).parents[1]
+
+
+def toolkit() -> Any:
+    """What the native module has inside, None without CUDA."""
+    module = native_module()
+    return None if module is None else module.cuda_toolkit()
+
+
+with_cuda = pytest.mark.skipif(toolkit() is None, reason="the native module was built without CUDA kernels")
+on_host = pytest.mark.skipif(not runs_cuda_on_host(), reason="the CUDA kernels were not compiled for the host")
+
+
+def run_python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own, in which no CUDA kernel runs on the host unless the variables say so."""
+    settings = {"PYTHONPATH": str(ROOT), "FISHER_KERNELS_CUDA_ON_HOST": "0", "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+# A module with CUDA inside, where there is no GPU.
+
+WITHOUT_A_GPU = """
+import torch
+from fisher_kernels import backends, ops
+from fisher_kernels._library import CPU, native_module
+
+print(native_module().cuda_toolkit())
+print(backends.reasons()["cuda"])
+print(ops.column_sum_of_squares(torch.tensor([[3.0]])).item())
+x, out = torch.ones(2, 2), torch.empty(2)
+for call in (
+    lambda: backends.use_backend("cuda").__enter__(),
+    lambda: CPU.kernels.column_sum_of_squares(x, out, (0, 0)),
+):
+    try:
+        call()
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+@with_cuda
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_module_loads_and_a_cuda_op_is_a_plain_error_without_a_gpu() -> None:
+    result = run_python(WITHOUT_A_GPU)
+    assert result.returncode == 0, result.stderr
+    reason = "there is no GPU: torch.cuda.is_available() is False"
+    assert result.stdout.splitlines() == [
+        str(toolkit()),
+        reason,
+        "9.0",
+        f"RuntimeError backend 'cuda' is not available: {reason}",
+        "ValueError column_sum_of_squares: x is on cpu, expected cuda:0",
+    ]
+
+
+@with_cuda
+def test_what_the_kernels_were_built_for_is_shown() -> None:
+    architectures, runtime, _ = toolkit()
+    shown = environment.describe()["cuda"]
+    assert shown["architectures"] == architectures.split(",")
+    assert all(int(x) >= 80 for x in shown["architectures"])
+    assert shown["runtime"] == f"{runtime // 1000}.{runtime % 1000 // 10}"
+
+
+class Module:
+    """A native module for other GPUs and drivers."""
+
+    def __init__(self, *built: Any) -> None:
+        self.built = built
+
+    def cuda_toolkit(self) -> Any:
+        return self.built or None
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "reason"),
+    [
+        ((), (9, 0), "built without CUDA kernels"),
+        (("80,90", 13000, 13000), (9, 0), None),
+        (("80,90", 13000, 13010), (8, 6), None),
+        (("80,90", 13000, 13000), (12, 0), None),  # from PTX
+        (("80,90", 13000, 12080), (9, 0), "built with CUDA 13.0, and the driver knows no more than CUDA 12.8"),
+        (("80,90", 13000, 13000), (7, 5), "built for compute capabilities 80,90, and a GPU here has 75"),
+        (("90,100", 13000, 13000), (8, 0), "FISHER_KERNELS_CUDA_ARCHS names others"),
+    ],
+)
+def test_why_cuda_is_refused(
+    monkeypatch: pytest.MonkeyPatch, built: tuple[Any, ...], capability: tuple[int, int], reason: str | None
+) -> None:
+    monkeypatch.setattr(backends, "native_module", lambda: Module(*built))
+    monkeypatch.setattr(backends, "runs_cuda_on_host", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    found = backends._why_no_cuda()
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_a_wrong_choice_of_the_host_module_is_an_error() -> None:
+    result = run_python("import fisher_kernels", FISHER_KERNELS_CUDA_ON_HOST="yes")
+    assert "FISHER_KERNELS_CUDA_ON_HOST is 'yes', expected '0', '1' or 'sanitized'" in result.stderr
+
+
+# The build.
+
+needs_cmake = pytest.mark.skipif(
+    importlib.util.find_spec("cmake") is None or shutil.which("ninja") is None or toolkit() is None,
+    reason="the build's own tools are missing",
+)
+
+
+def configure(folder: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}", *options]
+    return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
+
+
+@needs_cmake
+def test_asking_for_cuda_without_nvcc_is_an_error_that_says_where_it_was_looked_for(tmp_path: Path) -> None:
+    tools = tmp_path / "tools"  # everything but nvcc
+    tools.mkdir()
+    for tool in ("cmake", "ninja", "c++", "g++", "cc", "ld", "as", "ar", "ranlib", "uname"):
+        found = shutil.which(tool)
+        if found is not None:
+            (tools / tool).symlink_to(found)
+    variables = {"PATH": str(tools), "CUDA_HOME": "/nonexistent/cuda", "CUDACXX": "", "CUDA_PATH": ""}
+    found = configure(tmp_path / "on", "-DFISHER_KERNELS_CUDA=on", **variables)
+    assert found.returncode != 0
+    message = " ".join(found.stderr.split())
+    assert "FISHER_KERNELS_CUDA is 'on', but no nvcc that works was found: looked at CUDACXX ('')" in message
+    assert f"CUDA_HOME ('/nonexistent/cuda') and PATH ('{tools}')" in message
+    found = configure(tmp_path / "auto", "-DFISHER_KERNELS_CUDA=auto", **variables)
+    assert found.returncode == 0, found.stderr
+    assert "the CUDA kernels are left out" in found.stdout
+
+
+@needs_cmake
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("FISHER_KERNELS_CUDA=maybe", "FISHER_KERNELS_CUDA is 'maybe', expected 'auto', 'on' or 'off'"),
+        ("FISHER_KERNELS_CUDA_ARCHS=80,hopper", "FISHER_KERNELS_CUDA_ARCHS is '80,hopper', expected compute capab"),
+    ],
+)
+def test_options_of_the_build_are_checked(tmp_path: Path, option: str, message: str) -> None:
+    found = configure(tmp_path, f"-D{option}")
+    assert found.returncode != 0
+    assert message in " ".join(found.stderr.split())
+
+
+# On the host: every op of the self-test, again and again.
+
+SELF_TEST = """
+import hashlib, json, sys, torch
+from fisher_kernels import backends, selftest
+
+# Fresh memory holds NaN, so that what is not written shows.
+torch.use_deterministic_algorithms(True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+found = {}
+for case in selftest.CASES:
+    outputs = []
+    call = case.call
+    def keep(inputs):
+        results = call(inputs)
+        outputs.append(results)
+        return results
+    object.__setattr__(case, "call", keep)
+    for dtype in case.dtypes:
+        result = selftest._check(case, dtype, "cuda", torch.device("cpu"))
+        bits = hashlib.sha256()
+        for x in outputs[-1]:
+            bits.update(x.contiguous().view(torch.uint8).numpy().tobytes() if x.numel() else b"")
+        found[f"{case.op}, {case.name}, {dtype}"] = [result.message, bits.hexdigest()]
+print(json.dumps(found))
+"""
+
+
+def self_test(**variables: str) -> dict[str, tuple[str | None, str]]:
+    """What failed, and the bits of the results, of every case of the self-test on the CUDA kernels."""
+    result = run_python(SELF_TEST, **{"FISHER_KERNELS_CUDA_ON_HOST": "1", **variables})
+    assert result.returncode == 0, result.stderr[-8000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@on_host
+def test_the_order_of_threads_changes_no_bit() -> None:
+    """A barrier that is missing shows where the threads after it run before those ahead of it."""
+    forward = self_test()
+    assert {name: message for name, (message, _) in forward.items() if message} == {}
+    for order in ("reverse", "7"):
+        assert self_test(FISHER_KERNELS_HOST_ORDER=order) == forward, order
+
+
+def sanitizers() -> list[str]:
+    """The libraries that a sanitized module needs to find loaded; empty where they are missing."""
+    compiler = os.environ.get("CXX") or "c++"
+    found = []
+    for library in ("libasan.so", "libubsan.so", "libstdc++.so"):
+        path = subprocess.run([compiler, f"-print-file-name={library}"], capture_output=True, text=True, check=False)
+        found.append(path.stdout.strip())
+    return found if all(os.path.isabs(path) for path in found) else []
+
+
+OUT_OF_BOUNDS = """
+import torch
+from fisher_kernels._library import CUDA
+x, out = torch.ones(40, 64), torch.empty(64)
+storage = torch.ones(64)
+CUDA.kernels.column_sum_of_squares(torch.as_strided(storage, (40, 64), (64, 1)), out, (-1, 0))
+"""
+
+
+@on_host
+@pytest.mark.skipif(importlib.util.find_spec("fisher_kernels._cuda_on_host_sanitized") is None, reason="not built")
+@pytest.mark.skipif(not sanitizers(), reason="the compiler has no AddressSanitizer")
+def test_sanitizers_find_nothing_in_the_self_test() -> None:
+    variables = {
+        "FISHER_KERNELS_CUDA_ON_HOST": "sanitized",
+        "LD_PRELOAD": " ".join(sanitizers()),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps what it has until the end
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    found = self_test(**variables)
+    assert {name: message for name, (message, _) in found.items() if message} == {}
+
+
+def test_cuda_is_chosen_on_request_only_where_it_runs() -> None:
+    x = torch.ones(3, 2)
+    if backends.reasons()["cuda"] is None and backends.device_type("cuda") == "cpu":
+        with use_backend("cuda"):
+            assert column_sum_of_squares(x).tolist() == [3.0, 3.0]
+    else:
+        with pytest.raises(RuntimeError, match="backend 'cuda'"), use_backend("cuda"):
+            column_sum_of_squares(x)
