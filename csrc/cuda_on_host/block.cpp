@@ -4,13 +4,14 @@
 #include <cstring>
 #include <exception>
 
-#ifdef FISHER_KERNELS_HOST_ASAN
+#ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #endif
 
 namespace fisher_kernels::on_host {
 
 __thread Running running;
+__thread BlockRunner* active_runner = nullptr;
 
 namespace {
 
@@ -33,9 +34,11 @@ BlockRunner::BlockRunner()
 
 Fault BlockRunner::run(const Launch& launch, const Order& order, uint3 block) {
   prepare(launch, order, block);
+  active_runner = this;
   starting_ = next();
   serving_ = &fibers_.take();
   main_.switch_to(*serving_);
+  active_runner = nullptr;
   if (fault_.error != cudaSuccess) fibers_.reset();
   check_shared_memory();
   return std::move(fault_);
@@ -64,7 +67,7 @@ void BlockRunner::prepare(const Launch& launch, const Order& order, uint3 block)
   }
 
   std::memset(shared_, 0xff, launch.shared_bytes);
-#ifdef FISHER_KERNELS_HOST_ASAN
+#ifdef __SANITIZE_ADDRESS__
   __asan_poison_memory_region(shared_ + launch.shared_bytes, kMaxSharedBytes + kCanaryBytes - launch.shared_bytes);
 #else
   std::memset(shared_ + launch.shared_bytes, kCanary, kCanaryBytes);
@@ -85,22 +88,22 @@ void BlockRunner::prepare_order(const Order& order, int threads) {
 }
 
 void BlockRunner::check_shared_memory() {
-#ifdef FISHER_KERNELS_HOST_ASAN
+#ifdef __SANITIZE_ADDRESS__
   __asan_unpoison_memory_region(shared_, kMaxSharedBytes + kCanaryBytes);
 #else
   const unsigned char* canary = shared_ + launch_->shared_bytes;
   const unsigned char* last = canary + kCanaryBytes;
   const unsigned char* written = std::find_if(canary, last, [](unsigned char byte) { return byte != kCanary; });
   if (written == last) return;
-  fail(cudaErrorIllegalAddress, "byte " + std::to_string(written - shared_) + " of " +
-                                    std::to_string(launch_->shared_bytes) + " bytes of shared memory was written");
+  fail(cudaErrorIllegalAddress, "byte " + std::to_string(written - shared_) + " was written, past the " +
+                                    std::to_string(launch_->shared_bytes) + " bytes of shared memory");
 #endif
 }
 
 /// What every fiber does: it runs threads until one of them, or the end of the block, needs another stack.
 void BlockRunner::serve() {
   Fiber::begin();
-  BlockRunner& runner = here();
+  BlockRunner& runner = *active_runner;
   Fiber& self = *runner.serving_;
   for (;;) {
     Thread* thread = runner.starting_;
@@ -130,8 +133,9 @@ void BlockRunner::run_thread(Thread& thread, Fiber& fiber) {
   ++ended_;
   if (!exception.empty()) fail(cudaErrorLaunchFailure, name(thread) + " threw an exception: " + exception);
   if (fiber.overflowed()) {
-    fail(cudaErrorLaunchOutOfResources, "a stack of " + std::to_string(FISHER_KERNELS_HOST_STACK_BYTES) +
-                                            " bytes overflowed (FISHER_KERNELS_HOST_STACK_BYTES)");
+    fail(cudaErrorLaunchOutOfResources, name(thread) + " overflowed its stack of " +
+                                            std::to_string(FISHER_KERNELS_HOST_STACK_BYTES) +
+                                            " bytes (FISHER_KERNELS_HOST_STACK_BYTES)");
   }
 }
 
@@ -181,16 +185,17 @@ void BlockRunner::wake(Thread& thread) {
   ++warps_[number(thread) / kWarpSize].ready;
 }
 
+void BlockRunner::refuse_launch() { stop(name(*current_) + " launched a kernel"); }
+
 /// Leaves the block for good, with what its threads have on their stacks.
 void BlockRunner::abandon() {
   for (;;) current_->fiber->switch_to(main_);
 }
 
-/// Stops at a fault of the running thread, if the message says that there is one.
-void BlockRunner::refuse(std::string message) {
-  if (message.empty()) return;
+/// Ends the block at a fault of the running thread.
+void BlockRunner::stop(std::string message) {
   fail(cudaErrorLaunchFailure, message);
-  message = {};  // nothing is freed later
+  message = {};  // what the stacks hold is never freed
   abandon();
 }
 

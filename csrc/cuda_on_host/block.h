@@ -32,9 +32,10 @@ class BlockRunner {
   /// Runs one block to its end, or to its first fault.
   Fault run(const Launch& launch, const Order& order, uint3 block);
 
-  /// Called by the running CUDA thread: see running.h.
+  /// Called by the running CUDA thread: see running.h. A kernel launches none.
   uint64_t meet_block(const Arrival& arrival);
   uint64_t meet_warp(const Arrival& arrival);
+  [[noreturn]] void refuse_launch();
 
  private:
   enum class State : uint8_t { ready, running, waiting, ended };
@@ -65,14 +66,13 @@ class BlockRunner {
   void wait();
   void wake(Thread& thread);
   void fail(cudaError_t error, const std::string& message);
+  [[noreturn]] void stop(std::string message);
   [[noreturn]] void abandon();
-  void refuse(std::string message);
 
   bool release_block();
   bool is_complete(const Warp& warp, uint32_t mask) const;
   void exchange(Warp& warp, uint32_t mask);
-  std::string wrong_arrival(const Thread& thread, const Warp& warp) const;
-  std::string wrong_source(const Warp& warp, uint32_t mask) const;
+  const Thread* astray(const Warp& warp, uint32_t mask) const;
   std::string stuck() const;
   std::string describe(const Thread& thread) const;
 
@@ -104,5 +104,8 @@ class BlockRunner {
   std::unique_ptr<unsigned char[]> shared_memory_;
   unsigned char* shared_;  // aligned
 };
+
+/// The runner whose block runs on this thread of the processor; null outside kernels.
+extern __thread BlockRunner* active_runner;
 
 }  // namespace fisher_kernels::on_host

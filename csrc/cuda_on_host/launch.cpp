@@ -1,9 +1,8 @@
 #include "launch.h"
 
-#include <algorithm>
 #include <atomic>
-#include <mutex>
-#include <unordered_map>
+#include <cstdlib>
+#include <utility>
 
 #include "block.h"
 #include "order.h"
@@ -17,7 +16,7 @@ constexpr size_t kMaxParameterBytes = 32764;
 // CUDA threads that are worth a second thread of the processor.
 constexpr int64_t kMinParallelThreads = 4096;
 
-thread_local std::string message;
+thread_local Fault last;
 
 std::string text(dim3 size) {
   return "(" + std::to_string(size.x) + "," + std::to_string(size.y) + "," + std::to_string(size.z) + ")";
@@ -72,19 +71,27 @@ Fault run_blocks(const Launch& launch, const Order& order) {
 Fault run_or_refuse(const Launch& launch) {
   if (Fault refused = refusal(launch); refused.error != cudaSuccess) return refused;
   const auto order = Order::from_environment();
-  if (!order) return {cudaErrorInvalidValue, "FISHER_KERNELS_HOST_ORDER is neither forward nor reverse nor a number"};
+  if (!order) {
+    return {cudaErrorInvalidValue, std::string("FISHER_KERNELS_HOST_ORDER is \"") +
+                                       std::getenv("FISHER_KERNELS_HOST_ORDER") +
+                                       "\", neither forward nor reverse nor a number"};
+  }
   return run_blocks(launch, *order);
 }
 
 }  // namespace
 
 cudaError_t run(const Launch& launch) {
-  Fault fault = run_or_refuse(launch);
-  message = std::move(fault.message);
-  set_last_error(fault.error);
-  return fault.error;
+  if (active_runner != nullptr) active_runner->refuse_launch();
+  last = run_or_refuse(launch);
+  set_last_error(last.error);
+  return last.error;
 }
 
-const std::string& last_message() { return message; }
+const std::string& last_message() { return last.message; }
+
+const char* explanation(cudaError_t error) {
+  return last.error == error && !last.message.empty() ? last.message.c_str() : nullptr;
+}
 
 }  // namespace fisher_kernels::on_host

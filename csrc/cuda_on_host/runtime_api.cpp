@@ -2,12 +2,12 @@
 
 #include "runtime_api.h"
 
+#include <algorithm>
 #include <cstring>
 #include <mutex>
 #include <unordered_map>
 
 #include "block.h"
-#include "launch.h"
 
 namespace fisher_kernels::on_host {
 
@@ -65,10 +65,10 @@ const char* cudaGetErrorName(cudaError_t error) {
   }
 }
 
-/// The message of the last launch, which says more than the code, while that is what went wrong last.
+/// The message of the last launch, if that is where the error is from: it says more than a name.
 const char* cudaGetErrorString(cudaError_t error) {
-  const bool explained = error != cudaSuccess && !last_message().empty();
-  return explained ? last_message().c_str() : cudaGetErrorName(error);
+  const char* message = explanation(error);
+  return message != nullptr ? message : cudaGetErrorName(error);
 }
 
 cudaError_t cudaGetDeviceCount(int* count) {
