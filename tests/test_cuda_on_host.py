@@ -286,6 +286,8 @@ def test_a_fault_is_named_and_the_next_launch_runs(library: ctypes.CDLL, fault: 
     [
         ((0, 1), (32, 1), 0, INVALID_CONFIGURATION, "a grid of (0,1,1) blocks"),
         ((1, 65536), (32, 1), 0, INVALID_CONFIGURATION, "a grid of (1,65536,1) blocks"),
+        ((2**32 - 1, 2**32 - 1), (32, 1), 0, INVALID_CONFIGURATION, "a grid of (4294967295,4294967295,1) blocks"),
+        ((1, 1), (2**32 - 1, 2**32 - 1), 0, INVALID_CONFIGURATION, "a block of (4294967295,1,4294967295) threads"),
         ((1, 1), (0, 1), 0, INVALID_CONFIGURATION, "a block of (0,1,1) threads"),
         ((1, 1), (1025, 1), 0, INVALID_CONFIGURATION, "a block of (1025,1,1) threads"),
         ((1, 1), (1, 65), 0, INVALID_CONFIGURATION, "a block of (1,1,65) threads"),
@@ -301,7 +303,7 @@ def test_launches_that_cuda_refuses(
     error: int,
     message: str,
 ) -> None:
-    assert library.empty(*grid, *block, ctypes.c_size_t(shared_bytes)) == error
+    assert library.empty(*map(ctypes.c_uint, (*grid, *block)), ctypes.c_size_t(shared_bytes)) == error
     assert library.last_message().decode().startswith(message)
     assert library.last_error() == error
 

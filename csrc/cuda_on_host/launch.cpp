@@ -1,6 +1,7 @@
 #include "launch.h"
 
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <utility>
 
@@ -12,6 +13,9 @@ namespace fisher_kernels::on_host {
 
 namespace {
 
+constexpr dim3 kMaxGrid{0x7fffffff, 0xffff, 0xffff};
+constexpr dim3 kMaxBlock{1024, 1024, 64};
+constexpr int64_t kMaxThreads = 1024;  // of a block
 constexpr size_t kMaxParameterBytes = 32764;
 // CUDA threads that are worth a second thread of the processor.
 constexpr int64_t kMinParallelThreads = 4096;
@@ -22,27 +26,34 @@ std::string text(dim3 size) {
   return "(" + std::to_string(size.x) + "," + std::to_string(size.y) + "," + std::to_string(size.z) + ")";
 }
 
+bool fits(dim3 size, dim3 most) {
+  return size.x > 0 && size.y > 0 && size.z > 0 && size.x <= most.x && size.y <= most.y && size.z <= most.z;
+}
+
 int64_t volume(dim3 size) { return int64_t{size.x} * size.y * size.z; }
 
-/// Why CUDA would not start this.
+Fault invalid_configuration(const std::string& message) { return {cudaErrorInvalidConfiguration, message}; }
+
+Fault invalid_value(const std::string& message) { return {cudaErrorInvalidValue, message}; }
+
+/// Why CUDA would not start this; no fault if it would.
 Fault refusal(const Launch& launch) {
-  const dim3 grid = launch.grid;
-  const dim3 block = launch.block;
-  if (grid.x == 0 || grid.x > 0x7fffffff || grid.y == 0 || grid.y > 0xffff || grid.z == 0 || grid.z > 0xffff) {
-    return {cudaErrorInvalidConfiguration, "a grid of " + text(grid) + " blocks: 1 to 2147483647, 65535 and 65535 can run"};
+  if (!fits(launch.grid, kMaxGrid)) {
+    return invalid_configuration("a grid of " + text(launch.grid) + " blocks: 1 to " + text(kMaxGrid) + " can run");
   }
-  if (volume(block) == 0 || block.x > 1024 || block.y > 1024 || block.z > 64 || volume(block) > 1024) {
-    return {cudaErrorInvalidConfiguration, "a block of " + text(block) + " threads: 1 to 1024 can run, at most 64 along z"};
+  if (!fits(launch.block, kMaxBlock) || volume(launch.block) > kMaxThreads) {
+    return invalid_configuration("a block of " + text(launch.block) + " threads: 1 to " + text(kMaxBlock) +
+                                 " can run, together up to " + std::to_string(kMaxThreads));
   }
   const size_t most = allowed_shared_bytes(launch.kernel);
   if (launch.shared_bytes > most) {
-    return {cudaErrorInvalidValue, std::to_string(launch.shared_bytes) + " bytes of shared memory: the kernel may have " +
-                                       std::to_string(most) + ", and by cudaFuncSetAttribute up to " +
-                                       std::to_string(kMaxSharedBytes)};
+    return invalid_value(std::to_string(launch.shared_bytes) + " bytes of shared memory: the kernel may have " +
+                         std::to_string(most) + ", and by cudaFuncSetAttribute up to " +
+                         std::to_string(kMaxSharedBytes));
   }
   if (launch.parameter_bytes > kMaxParameterBytes) {
-    return {cudaErrorInvalidValue, std::to_string(launch.parameter_bytes) + " bytes of kernel parameters: at most " +
-                                       std::to_string(kMaxParameterBytes) + " fit"};
+    return invalid_value(std::to_string(launch.parameter_bytes) + " bytes of kernel parameters: at most " +
+                         std::to_string(kMaxParameterBytes) + " fit");
   }
   return {};
 }
@@ -55,7 +66,7 @@ uint3 position(int64_t block, dim3 grid) {
 /// Runs the blocks until the first fault.
 Fault run_blocks(const Launch& launch, const Order& order) {
   const int64_t blocks = volume(launch.grid);
-  const bool parallel = blocks > 1 && blocks * volume(launch.block) >= kMinParallelThreads;
+  const bool parallel = blocks > 1 && blocks >= kMinParallelThreads / volume(launch.block);
   std::atomic<bool> stop{false};
   Fault fault;
 #pragma omp parallel for schedule(dynamic) if (parallel)
@@ -72,9 +83,8 @@ Fault run_or_refuse(const Launch& launch) {
   if (Fault refused = refusal(launch); refused.error != cudaSuccess) return refused;
   const auto order = Order::from_environment();
   if (!order) {
-    return {cudaErrorInvalidValue, std::string("FISHER_KERNELS_HOST_ORDER is \"") +
-                                       std::getenv("FISHER_KERNELS_HOST_ORDER") +
-                                       "\", neither forward nor reverse nor a number"};
+    return invalid_value(std::string("FISHER_KERNELS_HOST_ORDER is \"") + std::getenv("FISHER_KERNELS_HOST_ORDER") +
+                         "\", neither forward nor reverse nor a number");
   }
   return run_blocks(launch, *order);
 }
