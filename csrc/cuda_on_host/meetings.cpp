@@ -1,5 +1,6 @@
 // What happens where the threads of a block meet, and what can go wrong there.
 
+#include <algorithm>
 #include <cstdio>
 
 #include "block.h"
@@ -172,24 +173,20 @@ const BlockRunner::Thread* BlockRunner::astray(const Warp& warp, uint32_t mask) 
 
 /// Why nothing can go on: a thread that waits, and one for which it waits in vain.
 std::string BlockRunner::stuck() const {
-  const auto sentence = [&](const Thread& a, const Thread& b) { return describe(a) + ", " + describe(b); };
   for (const Thread& thread : threads_) {
     if (thread.state != State::waiting || is_of_block(thread.at.meeting)) continue;
     const Warp& warp = warps_[number(thread) / kWarpSize];
     for (int lane = 0; lane < warp.size; ++lane) {
       const Thread& other = threads_[warp.first + lane];
       const bool comes = other.state == State::waiting && agree(other.at, thread.at);
-      if ((thread.at.mask & bit(lane)) != 0 && !comes) return sentence(thread, other);
+      if ((thread.at.mask & bit(lane)) != 0 && !comes) return describe(thread) + ", " + describe(other);
     }
   }
-  const Thread* waiting = nullptr;
-  for (const Thread& thread : threads_) {
-    if (thread.state == State::waiting && waiting == nullptr) waiting = &thread;
-  }
-  for (const Thread& thread : threads_) {
-    if (thread.state == State::ended || thread.at.meeting != waiting->at.meeting) return sentence(*waiting, thread);
-  }
-  return sentence(*waiting, *waiting);
+  // All that wait do so at a barrier of the block.
+  const auto waits = [](const Thread& thread) { return thread.state == State::waiting; };
+  const Thread& thread = *std::find_if(threads_.begin(), threads_.end(), waits);
+  const auto stays_away = [&](const Thread& other) { return !waits(other) || !agree(other.at, thread.at); };
+  return describe(thread) + ", " + describe(*std::find_if(threads_.begin(), threads_.end(), stays_away));
 }
 
 std::string BlockRunner::describe(const Thread& thread) const {

@@ -7,7 +7,8 @@
 #include <mutex>
 #include <unordered_map>
 
-#include "block.h"
+#include "running.h"
+#include "shared_memory.h"
 
 namespace fisher_kernels::on_host {
 
@@ -113,7 +114,7 @@ cudaError_t cudaRuntimeGetVersion(int* version) {
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;  // hints
-  if (value < 0 || value > kMaxSharedBytes) return returned(cudaErrorInvalidValue);
+  if (value < 0 || static_cast<size_t>(value) > kMaxSharedBytes) return returned(cudaErrorInvalidValue);
   const std::lock_guard<std::mutex> lock(attributes_mutex);
   shared_bytes_of[kernel] = value;
   return cudaSuccess;

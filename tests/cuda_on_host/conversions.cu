@@ -29,8 +29,8 @@ dim3 blocks(int size) { return dim3((size + 255) / 256); }
 }  // namespace
 
 EXPORTED int widen_bfloat16(const void* in, float* out, int size) {
-  return launch(widen_kernel<__nv_bfloat16>, blocks(size), dim3(256), 0, nullptr,
-                static_cast<const __nv_bfloat16*>(in), out, size);
+  return launch(widen_kernel<__nv_bfloat16>, blocks(size), dim3(256), 0, nullptr, static_cast<const __nv_bfloat16*>(in),
+                out, size);
 }
 
 EXPORTED int widen_float16(const void* in, float* out, int size) {
@@ -38,8 +38,8 @@ EXPORTED int widen_float16(const void* in, float* out, int size) {
 }
 
 EXPORTED int narrow_bfloat16(const float* in, void* out, int size) {
-  return launch(narrow_kernel<__nv_bfloat16>, blocks(size), dim3(256), 0, nullptr, in,
-                static_cast<__nv_bfloat16*>(out), size);
+  return launch(narrow_kernel<__nv_bfloat16>, blocks(size), dim3(256), 0, nullptr, in, static_cast<__nv_bfloat16*>(out),
+                size);
 }
 
 EXPORTED int narrow_float16(const float* in, void* out, int size) {
