@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
+import platform
 import re
 import subprocess
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,7 +38,7 @@ def load(path: Path) -> ctypes.CDLL:
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    sources = [KERNELS / f"{name}.cu" for name in ("computations", "conversions", "faults", "orders")]
+    sources = [KERNELS / f"{name}.cu" for name in ("computations", "conversions", "faults", "intrinsics", "orders")]
     path = cuda_builds.build_library(tmp_path_factory.mktemp("cuda_on_host") / "kernels.so", sources, "-O1")
     library = load(path)
     library.error_string.restype = library.error_name.restype = ctypes.c_char_p
@@ -189,6 +192,82 @@ def test_shared_memory_starts_as_nan_in_every_block(library: ctypes.CDLL) -> Non
     assert (out == 0xFF).all()
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         assert out.view(dtype).isnan().all()
+
+
+# Intrinsics and the runtime's functions.
+
+
+def test_bits_are_counted_and_carried_as_cuda_says(library: ctypes.CDLL) -> None:
+    edges = [0, 1, 2, 3, 2**31 - 1, 2**31, 2**32 - 1, 0x7FC00001, 0x12345678]
+    x, y = zip(*itertools.product(edges, edges), strict=True)
+    out = torch.zeros(14, len(x), dtype=torch.int32)
+    arguments = [(ctypes.c_uint * len(x))(*numbers) for numbers in (x, y)]
+    check(library, library.bits(*arguments, len(x), pointer(out)))
+
+    def expected(a: int, b: int) -> list[int]:
+        wide = a << 32 | b
+        signed = [n - (n >> 31 << 32) for n in (a, b)]
+        return [
+            *(a.bit_count(), wide.bit_count()),
+            *(32 - a.bit_length(), 64 - wide.bit_length()),
+            *((n & -n).bit_length() for n in (a, wide)),
+            *(a * b >> 32, wide * wide >> 96),
+            *(min(a, b), max(signed)),
+            *(a, a, a, b),
+        ]
+
+    rows = [[n % 2**32 for n in expected(a, b)] for a, b in zip(x, y, strict=True)]
+    assert (out.T.to(torch.int64) & 0xFFFFFFFF).tolist() == rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_arithmetic_rounds_to_nearest(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    special = torch.tensor([0.0, -0.0, 1.0, 3.0, torch.inf, torch.nan], dtype=dtype)
+    ordinary = torch.randn(400, 2, dtype=dtype).abs()
+    x, y = torch.cat([torch.cartesian_prod(special, special), ordinary]).T.contiguous()
+    names = ["add", "sub", "mul", "div", "sqrt", "rcp", *(["frsqrt"] * (dtype == torch.float32)), "rsqrt"]
+    out = torch.zeros(len(names) + 3, x.numel(), dtype=dtype)
+    function = library.floats if dtype == torch.float32 else library.doubles
+    check(library, function(pointer(x), pointer(y), x.numel(), pointer(out)))
+    with np.errstate(all="ignore"):
+        root = torch.from_numpy(np.sqrt(x.numpy()))  # torch's own is not always the nearest number
+    exact = [x + y, x - y, x * y, x / y, root, 1 / x]
+    torch.testing.assert_close(out[:6], torch.stack(exact), rtol=0, atol=0, equal_nan=True)
+    roots = (1 / x.double().sqrt()).to(dtype).expand(len(names) - 6, -1)
+    torch.testing.assert_close(out[6:-3], roots, rtol=2 * torch.finfo(dtype).eps, atol=0, equal_nan=True)
+    torch.testing.assert_close(out[-3], torch.fmin(x, y), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(out[-2], torch.fmax(x, y), rtol=0, atol=0, equal_nan=True)
+    # What a fused multiply-add keeps of a product is what its rounding lost.
+    products = zip(*(t[-400:].tolist() for t in (x, y, x * y)), strict=True)
+    lost = [float(Fraction(a) * Fraction(b) - Fraction(product)) for a, b, product in products]
+    assert any(lost)
+    assert out[-1][-400:].tolist() == lost
+
+
+def test_products_and_sums_stay_apart(tmp_path: Path) -> None:
+    source = tmp_path / "kernel.cu"
+    sums = ("__fadd_rn(__fmul_rn(x, y), z)", "__dadd_rn(__dmul_rn(x, y), z)", "x * y + z")
+    types = ("float", "double", "float")
+    lines = [
+        f"{t} f{i}({t} x, {t} y, {t} z) {{ return {s}; }}" for i, (t, s) in enumerate(zip(types, sums, strict=True))
+    ]
+    source.write_text("\n".join(["#include <cuda_runtime.h>", *lines]))
+    if platform.machine() != "x86_64":
+        pytest.skip("reads the assembly of x86-64")
+    command = ["g++", "-std=c++17", "-O2", "-mfma", "-S", "-o", "-", "-I", cuda_builds.STAND_IN]
+    command += ["-isystem", cuda_builds.toolkit_include(), "-x", "c++", source]
+    assembly = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert assembly.count("vfmadd") == 1  # of the third, which only shows that the compiler would
+
+
+def test_the_runtime_answers_what_launchers_ask(library: ctypes.CDLL) -> None:
+    numbers = torch.zeros(5, dtype=torch.int32)
+    cells = torch.arange(5, dtype=torch.int32)
+    assert library.runtime(pointer(numbers), pointer(cells), 4) == SUCCESS
+    assert numbers[1:4].tolist() == [227 * 1024, 9, 0]
+    assert numbers[0] > 1
+    assert numbers[4] > 0
+    assert cells.tolist() == [4, -1, -1, -1, 4]
 
 
 # The toolkit's bfloat16 and half.
