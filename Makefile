@@ -7,7 +7,8 @@
 # OUT=folder          where the demo writes its curves and numbers
 # ARGS=arguments      more arguments for pytest, the demo, the comparison of the results, the inspection or make gpu
 # TASKS=names         tasks that make results compares the optimizers on (default: all)
-# FISHER_KERNELS_NATIVE=auto|on|off, FISHER_KERNELS_PORTABLE=ON|OFF, FISHER_KERNELS_WERROR=ON|OFF, CXX=compiler
+# FISHER_KERNELS_NATIVE=auto|on|off, FISHER_KERNELS_PORTABLE=ON|OFF, FISHER_KERNELS_WERROR=ON|OFF, CXX=compiler,
+# FISHER_KERNELS_CUDA=auto|on|off, FISHER_KERNELS_CUDA_ARCHS=80,90,100
 #                     settings of the native build, from the environment as well
 
 TORCH = torch==2.13.0
@@ -32,7 +33,8 @@ INSTALLED := $(shell $(PY) -I -c 'import importlib.metadata as m, pathlib; \
   for d in m.distributions(name="fisher_kernels")))' 2>/dev/null)
 SETTINGS.torch := $(TORCH)
 SETTINGS.native := native=$(FISHER_KERNELS_NATIVE) portable=$(FISHER_KERNELS_PORTABLE) \
-  werror=$(FISHER_KERNELS_WERROR) compiler=$(if $(filter-out default,$(origin CXX)),$(CXX))
+  werror=$(FISHER_KERNELS_WERROR) cuda=$(FISHER_KERNELS_CUDA) archs=$(FISHER_KERNELS_CUDA_ARCHS) \
+  compiler=$(if $(filter-out default,$(origin CXX)),$(CXX))
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc)
 
 .DELETE_ON_ERROR:
@@ -45,7 +47,7 @@ help:
 	@echo 'make bench   measures the kernels against their baselines'
 	@echo 'make gpu     proves and measures the kernels on a CUDA GPU, in ten minutes; installs nothing'
 	@echo 'make results compares the optimizers on every task, into docs/results.md (half an hour)'
-	@echo 'make inspect compiles every Triton kernel for GPUs that need not be here (a few minutes)'
+	@echo 'make inspect compiles every GPU kernel for GPUs that need not be here, and reads its code (ten minutes)'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make build   environment, native module, editable install'
 	@echo 'make dist    sdist and wheel, in dist/'
@@ -57,7 +59,7 @@ demo: build
 	$(PY) -m fisher_kernels compare digits --out $(OUT) $(ARGS)
 
 # A process for each core, each on one thread; tests of threads set their number.
-test: build
+test: build $(STAMPS)/cuda-on-host
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 bench: build
@@ -71,7 +73,8 @@ results: build
 	set -e; for task in $(TASKS); do $(PY) -m fisher_kernels compare $$task --out docs/results/$$task $(ARGS); done
 	$(PY) -m bench.tables
 
-inspect: build
+inspect:
+	$(MAKE) build FISHER_KERNELS_CUDA=on FISHER_KERNELS_CUDA_ARCHS=80,90,100 FISHER_KERNELS_WERROR=ON
 	$(PY) -m fisher_kernels inspect $(ARGS)
 
 lint: build
@@ -86,7 +89,7 @@ dist: build
 	$(PY) -m build --no-isolation
 
 clean:
-	rm -rf build dist fisher_kernels.egg-info fisher_kernels/_native.*.so fisher_kernels/_native_missing.txt
+	rm -rf build dist fisher_kernels.egg-info fisher_kernels/_native.*.so fisher_kernels/_cuda_on_host*.so fisher_kernels/_native_missing.txt
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name .venv -prune -o -name __pycache__ -prune -exec rm -r {} +
 
@@ -123,6 +126,11 @@ $(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/settings.native $(STAMPS)/build-to
 	$(PY) setup.py --quiet build_ext --inplace
 	@$(PY) -I -c 'import pathlib, sys, sysconfig; \
 	  sys.exit(not pathlib.Path("fisher_kernels/_native" + sysconfig.get_config_var("EXT_SUFFIX")).exists())' && mv $@.began $@ || :
+
+# The CUDA kernels as they run on the CPU, where there is a toolkit: for the tests, and nothing else.
+$(STAMPS)/cuda-on-host: $(STAMPS)/native
+	if [ -e $< ]; then FISHER_KERNELS_CUDA_ON_HOST=ON $(PY) setup.py --quiet build_ext --inplace; fi
+	@if [ -e $< ]; then touch $@; fi
 
 $(STAMPS)/installed: pyproject.toml setup.py $(STAMPS)/settings.native $(STAMPS)/build-tools | $(STAMPS)/native
 	$(PY) -m pip install --no-build-isolation --constraint $(STAMPS)/torch --editable '.[dev]'

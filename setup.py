@@ -20,7 +20,13 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 NOTE = "_native_missing.txt"
-OPTIONS = ("FISHER_KERNELS_PORTABLE", "FISHER_KERNELS_WERROR")  # of CMakeLists.txt, ON or OFF
+OPTIONS = {  # of CMakeLists.txt, from the environment
+    "FISHER_KERNELS_PORTABLE": "OFF",
+    "FISHER_KERNELS_WERROR": "OFF",
+    "FISHER_KERNELS_CUDA": "auto",
+    "FISHER_KERNELS_CUDA_ARCHS": "80,90,100",
+    "FISHER_KERNELS_CUDA_ON_HOST": "OFF",
+}
 # Tools installed beside the interpreter come first, whether or not its environment is active.
 PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
 
@@ -64,7 +70,7 @@ class BuildNative(build_ext):
             *("cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja', path=PATH)}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            *(f"-D{option}={os.environ.get(option) or 'OFF'}" for option in OPTIONS),
+            *(f"-D{option}={os.environ.get(option) or default}" for option, default in OPTIONS.items()),
         ]
         for command in (configure, ["cmake", "--build", str(folder)]):
             if subprocess.call(command, env={**os.environ, "PATH": PATH}):
@@ -72,6 +78,9 @@ class BuildNative(build_ext):
         self.force = True  # copies even over a newer module, which another compiler may have made
         self.mkpath(str(Path(self.get_ext_fullpath(ext.name)).parent))
         self.copy_file(str(folder / f"_native{SUFFIX}"), self.get_ext_fullpath(ext.name))
+        if os.environ.get("FISHER_KERNELS_CUDA_ON_HOST") == "ON":
+            for module in folder.glob(f"_cuda_on_host*{SUFFIX}"):
+                self.copy_file(str(module), str(ROOT / "fisher_kernels"))  # for tests; no wheel has them
 
 
 class BuildPackage(build_py):

@@ -7,19 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fisher_kernels._library import native
+from fisher_kernels._library import CPU
 
 
 def stream_update(writes: Sequence[Tensor], seconds: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
     """Three reads and two writes of float32 in place, with one addition each: ``w += r, s += r``."""
-    native().stream_update(list(writes), list(seconds), list(reads), torch.get_num_threads())
+    CPU.kernels.stream_update(list(writes), list(seconds), list(reads), torch.get_num_threads())
 
 
 def stream_add(writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
     """Two reads and one write of float32 in place: ``w += r``."""
-    native().stream_update(list(writes), None, list(reads), torch.get_num_threads())
+    CPU.kernels.stream_update(list(writes), None, list(reads), torch.get_num_threads())
 
 
 def stream_read(x: Tensor) -> None:
     """One read of every byte of a contiguous tensor."""
-    native().stream_read(x, torch.get_num_threads())
+    CPU.kernels.stream_read(x, torch.get_num_threads())

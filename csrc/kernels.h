@@ -3,6 +3,8 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/scalar.h"
+#include "common/stream.h"
 
 // The kernels, as plain functions on plain structs: no Python, no torch. Every array is in row-major order unless
 // strides are given; sizes and strides count elements. The callers in python/ have checked all that is said here.
@@ -62,7 +64,7 @@ struct PatchSumOfSquares {
 struct MinMaxVector {
   const void* x;
   void* out;
-  double weight;
+  Scalar weight;
   int64_t size;
   DType dtype;  // float32 or float64
 };
@@ -115,11 +117,14 @@ struct AdaFisherParameter {
   StridedArray moment;        // accumulation_dtype(dtype), as are the factors
   const void* row_factor;     // [groups, rows] or null
   const void* column_factor;  // [groups, columns] or null
-  double constant_factor;
+  double constant_factor;     // on the CPU, of all factors that are constants
+  bool row_is_constant;       // on a GPU such a factor is read where it lies
+  bool column_is_constant;
   int64_t groups;
   int64_t rows;
   int64_t columns;
-  double step_size;  // lr / (1 - beta^t)
+  float* step;       // t, which a GPU counts itself
+  double step_size;  // lr / (1 - beta^t), on the CPU
   DType dtype;
 
   int64_t numel() const { return groups * rows * columns; }
@@ -131,18 +136,28 @@ enum class WeightDecay : uint8_t {
   decoupled,  // taken off the parameter
 };
 
-/// g = gradient_scale * gradient;  m <- beta * m + (1 - beta) * g;  w <- w - step_size * m / F.
+/// g = gradient / divisor, negated to maximize. Where found_inf is not 0 nothing changes; on the CPU the caller saw to it.
+struct GradientScale {
+  bool maximize;
+  Scalar divisor;
+  Scalar found_inf;
+
+  /// On the CPU: what gradients are multiplied by.
+  double factor() const { return (maximize ? -1.0 : 1.0) / divisor.value; }
+};
+
+/// g as GradientScale says;  m <- beta * m + (1 - beta) * g;  w <- w - step_size * m / F.
 /// Elements whose g is not finite stay as they are and are counted.
 struct AdaFisherStep {
   const AdaFisherParameter* parameters;
   int64_t count;
   int64_t* skipped;  // [count]
-  double lr;
+  Scalar lr;
   double beta;
   double damping;
   double weight_decay;
   WeightDecay decay;
-  double gradient_scale;  // negative to maximize
+  GradientScale gradient_scale;
   int threads;
 };
 
@@ -175,18 +190,18 @@ struct MbfParameter {
   int64_t* skipped;
 };
 
-/// g = gradient_scale * gradient;  m <- momentum * m + g;  d = P m;  w <- w - lr * scale * d, where scale is 1 without
+/// g as GradientScale says;  m <- momentum * m + g;  d = P m;  w <- w - lr * scale * d, where scale is 1 without
 /// kl_clip and else min(1, sqrt(kl_clip / (lr^2 |sum of d g|))). Blocks whose d is not finite stay as they are and are
 /// counted.
 struct MbfStep {
   const MbfParameter* parameters;
   int64_t count;
   double* scale;
-  double lr;
+  Scalar lr;
   double momentum;
   double weight_decay;
   WeightDecay decay;
-  double gradient_scale;  // negative to maximize
+  GradientScale gradient_scale;
   double kl_clip;         // 0 for none
   int threads;
 };
@@ -198,15 +213,16 @@ struct SofimParameter {
   StridedArray gradient;  // same dtype
   StridedArray moment;    // accumulation_dtype(dtype)
   int64_t size;
-  double lr;
-  double correction;  // 1 - beta^t
+  Scalar lr;
+  float* step;        // t, which a GPU counts itself
+  double correction;  // 1 - beta^t, on the CPU
   double weight_decay;
   WeightDecay decay;
   DType dtype;
 };
 
 /// With all parameters as one vector w, or each as one:
-///   g = gradient_scale * gradient;  m <- beta * m + (1 - beta) * g;  u = m / correction;
+///   g as GradientScale says;  m <- beta * m + (1 - beta) * g;  u = m / correction;
 ///   w <- w - lr * (u u^T + rho I)^-1 x,   x being u or g.
 /// Elements whose new m is not finite stay as they are, are in no dot product and are counted.
 struct SofimStep {
@@ -218,7 +234,7 @@ struct SofimStep {
   double rho;
   bool along_gradient;  // x is g
   bool by_parameter;    // each is a vector of its own
-  double gradient_scale;  // negative to maximize
+  GradientScale gradient_scale;
   int threads;
 };
 
@@ -422,6 +438,38 @@ struct StreamRead {
   void stream_update(const StreamUpdate&);                 \
   void stream_read(const StreamRead&);                     \
   }
+
+// The CUDA kernels queue their work on a stream and return. One that a GPU cannot take throws std::runtime_error.
+namespace cuda {
+
+/// What the CUDA kernels were compiled with, and what is here. Versions are 1000 major + 10 minor.
+struct Toolkit {
+  const char* architectures;  // compute capabilities as nvcc counts them, "80,90,100", the newest as PTX too
+  int runtime;
+  int driver;  // newest CUDA that the driver knows, 0 without a driver
+};
+
+#ifdef FISHER_KERNELS_CUDA
+Toolkit toolkit();
+void column_sum_of_squares(const ColumnSumOfSquares&, const Stream&);
+void channel_sum_of_squares(const ChannelSumOfSquares&, const Stream&);
+void patch_sum_of_squares(const PatchSumOfSquares&, const Stream&);
+void minmax(const MinMax&, const Stream&);
+void factor_ema_(const FactorEma&, const Stream&);
+void adafisher_step_(const AdaFisherStep&, const Stream&);
+void mbf_step_(const MbfStep&, const Stream&);
+void sofim_step_(const SofimStep&, const Stream&);
+void block_inverse(const BlockInverse&, const Stream&);
+void block_solve(const BlockSolve&, const Stream&);
+void block_apply(const BlockApply&, const Stream&);
+void rank_one_solve(const RankOneSolve&, const Stream&);
+void inverse_update_(const InverseUpdate&, const Stream&);
+void mini_block_gram_(const MiniBlockGram&, const Stream&);
+void conv_mini_block_gram_(const ConvMiniBlockGram&, const Stream&);
+void weighted_gram_(const WeightedGram&, const Stream&);
+void batch_norm_gradients(const BatchNormGradients&, const Stream&);
+#endif
+}  // namespace cuda
 
 FISHER_KERNELS_DECLARE(baseline)
 #if defined(__x86_64__) && !defined(FISHER_KERNELS_PORTABLE)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,7 +26,17 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, f"the native module does not load: {error}"
 
 
+def _load_cuda_on_host() -> ModuleType | None:
+    chosen = os.environ.get("FISHER_KERNELS_CUDA_ON_HOST") or "0"
+    names = {"0": None, "1": "_cuda_on_host", "sanitized": "_cuda_on_host_sanitized"}
+    if chosen not in names:
+        raise ValueError(f"FISHER_KERNELS_CUDA_ON_HOST is {chosen!r}, expected '0', '1' or 'sanitized'")
+    name = names[chosen]
+    return None if name is None else importlib.import_module(f"fisher_kernels.{name}")
+
+
 _NATIVE, _REASON = _load()
+_ON_HOST = _load_cuda_on_host()
 
 
 def native_module() -> ModuleType | None:
@@ -32,9 +44,37 @@ def native_module() -> ModuleType | None:
     return _NATIVE
 
 
-def native() -> Any:
-    """The compiled module, where it is known to be there: its functions are checked when they are called."""
-    return _NATIVE
+def _threads(_: torch.device | None) -> int:
+    return torch.get_num_threads()
+
+
+def _current_stream(device: torch.device | None) -> tuple[int, int]:
+    index = torch.cuda.current_device() if device is None or device.index is None else device.index
+    return index, torch._C._cuda_getCurrentRawStream(index)
+
+
+def _host(_: torch.device | None) -> tuple[int, int]:
+    return -1, 0
+
+
+Place = int | tuple[int, int]
+"""Where a native kernel runs: a number of threads, or the index of a CUDA device and the address of its stream."""
+
+
+def runs_cuda_on_host() -> bool:
+    """Whether the CUDA kernels run as they were compiled for the CPU, on CPU tensors: slow, for tests without a GPU."""
+    return _ON_HOST is not None
+
+
+class Native(NamedTuple):
+    """The compiled kernels of one backend, where they are known to be there."""
+
+    kernels: Any
+    place: Callable[[torch.device | None], Place]
+
+
+CPU = Native(_NATIVE, _threads)
+CUDA = Native(_ON_HOST, _host) if _ON_HOST is not None else Native(_NATIVE, _current_stream)
 
 
 def native_reason() -> str | None:

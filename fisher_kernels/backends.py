@@ -1,7 +1,7 @@
 """Which implementation of an op runs: ``auto``, ``reference``, ``cpu``, ``cuda`` or ``triton``.
 
-``auto``, the default, takes the native kernels for CPU tensors, Triton's for tensors on a GPU, and the reference
-wherever these are missing.
+``auto``, the default, takes the native kernels for CPU tensors, CUDA's or else Triton's for tensors on a GPU, and the
+reference wherever these are missing.
 ``FISHER_KERNELS_BACKEND`` sets another default; :func:`use_backend` overrides it for a while.
 """
 
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fisher_kernels._library import native_reason
+from fisher_kernels._library import native_module, native_reason, runs_cuda_on_host
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 
@@ -44,16 +44,54 @@ def _why_not_here() -> str | None:
     return None
 
 
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _why_no_cuda() -> str | None:
+    if runs_cuda_on_host():
+        return None
+    module = native_module()
+    if module is None:
+        return native_reason()
+    toolkit = module.cuda_toolkit()
+    if toolkit is None:
+        return "the native module was built without CUDA kernels: no nvcc was found then, or FISHER_KERNELS_CUDA=off"
+    architectures, runtime, driver = toolkit
+    if not torch.cuda.is_available():
+        return "there is no GPU: torch.cuda.is_available() is False"
+    if driver < runtime:
+        return (
+            f"the CUDA kernels were built with CUDA {_version(runtime)}, and the driver knows no more than CUDA "
+            f"{_version(driver)}: a newer driver is needed, or a build with an older toolkit"
+        )
+    built = [int(re.sub("[a-z]", "", architecture)) for architecture in architectures.split(",")]
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        capability = 10 * major + minor
+        if not any(x // 10 == capability // 10 and x <= capability for x in built) and capability < max(built):
+            return (
+                f"the CUDA kernels were built for compute capabilities {architectures}, and a GPU here has "
+                f"{capability}: FISHER_KERNELS_CUDA_ARCHS names others when the module is built"
+            )
+    return None
+
+
 _REASONS: dict[str, str | None] = {
     "reference": None,
     "cpu": native_reason(),
-    "cuda": "this version has no CUDA kernels; CUDA tensors run on Triton's, or on the reference",
+    "cuda": _why_no_cuda(),
     "triton": _why_not_here(),
 }
-_DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if is_interpreted() else "cuda"}
+_DEVICES = {
+    "cpu": "cpu",
+    "cuda": "cpu" if runs_cuda_on_host() else "cuda",
+    "triton": "cpu" if is_interpreted() else "cuda",
+}
 
-# What ``auto`` takes for tensors of a type of device, where it runs there: never Triton's interpreter.
-_FASTEST = {"cpu": "cpu", "cuda": "triton"}
+# What ``auto`` takes for tensors of a type of device, the first that runs there: never Triton's interpreter, nor CUDA
+# kernels on the CPU.
+_FASTEST = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 # Process-wide, not per thread: autograd runs backward hooks in threads of its own.
 _selected = os.environ.get("FISHER_KERNELS_BACKEND") or "auto"
@@ -116,9 +154,10 @@ def assumed(name: str, device: str) -> Iterator[None]:
 def choose(op: str, device: str, implemented: Iterable[str]) -> str:
     """The backend that runs ``op`` on tensors of a device type, out of those that implement it."""
     if _selected == "auto":
-        fast = _FASTEST.get(device, "reference")
-        runs = _REASONS[fast] is None and fast in implemented
-        return fast if runs and _DEVICES.get(fast) == device else "reference"
+        for fast in _FASTEST.get(device, ()):
+            if _REASONS[fast] is None and _DEVICES[fast] == device and fast in implemented:
+                return fast
+        return "reference"
     _check(_selected)
     if _selected not in implemented:
         raise RuntimeError(f"{op}: backend {_selected!r} does not implement this op")

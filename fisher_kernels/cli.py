@@ -181,15 +181,22 @@ def inspect(
     ] = None,
     kernels: Annotated[str, typer.Option(help="Regular expression that names of kernels match.")] = "",
     sample: Annotated[bool, typer.Option("--sample", help="One variant of each kernel only.")] = False,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help=f"One of: {', '.join(inspection.BACKENDS)}.", show_default="all that can be inspected here"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compile every Triton kernel for GPUs that need not be here, and show what their code needs.
+    """Show what the code of every GPU kernel needs, for GPUs that need not be here.
 
-    Exits with 1 where a kernel does not compile, keeps registers in memory, or reads a stream in narrow pieces.
+    Triton's kernels are compiled for it, those in CUDA are read from the native module. Exits with 1 where a kernel
+    does not compile, keeps registers in memory, or reads a stream in narrow pieces.
     """
+    reasons = {name: part.why_not() for name, part in inspection.BACKENDS.items()}
+    chosen = backend or [name for name, reason in reasons.items() if reason is None] or list(reasons)
     try:
         with _usage_errors(), _inspection_progress() as watch:
-            rows = list(watch(inspection.run(target or inspection.TARGETS, kernels, sample)))
+            rows = list(watch(inspection.run(target or inspection.TARGETS, kernels, sample, chosen)))
     except RuntimeError as error:
         _fail(str(error))
     faults = [(row, fault) for row in rows for fault in row.faults]
@@ -198,10 +205,13 @@ def inspect(
     else:
         console = Console()
         Console(width=max(console.width, 140)).print(_inspection_table(rows))
+        for name, reason in reasons.items():
+            if name not in chosen:
+                console.print(f"not inspected: {name}: {escape(str(reason))}", highlight=False, soft_wrap=True)
         for name, note in sorted({(row.kernel, row.note) for row in rows if row.note}):
             console.print(f"accepted: {name}: {note}", highlight=False, soft_wrap=True)
         for row, fault in faults:
-            where = f"{row.target}, {row.kernel}, {row.arguments}"
+            where = f"{row.backend}, {row.target}, {row.kernel}, {row.arguments}"
             console.print(f"[red]failed:[/red] {escape(where)}: {escape(fault)}", highlight=False, soft_wrap=True)
     if faults or not rows:
         raise typer.Exit(1)
@@ -211,7 +221,7 @@ def inspect(
 def _inspection_progress() -> Iterator[Callable[[Iterator[inspection.Row]], Iterator[inspection.Row]]]:
     columns = (TextColumn("{task.description}"), TextColumn("{task.completed} variants"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("compiling", total=None)
+        bar = progress.add_task("inspecting", total=None)
 
         def watch(rows: Iterator[inspection.Row]) -> Iterator[inspection.Row]:
             for row in rows:
@@ -224,19 +234,20 @@ def _inspection_progress() -> Iterator[Callable[[Iterator[inspection.Row]], Iter
 def _inspection_table(rows: Sequence[inspection.Row]) -> Table:
     """One row for each target and kernel, over all its variants."""
     table = Table(caption="shared, stack: bytes; loads, stores: widths in bytes; over all variants")
-    for name in ("target", "kernel"):
+    for name in ("target", "backend", "kernel"):
         table.add_column(name, no_wrap=True)
     for name in ("variants", "registers", "shared", "stack", "loads", "stores", "seconds"):
         table.add_column(name, justify="right")
-    groups: dict[tuple[str, str], list[inspection.Row]] = {}
+    groups: dict[tuple[str, str, str], list[inspection.Row]] = {}
     for row in rows:
-        groups.setdefault((row.target, row.kernel), []).append(row)
-    for key, group in sorted(groups.items()):
+        groups.setdefault((row.target, row.backend, row.kernel), []).append(row)
+    for (target, backend, kernel), group in sorted(groups.items()):
         colour = "red" if any(row.faults for row in group) else "green"
         figures = (_range([getattr(row, name) for row in group]) for name in ("registers", "shared", "stack"))
         widths = (_widths(group, kind) for kind in ("load", "store"))
         seconds = sum(row.seconds for row in group)
-        table.add_row(key[0], f"[{colour}]{key[1]}[/{colour}]", str(len(group)), *figures, *widths, f"{seconds:.1f}")
+        name = f"[{colour}]{kernel}[/{colour}]"
+        table.add_row(target, backend, name, str(len(group)), *figures, *widths, f"{seconds:.1f}")
     return table
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import sysconfig
+from pathlib import Path
 
 import torch
 
-# Before anything imports Triton's kernels: without a GPU they run in its interpreter, on CPU tensors.
+# Before anything imports the kernels: without a GPU Triton's run in its interpreter and those in CUDA as they were
+# compiled for the CPU, on CPU tensors.
 if torch.cuda.is_available():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
 else:
     os.environ["TRITON_INTERPRET"] = "1"
+    if list(Path(__file__).parents[1].glob(f"fisher_kernels/_cuda_on_host{sysconfig.get_config_var('EXT_SUFFIX')}")):
+        os.environ.setdefault("FISHER_KERNELS_CUDA_ON_HOST", "1")
 
 import ctypes
 import time
@@ -47,13 +52,13 @@ _BEGAN = time.monotonic()
 
 
 def _backends() -> list[str]:
-    return [name for name in backends.available() if name in ("reference", "cpu", "triton")]
+    return backends.available()
 
 
 def _implementations() -> list[str]:
     native = native_module()
     capabilities = [] if native is None else [f"cpu-{name}" for name in native.capabilities()]
-    return ["reference", *capabilities, *(["triton"] if "triton" in _backends() else [])]
+    return ["reference", *capabilities, *(name for name in ("cuda", "triton") if name in _backends())]
 
 
 def _quicken_interpreter() -> None:
@@ -102,8 +107,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @contextmanager
 def _using(name: str) -> Iterator[None]:
-    """Run the ops on a backend, on Triton by way of the GPU if there is one."""
-    on_a_gpu = name == "triton" and torch.cuda.is_available()
+    """Run the ops on a backend, those of a GPU by way of the GPU if there is one."""
+    on_a_gpu = name in ("cuda", "triton") and torch.cuda.is_available()
     with backends.use_backend(name), through(torch.device("cuda", 0)) if on_a_gpu else nullcontext():
         yield
 
@@ -115,9 +120,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=[name for name in _backends() if name != "triton"])
+@pytest.fixture(params=[name for name in _backends() if name in ("reference", "cpu")])
 def host_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The same without Triton's interpreter, which is slow: for tests of what is built on the ops."""
+    """The same without what plays a GPU here, which is slow: for tests of what is built on the ops."""
     with backends.use_backend(request.param):
         yield request.param
 

@@ -91,14 +91,16 @@ def round_trip(run: Callable[..., Any], device: torch.device) -> Callable[..., A
 
 @contextmanager
 def through(device: torch.device) -> Iterator[None]:
-    """Inside, ``use_backend("triton")`` takes CPU tensors, by way of ``device``."""
-    choose, name = backends.choose, f"triton by way of {device}"
+    """Inside, ``use_backend("cuda")`` and ``use_backend("triton")`` take CPU tensors, by way of ``device``."""
+    choose = backends.choose
 
     def choose_the_way(op: str, kind: str, implemented: Iterable[str]) -> str:
-        if backends._selected != "triton" or kind != "cpu" or "triton" not in implemented:
+        selected = backends._selected
+        if selected not in ("cuda", "triton") or kind != "cpu" or selected not in implemented:
             return choose(op, kind, implemented)
         assert isinstance(implemented, dict)
-        implemented.setdefault(name, round_trip(implemented["triton"], device))
+        name = f"{selected} by way of {device}"
+        implemented.setdefault(name, round_trip(implemented[selected], device))
         return name
 
     backends.choose = choose_the_way

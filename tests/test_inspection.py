@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pkgutil
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,9 @@ import pytest
 from typer.testing import CliRunner
 
 from fisher_kernels import backends, inspection
+from fisher_kernels._library import native_module
 from fisher_kernels.cli import app
+from fisher_kernels.inspection import cuda, machine_code, rows, triton
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,17 +41,17 @@ def rows_of(result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
 
 
 def test_one_variant_of_every_kernel_compiles_for_every_target() -> None:
-    result = compiling("-m", "fisher_kernels", "inspect", "--sample", "--json")
-    rows = rows_of(result)
-    assert [(row["target"], row["kernel"], row["faults"]) for row in rows if row["faults"]] == []
+    result = compiling("-m", "fisher_kernels", "inspect", "--sample", "--backend", "triton", "--json")
+    found = rows_of(result)
+    assert [(row["target"], row["kernel"], row["faults"]) for row in found if row["faults"]] == []
     assert result.returncode == 0
-    by_target = {target: {row["kernel"] for row in rows if row["target"] == target} for target in inspection.TARGETS}
+    by_target = {target: {row["kernel"] for row in found if row["target"] == target} for target in inspection.TARGETS}
     assert len({frozenset(kernels) for kernels in by_target.values()}) == 1
     from fisher_kernels import triton_kernels
 
     stems = {module.name for module in pkgutil.iter_modules(triton_kernels.__path__) if module.name[0] != "_"}
     assert stems == {kernel.split(".")[0] for kernel in by_target["cuda:90"] if kernel[0] != "_"}
-    for row in rows:
+    for row in found:
         assert 0 < row["registers"] <= 512, row
         assert row["accesses"], row
 
@@ -56,15 +60,16 @@ def test_one_variant_of_every_kernel_compiles_for_every_target() -> None:
 FAULTY = """
 import dataclasses
 import torch
-from fisher_kernels import inspection, selftest
+from fisher_kernels import selftest
+from fisher_kernels.inspection import triton
 from fisher_kernels.triton_kernels import _configs, adafisher_step
 
 plain = next(case for case in selftest.CASES if case.op == "adafisher_step_" and case.name == "plain")
 selftest.CASES = [dataclasses.replace(plain, dtypes=(torch.DTYPE,))]
 _configs.table()["adafisher_step"] = {"default": {"small": [BLOCK, 4], "large": [BLOCK, 4]}}
-for variant in inspection.variants("TARGET", "adafisher_step.kernel"):
-    if variant.constants["STRIDED"] is False:
-        row = inspection.inspect(variant, "TARGET")
+for variant in triton.variants("TARGET", "adafisher_step.kernel"):
+    if variant.launch.options["STRIDED"] is False:
+        row = triton.inspect(variant, "TARGET")
         print(row.faults)
 """
 
@@ -91,7 +96,8 @@ def test_a_kernel_that_does_not_compile_is_a_fault() -> None:
 # Steps of lists of several lengths, at several counts and rates; the compilations that each of them asks for.
 AGAIN = """
 import torch
-from fisher_kernels import backends, inspection, ops
+from fisher_kernels import backends, ops
+from fisher_kernels.inspection import triton
 from fisher_kernels.triton_kernels import _launch
 
 def compilations(length, count, lr):
@@ -111,7 +117,7 @@ def compilations(length, count, lr):
         ops.mini_block_gram_(torch.rand(length, 9, 9), torch.rand(32 + length, length, 9), 0.9, 0.1 * lr)
         x, grad = torch.rand(length, 2 + length, 6, 6), torch.rand(length, 5, 4, 4)
         ops.conv_mini_block_gram_(torch.rand(5, 2 + length, 9, 9), x, grad, 3, decay=0.9, gain=0.1 * lr)
-    return {inspection._source(launch, "cuda:90")[0].hash() for launch in launches}
+    return {triton._source(launch, "cuda:90")[0].hash() for launch in launches}
 
 first = compilations(3, 5, 0.3)
 print(len(first) > 8)
@@ -148,30 +154,93 @@ ASSEMBLY = """
 
 
 def test_widths_are_read_from_machine_code() -> None:
-    found = inspection._count(inspection._nvidia_accesses(SASS))
+    found = machine_code.count(machine_code.nvidia_accesses(SASS))
     assert found == {"load 16": 2, "load 8": 1, "load 4": 1, "load 2": 1, "store 16": 1}
-    assert inspection._amd(ASSEMBLY) == (
+    assert machine_code.amd(ASSEMBLY) == (
         40, 12, {"load 16": 1, "load 8": 1, "load 2": 1, "store 4": 1, "store 2": 1}
     )  # fmt: skip
 
 
 def test_a_trade_off_has_a_bound() -> None:
-    accepted = inspection.TradeOff(64, "a reason")
-    assert inspection._stack_faults(64, accepted) == []
-    assert inspection._stack_faults(72, accepted) == ["72 bytes of stack, expected at most 64"]
-    assert inspection._stack_faults(16, None) == []
-    assert inspection._stack_faults(24, None) == ["24 bytes of stack, expected at most 16"]
+    accepted = rows.TradeOff(64, "a reason")
+    assert rows.stack_faults(64, accepted) == ()
+    assert rows.stack_faults(72, accepted) == ("72 bytes of stack, expected at most 64",)
+    assert rows.stack_faults(16, None) == ()
+    assert rows.stack_faults(24, None) == ("24 bytes of stack, expected at most 16",)
 
 
 def test_exceptions_name_kernels_that_exist_and_are_needed() -> None:
-    for kernel, trade_off in inspection.TRADE_OFFS.items():
-        assert trade_off.bytes > inspection.MOST_STACK
-        assert len(trade_off.reason) > 20
-        stem, function = kernel.split(".")
-        assert f"def {function}(" in (ROOT / "triton_kernels" / f"{stem}.py").read_text()
-    for kernel in inspection.STREAMING:
-        stem, function = kernel.split(".")
-        assert f"def {function}(" in (ROOT / "triton_kernels" / f"{stem}.py").read_text()
+    for part, folder, suffix in ((triton, "triton_kernels", ".py"), (cuda, "csrc/cuda", ".cu")):
+        for kernel, trade_off in part.TRADE_OFFS.items():
+            assert trade_off.bytes > rows.MOST_STACK, kernel
+            assert len(trade_off.reason) > 20
+        for kernel in {**part.TRADE_OFFS, **part.STREAMING}:
+            stem, function = kernel.split(".")
+            assert re.search(rf"\b{function}\(", (ROOT / folder / f"{stem}{suffix}").read_text()), kernel
+
+
+def cuda_targets() -> list[str]:
+    """What the native module was built for."""
+    module = native_module()
+    toolkit = None if module is None else module.cuda_toolkit()
+    return [] if toolkit is None else [f"cuda:{x}" for x in toolkit[0].split(",") if f"cuda:{x}" in inspection.TARGETS]
+
+
+@pytest.mark.parametrize("target", cuda_targets())
+def test_every_cuda_kernel_of_the_native_module_is_sound(target: str) -> None:
+    found = list(inspection.run([target], backends=["cuda"]))
+    assert [(row.kernel, row.arguments, row.faults) for row in found if row.faults] == []
+    stems = {row.kernel.split(".")[0] for row in found}
+    kernels = {file.stem for file in (ROOT / "csrc" / "cuda").glob("*.cu") if "__global__" in file.read_text()}
+    assert kernels <= stems
+    assert set(cuda.STREAMING) <= {row.kernel for row in found}
+    for row in found:
+        assert row.registers is not None
+        assert 0 < row.registers <= 255, row
+
+
+@pytest.mark.skipif(not cuda_targets(), reason="the native module has no CUDA kernels")
+def test_a_target_that_the_module_was_not_built_for_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "native_module", lambda: Built("75"))
+    (row,) = inspection.run([cuda_targets()[0]], backends=["cuda"])
+    assert row.faults == ("the native module was built for 75: FISHER_KERNELS_CUDA_ARCHS names others",)
+
+
+class Built:
+    """A module for other GPUs."""
+
+    __file__ = __file__
+
+    def __init__(self, architectures: str) -> None:
+        self.architectures = architectures
+
+    def cuda_toolkit(self) -> tuple[str, int, int]:
+        return self.architectures, 13000, 0
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+def test_faults_of_cuda_kernels_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "faulty.cu"
+    source.write_text("""
+        namespace {
+        __global__ void narrow(const float* x, float* y) { y[threadIdx.x] = 2 * x[threadIdx.x]; }
+        __global__ void stacked(const int* at, float* y) {
+          float kept[32] = {};
+          for (int i = 0; i < 32; ++i) kept[at[i] & 31] += y[i];
+          y[threadIdx.x] = kept[at[threadIdx.x] & 31];
+        }
+        }
+        void* kernels[] = {reinterpret_cast<void*>(narrow), reinterpret_cast<void*>(stacked)};
+    """)
+    cubin = tmp_path / "faulty.cubin"
+    subprocess.run(["nvcc", "-arch=sm_90", "-cubin", "-o", cubin, source], check=True)
+    monkeypatch.setattr(cuda, "STREAMING", {"faulty.narrow": rows.Streams(1, 1)})
+    found = {row.kernel: row.faults for row in cuda.inspect(cubin, "cuda:90")}
+    assert found["faulty.narrow"] == (
+        "0 loads of 16 bytes, expected at least 1",
+        "0 stores of 16 bytes, expected at least 1",
+    )
+    assert re.fullmatch(r"\d+ bytes of stack, expected at most 16", "".join(found["faulty.stacked"]))
 
 
 def test_an_unknown_target_is_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +252,7 @@ def test_an_unknown_target_is_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.skipif(not backends.is_interpreted(), reason="nothing is interpreted")
 def test_interpreted_kernels_cannot_be_inspected() -> None:
-    result = CliRunner().invoke(app, ["inspect"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    arguments = ["inspect", "--backend", "triton"]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "NO_COLOR": "1"})
     assert result.exit_code == 1
-    assert "kernels cannot be compiled here: TRITON_INTERPRET is set" in result.stderr
+    assert "kernels of triton cannot be inspected here: TRITON_INTERPRET is set" in result.stderr

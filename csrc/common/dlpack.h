@@ -9,11 +9,13 @@ namespace fisher_kernels::dlpack {
 
 enum DeviceType : int32_t {
   kCpu = 1,
+  kCuda = 2,
   kCudaHost = 3,
 };
 
 enum TypeCode : uint8_t {
   kInt = 0,
+  kUInt = 1,
   kFloat = 2,
   kBfloat = 4,
 };
@@ -49,12 +51,24 @@ struct ExchangeHeader {
   ExchangeHeader* older;  // an interface of an earlier major version, or null
 };
 
+struct ManagedTensor {
+  Version version;
+  void* manager;
+  void (*deleter)(ManagedTensor* self);  // the tensor is no longer used
+  uint64_t flags;
+  Tensor tensor;
+};
+
+// A new tensor with the device, dtype and sizes of another. Returns 0, or -1 after calling set_error. Needs no Python.
+using Allocate = int (*)(Tensor* like, ManagedTensor** out, void* error,
+                         void (*set_error)(void* error, const char* kind, const char* message));
+
 // Returns 0, or -1 with a Python exception set. Sizes and strides stay the property of the Python object.
 using TensorFromObject = int (*)(void* object, Tensor* out);
 
 struct ExchangeApi {
   ExchangeHeader header;
-  void* allocate;
+  Allocate allocate;
   void* managed_from_object;
   void* managed_to_object;
   TensorFromObject tensor_from_object;  // may be null

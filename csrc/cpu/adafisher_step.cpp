@@ -28,12 +28,12 @@ struct Rates {
   A shrinkage;     // decoupled form: lr * weight_decay
 
   Rates(const AdaFisherStep& step, const AdaFisherParameter& parameter)
-      : gradient_scale(static_cast<A>(step.gradient_scale)),
+      : gradient_scale(static_cast<A>(step.gradient_scale.factor())),
         beta(static_cast<A>(step.beta)),
         gain(static_cast<A>(1.0 - step.beta)),
         step_size(static_cast<A>(parameter.step_size)),
         weight_decay(static_cast<A>(step.weight_decay)),
-        shrinkage(static_cast<A>(step.lr * step.weight_decay)) {}
+        shrinkage(static_cast<A>(step.lr.value * step.weight_decay)) {}
 };
 
 /// The update of one register of elements; those whose gradient is not finite stay as they are. Returns 0 in the lanes

@@ -72,7 +72,7 @@ template <class A>
 void minmax_vector(const MinMaxVector& vector, double eps) {
   const A* __restrict x = static_cast<const A*>(vector.x);
   A* __restrict out = static_cast<A*>(vector.out);
-  const A weight = static_cast<A>(vector.weight);
+  const A weight = static_cast<A>(vector.weight.value);
   if (weight == 0) {
     for (int64_t i = 0; i < vector.size; ++i) out[i] = A(1);
     return;

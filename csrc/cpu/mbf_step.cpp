@@ -269,7 +269,7 @@ class Stepper {
     if (!is_finite(d, count)) skip_blocks(rows, old);
     moment_.write(first, rows, moment);
     if (directions == nullptr) {
-      update(w, d, count, step_.lr);
+      update(w, d, count, step_.lr.value);
       parameter_.write(first, rows, w);
       return 0;
     }
@@ -288,7 +288,7 @@ class Stepper {
 
  private:
   void accumulate(const T* w, const T* gradient, const A* old, int64_t count, bool keep_gradient) const {
-    const A gradient_scale = static_cast<A>(step_.gradient_scale), momentum = static_cast<A>(step_.momentum),
+    const A gradient_scale = static_cast<A>(step_.gradient_scale.factor()), momentum = static_cast<A>(step_.momentum),
             weight_decay = static_cast<A>(step_.weight_decay);
     A* const moment = buffers_.moment();
     A* const scaled = buffers_.scaled_gradient();
@@ -380,7 +380,7 @@ class Stepper {
 
   /// One step along d, but for what is NaN.
   void update(T* w, const A* d, int64_t count, double rate) const {
-    const A step_size = static_cast<A>(rate), shrinkage = static_cast<A>(step_.lr * step_.weight_decay);
+    const A step_size = static_cast<A>(rate), shrinkage = static_cast<A>(step_.lr.value * step_.weight_decay);
     for_registers<A>(count, [&](int64_t i, const auto& load, const auto& store) {
       const Vector<A> old = load(w + i), along = load(d + i);
       Vector<A> change = step_size * along;
@@ -474,9 +474,9 @@ void mbf_step_(const MbfStep& step) {
   if (!clip) return;
   double sum = 0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += sums.data()[chunk];
-  const double size = step.lr * step.lr * (sum < 0 ? -sum : sum);
+  const double size = step.lr.value * step.lr.value * (sum < 0 ? -sum : sum);
   if (size > step.kl_clip) *step.scale = __builtin_sqrt(step.kl_clip / size);
-  const double rate = step.lr * *step.scale;
+  const double rate = step.lr.value * *step.scale;
   for_chunks(step, [&](const MbfParameter& p, const Start& start, int64_t begin, int64_t end) {
     with_stepper(step, p, [&](auto& stepper) {
       using A = typename std::remove_reference_t<decltype(stepper)>::A;

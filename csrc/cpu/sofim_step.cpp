@@ -45,7 +45,7 @@ struct Momentum {
   A gain;  // 1 - beta
 
   Momentum(const SofimStep& step, const SofimParameter& p)
-      : gradient_scale(static_cast<A>(step.gradient_scale)),
+      : gradient_scale(static_cast<A>(step.gradient_scale.factor())),
         weight_decay(static_cast<A>(p.weight_decay)),
         beta(static_cast<A>(step.beta)),
         gain(static_cast<A>(1.0 - step.beta)) {}
@@ -174,10 +174,10 @@ inline bool is_finite(double x) { return x - x == 0; }
 /// The solve of one vector, given the sums of its moments u = m / correction in place of m.
 Rates solve(const SofimStep& step, const SofimParameter& p, const Sums& sums) {
   const double square = sums.square, product = sums.product;
-  const double shrinkage = p.decay == WeightDecay::decoupled ? p.lr * p.weight_decay : 0.0;
-  if (!step.along_gradient) return {p.lr / (p.correction * (step.rho + square)), 0.0, shrinkage};
+  const double shrinkage = p.decay == WeightDecay::decoupled ? p.lr.value * p.weight_decay : 0.0;
+  if (!step.along_gradient) return {p.lr.value / (p.correction * (step.rho + square)), 0.0, shrinkage};
   if (!is_finite(square) || !is_finite(product)) return {0.0, 0.0, shrinkage};
-  return {-p.lr * product / (p.correction * step.rho * (step.rho + square)), p.lr / step.rho, shrinkage};
+  return {-p.lr.value * product / (p.correction * step.rho * (step.rho + square)), p.lr.value / step.rho, shrinkage};
 }
 
 /// What comes before a parameter.

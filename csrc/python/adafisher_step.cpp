@@ -13,15 +13,15 @@ namespace fisher_kernels {
 
 namespace {
 
-constexpr const char* kFunction = "adafisher_step_";
-
 /// The list arguments, all of one length.
 struct Lists {
+  const Call& call;
   List params, grads, exp_avgs, steps, row_factors, column_factors;
 
-  Lists(py::handle params_, py::handle grads_, py::handle exp_avgs_, py::handle steps_, py::handle row_factors_,
+  Lists(const Call& call_, py::handle params_, py::handle grads_, py::handle exp_avgs_, py::handle steps_, py::handle row_factors_,
         py::handle column_factors_)
-      : params(params_, {kFunction, "params"}),
+      : call(call_),
+        params(params_, {call, "params"}),
         grads(read(grads_, "grads")),
         exp_avgs(read(exp_avgs_, "exp_avgs")),
         steps(read(steps_, "steps")),
@@ -30,14 +30,14 @@ struct Lists {
 
  private:
   List read(py::handle object, const char* name) const {
-    return read_list(object, params, {kFunction, name});
+    return read_list(object, params, {call, name});
   }
 };
 
 /// A row or column factor: one entry per row or column, or a constant (1 for a missing factor).
 struct Factor {
   bool is_vector = false;
-  const void* data = nullptr;  // null for a constant, and for a vector without entries
+  const void* data = nullptr;  // null for a constant of the CPU, and for a vector without entries
   int64_t groups = 1;
   int64_t size = 1;  // of all groups
   double constant = 1.0;
@@ -54,12 +54,13 @@ Factor read_factor(py::handle object, DType dtype, int max_dims, const Argument&
   check_contiguous(tensor, argument);
   const int64_t size = tensor.numel();
   if (size != 1) return {true, tensor.data, tensor.dims == 2 ? tensor.sizes[0] : 1, size, 1.0};
+  if (argument.call.place.runs_cuda()) return {false, tensor.data, 1, 1, 1.0};
   return {false, nullptr, 1, 1,
           dtype == DType::float64 ? *static_cast<const double*>(tensor.data) : *static_cast<const float*>(tensor.data)};
 }
 
 /// Fills in the factors of a parameter of `numel` elements, and its shape as [groups, rows, columns].
-void set_curvature(AdaFisherParameter& parameter, const Factor& row, const Factor& column, int64_t numel,
+void set_curvature(const Call& call, AdaFisherParameter& parameter, const Factor& row, const Factor& column, int64_t numel,
                    py::ssize_t index) {
   const int64_t groups = column.groups;
   int64_t columns = column.is_vector && groups > 0 ? column.size / groups : 0;
@@ -75,13 +76,15 @@ void set_curvature(AdaFisherParameter& parameter, const Factor& row, const Facto
   if (groups < 1 || rows % groups != 0 || rows * columns != numel) {
     const std::string what = std::to_string(row.size) + " row and " + std::to_string(column.size) +
                              " column factors in " + std::to_string(groups) + " groups";
-    value_error({kFunction, row.is_vector ? "row_factors" : "column_factors", index},
+    value_error({call, row.is_vector ? "row_factors" : "column_factors", index},
                 "does not fit params[" + std::to_string(index) + "]: " + what +
                     ", expected groups * rows and groups * columns " +
                     "with groups * rows * columns = " + std::to_string(numel));
   }
   parameter.row_factor = row.data;
   parameter.column_factor = column.data;
+  parameter.row_is_constant = !row.is_vector;
+  parameter.column_is_constant = !column.is_vector;
   parameter.constant_factor = row.constant * column.constant;
   parameter.groups = groups;
   parameter.rows = rows / groups;
@@ -140,29 +143,31 @@ void permute_rows(AdaFisherParameter& parameter, const TensorView& param, const 
   parameter.column_factor = out;
 }
 
-/// Parameter i of the lists, but for its step size.
+/// Parameter i of the lists, but for the step size of the CPU.
 AdaFisherParameter read_parameter(const Lists& lists, py::ssize_t i, Permuted& permuted) {
-  const Argument param_argument{kFunction, "params", i}, exp_avg_argument{kFunction, "exp_avgs", i};
+  const Call& call = lists.call;
+  const Argument param_argument{call, "params", i}, exp_avg_argument{call, "exp_avgs", i};
   const TensorView param = read_tensor(lists.params[i], param_argument);
   check_float(param, param_argument);
   check_writable(param, param_argument);
   const DType state_dtype = accumulation_dtype(param.dtype);
-  const TensorView grad = read_like(param, param.dtype, lists.grads[i], {kFunction, "grads", i});
+  const TensorView grad = read_like(param, param.dtype, lists.grads[i], {call, "grads", i});
   const TensorView exp_avg = read_like(param, state_dtype, lists.exp_avgs[i], exp_avg_argument);
   check_writable(exp_avg, exp_avg_argument);
-  const Factor row = read_factor(lists.row_factors[i], state_dtype, 1, {kFunction, "row_factors", i});
-  const Factor column = read_factor(lists.column_factors[i], state_dtype, 2, {kFunction, "column_factors", i});
+  const Factor row = read_factor(lists.row_factors[i], state_dtype, 1, {call, "row_factors", i});
+  const Factor column = read_factor(lists.column_factors[i], state_dtype, 2, {call, "column_factors", i});
 
   AdaFisherParameter parameter{};
   parameter.parameter = strided(param);
   parameter.gradient = strided(grad);
   parameter.moment = strided(exp_avg);
   parameter.dtype = param.dtype;
-  set_curvature(parameter, row, column, param.numel(), i);
-  permute_rows(parameter, param, grad, exp_avg, permuted);
+  set_curvature(call, parameter, row, column, param.numel(), i);
+  if (!call.place.runs_cuda()) permute_rows(parameter, param, grad, exp_avg, permuted);
   if (parameter.columns == 1) {
     // A single column (a bias, say) is one long row to the kernel, which walks along columns.
     std::swap(parameter.row_factor, parameter.column_factor);
+    std::swap(parameter.row_is_constant, parameter.column_is_constant);
     std::swap(parameter.rows, parameter.columns);
   }
   return parameter;
@@ -173,38 +178,35 @@ AdaFisherParameter read_parameter(const Lists& lists, py::ssize_t i, Permuted& p
 void adafisher_step_(py::handle params, py::handle grads, py::handle exp_avgs, py::handle steps, py::handle row_factors,
                      py::handle column_factors, py::handle lr_object, double beta, double damping, double weight_decay,
                      bool decoupled, bool maximize, py::handle grad_scale, py::handle found_inf,
-                     py::handle skipped_object, int threads) {
-  const Lists lists(params, grads, exp_avgs, steps, row_factors, column_factors);
+                     py::handle skipped_object, const Place& place) {
+  const Call call("adafisher_step_", place);
+  const Lists lists(call, params, grads, exp_avgs, steps, row_factors, column_factors);
   const py::ssize_t count = lists.params.size();
-  const double lr = read_scalar(lr_object, {kFunction, "lr"});
-  check_coefficient(lr, {kFunction, "lr"});
-  check_range(beta, beta >= 0 && beta < 1, "a number in [0, 1)", {kFunction, "beta"});
-  check_coefficient(damping, {kFunction, "damping"});
-  check_coefficient(weight_decay, {kFunction, "weight_decay"});
-  const double gradient_scale = read_gradient_scale(grad_scale, maximize, kFunction);
-  const bool refused = read_found_inf(found_inf, kFunction);
-  auto* const skipped = read_output<int64_t>(skipped_object, DType::int64, {count}, {kFunction, "skipped"});
-  check_threads(threads, {kFunction, "threads"});
+  const Scalar lr = read_rate(lr_object, {call, "lr"});
+  check_range(beta, beta >= 0 && beta < 1, "a number in [0, 1)", {call, "beta"});
+  check_coefficient(damping, {call, "damping"});
+  check_coefficient(weight_decay, {call, "weight_decay"});
+  const GradientScale gradient_scale = read_gradient_scale(grad_scale, found_inf, maximize, call);
+  auto* const skipped = read_output<int64_t>(skipped_object, DType::int64, {count}, {call, "skipped"});
 
   Permuted permuted;
   std::vector<AdaFisherParameter> parameters;
-  std::vector<float*> counters;
   parameters.reserve(count);
-  counters.reserve(count);
   for (py::ssize_t i = 0; i < count; ++i) {
     parameters.push_back(read_parameter(lists, i, permuted));
-    counters.push_back(read_step(lists.steps[i], {kFunction, "steps", i}));
+    parameters.back().step = read_step(lists.steps[i], {call, "steps", i});
   }
 
-  std::fill_n(skipped, count, 0);
-  if (refused) return;
-  BiasCorrection bias_correction(beta);
-  for (py::ssize_t i = 0; i < count; ++i) parameters[i].step_size = lr / bias_correction(++*counters[i]);
-
+  if (!place.runs_cuda()) {
+    std::fill_n(skipped, count, 0);
+    if (gradient_scale.found_inf.value != 0.0) return;
+    BiasCorrection bias_correction(beta);
+    for (AdaFisherParameter& parameter : parameters) parameter.step_size = lr.value / bias_correction(++*parameter.step);
+  }
   const py::gil_scoped_release release;
-  run(AdaFisherStep{parameters.data(), count, skipped, lr, beta, damping, weight_decay,
-                    decay_form(weight_decay, decoupled), gradient_scale, threads},
-      {FISHER_KERNELS_VARIANTS(adafisher_step_)});
+  run(call, AdaFisherStep{parameters.data(), count, skipped, lr, beta, damping, weight_decay,
+                    decay_form(weight_decay, decoupled), gradient_scale, call.place.threads},
+      FISHER_KERNELS_VARIANTS(adafisher_step_));
 }
 
 }  // namespace fisher_kernels

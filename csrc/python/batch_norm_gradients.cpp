@@ -7,10 +7,10 @@
 namespace fisher_kernels {
 
 void batch_norm_gradients(py::handle x_object, py::handle grad_object, double eps, py::handle mean_object,
-                          py::handle variance_object, py::handle scale_object, py::handle shift_object, int threads) {
-  constexpr const char* kFunction = "batch_norm_gradients";
-  const Argument x_argument{kFunction, "x"}, grad_argument{kFunction, "grad_output"};
-  const Argument mean_argument{kFunction, "mean"}, variance_argument{kFunction, "variance"};
+                          py::handle variance_object, py::handle scale_object, py::handle shift_object, const Place& place) {
+  const Call call("batch_norm_gradients", place);
+  const Argument x_argument{call, "x"}, grad_argument{call, "grad_output"};
+  const Argument mean_argument{call, "mean"}, variance_argument{call, "variance"};
   const TensorView x = read_tensor(x_object, x_argument);
   check_float(x, x_argument);
   if (x.dims < 2) value_error(x_argument, "has shape " + x.shape() + ", expected at least 2 dimensions");
@@ -19,7 +19,7 @@ void batch_norm_gradients(py::handle x_object, py::handle grad_object, double ep
   const DType dtype = accumulation_dtype(x.dtype);
   if (accumulation_dtype(grad.dtype) != dtype) check_dtype(grad, x.dtype, grad_argument);
   check_shape(grad, std::vector<int64_t>(x.sizes, x.sizes + x.dims), grad_argument);
-  check_coefficient(eps, {kFunction, "eps"});
+  check_coefficient(eps, {call, "eps"});
   if (mean_object.is_none() != variance_object.is_none()) {
     value_error(variance_argument, mean_object.is_none() ? "is a tensor, expected None, as mean is"
                                                          : "is None, expected a tensor, as mean is");
@@ -42,9 +42,8 @@ void batch_norm_gradients(py::handle x_object, py::handle grad_object, double ep
   };
   const void* const mean = read_vector(mean_object, mean_argument);
   const void* const variance = read_vector(variance_object, variance_argument);
-  void* const scale = read_output(scale_object, {kFunction, "scale"});
-  void* const shift = read_output(shift_object, {kFunction, "shift"});
-  check_threads(threads, {kFunction, "threads"});
+  void* const scale = read_output(scale_object, {call, "scale"});
+  void* const shift = read_output(shift_object, {call, "shift"});
   // Both orders are the same where there is one position: channels side by side are then the better view.
   const bool channels_last = is_dense(x, 1, Order::channels_last) && is_dense(grad, 1, Order::channels_last);
   if (!channels_last) {
@@ -56,9 +55,9 @@ void batch_norm_gradients(py::handle x_object, py::handle grad_object, double ep
   for (int d = 2; d < x.dims; ++d) positions *= x.sizes[d];
 
   const py::gil_scoped_release release;
-  run(BatchNormGradients{x.data, grad.data, x.dtype, grad.dtype, mean, variance, scale, shift, channels_last, samples,
-                         x.strides[0], grad.strides[0], channels, positions, eps, threads},
-      {FISHER_KERNELS_VARIANTS(batch_norm_gradients)});
+  run(call, BatchNormGradients{x.data, grad.data, x.dtype, grad.dtype, mean, variance, scale, shift, channels_last, samples,
+                         x.strides[0], grad.strides[0], channels, positions, eps, call.place.threads},
+      FISHER_KERNELS_CPU_ONLY(batch_norm_gradients));
 }
 
 }  // namespace fisher_kernels

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <stdexcept>
 
 namespace fisher_kernels {
 
@@ -33,6 +34,10 @@ std::atomic<int>& chosen() {
 std::vector<std::string> capability_names() {
   static const std::vector<std::string> names = detect();
   return names;
+}
+
+void refuse_cuda(const char* function) {
+  throw std::runtime_error(std::string(function) + ": this module has no CUDA kernel of that name");
 }
 
 int current_capability() { return chosen().load(std::memory_order_relaxed); }

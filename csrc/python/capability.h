@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../kernels.h"
+#include "place.h"
 
 namespace fisher_kernels {
 
@@ -18,18 +19,35 @@ std::vector<std::string> capability_names();
 /// ValueError if `name` is not among `capability_names()`.
 void set_capability(const std::string& name);
 
-/// Runs the variant of a kernel that was compiled for the current capability:
-///   run(arguments, {FISHER_KERNELS_VARIANTS(minmax)});
+/// All variants of a kernel.
 template <class Arguments>
-void run(const Arguments& arguments, std::initializer_list<void (*)(const Arguments&)> variants) {
-  variants.begin()[current_capability()](arguments);
+struct Kernel {
+  std::initializer_list<void (*)(const Arguments&)> cpu;  // in the order of capability_names()
+  void (*cuda)(const Arguments&, const Stream&);          // or null
+};
+
+[[noreturn]] void refuse_cuda(const char* function);
+
+/// Runs the variant of a kernel for the place of a call, on the CPU the one for the current capability:
+///   run(call, arguments, FISHER_KERNELS_VARIANTS(minmax));
+template <class Arguments>
+void run(const Call& call, const Arguments& arguments, const Kernel<Arguments>& kernel) {
+  if (!call.place.runs_cuda()) return kernel.cpu.begin()[current_capability()](arguments);
+  if (kernel.cuda == nullptr) refuse_cuda(call.function);
+  kernel.cuda(arguments, call.place.stream);
 }
 
 }  // namespace fisher_kernels
 
-// In the order of capability_names().
 #ifdef FISHER_KERNELS_X86
-#define FISHER_KERNELS_VARIANTS(kernel) baseline::kernel, avx2::kernel, avx512::kernel
+#define FISHER_KERNELS_CPU(kernel) {baseline::kernel, avx2::kernel, avx512::kernel}
 #else
-#define FISHER_KERNELS_VARIANTS(kernel) baseline::kernel
+#define FISHER_KERNELS_CPU(kernel) {baseline::kernel}
 #endif
+
+#ifdef FISHER_KERNELS_CUDA
+#define FISHER_KERNELS_VARIANTS(kernel) {FISHER_KERNELS_CPU(kernel), cuda::kernel}
+#else
+#define FISHER_KERNELS_VARIANTS(kernel) {FISHER_KERNELS_CPU(kernel), nullptr}
+#endif
+#define FISHER_KERNELS_CPU_ONLY(kernel) {FISHER_KERNELS_CPU(kernel), nullptr}

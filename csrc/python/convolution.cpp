@@ -19,12 +19,12 @@ void check_geometry(const std::vector<int64_t>& values, size_t expected, int64_t
 }
 
 /// How a window of a convolution moves along a dimension of `size` positions.
-Window make_window(const char* function, int64_t size, int64_t kernel, int64_t stride, int64_t dilation, int64_t before,
+Window make_window(const Call& call, int64_t size, int64_t kernel, int64_t stride, int64_t dilation, int64_t before,
                    int64_t after) {
   const int64_t padded = size + before + after;
   const int64_t extent = dilation * (kernel - 1) + 1;
   if (padded < extent) {
-    value_error({function, "kernel_size"}, "spans " + std::to_string(extent) + " positions, expected at most the " +
+    value_error({call, "kernel_size"}, "spans " + std::to_string(extent) + " positions, expected at most the " +
                                                std::to_string(padded) + " of the padded x");
   }
   return {size, (padded - extent) / stride + 1, kernel, stride, dilation, before};
@@ -52,17 +52,17 @@ void layout_error(const TensorView& x, const Argument& argument, const char* exp
               "has shape " + x.shape() + " and strides " + shape_text(x.strides, x.dims) + ", expected " + expected);
 }
 
-Windows read_windows(const char* function, const TensorView& x, const std::vector<int64_t>& kernel_size,
+Windows read_windows(const Call& call, const TensorView& x, const std::vector<int64_t>& kernel_size,
                      const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                      const std::vector<int64_t>& dilation) {
   const int spatial = x.dims - 2;
-  check_geometry(kernel_size, spatial, 1, {function, "kernel_size"});
-  check_geometry(stride, spatial, 1, {function, "stride"});
-  check_geometry(padding, 2 * spatial, 0, {function, "padding"});
-  check_geometry(dilation, spatial, 1, {function, "dilation"});
+  check_geometry(kernel_size, spatial, 1, {call, "kernel_size"});
+  check_geometry(stride, spatial, 1, {call, "stride"});
+  check_geometry(padding, 2 * spatial, 0, {call, "padding"});
+  check_geometry(dilation, spatial, 1, {call, "dilation"});
   Window windows[kMostSpatial] = {{1, 1, 1, 1, 1, 0}, {1, 1, 1, 1, 1, 0}, {1, 1, 1, 1, 1, 0}};  // depth, height, width
   for (int d = 0; d < spatial; ++d) {
-    windows[kMostSpatial - spatial + d] = make_window(function, x.sizes[2 + d], kernel_size[d], stride[d], dilation[d],
+    windows[kMostSpatial - spatial + d] = make_window(call, x.sizes[2 + d], kernel_size[d], stride[d], dilation[d],
                                                       padding[2 * d], padding[2 * d + 1]);
   }
   return {windows[0], windows[1], windows[2]};

@@ -27,7 +27,7 @@ struct Windows {
 };
 
 /// Checks the geometry of a convolution over x [N, C, *S]. padding holds (before, after) for each dimension.
-Windows read_windows(const char* function, const TensorView& x, const std::vector<int64_t>& kernel_size,
+Windows read_windows(const Call& call, const TensorView& x, const std::vector<int64_t>& kernel_size,
                      const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                      const std::vector<int64_t>& dilation);
 

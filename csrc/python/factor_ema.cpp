@@ -47,51 +47,55 @@ double read_coefficient(py::handle object, const Argument& argument) {
   return value;
 }
 
-void minmax(const char* function, py::handle out, py::handle x, py::handle weights, double eps) {
-  const Argument out_argument{function, "out"}, weights_argument{function, "weights"};
-  const List x_list(x, {function, "x"}), out_list(out, out_argument);
+void minmax(const Call& call, py::handle out, py::handle x, py::handle weights, double eps) {
+  const Argument out_argument{call, "out"}, weights_argument{call, "weights"};
+  const List x_list(x, {call, "x"}), out_list(out, out_argument);
   const bool weighted = !weights.is_none();
   const List weights_list = weighted ? List(weights, weights_argument) : x_list;
   out_list.check_size(x_list.size(), out_argument, "the length of x");
   weights_list.check_size(x_list.size(), weights_argument, "the length of x");
-  check_coefficient(eps, {function, "eps"});
+  check_coefficient(eps, {call, "eps"});
 
   std::vector<MinMaxVector> vectors(x_list.size());
   for (py::ssize_t i = 0; i < x_list.size(); ++i) {
-    const TensorView vector = read_state_vector(x_list[i], {function, "x", i});
-    const TensorView result = read_state_vector_like(vector, out_list[i], {function, "out", i});
-    const double weight = weighted ? read_scalar(weights_list[i], {function, "weights", i}, vector.dtype) : 1.0;
+    const TensorView vector = read_state_vector(x_list[i], {call, "x", i});
+    const TensorView result = read_state_vector_like(vector, out_list[i], {call, "out", i});
+    const Scalar weight = weighted ? read_scalar(weights_list[i], {call, "weights", i}, vector.dtype) : Scalar{};
     vectors[i] = {vector.data, result.data, weight, vector.sizes[0], vector.dtype};
   }
 
   const py::gil_scoped_release release;
-  run(MinMax{vectors.data(), x_list.size(), eps}, {FISHER_KERNELS_VARIANTS(minmax)});
+  run(call, MinMax{vectors.data(), x_list.size(), eps}, FISHER_KERNELS_CPU_ONLY(minmax));
 }
 
 }  // namespace
 
-void minmax(py::handle out, py::handle x, py::handle weights, double eps) { minmax("minmax", out, x, weights, eps); }
+void minmax(py::handle out, py::handle x, py::handle weights, double eps, const Place& place) {
+  minmax({"minmax", place}, out, x, weights, eps);
+}
 
-void minmax_(py::handle out, py::handle x, py::handle weights, double eps) { minmax("minmax_", out, x, weights, eps); }
+void minmax_(py::handle out, py::handle x, py::handle weights, double eps, const Place& place) {
+  minmax({"minmax_", place}, out, x, weights, eps);
+}
 
 void factor_ema_(py::handle states, py::handle next, py::handle divisors, py::handle rejected, double decay,
-                 double gain, bool normalize, double eps, int64_t joint) {
-  constexpr const char* kFunction = "factor_ema_";
-  const Argument next_argument{kFunction, "new"}, joint_argument{kFunction, "joint"};
-  const List states_list(states, {kFunction, "state"}), next_list(next, next_argument);
+                 double gain, bool normalize, double eps, int64_t joint, const Place& place) {
+  const Call call("factor_ema_", place);
+  const Argument next_argument{call, "new"}, joint_argument{call, "joint"};
+  const List states_list(states, {call, "state"}), next_list(next, next_argument);
   next_list.check_size(states_list.size(), next_argument, "the number of states");
   const bool divided = !divisors.is_none();
-  const Argument divisors_argument{kFunction, "divisors"};
+  const Argument divisors_argument{call, "divisors"};
   const List divisors_list = divided ? List(divisors, divisors_argument) : states_list;
   divisors_list.check_size(states_list.size(), divisors_argument, "the number of states");
   if (joint < 1 || states_list.size() % joint != 0) {
     value_error(joint_argument, "is " + std::to_string(joint) + ", expected a divisor of the number of states, " +
                                     std::to_string(states_list.size()));
   }
-  check_coefficient(decay, {kFunction, "decay"});
-  check_coefficient(gain, {kFunction, "gain"});
-  check_coefficient(eps, {kFunction, "eps"});
-  const Argument rejected_argument{kFunction, "rejected"};
+  check_coefficient(decay, {call, "decay"});
+  check_coefficient(gain, {call, "gain"});
+  check_coefficient(eps, {call, "eps"});
+  const Argument rejected_argument{call, "rejected"};
   const TensorView flags = read_tensor(rejected, rejected_argument);
   check_dtype(flags, DType::int64, rejected_argument);
   check_shape(flags, {states_list.size() / joint}, rejected_argument);
@@ -99,16 +103,16 @@ void factor_ema_(py::handle states, py::handle next, py::handle divisors, py::ha
 
   std::vector<FactorEmaVector> vectors(states_list.size());
   for (py::ssize_t i = 0; i < states_list.size(); ++i) {
-    const TensorView state = read_state_vector(states_list[i], {kFunction, "state", i});
-    const TensorView contribution = read_contribution(state, next_list[i], {kFunction, "new", i});
-    const double divisor = divided ? read_coefficient(divisors_list[i], {kFunction, "divisors", i}) : 1.0;
+    const TensorView state = read_state_vector(states_list[i], {call, "state", i});
+    const TensorView contribution = read_contribution(state, next_list[i], {call, "new", i});
+    const double divisor = divided ? read_coefficient(divisors_list[i], {call, "divisors", i}) : 1.0;
     vectors[i] = {state.data, contribution.data, divisor, state.sizes[0], contribution.sizes[0], state.dtype};
   }
 
   const py::gil_scoped_release release;
-  run(FactorEma{vectors.data(), states_list.size(), joint, static_cast<int64_t*>(flags.data), decay, gain, eps,
+  run(call, FactorEma{vectors.data(), states_list.size(), joint, static_cast<int64_t*>(flags.data), decay, gain, eps,
                 normalize},
-      {FISHER_KERNELS_VARIANTS(factor_ema_)});
+      FISHER_KERNELS_CPU_ONLY(factor_ema_));
 }
 
 }  // namespace fisher_kernels

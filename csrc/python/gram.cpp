@@ -6,9 +6,9 @@
 namespace fisher_kernels {
 
 void weighted_gram_(py::handle out_object, py::handle x_object, py::handle weight_object, double decay, double gain,
-                    int threads) {
-  constexpr const char* kFunction = "weighted_gram_";
-  const Argument out_argument{kFunction, "out"}, x_argument{kFunction, "x"}, weight_argument{kFunction, "weight"};
+                    const Place& place) {
+  const Call call("weighted_gram_", place);
+  const Argument out_argument{call, "out"}, x_argument{call, "x"}, weight_argument{call, "weight"};
   const TensorView x = read_tensor(x_object, x_argument);
   check_float(x, x_argument);
   check_dims(x, 2, x_argument);
@@ -29,13 +29,12 @@ void weighted_gram_(py::handle out_object, py::handle x_object, py::handle weigh
     check_contiguous(weight, weight_argument);
     weight_data = weight.data;
   }
-  check_coefficient(decay, {kFunction, "decay"});
-  check_coefficient(gain, {kFunction, "gain"});
-  check_threads(threads, {kFunction, "threads"});
+  check_coefficient(decay, {call, "decay"});
+  check_coefficient(gain, {call, "gain"});
 
   const py::gil_scoped_release release;
-  run(WeightedGram{x.data, weight_data, out.data, x.dtype, rows, columns, x.strides[0], decay, gain, threads},
-      {FISHER_KERNELS_VARIANTS(weighted_gram_)});
+  run(call, WeightedGram{x.data, weight_data, out.data, x.dtype, rows, columns, x.strides[0], decay, gain, call.place.threads},
+      FISHER_KERNELS_CPU_ONLY(weighted_gram_));
 }
 
 }  // namespace fisher_kernels

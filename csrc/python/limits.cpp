@@ -7,18 +7,17 @@
 
 namespace fisher_kernels {
 
-void stream_update(py::handle firsts, py::handle seconds, py::handle reads, int threads) {
-  constexpr const char* kFunction = "stream_update";
+void stream_update(py::handle firsts, py::handle seconds, py::handle reads, const Place& place) {
+  const Call call("stream_update", place);
   const bool both = !seconds.is_none();
-  const List first_list(firsts, {kFunction, "firsts"}), second_list(both ? seconds : firsts, {kFunction, "seconds"}),
-      read_list(reads, {kFunction, "reads"});
-  second_list.check_size(first_list.size(), {kFunction, "seconds"}, "the length of firsts");
-  read_list.check_size(first_list.size(), {kFunction, "reads"}, "the length of firsts");
-  check_threads(threads, {kFunction, "threads"});
+  const List first_list(firsts, {call, "firsts"}), second_list(both ? seconds : firsts, {call, "seconds"}),
+      read_list(reads, {call, "reads"});
+  second_list.check_size(first_list.size(), {call, "seconds"}, "the length of firsts");
+  read_list.check_size(first_list.size(), {call, "reads"}, "the length of firsts");
   std::vector<StreamArrays> arrays;
   for (py::ssize_t i = 0; i < first_list.size(); ++i) {
     const auto read = [&](const List& list, const char* name, const TensorView* like) {
-      const Argument argument{kFunction, name, i};
+      const Argument argument{call, name, i};
       const TensorView tensor = read_tensor(list[i], argument);
       check_dtype(tensor, DType::float32, argument);
       check_contiguous(tensor, argument);
@@ -31,19 +30,19 @@ void stream_update(py::handle firsts, py::handle seconds, py::handle reads, int 
                       static_cast<const float*>(read(read_list, "reads", &first).data), first.numel()});
   }
   const py::gil_scoped_release release;
-  run(StreamUpdate{arrays.data(), static_cast<int64_t>(arrays.size()), threads},
-      {FISHER_KERNELS_VARIANTS(stream_update)});
+  run(call, StreamUpdate{arrays.data(), static_cast<int64_t>(arrays.size()), call.place.threads},
+      FISHER_KERNELS_CPU_ONLY(stream_update));
 }
 
-uint32_t stream_read(py::handle object, int threads) {
-  const Argument argument{"stream_read", "x"};
+uint32_t stream_read(py::handle object, const Place& place) {
+  const Call call("stream_read", place);
+  const Argument argument{call, "x"};
   const TensorView x = read_tensor(object, argument);
   check_contiguous(x, argument);
-  check_threads(threads, {"stream_read", "threads"});
   uint32_t sum = 0;
   const py::gil_scoped_release release;
-  run(StreamRead{static_cast<const char*>(x.data), x.numel() * size_of(x.dtype), &sum, threads},
-      {FISHER_KERNELS_VARIANTS(stream_read)});
+  run(call, StreamRead{static_cast<const char*>(x.data), x.numel() * size_of(x.dtype), &sum, call.place.threads},
+      FISHER_KERNELS_CPU_ONLY(stream_read));
   return sum;
 }
 

@@ -13,15 +13,15 @@ namespace fisher_kernels {
 
 namespace {
 
-constexpr const char* kFunction = "mbf_step_";
-
 /// The list arguments, all of one length.
 struct Lists {
+  const Call& call;
   List params, grads, momentum_buffers, inverses, directions;
 
-  Lists(py::handle params_, py::handle grads_, py::handle momentum_buffers_, py::handle inverses_,
+  Lists(const Call& call_, py::handle params_, py::handle grads_, py::handle momentum_buffers_, py::handle inverses_,
         py::handle directions_)
-      : params(params_, {kFunction, "params"}),
+      : call(call_),
+        params(params_, {call, "params"}),
         grads(read(grads_, "grads")),
         momentum_buffers(read(momentum_buffers_, "momentum_buffers")),
         inverses(read(inverses_, "inverses")),
@@ -29,7 +29,7 @@ struct Lists {
 
  private:
   List read(py::handle object, const char* name) const {
-    return read_list(object, params, {kFunction, name});
+    return read_list(object, params, {call, name});
   }
 };
 
@@ -37,11 +37,12 @@ struct Arrays {
   TensorView param, grad, moment;
 
   Arrays(const Lists& lists, py::ssize_t i) {
-    const Argument param_argument{kFunction, "params", i}, moment_argument{kFunction, "momentum_buffers", i};
+    const Call& call = lists.call;
+    const Argument param_argument{call, "params", i}, moment_argument{call, "momentum_buffers", i};
     param = read_tensor(lists.params[i], param_argument);
     check_float(param, param_argument);
     check_writable(param, param_argument);
-    grad = read_like(param, param.dtype, lists.grads[i], {kFunction, "grads", i});
+    grad = read_like(param, param.dtype, lists.grads[i], {call, "grads", i});
     moment = read_like(param, accumulation_dtype(param.dtype), lists.momentum_buffers[i], moment_argument);
     check_writable(moment, moment_argument);
   }
@@ -71,10 +72,10 @@ struct Matrix {
   bool fits;
 };
 
-[[noreturn]] void refuse_shape(const TensorView& inverse, const Matrix& matrix, const TensorView& param,
+[[noreturn]] void refuse_shape(const Call& call, const TensorView& inverse, const Matrix& matrix, const TensorView& param,
                                const TensorView* bias, py::ssize_t i) {
   const std::string total = std::to_string(matrix.rows * matrix.columns), columns = std::to_string(matrix.columns);
-  value_error({kFunction, "inverses", i},
+  value_error({call, "inverses", i},
               "has shape " + inverse.shape() + ", expected (B, n, n) or (B, n (n + 1) / 2) with B * n = " + total +
                   (bias != nullptr ? " and n = " + columns : "") +
                   ", or (1, S, n, n) with (S - 1) * n < " + columns + " <= S * n, for params[" + std::to_string(i) +
@@ -83,7 +84,7 @@ struct Matrix {
 }
 
 /// Fills in how an inverse, or the directions under one, lie on [rows, columns].
-void set_layout(MbfParameter& parameter, const TensorView& inverse, const TensorView& param, const TensorView* bias,
+void set_layout(const Call& call, MbfParameter& parameter, const TensorView& inverse, const TensorView& param, const TensorView* bias,
                 py::handle directions_object, py::ssize_t i) {
   const Matrix matrix(param, bias);
   const int64_t total = matrix.rows * matrix.columns;
@@ -93,8 +94,8 @@ void set_layout(MbfParameter& parameter, const TensorView& inverse, const Tensor
     const int64_t blocks = inverse.sizes[1], n = inverse.sizes[2];
     if (!matrix.fits || inverse.sizes[0] != 1 || inverse.sizes[3] != n || (blocks - 1) * n >= matrix.columns ||
         matrix.columns > blocks * n)
-      refuse_shape(inverse, matrix, param, bias, i);
-    const Argument argument{kFunction, "directions", i};
+      refuse_shape(call, inverse, matrix, param, bias, i);
+    const Argument argument{call, "directions", i};
     const TensorView directions = read_tensor(directions_object, argument);
     check_dtype(directions, accumulation_dtype(param.dtype), argument);
     check_shape(directions, {blocks, matrix.rows, n}, argument);
@@ -105,12 +106,12 @@ void set_layout(MbfParameter& parameter, const TensorView& inverse, const Tensor
     parameter.size = n;
     return;
   }
-  if (inverse.dims != 2 && inverse.dims != 3) refuse_shape(inverse, matrix, param, bias, i);
+  if (inverse.dims != 2 && inverse.dims != 3) refuse_shape(call, inverse, matrix, param, bias, i);
   const int64_t length = inverse.sizes[inverse.dims - 1];
   const int64_t n = inverse.dims == 3 ? length : static_cast<int64_t>(std::sqrt(2.0 * static_cast<double>(length)));
   const bool square = (inverse.dims == 3 ? inverse.sizes[1] : n * (n + 1) / 2) == length;
   if (!matrix.fits || !square || inverse.sizes[0] * n != total || (bias != nullptr && total > 0 && n != matrix.columns))
-    refuse_shape(inverse, matrix, param, bias, i);
+    refuse_shape(call, inverse, matrix, param, bias, i);
   parameter.inverse = inverse.data;
   parameter.packed = inverse.dims == 2;
   parameter.rows = inverse.sizes[0];
@@ -119,7 +120,8 @@ void set_layout(MbfParameter& parameter, const TensorView& inverse, const Tensor
 
 /// Parameter i of the lists, which has an inverse, with the bias that follows it.
 MbfParameter read_parameter(const Lists& lists, py::ssize_t i) {
-  const Argument inverse_argument{kFunction, "inverses", i};
+  const Call& call = lists.call;
+  const Argument inverse_argument{call, "inverses", i};
   const Arrays weight(lists, i);
   const TensorView inverse = read_tensor(lists.inverses[i], inverse_argument);
   const DType wide = accumulation_dtype(weight.param.dtype);
@@ -136,11 +138,11 @@ MbfParameter read_parameter(const Lists& lists, py::ssize_t i) {
   parameter.biased = i + 1 < lists.params.size() && lists.inverses[i + 1].is_none();
   if (parameter.biased) {
     const Arrays bias(lists, i + 1);
-    check_dtype(bias.param, weight.param.dtype, {kFunction, "params", i + 1});
+    check_dtype(bias.param, weight.param.dtype, {call, "params", i + 1});
     parameter.bias = bias.strided();
-    set_layout(parameter, inverse, weight.param, &bias.param, lists.directions[i], i);
+    set_layout(call, parameter, inverse, weight.param, &bias.param, lists.directions[i], i);
   } else {
-    set_layout(parameter, inverse, weight.param, nullptr, lists.directions[i], i);
+    set_layout(call, parameter, inverse, weight.param, nullptr, lists.directions[i], i);
   }
   return parameter;
 }
@@ -150,40 +152,40 @@ MbfParameter read_parameter(const Lists& lists, py::ssize_t i) {
 void mbf_step_(py::handle params, py::handle grads, py::handle momentum_buffers, py::handle inverses,
                py::handle directions, py::handle lr_object, double momentum, double weight_decay, bool decoupled,
                bool maximize, py::handle kl_clip_object, py::handle grad_scale, py::handle found_inf,
-               py::handle skipped_object, py::handle scale_object, int threads) {
-  const Lists lists(params, grads, momentum_buffers, inverses, directions);
+               py::handle skipped_object, py::handle scale_object, const Place& place) {
+  const Call call("mbf_step_", place);
+  const Lists lists(call, params, grads, momentum_buffers, inverses, directions);
   const py::ssize_t count = lists.params.size();
-  const double lr = read_scalar(lr_object, {kFunction, "lr"});
-  check_coefficient(lr, {kFunction, "lr"});
-  check_range(momentum, momentum >= 0 && momentum < 1, "a number in [0, 1)", {kFunction, "momentum"});
-  check_coefficient(weight_decay, {kFunction, "weight_decay"});
+  const Scalar lr = read_rate(lr_object, {call, "lr"});
+  check_range(momentum, momentum >= 0 && momentum < 1, "a number in [0, 1)", {call, "momentum"});
+  check_coefficient(weight_decay, {call, "weight_decay"});
   const double kl_clip = kl_clip_object.is_none() ? 0.0 : kl_clip_object.cast<double>();
   check_range(kl_clip, kl_clip_object.is_none() || (std::isfinite(kl_clip) && kl_clip > 0),
-              "a finite number > 0, or None", {kFunction, "kl_clip"});
-  const double gradient_scale = read_gradient_scale(grad_scale, maximize, kFunction);
-  const bool refused = read_found_inf(found_inf, kFunction);
-  auto* const skipped = read_output<int64_t>(skipped_object, DType::int64, {count}, {kFunction, "skipped"});
-  auto* const scale = read_output<double>(scale_object, DType::float64, {}, {kFunction, "scale"});
-  check_threads(threads, {kFunction, "threads"});
+              "a finite number > 0, or None", {call, "kl_clip"});
+  const GradientScale gradient_scale = read_gradient_scale(grad_scale, found_inf, maximize, call);
+  auto* const skipped = read_output<int64_t>(skipped_object, DType::int64, {count}, {call, "skipped"});
+  auto* const scale = read_output<double>(scale_object, DType::float64, {}, {call, "scale"});
 
   std::vector<MbfParameter> parameters;
   parameters.reserve(count);
   for (py::ssize_t i = 0; i < count; i += parameters.back().biased ? 2 : 1) {
     if (lists.inverses[i].is_none()) {
-      value_error({kFunction, "inverses", i},
+      value_error({call, "inverses", i},
                   "is None, expected the inverse of params[" + std::to_string(i - 1) + "] before it");
     }
     parameters.push_back(read_parameter(lists, i));
     parameters.back().skipped = skipped + i;
   }
 
-  std::fill_n(skipped, count, 0);
-  *scale = 1.0;
-  if (refused) return;
+  if (!place.runs_cuda()) {
+    std::fill_n(skipped, count, 0);
+    *scale = 1.0;
+    if (gradient_scale.found_inf.value != 0.0) return;
+  }
   const py::gil_scoped_release release;
-  run(MbfStep{parameters.data(), static_cast<int64_t>(parameters.size()), scale, lr, momentum, weight_decay,
-              decay_form(weight_decay, decoupled), gradient_scale, kl_clip, threads},
-      {FISHER_KERNELS_VARIANTS(mbf_step_)});
+  run(call, MbfStep{parameters.data(), static_cast<int64_t>(parameters.size()), scale, lr, momentum, weight_decay,
+              decay_form(weight_decay, decoupled), gradient_scale, kl_clip, call.place.threads},
+      FISHER_KERNELS_CPU_ONLY(mbf_step_));
 }
 
 }  // namespace fisher_kernels

@@ -22,9 +22,9 @@ ChannelArray read_channels(const TensorView& x, const Argument& argument) {
 
 }  // namespace
 
-void mini_block_gram_(py::handle out_object, py::handle v_object, double decay, double gain, int threads) {
-  constexpr const char* kFunction = "mini_block_gram_";
-  const Argument out_argument{kFunction, "out"}, v_argument{kFunction, "v"};
+void mini_block_gram_(py::handle out_object, py::handle v_object, double decay, double gain, const Place& place) {
+  const Call call("mini_block_gram_", place);
+  const Argument out_argument{call, "out"}, v_argument{call, "v"};
   const TensorView v = read_tensor(v_object, v_argument);
   check_float(v, v_argument);
   check_dims(v, 3, v_argument);
@@ -35,21 +35,20 @@ void mini_block_gram_(py::handle out_object, py::handle v_object, double decay, 
   check_dtype(out, accumulation_dtype(v.dtype), out_argument);
   check_shape(out, {blocks, n, n}, out_argument);
   check_contiguous(out, out_argument);
-  check_coefficient(decay, {kFunction, "decay"});
-  check_coefficient(gain, {kFunction, "gain"});
-  check_threads(threads, {kFunction, "threads"});
+  check_coefficient(decay, {call, "decay"});
+  check_coefficient(gain, {call, "gain"});
 
   const py::gil_scoped_release release;
-  run(MiniBlockGram{v.data, out.data, v.dtype, samples, v.strides[0], blocks, n, decay, gain, threads},
-      {FISHER_KERNELS_VARIANTS(mini_block_gram_)});
+  run(call, MiniBlockGram{v.data, out.data, v.dtype, samples, v.strides[0], blocks, n, decay, gain, call.place.threads},
+      FISHER_KERNELS_CPU_ONLY(mini_block_gram_));
 }
 
 void conv_mini_block_gram_(py::handle out_object, py::handle x_object, py::handle grad_object,
                            const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
                            const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
-                           double decay, double gain, int threads) {
-  constexpr const char* kFunction = "conv_mini_block_gram_";
-  const Argument out_argument{kFunction, "out"}, x_argument{kFunction, "x"}, grad_argument{kFunction, "grad_output"};
+                           double decay, double gain, const Place& place) {
+  const Call call("conv_mini_block_gram_", place);
+  const Argument out_argument{call, "out"}, x_argument{call, "x"}, grad_argument{call, "grad_output"};
   const TensorView x = read_tensor(x_object, x_argument);
   check_float(x, x_argument);
   if (x.dims < 3 || x.dims > 2 + kMostSpatial) {
@@ -63,11 +62,11 @@ void conv_mini_block_gram_(py::handle out_object, py::handle x_object, py::handl
                                    " samples of x of shape " + x.shape());
   }
   if (groups < 1 || x.sizes[1] % groups != 0 || grad.sizes[1] % groups != 0) {
-    value_error({kFunction, "groups"}, "is " + std::to_string(groups) + ", expected a divisor of the " +
+    value_error({call, "groups"}, "is " + std::to_string(groups) + ", expected a divisor of the " +
                                            std::to_string(x.sizes[1]) + " channels of x and the " +
                                            std::to_string(grad.sizes[1]) + " of grad_output");
   }
-  Windows windows = read_windows(kFunction, x, kernel_size, stride, padding, dilation);
+  Windows windows = read_windows(call, x, kernel_size, stride, padding, dilation);
   Window* const dimensions[kMostSpatial] = {&windows.depth, &windows.height, &windows.width};
   int64_t n = 1;
   for (int d = 2; d < x.dims; ++d) {
@@ -85,15 +84,14 @@ void conv_mini_block_gram_(py::handle out_object, py::handle x_object, py::handl
   check_dtype(out, accumulation_dtype(x.dtype), out_argument);
   check_shape(out, {grad.sizes[1], inputs, n, n}, out_argument);
   check_contiguous(out, out_argument);
-  check_coefficient(decay, {kFunction, "decay"});
-  check_coefficient(gain, {kFunction, "gain"});
-  check_threads(threads, {kFunction, "threads"});
+  check_coefficient(decay, {call, "decay"});
+  check_coefficient(gain, {call, "gain"});
   const ChannelArray x_channels = read_channels(x, x_argument), grad_channels = read_channels(grad, grad_argument);
 
   const py::gil_scoped_release release;
-  run(ConvMiniBlockGram{x_channels, grad_channels, out.data, x.dtype, x.sizes[0], groups, inputs, outputs,
-                        windows.depth, windows.height, windows.width, decay, gain, threads},
-      {FISHER_KERNELS_VARIANTS(conv_mini_block_gram_)});
+  run(call, ConvMiniBlockGram{x_channels, grad_channels, out.data, x.dtype, x.sizes[0], groups, inputs, outputs,
+                        windows.depth, windows.height, windows.width, decay, gain, call.place.threads},
+      FISHER_KERNELS_CPU_ONLY(conv_mini_block_gram_));
 }
 
 }  // namespace fisher_kernels

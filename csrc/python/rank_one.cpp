@@ -24,10 +24,10 @@ TensorView read_partner(py::handle object, const TensorView& partner, const Argu
 }
 
 /// u is (B, n) where `rank_one`, else (B, k, n).
-void update(const char* function, bool rank_one, py::handle inverse_object, py::handle u_object, double decay,
-            double gain, py::handle info_object, int threads) {
-  const Argument u_argument{function, "u"};
-  const TensorView inverse = read_blocks(inverse_object, {function, "inverse"});
+void update(const Call& call, bool rank_one, py::handle inverse_object, py::handle u_object, double decay,
+            double gain, py::handle info_object) {
+  const Argument u_argument{call, "u"};
+  const TensorView inverse = read_blocks(inverse_object, {call, "inverse"});
   const int64_t count = inverse.sizes[0], n = inverse.sizes[1];
   const TensorView u = read_tensor(u_object, u_argument);
   check_dtype(u, inverse.dtype, u_argument);
@@ -38,48 +38,46 @@ void update(const char* function, bool rank_one, py::handle inverse_object, py::
   const int64_t vectors = rank_one ? 1 : u.sizes[1];
   if (vectors == 0) value_error(u_argument, "has shape " + u.shape() + ", expected at least one vector");
   check_contiguous(u, u_argument);
-  check_range(decay, std::isfinite(decay) && decay > 0, "a finite number above 0", {function, "decay"});
-  check_range(gain, std::isfinite(gain), "a finite number", {function, "gain"});
-  int64_t* const info = read_info(info_object, inverse, {function, "info"});
-  check_threads(threads, {function, "threads"});
+  check_range(decay, std::isfinite(decay) && decay > 0, "a finite number above 0", {call, "decay"});
+  check_range(gain, std::isfinite(gain), "a finite number", {call, "gain"});
+  int64_t* const info = read_info(info_object, inverse, {call, "info"});
 
   const py::gil_scoped_release release;
-  run(InverseUpdate{inverse.data, u.data, info, decay, gain, count, vectors, n, inverse.dtype, threads},
-      {FISHER_KERNELS_VARIANTS(inverse_update_)});
+  run(call, InverseUpdate{inverse.data, u.data, info, decay, gain, count, vectors, n, inverse.dtype, call.place.threads},
+      FISHER_KERNELS_CPU_ONLY(inverse_update_));
 }
 
 }  // namespace
 
-void rank_one_solve(py::handle u_object, py::handle x_object, double rho, py::handle out_object, int threads) {
-  constexpr const char* kFunction = "rank_one_solve";
-  const List us(u_object, {kFunction, "u"}), xs(x_object, {kFunction, "x"}), outs(out_object, {kFunction, "out"});
-  xs.check_size(us.size(), {kFunction, "x"}, "the length of u");
-  outs.check_size(us.size(), {kFunction, "out"}, "the length of u");
-  check_range(rho, std::isfinite(rho) && rho > 0, "a finite number above 0", {kFunction, "rho"});
-  check_threads(threads, {kFunction, "threads"});
+void rank_one_solve(py::handle u_object, py::handle x_object, double rho, py::handle out_object, const Place& place) {
+  const Call call("rank_one_solve", place);
+  const List us(u_object, {call, "u"}), xs(x_object, {call, "x"}), outs(out_object, {call, "out"});
+  xs.check_size(us.size(), {call, "x"}, "the length of u");
+  outs.check_size(us.size(), {call, "out"}, "the length of u");
+  check_range(rho, std::isfinite(rho) && rho > 0, "a finite number above 0", {call, "rho"});
   std::vector<RankOneArrays> arrays(us.size());
   for (py::ssize_t i = 0; i < us.size(); ++i) {
-    const Argument argument{kFunction, "u", i};
+    const Argument argument{call, "u", i};
     const TensorView u = read_tensor(us[i], argument);
     check_float(u, argument);
     check_contiguous(u, argument);
-    const TensorView x = read_partner(xs[i], u, {kFunction, "x", i});
-    const TensorView out = read_partner(outs[i], u, {kFunction, "out", i});
+    const TensorView x = read_partner(xs[i], u, {call, "x", i});
+    const TensorView out = read_partner(outs[i], u, {call, "out", i});
     arrays[i] = {u.data, x.data, out.data, u.numel(), u.dtype};
   }
 
   const py::gil_scoped_release release;
-  run(RankOneSolve{arrays.data(), us.size(), rho, threads}, {FISHER_KERNELS_VARIANTS(rank_one_solve)});
+  run(call, RankOneSolve{arrays.data(), us.size(), rho, call.place.threads}, FISHER_KERNELS_CPU_ONLY(rank_one_solve));
 }
 
 void rank_one_inverse_update_(py::handle inverse, py::handle u, double decay, double gain, py::handle info,
-                              int threads) {
-  update("rank_one_inverse_update_", true, inverse, u, decay, gain, info, threads);
+                              const Place& place) {
+  update({"rank_one_inverse_update_", place}, true, inverse, u, decay, gain, info);
 }
 
 void low_rank_inverse_update_(py::handle inverse, py::handle u, double decay, double gain, py::handle info,
-                              int threads) {
-  update("low_rank_inverse_update_", false, inverse, u, decay, gain, info, threads);
+                              const Place& place) {
+  update({"low_rank_inverse_update_", place}, false, inverse, u, decay, gain, info);
 }
 
 }  // namespace fisher_kernels

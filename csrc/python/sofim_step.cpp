@@ -13,58 +13,57 @@ namespace fisher_kernels {
 
 namespace {
 
-constexpr const char* kFunction = "sofim_step_";
-
 /// The list arguments, all of one length.
 struct Lists {
+  const Call& call;
   List params, grads, exp_avgs, steps;
 
-  Lists(py::handle params_, py::handle grads_, py::handle exp_avgs_, py::handle steps_)
-      : params(params_, {kFunction, "params"}),
-        grads(read_list(grads_, params, {kFunction, "grads"})),
-        exp_avgs(read_list(exp_avgs_, params, {kFunction, "exp_avgs"})),
-        steps(read_list(steps_, params, {kFunction, "steps"})) {}
+  Lists(const Call& call_, py::handle params_, py::handle grads_, py::handle exp_avgs_, py::handle steps_)
+      : call(call_),
+        params(params_, {call, "params"}),
+        grads(read_list(grads_, params, {call, "grads"})),
+        exp_avgs(read_list(exp_avgs_, params, {call, "exp_avgs"})),
+        steps(read_list(steps_, params, {call, "steps"})) {}
 };
 
-void check_one_or_each(py::ssize_t size, py::ssize_t params, const char* name) {
+void check_one_or_each(const Call& call, py::ssize_t size, py::ssize_t params, const char* name) {
   if (size == 1 || size == params) return;
-  value_error({kFunction, name}, "has " + std::to_string(size) + " entries, expected 1 or " + std::to_string(params) +
+  value_error({call, name}, "has " + std::to_string(size) + " entries, expected 1 or " + std::to_string(params) +
                                      ", the length of params");
 }
 
 /// Whether a choice between two names is the second one.
-bool read_choice(const std::string& value, const char* first, const char* second, const char* name) {
+bool read_choice(const Call& call, const std::string& value, const char* first, const char* second, const char* name) {
   if (value != first && value != second) {
-    value_error({kFunction, name}, "is '" + value + "', expected one of '" + first + "', '" + second + "'");
+    value_error({call, name}, "is '" + value + "', expected one of '" + first + "', '" + second + "'");
   }
   return value == second;
 }
 
 /// Learning rates of all parameters; what is the same tensor as the one before is not read again.
-std::vector<double> read_rates(py::handle object, py::ssize_t params) {
-  const List list(object, {kFunction, "lr"});
-  check_one_or_each(list.size(), params, "lr");
-  std::vector<double> rates;
+std::vector<Scalar> read_rates(const Call& call, py::handle object, py::ssize_t params) {
+  const List list(object, {call, "lr"});
+  check_one_or_each(call, list.size(), params, "lr");
+  std::vector<Scalar> rates;
   rates.reserve(list.size());
   for (py::ssize_t i = 0; i < list.size(); ++i) {
     if (i > 0 && list[i].is(list[i - 1])) {
       rates.push_back(rates.back());
       continue;
     }
-    const Argument argument{kFunction, "lr", i};
-    rates.push_back(read_scalar(list[i], argument));
-    check_coefficient(rates.back(), argument);
+    rates.push_back(read_rate(list[i], {call, "lr", i}));
   }
   return rates;
 }
 
 /// Parameter i of the lists, but for its coefficients.
 SofimParameter read_parameter(const Lists& lists, py::ssize_t i) {
-  const Argument param_argument{kFunction, "params", i}, exp_avg_argument{kFunction, "exp_avgs", i};
+  const Call& call = lists.call;
+  const Argument param_argument{call, "params", i}, exp_avg_argument{call, "exp_avgs", i};
   const TensorView param = read_tensor(lists.params[i], param_argument);
   check_float(param, param_argument);
   check_writable(param, param_argument);
-  const TensorView grad = read_like(param, param.dtype, lists.grads[i], {kFunction, "grads", i});
+  const TensorView grad = read_like(param, param.dtype, lists.grads[i], {call, "grads", i});
   const TensorView exp_avg =
       read_like(param, accumulation_dtype(param.dtype), lists.exp_avgs[i], exp_avg_argument);
   check_writable(exp_avg, exp_avg_argument);
@@ -87,47 +86,44 @@ SofimParameter read_parameter(const Lists& lists, py::ssize_t i) {
 void sofim_step_(py::handle params, py::handle grads, py::handle exp_avgs, py::handle steps, py::handle lr, double beta,
                  double rho, const std::string& direction, const std::string& scope,
                  const std::vector<double>& weight_decay, bool decoupled, bool maximize, py::handle grad_scale,
-                 py::handle found_inf, py::handle skipped_object, py::handle squares_object, int threads) {
-  const Lists lists(params, grads, exp_avgs, steps);
+                 py::handle found_inf, py::handle skipped_object, py::handle squares_object, const Place& place) {
+  const Call call("sofim_step_", place);
+  const Lists lists(call, params, grads, exp_avgs, steps);
   const py::ssize_t count = lists.params.size();
-  check_range(beta, beta >= 0 && beta < 1, "a number in [0, 1)", {kFunction, "beta"});
-  check_range(rho, std::isfinite(rho) && rho > 0, "a finite number > 0", {kFunction, "rho"});
-  const bool along_gradient = read_choice(direction, "momentum", "gradient", "direction");
-  const bool by_parameter = read_choice(scope, "global", "tensor", "scope");
-  const std::vector<double> rates = read_rates(lr, count);
+  check_range(beta, beta >= 0 && beta < 1, "a number in [0, 1)", {call, "beta"});
+  check_range(rho, std::isfinite(rho) && rho > 0, "a finite number > 0", {call, "rho"});
+  const bool along_gradient = read_choice(call, direction, "momentum", "gradient", "direction");
+  const bool by_parameter = read_choice(call, scope, "global", "tensor", "scope");
+  const std::vector<Scalar> rates = read_rates(call, lr, count);
   const auto decays = static_cast<py::ssize_t>(weight_decay.size());
-  check_one_or_each(decays, count, "weight_decay");
-  for (py::ssize_t i = 0; i < decays; ++i) check_coefficient(weight_decay[i], {kFunction, "weight_decay", i});
-  const double gradient_scale = read_gradient_scale(grad_scale, maximize, kFunction);
-  const bool refused = read_found_inf(found_inf, kFunction);
-  auto* const skipped = read_output<int64_t>(skipped_object, DType::int64, {count}, {kFunction, "skipped"});
-  auto* const squares = read_output<double>(squares_object, DType::float64, {count}, {kFunction, "squares"});
-  check_threads(threads, {kFunction, "threads"});
+  check_one_or_each(call, decays, count, "weight_decay");
+  for (py::ssize_t i = 0; i < decays; ++i) check_coefficient(weight_decay[i], {call, "weight_decay", i});
+  const GradientScale gradient_scale = read_gradient_scale(grad_scale, found_inf, maximize, call);
+  auto* const skipped = read_output<int64_t>(skipped_object, DType::int64, {count}, {call, "skipped"});
+  auto* const squares = read_output<double>(squares_object, DType::float64, {count}, {call, "squares"});
 
   std::vector<SofimParameter> parameters;
-  std::vector<float*> counters;
   parameters.reserve(count);
-  counters.reserve(count);
   for (py::ssize_t i = 0; i < count; ++i) {
-    parameters.push_back(read_parameter(lists, i));
-    counters.push_back(read_step(lists.steps[i], {kFunction, "steps", i}));
-  }
-
-  std::fill_n(skipped, count, 0);
-  std::fill_n(squares, count, 0.0);
-  if (refused) return;
-  BiasCorrection bias_correction(beta);
-  for (py::ssize_t i = 0; i < count; ++i) {
-    SofimParameter& parameter = parameters[i];
-    parameter.correction = bias_correction(++*counters[i]);
+    SofimParameter parameter = read_parameter(lists, i);
+    parameter.step = read_step(lists.steps[i], {call, "steps", i});
     parameter.lr = rates[rates.size() == 1 ? 0 : i];
     parameter.weight_decay = weight_decay[decays == 1 ? 0 : i];
     parameter.decay = decay_form(parameter.weight_decay, decoupled);
+    parameters.push_back(parameter);
+  }
+
+  if (!place.runs_cuda()) {
+    std::fill_n(skipped, count, 0);
+    std::fill_n(squares, count, 0.0);
+    if (gradient_scale.found_inf.value != 0.0) return;
+    BiasCorrection bias_correction(beta);
+    for (SofimParameter& parameter : parameters) parameter.correction = bias_correction(++*parameter.step);
   }
   const py::gil_scoped_release release;
-  run(SofimStep{parameters.data(), count, skipped, squares, beta, rho, along_gradient, by_parameter, gradient_scale,
-                threads},
-      {FISHER_KERNELS_VARIANTS(sofim_step_)});
+  run(call, SofimStep{parameters.data(), count, skipped, squares, beta, rho, along_gradient, by_parameter, gradient_scale,
+                call.place.threads},
+      FISHER_KERNELS_CPU_ONLY(sofim_step_));
 }
 
 }  // namespace fisher_kernels

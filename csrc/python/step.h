@@ -72,14 +72,19 @@ inline float* read_step(py::handle object, const Argument& argument) {
   return static_cast<float*>(step.data);
 }
 
-/// What a gradient is multiplied by.
-inline double read_gradient_scale(py::handle grad_scale, bool maximize, const char* function) {
-  return (maximize ? -1.0 : 1.0) / (grad_scale.is_none() ? 1.0 : read_scalar(grad_scale, {function, "grad_scale"}));
+/// A learning rate; what lies on a GPU is not waited for.
+inline Scalar read_rate(py::handle object, const Argument& argument) {
+  const Scalar rate = read_scalar(object, argument);
+  check_coefficient(rate.value, argument);
+  return rate;
 }
 
-/// Whether the step is not to be taken at all.
-inline bool read_found_inf(py::handle found_inf, const char* function) {
-  return !found_inf.is_none() && read_scalar(found_inf, {function, "found_inf"}) != 0.0;
+/// What scales gradients, and whether the step is not to be taken at all.
+inline GradientScale read_gradient_scale(py::handle grad_scale, py::handle found_inf, bool maximize, const Call& call) {
+  GradientScale scale{maximize, {1.0}, {0.0}};
+  if (!grad_scale.is_none()) scale.divisor = read_scalar(grad_scale, {call, "grad_scale"});
+  if (!found_inf.is_none()) scale.found_inf = read_scalar(found_inf, {call, "found_inf"});
+  return scale;
 }
 
 /// A tensor that the caller allocated for a result.

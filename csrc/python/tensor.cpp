@@ -1,6 +1,7 @@
 #include "tensor.h"
 
 #include <cmath>
+#include <stdexcept>
 
 #include "../common/dlpack.h"
 
@@ -10,6 +11,7 @@ namespace {
 
 PyTypeObject* tensor_type = nullptr;
 dlpack::TensorFromObject tensor_from_object = nullptr;
+dlpack::Allocate allocate = nullptr;
 
 /// The message of the Python exception that is set, which is cleared.
 std::string take_python_error() {
@@ -33,14 +35,51 @@ std::string torch_dtype(py::handle tensor) { return py::str(tensor.attr("dtype")
 
 std::string torch_device(py::handle tensor) { return py::str(tensor.attr("device")); }
 
-void check_cpu(bool on_cpu, py::handle tensor, const Argument& argument) {
-  if (!on_cpu) value_error(argument, "is on " + torch_device(tensor) + ", expected cpu");
+std::string device_name(const Place& place) {
+  return place.is_on_gpu() ? "cuda:" + std::to_string(place.stream.device) : "cpu";
+}
+
+[[noreturn]] void device_error(py::handle tensor, const Argument& argument, const std::string& expected) {
+  value_error(argument, "is on " + torch_device(tensor) + ", expected " + expected);
+}
+
+bool is_on_host(const dlpack::Device& device) {
+  return device.type == dlpack::kCpu || device.type == dlpack::kCudaHost;
+}
+
+bool is_at(const dlpack::Device& device, const Place& place) {
+  if (!place.is_on_gpu()) return is_on_host(device);
+  return device.type == dlpack::kCuda && device.index == place.stream.device;
+}
+
+dlpack::Tensor read_anywhere(py::handle object, const Argument& argument) {
+  if (!PyType_IsSubtype(Py_TYPE(object.ptr()), tensor_type)) {
+    type_error(argument, "is of type " + type_name(object) + ", expected a torch.Tensor");
+  }
+  dlpack::Tensor tensor;
+  if (tensor_from_object(object.ptr(), &tensor) != 0) {
+    const std::string error = take_python_error();
+    const std::string expected = device_name(argument.call.place);
+    if (torch_device(object) != expected) device_error(object, argument, expected);
+    value_error(argument, "has no memory to read: " + error.substr(0, error.find('\n')));
+  }
+  return tensor;
+}
+
+TensorView view_of(const dlpack::Tensor& tensor, py::handle object, const Argument& argument) {
+  TensorView view{static_cast<char*>(tensor.data) + tensor.byte_offset, tensor.sizes, tensor.strides, tensor.dims,
+                  DType::float32};
+  if (!to_dtype(tensor.dtype, &view.dtype)) {
+    type_error(argument,
+               "has dtype " + torch_dtype(object) + ", expected a floating-point type of 16, 32 or 64 bits, or int64");
+  }
+  return view;
 }
 
 }  // namespace
 
 std::string Argument::text() const {
-  std::string text = std::string(function) + ": " + name;
+  std::string text = std::string(call.function) + ": " + name;
   if (index >= 0) text += "[" + std::to_string(index) + "]";
   return text;
 }
@@ -75,39 +114,34 @@ void load_exchange_api() {
   if (api->tensor_from_object == nullptr)
     throw py::import_error("torch's DLPack exchange interface cannot read without owning");
   tensor_from_object = api->tensor_from_object;
+  allocate = api->allocate;
   tensor_type = reinterpret_cast<PyTypeObject*>(py::object(type).release().ptr());  // kept for the life of the process
 }
 
 TensorView read_tensor(py::handle object, const Argument& argument) {
-  if (!PyType_IsSubtype(Py_TYPE(object.ptr()), tensor_type)) {
-    type_error(argument, "is of type " + type_name(object) + ", expected a torch.Tensor");
-  }
-  dlpack::Tensor tensor;
-  if (tensor_from_object(object.ptr(), &tensor) != 0) {
-    const std::string error = take_python_error();
-    check_cpu(torch_device(object) == "cpu", object, argument);
-    value_error(argument, "has no memory to read: " + error.substr(0, error.find('\n')));
-  }
-  check_cpu(tensor.device.type == dlpack::kCpu || tensor.device.type == dlpack::kCudaHost, object, argument);
-  TensorView view{static_cast<char*>(tensor.data) + tensor.byte_offset, tensor.sizes, tensor.strides, tensor.dims,
-                  DType::float32};
-  if (!to_dtype(tensor.dtype, &view.dtype)) {
-    type_error(argument,
-               "has dtype " + torch_dtype(object) + ", expected a floating-point type of 16, 32 or 64 bits, or int64");
-  }
-  return view;
+  const dlpack::Tensor tensor = read_anywhere(object, argument);
+  if (!is_at(tensor.device, argument.call.place)) device_error(object, argument, device_name(argument.call.place));
+  return view_of(tensor, object, argument);
 }
 
-double read_scalar(py::handle object, const Argument& argument) {
-  const TensorView tensor = read_tensor(object, argument);
-  if (tensor.numel() != 1) value_error(argument, "has shape " + tensor.shape() + ", expected one element");
-  if (tensor.dtype == DType::float64) return *static_cast<const double*>(tensor.data);
-  if (tensor.dtype == DType::float32) return *static_cast<const float*>(tensor.data);
-  type_error(argument, std::string("has dtype ") + name(tensor.dtype) + ", expected float32 or float64");
+Scalar read_scalar(py::handle object, const Argument& argument) {
+  const dlpack::Tensor tensor = read_anywhere(object, argument);
+  const bool on_host = is_on_host(tensor.device);
+  if (!on_host && !is_at(tensor.device, argument.call.place)) {
+    const std::string device = device_name(argument.call.place);
+    device_error(object, argument, device == "cpu" ? device : "cpu or " + device);
+  }
+  const TensorView view = view_of(tensor, object, argument);
+  if (view.numel() != 1) value_error(argument, "has shape " + view.shape() + ", expected one element");
+  if (view.dtype != DType::float64 && view.dtype != DType::float32) {
+    type_error(argument, std::string("has dtype ") + name(view.dtype) + ", expected float32 or float64");
+  }
+  if (!on_host) return {1.0, view.data, view.dtype};
+  return {view.dtype == DType::float64 ? *static_cast<const double*>(view.data) : *static_cast<const float*>(view.data)};
 }
 
-double read_scalar(py::handle object, const Argument& argument, DType dtype) {
-  check_dtype(read_tensor(object, argument), dtype, argument);
+Scalar read_scalar(py::handle object, const Argument& argument, DType dtype) {
+  check_dtype(view_of(read_anywhere(object, argument), object, argument), dtype, argument);
   return read_scalar(object, argument);
 }
 
@@ -157,10 +191,6 @@ void check_contiguous(const TensorView& tensor, const Argument& argument) {
               "is not contiguous: shape " + tensor.shape() + ", strides " + shape_text(tensor.strides, tensor.dims));
 }
 
-void check_threads(int threads, const Argument& argument) {
-  if (threads < 1) value_error(argument, "is " + std::to_string(threads) + ", expected at least 1");
-}
-
 void check_range(double value, bool in_range, const char* expected, const Argument& argument) {
   if (in_range) return;
   value_error(argument, "is " + std::string(py::str(py::float_(value))) + ", expected " + expected);
@@ -181,6 +211,27 @@ List::List(py::handle object, const Argument& argument) {
 void List::check_size(py::ssize_t expected, const Argument& argument, const char* why) const {
   if (size_ == expected) return;
   value_error(argument, "has " + std::to_string(size_) + " entries, expected " + std::to_string(expected) + ", " + why);
+}
+
+Scratch::Scratch(const Stream& stream, size_t bytes) {
+  if (bytes == 0) return;
+  int64_t size = static_cast<int64_t>(bytes), stride = 1;
+  const bool on_host = stream.device == kHost;
+  dlpack::Tensor like{nullptr, {on_host ? dlpack::kCpu : dlpack::kCuda, on_host ? 0 : stream.device}, 1,
+                      {dlpack::kUInt, 8, 1}, &size, &stride, 0};
+  std::string error;
+  const auto keep_error = [](void* into, const char* kind, const char* message) {
+    *static_cast<std::string*>(into) = std::string(kind) + ": " + message;
+  };
+  dlpack::ManagedTensor* tensor = nullptr;
+  if (allocate(&like, &tensor, &error, keep_error) != 0) throw std::runtime_error(error);
+  owner_ = tensor;
+  data_ = static_cast<char*>(tensor->tensor.data) + tensor->tensor.byte_offset;
+}
+
+Scratch::~Scratch() {
+  auto* const tensor = static_cast<dlpack::ManagedTensor*>(owner_);
+  if (tensor != nullptr) tensor->deleter(tensor);
 }
 
 }  // namespace fisher_kernels

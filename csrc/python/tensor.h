@@ -7,6 +7,8 @@
 #include <vector>
 
 #include "../common/dtype.h"
+#include "../common/scalar.h"
+#include "place.h"
 
 namespace fisher_kernels {
 
@@ -14,7 +16,7 @@ namespace py = pybind11;
 
 /// Where a value came from, for error messages: "adafisher_step_: grads[3]".
 struct Argument {
-  const char* function;
+  const Call& call;
   const char* name;
   py::ssize_t index = -1;  // position in a list argument, -1 for an argument that is no list
 
@@ -27,7 +29,7 @@ struct Argument {
 /// "(2, 3)", as Python prints a shape.
 std::string shape_text(const int64_t* sizes, int dims);
 
-/// A CPU tensor as it lies in memory. Sizes and strides (in elements) belong to the Python tensor, which outlives the
+/// A tensor as it lies in memory. Sizes and strides (in elements) belong to the Python tensor, which outlives the
 /// view.
 struct TensorView {
   void* data;
@@ -48,14 +50,14 @@ struct TensorView {
 /// Finds torch's DLPack exchange interface; ImportError if torch has none. Called once, when the module is loaded.
 void load_exchange_api();
 
-/// Reads a CPU tensor of one of the types in DType; TypeError or ValueError for anything else.
+/// Reads a tensor of one of the types in DType, where the call runs; TypeError or ValueError for anything else.
 TensorView read_tensor(py::handle object, const Argument& argument);
 
-/// Reads a one-element float32 or float64 tensor as a double.
-double read_scalar(py::handle object, const Argument& argument);
+/// Reads a one-element float32 or float64 tensor: on the CPU its value, else where it lies on the GPU of the call.
+Scalar read_scalar(py::handle object, const Argument& argument);
 
 /// The same, of one dtype only.
-double read_scalar(py::handle object, const Argument& argument, DType dtype);
+Scalar read_scalar(py::handle object, const Argument& argument, DType dtype);
 
 /// True if the elements lie in row-major order without gaps. Strides of dimensions of size one do not matter.
 bool is_contiguous(const TensorView& tensor);
@@ -70,7 +72,6 @@ void check_contiguous(const TensorView& tensor, const Argument& argument);
 void check_range(double value, bool in_range, const char* expected, const Argument& argument);
 /// Finite and at least 0.
 void check_coefficient(double value, const Argument& argument);
-void check_threads(int threads, const Argument& argument);
 
 /// A Python list or tuple, read by position.
 class List {

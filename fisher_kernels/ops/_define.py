@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from fisher_kernels import backends
-from fisher_kernels._library import LIBRARY
+from fisher_kernels._library import CPU, CUDA, LIBRARY
 
 ACCUMULATOR = {
     torch.float64: torch.float64,
@@ -72,7 +73,14 @@ def _is_plain(argument: Any) -> bool:
     return type(argument) in _PLAIN and not (argument.requires_grad and torch.is_grad_enabled())
 
 
-def define(schema: str, *, fake: Callable[..., Any], **implementations: Callable[..., Any]) -> Callable[..., Any]:
+def define(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    reference: Callable[..., Any],
+    native: Callable[..., Any],
+    triton: Callable[..., Any],
+) -> Callable[..., Any]:
     """Define ``fisher_kernels::<schema>`` and return what calls it.
 
     Compilers see one op whatever backend runs it: the choice is made at each call, from the device of the first
@@ -83,6 +91,12 @@ def define(schema: str, *, fake: Callable[..., Any], **implementations: Callable
     position.
     """
     name = schema.split("(", 1)[0]
+    implementations: dict[str, Callable[..., Any]] = {
+        "reference": reference,
+        "cpu": functools.partial(native, CPU),
+        "cuda": functools.partial(native, CUDA),
+        "triton": triton,
+    }
 
     def run(*args: Any, **kwargs: Any) -> Any:
         backend = backends.choose(name, _device_type(args[0]), implementations)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fisher_kernels._library import native
+from fisher_kernels._library import Native
 from fisher_kernels.ops._define import ACCUMULATOR, check_floating, define
 from fisher_kernels.ops._step import (
     check_beside,
@@ -212,7 +212,8 @@ def _reference(
     return skipped
 
 
-def _cpu(
+def _native(
+    on: Native,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
@@ -229,10 +230,11 @@ def _cpu(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> Tensor:
-    skipped = torch.empty(len(params), dtype=torch.int64)
-    native().adafisher_step_(
+    device = params[0].device if params else None
+    skipped = torch.empty(len(params), dtype=torch.int64, device=device)
+    on.kernels.adafisher_step_(
         params, grads, exp_avgs, steps, row_factors, column_factors,
-        lr, beta, damping, weight_decay, decoupled, maximize, grad_scale, found_inf, skipped, torch.get_num_threads(),
+        lr, beta, damping, weight_decay, decoupled, maximize, grad_scale, found_inf, skipped, on.place(device),
     )  # fmt: skip
     increment_version(params)  # for backward passes that kept them; moments and counts are in no graph
     return skipped
@@ -293,7 +295,7 @@ _step = define(
     "bool decoupled, bool maximize, Tensor? grad_scale=None, Tensor? found_inf=None) -> Tensor",
     fake=_fake,
     reference=_reference,
-    cpu=_cpu,
+    native=_native,
     triton=_triton,
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fisher_kernels._library import native
+from fisher_kernels._library import Native
 from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define
 
 
@@ -85,15 +85,15 @@ def _statistics(
     return mean.to(dtype).contiguous(), variance.to(dtype).contiguous()
 
 
-def _cpu(
-    x: Tensor, grad_output: Tensor, eps: float, mean: Tensor | None = None, variance: Tensor | None = None
+def _native(
+    on: Native, x: Tensor, grad_output: Tensor, eps: float, mean: Tensor | None = None, variance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     scale, shift = _fake(x, grad_output, eps, mean, variance)
     if x.numel() == 0:
         return scale.zero_(), shift.zero_()
     x, grad_output = _in_one_order(x, grad_output, scale.dtype)
     mean, variance = _statistics(mean, variance, scale.dtype)
-    native().batch_norm_gradients(x, grad_output, eps, mean, variance, scale, shift, torch.get_num_threads())
+    on.kernels.batch_norm_gradients(x, grad_output, eps, mean, variance, scale, shift, on.place(x.device))
     return scale, shift
 
 
@@ -117,7 +117,7 @@ _batch_norm_gradients = define(
     "-> (Tensor, Tensor)",
     fake=_fake,
     reference=_reference,
-    cpu=_cpu,
+    native=_native,
     triton=_triton,
 )
 

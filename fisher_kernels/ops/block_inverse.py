@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fisher_kernels._library import native
+from fisher_kernels._library import Native
 from fisher_kernels.ops._blocks import check_blocks, check_partner, new_info
 from fisher_kernels.ops._define import define
 
@@ -56,12 +56,12 @@ def _reference(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     return inverse.masked_fill_(bad[:, None, None], math.nan), bad.to(torch.int64)
 
 
-def _cpu(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+def _native(on: Native, blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     if blocks.dim() != 3 or blocks.shape[-1] > LARGEST:
         return _reference(blocks, damping)
     blocks = blocks.contiguous()
     inverse, info = torch.empty_like(blocks), new_info(blocks)
-    native().block_inverse(blocks, damping, inverse, info, torch.get_num_threads())
+    on.kernels.block_inverse(blocks, damping, inverse, info, on.place(blocks.device))
     return inverse, info
 
 
@@ -79,7 +79,7 @@ _block_inverse = define(
     "block_inverse(Tensor blocks, float damping) -> (Tensor inverse, Tensor info)",
     fake=_fake,
     reference=_reference,
-    cpu=_cpu,
+    native=_native,
     triton=_triton,
 )
 
@@ -121,11 +121,11 @@ def _into_reference(out: Tensor, blocks: Tensor, damping: float) -> Tensor:
     return bad.to(torch.int64)
 
 
-def _into_cpu(out: Tensor, blocks: Tensor, damping: float) -> Tensor:
+def _into_native(on: Native, out: Tensor, blocks: Tensor, damping: float) -> Tensor:
     if blocks.dim() != 3 or blocks.shape[-1] > LARGEST:
         return _into_reference(out, blocks, damping)
     info, dense = new_info(blocks), out.contiguous()
-    native().block_inverse_(dense, blocks.contiguous(), damping, info, torch.get_num_threads())
+    on.kernels.block_inverse_(dense, blocks.contiguous(), damping, info, on.place(blocks.device))
     if dense is out:
         increment_version(out)  # for backward passes that kept it
     else:
@@ -152,7 +152,7 @@ _into = define(
     "block_inverse_(Tensor(a!) out, Tensor blocks, float damping) -> Tensor",
     fake=_into_fake,
     reference=_into_reference,
-    cpu=_into_cpu,
+    native=_into_native,
     triton=_into_triton,
 )
 
@@ -195,12 +195,12 @@ def _solve_reference(blocks: Tensor, damping: float, rhs: Tensor) -> tuple[Tenso
     return x.masked_fill_(bad[:, None], math.nan), bad.to(torch.int64)
 
 
-def _solve_cpu(blocks: Tensor, damping: float, rhs: Tensor) -> tuple[Tensor, Tensor]:
+def _solve_native(on: Native, blocks: Tensor, damping: float, rhs: Tensor) -> tuple[Tensor, Tensor]:
     if blocks.dim() != 3 or blocks.shape[-1] > LARGEST:
         return _solve_reference(blocks, damping, rhs)
     rhs = rhs.contiguous()
     x, info = torch.empty_like(rhs), new_info(blocks)
-    native().block_solve(blocks.contiguous(), damping, rhs, x, info, torch.get_num_threads())
+    on.kernels.block_solve(blocks.contiguous(), damping, rhs, x, info, on.place(blocks.device))
     return x, info
 
 
@@ -220,7 +220,7 @@ _block_solve = define(
     "block_solve(Tensor blocks, float damping, Tensor rhs) -> (Tensor x, Tensor info)",
     fake=_solve_fake,
     reference=_solve_reference,
-    cpu=_solve_cpu,
+    native=_solve_native,
     triton=_solve_triton,
 )
 
@@ -255,10 +255,10 @@ def _apply_reference(inverse: Tensor, vectors: Tensor) -> Tensor:
     return _apply_fake(inverse, vectors).copy_((inverse.contiguous() @ vectors.contiguous()[..., None])[..., 0])
 
 
-def _apply_cpu(inverse: Tensor, vectors: Tensor) -> Tensor:
+def _apply_native(on: Native, inverse: Tensor, vectors: Tensor) -> Tensor:
     vectors = vectors.contiguous()
     out = torch.empty_like(vectors)
-    native().block_apply(inverse.contiguous(), vectors, out, torch.get_num_threads())
+    on.kernels.block_apply(inverse.contiguous(), vectors, out, on.place(out.device))
     return out
 
 
@@ -274,7 +274,7 @@ _block_apply = define(
     "block_apply(Tensor inverse, Tensor vectors) -> Tensor",
     fake=_apply_fake,
     reference=_apply_reference,
-    cpu=_apply_cpu,
+    native=_apply_native,
     triton=_apply_triton,
 )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fisher_kernels._library import native
+from fisher_kernels._library import Native
 from fisher_kernels.ops._define import check_coefficient, define
 
 FLAT = 1e-5
@@ -97,9 +97,11 @@ def _minmax_reference(x: Sequence[Tensor], eps: float, weights: Sequence[Tensor]
     ]
 
 
-def _minmax_cpu(x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None = None) -> list[Tensor]:
+def _minmax_native(
+    on: Native, x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None = None
+) -> list[Tensor]:
     outs = [torch.empty_like(v) for v in x]
-    native().minmax(outs, x, weights, eps)
+    on.kernels.minmax(outs, x, weights, eps, on.place(x[0].device if x else None))
     return outs
 
 
@@ -131,7 +133,7 @@ _minmax_op = define(
     "minmax(Tensor[] x, float eps, Tensor[]? weights=None) -> Tensor[]",
     fake=_minmax_fake,
     reference=_minmax_reference,
-    cpu=_minmax_cpu,
+    native=_minmax_native,
     triton=_minmax_triton,
 )
 
@@ -175,8 +177,10 @@ def _into_reference(
         o.copy_(v)
 
 
-def _into_cpu(out: Sequence[Tensor], x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None = None) -> None:
-    native().minmax_(out, x, weights, eps)
+def _into_native(
+    on: Native, out: Sequence[Tensor], x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None = None
+) -> None:
+    on.kernels.minmax_(out, x, weights, eps, on.place(x[0].device if x else None))
     increment_version(out)
 
 
@@ -191,7 +195,7 @@ _into = define(
     "minmax_(Tensor(a!)[] out, Tensor[] x, float eps, Tensor[]? weights=None) -> ()",
     fake=_into_fake,
     reference=_into_reference,
-    cpu=_into_cpu,
+    native=_into_native,
     triton=_into_triton,
 )
 
@@ -288,7 +292,8 @@ def _ema_reference(
     return rejected
 
 
-def _ema_cpu(
+def _ema_native(
+    on: Native,
     state: Sequence[Tensor],
     new: Sequence[Tensor],
     decay: float,
@@ -300,8 +305,9 @@ def _ema_cpu(
 ) -> Tensor:
     if not joint >= 1:
         raise ValueError(f"factor_ema_: joint is {joint}, expected at least 1")
-    rejected = torch.empty(len(state) // joint, dtype=torch.int64)
-    native().factor_ema_(state, new, divisors, rejected, decay, gain, normalize, eps, joint)
+    device = state[0].device if state else None
+    rejected = torch.empty(len(state) // joint, dtype=torch.int64, device=device)
+    on.kernels.factor_ema_(state, new, divisors, rejected, decay, gain, normalize, eps, joint, on.place(device))
     increment_version(state)  # for backward passes that kept it
     return rejected
 
@@ -335,7 +341,7 @@ _ema = define(
     "int joint=1, float[]? divisors=None) -> Tensor",
     fake=_ema_fake,
     reference=_ema_reference,
-    cpu=_ema_cpu,
+    native=_ema_native,
     triton=_ema_triton,
 )
 

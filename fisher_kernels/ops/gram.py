@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fisher_kernels._library import native
+from fisher_kernels._library import Native
 from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define
 
 
@@ -46,12 +45,10 @@ def _reference(out: Tensor, x: Tensor, weight: Tensor | None, decay: float, gain
     out.copy_(lower + lower.tril(-1).mT)
 
 
-def _cpu(out: Tensor, x: Tensor, weight: Tensor | None, decay: float, gain: float) -> None:
+def _native(on: Native, out: Tensor, x: Tensor, weight: Tensor | None, decay: float, gain: float) -> None:
     if x.dim() == 2 and x.stride(1) != 1:
         x = x.contiguous()
-    native().weighted_gram_(
-        out, x, None if weight is None else weight.contiguous(), decay, gain, torch.get_num_threads()
-    )
+    on.kernels.weighted_gram_(out, x, None if weight is None else weight.contiguous(), decay, gain, on.place(x.device))
     increment_version([out])
 
 
@@ -68,7 +65,7 @@ _weighted_gram = define(
     "weighted_gram_(Tensor(a!) out, Tensor x, Tensor? weight, float decay, float gain) -> ()",
     fake=_fake,
     reference=_reference,
-    cpu=_cpu,
+    native=_native,
     triton=_triton,
 )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fisher_kernels._library import native
+from fisher_kernels._library import Native
 from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define
 from fisher_kernels.ops._step import (
     check_lengths,
@@ -351,7 +351,8 @@ def _directions(
     return directions
 
 
-def _cpu(
+def _native(
+    on: Native,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
@@ -374,10 +375,12 @@ def _cpu(
         x.double() if x is not None and x.dtype == torch.bfloat16 and p.dtype == torch.float64 else x
         for x, p in zip(inverses, params, strict=False)
     ] + list(inverses[len(params) :])
-    skipped, scale = torch.empty(len(params), dtype=torch.int64), torch.empty((), dtype=torch.float64)
-    native().mbf_step_(
+    device = params[0].device if params else None
+    skipped = torch.empty(len(params), dtype=torch.int64, device=device)
+    scale = torch.empty((), dtype=torch.float64, device=device)
+    on.kernels.mbf_step_(
         params, grads, momentum_buffers, inverses, directions, lr, momentum, weight_decay, decoupled, maximize,
-        kl_clip, grad_scale, found_inf, skipped, scale, torch.get_num_threads(),
+        kl_clip, grad_scale, found_inf, skipped, scale, on.place(device),
     )  # fmt: skip
     increment_version(params)  # for backward passes that kept them; momentum is in no graph
     return skipped, scale
@@ -440,7 +443,7 @@ _step = define(
     "Tensor? found_inf=None) -> (Tensor, Tensor)",
     fake=_fake,
     reference=_reference,
-    cpu=_cpu,
+    native=_native,
     triton=_triton,
 )
 

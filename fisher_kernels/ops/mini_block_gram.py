@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fisher_kernels._library import native
+from fisher_kernels._library import Native
 from fisher_kernels.ops._convolution import pad, padding_pairs, per_dimension, windows
 from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define
 
@@ -50,10 +50,10 @@ def _average(out: Tensor, sums: Tensor, decay: float, gain: float) -> None:
     out.copy_(lower + lower.tril(-1).mT)
 
 
-def _cpu(out: Tensor, v: Tensor, decay: float, gain: float) -> None:
+def _native(on: Native, out: Tensor, v: Tensor, decay: float, gain: float) -> None:
     if v.dim() == 3 and v.stride()[1:] != (v.shape[2], 1):
         v = v.contiguous()
-    native().mini_block_gram_(out, v, decay, gain, torch.get_num_threads())
+    on.kernels.mini_block_gram_(out, v, decay, gain, on.place(v.device))
     increment_version([out])
 
 
@@ -71,7 +71,7 @@ _mini_block_gram = define(
     "mini_block_gram_(Tensor(a!) out, Tensor v, float decay, float gain) -> ()",
     fake=_fake,
     reference=_reference,
-    cpu=_cpu,
+    native=_native,
     triton=_triton,
 )
 
@@ -200,7 +200,8 @@ def _with_even_positions(x: Tensor) -> Tensor:
     return x if sample.is_contiguous() or sample.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
-def _conv_cpu(
+def _conv_native(
+    on: Native,
     out: Tensor,
     x: Tensor,
     grad_output: Tensor,
@@ -214,9 +215,8 @@ def _conv_cpu(
 ) -> None:
     if x.dim() > 2 and grad_output.dim() > 2:
         x, grad_output = _with_even_positions(x), _with_even_positions(grad_output)
-    threads = torch.get_num_threads()
-    native().conv_mini_block_gram_(
-        out, x, grad_output, kernel_size, stride, padding, dilation, groups, decay, gain, threads
+    on.kernels.conv_mini_block_gram_(
+        out, x, grad_output, kernel_size, stride, padding, dilation, groups, decay, gain, on.place(x.device)
     )
     increment_version([out])
 
@@ -248,7 +248,7 @@ _conv_mini_block_gram = define(
     "int[] padding, int[] dilation, int groups, float decay, float gain) -> ()",
     fake=_conv_fake,
     reference=_conv_reference,
-    cpu=_conv_cpu,
+    native=_conv_native,
     triton=_conv_triton,
 )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fisher_kernels._library import native
+from fisher_kernels._library import Native, Place
 from fisher_kernels.ops._blocks import check_blocks, check_partner, new_info
 from fisher_kernels.ops._define import ACCUMULATOR, check_floating, define
 
@@ -55,10 +55,10 @@ def _solve_reference(u: Sequence[Tensor], x: Sequence[Tensor], rho: float) -> li
     return out
 
 
-def _solve_cpu(u: Sequence[Tensor], x: Sequence[Tensor], rho: float) -> list[Tensor]:
+def _solve_native(on: Native, u: Sequence[Tensor], x: Sequence[Tensor], rho: float) -> list[Tensor]:
     u, x = [v.contiguous() for v in u], [y.contiguous() for y in x]
     out = [torch.empty_like(y) for y in x]
-    native().rank_one_solve(u, x, rho, out, torch.get_num_threads())
+    on.kernels.rank_one_solve(u, x, rho, out, on.place(u[0].device if u else None))
     return out
 
 
@@ -79,7 +79,7 @@ _rank_one_solve = define(
     "rank_one_solve(Tensor[] u, Tensor[] x, float rho) -> Tensor[]",
     fake=_solve_fake,
     reference=_solve_reference,
-    cpu=_solve_cpu,
+    native=_solve_native,
     triton=_solve_triton,
 )
 
@@ -139,9 +139,11 @@ def _update(inverse: Tensor, u: Tensor, decay: float, gain: float) -> Tensor:
     return info
 
 
-def _update_natively(kernel: Callable[..., None], inverse: Tensor, u: Tensor, decay: float, gain: float) -> Tensor:
+def _update_natively(
+    kernel: Callable[..., None], place: Place, inverse: Tensor, u: Tensor, decay: float, gain: float
+) -> Tensor:
     info, dense = new_info(inverse), inverse.contiguous()
-    kernel(dense, u.contiguous(), decay, gain, info, torch.get_num_threads())
+    kernel(dense, u.contiguous(), decay, gain, info, place)
     if dense is inverse:
         increment_version(inverse)  # for backward passes that kept it
     else:
@@ -181,10 +183,10 @@ def _low_rank_reference(inverse: Tensor, u: Tensor, decay: float = 1.0, gain: fl
     return _update(inverse, u, decay, gain)
 
 
-def _low_rank_cpu(inverse: Tensor, u: Tensor, decay: float = 1.0, gain: float = 1.0) -> Tensor:
+def _low_rank_native(on: Native, inverse: Tensor, u: Tensor, decay: float = 1.0, gain: float = 1.0) -> Tensor:
     if u.dim() == 3 and u.shape[1] == 0:
         u = u.new_zeros((u.shape[0], 1, u.shape[2]))  # the decay alone
-    return _update_natively(native().low_rank_inverse_update_, inverse, u, decay, gain)
+    return _update_natively(on.kernels.low_rank_inverse_update_, on.place(inverse.device), inverse, u, decay, gain)
 
 
 def _low_rank_triton(inverse: Tensor, u: Tensor, decay: float = 1.0, gain: float = 1.0) -> Tensor:
@@ -196,7 +198,7 @@ _low_rank = define(
     "low_rank_inverse_update_(Tensor(a!) inverse, Tensor u, float decay=1.0, float gain=1.0) -> Tensor",
     fake=_low_rank_fake,
     reference=_low_rank_reference,
-    cpu=_low_rank_cpu,
+    native=_low_rank_native,
     triton=_low_rank_triton,
 )
 
@@ -247,8 +249,8 @@ def _rank_one_reference(inverse: Tensor, u: Tensor, decay: float = 1.0, gain: fl
     return _update(inverse, u[:, None], decay, gain)
 
 
-def _rank_one_cpu(inverse: Tensor, u: Tensor, decay: float = 1.0, gain: float = 1.0) -> Tensor:
-    return _update_natively(native().rank_one_inverse_update_, inverse, u, decay, gain)
+def _rank_one_native(on: Native, inverse: Tensor, u: Tensor, decay: float = 1.0, gain: float = 1.0) -> Tensor:
+    return _update_natively(on.kernels.rank_one_inverse_update_, on.place(inverse.device), inverse, u, decay, gain)
 
 
 def _rank_one_triton(inverse: Tensor, u: Tensor, decay: float = 1.0, gain: float = 1.0) -> Tensor:
@@ -260,7 +262,7 @@ _rank_one = define(
     "rank_one_inverse_update_(Tensor(a!) inverse, Tensor u, float decay=1.0, float gain=1.0) -> Tensor",
     fake=_rank_one_fake,
     reference=_rank_one_reference,
-    cpu=_rank_one_cpu,
+    native=_rank_one_native,
     triton=_rank_one_triton,
 )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fisher_kernels._library import native
+from fisher_kernels._library import Native
 from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define
 from fisher_kernels.ops._step import (
     check_count,
@@ -190,7 +190,8 @@ def _coefficients(
     return torch.where(fits, along_moment, zero), torch.where(fits, 1 / rho, zero)
 
 
-def _cpu(
+def _native(
+    on: Native,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
@@ -207,10 +208,12 @@ def _cpu(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    skipped, squares = torch.empty(len(params), dtype=torch.int64), torch.empty(len(params), dtype=torch.float64)
-    native().sofim_step_(
+    device = params[0].device if params else None
+    skipped = torch.empty(len(params), dtype=torch.int64, device=device)
+    squares = torch.empty(len(params), dtype=torch.float64, device=device)
+    on.kernels.sofim_step_(
         params, grads, exp_avgs, steps, lr, beta, rho, direction, scope, weight_decay, decoupled, maximize, grad_scale,
-        found_inf, skipped, squares, torch.get_num_threads(),
+        found_inf, skipped, squares, on.place(device),
     )  # fmt: skip
     increment_version(params)  # for backward passes that kept them; moments and counts are in no graph
     return skipped, squares
@@ -262,7 +265,7 @@ _step = define(
     "Tensor? grad_scale=None, Tensor? found_inf=None) -> (Tensor, Tensor)",
     fake=_fake,
     reference=_reference,
-    cpu=_cpu,
+    native=_native,
     triton=_triton,
 )
 

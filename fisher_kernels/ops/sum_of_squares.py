@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fisher_kernels._library import native
+from fisher_kernels._library import Native
 from fisher_kernels.ops._convolution import pad, padding_pairs, per_dimension, windows
 from fisher_kernels.ops._define import ACCUMULATOR, check_floating, define
 
@@ -57,9 +57,9 @@ def _squares(x: Tensor) -> Tensor:
     return x.to(ACCUMULATOR[x.dtype]).square()
 
 
-def _column_cpu(x: Tensor) -> Tensor:
+def _column_native(on: Native, x: Tensor) -> Tensor:
     out = _column_fake(x)
-    native().column_sum_of_squares(_rows(x), out, torch.get_num_threads())
+    on.kernels.column_sum_of_squares(_rows(x), out, on.place(x.device))
     return out
 
 
@@ -79,7 +79,7 @@ _column = define(
     "column_sum_of_squares(Tensor x) -> Tensor",
     fake=_column_fake,
     reference=_column_reference,
-    cpu=_column_cpu,
+    native=_column_native,
     triton=_column_triton,
 )
 
@@ -116,9 +116,9 @@ def _channel_reference(x: Tensor) -> Tensor:
     return _squares(x).sum((0, *range(2, x.dim())))
 
 
-def _channel_cpu(x: Tensor) -> Tensor:
+def _channel_native(on: Native, x: Tensor) -> Tensor:
     out = _channel_fake(x)
-    native().channel_sum_of_squares(_contiguous_or_channels_last(x), out, torch.get_num_threads())
+    on.kernels.channel_sum_of_squares(_contiguous_or_channels_last(x), out, on.place(x.device))
     return out
 
 
@@ -136,7 +136,7 @@ _channel = define(
     "channel_sum_of_squares(Tensor x) -> Tensor",
     fake=_channel_fake,
     reference=_channel_reference,
-    cpu=_channel_cpu,
+    native=_channel_native,
     triton=_channel_triton,
 )
 
@@ -201,12 +201,17 @@ def _patch_reference(
     return torch.stack(sums, dim=1).reshape(x.shape[1], *kernel_size)
 
 
-def _patch_cpu(
-    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+def _patch_native(
+    on: Native,
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
 ) -> Tensor:
     geometry = tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation)
-    out = torch.empty(_patch_shape(x.shape, x.dtype, *geometry), dtype=ACCUMULATOR[x.dtype])
-    native().patch_sum_of_squares(_contiguous_or_channels_last(x), out, *geometry, torch.get_num_threads())
+    out = torch.empty(_patch_shape(x.shape, x.dtype, *geometry), dtype=ACCUMULATOR[x.dtype], device=x.device)
+    on.kernels.patch_sum_of_squares(_contiguous_or_channels_last(x), out, *geometry, on.place(x.device))
     return out
 
 
@@ -228,7 +233,7 @@ _patch = define(
     "patch_sum_of_squares(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation) -> Tensor",
     fake=_patch_fake,
     reference=_patch_reference,
-    cpu=_patch_cpu,
+    native=_patch_native,
     triton=_patch_triton,
 )
 

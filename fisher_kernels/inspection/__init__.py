@@ -1,0 +1,44 @@
+"""What the machine code of every GPU kernel needs, for GPUs that need not be there.
+
+Triton's kernels are compiled for it; those in CUDA are read from the native module, as they were built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from fisher_kernels.inspection import cuda, triton
+from fisher_kernels.inspection.rows import TARGETS, Row
+
+__all__ = ["BACKENDS", "TARGETS", "Row", "run"]
+
+BACKENDS = {"cuda": cuda, "triton": triton}
+
+
+def run(
+    targets: Sequence[str] = TARGETS,
+    pattern: str = "",
+    sample: bool = False,
+    backends: Sequence[str] = tuple(BACKENDS),
+) -> Iterator[Row]:
+    """Inspect kernels.
+
+    Args:
+        targets: of :data:`TARGETS`.
+        pattern: a regular expression that the names of kernels must match.
+        sample: one variant of each kernel only.
+        backends: whose kernels, of ``"cuda"`` and ``"triton"``.
+
+    Raises:
+        RuntimeError: a backend has no kernels that could be inspected here.
+        ValueError: a target or backend is unknown.
+    """
+    for name, values, known in (("target", targets, TARGETS), ("backend", backends, tuple(BACKENDS))):
+        for value in values:
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")
+    for backend in backends:
+        if reason := BACKENDS[backend].why_not():
+            raise RuntimeError(f"kernels of {backend} cannot be inspected here: {reason}")
+    for backend in backends:
+        yield from BACKENDS[backend].run(targets, pattern, sample)
