@@ -95,8 +95,7 @@ def test_sums_by_shuffles_shared_memory_and_atomics(
 @pytest.mark.parametrize("threads", [1, 2])
 def test_any_number_of_openmp_threads_may_run_the_blocks(library: ctypes.CDLL, threads: int) -> None:
     library.set_threads(threads)
-    for _ in range(10):
-        check_sum(library, 100_003, 40, 256)
+    check_sum(library, 1_000_003, 200, 256)  # so long that they are all called
     library.set_threads(1)
 
 
@@ -358,6 +357,15 @@ def test_a_fault_is_named_and_the_next_launch_runs(library: ctypes.CDLL, fault: 
     assert library.last_error() == error
     assert library.last_error() == SUCCESS
     check_sum(library, 1001, 7, 96)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_fault_is_named_by_whichever_openmp_thread_finds_it(library: ctypes.CDLL, threads: int) -> None:
+    library.set_threads(threads)
+    assert library.late(100) == LAUNCH_FAILURE
+    assert library.last_message() == b"block (99,0,0): thread 1 waits at __syncthreads, thread 0 has ended"
+    library.set_threads(1)
+    library.last_error()
 
 
 @pytest.mark.parametrize(

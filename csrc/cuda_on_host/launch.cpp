@@ -1,6 +1,7 @@
 #include "launch.h"
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <utility>
@@ -17,8 +18,8 @@ constexpr dim3 kMaxGrid{0x7fffffff, 0xffff, 0xffff};
 constexpr dim3 kMaxBlock{1024, 1024, 64};
 constexpr int64_t kMaxThreads = 1024;  // of a block
 constexpr size_t kMaxParameterBytes = 32764;
-// CUDA threads that are worth a second thread of the processor.
-constexpr int64_t kMinParallelThreads = 4096;
+// Waking other threads of the processor takes longer than most launches do; on a busy machine, milliseconds.
+constexpr std::chrono::milliseconds kAlone{1};
 
 thread_local Fault last;
 
@@ -63,16 +64,26 @@ uint3 position(int64_t block, dim3 grid) {
           static_cast<unsigned>(block / grid.x / grid.y)};
 }
 
-/// Runs the blocks until the first fault.
+Fault run_block(const Launch& launch, const Order& order, int64_t turn) {
+  const int64_t block = order.block(turn, volume(launch.grid));
+  return BlockRunner::here().run(launch, order, position(block, launch.grid));
+}
+
+/// Runs the blocks until the first fault. Other threads of the processor help with what is left after a while.
 Fault run_blocks(const Launch& launch, const Order& order) {
+  using Clock = std::chrono::steady_clock;
   const int64_t blocks = volume(launch.grid);
-  const bool parallel = blocks > 1 && blocks >= kMinParallelThreads / volume(launch.block);
-  std::atomic<bool> stop{false};
+  const auto help = Clock::now() + kAlone;
+  int64_t alone = 0;
+  for (; alone < blocks && (alone == 0 || Clock::now() < help); ++alone) {
+    if (Fault found = run_block(launch, order, alone); found.error != cudaSuccess) return found;
+  }
   Fault fault;
-#pragma omp parallel for schedule(dynamic) if (parallel)
-  for (int64_t turn = 0; turn < blocks; ++turn) {
+  std::atomic<bool> stop{false};
+#pragma omp parallel for schedule(dynamic) if (alone < blocks)
+  for (int64_t turn = alone; turn < blocks; ++turn) {
     if (stop.load(std::memory_order_relaxed)) continue;
-    Fault found = BlockRunner::here().run(launch, order, position(order.block(turn, blocks), launch.grid));
+    Fault found = run_block(launch, order, turn);
     // Only the first to exchange gets past, so one thread writes.
     if (found.error != cudaSuccess && !stop.exchange(true)) fault = std::move(found);
   }

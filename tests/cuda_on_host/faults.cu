@@ -88,6 +88,13 @@ __global__ void faulty_kernel(Fault fault) {
   }
 }
 
+/// Goes wrong in the last block, after the others have taken a while.
+__global__ void late_kernel() {
+  for (int i = 0; i < 50; ++i) __syncthreads();
+  if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) return;
+  __syncthreads();
+}
+
 struct Parameters {
   char bytes[32764];
 };
@@ -108,6 +115,8 @@ EXPORTED int faulty(int fault) {
   const dim3 block = static_cast<Fault>(fault) == Fault::lanes_beyond ? dim3(40) : dim3(64);
   return launch(faulty_kernel, grid, block, 64, nullptr, static_cast<Fault>(fault));
 }
+
+EXPORTED int late(int blocks) { return launch(late_kernel, dim3(blocks), dim3(128), 0, nullptr); }
 
 EXPORTED int empty(unsigned grid_x, unsigned grid_y, unsigned block_x, unsigned block_z, size_t shared_bytes) {
   return launch(harmless_kernel, dim3(grid_x, grid_y), dim3(block_x, 1, block_z), shared_bytes, nullptr);
