@@ -12,12 +12,7 @@ template <class T>
 inline constexpr bool is_atomic =
     std::is_same_v<T, int> || std::is_same_v<T, unsigned> || std::is_same_v<T, unsigned long long>;
 
-/// The type a plain argument is converted to: takes no part in the deduction of T, as with CUDA's overloads.
-template <class T>
-struct Same {
-  using type = T;
-};
-
+/// Only the address says what T is: a value is converted to it, as with CUDA's overloads.
 template <class T>
 using Integer = std::enable_if_t<is_atomic<T>, T>;
 
@@ -32,33 +27,32 @@ T atomic_replace(T* address, Choose choose) {
 }  // namespace fisher_kernels::on_host
 
 template <class T>
-fisher_kernels::on_host::Integer<T> atomicAdd(T* address, typename fisher_kernels::on_host::Same<T>::type value) {
+fisher_kernels::on_host::Integer<T> atomicAdd(T* address, std::common_type_t<T> value) {
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 
 template <class T>
-fisher_kernels::on_host::Integer<T> atomicMax(T* address, typename fisher_kernels::on_host::Same<T>::type value) {
+fisher_kernels::on_host::Integer<T> atomicMax(T* address, std::common_type_t<T> value) {
   return fisher_kernels::on_host::atomic_replace(address, [=](T old) { return old < value ? value : old; });
 }
 
 template <class T>
-fisher_kernels::on_host::Integer<T> atomicMin(T* address, typename fisher_kernels::on_host::Same<T>::type value) {
+fisher_kernels::on_host::Integer<T> atomicMin(T* address, std::common_type_t<T> value) {
   return fisher_kernels::on_host::atomic_replace(address, [=](T old) { return value < old ? value : old; });
 }
 
 template <class T>
-fisher_kernels::on_host::Integer<T> atomicOr(T* address, typename fisher_kernels::on_host::Same<T>::type value) {
+fisher_kernels::on_host::Integer<T> atomicOr(T* address, std::common_type_t<T> value) {
   return __atomic_fetch_or(address, value, __ATOMIC_RELAXED);
 }
 
 template <class T>
-fisher_kernels::on_host::Integer<T> atomicExch(T* address, typename fisher_kernels::on_host::Same<T>::type value) {
+fisher_kernels::on_host::Integer<T> atomicExch(T* address, std::common_type_t<T> value) {
   return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);
 }
 
 template <class T>
-fisher_kernels::on_host::Integer<T> atomicCAS(T* address, typename fisher_kernels::on_host::Same<T>::type expected,
-                                              typename fisher_kernels::on_host::Same<T>::type value) {
+fisher_kernels::on_host::Integer<T> atomicCAS(T* address, std::common_type_t<T> expected, std::common_type_t<T> value) {
   __atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
   return expected;
 }

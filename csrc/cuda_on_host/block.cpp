@@ -1,43 +1,33 @@
 #include "block.h"
 
 #include <algorithm>
-#include <cstring>
 #include <exception>
-
-#ifdef FISHER_KERNELS_HOST_ASAN
-#include <sanitizer/asan_interface.h>
-#endif
+#include <utility>
 
 namespace fisher_kernels::on_host {
 
 __thread Running running;
-
-namespace {
-
-constexpr size_t kAlignment = 128;
-constexpr size_t kCanaryBytes = 256;
-constexpr int kCanary = 0xa5;
-
-}  // namespace
+__thread BlockRunner* active_runner = nullptr;
 
 BlockRunner& BlockRunner::here() {
   thread_local BlockRunner runner;
   return runner;
 }
 
-BlockRunner::BlockRunner()
-    : fibers_(&BlockRunner::serve), shared_memory_(new unsigned char[kAlignment + kMaxSharedBytes + kCanaryBytes]) {
-  const auto address = reinterpret_cast<uintptr_t>(shared_memory_.get());
-  shared_ = shared_memory_.get() + (kAlignment - address % kAlignment) % kAlignment;
-}
+BlockRunner::BlockRunner() : fibers_(&BlockRunner::serve) {}
 
 Fault BlockRunner::run(const Launch& launch, const Order& order, uint3 block) {
   prepare(launch, order, block);
+  active_runner = this;
   starting_ = next();
   serving_ = &fibers_.take();
   main_.switch_to(*serving_);
+  active_runner = nullptr;
   if (fault_.error != cudaSuccess) fibers_.reset();
-  check_shared_memory();
+  if (const auto written = shared_memory_.close()) {
+    fail(cudaErrorIllegalAddress, "byte " + std::to_string(*written) + " was written, past the " +
+                                      std::to_string(launch.shared_bytes) + " bytes of shared memory");
+  }
   return std::move(fault_);
 }
 
@@ -63,14 +53,9 @@ void BlockRunner::prepare(const Launch& launch, const Order& order, uint3 block)
     warps_[w] = {first, lanes, lanes, 0};
   }
 
-  std::memset(shared_, 0xff, launch.shared_bytes);
-#ifdef FISHER_KERNELS_HOST_ASAN
-  __asan_poison_memory_region(shared_ + launch.shared_bytes, kMaxSharedBytes + kCanaryBytes - launch.shared_bytes);
-#else
-  std::memset(shared_ + launch.shared_bytes, kCanary, kCanaryBytes);
-#endif
+  shared_memory_.open(launch.shared_bytes);
   const dim3 grid = launch.grid;
-  running = {{}, block, {size.x, size.y, size.z}, {grid.x, grid.y, grid.z}, shared_};
+  running = {{}, block, {size.x, size.y, size.z}, {grid.x, grid.y, grid.z}, shared_memory_.data()};
 }
 
 void BlockRunner::prepare_order(const Order& order, int threads) {
@@ -84,23 +69,10 @@ void BlockRunner::prepare_order(const Order& order, int threads) {
   }
 }
 
-void BlockRunner::check_shared_memory() {
-#ifdef FISHER_KERNELS_HOST_ASAN
-  __asan_unpoison_memory_region(shared_, kMaxSharedBytes + kCanaryBytes);
-#else
-  const unsigned char* canary = shared_ + launch_->shared_bytes;
-  const unsigned char* last = canary + kCanaryBytes;
-  const unsigned char* written = std::find_if(canary, last, [](unsigned char byte) { return byte != kCanary; });
-  if (written == last) return;
-  fail(cudaErrorIllegalAddress, "byte " + std::to_string(written - shared_) + " of " +
-                                    std::to_string(launch_->shared_bytes) + " bytes of shared memory was written");
-#endif
-}
-
 /// What every fiber does: it runs threads until one of them, or the end of the block, needs another stack.
 void BlockRunner::serve() {
   Fiber::begin();
-  BlockRunner& runner = here();
+  BlockRunner& runner = *active_runner;
   Fiber& self = *runner.serving_;
   for (;;) {
     Thread* thread = runner.starting_;
@@ -117,21 +89,20 @@ void BlockRunner::run_thread(Thread& thread, Fiber& fiber) {
   current_ = &thread;
   thread.fiber = &fiber;
   running.thread = thread.index;
-  std::string exception;
   try {
     launch_->call(launch_->context);
   } catch (const std::exception& error) {
-    exception = error.what();
+    fail(cudaErrorLaunchFailure, name(thread) + " threw an exception: " + error.what());
   } catch (...) {
-    exception = "of an unknown type";
+    fail(cudaErrorLaunchFailure, name(thread) + " threw an exception");
   }
   thread.fiber = nullptr;
   thread.state = State::ended;
   ++ended_;
-  if (!exception.empty()) fail(cudaErrorLaunchFailure, name(thread) + " threw an exception: " + exception);
   if (fiber.overflowed()) {
-    fail(cudaErrorLaunchOutOfResources, "a stack of " + std::to_string(FISHER_KERNELS_HOST_STACK_BYTES) +
-                                            " bytes overflowed (FISHER_KERNELS_HOST_STACK_BYTES)");
+    fail(cudaErrorLaunchOutOfResources, name(thread) + " overflowed its stack of " +
+                                            std::to_string(FISHER_KERNELS_HOST_STACK_BYTES) +
+                                            " bytes (FISHER_KERNELS_HOST_STACK_BYTES)");
   }
 }
 
@@ -181,24 +152,25 @@ void BlockRunner::wake(Thread& thread) {
   ++warps_[number(thread) / kWarpSize].ready;
 }
 
+void BlockRunner::refuse_launch() { stop(name(*current_) + " launched a kernel"); }
+
 /// Leaves the block for good, with what its threads have on their stacks.
 void BlockRunner::abandon() {
   for (;;) current_->fiber->switch_to(main_);
 }
 
-/// Stops at a fault of the running thread, if the message says that there is one.
-void BlockRunner::refuse(std::string message) {
-  if (message.empty()) return;
-  fail(cudaErrorLaunchFailure, message);
-  message = {};  // nothing is freed later
+/// Ends the block at a fault of the running thread.
+void BlockRunner::stop(std::string message) {
+  fail(cudaErrorLaunchFailure, std::move(message));  // leaves nothing behind that would need to be freed
   abandon();
 }
 
-void BlockRunner::fail(cudaError_t error, const std::string& message) {
+/// Notes the fault, if it is the block's first.
+void BlockRunner::fail(cudaError_t error, std::string message) {
   if (fault_.error != cudaSuccess) return;
   const uint3 block = running.block;
-  fault_ = {error, "block (" + std::to_string(block.x) + "," + std::to_string(block.y) + "," +
-                       std::to_string(block.z) + "): " + message};
+  fault_ = {error, "block (" + std::to_string(block.x) + "," + std::to_string(block.y) + "," + std::to_string(block.z) +
+                       "): " + message};
 }
 
 }  // namespace fisher_kernels::on_host

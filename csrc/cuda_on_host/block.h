@@ -3,7 +3,6 @@
 // One block of a grid: its threads, each on a fiber while it waits, and the meetings that they wait for.
 
 #include <cstdint>
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -11,11 +10,9 @@
 #include "launch.h"
 #include "order.h"
 #include "running.h"
+#include "shared_memory.h"
 
 namespace fisher_kernels::on_host {
-
-/// Dynamic shared memory that a block may have: 227 KB, as compute capability 9.0 has.
-inline constexpr int kMaxSharedBytes = 227 * 1024;
 
 /// Why a launch stopped.
 struct Fault {
@@ -32,9 +29,10 @@ class BlockRunner {
   /// Runs one block to its end, or to its first fault.
   Fault run(const Launch& launch, const Order& order, uint3 block);
 
-  /// Called by the running CUDA thread: see running.h.
+  /// Called by the running CUDA thread: see running.h. A kernel launches none.
   uint64_t meet_block(const Arrival& arrival);
   uint64_t meet_warp(const Arrival& arrival);
+  [[noreturn]] void refuse_launch();
 
  private:
   enum class State : uint8_t { ready, running, waiting, ended };
@@ -57,22 +55,20 @@ class BlockRunner {
 
   void prepare(const Launch& launch, const Order& order, uint3 block);
   void prepare_order(const Order& order, int threads);
-  void check_shared_memory();
 
   [[noreturn]] static void serve();
   void run_thread(Thread& thread, Fiber& fiber);
   Thread* next();
   void wait();
   void wake(Thread& thread);
-  void fail(cudaError_t error, const std::string& message);
+  void fail(cudaError_t error, std::string message);
+  [[noreturn]] void stop(std::string message);
   [[noreturn]] void abandon();
-  void refuse(std::string message);
 
   bool release_block();
   bool is_complete(const Warp& warp, uint32_t mask) const;
   void exchange(Warp& warp, uint32_t mask);
-  std::string wrong_arrival(const Thread& thread, const Warp& warp) const;
-  std::string wrong_source(const Warp& warp, uint32_t mask) const;
+  const Thread* astray(const Warp& warp, uint32_t mask) const;
   std::string stuck() const;
   std::string describe(const Thread& thread) const;
 
@@ -89,20 +85,22 @@ class BlockRunner {
 
   // Whose turn it is.
   Order order_;
-  int ordered_threads_ = 0;       // the block size that the two below are for
-  std::vector<int> warp_order_;   // warps by turn
-  std::vector<int> lane_order_;   // threads by turn, warp for warp
+  int ordered_threads_ = 0;      // the block size that the two below are for
+  std::vector<int> warp_order_;  // warps by turn
+  std::vector<int> lane_order_;  // threads by turn, warp for warp
   int warp_turn_ = 0;
   int lane_turn_ = 0;
 
   // Where it runs.
   Fiber main_;
   FiberPool fibers_;
+  SharedMemory shared_memory_;
   Thread* current_ = nullptr;
   Thread* starting_ = nullptr;  // the thread that a fiber just taken is to run
   Fiber* serving_ = nullptr;    // that fiber
-  std::unique_ptr<unsigned char[]> shared_memory_;
-  unsigned char* shared_;  // aligned
 };
+
+/// The runner whose block runs on this thread of the processor; null outside kernels.
+extern __thread BlockRunner* active_runner;
 
 }  // namespace fisher_kernels::on_host

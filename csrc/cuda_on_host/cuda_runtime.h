@@ -12,20 +12,24 @@
 //
 // Run: `fisher_kernels::on_host::launch` (launch.h) takes the place of <<<...>>>. It runs the whole grid before it
 // returns. Blocks spread over OpenMP threads; within a block every CUDA thread is a fiber, and all are on one thread of
-// the processor. Shared memory is `fisher_kernels::on_host::shared_memory()`, dynamic only.
+// the processor. Shared memory is `fisher_kernels::on_host::shared_memory()`, dynamic only. What multiplies and adds in
+// one rounding on the device rounds twice here, unless it says fmaf.
 //
-// Seen, with a message that names block and threads (`last_message`):
-// - barriers that not all reach: threads that ended, or wait somewhere else
-// - warp operations: a mask without the caller, with lanes that the block has not, that ended or that wait elsewhere;
-//   a source lane out of the mask. Stricter than CUDA, which forgives lanes that have ended.
-// - writes just past the shared memory, stack overflows, exceptions
-// - launches that CUDA would refuse: empty or too large, parameters of more than 32,764 bytes, too much shared memory
-// Seen by their effect:
-// - reads of shared memory that was never written: it starts as NaN
-// - some races: FISHER_KERNELS_HOST_ORDER=forward|reverse|SEED sets the order in which threads, warps and blocks run;
-//   results that differ show a missing barrier. A cheap look, not a proof: no difference proves nothing.
-// - with -fsanitize=address: accesses out of bounds, in shared memory as well; with -fsanitize=undefined: misaligned
-//   vector loads
+// Seen: the launch returns an error, and `last_message()` and cudaGetErrorString name the block and the threads.
+// - Barriers that not all reach: threads that have ended, or wait somewhere else.
+// - Warp operations: a mask without the caller, or with lanes that the block has not, that have ended or that wait
+//   elsewhere; a source lane outside of the mask.
+// - Writes just past the shared memory, stack overflows, exceptions.
+// - Launches that CUDA would refuse: empty or too large, parameters of more than 32,764 bytes, more shared memory than
+//   the kernel may have (48 KB, until cudaFuncSetAttribute allows more).
+// In one thing it is stricter than CUDA, which lets barriers and masks pass over threads that have ended.
+//
+// Seen by its effect:
+// - Reads of shared memory that nobody wrote: it starts as NaN in every block.
+// - Some races: FISHER_KERNELS_HOST_ORDER=forward|reverse|SEED sets the order in which threads, warps and blocks run,
+//   and results that differ show a missing barrier. A cheap look, not a proof: equal results prove nothing.
+// - With -fsanitize=address, accesses out of bounds, of shared memory too; with -fsanitize=undefined, misaligned vector
+//   loads.
 //
 // Not seen: other data races, the memory model, occupancy, registers, __launch_bounds__, barriers met at different
 // lines, time. A thread that spins until another writes never ends. Not there: tensor cores, cp.async, textures,

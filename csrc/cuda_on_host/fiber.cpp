@@ -6,7 +6,7 @@
 #include <cstring>
 #include <new>
 
-#ifdef FISHER_KERNELS_HOST_ASAN
+#ifdef __SANITIZE_ADDRESS__
 #include <pthread.h>
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -22,7 +22,7 @@ constexpr size_t kStride = kStackBytes + 5 * 64;
 constexpr size_t kStacksAtOnce = 32;
 constexpr uint64_t kCanary[4] = {0x9e3779b97f4a7c15, 0xbf58476d1ce4e5b9, 0x94d049bb133111eb, 0xd6e8feb86659fd93};
 
-#ifdef __x86_64__
+#ifndef FISHER_KERNELS_HOST_UCONTEXT
 
 /// Saves what a function must preserve on the stack, and the stack pointer in `*save`; then goes on where `load` was
 /// saved. Kernels do not change rounding modes, so those are left alone.
@@ -48,7 +48,7 @@ __attribute__((naked, noinline)) void switch_stack(void** /*save: rdi*/, void* /
 
 }  // namespace
 
-#ifdef FISHER_KERNELS_HOST_ASAN
+#ifdef __SANITIZE_ADDRESS__
 Fiber::Fiber() {
   pthread_attr_t attributes;
   void* stack = nullptr;
@@ -66,11 +66,11 @@ Fiber::Fiber(unsigned char* stack, size_t bytes, void (*entry)()) : stack_(stack
 }
 
 void Fiber::reset() {
-#ifdef FISHER_KERNELS_HOST_ASAN
+#ifdef __SANITIZE_ADDRESS__
   __asan_unpoison_memory_region(stack_, bytes_);
 #endif
   std::memcpy(stack_, kCanary, sizeof(kCanary));
-#ifdef __x86_64__
+#ifndef FISHER_KERNELS_HOST_UCONTEXT
   // What switch_stack restores: six registers, then the address that `ret` takes. Above it a return address of zero,
   // where debuggers stop, at the alignment that a call leaves.
   auto* top = reinterpret_cast<uint64_t*>(reinterpret_cast<uintptr_t>(stack_ + bytes_) & ~uintptr_t{15});
@@ -88,21 +88,21 @@ void Fiber::reset() {
 }
 
 void Fiber::begin() {
-#ifdef FISHER_KERNELS_HOST_ASAN
+#ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
 #endif
 }
 
 void Fiber::switch_to(Fiber& other) {
-#ifdef FISHER_KERNELS_HOST_ASAN
+#ifdef __SANITIZE_ADDRESS__
   __sanitizer_start_switch_fiber(&fake_stack_, other.stack_, other.bytes_);
 #endif
-#ifdef __x86_64__
+#ifndef FISHER_KERNELS_HOST_UCONTEXT
   switch_stack(&top_, other.top_);
 #else
   swapcontext(&context_, &other.context_);
 #endif
-#ifdef FISHER_KERNELS_HOST_ASAN
+#ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(fake_stack_, nullptr, nullptr);
 #endif
 }

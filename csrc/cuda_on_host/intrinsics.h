@@ -96,7 +96,7 @@ inline float rsqrt(float x) { return rsqrtf(x); }
 // min and max take the types that CUDA's take, not templates: what is ambiguous there is ambiguous here. Of floating
 // point they return the operand that is a number.
 
-#define FISHER_KERNELS_HOST_MIN_MAX(R, A, B)                                                            \
+#define FISHER_KERNELS_HOST_MIN_MAX(R, A, B)                                                                       \
   inline R min(A x, B y) { return static_cast<R>(y) < static_cast<R>(x) ? static_cast<R>(y) : static_cast<R>(x); } \
   inline R max(A x, B y) { return static_cast<R>(x) < static_cast<R>(y) ? static_cast<R>(y) : static_cast<R>(x); }
 

@@ -1,9 +1,10 @@
 #include "launch.h"
 
-#include <algorithm>
 #include <atomic>
-#include <mutex>
-#include <unordered_map>
+#include <chrono>
+#include <cstdint>
+#include <cstdlib>
+#include <utility>
 
 #include "block.h"
 #include "order.h"
@@ -13,37 +14,47 @@ namespace fisher_kernels::on_host {
 
 namespace {
 
+constexpr dim3 kMaxGrid{0x7fffffff, 0xffff, 0xffff};
+constexpr dim3 kMaxBlock{1024, 1024, 64};
+constexpr int64_t kMaxThreads = 1024;  // of a block
 constexpr size_t kMaxParameterBytes = 32764;
-// CUDA threads that are worth a second thread of the processor.
-constexpr int64_t kMinParallelThreads = 4096;
+// Waking other threads of the processor takes longer than most launches do; on a busy machine, milliseconds.
+constexpr std::chrono::milliseconds kAlone{1};
 
-thread_local std::string message;
+thread_local Fault last;
 
 std::string text(dim3 size) {
   return "(" + std::to_string(size.x) + "," + std::to_string(size.y) + "," + std::to_string(size.z) + ")";
 }
 
+bool fits(dim3 size, dim3 most) {
+  return size.x > 0 && size.y > 0 && size.z > 0 && size.x <= most.x && size.y <= most.y && size.z <= most.z;
+}
+
 int64_t volume(dim3 size) { return int64_t{size.x} * size.y * size.z; }
 
-/// Why CUDA would not start this.
+Fault invalid_configuration(const std::string& message) { return {cudaErrorInvalidConfiguration, message}; }
+
+Fault invalid_value(const std::string& message) { return {cudaErrorInvalidValue, message}; }
+
+/// Why CUDA would not start this; no fault if it would.
 Fault refusal(const Launch& launch) {
-  const dim3 grid = launch.grid;
-  const dim3 block = launch.block;
-  if (grid.x == 0 || grid.x > 0x7fffffff || grid.y == 0 || grid.y > 0xffff || grid.z == 0 || grid.z > 0xffff) {
-    return {cudaErrorInvalidConfiguration, "a grid of " + text(grid) + " blocks: 1 to 2147483647, 65535 and 65535 can run"};
+  if (!fits(launch.grid, kMaxGrid)) {
+    return invalid_configuration("a grid of " + text(launch.grid) + " blocks: 1 to " + text(kMaxGrid) + " can run");
   }
-  if (volume(block) == 0 || block.x > 1024 || block.y > 1024 || block.z > 64 || volume(block) > 1024) {
-    return {cudaErrorInvalidConfiguration, "a block of " + text(block) + " threads: 1 to 1024 can run, at most 64 along z"};
+  if (!fits(launch.block, kMaxBlock) || volume(launch.block) > kMaxThreads) {
+    return invalid_configuration("a block of " + text(launch.block) + " threads: 1 to " + text(kMaxBlock) +
+                                 " can run, together up to " + std::to_string(kMaxThreads));
   }
   const size_t most = allowed_shared_bytes(launch.kernel);
   if (launch.shared_bytes > most) {
-    return {cudaErrorInvalidValue, std::to_string(launch.shared_bytes) + " bytes of shared memory: the kernel may have " +
-                                       std::to_string(most) + ", and by cudaFuncSetAttribute up to " +
-                                       std::to_string(kMaxSharedBytes)};
+    return invalid_value(std::to_string(launch.shared_bytes) + " bytes of shared memory: the kernel may have " +
+                         std::to_string(most) + ", and by cudaFuncSetAttribute up to " +
+                         std::to_string(kMaxSharedBytes));
   }
   if (launch.parameter_bytes > kMaxParameterBytes) {
-    return {cudaErrorInvalidValue, std::to_string(launch.parameter_bytes) + " bytes of kernel parameters: at most " +
-                                       std::to_string(kMaxParameterBytes) + " fit"};
+    return invalid_value(std::to_string(launch.parameter_bytes) + " bytes of kernel parameters: at most " +
+                         std::to_string(kMaxParameterBytes) + " fit");
   }
   return {};
 }
@@ -53,16 +64,26 @@ uint3 position(int64_t block, dim3 grid) {
           static_cast<unsigned>(block / grid.x / grid.y)};
 }
 
-/// Runs the blocks until the first fault.
+Fault run_block(const Launch& launch, const Order& order, int64_t turn) {
+  const int64_t block = order.block(turn, volume(launch.grid));
+  return BlockRunner::here().run(launch, order, position(block, launch.grid));
+}
+
+/// Runs the blocks until the first fault. Other threads of the processor help with what is left after a while.
 Fault run_blocks(const Launch& launch, const Order& order) {
+  using Clock = std::chrono::steady_clock;
   const int64_t blocks = volume(launch.grid);
-  const bool parallel = blocks > 1 && blocks * volume(launch.block) >= kMinParallelThreads;
-  std::atomic<bool> stop{false};
+  const auto help = Clock::now() + kAlone;
+  int64_t alone = 0;
+  for (; alone < blocks && (alone == 0 || Clock::now() < help); ++alone) {
+    if (Fault found = run_block(launch, order, alone); found.error != cudaSuccess) return found;
+  }
   Fault fault;
-#pragma omp parallel for schedule(dynamic) if (parallel)
-  for (int64_t turn = 0; turn < blocks; ++turn) {
+  std::atomic<bool> stop{false};
+#pragma omp parallel for schedule(dynamic) if (alone < blocks)
+  for (int64_t turn = alone; turn < blocks; ++turn) {
     if (stop.load(std::memory_order_relaxed)) continue;
-    Fault found = BlockRunner::here().run(launch, order, position(order.block(turn, blocks), launch.grid));
+    Fault found = run_block(launch, order, turn);
     // Only the first to exchange gets past, so one thread writes.
     if (found.error != cudaSuccess && !stop.exchange(true)) fault = std::move(found);
   }
@@ -72,19 +93,26 @@ Fault run_blocks(const Launch& launch, const Order& order) {
 Fault run_or_refuse(const Launch& launch) {
   if (Fault refused = refusal(launch); refused.error != cudaSuccess) return refused;
   const auto order = Order::from_environment();
-  if (!order) return {cudaErrorInvalidValue, "FISHER_KERNELS_HOST_ORDER is neither forward nor reverse nor a number"};
+  if (!order) {
+    return invalid_value(std::string("FISHER_KERNELS_HOST_ORDER is \"") + std::getenv("FISHER_KERNELS_HOST_ORDER") +
+                         "\", neither forward nor reverse nor a number");
+  }
   return run_blocks(launch, *order);
 }
 
 }  // namespace
 
 cudaError_t run(const Launch& launch) {
-  Fault fault = run_or_refuse(launch);
-  message = std::move(fault.message);
-  set_last_error(fault.error);
-  return fault.error;
+  if (active_runner != nullptr) active_runner->refuse_launch();
+  last = run_or_refuse(launch);
+  set_last_error(last.error);
+  return last.error;
 }
 
-const std::string& last_message() { return message; }
+const std::string& last_message() { return last.message; }
+
+const char* explanation(cudaError_t error) {
+  return last.error == error && !last.message.empty() ? last.message.c_str() : nullptr;
+}
 
 }  // namespace fisher_kernels::on_host

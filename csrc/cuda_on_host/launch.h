@@ -39,7 +39,8 @@ constexpr size_t parameter_bytes() {
 
 /// Runs `kernel` on a grid. Every CUDA thread gets its own copy of the parameters, as on the device.
 template <class... Params, class... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, Args&&... args) {
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+                   Args&&... args) {
   static_assert(sizeof...(Params) == sizeof...(Args), "a kernel takes as many arguments as it has parameters");
   static_assert((std::is_trivially_copyable_v<Params> && ...), "parameters travel to the device as bytes");
   using Call = std::pair<void (*)(Params...), std::tuple<Params...>>;

@@ -1,5 +1,6 @@
 // What happens where the threads of a block meet, and what can go wrong there.
 
+#include <algorithm>
 #include <cstdio>
 
 #include "block.h"
@@ -55,13 +56,24 @@ uint32_t source_of(const Arrival& at, uint32_t lane) {
   }
 }
 
+/// What is wrong with what a lane of a warp of `size` threads brings; null if nothing is.
+const char* wrong_with(const Arrival& at, int lane, int size) {
+  const uint32_t there = size == kWarpSize ? ~uint32_t{0} : bit(size) - 1;
+  if ((at.mask & bit(lane)) == 0) return ", which leaves out its own lane";
+  if ((at.mask & ~there) != 0) return ", which names lanes beyond the threads of the block";
+  if (at.width < 1 || at.width > kWarpSize || (at.width & (at.width - 1)) != 0) {
+    return " and a width that is no power of two up to 32";
+  }
+  return nullptr;
+}
+
 }  // namespace
 
 int meet_block(Meeting meeting, bool predicate) {
-  return static_cast<int>(BlockRunner::here().meet_block({meeting, 0, 0, 0, 0, predicate}));
+  return static_cast<int>(active_runner->meet_block({meeting, 0, 0, 0, 0, predicate}));
 }
 
-uint64_t meet_warp(const Arrival& arrival) { return BlockRunner::here().meet_warp(arrival); }
+uint64_t meet_warp(const Arrival& arrival) { return active_runner->meet_warp(arrival); }
 
 uint64_t BlockRunner::meet_block(const Arrival& arrival) {
   Thread& self = *current_;
@@ -77,10 +89,14 @@ uint64_t BlockRunner::meet_warp(const Arrival& arrival) {
   Warp& warp = warps_[number(self) / kWarpSize];
   self.at = arrival;
   self.state = State::waiting;
-  warp.waiting |= bit(number(self) - warp.first);
-  refuse(wrong_arrival(self, warp));
+  const int lane = number(self) - warp.first;
+  warp.waiting |= bit(lane);
+  if (const char* fault = wrong_with(arrival, lane, warp.size)) stop(describe(self) + fault);
   if (is_complete(warp, arrival.mask)) {
-    refuse(wrong_source(warp, arrival.mask));
+    if (const Thread* lost = astray(warp, arrival.mask)) {
+      const uint32_t source = source_of(lost->at, number(*lost) - warp.first);
+      stop(describe(*lost) + ", which leaves out its source lane " + std::to_string(source));
+    }
     exchange(warp, arrival.mask);
   }
   wait();
@@ -145,54 +161,32 @@ void BlockRunner::exchange(Warp& warp, uint32_t mask) {
   warp.waiting &= ~mask;
 }
 
-/// What is wrong with the mask or the width that a thread brings; empty if nothing.
-std::string BlockRunner::wrong_arrival(const Thread& thread, const Warp& warp) const {
-  const Arrival& at = thread.at;
-  const int lane = number(thread) - warp.first;
-  const uint32_t there = warp.size == kWarpSize ? ~uint32_t{0} : bit(warp.size) - 1;
-  if ((at.mask & bit(lane)) == 0) return describe(thread) + ", which leaves out its own lane " + std::to_string(lane);
-  if ((at.mask & ~there) != 0) {
-    return describe(thread) + ", but its warp has only " + std::to_string(warp.size) + " threads";
-  }
-  if (at.width < 1 || at.width > kWarpSize || (at.width & (at.width - 1)) != 0) {
-    return describe(thread) + " and width " + std::to_string(at.width) + ", which is no power of two up to 32";
-  }
-  return {};
-}
-
-/// Which lane of a complete shuffle asks for the value of a lane that takes no part; empty if none.
-std::string BlockRunner::wrong_source(const Warp& warp, uint32_t mask) const {
+/// A lane of a complete shuffle that asks for the value of one that takes no part; null if there is none.
+const BlockRunner::Thread* BlockRunner::astray(const Warp& warp, uint32_t mask) const {
   for (int lane = 0; lane < warp.size; ++lane) {
     const Thread& thread = threads_[warp.first + lane];
     if ((mask & bit(lane)) == 0 || !is_shuffle(thread.at.meeting)) continue;
-    const uint32_t source = source_of(thread.at, lane);
-    if ((mask & bit(source)) == 0) {
-      return describe(thread) + ", which leaves out its source lane " + std::to_string(source);
-    }
+    if ((mask & bit(source_of(thread.at, lane))) == 0) return &thread;
   }
-  return {};
+  return nullptr;
 }
 
 /// Why nothing can go on: a thread that waits, and one for which it waits in vain.
 std::string BlockRunner::stuck() const {
-  const auto sentence = [&](const Thread& a, const Thread& b) { return describe(a) + ", " + describe(b); };
   for (const Thread& thread : threads_) {
     if (thread.state != State::waiting || is_of_block(thread.at.meeting)) continue;
     const Warp& warp = warps_[number(thread) / kWarpSize];
     for (int lane = 0; lane < warp.size; ++lane) {
       const Thread& other = threads_[warp.first + lane];
       const bool comes = other.state == State::waiting && agree(other.at, thread.at);
-      if ((thread.at.mask & bit(lane)) != 0 && !comes) return sentence(thread, other);
+      if ((thread.at.mask & bit(lane)) != 0 && !comes) return describe(thread) + ", " + describe(other);
     }
   }
-  const Thread* waiting = nullptr;
-  for (const Thread& thread : threads_) {
-    if (thread.state == State::waiting && waiting == nullptr) waiting = &thread;
-  }
-  for (const Thread& thread : threads_) {
-    if (thread.state == State::ended || thread.at.meeting != waiting->at.meeting) return sentence(*waiting, thread);
-  }
-  return sentence(*waiting, *waiting);
+  // All that wait do so at a barrier of the block.
+  const auto waits = [](const Thread& thread) { return thread.state == State::waiting; };
+  const Thread& thread = *std::find_if(threads_.begin(), threads_.end(), waits);
+  const auto stays_away = [&](const Thread& other) { return !waits(other) || !agree(other.at, thread.at); };
+  return describe(thread) + ", " + describe(*std::find_if(threads_.begin(), threads_.end(), stays_away));
 }
 
 std::string BlockRunner::describe(const Thread& thread) const {

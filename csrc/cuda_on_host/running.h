@@ -19,8 +19,8 @@ struct Running {
   unsigned char* shared;
 };
 
-// Neither a function call nor a lock stands between a kernel and these: kernels read them at every index they compute.
-extern __thread Running running __attribute__((tls_model("initial-exec")));
+// __thread, not thread_local: nothing needs to look first whether it was constructed.
+extern __thread Running running;
 
 /// The dynamic shared memory of the running block: aligned to 128 bytes and, before the block wrote to it, NaN
 /// whether it is read as float, double, half or bfloat16.

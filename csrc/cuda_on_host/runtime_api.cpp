@@ -2,12 +2,13 @@
 
 #include "runtime_api.h"
 
+#include <algorithm>
 #include <cstring>
 #include <mutex>
 #include <unordered_map>
 
-#include "block.h"
-#include "launch.h"
+#include "running.h"
+#include "shared_memory.h"
 
 namespace fisher_kernels::on_host {
 
@@ -65,10 +66,10 @@ const char* cudaGetErrorName(cudaError_t error) {
   }
 }
 
-/// The message of the last launch, which says more than the code, while that is what went wrong last.
+/// The message of the last launch, if that is where the error is from: it says more than a name.
 const char* cudaGetErrorString(cudaError_t error) {
-  const bool explained = error != cudaSuccess && !last_message().empty();
-  return explained ? last_message().c_str() : cudaGetErrorName(error);
+  const char* message = explanation(error);
+  return message != nullptr ? message : cudaGetErrorName(error);
 }
 
 cudaError_t cudaGetDeviceCount(int* count) {
@@ -113,7 +114,7 @@ cudaError_t cudaRuntimeGetVersion(int* version) {
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;  // hints
-  if (value < 0 || value > kMaxSharedBytes) return returned(cudaErrorInvalidValue);
+  if (value < 0 || static_cast<size_t>(value) > kMaxSharedBytes) return returned(cudaErrorInvalidValue);
   const std::lock_guard<std::mutex> lock(attributes_mutex);
   shared_bytes_of[kernel] = value;
   return cudaSuccess;

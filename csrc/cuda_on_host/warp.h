@@ -26,34 +26,44 @@ inline uint32_t vote(Meeting meeting, unsigned mask, bool predicate) {
 
 }  // namespace fisher_kernels::on_host
 
-inline void __syncthreads() { fisher_kernels::on_host::meet_block(fisher_kernels::on_host::Meeting::syncthreads, false); }
+inline void __syncthreads() {
+  using namespace fisher_kernels::on_host;
+  meet_block(Meeting::syncthreads, false);
+}
 
 inline int __syncthreads_count(int predicate) {
-  return fisher_kernels::on_host::meet_block(fisher_kernels::on_host::Meeting::syncthreads_count, predicate != 0);
+  using namespace fisher_kernels::on_host;
+  return meet_block(Meeting::syncthreads_count, predicate != 0);
 }
 
 inline int __syncthreads_and(int predicate) {
-  return fisher_kernels::on_host::meet_block(fisher_kernels::on_host::Meeting::syncthreads_and, predicate != 0);
+  using namespace fisher_kernels::on_host;
+  return meet_block(Meeting::syncthreads_and, predicate != 0);
 }
 
 inline int __syncthreads_or(int predicate) {
-  return fisher_kernels::on_host::meet_block(fisher_kernels::on_host::Meeting::syncthreads_or, predicate != 0);
+  using namespace fisher_kernels::on_host;
+  return meet_block(Meeting::syncthreads_or, predicate != 0);
 }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
-  fisher_kernels::on_host::vote(fisher_kernels::on_host::Meeting::syncwarp, mask, false);
+  using namespace fisher_kernels::on_host;
+  vote(Meeting::syncwarp, mask, false);
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  return fisher_kernels::on_host::vote(fisher_kernels::on_host::Meeting::ballot, mask, predicate != 0);
+  using namespace fisher_kernels::on_host;
+  return vote(Meeting::ballot, mask, predicate != 0);
 }
 
 inline int __any_sync(unsigned mask, int predicate) {
-  return fisher_kernels::on_host::vote(fisher_kernels::on_host::Meeting::any, mask, predicate != 0) != 0;
+  using namespace fisher_kernels::on_host;
+  return vote(Meeting::any, mask, predicate != 0) != 0;
 }
 
 inline int __all_sync(unsigned mask, int predicate) {
-  return fisher_kernels::on_host::vote(fisher_kernels::on_host::Meeting::all, mask, predicate != 0) != 0;
+  using namespace fisher_kernels::on_host;
+  return vote(Meeting::all, mask, predicate != 0) != 0;
 }
 
 template <class T>

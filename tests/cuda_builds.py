@@ -1,0 +1,55 @@
+"""Builds CUDA sources for the processor, with the stand-in for the CUDA runtime in ``csrc/cuda_on_host``."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+STAND_IN = ROOT / "csrc" / "cuda_on_host"
+
+
+def _include_folders() -> Iterator[Path]:
+    if home := os.environ.get("CUDA_HOME"):
+        yield Path(home, "include")
+    if nvcc := shutil.which("nvcc"):
+        # Asked, for what is on PATH may be a script that calls the real one.
+        plan = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+        includes = re.search(r"^#\$ INCLUDES=(.*)$", plan.stderr, re.MULTILINE)
+        yield from (Path(folder) for folder in re.findall(r'"-I([^"]+)"', includes[1] if includes else ""))
+    yield Path("/usr/local/cuda/include")
+
+
+def toolkit_include() -> Path | None:
+    """The include folder of a CUDA toolkit, of which its headers are all that is needed."""
+    return next((folder for folder in _include_folders() if (folder / "cuda_bf16.h").is_file()), None)
+
+
+def missing() -> str:
+    """What this machine lacks to build CUDA sources for the processor; empty if nothing."""
+    lacking = [] if shutil.which("g++") else ["g++"]
+    return " and ".join([*lacking, *([] if toolkit_include() else ["the headers of a CUDA toolkit"])])
+
+
+def compile_command(sources: Iterable[Path], *flags: str) -> list[str]:
+    """The command that compiles CUDA sources together with the stand-in."""
+    return [
+        *("g++", "-std=c++17", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", *flags),
+        *("-I", str(STAND_IN), "-isystem", str(toolkit_include())),
+        *("-x", "c++", *map(str, sources), *map(str, sorted(STAND_IN.glob("*.cpp")))),
+    ]
+
+
+def build(output: Path, sources: Iterable[Path], *flags: str) -> Path:
+    """Compile and link CUDA sources together with the stand-in."""
+    subprocess.run([*compile_command(sources, *flags), "-o", str(output)], check=True)
+    return output
+
+
+def build_library(output: Path, sources: Iterable[Path], *flags: str) -> Path:
+    """The same as a shared library, of which nothing may be missing."""
+    return build(output, sources, "-fPIC", "-shared", "-Wl,-z,defs", *flags)
