@@ -233,9 +233,7 @@ def test_auto_takes_what_was_measured_to_be_faster(tmp_path: Path) -> None:
     assert json.loads(out.read_text())["device"] == "GPU X"
 
 
-def test_a_measurement_without_both_backends_chooses_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_measurement_of_one_backend_chooses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "results.json"
     source.write_text(json.dumps({"device": "X", "date": "2026-01-02", "rows": measured("op", 1, cuda=1.0)}))
     with pytest.raises(SystemExit):

@@ -87,7 +87,7 @@ def test_a_wheel_has_the_package_and_nothing_beside_it(kind: str, request: pytes
     nested = {f"fisher_kernels/{name}" for name in sources("triton_kernels", ".py")}
     assert "fisher_kernels/triton_kernels/__init__.py" in nested
     assert {name for name in package if name.endswith(".py")} == sources("fisher_kernels", ".py") | nested
-    assert "fisher_kernels/triton_kernels/configs.json" in package
+    assert {"fisher_kernels/triton_kernels/configs.json", "fisher_kernels/auto.json"} <= package
     assert {name.split("/")[0] for name in package} == {"fisher_kernels"}
     assert any(re.fullmatch(r"fisher_kernels-[^/]+/licenses/LICENSE", name) for name in found)
 
@@ -97,6 +97,7 @@ def test_a_wheel_has_the_native_module(wheel: Path) -> None:
         pytest.skip(str(native_reason()))
     assert [name for name in names(wheel) if re.fullmatch(r"fisher_kernels/_native\..*\.so", name)]
     assert NOTE not in names(wheel)
+    assert not [name for name in names(wheel) if "_cuda_on_host" in name]
     assert "none-any" not in wheel.name
 
 

@@ -19,10 +19,7 @@ namespace fisher_kernels::cuda {
 /// Throws std::runtime_error unless a call of the runtime succeeded.
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  std::string text = std::string(what) + ": CUDA error " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error);
-#ifdef FISHER_KERNELS_CUDA_ON_HOST
-  text += ": " + on_host::last_message();
-#endif
+  const std::string text = std::string(what) + ": CUDA error " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error);
   cudaGetLastError();  // the next launch is not to be blamed for it
   throw std::runtime_error(text);
 }
@@ -60,14 +57,14 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
             const Stream& stream, Arguments&&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   const auto handle = static_cast<cudaStream_t>(stream.handle);
-#ifdef FISHER_KERNELS_CUDA_ON_HOST
-  check(on_host::launch(kernel, grid, block, shared_bytes, handle, std::forward<Arguments>(arguments)...), name);
-#else
   constexpr size_t kWithoutAsking = 48 * 1024;
   if (shared_bytes > kWithoutAsking) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
           name);
   }
+#ifdef FISHER_KERNELS_CUDA_ON_HOST
+  check(on_host::launch(kernel, grid, block, shared_bytes, handle, std::forward<Arguments>(arguments)...), name);
+#else
   kernel<<<grid, block, shared_bytes, handle>>>(std::forward<Arguments>(arguments)...);
   check(cudaGetLastError(), name);
 #endif
