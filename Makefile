@@ -1,11 +1,12 @@
 # make demo, make test: everything from an empty checkout. A second run repeats only what changed inputs ask for.
 #
 # PYTHON=python       interpreter of an environment that exists; only what it lacks is installed (default: .venv, made here;
-#                     for make gpu, which installs nothing, python3)
+#                     for make gpu and gpu-sanitize, which install nothing, python3)
 # BASE_PYTHON=python  what .venv is made with (default: the first of python3, python3.14, ... that is 3.10 or newer)
 # TORCH=requirement   what pip installs as torch, options included; with PYTHON= only if there is no torch at all
 # OUT=folder          where the demo writes its curves and numbers
-# ARGS=arguments      more arguments for pytest, the demo, the comparison of the results, the inspection or make gpu
+# ARGS=arguments      more arguments for pytest, the demo, the comparison of the results, the inspection, make gpu
+#                     or gpu-sanitize
 # TASKS=names         tasks that make results compares the optimizers on (default: all)
 # FISHER_KERNELS_NATIVE=auto|on|off, FISHER_KERNELS_PORTABLE=ON|OFF, FISHER_KERNELS_WERROR=ON|OFF, CXX=compiler,
 # FISHER_KERNELS_CUDA=auto|on|off, FISHER_KERNELS_CUDA_ARCHS=80,90,100
@@ -39,13 +40,14 @@ NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc)
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test bench gpu results inspect lint build dist clean FORCE
+.PHONY: help demo test bench gpu gpu-sanitize results inspect lint build dist clean FORCE
 
 help:
 	@echo 'make demo    trains a CNN with AdamW, SGD, AdaFisher, AdaFisherW, MBF and SOFIM, side by side'
 	@echo 'make test    runs the tests'
 	@echo 'make bench   measures the kernels against their baselines'
 	@echo 'make gpu     proves and measures the kernels on a CUDA GPU, in ten minutes; installs nothing'
+	@echo 'make gpu-sanitize  runs the self-test of the CUDA kernels under compute-sanitizer, on a CUDA GPU'
 	@echo 'make results compares the optimizers on every task, into docs/results.md (half an hour)'
 	@echo 'make inspect compiles every GPU kernel for GPUs that need not be here, and reads its code (ten minutes)'
 	@echo 'make lint    ruff and mypy'
@@ -68,6 +70,9 @@ bench: build
 # In an environment that has everything already, without a network: PYTHON= names it.
 gpu:
 	$(or $(PYTHON),python3) -m bench.gpu $(ARGS)
+
+gpu-sanitize:
+	$(or $(PYTHON),python3) -m bench.gpu.sanitize $(ARGS)
 
 results: build
 	set -e; for task in $(TASKS); do $(PY) -m fisher_kernels compare $$task --out docs/results/$$task $(ARGS); done

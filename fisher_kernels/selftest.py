@@ -73,9 +73,11 @@ class Result:
     message: str | None
 
 
-def run() -> Iterator[Result]:
-    """Checks every case in every dtype on every available backend, one result each."""
+def run(only: str | None = None) -> Iterator[Result]:
+    """Checks every case in every dtype on every available backend, or on one of them, one result each."""
     for backend, device in _places():
+        if only not in (None, backend):
+            continue
         for case in CASES:
             for dtype in case.dtypes:
                 yield _check(case, dtype, backend, device)

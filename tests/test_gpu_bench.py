@@ -14,7 +14,7 @@ import torch
 
 from bench import tables
 from bench.gpu import __main__ as driver
-from bench.gpu import choose, limits, measure, op_cases, report, shapes, step_cases
+from bench.gpu import choose, limits, measure, op_cases, report, sanitize, shapes, step_cases
 from bench.gpu.case import LIMITS, Case, Work
 from bench.gpu.timing import Clock, Times
 
@@ -240,3 +240,41 @@ def test_a_measurement_of_one_backend_chooses_nothing(tmp_path: Path, capsys: py
         choose.main([str(source), "--out", str(tmp_path / "auto.json")])
     assert "no case of the measurement on X has times of both cuda and triton" in capsys.readouterr().err
     assert not (tmp_path / "auto.json").exists()
+
+
+SANITIZER = """#!/bin/sh
+echo "$@" >> {log}
+case "$*" in *{bad}*) exit {status};; esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("bad", "status", "outcome", "code"),
+    [("nothing", 0, "clean", 0), ("racecheck", 99, "racecheck: faults found", 1), ("synccheck", 1, "failed (1)", 1)],
+)
+def test_every_tool_of_the_sanitizer_runs_the_self_test(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    bad: str,
+    status: int,
+    outcome: str,
+    code: int,
+) -> None:
+    log, tool = tmp_path / "log", tmp_path / "compute-sanitizer"
+    tool.write_text(SANITIZER.format(log=log, bad=bad, status=status))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert sanitize.main([]) == code
+    assert outcome in capsys.readouterr().out
+    lines = log.read_text().splitlines()
+    assert [line.split()[1] for line in lines] == list(sanitize.TOOLS)
+    assert all(line.endswith("-m bench.gpu.selftest --backend cuda") for line in lines)
+
+
+def test_without_a_sanitizer_nothing_is_claimed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sanitize, "find", lambda: None)
+    assert sanitize.main([]) == 2
+    assert "compute-sanitizer is not in PATH" in capsys.readouterr().err

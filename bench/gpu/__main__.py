@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 WHOLE = 570.0
 """Seconds that everything together may take."""
 SOFT = 0.85
-CHOSEN = "(gpu or round_trip or triton) and not does_not_grow_with_the_batch"
+CHOSEN = "(gpu or round_trip or triton or cuda) and not does_not_grow_with_the_batch"
 """Of the tests: all that go to the GPU, but for one that measures the memory of a host process."""
 NEEDED = {"torch": "PyTorch 2.11 or newer with CUDA", "numpy": "numpy", "triton": "Triton 3.6 or newer"}
 WANTED = {
@@ -24,8 +24,8 @@ WANTED = {
     "rich": "tables are plain lines",
     "typer": "the table in docs/performance.md is not renewed",
     "hypothesis": "tests with generated examples are skipped",
-    "pybind11": "the native module for the CPU is not built",
-    "setuptools": "the native module for the CPU is not built",
+    "pybind11": "the native module is not built, and with it neither the CPU's kernels nor those in CUDA",
+    "setuptools": "the native module is not built, and with it neither the CPU's kernels nor those in CUDA",
 }
 
 
@@ -61,10 +61,17 @@ def why_not() -> str | None:
     return None
 
 
+def capability() -> str:
+    """Of the GPU, as the build counts it."""
+    import torch
+
+    return "".join(map(str, torch.cuda.get_device_capability()))
+
+
 def tests() -> list[str]:
     """The files of tests that have something to show on a GPU, what only a GPU can show first."""
     stems = sorted(file.stem for file in (ROOT / "fisher_kernels" / "ops").glob("[a-z]*.py"))
-    names = ["gpu", "round_trip", "ops", *stems, "conv_mini_block_gram"]
+    names = ["gpu", "round_trip", "cuda", "ops", *stems, "conv_mini_block_gram"]
     return [f"tests/test_{name}.py" for name in names if (ROOT / "tests" / f"test_{name}.py").exists()]
 
 
@@ -119,6 +126,8 @@ def main() -> int:
         if not _has(module):
             print(f"{module} is missing: {what}")
     os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.pop("FISHER_KERNELS_CUDA_ON_HOST", None)
+    os.environ.setdefault("FISHER_KERNELS_CUDA_ARCHS", capability())  # for time
     deadline = time.monotonic() + options.seconds
     todo = steps(options.seconds)
     outcomes = run(todo, deadline)

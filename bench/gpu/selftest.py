@@ -39,14 +39,19 @@ def compile_all() -> None:
 
 
 def main() -> int:
-    """The command: 1 on any failure."""
+    """The command: 1 on any failure, 2 if the backend is not there."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.selftest", description=__doc__)
     parser.add_argument("--compile", action="store_true", help="first compile the kernels in several processes")
+    parser.add_argument("--backend", choices=backends.NAMES, help="one backend only (default: all that are available)")
+    options = parser.parse_args()
     nest_triton_kernels()
-    if parser.parse_args().compile and backends.reasons()["triton"] is None:
+    if options.backend is not None and (reason := backends.reasons()[options.backend]) is not None:
+        print(f"not tested: {options.backend}: {reason}", file=sys.stderr)
+        return 2
+    if options.compile and backends.reasons()["triton"] is None:
         compile_all()
     groups: dict[tuple[str, str, str], list[selftest.Result]] = {}
-    for result in selftest.run():
+    for result in selftest.run(options.backend):
         groups.setdefault((result.op, result.backend, result.device), []).append(result)
         if not result.passed:
             print(f"failed: {result.op}, {result.case}, {result.dtype} on {result.backend}: {result.message}")
@@ -55,7 +60,7 @@ def main() -> int:
         passed = sum(r.passed for r in results)
         print(f"{op} on {backend} ({device}): {passed} of {len(results)} passed, largest error {worst:.2f}")
     for name, reason in backends.reasons().items():
-        if reason is not None:
+        if reason is not None and options.backend is None:
             print(f"not tested: {name}: {reason}")
     return int(any(not r.passed for results in groups.values() for r in results))
 
