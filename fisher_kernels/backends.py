@@ -1,7 +1,7 @@
 """Which implementation of an op runs: ``auto``, ``reference``, ``cpu``, ``cuda`` or ``triton``.
 
-``auto``, the default, takes the native kernels for CPU tensors, for tensors on a GPU the faster of CUDA's and Triton's as
-``auto.json`` has it, and the reference wherever these are missing.
+``auto``, the default, takes the native kernels for CPU tensors, for tensors on a GPU the faster of CUDA's and Triton's,
+as ``auto.json`` has it, and the reference wherever these are missing.
 ``FISHER_KERNELS_BACKEND`` sets another default; :func:`use_backend` overrides it for a while.
 """
 

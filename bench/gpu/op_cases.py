@@ -324,9 +324,9 @@ def cases(tiny: bool, compile_: bool) -> Iterator[Case]:
             yield Case("channel_sum_of_squares", of, dtype, channels, "read", {"read": 0.85})
             yield Case("patch_sum_of_squares", of + ", 3 x 3", dtype, patches, "read", {"read": 0.85})
     for n, count, targets in (
-        (9, at(1_000_000, 40), {"copy": 0.3, "linalg.inv_ex": 30.0}),
-        (25, at(100_000, 20), {"linalg.inv_ex": 5.0}),
-        (49, at(100_000, 10), {"linalg.inv_ex": 5.0}),
+        (9, at(1_000_000, 40), {"copy": 0.75, "linalg.inv_ex": 50.0}),
+        (25, at(100_000, 20), {"linalg.inv_ex": 20.0}),
+        (49, at(100_000, 10), {"linalg.inv_ex": 20.0}),
     ):
         of = f"{count} x {n} x {n}"
         yield Case("block_inverse_", of, F32, partial(inverses, count, n), "copy", targets)
