@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,3 +140,27 @@ def test_a_wrong_import_is_found(path: str, source: str) -> None:
 )
 def test_a_right_import_is_allowed(path: str, source: str) -> None:
     assert faults(source, Path(PACKAGE) / path) == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "allowed"),
+    [
+        ("cpu", r"(\.\./)?(common/\w+|kernels|\w+)\.h"),
+        ("cuda", r"(common/\w+|kernels|launch)\.h|\w+\.cuh|cuda_(runtime|bf16|fp16)\.h"),
+    ],
+)
+def test_kernels_see_neither_python_nor_torch(folder: str, allowed: str) -> None:
+    standard = r"[a-z_]+|immintrin\.h|omp\.h"
+    for file in sorted((ROOT / "csrc" / folder).iterdir()):
+        for name in re.findall(r'^#include ["<](.*)[">]$', file.read_text(), re.MULTILINE):
+            assert re.fullmatch(f"{standard}|{allowed}", name), f"{file.name} includes {name}"
+
+
+def test_cuda_kernels_neither_wait_nor_allocate() -> None:
+    """Nor do they take what costs accuracy; the stand-in for the runtime refuses atomics on floating point."""
+    calls = r"cuda\w*Synchronize|cuda(?:Malloc|Free|Memcpy)\w*"
+    approximate = r"__(?:exp|exp10|log|log2|log10|sin|cos|tan|pow|fdivide)f\(|\.approx|use_fast_math"
+    files = [ROOT / "CMakeLists.txt", *sorted((ROOT / "csrc" / "cuda").iterdir())]
+    for file in files:
+        found = re.findall(f"{calls}|{approximate}", file.read_text())
+        assert not found, f"{file.name}: {found}"
