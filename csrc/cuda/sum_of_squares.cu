@@ -80,13 +80,8 @@ __device__ inline void add_packs(const typename Traits::T* x, int64_t step, int 
   constexpr int N = Traits::kRun, V = Traits::kVector;
   for (int i = 0; i < count; i += N, x += N * step) {
     Pack<T, V> packs[N];
-    if (i + N <= count) {
 #pragma unroll
-      for (int j = 0; j < N; ++j) packs[j] = load_pack<V>(x + j * step);
-    } else {
-#pragma unroll
-      for (int j = 0; j < N; ++j) packs[j] = i + j < count ? load_pack<V>(x + j * step) : zeros<T, V>();
-    }
+    for (int j = 0; j < N; ++j) packs[j] = i + j < count ? load_pack<V>(x + j * step) : zeros<T, V>();
 #pragma unroll
     for (int k = 0; k < V; ++k) sums[k] += sum_run<N, T>([&](int j) { return packs[j].at[k]; });
   }
