@@ -241,13 +241,16 @@ struct EmaEntry {
   double divisor;
   int64_t size;
   int64_t next_size;
-  int64_t first;      // chunk, among those of all vectors; a vector without entries has an empty one
-  int64_t run;        // that the vector is in
+  int64_t first;  // chunk, among those of all vectors
+  int64_t run;    // that the vector is in
   int64_t run_first;  // chunk of the run
   int64_t run_end;
 };
 
 using EmaTable = Table<EmaEntry, EmaShared>;
+
+/// A vector without entries has an empty chunk, so that somebody speaks for its run.
+int64_t chunks_of(int64_t size) { return std::max<int64_t>(1, chunks(size)); }
 
 /// The chunk of a block.
 template <class A>
@@ -322,21 +325,24 @@ void ema_of(const FactorEma& arguments, DType dtype, const EmaEntry* entries, vo
   TableWriter<EmaTable> writer("factor_ema_", kernel, kThreads, sizeof(Shared<double>), stream, shared);
   for (int64_t i = 0; i < arguments.count; ++i) {
     if (arguments.vectors[i].dtype != dtype) continue;
-    writer.add(entries[i], std::max<int64_t>(1, chunks(entries[i].size)));
+    writer.add(entries[i], chunks_of(entries[i].size));
   }
   writer.flush();
 }
 
 /// The chunks of all vectors, numbered in the order of the list, and which of them a run has.
 std::vector<EmaEntry> number_chunks(const FactorEma& arguments, int64_t& count) {
-  std::vector<EmaEntry> entries(arguments.count);
+  std::vector<EmaEntry> entries;
+  entries.reserve(arguments.count);
   count = 0;
-  for (int64_t run_first = 0, i = 0; i < arguments.count; ++i) {
-    const FactorEmaVector& v = arguments.vectors[i];
-    if (i % arguments.joint == 0) run_first = count;
-    entries[i] = {v.state, v.next, v.divisor, v.size, v.next_size, count, i / arguments.joint, run_first, 0};
-    count += std::max<int64_t>(1, chunks(v.size));
-    for (int64_t k = i - i % arguments.joint; (i + 1) % arguments.joint == 0 && k <= i; ++k) entries[k].run_end = count;
+  for (int64_t run = 0; run < arguments.count / arguments.joint; ++run) {
+    const int64_t run_first = count;
+    for (int64_t i = run * arguments.joint; i < (run + 1) * arguments.joint; ++i) {
+      const FactorEmaVector& v = arguments.vectors[i];
+      entries.push_back({v.state, v.next, v.divisor, v.size, v.next_size, count, run, run_first, 0});
+      count += chunks_of(v.size);
+    }
+    for (auto entry = entries.end() - arguments.joint; entry != entries.end(); ++entry) entry->run_end = count;
   }
   return entries;
 }

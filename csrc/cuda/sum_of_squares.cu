@@ -447,6 +447,7 @@ struct WindowTraits {
   static constexpr int kLines = 64;    // of one channel
   static constexpr int kFirst = 4096;  // numbers of a tile where positions are side by side
   static constexpr int kLast = 256;    // positions of a tile where channels are
+  static_assert(kLines <= kThreads && kLines <= kRows && kRows / kWarp <= kLines);
 };
 
 struct WindowShared {
@@ -651,7 +652,7 @@ void patch_sum_of_squares(const PatchSumOfSquares& a, const Stream& stream) {
   constexpr const char* kName = "patch_sum_of_squares";
   constexpr int64_t kMostPlanes = int64_t{1} << 20;  // offsets in depth and height, counted in 32 bits
   if (a.depth.kernel > kMostPlanes || a.depth.kernel * a.height.kernel > kMostPlanes)
-    throw std::runtime_error(std::string(kName) + ": the kernel is too large for a GPU");
+    throw std::runtime_error(std::string(kName) + ": kernel_size is too large for a GPU");
   if (a.channels == 0) return;
   const DeviceGuard guard(stream);
   for_type(a.dtype, [&](auto type) {
