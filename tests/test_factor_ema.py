@@ -265,6 +265,8 @@ def test_ema_refuses_what_is_not_finite(
     spots = ((1, 0), (3, 64), (3, 20), (8, 63), (11, 1))
     if implementation == "triton":  # which is slow in its interpreter: another spot for each length of a run
         spots = (spots[joint % 5],)
+    if implementation == "cuda":  # on the host likewise, though less so
+        spots = spots[joint % 2 :: 2]
     for spoiled, place in spots:
         state = vectors(dtype, 0, lengths)
         new = vectors(dtype, 50, lengths)
@@ -321,7 +323,8 @@ def test_lists_of_hundreds(implementation: str, normalize: bool) -> None:
     count = 30 if implementation == "triton" else 600
     state = [random((1 + i % 3,), torch.float32, i).square() for i in range(count)]
     new = [random((1 + i % 3,), torch.float32, 50 + i).square() for i in range(count)]
-    check_minmax(new, 1e-3)
+    if not normalize:
+        check_minmax(new, 1e-3)
     expected = double(state)
     with use_backend("reference"):
         factor_ema_(expected, double(new), 0.75, 0.25, normalize, 1e-3)

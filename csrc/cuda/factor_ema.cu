@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
+constexpr int kFlight = 4;      // loads of a thread before the first is used
 constexpr double kFlat = 1e-5;  // a spread of at most this share of the largest entry is rounding
 
 template <class A>
@@ -89,30 +90,48 @@ __device__ inline ChunkRange load_range(const ChunkRange* ranges, int64_t first,
   return block_range(range, shared);
 }
 
-/// Calls f(Count<N>(), i) for N entries from i on, until a block has seen `count` of them: 16 bytes at a time, or one.
 template <int N>
 struct Count {
   static constexpr int value = N;
 };
 
-template <class A, class F>
-__device__ void for_entries(int count, bool packed, F&& f) {
-  const int packs = packed ? count / kVector<A> : 0;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < packs; i += kThreads) f(Count<kVector<A>>(), i * kVector<A>);
-#pragma unroll 4
-  for (int i = packs * kVector<A> + threadIdx.x; i < count; i += kThreads) f(Count<1>(), i);
+/// Calls use(i, load(Count<N>(), i)) for the i that are 0, N, 2 N, ... below N `count` of all threads of a block; the
+/// loads of kFlight of them come before the first use.
+template <int N, class Load, class Use>
+__device__ void for_packs(int count, const Load& load, const Use& use) {
+  for (int first = threadIdx.x; first < count; first += kFlight * kThreads) {
+    decltype(load(Count<N>(), 0)) values[kFlight];
+#pragma unroll
+    for (int j = 0; j < kFlight; ++j) {
+      if (first + j * kThreads < count) values[j] = load(Count<N>(), (first + j * kThreads) * N);
+    }
+#pragma unroll
+    for (int j = 0; j < kFlight; ++j) {
+      if (first + j * kThreads < count) use((first + j * kThreads) * N, values[j]);
+    }
+  }
+}
+
+/// The same for `count` entries, 16 bytes at a time, or one by one from where there are no 16 left.
+template <class A, class Load, class Use>
+__device__ void for_entries(int count, bool packed, const Load& load, const Use& use) {
+  const int packs = packed ? count / kVector<A> : 0, rest = packs * kVector<A>;
+  for_packs<kVector<A>>(packs, load, use);
+  for_packs<1>(
+      count - rest, [&](auto n, int i) { return load(n, rest + i); },
+      [&](int i, const auto& values) { use(rest + i, values); });
 }
 
 /// The range of x / divisor over so many entries, of this thread's.
 template <class A>
 __device__ Range<A> range_of(const A* x, int count, A divisor) {
   auto range = Range<A>::none();
-  for_entries<A>(count, is_aligned(x), [&](auto n, int i) {
-    const auto pack = load_pack<n.value>(x + i);
+  for_entries<A>(
+      count, is_aligned(x), [&](auto n, int i) { return load_pack<n.value>(x + i); },
+      [&](int, const auto& pack) {
 #pragma unroll
-    for (int k = 0; k < n.value; ++k) range.include(pack.at[k] / divisor);
-  });
+        for (const A value : pack.at) range.include(value / divisor);
+      });
   return range;
 }
 
@@ -172,12 +191,13 @@ struct MinMaxChunk {
 
   /// Where the weight is 0, nothing was averaged yet.
   __device__ void write(const Normalization<A>& normalize) const {
-    for_entries<A>(count, is_aligned(x) && is_aligned(out), [&](auto n, int i) {
-      auto pack = load_pack<n.value>(x + i);
+    for_entries<A>(
+        count, is_aligned(x) && is_aligned(out), [&](auto n, int i) { return load_pack<n.value>(x + i); },
+        [&](int i, auto pack) {
 #pragma unroll
-      for (int k = 0; k < n.value; ++k) pack.at[k] = weight == 0 ? A(1) : normalize(pack.at[k] / weight);
-      store_pack<n.value>(out + i, pack);
-    });
+          for (A& value : pack.at) value = weight == 0 ? A(1) : normalize(value / weight);
+          store_pack(out + i, pack);
+        });
   }
 };
 
@@ -283,18 +303,30 @@ __global__ void __launch_bounds__(kThreads) ema_ranges_kernel(const __grid_const
   if (threadIdx.x == 0) table.shared.ranges[chunk.chunk] = {range.low, range.high};
 }
 
+/// Entries of a state with what is new.
+template <class A, int N>
+struct Both {
+  static constexpr int kCount = N;
+  Pack<A, N> state;
+  Pack<A, N> next;
+};
+
 /// The new state of one chunk; `value_of` makes its argument what is averaged.
 template <class A, class ValueOf>
 __device__ void average(const EmaChunk<A>& chunk, A decay, A gain, const ValueOf& value_of) {
   // Rounded the same way wherever an entry lies: no compiler chooses which product is fused.
   const auto update = [&](A state, A value) { return fma(gain, value_of(value), decay * state); };
-  for_entries<A>(chunk.count, is_aligned(chunk.state) && is_aligned(chunk.next), [&](auto n, int i) {
-    auto state = load_pack<n.value>(chunk.state + i);
-    const auto next = load_pack<n.value>(chunk.next + i);
+  for_entries<A>(
+      chunk.count, is_aligned(chunk.state) && is_aligned(chunk.next),
+      [&](auto n, int i) {
+        return Both<A, n.value>{load_pack<n.value>(chunk.state + i), load_pack<n.value>(chunk.next + i)};
+      },
+      [&](int i, const auto& both) {
+        auto state = both.state;
 #pragma unroll
-    for (int k = 0; k < n.value; ++k) state.at[k] = update(state.at[k], next.at[k] / chunk.divisor);
-    store_pack<n.value>(chunk.state + i, state);
-  });
+        for (int k = 0; k < both.kCount; ++k) state.at[k] = update(state.at[k], both.next.at[k] / chunk.divisor);
+        store_pack(chunk.state + i, state);
+      });
   if (chunk.completed && threadIdx.x == 0) chunk.state[chunk.count] = update(chunk.state[chunk.count], A(1));
 }
 

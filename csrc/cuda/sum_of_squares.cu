@@ -6,9 +6,9 @@
 #include "launch.cuh"
 #include "reduce.cuh"
 
-// Sums of squares: one read of x, 16 bytes a load, and partial sums that are at most 1/128 of it for many rows. All but
-// long runs of one channel is the sum of squares of the columns of a matrix. What a thread, a block and a tile add up
-// depends on shapes alone; whether packs or single elements are loaded changes no sum.
+// Sums of squares: one read of x, 16 bytes a load, and partial sums, which are a few hundredths of it and less where it
+// is large. All but long runs of one channel is the sum of squares of the columns of a matrix. What a thread, a block
+// and a tile add up depends on shapes alone; whether packs or single elements are loaded changes no sum.
 namespace fisher_kernels::cuda {
 
 namespace {
@@ -205,8 +205,8 @@ void add_rows(const char* name, const A* x, int64_t rows, int64_t columns, A* ou
   // 32 bytes of a row where there are many, so that many threads share a column.
   const int across = rows > 64 ? 8 : kWarp;
   const RowSums sums{x, out, rows, columns, across};
-  launch(name, add_rows_kernel<A>, divide_up<int64_t>(columns, across), kAddThreads, sizeof(double[kAddThreads]), stream,
-         sums);
+  launch(name, add_rows_kernel<A>, divide_up<int64_t>(columns, across), kAddThreads, sizeof(double[kAddThreads]),
+         stream, sums);
 }
 
 constexpr int kRunThreads = 256;
@@ -301,10 +301,10 @@ ColumnSums plan_columns(const Matrix<typename Traits::T>& matrix) {
   sums.down = static_cast<int32_t>(down);
   sums.folded = static_cast<int32_t>(sums.tiles == 1 ? joined : 1);
   sums.aligned = is_aligned(matrix.x) && (sums.stride % V == 0 || lines <= 1);
-  const int64_t rounds = divide_up(lines, down);
+  const int64_t rounds = std::max<int64_t>(1, divide_up(lines, down));
   const int64_t wanted = std::clamp<int64_t>(power_of_two(rounds * sums.tiles / kBlocks), Traits::kRun,
                                              Traits::kMostRounds);
-  sums.rounds = static_cast<int32_t>(std::max<int64_t>(1, divide_up(rounds, std::max<int64_t>(1, divide_up(rounds, wanted)))));
+  sums.rounds = static_cast<int32_t>(divide_up(rounds, divide_up(rounds, wanted)));  // as even as they come
   return sums;
 }
 
@@ -403,7 +403,8 @@ __global__ void __launch_bounds__(Traits::kThreads) sum_pieces_kernel(const __gr
   const int ahead = static_cast<int>(max(begin - base, int64_t{0}));
   const int left = static_cast<int>(min(begin + p.size - base, static_cast<int64_t>(Traits::kPiece)));
   const T* const x = static_cast<const T*>(p.x) + base;
-  const auto sum = warp_sum(p.aligned ? sum_piece<Traits, true>(x, ahead, left) : sum_piece<Traits, false>(x, ahead, left));
+  const auto mine = p.aligned ? sum_piece<Traits, true>(x, ahead, left) : sum_piece<Traits, false>(x, ahead, left);
+  const auto sum = warp_sum(mine);
   if (threadIdx.x % kWarp == 0) static_cast<typename Traits::A*>(p.out)[task] = sum;
 }
 
@@ -660,7 +661,8 @@ void patch_sum_of_squares(const PatchSumOfSquares& a, const Stream& stream) {
     using A = Accumulator<T>;
     const int64_t size = a.channels * a.depth.size * a.height.size * a.width.size;
     const Scratch squares(stream, size * sizeof(A));
-    sum_columns(kName, Matrix<T>{static_cast<const T*>(a.x), a.samples, size, a.sample_stride}, squares.as<A>(), stream);
+    const Matrix<T> matrix{static_cast<const T*>(a.x), a.samples, size, a.sample_stride};
+    sum_columns(kName, matrix, squares.as<A>(), stream);
     sum_windows(kName, a, squares.as<A>(), static_cast<A*>(a.out), stream);
   });
 }
