@@ -374,6 +374,13 @@ def test_alignment_changes_no_bit(implementation: str, dtype: torch.dtype) -> No
             assert_same_bits(op(unaligned(x)), op(x), str(shape))
 
 
+def test_a_gpu_refuses_a_kernel_of_millions_of_lines(implementation: str) -> None:
+    if implementation != "cuda":
+        pytest.skip("a limit of the CUDA kernels")
+    with pytest.raises(RuntimeError, match=r"^patch_sum_of_squares: kernel_size is too large for a GPU$"):
+        patch_sum_of_squares(torch.ones(1, 1, 1, 1), (2**20 + 1, 1), padding=(2**20, 0))
+
+
 # Errors.
 
 BAD: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
