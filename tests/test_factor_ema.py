@@ -265,6 +265,8 @@ def test_ema_refuses_what_is_not_finite(
     spots = ((1, 0), (3, 64), (3, 20), (8, 63), (11, 1))
     if implementation == "triton":  # which is slow in its interpreter: another spot for each length of a run
         spots = (spots[joint % 5],)
+    if implementation == "cuda":  # on the host likewise, though less so
+        spots = spots[joint % 2 :: 2]
     for spoiled, place in spots:
         state = vectors(dtype, 0, lengths)
         new = vectors(dtype, 50, lengths)
@@ -310,9 +312,35 @@ def test_a_run_of_several_dtypes(implementation: str) -> None:
     new[1][2] = math.inf
     assert factor_ema_(state, new, 0.5, 0.5, joint=2).tolist() == [1, 0]
     assert [s.tolist() for s in state] == [[1.0] * 3] * 2 + [[0.5] * 2] * 2
+    new[1][2] = 1e300  # which is finite, though not in the other type
+    assert factor_ema_(state, new, 0.5, 0.5, joint=2).tolist() == [0, 0]
+    assert state[1].tolist() == [0.5, 0.5, 0.5 + 0.5e300]
 
 
-# Triton: vectors are cut into chunks of 8,192 entries.
+@pytest.mark.parametrize("normalize", [False, True])
+def test_lists_of_hundreds(implementation: str, normalize: bool) -> None:
+    """More than one launch of a GPU takes, with runs across the border."""
+    count = 30 if implementation == "triton" else 600
+    state = [random((1 + i % 3,), torch.float32, i).square() for i in range(count)]
+    new = [random((1 + i % 3,), torch.float32, 50 + i).square() for i in range(count)]
+    if not normalize:
+        check_minmax(new, 1e-3)
+    expected = double(state)
+    with use_backend("reference"):
+        factor_ema_(expected, double(new), 0.75, 0.25, normalize, 1e-3)
+    bad = [3 * k for k in (0, count // 6, count // 3 - 1)]
+    for i in bad:
+        new[i][-1] = math.inf
+        for k in range(i, i + 3):
+            expected[k] = state[k].double()
+    rejected = factor_ema_(state, new, 0.75, 0.25, normalize, 1e-3, joint=3)
+    assert rejected.nonzero().flatten().tolist() == [i // 3 for i in bad]
+    for i, (got, want) in enumerate(zip(state, expected, strict=True)):
+        bound = minmax_rounding(new[i], 1e-3, 1.0, torch.float32) if new[i].isfinite().all() else 0.0
+        assert_within(got, want, bound + 8 * unit_roundoff(torch.float32) * want.abs(), f"vector {i}")
+
+
+# On a GPU vectors are cut into chunks of 8,192 entries.
 
 LONG = (8191, 8192, 8193, 24_600)
 

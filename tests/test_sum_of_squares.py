@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis
@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fisher_kernels import use_backend
-from fisher_kernels._library import native_module
-from fisher_kernels.backends import available, reasons
+from fisher_kernels._library import native_module, runs_cuda_on_host
+from fisher_kernels.backends import available
 from fisher_kernels.ops import ACCUMULATOR, channel_sum_of_squares, column_sum_of_squares, patch_sum_of_squares
 from tests.cases import (
     DTYPES,
@@ -39,14 +39,6 @@ Op = Callable[[Tensor], Tensor]
 
 # NumPy, on which Triton's interpreter runs, warns of what IEEE arithmetic has a result for.
 overflows = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
-
-
-@pytest.fixture
-def triton() -> Iterator[None]:
-    if "triton" not in available():
-        pytest.skip(f"no Triton: {reasons()['triton']}")
-    with use_backend("triton"):
-        yield
 
 
 def defined(op: Op, x: Tensor) -> Tensor:
@@ -305,35 +297,88 @@ def test_same_bits_at_every_run_and_for_every_number_of_threads(
         assert_same_bits(op(x), first, f"{threads} threads")
 
 
-# What Triton's kernels have of their own.
+# Where the kernels of a GPU change their ways.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_tiles_of_every_height(triton: None, dtype: torch.dtype) -> None:
+def test_tiles_of_every_height(implementation: str, dtype: torch.dtype) -> None:
     """Full tiles, what is left of them, rows that are joined, and more than one block, at every way to begin."""
-    for shape in ((1, 8200), (7, 4104), (8, 512), (29, 520), (33, 136), (300, 192), (421, 24), (2051, 40)):
+    shapes = [(1, 8200), (7, 4104), (8, 512), (29, 520), (33, 136), (300, 192), (421, 24), (2051, 40)]
+    if implementation != "triton":
+        shapes += [(9, 256), (9, 260), (1500, 1), (257, 64), (4099, 3), (70, 517), (130, 1037)]
+    for shape in shapes:
         x = integers(shape, dtype)
         for layout in (contiguous, unaligned, sliced):
-            check("triton", column_sum_of_squares, layout(x), f"{layout.__name__} {shape}", exact=True)
+            check(implementation, column_sum_of_squares, layout(x), f"{layout.__name__} {shape}", exact=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_runs_of_many_pieces(triton: None, dtype: torch.dtype) -> None:
+def test_runs_of_many_pieces(implementation: str, dtype: torch.dtype) -> None:
     """Runs that begin between the places where 16 bytes are read."""
     x = integers((1, 3, 40003), dtype, limit=3)
-    check("triton", channel_sum_of_squares, x, exact=True)
-    check("triton", channel_sum_of_squares, unaligned(x), "unaligned", exact=True)
+    check(implementation, channel_sum_of_squares, x, exact=True)
+    check(implementation, channel_sum_of_squares, unaligned(x), "unaligned", exact=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_runs_of_every_length(implementation: str, dtype: torch.dtype) -> None:
+    """Around what a warp of a GPU reads at once, from which it takes a run for itself, and of which a piece is made."""
+    if implementation == "triton":
+        pytest.skip("cuts runs elsewhere")
+    elements = 32 * 16 // dtype.itemsize
+    for round_elements in (1, 2, 4, 16):
+        for size in range(round_elements * elements - 1, round_elements * elements + 3):
+            x = integers((2, 3, size), dtype)
+            check(implementation, channel_sum_of_squares, x, str(size), exact=True)
+            check(implementation, channel_sum_of_squares, unaligned(x), f"unaligned {size}", exact=True)
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-def test_images_of_many_tiles(triton: None, layout: Callable[[Tensor], Tensor]) -> None:
-    for case in (
+def test_images_of_many_tiles(implementation: str, layout: Callable[[Tensor], Tensor]) -> None:
+    cases = [
         Patch((1, 5, 37, 70), (6, 3), stride=(2, 3), padding=((0, 4), (2, 1)), dilation=(5, 2)),
         Patch((2, 3, 2100), 5, stride=2, padding=3, dilation=7),
         Patch((1, 2, 5, 9, 33), (3, 2, 4), stride=(2, 1, 3), padding=1),
-    ):
+    ]
+    if implementation != "triton":
+        cases += [
+            Patch((1, 2, 4100), 19, stride=3, padding=40, dilation=5),
+            Patch((1, 70, 66, 3), (3, 9), padding=(1, 5)),
+            Patch((1, 37, 20, 20), 11, padding=5),
+        ]
+    for case in cases:
         x = layout(integers(case.shape, torch.float32))
         assert_within(patch_op(case)(x), windows(x, case), 0.0, str(case))
+
+
+def test_threads_with_many_rows(implementation: str) -> None:
+    """So many rows that a thread of a GPU adds more of them, and more blocks are no longer made."""
+    rows = 4_300_001
+    if implementation == "triton":
+        pytest.skip("interpreted, it takes long")
+    x = integers((1, 8), torch.bfloat16, limit=1).expand(rows, 8)
+    assert_within(column_sum_of_squares(x), rows * x[0].double().square(), 0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_alignment_changes_no_bit(implementation: str, dtype: torch.dtype) -> None:
+    """CUDA: what is added up in which order follows from the shape, however wide the loads are."""
+    if implementation != "cuda":
+        pytest.skip("promised by the CUDA kernels alone")
+    for op, shapes in (
+        (column_sum_of_squares, [(1001, 3), (300, 192), (70, 517)]),
+        (channel_sum_of_squares, [(2, 3, 5001), (33, 5, 49)]),
+    ):
+        for shape in shapes:
+            x = random(shape, dtype)
+            assert_same_bits(op(unaligned(x)), op(x), str(shape))
+
+
+def test_a_gpu_refuses_a_kernel_of_millions_of_lines(implementation: str) -> None:
+    if implementation != "cuda":
+        pytest.skip("a limit of the CUDA kernels")
+    with pytest.raises(RuntimeError, match=r"^patch_sum_of_squares: kernel_size is too large for a GPU$"):
+        patch_sum_of_squares(torch.ones(1, 1, 1, 1), (2**20 + 1, 1), padding=(2**20, 0))
 
 
 # Errors.
@@ -449,11 +494,11 @@ def test_rows_more_than_2_to_31_elements_apart(rows: int, stride: int) -> None:
     x = zeros_without_memory((rows - 1) * stride + columns).as_strided((rows, columns), (stride, 1))
     x.copy_(integers((rows, columns), x.dtype))
     expected = x.double().square().sum(0)
-    with use_backend("cpu"):
-        assert_within(column_sum_of_squares(x), expected, 0.0)
-    if "triton" in available():
-        with use_backend("triton"):
-            assert_within(column_sum_of_squares(x), expected, 0.0)
+    for backend in available():
+        if backend == "reference" or (backend == "cuda" and not runs_cuda_on_host()):
+            continue
+        with use_backend(backend):
+            assert_within(column_sum_of_squares(x), expected, 0.0, backend)
     sums = torch.empty(1, 1, 1, columns)
     native = native_module()
     assert native is not None

@@ -65,7 +65,7 @@ void minmax(const Call& call, py::handle out, py::handle x, py::handle weights, 
   }
 
   const py::gil_scoped_release release;
-  run(call, MinMax{vectors.data(), x_list.size(), eps}, FISHER_KERNELS_CPU_ONLY(minmax));
+  run(call, MinMax{vectors.data(), x_list.size(), eps}, FISHER_KERNELS_VARIANTS(minmax));
 }
 
 }  // namespace
@@ -112,7 +112,7 @@ void factor_ema_(py::handle states, py::handle next, py::handle divisors, py::ha
   const py::gil_scoped_release release;
   run(call, FactorEma{vectors.data(), states_list.size(), joint, static_cast<int64_t*>(flags.data), decay, gain, eps,
                 normalize},
-      FISHER_KERNELS_CPU_ONLY(factor_ema_));
+      FISHER_KERNELS_VARIANTS(factor_ema_));
 }
 
 }  // namespace fisher_kernels

@@ -51,7 +51,7 @@ void column_sum_of_squares(py::handle x_object, py::handle out_object, const Pla
 
   const py::gil_scoped_release release;
   run(call, ColumnSumOfSquares{x.data, out.data, x.dtype, rows, columns, contiguous ? columns : x.strides[0], call.place.threads},
-      FISHER_KERNELS_CPU_ONLY(column_sum_of_squares));
+      FISHER_KERNELS_VARIANTS(column_sum_of_squares));
 }
 
 void channel_sum_of_squares(py::handle x_object, py::handle out_object, const Place& place) {
@@ -66,7 +66,7 @@ void channel_sum_of_squares(py::handle x_object, py::handle out_object, const Pl
   const py::gil_scoped_release release;
   run(call, ChannelSumOfSquares{x.data, out.data, x.dtype, !channels_first, x.sizes[0], x.sizes[1], count(x, 2, x.dims),
                           call.place.threads},
-      FISHER_KERNELS_CPU_ONLY(channel_sum_of_squares));
+      FISHER_KERNELS_VARIANTS(channel_sum_of_squares));
 }
 
 void patch_sum_of_squares(py::handle x_object, py::handle out_object, const std::vector<int64_t>& kernel_size,
@@ -86,7 +86,7 @@ void patch_sum_of_squares(py::handle x_object, py::handle out_object, const std:
   const py::gil_scoped_release release;
   run(call, PatchSumOfSquares{x.data, out.data, x.dtype, !channels_first, x.sizes[0], x.strides[0], x.sizes[1], windows.depth,
                         windows.height, windows.width, call.place.threads},
-      FISHER_KERNELS_CPU_ONLY(patch_sum_of_squares));
+      FISHER_KERNELS_VARIANTS(patch_sum_of_squares));
 }
 
 }  // namespace fisher_kernels
