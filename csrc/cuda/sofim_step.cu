@@ -12,8 +12,8 @@ constexpr int kSolveThreads = 256;
 constexpr int kSolveWarps = kSolveThreads / kWarp;
 static_assert(kSolveThreads % kWarp == 0 && kSolveWarps <= kWarp);
 
-// The first pass has 32 bytes or more of a thread in flight, and by its registers six blocks on a multiprocessor of an
-// H100; the second pass has 64 bytes, and no less blocks.
+// What a thread has in flight at once is two loads in the first pass, where adding up leaves no room for more among the
+// registers of eight blocks a multiprocessor, and four in the second one; a third more where three arrays are read.
 template <class T>
 using AdvanceTraits = StepTraits<T, 1>;
 template <class T>
