@@ -739,6 +739,11 @@ def test_the_step_count_is_of_the_parameter(implementation: str) -> None:
 # What is there only where a step is cut into chunks and launches.
 
 
+def followed(x: Tensor) -> Tensor:
+    """The same at the start of memory that goes on."""
+    return torch.cat([x.flatten(), x.new_full((8192,), 7)])[: x.numel()].view(x.shape)
+
+
 @pytest.mark.parametrize("direction", ["momentum", "gradient"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_full_chunks(implementation: str, dtype: torch.dtype, direction: str) -> None:
@@ -747,7 +752,8 @@ def test_full_chunks(implementation: str, dtype: torch.dtype, direction: str) ->
     if implementation != "triton":
         sizes += [8191, 8192 + 4096, 8192 + 1024 + 3]  # whole moves of a block, two by two and one by one, and less
     for size in sizes:
-        case = step([(size,)], dtype, direction=direction, weight_decay=0.1, decoupled=dtype == torch.float64)
+        options = {"direction": direction, "weight_decay": 0.1, "decoupled": dtype == torch.float64}
+        case = step([(size,)], dtype, layout=followed, **options)
         spoiled = case.copy()
         spoiled.grads[0][size - 7] = math.nan
         moved, spoiled_and_moved = case.map(unaligned), spoiled.map(unaligned)

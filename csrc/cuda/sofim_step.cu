@@ -12,8 +12,9 @@ constexpr int kSolveThreads = 256;
 constexpr int kSolveWarps = kSolveThreads / kWarp;
 static_assert(kSolveThreads % kWarp == 0 && kSolveWarps <= kWarp);
 
-// What a thread has in flight at once is two loads in the first pass, where adding up leaves no room for more among the
-// registers of eight blocks a multiprocessor, and four in the second one; a third more where three arrays are read.
+// A thread has two loads in flight in the first pass, where compilers put off what is more until the sums are done with
+// what is there, and four in the second one; half as many again where three arrays are read. With 32 registers in
+// float32 all threads of a multiprocessor do.
 template <class T>
 using AdvanceTraits = StepTraits<T, 1>;
 template <class T>
@@ -345,7 +346,8 @@ __global__ void __launch_bounds__(kSolveThreads) solve_kernel(const __grid_const
 template <class Contiguous, class Strided>
 void queue(Contiguous contiguous, Strided strided, size_t shared_bytes, const SofimStep& arguments,
            const Geometries<SofimParameter>& geometries, const Shared& shared, DType dtype, const Stream& stream) {
-  StepWriter<Entry, Shared> writer(kName, contiguous, strided, AdvanceTraits<float>::kThreads, shared_bytes, stream, shared);
+  StepWriter<Entry, Shared> writer(kName, contiguous, strided, AdvanceTraits<float>::kThreads, shared_bytes, stream,
+                                   shared);
   int64_t first_chunk = 0;
   for (int64_t i = 0; i < arguments.count; ++i) {
     const SofimParameter& p = arguments.parameters[i];
@@ -403,8 +405,8 @@ void sofim_step_(const SofimStep& arguments, const Stream& stream) {
   for (const DType dtype : kDTypes) {
     for_type(dtype, [&](auto type) {
       using Traits = DescendTraits<typename decltype(type)::type>;
-      queue(descend_kernel<Traits, Entry>, descend_kernel<Traits, StridedEntry<Entry>>, 0, arguments, geometries, shared,
-            dtype, stream);
+      queue(descend_kernel<Traits, Entry>, descend_kernel<Traits, StridedEntry<Entry>>, 0, arguments, geometries,
+            shared, dtype, stream);
     });
   }
 }
