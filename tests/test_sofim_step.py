@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from fisher_kernels import use_backend
+from fisher_kernels._library import runs_cuda_on_host
 from fisher_kernels.ops import ACCUMULATOR
 from tests.cases import (
     DTYPES,
@@ -61,15 +62,19 @@ def shapes_for(implementation: str) -> tuple[tuple[int, ...], ...]:
     return SOME if implementation == "triton" else SHAPES
 
 
-def thin(request: pytest.FixtureRequest, every: int) -> None:
-    """Of a test's combinations Triton's interpreter takes every so many; a number prime to theirs meets each value."""
-    if "triton" in request.node.callspec.params.values():
+def thin(request: pytest.FixtureRequest, every: int, cuda: int = 1) -> None:
+    """Of a test's combinations Triton's interpreter takes every so many, and CUDA on the host likewise.
+
+    A number prime to that of the combinations meets each value.
+    """
+    rates = {"triton": every, "cuda": cuda if runs_cuda_on_host() else 1}
+    for name in (x for x in request.node.callspec.params.values() if isinstance(x, str) and x in rates):
         same = [
             item for item in request.session.items if getattr(item, "originalname", "") == request.node.originalname
         ]
-        own = [item for item in same if "triton" in item.callspec.params.values()]  # type: ignore[attr-defined]
-        if own.index(request.node) % every:
-            pytest.skip("one combination of many that the interpreter leaves out")
+        own = [item for item in same if name in item.callspec.params.values()]  # type: ignore[attr-defined]
+        if own.index(request.node) % rates[name]:
+            pytest.skip("one combination of many that the interpreter, or CUDA on the host, leaves out")
 
 
 def scalar(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -319,7 +324,7 @@ def test_step(
     direction: str,
     scope: str,
 ) -> None:
-    thin(request, 11)
+    thin(request, 11, cuda=3)
     check(step(shapes_for(implementation), dtype, direction=direction, scope=scope, **options))
     check(step(FEW, dtype, direction=direction, scope=scope, **options))
 
@@ -402,7 +407,7 @@ def test_layouts_do_not_show(
     request: pytest.FixtureRequest, implementation: str, of: str, dtype: torch.dtype, direction: str, scope: str
 ) -> None:
     """The same bits wherever the elements of one of the three lie, and no other bits around them."""
-    thin(request, 13)
+    thin(request, 13, cuda=5)
     shapes = SOME[-2:] if implementation == "triton" else SHAPES
     for layout in (LAYOUTS if of == "grad" else WRITABLE_LAYOUTS).values():
         layouts = {"layout" if of == "param" else f"{of}_layout": layout}
@@ -463,8 +468,8 @@ def test_whole_numbers_are_exact(implementation: str, dtype: torch.dtype) -> Non
 @each_form
 def test_a_long_run(request: pytest.FixtureRequest, implementation: str, direction: str, scope: str) -> None:
     """The bias correction fades, and errors stay those of the roundings of all steps."""
-    thin(request, 3)
-    few, count = (FEW[:2], 15) if implementation == "triton" else (FEW, 100)
+    thin(request, 3, cuda=3)
+    few, count = {"triton": (FEW[:2], 15), "cuda": (FEW[:2], 100)}.get(implementation, (FEW, 100))
     case = step(few, torch.float32, direction=direction, scope=scope)
     for t in case.steps:
         t.zero_()
@@ -579,7 +584,7 @@ def test_elements_without_a_finite_moment_keep_their_bits(
     scope: str,
 ) -> None:
     """They are counted exactly, and all others take the very step they take beside zeros."""
-    thin(request, 29)
+    thin(request, 29, cuda=5)
     case = step(shapes_for(implementation), dtype, layout=layout, direction=direction, scope=scope, **options)
     without = case.copy()  # zeros add nothing to a dot product
     masks = []
@@ -731,24 +736,52 @@ def test_the_step_count_is_of_the_parameter(implementation: str) -> None:
         check(case)
 
 
-# Triton.
+# What is there only where a step is cut into chunks and launches.
 
 
-@interpreted
+def followed(x: Tensor) -> Tensor:
+    """The same at the start of memory that goes on."""
+    return torch.cat([x.flatten(), x.new_full((8192,), 7)])[: x.numel()].view(x.shape)
+
+
 @pytest.mark.parametrize("direction", ["momentum", "gradient"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_full_chunks(dtype: torch.dtype, direction: str) -> None:
-    """They have a path of wide accesses, unless they are not aligned or someone was left out: the same bits."""
-    case = step([(2 * 8192 + 5,)], dtype, direction=direction, weight_decay=0.1, decoupled=dtype == torch.float64)
-    spoiled = case.copy()
-    spoiled.grads[0][9000] = math.nan
-    moved, spoiled_and_moved = case.map(unaligned), spoiled.map(unaligned)
-    with use_backend("triton"):
+def test_full_chunks(implementation: str, dtype: torch.dtype, direction: str) -> None:
+    """GPUs have a path of wide accesses, unless they are not aligned or someone was left out: the same bits."""
+    sizes = [2 * 8192 + 5]
+    if implementation != "triton":
+        sizes += [8191, 8192 + 4096, 8192 + 1024 + 3]  # whole moves of a block, two by two and one by one, and less
+    for size in sizes:
+        options = {"direction": direction, "weight_decay": 0.1, "decoupled": dtype == torch.float64}
+        case = step([(size,)], dtype, layout=followed, **options)
+        spoiled = case.copy()
+        spoiled.grads[0][size - 7] = math.nan
+        moved, spoiled_and_moved = case.map(unaligned), spoiled.map(unaligned)
         check(case)
         moved.run()
+        assert_unchanged(moved, case, around=False)
         assert_same_results(spoiled_and_moved.run(), spoiled.run())
-    assert_unchanged(moved, case, around=False)
-    assert_unchanged(spoiled_and_moved, spoiled, around=False)
+        assert_unchanged(spoiled_and_moved, spoiled, around=False)
+
+
+def test_many_tensors(implementation: str) -> None:
+    """More than the parameters of one launch have room for, of those that are contiguous and of those that are not."""
+    if implementation == "triton":
+        pytest.skip("all of them are one launch, in an interpreter that takes minutes")
+    case = step([(2, 3)] * 700, torch.float32, direction="gradient", weight_decay=0.1)
+    for tensors in (case.params, case.exp_avgs):
+        tensors[::5] = map(sliced, tensors[::5])
+    check(case)
+
+
+def test_many_chunks(implementation: str) -> None:
+    """More than are added up side by side."""
+    if implementation == "triton":
+        pytest.skip("would take minutes")
+    check(step([(259, 8192), (3, 5)], torch.bfloat16, direction="gradient", weight_decay=0.1))
+
+
+# Triton.
 
 
 @interpreted

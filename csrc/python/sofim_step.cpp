@@ -123,7 +123,7 @@ void sofim_step_(py::handle params, py::handle grads, py::handle exp_avgs, py::h
   const py::gil_scoped_release release;
   run(call, SofimStep{parameters.data(), count, skipped, squares, beta, rho, along_gradient, by_parameter, gradient_scale,
                 call.place.threads},
-      FISHER_KERNELS_CPU_ONLY(sofim_step_));
+      FISHER_KERNELS_VARIANTS(sofim_step_));
 }
 
 }  // namespace fisher_kernels
