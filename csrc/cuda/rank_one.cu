@@ -167,6 +167,8 @@ struct Traits {
   static constexpr int kAcross = kTeam < kWarp ? kTeam : kWarp;  // lanes side by side in a row of P
   static constexpr int kSlices = kTeam / kAcross;                // warps that share the rows out among them
   static constexpr int kMostRows = kAcross * kColumns;
+  static constexpr int kUnroll = kBatch == 1 ? 4 : 2;  // rows
+  static constexpr int kResident = kTeam > kWarp ? 2 : 8;  // thread blocks of a multiprocessor that registers are left for
   static_assert(kBatch == 1 || kBatch * sizeof(T) % kVectorBytes == 0);
   // The first entries of all tiles lie alike, as far as 16 bytes go, whatever n is.
   static_assert(kTeams == 1 || kTeams % kVector == 0);
@@ -231,16 +233,20 @@ __device__ inline void copy(const T* from, T* to, int count) {
   const int head = min((N - misalignment(from)) % N, count);
   if (thread < head) to[thread] = from[thread];
   const int packs = (count - head) / N;
+  // As bits: of what holds numbers the compiler makes stores of single ones.
+  const uint4* const packs_from = reinterpret_cast<const uint4*>(from + head);
+  uint4* const packs_to = reinterpret_cast<uint4*>(to + head);
   int i = thread;
+#pragma unroll 1
   for (; i + (kUnroll - 1) * kThreads < packs; i += kUnroll * kThreads) {
-    Pack<T, N> held[kUnroll];  // all on their way before the first is stored
+    uint4 held[kUnroll];  // all on their way before the first is stored
 #pragma unroll
-    for (int k = 0; k < kUnroll; ++k) held[k] = load_pack<N>(from + head + (i + k * kThreads) * N);
+    for (int k = 0; k < kUnroll; ++k) held[k] = packs_from[i + k * kThreads];
 #pragma unroll
-    for (int k = 0; k < kUnroll; ++k) store_pack(to + head + (i + k * kThreads) * N, held[k]);
+    for (int k = 0; k < kUnroll; ++k) packs_to[i + k * kThreads] = held[k];
   }
 #pragma unroll 1
-  for (; i < packs; i += kThreads) store_pack(to + head + i * N, load_pack<N>(from + head + i * N));
+  for (; i < packs; i += kThreads) packs_to[i] = packs_from[i];
   const int at = head + packs * N + thread;
   if (at < count) to[at] = from[at];
 }
@@ -313,7 +319,7 @@ class Updater {
   /// v_j = P u_j for a batch, P being symmetric.
   __device__ void multiply() const {
     Pack<T, Traits::kBatch> sums[Traits::kColumns] = {};
-#pragma unroll 4
+#pragma unroll Traits::kUnroll
     for (int r = slice_; r < b_.n; r += Traits::kSlices) {
       const auto x = load_pack<Traits::kBatch>(u_ + r * Traits::kBatch);
       const T* const row = p_ + r * b_.n;
@@ -351,7 +357,7 @@ class Updater {
       right[i] = load_pack<Traits::kBatch>(w_ + max(min(column_[i], b_.n - 1), 0) * Traits::kBatch);
     }
     T taint = 0;  // or NaN
-#pragma unroll 4
+#pragma unroll Traits::kUnroll
     for (int r = slice_; r < b_.n; r += Traits::kSlices) {
       const auto left = load_pack<Traits::kBatch>(w_ + r * Traits::kBatch);
       T* const row = p_ + r * b_.n;
@@ -382,7 +388,7 @@ class Updater {
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kResident)
     update_kernel(const __grid_constant__ Update<typename Traits::T> b) {
   using T = typename Traits::T;
   const Memory<Traits> memory(b.n);
@@ -408,6 +414,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
     copy<Traits::kThreads>(tile, blocks, present * area);
     return;
   }
+#pragma unroll 1
   for (int i = threadIdx.x; i < present * area; i += Traits::kThreads) {
     if (memory.fixed->status[i / area] == kUpdated) blocks[i] = tile[i];
   }
