@@ -10,9 +10,9 @@
 // operations a vector: nothing but memory should count.
 //
 // A block that fits is held in shared memory and is the work of a team: some lanes of a warp, a warp, or several warps.
-// What a team reads of P at a time lies side by side, columns across the lanes, so that v = P u, for a symmetric P a sum
-// of rows, needs no sum over lanes. Several teams' blocks lie one behind the other in memory and are moved by all
-// threads together, 16 bytes at a time, wherever blocks begin.
+// What a team reads of P at a time lies side by side, columns across the lanes, so that v = P u, for a symmetric P a
+// sum of rows, needs no sum over lanes. The blocks of several teams lie one behind the other in memory and are moved by
+// all threads together, 16 bytes at a time, wherever a block begins.
 //
 // Larger blocks pass through four launches: products P u_j, judgement, a look at those results that may overflow, which
 // are hardly ever there, and the update. They are read twice and written once; the second time the L2 cache has what
@@ -168,7 +168,8 @@ struct Traits {
   static constexpr int kSlices = kTeam / kAcross;                // warps that share the rows out among them
   static constexpr int kMostRows = kAcross * kColumns;
   static constexpr int kUnroll = kBatch == 1 ? 4 : 2;  // rows
-  static constexpr int kResident = kTeam > kWarp ? 2 : 8;  // thread blocks of a multiprocessor that registers are left for
+  // Thread blocks of a multiprocessor for which there are registers.
+  static constexpr int kResident = kTeam <= kWarp ? 8 : sizeof(T) == 8 ? 2 : 3;
   static_assert(kBatch == 1 || kBatch * sizeof(T) % kVectorBytes == 0);
   // The first entries of all tiles lie alike, as far as 16 bytes go, whatever n is.
   static_assert(kTeams == 1 || kTeams % kVector == 0);
@@ -422,10 +423,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kResident)
 
 // Blocks that do not fit.
 
-template <class T_, int kVector_>
+/// Sums over rows are split as n alone says: by packs of kVector, which go into n, or by single elements. `kAligned`
+/// says whether packs can be moved as such.
+template <class T_, int kVector_, bool kAligned_ = true>
 struct RowTraits {
   using T = T_;
-  static constexpr int kVector = kVector_;  // elements that a lane moves at once
+  static constexpr int kVector = kVector_;  // neighbours in a row that a lane works on
+  static constexpr bool kAligned = kAligned_;
   static constexpr int kThreads = 256;
   static constexpr int kWarps = kThreads / kWarp;
   static constexpr int kRows = 4;   // of a warp
@@ -465,6 +469,18 @@ struct Rows {
   __device__ int64_t start(int i) const { return static_cast<int64_t>(row(i)) * n; }
 };
 
+template <class Traits, class T>
+__device__ inline Pack<T, Traits::kVector> load_neighbours(const T* from) {
+  if constexpr (Traits::kAligned) {
+    return load_pack<Traits::kVector>(from);
+  } else {
+    Pack<T, Traits::kVector> pack;
+#pragma unroll
+    for (int k = 0; k < Traits::kVector; ++k) pack.at[k] = from[k];
+    return pack;
+  }
+}
+
 /// v_j = P u_j, for some rows of P each warp.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads)
@@ -483,11 +499,11 @@ __global__ void __launch_bounds__(Traits::kThreads)
     for (int c = lane * N; c < b.n; c += kWarp * N) {
       Pack<T, N> entries[Traits::kRows], x[Traits::kBatch];
 #pragma unroll
-      for (int i = 0; i < Traits::kRows; ++i) entries[i] = load_pack<N>(p + rows.start(i) + c);
+      for (int i = 0; i < Traits::kRows; ++i) entries[i] = load_neighbours<Traits>(p + rows.start(i) + c);
 #pragma unroll
       for (int j = 0; j < Traits::kBatch; ++j) {
         const int64_t vector = first + j < b.vectors ? first + j : b.vectors - 1;
-        x[j] = load_pack<N>(u + vector * b.n + c);
+        x[j] = load_neighbours<Traits>(u + vector * b.n + c);
       }
 #pragma unroll
       for (int i = 0; i < Traits::kRows; ++i) {
@@ -626,18 +642,6 @@ void launch_teams(const Update<typename Traits::T>& b, const Stream& stream) {
          Traits::kThreads, Memory<Traits>::bytes(b.n), stream, b);
 }
 
-/// N elements at a time.
-template <class T, int N>
-void launch_on_rows(const LargeUpdate<T>& large, const Stream& stream) {
-  using Traits = RowTraits<T, N>;
-  const auto tiles = static_cast<unsigned>(large.b.count * large.tiles);
-  launch(kName, multiply_kernel<Traits>, tiles, Traits::kThreads, 0, stream, large);
-  launch(kName, judge_kernel<T>, static_cast<unsigned>(large.b.count), kJudges, sizeof(double[kJudges / kWarp]), stream,
-         large);
-  launch(kName, subtract_kernel<Traits, true>, tiles, Traits::kThreads, 0, stream, large);
-  launch(kName, subtract_kernel<Traits, false>, tiles, Traits::kThreads, 0, stream, large);
-}
-
 template <class T>
 void update_large(const Update<T>& b, const Stream& stream) {
   constexpr int kVector = kVectorBytes / sizeof(T);
@@ -651,12 +655,21 @@ void update_large(const Update<T>& b, const Stream& stream) {
                              status.as<int32_t>(),
                              status.as<int32_t>() + b.count,
                              tiles};
-  // Where all begins at a multiple of 16 bytes, so does every row.
-  if (b.n % kVector == 0 && is_aligned(b.inverse) && is_aligned(b.u)) {
-    launch_on_rows<T, kVector>(large, stream);
-  } else {
-    launch_on_rows<T, 1>(large, stream);
-  }
+  using Packs = RowTraits<T, kVector>;
+  using LoosePacks = RowTraits<T, kVector, false>;
+  using Elements = RowTraits<T, 1>;
+  const bool in_packs = b.n % kVector == 0, aligned = in_packs && is_aligned(b.inverse) && is_aligned(b.u);
+  const auto multiply = aligned    ? multiply_kernel<Packs>
+                        : in_packs ? multiply_kernel<LoosePacks>
+                                   : multiply_kernel<Elements>;
+  const auto subtract = aligned ? subtract_kernel<Packs, false> : subtract_kernel<Elements, false>;
+  constexpr int kThreads = Elements::kThreads;
+  constexpr size_t kPartials = sizeof(double[kJudges / kWarp]);
+  const auto count = static_cast<unsigned>(b.count), count_of_tiles = static_cast<unsigned>(b.count * tiles);
+  launch(kName, multiply, count_of_tiles, kThreads, 0, stream, large);
+  launch(kName, judge_kernel<T>, count, kJudges, kPartials, stream, large);
+  launch(kName, subtract_kernel<Elements, true>, count_of_tiles, kThreads, 0, stream, large);
+  launch(kName, subtract, count_of_tiles, kThreads, 0, stream, large);
 }
 
 template <class T, int kBatch>

@@ -4,9 +4,9 @@
 #include "reduce.cuh"
 #include "tensor_list.cuh"
 
-// Solutions with a damped outer product. A first pass leaves u.u and u.x of every chunk in float64; a second one reads u
-// and x again and writes the solution: 20 bytes a number in float32. It begins with the chunks that the first pass read
-// last, which the L2 cache still holds: what fits there is read from memory once, 12 bytes a number.
+// Solutions with a damped outer product. A first pass leaves u.u and u.x of every chunk in float64; a second one reads
+// u and x again and writes the solution: 20 bytes a number in float32. It begins with the chunks that the first pass
+// read last, which the L2 cache still holds: what fits there is read from memory once, 12 bytes a number.
 //
 // Every block of the second pass adds the sums itself, one a thread, which costs less than the launch of a kernel that
 // would. Where there are more chunks than threads, a launch in between folds them. What is added to what follows from
