@@ -690,6 +690,7 @@ void update(const Update<T>& b, const Stream& stream) {
 }  // namespace
 
 void inverse_update_(const InverseUpdate& b, const Stream& stream) {
+  if (b.count == 0) return;
   const DeviceGuard guard(stream);
   for_wide_type(b.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
