@@ -44,7 +44,7 @@ void update(const Call& call, bool rank_one, py::handle inverse_object, py::hand
 
   const py::gil_scoped_release release;
   run(call, InverseUpdate{inverse.data, u.data, info, decay, gain, count, vectors, n, inverse.dtype, call.place.threads},
-      FISHER_KERNELS_CPU_ONLY(inverse_update_));
+      FISHER_KERNELS_VARIANTS(inverse_update_));
 }
 
 }  // namespace
@@ -67,7 +67,7 @@ void rank_one_solve(py::handle u_object, py::handle x_object, double rho, py::ha
   }
 
   const py::gil_scoped_release release;
-  run(call, RankOneSolve{arrays.data(), us.size(), rho, call.place.threads}, FISHER_KERNELS_CPU_ONLY(rank_one_solve));
+  run(call, RankOneSolve{arrays.data(), us.size(), rho, call.place.threads}, FISHER_KERNELS_VARIANTS(rank_one_solve));
 }
 
 void rank_one_inverse_update_(py::handle inverse, py::handle u, double decay, double gain, py::handle info,
