@@ -1,24 +1,14 @@
-#include "step.cuh"
-#include "strided.cuh"
+#include <type_traits>
 
-// The AdaFisher update: 20 bytes a parameter in float32, 3 reads and 2 writes, in one launch for each dtype and one that
-// counts steps. The factors are small and come from the caches.
+#include "step.cuh"
+
+// The AdaFisher update: 20 bytes a parameter in float32, 3 reads and 2 writes, in one launch for each dtype and one
+// that counts steps. The factors are small and come from the caches.
 namespace fisher_kernels::cuda {
 
 namespace {
 
 constexpr const char* kName = "adafisher_step_";
-
-template <class T_>
-struct Traits {
-  using T = T_;
-  using A = Accumulator<T>;
-  static constexpr int kVector = kVectorBytes / sizeof(T);  // elements of a parameter that a thread moves at once
-  static constexpr int kThreads = 256;
-  static constexpr int kWarps = kThreads / kWarp;
-  static constexpr int kTile = kThreads * kVector;  // elements that a block moves at once
-  static_assert(kChunk % kTile == 0);
-};
 
 struct Shared {
   GradientScale scale;
@@ -31,22 +21,14 @@ struct Shared {
   int64_t* skipped;
 };
 
-struct Entry {
-  void* parameter;
-  const void* gradient;
-  void* moment;
+struct Entry : StepArrays {
   const void* row_factor;     // or null for 1
   const void* column_factor;  // or null for 1
-  int64_t size;
   int64_t rows;  // of a group
   int64_t columns;
   int32_t index;  // among all parameters
   bool row_is_constant;
   bool column_is_constant;
-};
-
-struct StridedEntry : Entry {
-  Geometry geometry;
 };
 
 /// F = row * column + damping of any element, for numbers of the element in row-major order.
@@ -80,20 +62,31 @@ struct Curvature {
   }
 
   __device__ A at(int64_t index) const { return at(index / columns, index % columns); }
+
+  template <int N>
+  __device__ Pack<A, N> pack(int64_t index) const {
+    static_assert(N == 1);
+    return {{at(index)}};
+  }
 };
 
 /// F along a chunk of a parameter: what follows its first element, found without 64-bit divisions.
-template <class A>
+template <class Traits>
 struct CurvatureOfChunk {
+  using A = typename Traits::A;
+
   Curvature<A> curvature;
   int64_t row;     // of the first element
   int64_t column;  // likewise
   uint32_t inverse;
+  bool has_packs;  // no run of elements crosses a row, and column factors can be read 16 bytes at a time
 
   __device__ CurvatureOfChunk(const Curvature<A>& curvature_, int64_t first)
       : curvature(curvature_), row(first / curvature_.columns), column(first % curvature_.columns) {
     // ceil(2^32 / columns): quotients of what is below kChunk + columns come out exact, both being below 2^14.
     inverse = curvature.columns <= kChunk ? 0xffffffffu / static_cast<uint32_t>(curvature.columns) + 1 : 0;
+    has_packs =
+        curvature.columns % Traits::kVector == 0 && (!curvature.by_column || is_aligned(curvature.column_factor));
   }
 
   /// The row of an element, counted from `row`; `offset` becomes its column.
@@ -119,17 +112,16 @@ struct CurvatureOfChunk {
     return curvature.at(row + down, offset);
   }
 
-  /// Whether N elements from a multiple of N on are in one row, their column factors 16 bytes at a time.
-  template <int N>
-  __device__ bool has_packs() const {
-    return curvature.columns % N == 0 && (!curvature.by_column || is_aligned(curvature.column_factor));
-  }
-
   template <int N>
   __device__ Pack<A, N> pack(int64_t offset) const {
+    Pack<A, N> pack;
+    if (N == 1 || !has_packs) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) pack.at[i] = at(offset + i);
+      return pack;
+    }
     const int64_t down = split(offset);
     const A left = curvature.row(row + down);
-    Pack<A, N> pack;
     if (curvature.column_factor != nullptr && curvature.by_column) {
       pack = load_pack<N>(curvature.group(row + down) + offset);
     } else {
@@ -179,79 +171,45 @@ __device__ bool update(T& parameter, T gradient, A& moment, A curvature, const R
   return false;
 }
 
-/// One chunk of a parameter, the chunk whole and all of it aligned. Where `kPacked`, no pack crosses a row.
-template <class Traits, bool kPacked>
-__device__ int update_packs(typename Traits::T* parameter, const typename Traits::T* gradient,
-                            typename Traits::A* moment, const CurvatureOfChunk<typename Traits::A>& curvature,
-                            const Rates<typename Traits::A>& rates) {
-  constexpr int N = Traits::kVector;
-  int found = 0;
-#pragma unroll 2
-  for (int tile = 0; tile < kChunk; tile += Traits::kTile) {
-    const int at = tile + static_cast<int>(threadIdx.x) * N;
-    auto w = load_pack<N>(parameter + at);
-    const auto g = load_pack<N>(gradient + at);
-    auto m = load_pack<N>(moment + at);
-    Pack<typename Traits::A, N> f;
-    if constexpr (kPacked) {
-      f = curvature.template pack<N>(at);
-    } else {
+/// What is done with the elements of a chunk.
+template <class Traits, class Curvature>
+struct Update {
+  using T = typename Traits::T;
+  using A = typename Traits::A;
+
+  Curvature curvature;
+  Rates<A> rates;
+  int found;
+
+  template <int N, int kCount>
+  __device__ void take(const Elements<T>& elements, int stride, int64_t at) {
+    Pack<T, N> w[kCount], g[kCount];
+    Pack<A, N> m[kCount], f[kCount];
 #pragma unroll
-      for (int i = 0; i < N; ++i) f.at[i] = curvature.at(at + i);
+    for (int k = 0; k < kCount; ++k) {
+      w[k] = load_pack<N>(elements.parameter + k * stride);
+      g[k] = load_pack<N>(elements.gradient + k * stride);
+      m[k] = load_pack<N>(elements.moment + k * stride);
+      f[k] = curvature.template pack<N>(at + k * stride);
     }
 #pragma unroll
-    for (int i = 0; i < N; ++i) found += update(w.at[i], g.at[i], m.at[i], f.at[i], rates);
-    store_pack<N>(parameter + at, w);
-    store_pack<N>(moment + at, m);
+    for (int k = 0; k < kCount; ++k) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) found += update(w[k].at[i], g[k].at[i], m[k].at[i], f[k].at[i], rates);
+      store_pack<N>(elements.parameter + k * stride, w[k]);
+      store_pack<N>(elements.moment + k * stride, m[k]);
+    }
   }
-  return found;
+};
+
+template <class Traits>
+__device__ CurvatureOfChunk<Traits> curvature_of(const Entry& entry, int64_t first, double damping) {
+  return {Curvature<typename Traits::A>(entry, damping), first};
 }
 
 template <class Traits>
-__device__ int update_chunk(const Entry& entry, int64_t first, const Rates<typename Traits::A>& rates, double damping) {
-  using T = typename Traits::T;
-  using A = typename Traits::A;
-  T* const parameter = static_cast<T*>(entry.parameter) + first;
-  const T* const gradient = static_cast<const T*>(entry.gradient) + first;
-  A* const moment = static_cast<A*>(entry.moment) + first;
-  const CurvatureOfChunk<A> curvature(Curvature<A>(entry, damping), first);
-  const int64_t left = entry.size - first;
-  if (left >= kChunk && is_aligned(parameter) && is_aligned(gradient) && is_aligned(moment)) {
-    return curvature.template has_packs<Traits::kVector>()
-               ? update_packs<Traits, true>(parameter, gradient, moment, curvature, rates)
-               : update_packs<Traits, false>(parameter, gradient, moment, curvature, rates);
-  }
-  const int count = static_cast<int>(left < kChunk ? left : kChunk);
-  int found = 0;
-  for (int i = threadIdx.x; i < count; i += Traits::kThreads) {
-    T w = parameter[i];
-    A m = moment[i];
-    found += update(w, gradient[i], m, curvature.at(i), rates);
-    parameter[i] = w;
-    moment[i] = m;
-  }
-  return found;
-}
-
-template <class Traits>
-__device__ int update_chunk(const StridedEntry& entry, int64_t first, const Rates<typename Traits::A>& rates,
-                            double damping) {
-  using T = typename Traits::T;
-  using A = typename Traits::A;
-  const Curvature<A> curvature(entry, damping);
-  const int64_t end = first + kChunk < entry.size ? first + kChunk : entry.size;
-  int found = 0;
-  for (int64_t i = first + threadIdx.x; i < end; i += Traits::kThreads) {
-    const Geometry::Place place = entry.geometry.locate(i);
-    T* const parameter = static_cast<T*>(entry.parameter) + place.at[0];
-    A* const moment = static_cast<A*>(entry.moment) + place.at[2];
-    T w = *parameter;
-    A m = *moment;
-    found += update(w, static_cast<const T*>(entry.gradient)[place.at[1]], m, curvature.at(place.whole), rates);
-    *parameter = w;
-    *moment = m;
-  }
-  return found;
+__device__ Curvature<typename Traits::A> curvature_of(const StridedEntry<Entry>& entry, int64_t, double damping) {
+  return {entry, damping};
 }
 
 template <class Traits, class Entry>
@@ -262,39 +220,37 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const int i = table.tensor_of(blockIdx.x);
   const Entry& entry = table.entries[i];
   const int64_t first = static_cast<int64_t>(blockIdx.x - table.start[i]) * kChunk;
-  const Rates<typename Traits::A> rates(shared, entry.index);
-  const int found = update_chunk<Traits>(entry, first, rates, shared.damping);
-  count_skipped(found, shared_memory<int[Traits::kWarps]>(), shared.skipped + entry.index);
+  const auto curvature = curvature_of<Traits>(entry, first, shared.damping);
+  Update<Traits, std::remove_const_t<decltype(curvature)>> update{curvature, {shared, entry.index}, 0};
+  walk<Traits>(entry, first, update);
+  count_skipped(update.found, shared_memory<int[Traits::kWarps]>(), shared.skipped + entry.index);
 }
 
 Entry make_entry(const AdaFisherParameter& p, int64_t index) {
-  return {p.parameter.data, p.gradient.data,           p.moment.data,       p.row_factor,
-          p.column_factor,  p.numel(),                 p.rows,              p.columns,
-          static_cast<int32_t>(index), p.row_is_constant, p.column_is_constant};
+  return {{p.parameter.data, p.gradient.data, p.moment.data, p.numel()},
+          p.row_factor,
+          p.column_factor,
+          p.rows,
+          p.columns,
+          static_cast<int32_t>(index),
+          p.row_is_constant,
+          p.column_is_constant};
 }
 
 /// All parameters of one dtype.
 template <class T>
 void step(const AdaFisherStep& arguments, const Geometries<AdaFisherParameter>& geometries, const Shared& shared,
           DType dtype, const Stream& stream) {
-  using Traits = cuda::Traits<T>;
-  constexpr size_t kSharedBytes = sizeof(int[Traits::kWarps]);
-  TableWriter<Table<Entry, Shared>> contiguous(kName, adafisher_step_kernel<Traits, Entry>, Traits::kThreads,
-                                               kSharedBytes, stream, shared);
-  TableWriter<Table<StridedEntry, Shared>> strided(kName, adafisher_step_kernel<Traits, StridedEntry>,
-                                                   Traits::kThreads, kSharedBytes, stream, shared);
+  // In 16 bits no more than two blocks fit on a multiprocessor either way.
+  using Traits = StepTraits<T, sizeof(T) == 2 ? 2 : 1>;
+  StepWriter<Entry, Shared> writer(kName, adafisher_step_kernel<Traits, Entry>,
+                                   adafisher_step_kernel<Traits, StridedEntry<Entry>>, Traits::kThreads,
+                                   sizeof(int[Traits::kWarps]), stream, shared);
   for (int64_t i = 0; i < arguments.count; ++i) {
     const AdaFisherParameter& p = arguments.parameters[i];
-    if (p.dtype != dtype) continue;
-    const Entry entry = make_entry(p, i);
-    if (const Geometry* const geometry = geometries[i]) {
-      strided.add({entry, *geometry}, chunks(entry.size));
-    } else {
-      contiguous.add(entry, chunks(entry.size));
-    }
+    if (p.dtype == dtype) writer.add(make_entry(p, i), geometries[i]);
   }
-  contiguous.flush();
-  strided.flush();
+  writer.flush();
 }
 
 }  // namespace
@@ -309,7 +265,9 @@ void adafisher_step_(const AdaFisherStep& arguments, const Stream& stream) {
   const Shared shared{arguments.gradient_scale, arguments.lr,    arguments.beta,           arguments.damping,
                       arguments.weight_decay,   arguments.decay, corrections.as<double>(), arguments.skipped};
   for (const DType dtype : {DType::float32, DType::bfloat16, DType::float16, DType::float64}) {
-    for_type(dtype, [&](auto type) { step<typename decltype(type)::type>(arguments, geometries, shared, dtype, stream); });
+    for_type(dtype, [&](auto type) {
+      step<typename decltype(type)::type>(arguments, geometries, shared, dtype, stream);
+    });
   }
 }
 

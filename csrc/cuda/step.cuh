@@ -2,6 +2,7 @@
 
 #include "kernels.h"
 #include "reduce.cuh"
+#include "strided.cuh"
 #include "tensor_list.cuh"
 
 // What the steps that take lists of parameters share.
@@ -74,5 +75,137 @@ void advance(const char* name, int64_t count, StepOf step_of, double beta, const
     launch(name, advancing::advance, divide_up(steps->count, kThreads), kThreads, 0, stream, *steps);
   }
 }
+
+// The walk along the chunks of parameters, gradients and moments.
+
+template <class T_, int kBatch_>
+struct StepTraits {
+  using T = T_;
+  using A = Accumulator<T>;
+  static constexpr int kVector = kVectorBytes / sizeof(T);  // elements of a parameter that a thread moves at once
+  static constexpr int kThreads = 256;
+  static constexpr int kWarps = kThreads / kWarp;
+  static constexpr int kTile = kThreads * kVector;  // elements that a block moves at once
+  static constexpr int kBatch = kBatch_;            // moves of a thread whose loads are in flight together
+  static_assert(kChunk % (kTile * kBatch) == 0);
+};
+
+/// What a walk needs to know of a parameter: the first part of the entries of a table.
+struct StepArrays {
+  void* parameter;
+  const void* gradient;
+  void* moment;
+  int64_t size;
+};
+
+/// The entry of a parameter that is not contiguous.
+template <class Entry>
+struct StridedEntry : Entry {
+  Geometry geometry;
+};
+
+/// Where the elements of a parameter, its gradient and its moment are, from one of them on.
+template <class T>
+struct Elements {
+  T* parameter;
+  const T* gradient;
+  Accumulator<T>* moment;
+
+  __device__ explicit Elements(const StepArrays& arrays)
+      : parameter(static_cast<T*>(arrays.parameter)),
+        gradient(static_cast<const T*>(arrays.gradient)),
+        moment(static_cast<Accumulator<T>*>(arrays.moment)) {}
+
+  __device__ void move(int64_t by_parameter, int64_t by_gradient, int64_t by_moment) {
+    parameter += by_parameter;
+    gradient += by_gradient;
+    moment += by_moment;
+  }
+
+  __device__ Elements operator+(int64_t offset) const {
+    Elements moved = *this;
+    moved.move(offset, offset, offset);
+    return moved;
+  }
+
+  __device__ bool are_aligned() const { return is_aligned(parameter) && is_aligned(gradient) && is_aligned(moment); }
+};
+
+/// Elements of the chunk that begins with element `first`.
+__device__ inline int chunk_size(const StepArrays& arrays, int64_t first) {
+  return static_cast<int>(arrays.size - first < kChunk ? arrays.size - first : kChunk);
+}
+
+/// Hands a chunk of a parameter over to what is done with it, by calls of
+///   body.take<N, kCount>(elements, stride, at):
+/// `kCount` runs of N elements, `stride` apart, the first one from `elements` on, which is element `at` of the chunk.
+/// Runs of more than one element are aligned for load_pack<N>. All loads of a call should come before its stores.
+///
+/// However the elements lie in memory, a thread gets the same ones in the same order: runs of kVector, kTile apart. So
+/// what it adds up has the same bits. Where a chunk is not aligned the loads of a warp overlap in their sectors, and
+/// caches make up for it.
+template <class Traits, class Body>
+__device__ void walk(const StepArrays& arrays, int64_t first, Body& body) {
+  constexpr int N = Traits::kVector, kTile = Traits::kTile, kBatch = Traits::kBatch;
+  const Elements<typename Traits::T> chunk = Elements<typename Traits::T>(arrays) + first;
+  const int count = chunk_size(arrays, first);
+  int at = threadIdx.x * N;
+  if (chunk.are_aligned()) {
+    if constexpr (kBatch > 1) {
+      for (; at + (kBatch - 1) * kTile + N <= count; at += kBatch * kTile) {
+        body.template take<N, kBatch>(chunk + at, kTile, at);
+      }
+    }
+    for (; at + N <= count; at += kTile) body.template take<N, 1>(chunk + at, kTile, at);
+  } else {
+    for (; at + N <= count; at += kTile) body.template take<1, N>(chunk + at, 1, at);
+  }
+  for (; at < count; ++at) body.template take<1, 1>(chunk + at, 1, at);  // of the one run that the end cuts
+}
+
+/// The same for one that is not contiguous, with single elements, and for `at` their numbers in a contiguous tensor.
+template <class Traits, class Entry, class Body>
+__device__ void walk(const StridedEntry<Entry>& entry, int64_t first, Body& body) {
+  const int count = chunk_size(entry, first);
+  for (int run = threadIdx.x * Traits::kVector; run < count; run += Traits::kTile) {
+    for (int at = run; at < run + Traits::kVector && at < count; ++at) {
+      const Geometry::Place place = entry.geometry.locate(first + at);
+      Elements<typename Traits::T> elements(entry);
+      elements.move(place.at[0], place.at[1], place.at[2]);
+      body.template take<1, 1>(elements, 1, place.whole);
+    }
+  }
+}
+
+/// Launches a kernel over the chunks of parameters, in one form for contiguous ones and in another one for the rest.
+template <class Entry, class Shared>
+class StepWriter {
+ public:
+  using Contiguous = Table<Entry, Shared>;
+  using Strided = Table<StridedEntry<Entry>, Shared>;
+
+  StepWriter(const char* name, void (*contiguous)(Contiguous), void (*strided)(Strided), int threads,
+             size_t shared_bytes, const Stream& stream, const Shared& shared)
+      : contiguous_(name, contiguous, threads, shared_bytes, stream, shared),
+        strided_(name, strided, threads, shared_bytes, stream, shared) {}
+
+  /// `geometry` is null for a contiguous one.
+  void add(const Entry& entry, const Geometry* geometry) {
+    if (geometry == nullptr) {
+      contiguous_.add(entry, chunks(entry.size));
+    } else {
+      strided_.add({entry, *geometry}, chunks(entry.size));
+    }
+  }
+
+  void flush() {
+    contiguous_.flush();
+    strided_.flush();
+  }
+
+ private:
+  TableWriter<Contiguous> contiguous_;
+  TableWriter<Strided> strided_;
+};
 
 }  // namespace fisher_kernels::cuda
