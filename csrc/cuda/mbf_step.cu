@@ -3,7 +3,6 @@
 #include <vector>
 
 #include "step.cuh"
-#include "strided.cuh"
 
 // The mini-block Fisher step. What moves in float32, a parameter under blocks of n x n: gradient 4 bytes, momentum and
 // parameter 8 each, inverse 4 n (half of that packed, or in bfloat16): 20 + 4 n bytes, for 2 n flops. Bandwidth is all
@@ -47,17 +46,6 @@ struct Traits {
   };
 };
 
-/// Blocks of one element.
-template <class T_, class S_>
-struct DiagonalTraits {
-  using T = T_;
-  using S = S_;
-  using A = Accumulator<T>;
-  static constexpr int kVector = kVectorBytes / sizeof(T);
-  static constexpr int kTile = kThreads * kVector;  // elements that a block of threads moves at once
-  static_assert(kChunk % kTile == 0);
-};
-
 constexpr int kSlabRows = 16;  // of a block that is larger than a tile: as many sums a thread has in registers
 constexpr int kSlabThreads = 128;
 
@@ -86,11 +74,8 @@ struct Shared {
   const double* clipped;  // what the step is scaled by, in the second pass
 };
 
-/// A parameter as [rows, columns], each row in blocks of `size`.
-struct Entry {
-  void* parameter;
-  const void* gradient;
-  void* moment;
+/// A parameter as [rows, columns], each row in blocks of n x n.
+struct Entry : StepArrays {
   const void* inverse;  // null where directions came from elsewhere
   void* directions;     // null where none are kept
   void* moments;        // new ones of slabs
@@ -101,17 +86,17 @@ struct Entry {
   int64_t columns;
   int64_t row_stride;  // of directions
   int64_t block_stride;
-  int32_t size;
+  int32_t n;
   int32_t blocks_in_tile;
   bool packed;
 
   /// Numbers of a block of the inverse.
   __host__ __device__ int64_t numbers() const {
-    const int64_t n = size;
-    return packed ? n * (n + 1) / 2 : n * n;
+    const int64_t all = static_cast<int64_t>(n) * n;
+    return packed ? (all + n) / 2 : all;
   }
 
-  __host__ __device__ int64_t blocks_in_row() const { return divide_up<int64_t>(columns, size); }
+  __host__ __device__ int64_t blocks_in_row() const { return divide_up<int64_t>(columns, n); }
 };
 
 /// One of any strides, or with a bias as its last column.
@@ -206,128 +191,98 @@ __device__ inline void count_block(int64_t* skipped) {
 
 // Blocks of one element.
 
-/// The new momentum of an element, in place, and its direction, NaN where it is skipped. Returns what it adds to <d, g>.
-template <class T, class A>
-__device__ double advance(T parameter, T gradient, A& moment, A inverse, A& d, const Rates<A>& rates) {
-  const A g = scaled(gradient, parameter, rates);
-  const A m = new_moment(moment, g, rates);
-  d = inverse * m;
-  if (!is_finite(d)) {
-    d = std::numeric_limits<A>::quiet_NaN();
-    return 0;
-  }
-  moment = m;
-  return static_cast<double>(d) * static_cast<double>(g);
-}
+/// What is done with them.
+template <class T, class S>
+struct Diagonal {
+  using A = Accumulator<T>;
 
-/// One chunk, the chunk whole and all of it aligned.
-template <class Traits, bool kClip>
-__device__ void step_diagonal_packs(const Entry& entry, int64_t first, const Rates<typename Traits::A>& rates,
-                                    int& found, double& sum) {
-  using T = typename Traits::T;
-  using A = typename Traits::A;
-  using S = typename Traits::S;
-  constexpr int N = Traits::kVector;
-  T* const parameter = static_cast<T*>(entry.parameter) + first;
-  const T* const gradient = static_cast<const T*>(entry.gradient) + first;
-  A* const moment = static_cast<A*>(entry.moment) + first;
-  const S* const inverse = static_cast<const S*>(entry.inverse) + first;
-  A* const directions = static_cast<A*>(entry.directions) + first;
-#pragma unroll 2
-  for (int tile = 0; tile < kChunk; tile += Traits::kTile) {
-    const int at = tile + static_cast<int>(threadIdx.x) * N;
-    Pack<T, N> w{};
-    if (!kClip || rates.weight_decay != 0) w = load_pack<N>(parameter + at);
-    const auto g = load_pack<N>(gradient + at);
-    auto m = load_pack<N>(moment + at);
-    const auto p = load_pack<N>(inverse + at);
-    Pack<A, N> d;
+  const S* inverse;  // of the chunk, as is the next
+  A* directions;     // null without kl_clip
+  bool in_packs;     // the inverse is aligned as the rest is
+  Rates<A> rates;
+  int found;
+  double sum;
+
+  template <int N>
+  __device__ Pack<S, N> load_inverse(int64_t at) const {
+    if (N > 1 && in_packs) return load_pack<N>(inverse + at);
+    Pack<S, N> pack;
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      sum += advance(w.at[i], g.at[i], m.at[i], static_cast<A>(widen(p.at[i])), d.at[i], rates);
-      const bool skip = d.at[i] != d.at[i];
-      found += skip;
-      if (!kClip && !skip) w.at[i] = stepped(w.at[i], d.at[i], rates);
+    for (int i = 0; i < N; ++i) pack.at[i] = inverse[at + i];
+    return pack;
+  }
+
+  /// d, NaN where it is skipped.
+  __device__ A advance(T& parameter, T gradient, A& moment, S inverse) {
+    const bool clip = directions != nullptr;
+    const A g = scaled(gradient, parameter, rates);
+    const A m = new_moment(moment, g, rates);
+    const A d = static_cast<A>(widen(inverse)) * m;
+    if (!is_finite(d)) {
+      ++found;
+      return std::numeric_limits<A>::quiet_NaN();
     }
-    store_pack<N>(moment + at, m);
-    if constexpr (kClip) {
-      store_pack<N>(directions + at, d);
+    moment = m;
+    if (clip) {
+      sum += static_cast<double>(d) * static_cast<double>(g);
     } else {
-      store_pack<N>(parameter + at, w);
+      parameter = stepped(parameter, d, rates);
     }
+    return d;
   }
-}
 
-/// Any other chunk. A thread has the elements that it has of whole ones, so that the sums are the same.
-template <class Traits, class Entry>
-__device__ void step_diagonal_elements(const Entry& entry, int64_t first, const Rates<typename Traits::A>& rates,
-                                       int& found, double& sum) {
-  using T = typename Traits::T;
-  using A = typename Traits::A;
-  constexpr int N = Traits::kVector;
-  const auto* const inverse = static_cast<const typename Traits::S*>(entry.inverse) + first;
-  A* const directions = static_cast<A*>(entry.directions);
-  const bool clip = entry.sums != nullptr;
-  const int count = static_cast<int>(entry.rows - first < kChunk ? entry.rows - first : kChunk);
-  for (int tile = 0; tile < count; tile += Traits::kTile) {
+  template <int N, int kCount>
+  __device__ void take(const Elements<T>& elements, int stride, int64_t at) {
+    const bool clip = directions != nullptr;
+    Pack<T, N> w[kCount] = {}, g[kCount];
+    Pack<A, N> m[kCount];
+    Pack<S, N> p[kCount];
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const int at = tile + static_cast<int>(threadIdx.x) * N + i;
-      if (at >= count) break;
-      const Element<T> element = locate<T>(entry, first, at, 0);
-      T w = *element.parameter;
-      A m = *element.moment, d;
-      sum += advance(w, *element.gradient, m, static_cast<A>(widen(inverse[at])), d, rates);
-      const bool skip = d != d;
-      found += skip;
-      *element.moment = m;
+    for (int k = 0; k < kCount; ++k) {
+      if (!clip || rates.weight_decay != 0) w[k] = load_pack<N>(elements.parameter + k * stride);
+      g[k] = load_pack<N>(elements.gradient + k * stride);
+      m[k] = load_pack<N>(elements.moment + k * stride);
+      p[k] = load_inverse<N>(at + k * stride);
+    }
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      Pack<A, N> d;
+#pragma unroll
+      for (int i = 0; i < N; ++i) d.at[i] = advance(w[k].at[i], g[k].at[i], m[k].at[i], p[k].at[i]);
+      store_pack<N>(elements.moment + k * stride, m[k]);
       if (clip) {
-        directions[first + at] = d;
-      } else if (!skip) {
-        *element.parameter = stepped(w, d, rates);
+        store_pack<N>(directions + at + k * stride, d);
+      } else {
+        store_pack<N>(elements.parameter + k * stride, w[k]);
       }
     }
   }
-}
+};
 
-template <class Traits>
-__device__ void step_diagonal_chunk(const Entry& entry, int64_t first, const Rates<typename Traits::A>& rates,
-                                    int& found, double& sum) {
-  using T = typename Traits::T;
-  const bool aligned = is_aligned(static_cast<T*>(entry.parameter) + first) &&
-                       is_aligned(static_cast<const T*>(entry.gradient) + first) &&
-                       is_aligned(static_cast<typename Traits::A*>(entry.moment) + first) &&
-                       is_aligned(static_cast<const typename Traits::S*>(entry.inverse) + first);
-  if (entry.rows - first < kChunk || !aligned) {
-    step_diagonal_elements<Traits>(entry, first, rates, found, sum);
-  } else if (entry.sums != nullptr) {
-    step_diagonal_packs<Traits, true>(entry, first, rates, found, sum);
-  } else {
-    step_diagonal_packs<Traits, false>(entry, first, rates, found, sum);
-  }
-}
+__device__ inline int64_t origin(const Entry&, int64_t first) { return first; }
 
-template <class Traits>
-__device__ void step_diagonal_chunk(const JoinedEntry& entry, int64_t first, const Rates<typename Traits::A>& rates,
-                                    int& found, double& sum) {
-  step_diagonal_elements<Traits>(entry, first, rates, found, sum);
-}
+/// Its walk counts from the first element of all.
+__device__ inline int64_t origin(const StridedEntry<Entry>&, int64_t) { return 0; }
 
 /// 24 bytes a parameter in float32.
-template <class Traits, class Entry>
+template <class T, class S, class Entry>
 __global__ void __launch_bounds__(kThreads) step_diagonal(const __grid_constant__ Table<Entry, Shared> table) {
+  using A = Accumulator<T>;
+  using Traits = StepTraits<T, 1>;
+  static_assert(Traits::kThreads == kThreads);
   if (is_off(table.shared.scale)) return;
   auto& memory = shared_memory<DiagonalMemory>();
   const int i = table.tensor_of(blockIdx.x);
   const Entry& entry = table.entries[i];
-  const int64_t chunk = blockIdx.x - table.start[i];
-  const Rates<typename Traits::A> rates(table.shared);
-  int found = 0;
-  double sum = 0;
-  step_diagonal_chunk<Traits>(entry, chunk * kChunk, rates, found, sum);
-  count_skipped(found, memory.found, entry.skipped);
-  if (entry.sums == nullptr) return;
-  sum = block_sum(sum, memory.sums);
+  const int64_t chunk = blockIdx.x - table.start[i], first = chunk * kChunk, from = origin(entry, first);
+  const S* const inverse = static_cast<const S*>(entry.inverse) + from;
+  const bool clip = entry.sums != nullptr;
+  Diagonal<T, S> diagonal{inverse, clip ? static_cast<A*>(entry.directions) + from : nullptr, is_aligned(inverse),
+                          Rates<A>(table.shared), 0, 0.0};
+  walk<Traits>(entry, first, diagonal);
+  count_skipped(diagonal.found, memory.found, entry.skipped);
+  if (!clip) return;
+  const double sum = block_sum(diagonal.sum, memory.sums);
   if (threadIdx.x == 0) entry.sums[chunk] = sum;
 }
 
@@ -411,7 +366,7 @@ __global__ void __launch_bounds__(kThreads) step_blocks(const __grid_constant__ 
   const int i = table.tensor_of(blockIdx.x);
   const Entry& entry = table.entries[i];
   const int64_t tile = blockIdx.x - table.start[i], first = tile * entry.blocks_in_tile;
-  const int n = entry.size, numbers = static_cast<int>(entry.numbers());
+  const int n = entry.n, numbers = static_cast<int>(entry.numbers());
   const int64_t left = entry.rows - first;
   const int blocks = left < entry.blocks_in_tile ? static_cast<int>(left) : entry.blocks_in_tile, count = blocks * n;
   const bool packed = entry.packed, clip = entry.sums != nullptr;
@@ -480,10 +435,10 @@ __global__ void __launch_bounds__(kThreads) form_moments(const __grid_constant__
   const int i = table.tensor_of(blockIdx.x);
   const JoinedEntry& entry = table.entries[i];
   const int64_t at = static_cast<int64_t>(blockIdx.x - table.start[i]) * kThreads + threadIdx.x;
-  if (at >= entry.rows * entry.size) return;
+  if (at >= entry.rows * entry.n) return;
   const Rates<A> rates(table.shared);
-  const int64_t row = quotient(at, entry.size);
-  const Element<T> element = locate<T>(entry, row, 0, at - row * entry.size);
+  const int64_t row = quotient(at, entry.n);
+  const Element<T> element = locate<T>(entry, row, 0, at - row * entry.n);
   const T w = rates.weight_decay != 0 ? *element.parameter : T();
   static_cast<A*>(entry.moments)[at] = new_moment(*element.moment, scaled(*element.gradient, w, rates), rates);
 }
@@ -496,7 +451,7 @@ __global__ void __launch_bounds__(kSlabThreads) multiply(const __grid_constant__
   auto& memory = shared_memory<SlabMemory<A>>();
   const int i = table.tensor_of(blockIdx.x);
   const Entry& entry = table.entries[i];
-  const int n = entry.size, slabs = divide_up(n, kSlabRows), thread = threadIdx.x;
+  const int n = entry.n, slabs = divide_up(n, kSlabRows), thread = threadIdx.x;
   const int64_t tile = blockIdx.x - table.start[i], row = quotient(tile, slabs);
   const int first = static_cast<int>(tile - row * slabs) * kSlabRows;
   const int rows = n - first < kSlabRows ? n - first : kSlabRows;
@@ -543,7 +498,7 @@ __global__ void __launch_bounds__(kThreads) add_columns(const __grid_constant__ 
   if (is_off(table.shared.scale)) return;
   const int i = table.tensor_of(blockIdx.x);
   const Entry& entry = table.entries[i];
-  const int n = entry.size, slabs = divide_up(n, kSlabRows);
+  const int n = entry.n, slabs = divide_up(n, kSlabRows);
   const int64_t at = static_cast<int64_t>(blockIdx.x - table.start[i]) * kThreads + threadIdx.x;
   if (at >= entry.rows * n) return;
   const int64_t row = quotient(at, n);
@@ -574,7 +529,7 @@ struct Run {
   /// Calls body(block of the run, number in it, rows down, column, where the direction is) for elements of this thread.
   template <class Body>
   __device__ void for_elements(const Entry& entry, const Body& body) const {
-    const int size = entry.size, count = blocks * size;
+    const int size = entry.n, count = blocks * size;
     for (int at = threadIdx.x; at < count; at += kThreads) {
       const int unit = at / size, number = at % size;
       const int64_t down = quotient(block + unit, in_row), place = block + unit - down * in_row;
@@ -693,9 +648,9 @@ __device__ void descend_chunk(const JoinedEntry& entry, int64_t first, const Rat
   const int count = static_cast<int>(left < kChunk ? left : kChunk);
   for (int at = threadIdx.x; at < count; at += kThreads) {
     const int64_t down = quotient(from + at, entry.columns), column = from + at - down * entry.columns,
-                  block = quotient(column, entry.size);
+                  block = quotient(column, entry.n);
     const A d = static_cast<const A*>(entry.directions)[(row + down) * entry.row_stride + block * entry.block_stride +
-                                                        (column - block * entry.size)];
+                                                        (column - block * entry.n)];
     T* const parameter = locate<T>(entry, row, static_cast<int>(down), column).parameter;
     if (d == d) *parameter = stepped(*parameter, d, rates);
   }
@@ -746,9 +701,12 @@ Geometry geometry_of(const MbfArrays& arrays) {
 
 JoinedEntry make_entry(const MbfParameter& p) {
   JoinedEntry entry{};
-  entry.parameter = p.weight.parameter.data;
-  entry.gradient = p.weight.gradient.data;
-  entry.moment = p.weight.moment.data;
+  const bool is_bias = p.biased && p.columns == 1;  // and nothing beside it
+  const MbfArrays& arrays = is_bias ? p.bias : p.weight;
+  entry.parameter = arrays.parameter.data;
+  entry.gradient = arrays.gradient.data;
+  entry.moment = arrays.moment.data;
+  entry.size = p.rows * p.columns;
   entry.inverse = p.inverse;
   entry.directions = p.directions;
   entry.skipped = p.skipped;
@@ -756,12 +714,12 @@ JoinedEntry make_entry(const MbfParameter& p) {
   entry.columns = p.columns;
   entry.row_stride = p.directions == nullptr ? p.columns : p.row_stride;
   entry.block_stride = p.block_stride;
-  entry.size = static_cast<int32_t>(p.size);
+  entry.n = static_cast<int32_t>(p.size);
   entry.packed = p.packed;
-  entry.strided = is_strided(p.weight);
-  if (entry.strided) entry.geometry = geometry_of(p.weight);
-  entry.biased = p.biased;
-  if (!p.biased) return entry;
+  entry.strided = is_strided(arrays);
+  if (entry.strided) entry.geometry = geometry_of(arrays);
+  entry.biased = p.biased && !is_bias;
+  if (!entry.biased) return entry;
   entry.bias_parameter = p.bias.parameter.data;
   entry.bias_gradient = p.bias.gradient.data;
   entry.bias_moment = p.bias.moment.data;
@@ -772,11 +730,11 @@ JoinedEntry make_entry(const MbfParameter& p) {
 
 Way way_of(const Entry& entry) {
   if (entry.inverse == nullptr) return Way::along;
-  if (entry.size == 1) return Way::diagonal;
+  if (entry.n == 1) return Way::diagonal;
   return entry.numbers() <= kNumbers ? Way::blocks : Way::slabs;
 }
 
-int64_t slabs_of(const Item& item) { return item.entry.rows * divide_up<int64_t>(item.entry.size, kSlabRows); }
+int64_t slabs_of(const Item& item) { return item.entry.rows * divide_up<int64_t>(item.entry.n, kSlabRows); }
 
 /// Blocks of threads of the kernel that makes the sums.
 int64_t tiles_of(const Item& item) {
@@ -818,10 +776,10 @@ struct Plan {
     item.inverse_dtype = p.inverse_dtype;
     Entry& entry = item.entry;
     item.way = way_of(entry);
-    item.joined = p.biased || item.entry.strided;
-    item.flat = !p.biased && p.weight.parameter.contiguous && entry.row_stride == p.columns && p.size == p.columns;
+    item.joined = item.entry.biased || item.entry.strided;
+    item.flat = !item.joined && entry.row_stride == p.columns && p.size == p.columns;
     const int64_t most = item.way == Way::blocks ? kNumbers / entry.numbers() : kElements;
-    entry.blocks_in_tile = static_cast<int32_t>(std::max<int64_t>(1, std::min<int64_t>(kElements / entry.size, most)));
+    entry.blocks_in_tile = static_cast<int32_t>(std::max<int64_t>(1, std::min<int64_t>(kElements / entry.n, most)));
     if (clip) {
       item.sums = sums;
       sums += tiles_of(item);
@@ -845,14 +803,24 @@ struct Plan {
   }
 };
 
-/// Calls add(item) for some items, between the making and the launch of a table.
+/// What a kernel needs of an entry.
+template <class Kind>
+Kind as(const JoinedEntry& entry) {
+  if constexpr (std::is_same_v<Kind, StridedEntry<Entry>>) {
+    return {entry, entry.geometry};
+  } else {
+    return entry;
+  }
+}
+
+/// Launches a kernel over some of the items.
 template <class Entry, class Kernel, class Wanted, class Blocks>
 void launch_table(const Plan& plan, Kernel kernel, int threads, size_t shared_bytes, const Shared& shared,
                   const Stream& stream, Wanted wanted, Blocks blocks) {
   if (std::none_of(plan.items.begin(), plan.items.end(), wanted)) return;
   TableWriter<Table<Entry, Shared>> table(kName, kernel, threads, shared_bytes, stream, shared);
   for (const Item& item : plan.items) {
-    if (wanted(item)) table.add(item.entry, blocks(item));
+    if (wanted(item)) table.add(as<Entry>(item.entry), blocks(item));
   }
   table.flush();
 }
@@ -865,10 +833,11 @@ void launch_products(const Plan& plan, DType dtype, DType inverse, const Shared&
     return [=](const Item& item) { return item.is(dtype, inverse) && item.way == way && item.joined == joined; };
   };
   constexpr size_t kBytes = sizeof(typename Traits<T, S>::Memory);
-  launch_table<Entry>(plan, step_diagonal<DiagonalTraits<T, S>, Entry>, kThreads, sizeof(DiagonalMemory), shared, stream,
+  launch_table<Entry>(plan, step_diagonal<T, S, Entry>, kThreads, sizeof(DiagonalMemory), shared, stream,
                       on(Way::diagonal, false), tiles_of);
-  launch_table<JoinedEntry>(plan, step_diagonal<DiagonalTraits<T, S>, JoinedEntry>, kThreads, sizeof(DiagonalMemory), shared,
-                            stream, on(Way::diagonal, true), tiles_of);
+  using Strided = StridedEntry<Entry>;
+  launch_table<Strided>(plan, step_diagonal<T, S, Strided>, kThreads, sizeof(DiagonalMemory), shared, stream,
+                        on(Way::diagonal, true), tiles_of);
   launch_table<Entry>(plan, step_blocks<Traits<T, S>, Entry>, kThreads, kBytes, shared, stream, on(Way::blocks, false),
                       tiles_of);
   launch_table<JoinedEntry>(plan, step_blocks<Traits<T, S>, JoinedEntry>, kThreads, kBytes, shared, stream,
@@ -883,7 +852,7 @@ void launch_step(const Plan& plan, DType dtype, const Shared& shared, const Stre
   using A = Accumulator<T>;
   constexpr size_t kBytes = sizeof(AlongMemory);
   const auto blocks_of = [](const Item& item) {
-    return divide_up<int64_t>(item.entry.rows * item.entry.size, kThreads);
+    return divide_up<int64_t>(item.entry.rows * item.entry.n, kThreads);
   };
   launch_table<JoinedEntry>(
       plan, form_moments<T>, kThreads, 0, shared, stream,
