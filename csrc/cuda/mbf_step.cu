@@ -736,6 +736,12 @@ Way way_of(const Entry& entry) {
 
 int64_t slabs_of(const Item& item) { return item.entry.rows * divide_up<int64_t>(item.entry.n, kSlabRows); }
 
+int32_t blocks_in_tile(const Entry& entry, Way way) {
+  const int64_t by_numbers = way == Way::blocks ? kNumbers / entry.numbers() : kElements;
+  const int64_t most = std::max<int64_t>(1, std::min<int64_t>(kElements / entry.n, by_numbers));
+  return static_cast<int32_t>(most < 16 ? most : most / 8 * 8);  // tiles begin with whole sectors of memory
+}
+
 /// Blocks of threads of the kernel that makes the sums.
 int64_t tiles_of(const Item& item) {
   if (item.way == Way::diagonal) return chunks(item.entry.rows);
@@ -778,8 +784,7 @@ struct Plan {
     item.way = way_of(entry);
     item.joined = item.entry.biased || item.entry.strided;
     item.flat = !item.joined && entry.row_stride == p.columns && p.size == p.columns;
-    const int64_t most = item.way == Way::blocks ? kNumbers / entry.numbers() : kElements;
-    entry.blocks_in_tile = static_cast<int32_t>(std::max<int64_t>(1, std::min<int64_t>(kElements / entry.n, most)));
+    entry.blocks_in_tile = blocks_in_tile(entry, item.way);
     if (clip) {
       item.sums = sums;
       sums += tiles_of(item);

@@ -35,7 +35,7 @@ struct Geometry {
 
   __device__ Place locate(int64_t index) const {
     Place place{0, {0, 0, 0}};
-#pragma unroll
+#pragma unroll 1
     for (int d = kStridedDims - 1; d >= 0; --d) {
       if (sizes[d] == 1) continue;
       const int64_t outer = quotient(index, sizes[d]), digit = index - outer * sizes[d];
