@@ -739,9 +739,15 @@ ENDS = (
 )
 
 
-@pytest.mark.parametrize("options", [OPTIONS[1], OPTIONS[2]], ids=str)
-@pytest.mark.parametrize("layout", [contiguous, spread])
-@pytest.mark.parametrize("storage", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("storage", "layout", "options"),
+    [
+        (None, contiguous, OPTIONS[1]),
+        (None, spread, OPTIONS[2]),
+        (torch.bfloat16, contiguous, OPTIONS[2]),
+        (torch.bfloat16, spread, OPTIONS[1]),
+    ],
+)
 def test_tiles(
     implementation: str, storage: torch.dtype | None, layout: Callable[[Tensor], Tensor], options: dict[str, Any]
 ) -> None:

@@ -65,13 +65,40 @@ struct AlongMemory {
   int skipped[kElements];  // blocks
 };
 
+/// The coefficients of a step, in the type that it is computed in.
+template <class A>
+struct Rates {
+  A gradient_scale;
+  A momentum;
+  A weight_decay;  // coupled form
+  A step_size;     // lr, clipped in the second pass
+  A shrinkage;     // decoupled form: lr * weight_decay
+  bool off;        // nothing is to be done
+};
+
+/// They are found once, on the device, since many GPUs are slow at divisions in float64.
+struct alignas(kVectorBytes) Coefficients {
+  Rates<float> in_float;
+  Rates<double> in_double;
+
+  template <class A>
+  __device__ const Rates<A>& in() const {
+    if constexpr (std::is_same_v<A, double>) {
+      return in_double;
+    } else {
+      return in_float;
+    }
+  }
+};
+
+/// What all tables have.
 struct Shared {
-  GradientScale scale;
-  Scalar lr;
-  double momentum;
-  double weight_decay;
-  WeightDecay decay;
-  const double* clipped;  // what the step is scaled by, in the second pass
+  const Coefficients* coefficients;
+
+  template <class A>
+  __device__ const Rates<A>& rates() const {
+    return coefficients->in<A>();
+  }
 };
 
 /// A parameter as [rows, columns], each row in blocks of n x n.
@@ -109,25 +136,6 @@ struct JoinedEntry : Entry {
   bool bias_strided;
   Geometry geometry;
   Geometry bias_geometry;
-};
-
-/// The coefficients of a step, in the type that it is computed in.
-template <class A>
-struct Rates {
-  A gradient_scale;
-  A momentum;
-  A weight_decay;  // coupled form
-  A step_size;     // lr, clipped in the second pass
-  A shrinkage;     // decoupled form: lr * weight_decay
-
-  __device__ explicit Rates(const Shared& shared) {
-    const double lr = load(shared.lr);
-    gradient_scale = static_cast<A>(factor(shared.scale));
-    momentum = static_cast<A>(shared.momentum);
-    weight_decay = static_cast<A>(shared.decay == WeightDecay::coupled ? shared.weight_decay : 0);
-    step_size = static_cast<A>(shared.clipped == nullptr ? lr : lr * *shared.clipped);
-    shrinkage = static_cast<A>(shared.decay == WeightDecay::decoupled ? lr * shared.weight_decay : 0);
-  }
 };
 
 /// Where an element lies.
@@ -270,7 +278,8 @@ __global__ void __launch_bounds__(kThreads) step_diagonal(const __grid_constant_
   using A = Accumulator<T>;
   using Traits = StepTraits<T, 1>;
   static_assert(Traits::kThreads == kThreads);
-  if (is_off(table.shared.scale)) return;
+  const Rates<A> rates = table.shared.template rates<A>();
+  if (rates.off) return;
   auto& memory = shared_memory<DiagonalMemory>();
   const int i = table.tensor_of(blockIdx.x);
   const Entry& entry = table.entries[i];
@@ -278,7 +287,7 @@ __global__ void __launch_bounds__(kThreads) step_diagonal(const __grid_constant_
   const S* const inverse = static_cast<const S*>(entry.inverse) + from;
   const bool clip = entry.sums != nullptr;
   Diagonal<T, S> diagonal{inverse, clip ? static_cast<A*>(entry.directions) + from : nullptr, is_aligned(inverse),
-                          Rates<A>(table.shared), 0, 0.0};
+                          rates, 0, 0.0};
   walk<Traits>(entry, first, diagonal);
   count_skipped(diagonal.found, memory.found, entry.skipped);
   if (!clip) return;
@@ -361,7 +370,6 @@ __global__ void __launch_bounds__(kThreads) step_blocks(const __grid_constant__ 
   using T = typename Traits::T;
   using A = typename Traits::A;
   using S = typename Traits::S;
-  if (is_off(table.shared.scale)) return;
   auto& memory = shared_memory<typename Traits::Memory>();
   const int i = table.tensor_of(blockIdx.x);
   const Entry& entry = table.entries[i];
@@ -370,11 +378,11 @@ __global__ void __launch_bounds__(kThreads) step_blocks(const __grid_constant__ 
   const int64_t left = entry.rows - first;
   const int blocks = left < entry.blocks_in_tile ? static_cast<int>(left) : entry.blocks_in_tile, count = blocks * n;
   const bool packed = entry.packed, clip = entry.sums != nullptr;
-  const Rates<A> rates(table.shared);
 
   const Staging<Traits> staging(static_cast<const S*>(entry.inverse) + first * numbers, blocks * numbers);
+  const Rates<A> rates = table.shared.template rates<A>();
   Element<T> elements[kPerThread];
-  T w[kPerThread] = {};
+  T w[kPerThread] = {}, gradient[kPerThread] = {};
   A g[kPerThread] = {}, m[kPerThread] = {};
 #pragma unroll
   for (int k = 0; k < kPerThread; ++k) {
@@ -382,8 +390,14 @@ __global__ void __launch_bounds__(kThreads) step_blocks(const __grid_constant__ 
     if (at >= count) continue;
     elements[k] = locate<T>(entry, first, at / n, at % n);
     if (!clip || rates.weight_decay != 0) w[k] = *elements[k].parameter;
-    g[k] = scaled(*elements[k].gradient, w[k], rates);
-    m[k] = new_moment(*elements[k].moment, g[k], rates);
+    gradient[k] = *elements[k].gradient;
+    m[k] = *elements[k].moment;
+  }
+  if (rates.off) return;
+#pragma unroll
+  for (int k = 0; k < kPerThread; ++k) {
+    g[k] = scaled(gradient[k], w[k], rates);
+    m[k] = new_moment(m[k], g[k], rates);
   }
   const S* const inverse = staging.store(memory.inverse);
 #pragma unroll
@@ -431,12 +445,12 @@ __global__ void __launch_bounds__(kThreads) step_blocks(const __grid_constant__ 
 template <class T>
 __global__ void __launch_bounds__(kThreads) form_moments(const __grid_constant__ Table<JoinedEntry, Shared> table) {
   using A = Accumulator<T>;
-  if (is_off(table.shared.scale)) return;
+  const Rates<A> rates = table.shared.template rates<A>();
+  if (rates.off) return;
   const int i = table.tensor_of(blockIdx.x);
   const JoinedEntry& entry = table.entries[i];
   const int64_t at = static_cast<int64_t>(blockIdx.x - table.start[i]) * kThreads + threadIdx.x;
   if (at >= entry.rows * entry.n) return;
-  const Rates<A> rates(table.shared);
   const int64_t row = quotient(at, entry.n);
   const Element<T> element = locate<T>(entry, row, 0, at - row * entry.n);
   const T w = rates.weight_decay != 0 ? *element.parameter : T();
@@ -447,7 +461,7 @@ __global__ void __launch_bounds__(kThreads) form_moments(const __grid_constant__
 /// loads are in flight. Of a packed block, which is read once, a slab also gives what its rows add to d as columns.
 template <class A, class S>
 __global__ void __launch_bounds__(kSlabThreads) multiply(const __grid_constant__ Table<Entry, Shared> table) {
-  if (is_off(table.shared.scale)) return;
+  if (table.shared.template rates<A>().off) return;
   auto& memory = shared_memory<SlabMemory<A>>();
   const int i = table.tensor_of(blockIdx.x);
   const Entry& entry = table.entries[i];
@@ -495,7 +509,7 @@ __global__ void __launch_bounds__(kSlabThreads) multiply(const __grid_constant__
 /// Adds to d of packed blocks what the slabs gave as columns.
 template <class A>
 __global__ void __launch_bounds__(kThreads) add_columns(const __grid_constant__ Table<Entry, Shared> table) {
-  if (is_off(table.shared.scale)) return;
+  if (table.shared.template rates<A>().off) return;
   const int i = table.tensor_of(blockIdx.x);
   const Entry& entry = table.entries[i];
   const int n = entry.n, slabs = divide_up(n, kSlabRows);
@@ -545,7 +559,8 @@ struct Run {
 template <class T>
 __global__ void __launch_bounds__(kThreads) step_along(const __grid_constant__ Table<JoinedEntry, Shared> table) {
   using A = Accumulator<T>;
-  if (is_off(table.shared.scale)) return;
+  const Rates<A> rates = table.shared.template rates<A>();
+  if (rates.off) return;
   auto& memory = shared_memory<AlongMemory>();
   const int i = table.tensor_of(blockIdx.x);
   const JoinedEntry& entry = table.entries[i];
@@ -553,7 +568,6 @@ __global__ void __launch_bounds__(kThreads) step_along(const __grid_constant__ T
   const Run run(entry, tile);
   A* const directions = static_cast<A*>(entry.directions);
   const bool clip = entry.sums != nullptr;
-  const Rates<A> rates(table.shared);
   for (int k = threadIdx.x; k < run.blocks; k += kThreads) memory.skipped[k] = 0;
   __syncthreads();
   run.for_elements(entry, [&](int block, int, int, int64_t, int64_t at) {
@@ -591,22 +605,26 @@ struct Clip {
   const double* sums;
   int64_t count;
   double kl_clip;
-  Scalar lr;
-  GradientScale gradient_scale;
+  Coefficients* coefficients;
   double* scale;
 };
 
 /// The scale at which lr^2 |sum of <d, g>| keeps to its bound.
 __global__ void __launch_bounds__(kClipThreads) find_scale(const __grid_constant__ Clip clip) {
-  if (is_off(clip.gradient_scale)) return;
+  Coefficients& coefficients = *clip.coefficients;
+  if (coefficients.in_double.off) return;
   auto& partials = shared_memory<double[kClipThreads / kWarp]>();
   double sum = 0;
 #pragma unroll 8
   for (int64_t i = threadIdx.x; i < clip.count; i += kClipThreads) sum += clip.sums[i];
   sum = block_sum(sum, partials);
   if (threadIdx.x != 0) return;
-  const double lr = load(clip.lr), size = lr * lr * fabs(sum);
-  if (size > clip.kl_clip) *clip.scale = sqrt(clip.kl_clip / size);
+  const double lr = coefficients.in_double.step_size, size = lr * lr * fabs(sum);
+  if (!(size > clip.kl_clip)) return;
+  const double scale = sqrt(clip.kl_clip / size);
+  *clip.scale = scale;
+  coefficients.in_double.step_size = lr * scale;
+  coefficients.in_float.step_size = static_cast<float>(lr * scale);
 }
 
 /// The step of a chunk along directions that are kept, but for those that are NaN, where these lie as the parameter
@@ -658,17 +676,37 @@ __device__ void descend_chunk(const JoinedEntry& entry, int64_t first, const Rat
 
 template <class T, class Entry>
 __global__ void __launch_bounds__(kThreads) descend(const __grid_constant__ Table<Entry, Shared> table) {
-  if (is_off(table.shared.scale)) return;
+  const Rates<Accumulator<T>> rates = table.shared.template rates<Accumulator<T>>();
+  if (rates.off) return;
   const int i = table.tensor_of(blockIdx.x);
-  const Rates<Accumulator<T>> rates(table.shared);
   descend_chunk<T>(table.entries[i], static_cast<int64_t>(blockIdx.x - table.start[i]) * kChunk, rates);
 }
 
-/// Nothing skipped, and a scale of 1.
-__global__ void __launch_bounds__(kThreads) prepare(int64_t* skipped, int64_t count, double* scale) {
+struct Start {
+  GradientScale scale;
+  Scalar lr;
+  double momentum;
+  double weight_decay;
+  WeightDecay decay;
+  int64_t* skipped;
+  int64_t count;
+  double* clip_scale;
+  Coefficients* coefficients;
+};
+
+/// Nothing skipped, a scale of 1, and the coefficients.
+__global__ void __launch_bounds__(kThreads) prepare(const __grid_constant__ Start start) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < count) skipped[i] = 0;
-  if (i == 0) *scale = 1;
+  if (i < start.count) start.skipped[i] = 0;
+  if (i != 0) return;
+  *start.clip_scale = 1;
+  const double lr = load(start.lr), coupled = start.decay == WeightDecay::coupled ? start.weight_decay : 0,
+               decoupled = start.decay == WeightDecay::decoupled ? start.weight_decay : 0;
+  const Rates<double> rates{factor(start.scale), start.momentum, coupled, lr, lr * decoupled, is_off(start.scale)};
+  start.coefficients->in_double = rates;
+  start.coefficients->in_float = {static_cast<float>(rates.gradient_scale), static_cast<float>(rates.momentum),
+                                  static_cast<float>(rates.weight_decay),   static_cast<float>(rates.step_size),
+                                  static_cast<float>(rates.shrinkage),      rates.off};
 }
 
 // On the host.
@@ -752,7 +790,7 @@ int64_t tiles_of(const Item& item) {
 struct Plan {
   std::vector<Item> items;
   int64_t bytes = 0;
-  int64_t sums = 0;  // the first of the memory
+  int64_t sums = 0;  // the first of the memory, after the coefficients
 
   explicit Plan(const MbfStep& step) {
     items.reserve(step.count);
@@ -760,7 +798,7 @@ struct Plan {
       const MbfParameter& p = step.parameters[i];
       if (p.rows * p.columns > 0) add(p, step.kl_clip > 0);
     }
-    bytes = sums * sizeof(double);
+    bytes = sizeof(Coefficients) + sums * sizeof(double);
     for (Item& item : items) reserve(item, step.kl_clip > 0);
   }
 
@@ -770,7 +808,7 @@ struct Plan {
       if (item.directions >= 0) item.entry.directions = memory + item.directions;
       if (item.moments >= 0) item.entry.moments = memory + item.moments;
       if (item.parts >= 0) item.entry.parts = memory + item.parts;
-      if (item.sums >= 0) item.entry.sums = reinterpret_cast<double*>(memory) + item.sums;
+      if (item.sums >= 0) item.entry.sums = reinterpret_cast<double*>(memory + sizeof(Coefficients)) + item.sums;
     }
   }
 
@@ -899,16 +937,21 @@ void mbf_step_(const MbfStep& step, const Stream& stream) {
   Plan plan(step);
   const DeviceGuard guard(stream);
   const Scratch scratch(stream, plan.bytes);
-  plan.place(scratch.as<char>());
+  char* const memory = scratch.as<char>();
+  plan.place(memory);
+  auto* const coefficients = reinterpret_cast<Coefficients*>(memory);
+  const Start start{step.gradient_scale, step.lr,      step.momentum,      step.weight_decay, step.decay,
+                    step.skipped,        step.skipped_count, step.scale, coefficients};
   launch(kName, prepare, static_cast<unsigned>(divide_up<int64_t>(step.skipped_count + 1, kThreads)), kThreads, 0,
-         stream, step.skipped, step.skipped_count, step.scale);
-  Shared shared{step.gradient_scale, step.lr, step.momentum, step.weight_decay, step.decay, nullptr};
+         stream, start);
+  const Shared shared{coefficients};
   for_dtypes([&](auto type, DType dtype) { launch_step<typename decltype(type)::type>(plan, dtype, shared, stream); });
   if (step.kl_clip == 0) return;
+  const auto* const sums = reinterpret_cast<const double*>(memory + sizeof(Coefficients));
   launch(kName, find_scale, 1, kClipThreads, sizeof(double[kClipThreads / kWarp]), stream,
-         Clip{scratch.as<double>(), plan.sums, step.kl_clip, step.lr, step.gradient_scale, step.scale});
-  shared.clipped = step.scale;
-  for_dtypes([&](auto type, DType dtype) { launch_descend<typename decltype(type)::type>(plan, dtype, shared, stream); });
+         Clip{sums, plan.sums, step.kl_clip, coefficients, step.scale});
+  for_dtypes(
+      [&](auto type, DType dtype) { launch_descend<typename decltype(type)::type>(plan, dtype, shared, stream); });
 }
 
 }  // namespace fisher_kernels::cuda
