@@ -363,8 +363,10 @@ __device__ A product(const S* block, int n, bool packed, const A* moment, int co
   return d;
 }
 
-/// A tile of whole blocks. The inverse passes through shared memory, where lanes of neighbouring blocks meet in a bank
-/// two to four at a time: 3 to 5 cycles for the 128 bytes that global memory delivers in 8 or more.
+/// A tile of whole blocks, an element a lane. The inverse passes through shared memory, where lanes of neighbouring
+/// blocks meet in a bank two to four at a time: 4 to 6 cycles for 128 bytes, which global memory takes 8 or more to
+/// deliver. A block of threads has up to 26 KB of loads in flight before its first barrier, and four and more of them
+/// are on a multiprocessor, so that some load while others multiply.
 template <class Traits, class Entry>
 __global__ void __launch_bounds__(kThreads) step_blocks(const __grid_constant__ Table<Entry, Shared> table) {
   using T = typename Traits::T;
@@ -790,7 +792,12 @@ int64_t tiles_of(const Item& item) {
 struct Plan {
   std::vector<Item> items;
   int64_t bytes = 0;
-  int64_t sums = 0;  // the first of the memory, after the coefficients
+  int64_t sums = 0;  // how many there are, after the coefficients
+
+  /// Whether any item is of a dtype.
+  bool has(DType dtype) const {
+    return std::any_of(items.begin(), items.end(), [=](const Item& item) { return item.dtype == dtype; });
+  }
 
   explicit Plan(const MbfStep& step) {
     items.reserve(step.count);
@@ -808,9 +815,11 @@ struct Plan {
       if (item.directions >= 0) item.entry.directions = memory + item.directions;
       if (item.moments >= 0) item.entry.moments = memory + item.moments;
       if (item.parts >= 0) item.entry.parts = memory + item.parts;
-      if (item.sums >= 0) item.entry.sums = reinterpret_cast<double*>(memory + sizeof(Coefficients)) + item.sums;
+      if (item.sums >= 0) item.entry.sums = first_sum(memory) + item.sums;
     }
   }
+
+  static double* first_sum(char* memory) { return reinterpret_cast<double*>(memory + sizeof(Coefficients)); }
 
  private:
   void add(const MbfParameter& p, bool clip) {
@@ -924,10 +933,11 @@ void launch_descend(const Plan& plan, DType dtype, const Shared& shared, const S
   launch_table<JoinedEntry>(plan, descend<T, JoinedEntry>, kThreads, 0, shared, stream, on(false), chunks_of);
 }
 
+/// Calls f(Type<T>(), dtype) for the dtypes that there are.
 template <class F>
-void for_dtypes(const F& f) {
+void for_dtypes(const Plan& plan, const F& f) {
   for (const DType dtype : {DType::float32, DType::bfloat16, DType::float16, DType::float64}) {
-    for_type(dtype, [&](auto type) { f(type, dtype); });
+    if (plan.has(dtype)) for_type(dtype, [&](auto type) { f(type, dtype); });
   }
 }
 
@@ -940,18 +950,20 @@ void mbf_step_(const MbfStep& step, const Stream& stream) {
   char* const memory = scratch.as<char>();
   plan.place(memory);
   auto* const coefficients = reinterpret_cast<Coefficients*>(memory);
-  const Start start{step.gradient_scale, step.lr,      step.momentum,      step.weight_decay, step.decay,
-                    step.skipped,        step.skipped_count, step.scale, coefficients};
-  launch(kName, prepare, static_cast<unsigned>(divide_up<int64_t>(step.skipped_count + 1, kThreads)), kThreads, 0,
-         stream, start);
+  const auto first_blocks = static_cast<unsigned>(divide_up<int64_t>(step.skipped_count + 1, kThreads));
+  launch(kName, prepare, first_blocks, kThreads, 0, stream,
+         Start{step.gradient_scale, step.lr, step.momentum, step.weight_decay, step.decay, step.skipped,
+               step.skipped_count, step.scale, coefficients});
   const Shared shared{coefficients};
-  for_dtypes([&](auto type, DType dtype) { launch_step<typename decltype(type)::type>(plan, dtype, shared, stream); });
+  for_dtypes(plan, [&](auto type, DType dtype) {
+    launch_step<typename decltype(type)::type>(plan, dtype, shared, stream);
+  });
   if (step.kl_clip == 0) return;
-  const auto* const sums = reinterpret_cast<const double*>(memory + sizeof(Coefficients));
   launch(kName, find_scale, 1, kClipThreads, sizeof(double[kClipThreads / kWarp]), stream,
-         Clip{sums, plan.sums, step.kl_clip, coefficients, step.scale});
-  for_dtypes(
-      [&](auto type, DType dtype) { launch_descend<typename decltype(type)::type>(plan, dtype, shared, stream); });
+         Clip{plan.first_sum(memory), plan.sums, step.kl_clip, coefficients, step.scale});
+  for_dtypes(plan, [&](auto type, DType dtype) {
+    launch_descend<typename decltype(type)::type>(plan, dtype, shared, stream);
+  });
 }
 
 }  // namespace fisher_kernels::cuda
