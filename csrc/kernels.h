@@ -181,7 +181,7 @@ struct MbfParameter {
   DType dtype;
   DType inverse_dtype;     // accumulation_dtype(dtype), or bfloat16 beside float32
   const void* inverse;     // null where there are directions
-  const void* directions;  // accumulation_dtype(dtype)
+  void* directions;        // accumulation_dtype(dtype); a GPU marks what it skips there
   int64_t row_stride;
   int64_t block_stride;
   int64_t rows;
@@ -196,6 +196,8 @@ struct MbfParameter {
 struct MbfStep {
   const MbfParameter* parameters;
   int64_t count;
+  int64_t* skipped;  // of all parameters, biases too: a GPU sets them, and the scale, itself
+  int64_t skipped_count;
   double* scale;
   Scalar lr;
   double momentum;

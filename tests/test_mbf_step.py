@@ -83,9 +83,12 @@ FEW = (
 
 
 def parameters_for(
-    implementation: str, interpreted: Sequence[Parameter] = INTERPRETED, native: Sequence[Parameter] = PARAMETERS
+    implementation: str,
+    interpreted: Sequence[Parameter] = INTERPRETED,
+    native: Sequence[Parameter] = PARAMETERS,
+    cuda: Sequence[Parameter] = PARAMETERS,
 ) -> Sequence[Parameter]:
-    return interpreted if implementation == "triton" else native
+    return {"triton": interpreted, "cuda": cuda}.get(implementation, native)
 
 
 def scalar(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -395,7 +398,7 @@ def test_layouts_do_not_show(implementation: str, of: str, dtype: torch.dtype) -
         layouts = {"layout" if of == "param" else f"{of}_layout": layout}
         if of == "param":
             layouts["grad_layout"] = layouts["moment_layout"] = contiguous
-        some = parameters_for(implementation, FEW)
+        some = parameters_for(implementation, FEW, cuda=INTERPRETED)
         case = step(some, dtype, **layouts, weight_decay=0.1, kl_clip=1e-3)
         plain = case.copy()
         plain.params, plain.grads, plain.momentum_buffers = (
@@ -411,7 +414,7 @@ def test_layouts_do_not_show(implementation: str, of: str, dtype: torch.dtype) -
 
 def test_layouts_of_all_at_once(implementation: str) -> None:
     for layout in WRITABLE_LAYOUTS.values():
-        check(step(parameters_for(implementation, FEW), DTYPES, layout=layout, weight_decay=0.1))
+        check(step(parameters_for(implementation, FEW, cuda=INTERPRETED), DTYPES, layout=layout, weight_decay=0.1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -556,7 +559,7 @@ def test_blocks_without_a_finite_gradient_keep_their_bits(
     dtype: torch.dtype,
 ) -> None:
     """They are counted exactly, and all others take the very step they take without them."""
-    clean = step(parameters_for(implementation, FEW), dtype, layout=layout, **options)
+    clean = step(parameters_for(implementation, FEW, cuda=INTERPRETED), dtype, layout=layout, **options)
     if diagonal:  # a NaN reaches the whole block through zeros too
         for inverse in clean.inverses:
             if inverse is not None and inverse.dim() > 2:
@@ -670,12 +673,12 @@ SHARED = (
 def test_same_bits_at_every_run_and_for_every_number_of_threads(
     implementation: str, set_threads: Callable[[int], None], layout: Callable[[Tensor], Tensor]
 ) -> None:
-    some = parameters_for(implementation, FEW, SHARED)
+    some = parameters_for(implementation, FEW, SHARED, SHARED)
     case = step(some, (torch.float32, torch.bfloat16), layout=layout, weight_decay=0.1, kl_clip=1e-3)
     for gradient in case.grads:
         gradient.view(gradient.shape)[..., ::37] = math.nan
     results = []
-    for threads in (1, 1) if implementation == "triton" else (1, 1, 2, 3):
+    for threads in (1, 1) if implementation in ("triton", "cuda") else (1, 1, 2, 3):
         set_threads(threads)
         copy = case.copy()
         results.append((copy, *copy.run()))
@@ -686,7 +689,7 @@ def test_same_bits_at_every_run_and_for_every_number_of_threads(
         assert_unchanged(copy, results[0][0])
 
 
-# What Triton's kernels have of their own.
+# What the kernels for GPUs have of their own.
 
 
 LARGE = (packed((513,), 1, 513), Parameter((1, 512), (1, 513, 513)), Parameter((1,), None))
@@ -718,6 +721,72 @@ def test_full_chunks_of_single_elements(
     assert skipped.tolist() == expected.tolist() == [3]
     assert_same_bits(scale, expected_scale)
     assert_unchanged(case, aligned, ("params", "momentum_buffers"), around=False)
+
+
+# Whole blocks fill a tile of the CUDA kernels, and one more or less; the largest block that fits one, and the next;
+# slabs of 16 rows, and a row more or less; and what a step may skip as a whole.
+TILES = (
+    *(Parameter((count, n), (count, n, n)) for n, count in ((2, 255), (2, 256), (2, 257), (9, 56), (9, 57), (16, 17))),
+    *(Parameter((3, n), (3, n, n)) for n in (71, 72, 79, 80, 81)),
+    *(packed((2, n), 2, n) for n in (99, 100, 101, 111, 112, 113, 129)),
+)
+ENDS = (
+    Parameter((8193,), (8193, 1, 1)),
+    Parameter((5, 0), (5, 1, 1)),  # nothing but a bias
+    Parameter((5,), None),
+    packed((3, 128), 3, 129),
+    Parameter((3,), None),
+)
+
+
+@pytest.mark.parametrize(
+    ("storage", "layout", "options"),
+    [
+        (None, contiguous, OPTIONS[1]),
+        (None, spread, OPTIONS[2]),
+        (torch.bfloat16, contiguous, OPTIONS[2]),
+        (torch.bfloat16, spread, OPTIONS[1]),
+    ],
+)
+def test_tiles(
+    implementation: str, storage: torch.dtype | None, layout: Callable[[Tensor], Tensor], options: dict[str, Any]
+) -> None:
+    if implementation == "triton":
+        pytest.skip("tiles of the CUDA kernels")
+    dtypes = (torch.float32, torch.float16, torch.float64) if storage is None else (torch.bfloat16, torch.float32)
+    case = check(step(TILES + ENDS, dtypes, layout=layout, storage=storage, **options))
+    before = case.copy()
+    for g in case.grads:
+        g[..., -1:] = math.inf
+    assert case.run()[0].tolist() == [*(parameter.shape[0] for parameter in TILES), 1, 1, 0, 3, 0]
+    whole = slice(0, len(TILES))
+    for name in ("params", "momentum_buffers"):
+        for now, then in zip(getattr(case, name)[whole], getattr(before, name)[whole], strict=True):
+            assert_same_bits(now, then, name)
+
+
+@pytest.mark.parametrize(("layout", "copies"), [(contiguous, 350), (spread, 60)])
+def test_more_parameters_than_a_launch_takes(
+    implementation: str, copies: int, layout: Callable[[Tensor], Tensor]
+) -> None:
+    """And more partial sums than the clip has threads: many times the same are as much more in the sum."""
+    if implementation == "triton":
+        pytest.skip("tables of the CUDA kernels")
+    kinds = (Parameter((2,), (2, 1, 1)), Parameter((2, 2), (2, 2, 2)), packed((3,), 1, 3))
+    few = step(kinds, torch.float32, layout=layout, kl_clip=1e-6)
+    many = Step(*([layout(x) for _ in range(copies) for x in tensors] for tensors in few.lists()[:3]), [])
+    many.inverses = [contiguous(x) for _ in range(copies) for x in few.inverses if x is not None]
+    many.options = {**few.options, "kl_clip": 1e-6 * copies}
+    (_, expected), (skipped, scale) = few.run(), many.run()
+    assert skipped.tolist() == [0] * 3 * copies
+    assert float(expected) < 1
+    assert_within(scale, expected, 2 * copies * unit_roundoff(torch.float64), "scale")
+    for i, one in enumerate(few.params):
+        all_like_it = one.double().expand(copies, *one.shape)
+        bound = 4 * unit_roundoff(torch.float32) * all_like_it.abs()
+        assert_within(torch.stack(many.params[i::3]), all_like_it, bound, f"params[{i}]")
+        moment = few.momentum_buffers[i]
+        assert_same_bits(torch.stack(many.momentum_buffers[i::3]), moment.expand(copies, *moment.shape).contiguous())
 
 
 @pytest.mark.skipif("triton" not in backends.available(), reason="Triton cannot run here")

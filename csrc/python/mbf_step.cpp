@@ -183,9 +183,9 @@ void mbf_step_(py::handle params, py::handle grads, py::handle momentum_buffers,
     if (gradient_scale.found_inf.value != 0.0) return;
   }
   const py::gil_scoped_release release;
-  run(call, MbfStep{parameters.data(), static_cast<int64_t>(parameters.size()), scale, lr, momentum, weight_decay,
-              decay_form(weight_decay, decoupled), gradient_scale, kl_clip, call.place.threads},
-      FISHER_KERNELS_CPU_ONLY(mbf_step_));
+  run(call, MbfStep{parameters.data(), static_cast<int64_t>(parameters.size()), skipped, count, scale, lr, momentum,
+                    weight_decay, decay_form(weight_decay, decoupled), gradient_scale, kl_clip, call.place.threads},
+      FISHER_KERNELS_VARIANTS(mbf_step_));
 }
 
 }  // namespace fisher_kernels

@@ -337,7 +337,7 @@ def _directions(
     shared = [i for i, inverse in enumerate(inverses) if inverse is not None and inverse.dim() == 4]
     if shared:
         _check_lists(params, grads, momentum_buffers, inverses)
-        check_one_element(_OP, "grad_scale", grad_scale, torch.device("cpu"))
+        check_one_element(_OP, "grad_scale", grad_scale, params[0].device if params else None)
     for i in shared:
         for k in range(i, i + 2 if i + 1 < len(params) and inverses[i + 1] is None else i + 1):
             _check_parameter(k, params, grads, momentum_buffers, inverses)

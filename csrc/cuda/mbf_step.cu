@@ -1,0 +1,969 @@
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "step.cuh"
+
+// The mini-block Fisher step. What moves in float32, a parameter under blocks of n x n: gradient 4 bytes, momentum and
+// parameter 8 each, inverse 4 n (half of that packed, or in bfloat16): 20 + 4 n bytes, for 2 n flops. Bandwidth is all
+// that counts, and for n = 9 two thirds of it is the inverse.
+//
+// With kl_clip the step has to wait for a sum over everything. The first pass keeps d, NaN where it is skipped, and
+// the second reads it: 8 bytes more, where forming d again would cost the inverse and the momentum, 4 n + 4.
+//
+// A parameter takes one of four ways, by the size of its blocks:
+// - one element: `step_diagonal`, elementwise, 16 bytes at a time
+// - as many as a tile of shared memory holds (n = 71, packed n = 100): `step_blocks`, whole blocks through that memory
+// - more: `multiply` cuts every block into slabs of rows and writes d, and `step_along` takes the step
+// - directions that BLAS formed: `step_along` alone
+namespace fisher_kernels::cuda {
+
+namespace {
+
+constexpr const char* kName = "mbf_step_";
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kElements = 512;  // of a tile: whole blocks, as many as fit
+constexpr int kPerThread = kElements / kThreads;
+constexpr int kNumbers = 5120;  // of an inverse in a tile: those of 56 blocks of 9 x 9
+static_assert(kElements % kThreads == 0);
+
+/// A tile of blocks: parameters of type T, inverses stored as S.
+template <class T_, class S_>
+struct Traits {
+  using T = T_;
+  using S = S_;
+  using A = Accumulator<T>;
+  static constexpr int kVector = kVectorBytes / sizeof(S);  // numbers of an inverse that a thread moves at once
+  static constexpr int kVectors = divide_up(kNumbers / kVector, kThreads);  // of a tile, for each thread
+  static_assert(kNumbers % kVector == 0 && 2 * kVector <= kThreads);
+
+  struct Memory {
+    alignas(kVectorBytes) S inverse[kNumbers + kVector];  // from where it is aligned as in global memory
+    A moment[kElements];
+    int skipped[kElements];  // blocks
+    double sums[kWarps];
+  };
+};
+
+constexpr int kSlabRows = 16;  // of a block that is larger than a tile: as many sums a thread has in registers
+constexpr int kSlabThreads = 128;
+
+template <class A>
+struct SlabMemory {
+  A moment[kSlabRows];
+  A sums[kSlabThreads / kWarp][kSlabRows];
+};
+
+struct DiagonalMemory {
+  double sums[kWarps];
+  int found[kWarps];
+};
+
+struct AlongMemory {
+  double sums[kWarps];
+  int skipped[kElements];  // blocks
+};
+
+/// The coefficients of a step, in the type that it is computed in.
+template <class A>
+struct Rates {
+  A gradient_scale;
+  A momentum;
+  A weight_decay;  // coupled form
+  A step_size;     // lr, clipped in the second pass
+  A shrinkage;     // decoupled form: lr * weight_decay
+  bool off;        // nothing is to be done
+};
+
+/// They are found once, on the device, since many GPUs are slow at divisions in float64.
+struct alignas(kVectorBytes) Coefficients {
+  Rates<float> in_float;
+  Rates<double> in_double;
+
+  template <class A>
+  __device__ const Rates<A>& in() const {
+    if constexpr (std::is_same_v<A, double>) {
+      return in_double;
+    } else {
+      return in_float;
+    }
+  }
+};
+
+/// What all tables have.
+struct Shared {
+  const Coefficients* coefficients;
+
+  template <class A>
+  __device__ const Rates<A>& rates() const {
+    return coefficients->in<A>();
+  }
+};
+
+/// A parameter as [rows, columns], each row in blocks of n x n.
+struct Entry : StepArrays {
+  const void* inverse;  // null where directions came from elsewhere
+  void* directions;     // null where none are kept
+  void* moments;        // new ones of slabs
+  void* parts;          // of slabs of packed blocks, what their rows give as columns
+  double* sums;         // of <d, g>, one for each tile, or null without kl_clip
+  int64_t* skipped;
+  int64_t rows;
+  int64_t columns;
+  int64_t row_stride;  // of directions
+  int64_t block_stride;
+  int32_t n;
+  int32_t blocks_in_tile;
+  bool packed;
+
+  /// Numbers of a block of the inverse.
+  __host__ __device__ int64_t numbers() const {
+    const int64_t all = static_cast<int64_t>(n) * n;
+    return packed ? (all + n) / 2 : all;
+  }
+
+  __host__ __device__ int64_t blocks_in_row() const { return divide_up<int64_t>(columns, n); }
+};
+
+/// One of any strides, or with a bias as its last column.
+struct JoinedEntry : Entry {
+  void* bias_parameter;
+  const void* bias_gradient;
+  void* bias_moment;
+  bool biased;
+  bool strided;
+  bool bias_strided;
+  Geometry geometry;
+  Geometry bias_geometry;
+};
+
+/// Where an element lies.
+template <class T>
+struct Element {
+  T* parameter = nullptr;
+  const T* gradient = nullptr;
+  Accumulator<T>* moment = nullptr;
+};
+
+/// Element `column` of row `first + down`.
+template <class T>
+__device__ Element<T> locate(const Entry& entry, int64_t first, int down, int64_t column) {
+  using A = Accumulator<T>;
+  const int64_t at = (first + down) * entry.columns + column;
+  return {static_cast<T*>(entry.parameter) + at, static_cast<const T*>(entry.gradient) + at,
+          static_cast<A*>(entry.moment) + at};
+}
+
+template <class T>
+__device__ Element<T> locate(const JoinedEntry& entry, int64_t first, int down, int64_t column) {
+  using A = Accumulator<T>;
+  const int64_t row = first + down, width = entry.columns - entry.biased;
+  const bool is_bias = entry.biased && column == width;
+  const int64_t index = is_bias ? row : row * width + column;
+  Geometry::Place place{index, {index, index, index}};
+  if (is_bias ? entry.bias_strided : entry.strided) {
+    place = (is_bias ? entry.bias_geometry : entry.geometry).locate(index);
+  }
+  return {static_cast<T*>(is_bias ? entry.bias_parameter : entry.parameter) + place.at[0],
+          static_cast<const T*>(is_bias ? entry.bias_gradient : entry.gradient) + place.at[1],
+          static_cast<A*>(is_bias ? entry.bias_moment : entry.moment) + place.at[2]};
+}
+
+/// The gradient that enters the momentum.
+template <class T, class A>
+__device__ A scaled(T gradient, T parameter, const Rates<A>& rates) {
+  A g = widen(gradient) * rates.gradient_scale;
+  // Not even a NaN of the parameter gets into it where there is no decay.
+  if (rates.weight_decay != 0) g += rates.weight_decay * widen(parameter);
+  return g;
+}
+
+template <class A>
+__device__ A new_moment(A moment, A gradient, const Rates<A>& rates) {
+  return rates.momentum * moment + gradient;
+}
+
+/// A parameter after the step along d.
+template <class T, class A>
+__device__ T stepped(T parameter, A d, const Rates<A>& rates) {
+  const A w = widen(parameter);
+  A change = rates.step_size * d;
+  if (rates.shrinkage != 0) change += rates.shrinkage * w;
+  return narrow<T>(w - change);
+}
+
+__device__ inline void count_block(int64_t* skipped) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(skipped), 1ull);  // whole numbers: no order matters
+}
+
+// Blocks of one element.
+
+/// What is done with them.
+template <class T, class S>
+struct Diagonal {
+  using A = Accumulator<T>;
+
+  const S* inverse;  // of the chunk, as is the next
+  A* directions;     // null without kl_clip
+  bool in_packs;     // the inverse is aligned as the rest is
+  Rates<A> rates;
+  int found;
+  double sum;
+
+  template <int N>
+  __device__ Pack<S, N> load_inverse(int64_t at) const {
+    if (N > 1 && in_packs) return load_pack<N>(inverse + at);
+    Pack<S, N> pack;
+#pragma unroll
+    for (int i = 0; i < N; ++i) pack.at[i] = inverse[at + i];
+    return pack;
+  }
+
+  /// d, NaN where it is skipped.
+  __device__ A advance(T& parameter, T gradient, A& moment, S inverse) {
+    const bool clip = directions != nullptr;
+    const A g = scaled(gradient, parameter, rates);
+    const A m = new_moment(moment, g, rates);
+    const A d = static_cast<A>(widen(inverse)) * m;
+    if (!is_finite(d)) {
+      ++found;
+      return std::numeric_limits<A>::quiet_NaN();
+    }
+    moment = m;
+    if (clip) {
+      sum += static_cast<double>(d) * static_cast<double>(g);
+    } else {
+      parameter = stepped(parameter, d, rates);
+    }
+    return d;
+  }
+
+  template <int N, int kCount>
+  __device__ void take(const Elements<T>& elements, int stride, int64_t at) {
+    const bool clip = directions != nullptr;
+    Pack<T, N> w[kCount] = {}, g[kCount];
+    Pack<A, N> m[kCount];
+    Pack<S, N> p[kCount];
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      if (!clip || rates.weight_decay != 0) w[k] = load_pack<N>(elements.parameter + k * stride);
+      g[k] = load_pack<N>(elements.gradient + k * stride);
+      m[k] = load_pack<N>(elements.moment + k * stride);
+      p[k] = load_inverse<N>(at + k * stride);
+    }
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      Pack<A, N> d;
+#pragma unroll
+      for (int i = 0; i < N; ++i) d.at[i] = advance(w[k].at[i], g[k].at[i], m[k].at[i], p[k].at[i]);
+      store_pack<N>(elements.moment + k * stride, m[k]);
+      if (clip) {
+        store_pack<N>(directions + at + k * stride, d);
+      } else {
+        store_pack<N>(elements.parameter + k * stride, w[k]);
+      }
+    }
+  }
+};
+
+__device__ inline int64_t origin(const Entry&, int64_t first) { return first; }
+
+/// Its walk counts from the first element of all.
+__device__ inline int64_t origin(const StridedEntry<Entry>&, int64_t) { return 0; }
+
+/// 24 bytes a parameter in float32.
+template <class T, class S, class Entry>
+__global__ void __launch_bounds__(kThreads) step_diagonal(const __grid_constant__ Table<Entry, Shared> table) {
+  using A = Accumulator<T>;
+  using Traits = StepTraits<T, 1>;
+  static_assert(Traits::kThreads == kThreads);
+  const Rates<A> rates = table.shared.template rates<A>();
+  if (rates.off) return;
+  auto& memory = shared_memory<DiagonalMemory>();
+  const int i = table.tensor_of(blockIdx.x);
+  const Entry& entry = table.entries[i];
+  const int64_t chunk = blockIdx.x - table.start[i], first = chunk * kChunk, from = origin(entry, first);
+  const S* const inverse = static_cast<const S*>(entry.inverse) + from;
+  const bool clip = entry.sums != nullptr;
+  Diagonal<T, S> diagonal{inverse, clip ? static_cast<A*>(entry.directions) + from : nullptr, is_aligned(inverse),
+                          rates, 0, 0.0};
+  walk<Traits>(entry, first, diagonal);
+  count_skipped(diagonal.found, memory.found, entry.skipped);
+  if (!clip) return;
+  const double sum = block_sum(diagonal.sum, memory.sums);
+  if (threadIdx.x == 0) entry.sums[chunk] = sum;
+}
+
+// Blocks in tiles.
+
+/// The inverses of a tile on their way from global to shared memory, 16 bytes at a time whatever their alignment is. A
+/// thread has all its loads in flight before it waits for one.
+template <class Traits>
+class Staging {
+ public:
+  using S = typename Traits::S;
+  static constexpr int N = Traits::kVector;
+
+  __device__ Staging(const S* from, int count)
+      : before_(static_cast<int>(reinterpret_cast<uintptr_t>(from) % kVectorBytes / sizeof(S))) {
+    const int head = before_ == 0 ? 0 : N - before_;
+    first_ = head < count ? head : count;
+    vectors_ = (count - first_) / N;
+#pragma unroll
+    for (int i = 0; i < Traits::kVectors; ++i) {
+      const int v = i * kThreads + static_cast<int>(threadIdx.x);
+      if (v < vectors_) packs_[i] = load_pack<N>(from + first_ + v * N);
+    }
+    // What lies before the first vector and after the last.
+    const int t = threadIdx.x;
+    edge_ = t < first_ ? t : t >= N && t < 2 * N && first_ + (vectors_ - 1) * N + t < count
+                                 ? first_ + (vectors_ - 1) * N + t
+                                 : -1;
+    if (edge_ >= 0) at_edge_ = from[edge_];
+  }
+
+  /// Where they are after the next barrier.
+  __device__ const S* store(S* room) const {
+    S* const to = room + before_;
+#pragma unroll
+    for (int i = 0; i < Traits::kVectors; ++i) {
+      const int v = i * kThreads + static_cast<int>(threadIdx.x);
+      if (v < vectors_) store_pack<N>(to + first_ + v * N, packs_[i]);
+    }
+    if (edge_ >= 0) to[edge_] = at_edge_;
+    return to;
+  }
+
+ private:
+  int before_;  // elements from a multiple of 16 bytes on
+  int first_;   // of the vectors
+  int vectors_;
+  int edge_;
+  S at_edge_{};
+  Pack<S, N> packs_[Traits::kVectors] = {};
+};
+
+/// Entry `column` of P m. Lanes are columns: P being symmetric, they read a row of it together, as it lies in memory.
+template <class A, class S>
+__device__ A product(const S* block, int n, bool packed, const A* moment, int column) {
+  A d = 0;
+  if (packed) {
+    const S* at = block + column * (column + 1) / 2;
+#pragma unroll 4
+    for (int k = 0; k < n; ++k) {
+      d += static_cast<A>(widen(*at)) * moment[k];
+      at += k < column ? 1 : k + 1;  // along the row of the column, then down
+    }
+    return d;
+  }
+  const S* at = block + column;
+#pragma unroll 4
+  for (int k = 0; k < n; ++k, at += n) d += static_cast<A>(widen(*at)) * moment[k];
+  return d;
+}
+
+/// A tile of whole blocks, an element a lane. The inverse passes through shared memory, where lanes of neighbouring
+/// blocks meet in a bank two to four at a time: 4 to 6 cycles for 128 bytes, which global memory takes 8 or more to
+/// deliver. A block of threads has up to 26 KB of loads in flight before its first barrier, and four and more of them
+/// are on a multiprocessor, so that some load while others multiply.
+template <class Traits, class Entry>
+__global__ void __launch_bounds__(kThreads) step_blocks(const __grid_constant__ Table<Entry, Shared> table) {
+  using T = typename Traits::T;
+  using A = typename Traits::A;
+  using S = typename Traits::S;
+  auto& memory = shared_memory<typename Traits::Memory>();
+  const int i = table.tensor_of(blockIdx.x);
+  const Entry& entry = table.entries[i];
+  const int64_t tile = blockIdx.x - table.start[i], first = tile * entry.blocks_in_tile;
+  const int n = entry.n, numbers = static_cast<int>(entry.numbers());
+  const int64_t left = entry.rows - first;
+  const int blocks = left < entry.blocks_in_tile ? static_cast<int>(left) : entry.blocks_in_tile, count = blocks * n;
+  const bool packed = entry.packed, clip = entry.sums != nullptr;
+
+  const Staging<Traits> staging(static_cast<const S*>(entry.inverse) + first * numbers, blocks * numbers);
+  const Rates<A> rates = table.shared.template rates<A>();
+  Element<T> elements[kPerThread];
+  T w[kPerThread] = {}, gradient[kPerThread] = {};
+  A g[kPerThread] = {}, m[kPerThread] = {};
+#pragma unroll
+  for (int k = 0; k < kPerThread; ++k) {
+    const int at = k * kThreads + static_cast<int>(threadIdx.x);
+    if (at >= count) continue;
+    elements[k] = locate<T>(entry, first, at / n, at % n);
+    if (!clip || rates.weight_decay != 0) w[k] = *elements[k].parameter;
+    gradient[k] = *elements[k].gradient;
+    m[k] = *elements[k].moment;
+  }
+  if (rates.off) return;
+#pragma unroll
+  for (int k = 0; k < kPerThread; ++k) {
+    g[k] = scaled(gradient[k], w[k], rates);
+    m[k] = new_moment(m[k], g[k], rates);
+  }
+  const S* const inverse = staging.store(memory.inverse);
+#pragma unroll
+  for (int k = 0; k < kPerThread; ++k) {
+    const int at = k * kThreads + static_cast<int>(threadIdx.x);
+    if (at < count) memory.moment[at] = m[k];
+    if (at < blocks) memory.skipped[at] = 0;
+  }
+  __syncthreads();
+
+  A d[kPerThread] = {};
+#pragma unroll
+  for (int k = 0; k < kPerThread; ++k) {
+    const int at = k * kThreads + static_cast<int>(threadIdx.x), block = at / n;
+    if (at >= count) continue;
+    d[k] = product(inverse + block * numbers, n, packed, memory.moment + block * n, at % n);
+    if (!is_finite(d[k])) memory.skipped[block] = 1;
+  }
+  __syncthreads();
+
+  double sum = 0;
+#pragma unroll
+  for (int k = 0; k < kPerThread; ++k) {
+    const int at = k * kThreads + static_cast<int>(threadIdx.x), block = at / n;
+    if (at >= count) continue;
+    const bool skip = memory.skipped[block] != 0;
+    if (skip && at % n == 0) count_block(entry.skipped);
+    if (clip) {
+      A* const kept = static_cast<A*>(entry.directions) + first * n;
+      kept[at] = skip ? std::numeric_limits<A>::quiet_NaN() : d[k];
+      if (!skip) sum += static_cast<double>(d[k]) * static_cast<double>(g[k]);
+    }
+    if (skip) continue;
+    *elements[k].moment = m[k];
+    if (!clip) *elements[k].parameter = stepped(w[k], d[k], rates);
+  }
+  if (!clip) return;
+  sum = block_sum(sum, memory.sums);
+  if (threadIdx.x == 0) entry.sums[tile] = sum;
+}
+
+// Larger blocks.
+
+/// The new momentum, beside the old one.
+template <class T>
+__global__ void __launch_bounds__(kThreads) form_moments(const __grid_constant__ Table<JoinedEntry, Shared> table) {
+  using A = Accumulator<T>;
+  const Rates<A> rates = table.shared.template rates<A>();
+  if (rates.off) return;
+  const int i = table.tensor_of(blockIdx.x);
+  const JoinedEntry& entry = table.entries[i];
+  const int64_t at = static_cast<int64_t>(blockIdx.x - table.start[i]) * kThreads + threadIdx.x;
+  if (at >= entry.rows * entry.n) return;
+  const int64_t row = quotient(at, entry.n);
+  const Element<T> element = locate<T>(entry, row, 0, at - row * entry.n);
+  const T w = rates.weight_decay != 0 ? *element.parameter : T();
+  static_cast<A*>(entry.moments)[at] = new_moment(*element.moment, scaled(*element.gradient, w, rates), rates);
+}
+
+/// d of a slab of rows of one block. A thread goes along all of them at once, one column after another, so that as many
+/// loads are in flight. Of a packed block, which is read once, a slab also gives what its rows add to d as columns.
+template <class A, class S>
+__global__ void __launch_bounds__(kSlabThreads) multiply(const __grid_constant__ Table<Entry, Shared> table) {
+  if (table.shared.template rates<A>().off) return;
+  auto& memory = shared_memory<SlabMemory<A>>();
+  const int i = table.tensor_of(blockIdx.x);
+  const Entry& entry = table.entries[i];
+  const int n = entry.n, slabs = divide_up(n, kSlabRows), thread = threadIdx.x;
+  const int64_t tile = blockIdx.x - table.start[i], row = quotient(tile, slabs);
+  const int first = static_cast<int>(tile - row * slabs) * kSlabRows;
+  const int rows = n - first < kSlabRows ? n - first : kSlabRows;
+  const bool packed = entry.packed;
+  const A* const moment = static_cast<const A*>(entry.moments) + row * n;
+  if (thread < kSlabRows) memory.moment[thread] = thread < rows ? moment[first + thread] : A(0);
+  __syncthreads();
+
+  const int64_t before = packed ? static_cast<int64_t>(first) * (first + 1) / 2 : static_cast<int64_t>(first) * n;
+  const S* const slab = static_cast<const S*>(entry.inverse) + row * entry.numbers() + before;
+  A* const part = packed ? static_cast<A*>(entry.parts) + tile * n : nullptr;
+  const int columns = packed ? first + rows : n;
+  A sums[kSlabRows] = {};
+  for (int column = thread; column < columns; column += kSlabThreads) {
+    const A m = moment[column];
+    A as_column = 0;
+#pragma unroll
+    for (int k = 0; k < kSlabRows; ++k) {
+      if (k >= rows || (packed && column > first + k)) continue;
+      const A p = static_cast<A>(widen(slab[(packed ? k * first + k * (k + 1) / 2 : k * n) + column]));
+      sums[k] += p * m;
+      if (packed && column < first + k) as_column += p * memory.moment[k];
+    }
+    if (packed) part[column] = as_column;
+  }
+
+  const int lane = thread % kWarp, warp = thread / kWarp;
+#pragma unroll
+  for (int k = 0; k < kSlabRows; ++k) {
+    const A sum = warp_sum(sums[k]);
+    if (lane == 0) memory.sums[warp][k] = sum;
+  }
+  __syncthreads();
+  if (thread >= rows) return;
+  A d = 0;
+#pragma unroll
+  for (int k = 0; k < kSlabThreads / kWarp; ++k) d += memory.sums[k][thread];
+  static_cast<A*>(entry.directions)[row * n + first + thread] = d;
+}
+
+/// Adds to d of packed blocks what the slabs gave as columns.
+template <class A>
+__global__ void __launch_bounds__(kThreads) add_columns(const __grid_constant__ Table<Entry, Shared> table) {
+  if (table.shared.template rates<A>().off) return;
+  const int i = table.tensor_of(blockIdx.x);
+  const Entry& entry = table.entries[i];
+  const int n = entry.n, slabs = divide_up(n, kSlabRows);
+  const int64_t at = static_cast<int64_t>(blockIdx.x - table.start[i]) * kThreads + threadIdx.x;
+  if (at >= entry.rows * n) return;
+  const int64_t row = quotient(at, n);
+  const int column = static_cast<int>(at - row * n);
+  const A* const parts = static_cast<const A*>(entry.parts) + row * slabs * n + column;
+  A d = static_cast<A*>(entry.directions)[at];
+#pragma unroll 4
+  for (int slab = column / kSlabRows; slab < slabs; ++slab) d += parts[static_cast<int64_t>(slab) * n];
+  static_cast<A*>(entry.directions)[at] = d;
+}
+
+// Directions that are known.
+
+/// A block of threads' blocks of a parameter.
+struct Run {
+  int64_t row;    // of the first block
+  int64_t block;  // its place in the row
+  int64_t in_row;
+  int blocks;
+
+  __device__ Run(const Entry& entry, int64_t tile) : in_row(entry.blocks_in_row()) {
+    const int64_t first = tile * entry.blocks_in_tile, left = entry.rows * in_row - first;
+    blocks = left < entry.blocks_in_tile ? static_cast<int>(left) : entry.blocks_in_tile;
+    row = quotient(first, in_row);
+    block = first - row * in_row;
+  }
+
+  /// Calls body(block of the run, number in it, rows down, column, where the direction is) for elements of this thread.
+  template <class Body>
+  __device__ void for_elements(const Entry& entry, const Body& body) const {
+    const int size = entry.n, count = blocks * size;
+    for (int at = threadIdx.x; at < count; at += kThreads) {
+      const int unit = at / size, number = at % size;
+      const int64_t down = quotient(block + unit, in_row), place = block + unit - down * in_row;
+      const int64_t column = place * size + number;
+      if (column >= entry.columns) continue;
+      body(unit, number, static_cast<int>(down), column,
+           (row + down) * entry.row_stride + place * entry.block_stride + number);
+    }
+  }
+};
+
+/// Momentum, and the step or a part of <d, g>, for a run of blocks or one that is longer than a tile.
+template <class T>
+__global__ void __launch_bounds__(kThreads) step_along(const __grid_constant__ Table<JoinedEntry, Shared> table) {
+  using A = Accumulator<T>;
+  const Rates<A> rates = table.shared.template rates<A>();
+  if (rates.off) return;
+  auto& memory = shared_memory<AlongMemory>();
+  const int i = table.tensor_of(blockIdx.x);
+  const JoinedEntry& entry = table.entries[i];
+  const int64_t tile = blockIdx.x - table.start[i];
+  const Run run(entry, tile);
+  A* const directions = static_cast<A*>(entry.directions);
+  const bool clip = entry.sums != nullptr;
+  for (int k = threadIdx.x; k < run.blocks; k += kThreads) memory.skipped[k] = 0;
+  __syncthreads();
+  run.for_elements(entry, [&](int block, int, int, int64_t, int64_t at) {
+    if (!is_finite(directions[at])) memory.skipped[block] = 1;
+  });
+  __syncthreads();
+  double sum = 0;
+  run.for_elements(entry, [&](int block, int number, int down, int64_t column, int64_t at) {
+    if (memory.skipped[block] != 0) {
+      if (number == 0) count_block(entry.skipped);
+      if (clip) directions[at] = std::numeric_limits<A>::quiet_NaN();
+      return;
+    }
+    const Element<T> element = locate<T>(entry, run.row, down, column);
+    const A d = directions[at];
+    const T w = clip && rates.weight_decay == 0 ? T() : *element.parameter;
+    const A g = scaled(*element.gradient, w, rates);
+    *element.moment = new_moment(*element.moment, g, rates);
+    if (clip) {
+      sum += static_cast<double>(d) * static_cast<double>(g);
+    } else {
+      *element.parameter = stepped(w, d, rates);
+    }
+  });
+  if (!clip) return;
+  sum = block_sum(sum, memory.sums);
+  if (threadIdx.x == 0) entry.sums[tile] = sum;
+}
+
+// The clip.
+
+constexpr int kClipThreads = 1024;
+
+struct Clip {
+  const double* sums;
+  int64_t count;
+  double kl_clip;
+  Coefficients* coefficients;
+  double* scale;
+};
+
+/// The scale at which lr^2 |sum of <d, g>| keeps to its bound.
+__global__ void __launch_bounds__(kClipThreads) find_scale(const __grid_constant__ Clip clip) {
+  Coefficients& coefficients = *clip.coefficients;
+  if (coefficients.in_double.off) return;
+  auto& partials = shared_memory<double[kClipThreads / kWarp]>();
+  double sum = 0;
+#pragma unroll 8
+  for (int64_t i = threadIdx.x; i < clip.count; i += kClipThreads) sum += clip.sums[i];
+  sum = block_sum(sum, partials);
+  if (threadIdx.x != 0) return;
+  const double lr = coefficients.in_double.step_size, size = lr * lr * fabs(sum);
+  if (!(size > clip.kl_clip)) return;
+  const double scale = sqrt(clip.kl_clip / size);
+  *clip.scale = scale;
+  coefficients.in_double.step_size = lr * scale;
+  coefficients.in_float.step_size = static_cast<float>(lr * scale);
+}
+
+/// The step of a chunk along directions that are kept, but for those that are NaN, where these lie as the parameter
+/// does: 12 bytes a parameter in float32.
+template <class T>
+__device__ void descend_chunk(const Entry& entry, int64_t first, const Rates<Accumulator<T>>& rates) {
+  using A = Accumulator<T>;
+  constexpr int N = kVectorBytes / sizeof(T), kTile = kThreads * N;
+  static_assert(kChunk % kTile == 0);
+  T* const parameter = static_cast<T*>(entry.parameter) + first;
+  const A* const directions = static_cast<const A*>(entry.directions) + first;
+  const int64_t left = entry.rows * entry.columns - first;
+  if (left >= kChunk && is_aligned(parameter) && is_aligned(directions)) {
+#pragma unroll 2
+    for (int tile = 0; tile < kChunk; tile += kTile) {
+      const int at = tile + static_cast<int>(threadIdx.x) * N;
+      auto w = load_pack<N>(parameter + at);
+      const auto d = load_pack<N>(directions + at);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (d.at[i] == d.at[i]) w.at[i] = stepped(w.at[i], d.at[i], rates);
+      }
+      store_pack<N>(parameter + at, w);
+    }
+    return;
+  }
+  const int count = static_cast<int>(left < kChunk ? left : kChunk);
+  for (int at = threadIdx.x; at < count; at += kThreads) {
+    const A d = directions[at];
+    if (d == d) parameter[at] = stepped(parameter[at], d, rates);
+  }
+}
+
+template <class T>
+__device__ void descend_chunk(const JoinedEntry& entry, int64_t first, const Rates<Accumulator<T>>& rates) {
+  using A = Accumulator<T>;
+  const int64_t left = entry.rows * entry.columns - first, row = quotient(first, entry.columns),
+                from = first - row * entry.columns;
+  const int count = static_cast<int>(left < kChunk ? left : kChunk);
+  for (int at = threadIdx.x; at < count; at += kThreads) {
+    const int64_t down = quotient(from + at, entry.columns), column = from + at - down * entry.columns,
+                  block = quotient(column, entry.n);
+    const A d = static_cast<const A*>(entry.directions)[(row + down) * entry.row_stride + block * entry.block_stride +
+                                                        (column - block * entry.n)];
+    T* const parameter = locate<T>(entry, row, static_cast<int>(down), column).parameter;
+    if (d == d) *parameter = stepped(*parameter, d, rates);
+  }
+}
+
+template <class T, class Entry>
+__global__ void __launch_bounds__(kThreads) descend(const __grid_constant__ Table<Entry, Shared> table) {
+  const Rates<Accumulator<T>> rates = table.shared.template rates<Accumulator<T>>();
+  if (rates.off) return;
+  const int i = table.tensor_of(blockIdx.x);
+  descend_chunk<T>(table.entries[i], static_cast<int64_t>(blockIdx.x - table.start[i]) * kChunk, rates);
+}
+
+struct Start {
+  GradientScale scale;
+  Scalar lr;
+  double momentum;
+  double weight_decay;
+  WeightDecay decay;
+  int64_t* skipped;
+  int64_t count;
+  double* clip_scale;
+  Coefficients* coefficients;
+};
+
+/// Nothing skipped, a scale of 1, and the coefficients.
+__global__ void __launch_bounds__(kThreads) prepare(const __grid_constant__ Start start) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < start.count) start.skipped[i] = 0;
+  if (i != 0) return;
+  *start.clip_scale = 1;
+  const double lr = load(start.lr), coupled = start.decay == WeightDecay::coupled ? start.weight_decay : 0,
+               decoupled = start.decay == WeightDecay::decoupled ? start.weight_decay : 0;
+  const Rates<double> rates{factor(start.scale), start.momentum, coupled, lr, lr * decoupled, is_off(start.scale)};
+  start.coefficients->in_double = rates;
+  start.coefficients->in_float = {static_cast<float>(rates.gradient_scale), static_cast<float>(rates.momentum),
+                                  static_cast<float>(rates.weight_decay),   static_cast<float>(rates.step_size),
+                                  static_cast<float>(rates.shrinkage),      rates.off};
+}
+
+// On the host.
+
+enum class Way : uint8_t { diagonal, blocks, slabs, along };
+
+/// A parameter that has elements, and how it goes through the kernels.
+struct Item {
+  JoinedEntry entry;
+  DType dtype;
+  DType inverse_dtype;
+  Way way = Way::along;
+  bool joined = false;
+  bool flat = false;        // directions lie as the parameter does
+  int64_t directions = -1;  // places in the scratch, or -1
+  int64_t moments = -1;
+  int64_t parts = -1;
+  int64_t sums = -1;
+
+  bool is(DType of, DType inverse) const { return dtype == of && inverse_dtype == inverse; }
+};
+
+bool is_strided(const MbfArrays& arrays) {
+  return !(arrays.parameter.contiguous && arrays.gradient.contiguous && arrays.moment.contiguous);
+}
+
+Geometry geometry_of(const MbfArrays& arrays) {
+  return make_geometry(kName, {&arrays.parameter, &arrays.gradient, &arrays.moment}, true);
+}
+
+JoinedEntry make_entry(const MbfParameter& p) {
+  JoinedEntry entry{};
+  const bool is_bias = p.biased && p.columns == 1;  // and nothing beside it
+  const MbfArrays& arrays = is_bias ? p.bias : p.weight;
+  entry.parameter = arrays.parameter.data;
+  entry.gradient = arrays.gradient.data;
+  entry.moment = arrays.moment.data;
+  entry.size = p.rows * p.columns;
+  entry.inverse = p.inverse;
+  entry.directions = p.directions;
+  entry.skipped = p.skipped;
+  entry.rows = p.rows;
+  entry.columns = p.columns;
+  entry.row_stride = p.directions == nullptr ? p.columns : p.row_stride;
+  entry.block_stride = p.block_stride;
+  entry.n = static_cast<int32_t>(p.size);
+  entry.packed = p.packed;
+  entry.strided = is_strided(arrays);
+  if (entry.strided) entry.geometry = geometry_of(arrays);
+  entry.biased = p.biased && !is_bias;
+  if (!entry.biased) return entry;
+  entry.bias_parameter = p.bias.parameter.data;
+  entry.bias_gradient = p.bias.gradient.data;
+  entry.bias_moment = p.bias.moment.data;
+  entry.bias_strided = is_strided(p.bias);
+  if (entry.bias_strided) entry.bias_geometry = geometry_of(p.bias);
+  return entry;
+}
+
+Way way_of(const Entry& entry) {
+  if (entry.inverse == nullptr) return Way::along;
+  if (entry.n == 1) return Way::diagonal;
+  return entry.numbers() <= kNumbers ? Way::blocks : Way::slabs;
+}
+
+int64_t slabs_of(const Item& item) { return item.entry.rows * divide_up<int64_t>(item.entry.n, kSlabRows); }
+
+int32_t blocks_in_tile(const Entry& entry, Way way) {
+  const int64_t by_numbers = way == Way::blocks ? kNumbers / entry.numbers() : kElements;
+  const int64_t most = std::max<int64_t>(1, std::min<int64_t>(kElements / entry.n, by_numbers));
+  return static_cast<int32_t>(most < 16 ? most : most / 8 * 8);  // tiles begin with whole sectors of memory
+}
+
+/// Blocks of threads of the kernel that makes the sums.
+int64_t tiles_of(const Item& item) {
+  if (item.way == Way::diagonal) return chunks(item.entry.rows);
+  return divide_up<int64_t>(item.entry.rows * item.entry.blocks_in_row(), item.entry.blocks_in_tile);
+}
+
+/// All parameters that have elements, and the memory that is needed beside them.
+struct Plan {
+  std::vector<Item> items;
+  int64_t bytes = 0;
+  int64_t sums = 0;  // how many there are, after the coefficients
+
+  /// Whether any item is of a dtype.
+  bool has(DType dtype) const {
+    return std::any_of(items.begin(), items.end(), [=](const Item& item) { return item.dtype == dtype; });
+  }
+
+  explicit Plan(const MbfStep& step) {
+    items.reserve(step.count);
+    for (int64_t i = 0; i < step.count; ++i) {
+      const MbfParameter& p = step.parameters[i];
+      if (p.rows * p.columns > 0) add(p, step.kl_clip > 0);
+    }
+    bytes = sizeof(Coefficients) + sums * sizeof(double);
+    for (Item& item : items) reserve(item, step.kl_clip > 0);
+  }
+
+  /// Tells the entries where their memory is.
+  void place(char* memory) {
+    for (Item& item : items) {
+      if (item.directions >= 0) item.entry.directions = memory + item.directions;
+      if (item.moments >= 0) item.entry.moments = memory + item.moments;
+      if (item.parts >= 0) item.entry.parts = memory + item.parts;
+      if (item.sums >= 0) item.entry.sums = first_sum(memory) + item.sums;
+    }
+  }
+
+  static double* first_sum(char* memory) { return reinterpret_cast<double*>(memory + sizeof(Coefficients)); }
+
+ private:
+  void add(const MbfParameter& p, bool clip) {
+    Item item{};
+    item.entry = make_entry(p);
+    item.dtype = p.dtype;
+    item.inverse_dtype = p.inverse_dtype;
+    Entry& entry = item.entry;
+    item.way = way_of(entry);
+    item.joined = item.entry.biased || item.entry.strided;
+    item.flat = !item.joined && entry.row_stride == p.columns && p.size == p.columns;
+    entry.blocks_in_tile = blocks_in_tile(entry, item.way);
+    if (clip) {
+      item.sums = sums;
+      sums += tiles_of(item);
+    }
+    items.push_back(item);
+  }
+
+  void reserve(Item& item, bool clip) {
+    const int64_t size = size_of(accumulation_dtype(item.dtype)), columns = item.entry.columns;
+    const int64_t all = item.entry.rows * columns * size;
+    if (item.way != Way::along && (clip || item.way == Way::slabs)) item.directions = take(all);
+    if (item.way != Way::slabs) return;
+    item.moments = take(all);
+    if (item.entry.packed) item.parts = take(slabs_of(item) * columns * size);
+  }
+
+  int64_t take(int64_t count) {
+    const int64_t at = divide_up<int64_t>(bytes, kVectorBytes) * kVectorBytes;
+    bytes = at + count;
+    return at;
+  }
+};
+
+/// What a kernel needs of an entry.
+template <class Kind>
+Kind as(const JoinedEntry& entry) {
+  if constexpr (std::is_same_v<Kind, StridedEntry<Entry>>) {
+    return {entry, entry.geometry};
+  } else {
+    return entry;
+  }
+}
+
+/// Launches a kernel over some of the items.
+template <class Entry, class Kernel, class Wanted, class Blocks>
+void launch_table(const Plan& plan, Kernel kernel, int threads, size_t shared_bytes, const Shared& shared,
+                  const Stream& stream, Wanted wanted, Blocks blocks) {
+  if (std::none_of(plan.items.begin(), plan.items.end(), wanted)) return;
+  TableWriter<Table<Entry, Shared>> table(kName, kernel, threads, shared_bytes, stream, shared);
+  for (const Item& item : plan.items) {
+    if (wanted(item)) table.add(as<Entry>(item.entry), blocks(item));
+  }
+  table.flush();
+}
+
+/// The passes over inverses stored as S.
+template <class T, class S>
+void launch_products(const Plan& plan, DType dtype, DType inverse, const Shared& shared, const Stream& stream) {
+  using A = Accumulator<T>;
+  const auto on = [&](Way way, bool joined) {
+    return [=](const Item& item) { return item.is(dtype, inverse) && item.way == way && item.joined == joined; };
+  };
+  constexpr size_t kBytes = sizeof(typename Traits<T, S>::Memory);
+  launch_table<Entry>(plan, step_diagonal<T, S, Entry>, kThreads, sizeof(DiagonalMemory), shared, stream,
+                      on(Way::diagonal, false), tiles_of);
+  using Strided = StridedEntry<Entry>;
+  launch_table<Strided>(plan, step_diagonal<T, S, Strided>, kThreads, sizeof(DiagonalMemory), shared, stream,
+                        on(Way::diagonal, true), tiles_of);
+  launch_table<Entry>(plan, step_blocks<Traits<T, S>, Entry>, kThreads, kBytes, shared, stream, on(Way::blocks, false),
+                      tiles_of);
+  launch_table<JoinedEntry>(plan, step_blocks<Traits<T, S>, JoinedEntry>, kThreads, kBytes, shared, stream,
+                            on(Way::blocks, true), tiles_of);
+  const auto in_slabs = [=](const Item& item) { return item.is(dtype, inverse) && item.way == Way::slabs; };
+  launch_table<Entry>(plan, multiply<A, S>, kSlabThreads, sizeof(SlabMemory<A>), shared, stream, in_slabs, slabs_of);
+}
+
+/// The first pass of parameters of one dtype, the only one without kl_clip.
+template <class T>
+void launch_step(const Plan& plan, DType dtype, const Shared& shared, const Stream& stream) {
+  using A = Accumulator<T>;
+  constexpr size_t kBytes = sizeof(AlongMemory);
+  const auto blocks_of = [](const Item& item) {
+    return divide_up<int64_t>(item.entry.rows * item.entry.n, kThreads);
+  };
+  launch_table<JoinedEntry>(
+      plan, form_moments<T>, kThreads, 0, shared, stream,
+      [=](const Item& item) { return item.dtype == dtype && item.way == Way::slabs; }, blocks_of);
+  launch_products<T, A>(plan, dtype, accumulation_dtype(dtype), shared, stream);
+  if constexpr (std::is_same_v<A, float>) {
+    launch_products<T, __nv_bfloat16>(plan, dtype, DType::bfloat16, shared, stream);
+  }
+  launch_table<Entry>(
+      plan, add_columns<A>, kThreads, 0, shared, stream,
+      [=](const Item& item) { return item.dtype == dtype && item.parts >= 0; }, blocks_of);
+  launch_table<JoinedEntry>(
+      plan, step_along<T>, kThreads, kBytes, shared, stream,
+      [=](const Item& item) { return item.dtype == dtype && (item.way == Way::slabs || item.way == Way::along); },
+      tiles_of);
+}
+
+/// The second pass.
+template <class T>
+void launch_descend(const Plan& plan, DType dtype, const Shared& shared, const Stream& stream) {
+  const auto on = [&](bool flat) {
+    return [=](const Item& item) { return item.dtype == dtype && item.flat == flat; };
+  };
+  const auto chunks_of = [](const Item& item) { return chunks(item.entry.rows * item.entry.columns); };
+  launch_table<Entry>(plan, descend<T, Entry>, kThreads, 0, shared, stream, on(true), chunks_of);
+  launch_table<JoinedEntry>(plan, descend<T, JoinedEntry>, kThreads, 0, shared, stream, on(false), chunks_of);
+}
+
+/// Calls f(Type<T>(), dtype) for the dtypes that there are.
+template <class F>
+void for_dtypes(const Plan& plan, const F& f) {
+  for (const DType dtype : {DType::float32, DType::bfloat16, DType::float16, DType::float64}) {
+    if (plan.has(dtype)) for_type(dtype, [&](auto type) { f(type, dtype); });
+  }
+}
+
+}  // namespace
+
+void mbf_step_(const MbfStep& step, const Stream& stream) {
+  Plan plan(step);
+  const DeviceGuard guard(stream);
+  const Scratch scratch(stream, plan.bytes);
+  char* const memory = scratch.as<char>();
+  plan.place(memory);
+  auto* const coefficients = reinterpret_cast<Coefficients*>(memory);
+  const auto first_blocks = static_cast<unsigned>(divide_up<int64_t>(step.skipped_count + 1, kThreads));
+  launch(kName, prepare, first_blocks, kThreads, 0, stream,
+         Start{step.gradient_scale, step.lr, step.momentum, step.weight_decay, step.decay, step.skipped,
+               step.skipped_count, step.scale, coefficients});
+  const Shared shared{coefficients};
+  for_dtypes(plan, [&](auto type, DType dtype) {
+    launch_step<typename decltype(type)::type>(plan, dtype, shared, stream);
+  });
+  if (step.kl_clip == 0) return;
+  launch(kName, find_scale, 1, kClipThreads, sizeof(double[kClipThreads / kWarp]), stream,
+         Clip{plan.first_sum(memory), plan.sums, step.kl_clip, coefficients, step.scale});
+  for_dtypes(plan, [&](auto type, DType dtype) {
+    launch_descend<typename decltype(type)::type>(plan, dtype, shared, stream);
+  });
+}
+
+}  // namespace fisher_kernels::cuda
