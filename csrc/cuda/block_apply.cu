@@ -19,11 +19,10 @@ struct Traits {
   static constexpr int kWarps = kThreads / kWarp;
 
   // Rows of up to kLongest numbers go through shared memory, about kStaged numbers at a time.
-  static constexpr int kLongest = 64;
-  static constexpr int kStaged = 4096;
+  static constexpr int kLongest = 256 / sizeof(A);
+  static constexpr int kStaged = 16 * 1024 / sizeof(A);
   // Of longer rows, a warp reads so many of one block side by side, and their vector once.
   static constexpr int kRows = 4;
-  static_assert(kStaged / kLongest <= kThreads);
 };
 
 template <class A>

@@ -39,7 +39,8 @@ struct Traits {
   static constexpr int kPitch = (kPart / kVector | 1) * kVector;
   static constexpr int kLine = kColumns * kPitch + kVector;  // and one number more: of a right-hand side
 
-  static_assert(kTurns * kColumns == kSize && kDeal * kRows == kColumns && kWarp % kLanes == 0);
+  static_assert(kTurns * kColumns == kSize && kDeal * kRows == kColumns && kThreads % kLanes == 0);
+  static_assert(kWarp % kLanes == 0 || kLanes == kThreads, "lanes are of a warp, or all of the CTA");
   static_assert(kLanes == 1 || kColumns % 2 == 0, "lines take turns");
 };
 
@@ -214,6 +215,15 @@ struct Tile {
   int grid_row;
   int grid_column;
 
+  /// The lanes of a block wait for each other, and see what the others wrote.
+  static __device__ void meet() {
+    if constexpr (Traits::kLanes > kWarp) {
+      __syncthreads();
+    } else {
+      __syncwarp();
+    }
+  }
+
   /// Reads the lower triangle alone. The diagonal is damped.
   __device__ Tile(const A* block, int pitch, A damping, A* line_, int n_) : line(line_), n(n_) {
     const int lane = threadIdx.x % Traits::kLanes;
@@ -286,7 +296,7 @@ struct Tile {
       }
       if (kSolve && has_row) to[Traits::kColumns * Traits::kPitch] = x[deal][turn];
     }
-    __syncwarp();
+    meet();
     const A pivot = to[in_turn * Traits::kPitch + turn], reciprocal = 1 / pivot;
     Pack<A, kPart> c[kDeal], r = load_pack<kPart>(to + grid_column * Traits::kPitch);
 #pragma unroll
@@ -331,9 +341,13 @@ struct Tile {
 
   /// Whether no lane of this block has a taint.
   __device__ bool is_clean(A taint) const {
-    const unsigned tainted = __ballot_sync(kAllLanes, taint != 0);
-    const unsigned first = threadIdx.x % kWarp / Traits::kLanes * Traits::kLanes;
-    return (tainted >> first & kAllLanes >> (kWarp - Traits::kLanes)) == 0;
+    if constexpr (Traits::kLanes > kWarp) {
+      return __syncthreads_or(taint != 0) == 0;
+    } else {
+      const unsigned tainted = __ballot_sync(kAllLanes, taint != 0);
+      const unsigned first = threadIdx.x % kWarp / Traits::kLanes * Traits::kLanes;
+      return (tainted >> first & kAllLanes >> (kWarp - Traits::kLanes)) == 0;
+    }
   }
 
   /// Writes the inverse, or NaN in place of it, both triangles from the lower one. Returns whether it is of use.
@@ -378,7 +392,7 @@ __device__ bool invert(typename Traits::A* block, int pitch, typename Traits::A*
   } else {
     Tile<Traits, false> tile(block, pitch, p.damping, line, p.n);
     good = tile.sweep() && good;
-    __syncwarp();  // all have read the block
+    tile.meet();  // all have read the block
     return tile.store(block, pitch, good);
   }
 }
@@ -393,7 +407,7 @@ __device__ bool solve(const typename Traits::A* block, int pitch, typename Trait
     Tile<Traits, true> tile(block, pitch, p.damping, line, p.n);
     tile.load_rhs(rhs);
     good = tile.sweep() && good;
-    __syncwarp();  // all have read the right-hand side
+    tile.meet();  // all have read the right-hand side
     return tile.store_solution(rhs, good);
   }
 }
@@ -455,13 +469,14 @@ void for_class(int64_t n, F&& f) {
     if (n <= 40) return f(Type<Traits<A, 40, 4, 8>>());
     if (n <= 48) return f(Type<Traits<A, 48, 4, 8>>());
     if (n <= 56) return f(Type<Traits<A, 56, 4, 8>>());
+    return f(Type<Traits<A, kLargest, 4, 8>>());
   } else {
     if (n <= 9) return f(Type<Traits<A, 9, 1, 1>>());
     if (n <= 16) return f(Type<Traits<A, 16, 2, 2>>());
     if (n <= 32) return f(Type<Traits<A, 32, 4, 4>>());
-    if (n <= 48) return f(Type<Traits<A, 48, 4, 8>>());
+    if (n <= 48) return f(Type<Traits<A, 48, 8, 8>>());
+    return f(Type<Traits<A, kLargest, 8, 8>>());
   }
-  f(Type<Traits<A, kLargest, 4, 8>>());
 }
 
 template <bool kSolve, class Arguments>
