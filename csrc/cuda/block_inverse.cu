@@ -77,9 +77,10 @@ struct MarkBad {
 #pragma unroll
     for (int i = 0; i < N; ++i) taint += pack.at[i] * A(0);
     if (taint == 0) return;
-    for (int i = 0; i < N; ++i) {
-      if (!is_finite(pack.at[i])) bad[(first + i) / size] = 1;  // whoever writes, writes 1
-    }
+    unsigned which = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) which |= is_finite(pack.at[i]) ? 0u : 1u << i;
+    for (; which != 0; which &= which - 1) bad[(first + __ffs(which) - 1) / size] = 1;  // whoever writes, writes 1
   }
 };
 
@@ -211,6 +212,8 @@ struct Tile {
   A a[kDeal][kTurns][kTurns];
   A x[kDeal][kTurns];  // the right-hand side, the same in all columns of the grid
   A* line;             // of two, in shared memory
+  A* of_rows;          // what is of this lane's rows in a line
+  A* of_columns;       // likewise
   int n;
   int grid_row;
   int grid_column;
@@ -229,6 +232,8 @@ struct Tile {
     const int lane = threadIdx.x % Traits::kLanes;
     grid_row = lane / Traits::kColumns;
     grid_column = lane % Traits::kColumns;
+    of_rows = line + grid_row * kDeal * Traits::kPitch;
+    of_columns = line + grid_column * Traits::kPitch;
     for_all([&](A& entry, int i, int j, bool lower) {
       entry = lower ? block[i * pitch + j] : block[j * pitch + i];
       if (i == j) entry += damping;
@@ -285,22 +290,24 @@ struct Tile {
   __device__ bool sweep(int turn, int q, int deal) {
     const int in_turn = q * kDeal + deal;  // the grid column of the pivot
     const bool has_row = grid_row == q, has_column = grid_column == in_turn;
-    A* const to = line + in_turn % 2 * Traits::kLine;
+    const int turned = in_turn % 2 * Traits::kLine;
+    A* const of_rhs = line + turned + Traits::kColumns * Traits::kPitch;
     if (has_column) {
 #pragma unroll
       for (int e = 0; e < kDeal; ++e) {
         Pack<A, kPart> part;
 #pragma unroll
         for (int s = 0; s < kPart; ++s) part.at[s] = s < kTurns ? a[e][s < kTurns ? s : 0][turn] : A(0);
-        store_pack(to + (grid_row * kDeal + e) * Traits::kPitch, part);
+        store_pack(of_rows + turned + e * Traits::kPitch, part);
       }
-      if (kSolve && has_row) to[Traits::kColumns * Traits::kPitch] = x[deal][turn];
+      if (kSolve && has_row) *of_rhs = x[deal][turn];
     }
     meet();
-    const A pivot = to[in_turn * Traits::kPitch + turn], reciprocal = 1 / pivot;
-    Pack<A, kPart> c[kDeal], r = load_pack<kPart>(to + grid_column * Traits::kPitch);
+    const A pivot = line[turned + in_turn * Traits::kPitch + turn];
+    Pack<A, kPart> c[kDeal], r = load_pack<kPart>(of_columns + turned);
 #pragma unroll
-    for (int e = 0; e < kDeal; ++e) c[e] = load_pack<kPart>(to + (grid_row * kDeal + e) * Traits::kPitch);
+    for (int e = 0; e < kDeal; ++e) c[e] = load_pack<kPart>(of_rows + turned + e * Traits::kPitch);
+    const A reciprocal = 1 / pivot;
 #pragma unroll
     for (int t = 0; t < kTurns; ++t) r.at[t] *= reciprocal;
     // What stands in row and column of the pivot is replaced, by the same subtraction.
@@ -329,7 +336,7 @@ struct Tile {
       }
     }
     if (kSolve) {
-      const A of_x = to[Traits::kColumns * Traits::kPitch] * reciprocal;
+      const A of_x = *of_rhs * reciprocal;
 #pragma unroll
       for (int e = 0; e < kDeal; ++e) {
 #pragma unroll
