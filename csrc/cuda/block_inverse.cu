@@ -235,17 +235,21 @@ struct Tile {
     of_rows = line + grid_row * kDeal * Traits::kPitch;
     of_columns = line + grid_column * Traits::kPitch;
     for_all([&](A& entry, int i, int j, bool lower) {
+      entry = 0;
+      if (!is_inside(i, j)) return;
       entry = lower ? block[i * pitch + j] : block[j * pitch + i];
       if (i == j) entry += damping;
-    }, true);
+    });
   }
 
   __device__ int row(int deal, int turn) const { return turn * Traits::kColumns + grid_row * kDeal + deal; }
   __device__ int column(int turn) const { return turn * Traits::kColumns + grid_column; }
 
-  /// Calls body(entry, i, j, i >= j) for all entries of the block; what lies behind it is cleared, if that is asked for.
+  __device__ bool is_inside(int i, int j) const { return i < n && j < n; }
+
+  /// Calls body(entry, i, j, i >= j) for all entries, in the block or behind its end.
   template <class Body>
-  __device__ void for_all(Body body, bool clear = false) {
+  __device__ void for_all(Body body) {
 #pragma unroll
     for (int e = 0; e < kDeal; ++e) {
 #pragma unroll
@@ -253,8 +257,7 @@ struct Tile {
 #pragma unroll
         for (int t = 0; t < kTurns; ++t) {
           const int i = row(e, s), j = column(t);
-          if (clear) a[e][s][t] = 0;
-          if (i < n && j < n) body(a[e][s][t], i, j, s == t ? i >= j : s > t);
+          body(a[e][s][t], i, j, s == t ? i >= j : s > t);
         }
       }
     }
@@ -360,11 +363,11 @@ struct Tile {
   /// Writes the inverse, or NaN in place of it, both triangles from the lower one. Returns whether it is of use.
   __device__ bool store(A* block, int pitch, bool good) {
     A taint = 0;
-    for_all([&](A& entry, int, int, bool lower) { taint += lower ? entry * A(0) : A(0); });
+    for_all([&](A& entry, int i, int j, bool lower) { taint += lower && is_inside(i, j) ? entry * A(0) : A(0); });
     good = is_clean(taint) && good;
     const A nan = static_cast<A>(NAN);
     for_all([&](A& entry, int i, int j, bool lower) {
-      if (lower) block[i * pitch + j] = block[j * pitch + i] = good ? 0 - entry : nan;
+      if (lower && is_inside(i, j)) block[i * pitch + j] = block[j * pitch + i] = good ? 0 - entry : nan;
     });
     return good;
   }
