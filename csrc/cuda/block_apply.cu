@@ -2,9 +2,9 @@
 #include "reduce.cuh"
 #include "staging.cuh"
 
-// Products of many small matrices with a vector each: n^2 + 2 n numbers a block for 2 n^2 operations, so all that counts
-// is to read the matrices once and well. A row is added up by one thread from shared memory, or by one warp where rows
-// are long; its order depends on n alone, never on where a row lies.
+// Products of many small matrices with a vector each: n^2 + 2 n numbers a block for 2 n^2 operations, so what counts is
+// to read the matrices once and well. A row is added up by one thread from shared memory, or by one warp where rows are
+// long; the order of its sum depends on n alone, never on where a row lies.
 namespace fisher_kernels::cuda {
 
 namespace {

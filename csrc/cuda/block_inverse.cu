@@ -16,8 +16,8 @@ namespace {
 
 constexpr int kLargest = 64;
 
-/// A size class: blocks of up to `kSize` rows, n being a number at run time, and each block on a grid of lanes. Rows and
-/// columns are dealt to the grid in turns, as cards are, so that all lanes have work until the end:
+/// A size class: blocks of up to `kSize` rows, n being a number at run time, and each block on a grid of lanes. Rows
+/// and columns are dealt to the grid in turns, as cards are, so that each lane has its share of the block:
 /// - column j to grid column j % kColumns, as number j / kColumns of its `kTurns`;
 /// - row i to grid row (i % kColumns) / kDeal, `kDeal` neighbours at each turn.
 template <class A_, int kSize_, int kGridRows, int kGridColumns>
@@ -271,7 +271,7 @@ struct Tile {
     }
   }
 
-  /// Sweeps over all pivots, turn by turn, so that the registers of each are known. Returns whether all pivots are good.
+  /// Sweeps over all pivots, turn by turn, so that the registers of each are known. Returns whether all are good.
   __device__ bool sweep() {
     bool good = true;
 #pragma unroll
@@ -292,7 +292,8 @@ struct Tile {
   /// after they had read it.
   __device__ bool sweep(int turn, int q, int deal) {
     const int in_turn = q * kDeal + deal;  // the grid column of the pivot
-    const bool has_row = grid_row == q, has_column = grid_column == in_turn;
+    const A* const of_pivot = line + in_turn * Traits::kPitch;
+    const bool has_row = of_rows == line + q * kDeal * Traits::kPitch, has_column = of_columns == of_pivot;
     const int turned = in_turn % 2 * Traits::kLine;
     A* const of_rhs = line + turned + Traits::kColumns * Traits::kPitch;
     if (has_column) {
@@ -306,7 +307,7 @@ struct Tile {
       if (kSolve && has_row) *of_rhs = x[deal][turn];
     }
     meet();
-    const A pivot = line[turned + in_turn * Traits::kPitch + turn];
+    const A pivot = of_pivot[turned + turn];
     Pack<A, kPart> c[kDeal], r = load_pack<kPart>(of_columns + turned);
 #pragma unroll
     for (int e = 0; e < kDeal; ++e) c[e] = load_pack<kPart>(of_rows + turned + e * Traits::kPitch);

@@ -23,7 +23,9 @@ struct Rows {
         inverse(pad == 0 ? 0 : 0xffffffffu / static_cast<uint32_t>(length) + 1) {}
 
   /// Elements of shared memory that so many whole rows need, wherever the run begins.
-  size_t room(int64_t count) const { return static_cast<size_t>(count * (length + pad) + 2 * kVector) / kVector * kVector; }
+  size_t room(int64_t count) const {
+    return static_cast<size_t>(count * (length + pad) + 2 * kVector) / kVector * kVector;
+  }
 
   __device__ int pitch() const { return length + pad; }
 
