@@ -157,12 +157,12 @@ void apply(const BlockApply& b, const Stream& stream) {
   A* const out = static_cast<A*>(b.out);
   if (b.n <= Traits::kLongest) {
     const ShortRows<A> p(Shape<A>{blocks, vectors, out, b.count * b.n, static_cast<int32_t>(b.n)});
-    launch(kName, short_rows_kernel<Traits>, divide_up<int64_t>(p.rows, p.rows_at_once), Traits::kThreads,
-           p.shared_bytes(), stream, p);
+    launch(kName, short_rows_kernel<Traits>, static_cast<unsigned>(divide_up<int64_t>(p.rows, p.rows_at_once)),
+           Traits::kThreads, p.shared_bytes(), stream, p);
   } else {
     const int64_t warps_of_block = divide_up<int64_t>(b.n, Traits::kRows), warps = b.count * warps_of_block;
-    launch(kName, long_rows_kernel<Traits>, divide_up<int64_t>(warps, Traits::kWarps), Traits::kThreads, 0, stream,
-           LongRows<A>{blocks, vectors, out, warps, warps_of_block, b.n});
+    launch(kName, long_rows_kernel<Traits>, static_cast<unsigned>(divide_up<int64_t>(warps, Traits::kWarps)),
+           Traits::kThreads, 0, stream, LongRows<A>{blocks, vectors, out, warps, warps_of_block, b.n});
   }
 }
 
