@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fisher_kernels import use_backend
-from fisher_kernels._library import native_module
+from fisher_kernels._library import CUDA, native_module
+from fisher_kernels.backends import available
 from fisher_kernels.ops import block_apply, block_inverse, block_inverse_, block_solve
 from tests.cases import LAYOUTS, WRITABLE_LAYOUTS, integers, random, unaligned
 from tests.cases.block_inverse import COUNTS, INTERPRETED_COUNTS, SIZES, blocks, conditioned
@@ -49,6 +50,13 @@ def check_inverse(actual: Tensor, a: Tensor, damping: float, what: str = "") -> 
     assert_same_bits(actual, actual.mT, f"{what}: the mirror image")
 
 
+def check_solution(actual: Tensor, a: Tensor, damping: float, rhs: Tensor, what: str = "") -> None:
+    exact = damped(a, damping)
+    size = torch.linalg.matrix_norm(torch.linalg.inv(exact), 2) * rhs.double().norm(dim=1)
+    bound = (relative_rounding(exact, a.dtype) * size)[:, None]
+    assert_within(actual, torch.linalg.solve(exact, rhs.double()), bound, f"{what}: the solution")
+
+
 def counts(implementation: str, n: int) -> tuple[int, ...]:
     if implementation != "triton":
         return COUNTS
@@ -78,10 +86,7 @@ def test_inverse_and_solution(implementation: str, n: int, dtype: torch.dtype) -
         assert_same_bits(solved, good(count))
         assert x.is_contiguous()
         if count:
-            exact = damped(a, 0.1)
-            expected = torch.linalg.solve(exact, rhs.double())
-            size = torch.linalg.matrix_norm(torch.linalg.inv(exact), 2) * rhs.double().norm(dim=1)
-            assert_within(x, expected, (relative_rounding(exact, dtype) * size)[:, None], "the solution")
+            check_solution(x, a, 0.1, rhs, f"{count} blocks")
         assert_same_bits(a, before, "the input")
 
 
@@ -90,10 +95,13 @@ def test_every_size_in_lanes(implementation: str, dtype: torch.dtype) -> None:
     # On Triton's slow interpreter some of those that are not among SIZES.
     count, sizes = (2, range(10, 65, 4)) if implementation == "triton" else (17, range(1, 65))
     for n in sizes:
-        a = blocks(count, n, dtype)
+        a, rhs = blocks(count, n, dtype), random((count, n), dtype, 1)
         inverse, info = block_inverse(a, 0.1)
         assert_same_bits(info, good(count))
         check_inverse(inverse, a, 0.1, f"n = {n}")
+        x, solved = block_solve(a, 0.1, rhs)
+        assert_same_bits(solved, good(count))
+        check_solution(x, a, 0.1, rhs, f"n = {n}")
 
 
 @each_dtype
@@ -188,6 +196,56 @@ def test_into_every_layout(implementation: str, n: int, dtype: torch.dtype) -> N
         expected, _ = block_inverse(a, 0.1)
         assert_same_bits(out[info == 0], expected[info == 0], name)
         assert_same_bits(surroundings(out), around, f"{name}: the memory around the result")
+
+
+def begun_at(offset: int, x: Tensor) -> Tensor:
+    """In row-major order, so many elements into an allocation."""
+    around = torch.full((x.numel() + 8,), 7.0, dtype=x.dtype)
+    return around[offset : offset + x.numel()].view(x.shape).copy_(x)
+
+
+@each_dtype
+@pytest.mark.parametrize("n", [1, 2, 4, 6, 8, 9, 11, 16, 25, 32, 33, 48, 49, 64, 65, 130])
+def test_any_alignment_changes_no_bit(implementation: str, n: int, dtype: torch.dtype) -> None:
+    """Nor do bad blocks, where only some of what was moved together is written."""
+    if not implementation.startswith(("cpu", "cuda")):
+        pytest.skip("none of the other kernels moves 16 bytes at a time by itself")
+    count = 5000 if n == 1 else 70 if n <= 9 else 9  # more than are worked on together
+    a, v = blocks(count, n, dtype), random((count, n), dtype, 1)
+    a[1, 0, -1], a[-1, -1, -1] = math.nan, -1.0
+    before = random(a.shape, dtype, 2)
+    inverse, info = block_inverse(a, 0.1)
+    assert info.nonzero().flatten().tolist() == [1, count - 1]
+    (x, _), product = block_solve(a, 0.1, v), block_apply(before, v)
+    kept = torch.where(info[:, None, None] != 0, before, inverse)
+    for offset in (0, 1, 2, 3):
+        b, w = begun_at(offset, a), begun_at(offset, v)
+        assert_same_bits(block_inverse(b, 0.1)[0], inverse)
+        for other in {0, 1, offset}:
+            assert_same_bits(block_solve(b, 0.1, begun_at(other, v))[0], x)
+            assert_same_bits(block_apply(begun_at(other, before), w), product)
+            out = begun_at(other, before)
+            around = surroundings(out)
+            assert_same_bits(block_inverse_(out, b, 0.1), info)
+            assert_same_bits(out, kept)
+            assert_same_bits(surroundings(out), around, "the memory around the result")
+
+
+@each_dtype
+@pytest.mark.parametrize("n", [3, 8, 9, 16, 25, 49, 64])
+def test_cuda_kernels_invert_in_place(n: int, dtype: torch.dtype) -> None:
+    """What no op asks for, and other kernels do."""
+    if "cuda" not in available():
+        pytest.skip("needs CUDA kernels")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    a = blocks(70, n, dtype).to(device)
+    a[3, 0, 0] = math.nan
+    info = torch.empty(70, dtype=torch.int64, device=device)
+    with use_backend("cuda"):
+        expected, expected_info = block_inverse(a, 0.1)
+    CUDA.kernels.block_inverse(a, 0.1, a, info, CUDA.place(device))
+    assert_same_bits(a.cpu(), expected.cpu())
+    assert_same_bits(info.cpu(), expected_info.cpu())
 
 
 # Bad blocks.

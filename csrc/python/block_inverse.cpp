@@ -25,7 +25,7 @@ void invert(const Call& call, py::handle blocks_object, double damping, py::hand
 
   const py::gil_scoped_release release;
   run(call, BlockInverse{blocks.data, out.data, info, damping, count, n, blocks.dtype, keep_bad, call.place.threads},
-      FISHER_KERNELS_CPU_ONLY(block_inverse));
+      FISHER_KERNELS_VARIANTS(block_inverse));
 }
 
 }  // namespace
@@ -50,7 +50,7 @@ void block_solve(py::handle blocks_object, double damping, py::handle rhs_object
 
   const py::gil_scoped_release release;
   run(call, BlockSolve{blocks.data, rhs.data, out.data, info, damping, count, n, blocks.dtype, call.place.threads},
-      FISHER_KERNELS_CPU_ONLY(block_solve));
+      FISHER_KERNELS_VARIANTS(block_solve));
 }
 
 void block_apply(py::handle inverse_object, py::handle vectors_object, py::handle out_object, const Place& place) {
@@ -62,7 +62,7 @@ void block_apply(py::handle inverse_object, py::handle vectors_object, py::handl
 
   const py::gil_scoped_release release;
   run(call, BlockApply{inverse.data, vectors.data, out.data, count, n, inverse.dtype, call.place.threads},
-      FISHER_KERNELS_CPU_ONLY(block_apply));
+      FISHER_KERNELS_VARIANTS(block_apply));
 }
 
 }  // namespace fisher_kernels
