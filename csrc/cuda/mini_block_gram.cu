@@ -285,7 +285,7 @@ __global__ void __launch_bounds__(Traits::kThreads) small_kernel(const __grid_co
   write_blocks(params, group, memory);
 }
 
-/// Adds shares up in order, as the other kernel does where it has them all.
+/// Adds shares up in order, as the other kernel does where it has them all. Knows v by the type of its sums only.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads) small_shares_kernel(const __grid_constant__ Params params) {
   using A = typename Traits::A;
@@ -333,8 +333,9 @@ void small_blocks(const MiniBlockGram& a, const Stream& stream) {
   launch(kName, small_kernel<Traits>, dim3(static_cast<unsigned>(groups), apart ? params.shares : 1), Traits::kThreads,
          sizeof(Memory<Traits>), stream, params);
   if (!apart) return;
-  launch(kName, small_shares_kernel<Traits>, dim3(static_cast<unsigned>(groups)), Traits::kThreads,
-         sizeof(Memory<Traits>), stream, params);
+  using Wide = cuda::Traits<A, Traits::kEdge, Traits::kPart>;
+  launch(kName, small_shares_kernel<Wide>, dim3(static_cast<unsigned>(groups)), Wide::kThreads, sizeof(Memory<Wide>),
+         stream, params);
 }
 
 /// Blocks as Gram matrices of their own: sums of runs in order, whether or not they are apart.
