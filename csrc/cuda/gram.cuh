@@ -66,7 +66,8 @@ struct GramTraits {
   static constexpr int kPiece = kVectorBytes / sizeof(A);   // numbers of shared memory likewise
   static constexpr int kPieces = kPer / kPiece;
   static constexpr int kSums = kPer * kPer;
-  static constexpr int kUnroll = kTile == 128 && sizeof(T) == 2 ? 1 : kPer == 8 ? 2 : 4;  // rows of a slab: more takes registers that blocks are to have
+  // Rows of a slab that are multiplied at once: more take registers that other blocks are to have.
+  static constexpr int kUnroll = kTile == 128 && sizeof(T) == 2 ? 1 : kPer == 8 ? 2 : 4;
   // A warp's lanes are 4 x 8, so that eight that are read together find each bank once.
   static constexpr int kLanesAcross = 8;
   static constexpr int kLanesDown = kWarp / kLanesAcross;
@@ -375,7 +376,8 @@ __global__ void __launch_bounds__(Traits::kThreads) add_shares_kernel(const __gr
   auto& memory = shared_memory<typename Traits::Memory>();
   const int64_t matrix = blockIdx.x / gram.tiles;
   const TilePlace place = tile_of_triangle(blockIdx.x % gram.tiles);
-  const int part_row = blockIdx.y / (kTile / kColumns) * kRows, part_column = blockIdx.y % (kTile / kColumns) * kColumns;
+  const int part_row = blockIdx.y / (kTile / kColumns) * kRows;
+  const int part_column = blockIdx.y % (kTile / kColumns) * kColumns;
   const int64_t row = static_cast<int64_t>(place.row) * kTile + part_row;
   const int64_t column = static_cast<int64_t>(place.column) * kTile + part_column;
   const int group = threadIdx.x / Traits::kThreadsOfGroup, thread = threadIdx.x % Traits::kThreadsOfGroup;
@@ -434,7 +436,8 @@ void launch_gram(const char* name, Gram gram, const Stream& stream) {
   const int64_t blocks = gram.matrices * gram.tiles;
   const Scratch partials(stream, apart ? gram.shares * blocks * (Traits::kTile * Traits::kTile) * sizeof(A) : 0);
   gram.partials = apart ? partials.as<void>() : nullptr;
-  const auto kernel = has_packs<typename Traits::T>(gram) ? gram_kernel<Traits, Traits::kVector> : gram_kernel<Traits, 1>;
+  const auto kernel =
+      has_packs<typename Traits::T>(gram) ? gram_kernel<Traits, Traits::kVector> : gram_kernel<Traits, 1>;
   launch(name, kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(gram.shares)), Traits::kThreads,
          sizeof(GramMemory<Traits>), stream, gram);
   if (!apart) return;

@@ -5,9 +5,9 @@
 // Gram matrices of many small blocks. Up to 49 numbers a block, 7 x 7 convolutions, the one read of v is what counts:
 // S B n numbers for S B n (n + 1) / 2 multiply-adds.
 //
-// A warp copies some neighbouring blocks of a sample, as they lie in memory, to shared memory, several samples ahead and
-// without registers, 16 bytes at a time. One lane has all sums of a block up to n = 9; beyond, the lower triangle is cut
-// into 3, 15 or 28 tiles of one lane each. The warps of a thread block have the same blocks and share the samples.
+// A warp copies some neighbouring blocks of a sample, as they lie in memory, to shared memory, several samples ahead
+// and without registers, 16 bytes at a time. One lane has all sums of a block up to n = 12; beyond, the lower triangle is
+// cut into 10, 15 or 28 tiles of one lane each. The warps of a thread block have the same blocks and share the samples.
 // Larger blocks are matrix products.
 //
 // Which samples are summed together follows from their number and n alone, so that a block's result does not depend on
@@ -19,12 +19,13 @@ namespace {
 
 constexpr const char* kName = "mini_block_gram_";
 
-constexpr int64_t kShare = 256;         // samples, but
-constexpr int64_t kMostShares = 64;     // shares are longer where there would be more
-constexpr int64_t kManyBlocks = 264;    // thread blocks that keep a GPU busy, two a multiprocessor: below, shares are apart
+constexpr int64_t kShare = 256;       // samples, but
+constexpr int64_t kMostShares = 64;   // shares are longer where there would be more
+constexpr int64_t kManyGroups = 264;  // that keep a GPU busy, two a multiprocessor: below, shares are apart
 
 struct Params {
   const void* v;
+  const void* end;  // of v
   void* out;
   void* partials;  // [shares, groups, kSums, lanes] or null where shares are added at once
   int64_t samples;
@@ -63,7 +64,6 @@ struct Traits {
   static constexpr int kVector = kVectorBytes / sizeof(T);  // numbers of v copied at once
   // Neighbouring blocks of a sample begin anywhere within 16 bytes.
   static constexpr int kStage = (kBlocks * kMost + 2 * kVector - 1) / kVector * kVector;
-  static constexpr int kUnroll = 8;              // shares whose loads are under way together
   static constexpr bool kIsTriangle = kEdge == 1;  // a lane's tile is on the diagonal
   static_assert(kLanes <= kWarp && (kWarps & (kWarps - 1)) == 0 && (kStages & (kStages - 1)) == 0);
   static_assert(kMost * kMost < 1 << 12 && kBlocks * kMost * kMost < 1 << 16);
@@ -154,26 +154,26 @@ __device__ int shift_of(const T* from) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(from) % kVectorBytes / sizeof(T));
 }
 
-/// Begins the copy of neighbours to a stage, where they lie within 16 bytes as they did.
+/// Begins the copy of neighbours to a stage, where they lie within 16 bytes as they did. Around them, other parts of v
+/// are copied too, so that all copies are 16 bytes; but nothing from before its begin or behind its end.
 template <class Traits>
-__device__ void copy_to_stage(const typename Traits::T* from, int size, typename Traits::T* stage) {
+__device__ void copy_to_stage(const Params& params, const typename Traits::T* from, int size,
+                              typename Traits::T* stage) {
   using T = typename Traits::T;
   constexpr int kVector = Traits::kVector;
+  const T* const begin = static_cast<const T*>(params.v);
+  const T* const end = static_cast<const T*>(params.end);
   const int shift = shift_of(from);
-#pragma unroll 2
-  for (int first = static_cast<int>(threadIdx.x) % kWarp * kVector - shift; first < size; first += kWarp * kVector) {
-    if (first >= 0 && first + kVector <= size) {
-      copy_async<kVectorBytes>(stage + shift + first, from + first);
+  from -= shift;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x) % kWarp * kVector; i < shift + size; i += kWarp * kVector) {
+    if (begin <= from + i && from + i + kVector <= end) {
+      copy_async<kVectorBytes>(stage + i, from + i);
       continue;
     }
-    const int end = first + kVector < size ? first + kVector : size;
 #pragma unroll 1
-    for (int i = first < 0 ? 0 : first; i < end; ++i) {
-      if constexpr (sizeof(T) >= 4) {
-        copy_async<sizeof(T)>(stage + shift + i, from + i);
-      } else {
-        stage[shift + i] = from[i];
-      }
+    for (int k = i; k < i + kVector; ++k) {
+      if (begin <= from + k && from + k < end) stage[k] = from[k];
     }
   }
 }
@@ -205,13 +205,14 @@ __device__ void sum_share(const Params& params, const Group<Traits>& group, int6
   const int count = (samples - warp + Traits::kWarps - 1) / Traits::kWarps;
   const int64_t step = Traits::kWarps * params.sample_stride;
   const T* from = static_cast<const T*>(params.v) + (first + warp) * params.sample_stride + group.first * params.size;
-  const T* ahead = from;
+  int shift = shift_of(from);
+  const auto step_shift = static_cast<int>(step % Traits::kVector);
   auto& stages = memory.stages[warp];
   const int row = group.block * params.size + group.row, column = group.block * params.size + group.column;
   const auto copy = [&](int k) {
-    if (k < count) copy_to_stage<Traits>(ahead, size, stages[k % kStages]);
+    if (k < count) copy_to_stage<Traits>(params, from, size, stages[k % kStages]);
     end_copies();
-    ahead += step;
+    from += step;
   };
   sums.clear();
 #pragma unroll 1
@@ -220,9 +221,9 @@ __device__ void sum_share(const Params& params, const Group<Traits>& group, int6
     wait_for_copies<kStages - 2>();
     __syncwarp();  // what the other lanes copied is there too, and they are done with the stage that is next
     copy(k + kStages - 1);
-    const T* const stage = stages[k % kStages] + shift_of(from);
+    const T* const stage = stages[k % kStages] + shift;
     sums.add_products(stage + row, stage + column);
-    from += step;
+    shift = (shift + step_shift) % Traits::kVector;
   }
   fold(memory, sums);
 }
@@ -299,7 +300,7 @@ __global__ void __launch_bounds__(Traits::kThreads) small_shares_kernel(const __
     if (place < 0) continue;
     const A* from = partials[k] + threadIdx.x % kWarp;
     A total = *from;
-#pragma unroll Traits::kUnroll
+#pragma unroll 8  // loads under way together
     for (int64_t share = 1; share < params.shares; ++share) total += from[share * size * kWarp];
     memory.blocks[place] = total;
   }
@@ -316,6 +317,8 @@ void small_blocks(const MiniBlockGram& a, const Stream& stream) {
   if (groups > kMostGroups) throw std::runtime_error(std::string(kName) + ": the result has too many blocks");
   Params params{};
   params.v = a.v;
+  params.end = static_cast<const typename Traits::T*>(a.v) +
+               (a.samples > 0 ? (a.samples - 1) * a.sample_stride + a.blocks * a.size : 0);
   params.out = a.out;
   params.samples = a.samples;
   params.sample_stride = a.sample_stride;
@@ -327,7 +330,7 @@ void small_blocks(const MiniBlockGram& a, const Stream& stream) {
   params.shares = divide_up(a.samples, params.share);
   params.decay = a.decay;
   params.gain = a.gain;
-  const bool apart = params.shares > 1 && groups < kManyBlocks;
+  const bool apart = params.shares > 1 && groups < kManyGroups;
   const Scratch partials(stream, apart ? params.shares * groups * Traits::kSums * kWarp * sizeof(A) : 0);
   params.partials = apart ? partials.as<void>() : nullptr;
   launch(kName, small_kernel<Traits>, dim3(static_cast<unsigned>(groups), apart ? params.shares : 1), Traits::kThreads,
@@ -374,7 +377,8 @@ void mini_block_gram_(const MiniBlockGram& a, const Stream& stream) {
     using T = typename decltype(type)::type;
     if (a.size <= 4) return small_blocks<Traits<T, 1, 4>>(a, stream);
     if (a.size <= 9) return small_blocks<Traits<T, 1, 9>>(a, stream);
-    if (a.size <= 16) return small_blocks<Traits<T, 2, 8>>(a, stream);
+    if (a.size <= 12) return small_blocks<Traits<T, 1, 12>>(a, stream);
+    if (a.size <= 16) return small_blocks<Traits<T, 4, 4>>(a, stream);
     if (a.size <= 25) return small_blocks<Traits<T, 5, 5>>(a, stream);
     if (a.size <= 49) return small_blocks<Traits<T, 7, 7>>(a, stream);
     large_blocks<T>(a, stream);
