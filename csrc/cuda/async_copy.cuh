@@ -7,15 +7,13 @@
 // Copies to shared memory that pass by the registers, so that many are under way while a warp computes.
 namespace fisher_kernels::cuda {
 
-/// Begins a copy of 4, 8 or 16 bytes between addresses that are multiples of as many.
-template <int kBytes>
+/// Begins a copy of 16 bytes between addresses that are multiples of 16.
 __device__ inline void copy_async(void* to_shared, const void* from) {
-  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
 #ifdef FISHER_KERNELS_CUDA_ON_HOST
-  std::memcpy(to_shared, from, kBytes);
+  std::memcpy(to_shared, from, 16);
 #else
   const auto to = static_cast<unsigned>(__cvta_generic_to_shared(to_shared));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 #endif
 }
 

@@ -1,4 +1,7 @@
 #include "gram.cuh"
+
+#include <algorithm>
+
 #include "kernels.h"
 
 // The weighted Gram matrix of rows: R D (D + 1) / 2 multiply-adds in float32 (float64 for float64), half of those of a
@@ -12,10 +15,9 @@ constexpr const char* kName = "weighted_gram_";
 
 constexpr int kSmall = 32, kMedium = 64, kLarge = 128;  // tiles
 constexpr int64_t kMostOfMedium = 256;  // columns: above, less is read for a product and few tiles are half empty
-constexpr int64_t kRun = 128;           // rows
-constexpr int64_t kThreadsAtOnce = 4 * 132 * 256;  // rows are shared out until there are about so many threads,
-constexpr int64_t kLeastShare = 512;               // but a share has at least so many rows (half with large tiles),
-constexpr int64_t kMostShares = 1024;              // and there are at most so many
+constexpr int64_t kRun = 128;           // rows; a share is no shorter,
+constexpr int64_t kMostShares = 1024;   // and there are no more than so many,
+constexpr int64_t kThreadsAtOnce = 4 * 132 * 256;  // nor more than make up so many threads
 
 template <class Traits>
 void weighted_gram(const WeightedGram& a, const Stream& stream) {
@@ -23,8 +25,7 @@ void weighted_gram(const WeightedGram& a, const Stream& stream) {
   // A result of few columns has many shares, and few threads to add them.
   using Add = AddTraits<typename Traits::A, Traits::kTile, 8, sizeof(typename Traits::A) == 8 ? 4 : 8>;
   const int64_t blocks = std::max<int64_t>(1, tiles_of_triangle(a.columns, Traits::kTile));
-  const int64_t least = Traits::kTile == kLarge ? kLeastShare / 2 : kLeastShare;
-  const int64_t wanted = std::min({kThreadsAtOnce / Traits::kThreads / blocks, a.rows / least, kMostShares});
+  const int64_t wanted = std::min({kThreadsAtOnce / Traits::kThreads / blocks, a.rows / kRun, kMostShares});
   const int64_t rows = divide_up(a.rows, std::max<int64_t>(1, wanted));
   Gram gram{};
   gram.x = a.x;

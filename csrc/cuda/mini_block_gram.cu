@@ -6,9 +6,12 @@
 // S B n numbers for S B n (n + 1) / 2 multiply-adds.
 //
 // A warp copies some neighbouring blocks of a sample, as they lie in memory, to shared memory, several samples ahead
-// and without registers, 16 bytes at a time. One lane has all sums of a block up to n = 12; beyond, the lower triangle is
-// cut into 10, 15 or 28 tiles of one lane each. The warps of a thread block have the same blocks and share the samples.
-// Larger blocks are matrix products.
+// and without registers, 16 bytes at a time. One lane has all sums of a block up to n = 12; beyond, the lower triangle
+// is cut into 10, 15 or 28 tiles of one lane each. The warps of a thread block have the same blocks and share the
+// samples. Larger blocks are matrix products.
+//
+// Lanes read number i of their blocks at a distance of n, which for even n meets banks of shared memory more than once:
+// that costs more than what else there is only for n = 8, where eight lanes meet, and keeps up with the memory there.
 //
 // Which samples are summed together follows from their number and n alone, so that a block's result does not depend on
 // how many others there are. Shares of the samples are added in order, either by the thread block that summed them or,
@@ -168,9 +171,10 @@ __device__ void copy_to_stage(const Params& params, const typename Traits::T* fr
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x) % kWarp * kVector; i < shift + size; i += kWarp * kVector) {
     if (begin <= from + i && from + i + kVector <= end) {
-      copy_async<kVectorBytes>(stage + i, from + i);
+      copy_async(stage + i, from + i);
       continue;
     }
+    // At the ends of v: to be seen at the barrier that waits for the copies.
 #pragma unroll 1
     for (int k = i; k < i + kVector; ++k) {
       if (begin <= from + k && from + k < end) stage[k] = from[k];
