@@ -209,8 +209,8 @@ __device__ void sum_share(const Params& params, const Group<Traits>& group, int6
   const int count = (samples - warp + Traits::kWarps - 1) / Traits::kWarps;
   const int64_t step = Traits::kWarps * params.sample_stride;
   const T* from = static_cast<const T*>(params.v) + (first + warp) * params.sample_stride + group.first * params.size;
-  int shift = shift_of(from);
-  const auto step_shift = static_cast<int>(step % Traits::kVector);
+  static_assert(Traits::kWarps % Traits::kVector == 0, "all samples of a warp begin alike within 16 bytes");
+  const int shift = shift_of(from);
   auto& stages = memory.stages[warp];
   const int row = group.block * params.size + group.row, column = group.block * params.size + group.column;
   const auto copy = [&](int k) {
@@ -227,7 +227,6 @@ __device__ void sum_share(const Params& params, const Group<Traits>& group, int6
     copy(k + kStages - 1);
     const T* const stage = stages[k % kStages] + shift;
     sums.add_products(stage + row, stage + column);
-    shift = (shift + step_shift) % Traits::kVector;
   }
   fold(memory, sums);
 }
