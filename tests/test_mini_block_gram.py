@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fisher_kernels import use_backend
 from fisher_kernels.ops import ACCUMULATOR, mini_block_gram_
-from tests.cases import DTYPES, LAYOUTS, integers, random, unaligned, zeros_without_memory
+from tests.cases import DTYPES, LAYOUTS, integers, random, sliced, unaligned, zeros_without_memory
 from tests.cases.mini_block_gram import SHAPES
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
 from tests.interpreted import by_turns, interpreted, only_program, skip_but_one_in
@@ -164,6 +164,62 @@ def test_long_sums_are_added_in_runs(implementation: str) -> None:
     mini_block_gram_(out, v)
     expected = defined(v)
     assert_within(out, expected, (32 + samples / 32) * unit_roundoff(torch.float32) * expected)
+
+
+# CUDA: lanes, tiles of a lane, and tiles of 64 x 64; shares of 256 samples, or runs of 64 of large blocks.
+
+CUDA_SHAPES = (
+    (3, 40, 10),
+    (9, 11, 15),
+    (8, 3, 24),
+    (7, 2, 26),
+    (5, 2, 48),
+    (4, 3, 50),
+    (65, 2, 64),
+    (9, 1, 130),
+    (257, 33, 3),
+    (513, 2, 13),
+    (257, 1, 30),
+    (129, 2, 72),
+)
+
+
+@pytest.fixture
+def cuda(implementation: str) -> None:
+    if implementation != "cuda":
+        pytest.skip("about the CUDA kernels")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", CUDA_SHAPES, ids=str)
+def test_sizes_and_shares(cuda: None, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    v = integers(shape, dtype)
+    old = integers(lost(shape, dtype).shape, ACCUMULATOR[dtype], 1).tril()
+    out = old + torch.full_like(old, torch.nan).triu(1)
+    mini_block_gram_(out, unaligned(v), 0.5, 2.0)
+    assert_within(out, 0.5 * (old + old.tril(-1).mT).double() + 2 * defined(v), 0.0)
+
+
+@pytest.mark.parametrize("layout", [unaligned, sliced])
+@pytest.mark.parametrize("n", [1, 8, 9, 16, 49, 64])
+def test_same_bits_however_blocks_are_read(cuda: None, n: int, layout: Callable[[Tensor], Tensor]) -> None:
+    for dtype in DTYPES:
+        v = random((19, 8, n), dtype)
+        expected, out = lost(v.shape, dtype), lost(v.shape, dtype)
+        mini_block_gram_(expected, v)
+        mini_block_gram_(out, layout(v))
+        assert_same_bits(out, expected, str(dtype))
+
+
+@pytest.mark.parametrize("shape", [(600, 264, 26), (130, 1024, 50)], ids=str)
+def test_same_bits_with_shares_apart(cuda: None, shape: tuple[int, int, int]) -> None:
+    """Few blocks leave sums of their shares for a second kernel, many do not."""
+    v, out = random(shape, torch.float32), lost(shape, torch.float32)
+    mini_block_gram_(out, v)
+    for b in (0, shape[1] - 1):
+        part = lost((shape[0], 1, shape[2]), torch.float32)
+        mini_block_gram_(part, v[:, b : b + 1])
+        assert_same_bits(part, out[b : b + 1])
 
 
 # Offsets of 64 bits.

@@ -34,7 +34,7 @@ void weighted_gram_(py::handle out_object, py::handle x_object, py::handle weigh
 
   const py::gil_scoped_release release;
   run(call, WeightedGram{x.data, weight_data, out.data, x.dtype, rows, columns, x.strides[0], decay, gain, call.place.threads},
-      FISHER_KERNELS_CPU_ONLY(weighted_gram_));
+      FISHER_KERNELS_VARIANTS(weighted_gram_));
 }
 
 }  // namespace fisher_kernels

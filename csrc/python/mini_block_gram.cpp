@@ -40,7 +40,7 @@ void mini_block_gram_(py::handle out_object, py::handle v_object, double decay, 
 
   const py::gil_scoped_release release;
   run(call, MiniBlockGram{v.data, out.data, v.dtype, samples, v.strides[0], blocks, n, decay, gain, call.place.threads},
-      FISHER_KERNELS_CPU_ONLY(mini_block_gram_));
+      FISHER_KERNELS_VARIANTS(mini_block_gram_));
 }
 
 void conv_mini_block_gram_(py::handle out_object, py::handle x_object, py::handle grad_object,

@@ -1,0 +1,36 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstring>
+
+// Copies to shared memory that pass by the registers, so that many are under way while a warp computes.
+namespace fisher_kernels::cuda {
+
+/// Begins a copy of 16 bytes between addresses that are multiples of 16.
+__device__ inline void copy_async(void* to_shared, const void* from) {
+#ifdef FISHER_KERNELS_CUDA_ON_HOST
+  std::memcpy(to_shared, from, 16);
+#else
+  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(to_shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+#endif
+}
+
+/// Ends a group of this thread's copies.
+__device__ inline void end_copies() {
+#ifndef FISHER_KERNELS_CUDA_ON_HOST
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+/// Waits until no more than so many of this thread's last groups are under way. Other threads see what arrived after
+/// their next barrier.
+template <int kGroups>
+__device__ inline void wait_for_copies() {
+#ifndef FISHER_KERNELS_CUDA_ON_HOST
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+#endif
+}
+
+}  // namespace fisher_kernels::cuda
