@@ -60,14 +60,14 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
             const Stream& stream, Arguments&&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   const auto handle = static_cast<cudaStream_t>(stream.handle);
-#ifdef FISHER_KERNELS_CUDA_ON_HOST
-  check(on_host::launch(kernel, grid, block, shared_bytes, handle, std::forward<Arguments>(arguments)...), name);
-#else
   constexpr size_t kWithoutAsking = 48 * 1024;
   if (shared_bytes > kWithoutAsking) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
           name);
   }
+#ifdef FISHER_KERNELS_CUDA_ON_HOST
+  check(on_host::launch(kernel, grid, block, shared_bytes, handle, std::forward<Arguments>(arguments)...), name);
+#else
   kernel<<<grid, block, shared_bytes, handle>>>(std::forward<Arguments>(arguments)...);
   check(cudaGetLastError(), name);
 #endif
