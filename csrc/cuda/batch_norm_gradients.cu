@@ -319,16 +319,16 @@ __global__ void __launch_bounds__(kThreads) channels_last_kernel(const __grid_co
       of_sample[1].at[k] = sums[k].product * factors.at[k];
     }
     if constexpr (kMean) continue;
-    A* const results[2] = {static_cast<A*>(pass.shift) + of_piece, static_cast<A*>(pass.scale) + of_piece};
+    A *const shift = static_cast<A*>(pass.shift) + of_piece, *const scale = static_cast<A*>(pass.scale) + of_piece;
     if (pass.lanes == 1) {
-#pragma unroll
-      for (int kind = 0; kind < 2; ++kind) {
-        if (is_one) channels.store(results[kind] + sample * pass.channels, of_sample[kind], pass.packed);
-      }
+      if (!is_one) continue;
+      channels.store(shift + sample * pass.channels, of_sample[0], pass.packed);
+      channels.store(scale + sample * pass.channels, of_sample[1], pass.packed);
       continue;
     }
     sum_threads<Traits>(pass, channels, pass.lanes, of_sample, [&](int number, int kind, int c, A sum) {
-      if (c < channels.left && begin + number < last) results[kind][(begin + number) * pass.channels + c] = sum;
+      if (c >= channels.left || begin + number >= last) return;
+      (kind == 0 ? shift : scale)[(begin + number) * pass.channels + c] = sum;
     });
   }
   if (pass.of_channels == nullptr) return;

@@ -548,8 +548,8 @@ Slab make_slab(const ConvMiniBlockGram& a) {
   slab.grad_position = static_cast<uint32_t>(a.grad_output.position_stride);
   slab.n = narrow_size(n, "the size of the kernel");
   slab.positions = narrow_size(positions, "the number of output positions", 0x7fffffff - kSegment);
-  slab.x_last = a.x.channel_stride < a.x.position_stride;
-  slab.grad_last = a.grad_output.channel_stride < a.grad_output.position_stride;
+  slab.x_last = a.x.channel_stride <= a.x.position_stride;  // or there is one position
+  slab.grad_last = a.grad_output.channel_stride <= a.grad_output.position_stride;
   return slab;
 }
 
@@ -664,8 +664,7 @@ class ConvGram {
   }
 
   static Direct direct(const Slab& slab) {
-    constexpr int kFewPositions = 64;
-    const int32_t lanes = slab.x_last ? 1 : slab.positions < kFewPositions ? 8 : kWarp;
+    const int32_t lanes = slab.x_last || slab.positions < 8 ? 1 : slab.positions < 64 ? 8 : kWarp;
     const int32_t blocks = slab.groups * slab.rows * slab.channels;
     const int32_t units = slab.samples * divide_up(blocks, kWarp / lanes);
     constexpr int32_t kWarps = DirectTraits<T>::kWarps;
