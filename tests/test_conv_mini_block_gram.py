@@ -259,7 +259,7 @@ def test_more_samples_than_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same_bits(out, first)
 
 
-# What CUDA's kernels divide: tiles of rows and columns, segments and parts of the positions, slabs of blocks and samples.
+# What CUDA's kernels divide: tiles of rows and columns, segments and parts of positions, slabs of blocks and samples.
 
 
 @pytest.mark.parametrize("columns", [31, 32, 33, 64, 65, 128])
@@ -290,7 +290,7 @@ def test_segments_of_positions(cuda_backend: str, case: Convolution, samples: in
     x, grad = integers(case.shape, torch.float32, limit=1), integers(case.grad_shape(), torch.float32, 1, limit=1)
     expected = samples * defined(case, x, grad)
     assert expected.max() < 2**24
-    for layout in (contiguous, channels_last):
+    for layout in (contiguous, channels_last) if samples == 1 else (contiguous,):
         out = lost(case, torch.float32)
         many_x, many_grad = (layout(v).expand(samples, -1, -1) for v in (x, grad))
         conv_mini_block_gram_(out, many_x, many_grad, *case.geometry)
@@ -301,7 +301,7 @@ def test_segments_of_positions(cuda_backend: str, case: Convolution, samples: in
     "case",
     [
         Convolution((600, 128, 1), 130, 1),  # rows
-        Convolution((150, 1024, 1), 64, 1),  # samples
+        Convolution((140, 1024, 1), 64, 1),  # samples
         Convolution((17, 60_001, 9), 1, 9),  # channels
         Convolution((17, 60_001, 9), 60_001, 9, groups=60_001),
     ],
@@ -321,7 +321,7 @@ def test_gradients_that_do_not_fit_the_workspace(cuda_backend: str, case: Convol
 def test_what_a_gpu_cannot_count(cuda_backend: str) -> None:
     x, out = torch.ones(1, 1, 2), torch.ones(1, 1, 1, 1)
     with pytest.raises(
-        RuntimeError, match="^conv_mini_block_gram_: a padded dimension is .*, expected at most 536870911"
+        RuntimeError, match=r"^conv_mini_block_gram_: a padded dimension is \d+, expected at most 536870911"
     ):
         conv_mini_block_gram_(out, x, x, 1, padding=2**29)
     assert bool((out == 1).all())

@@ -196,8 +196,8 @@ __global__ void __launch_bounds__(kThreads) channels_first_kernel(const __grid_c
   if constexpr (!kMean) pass.of_channels[(rows + row) * pass.channels + channel] = square;
 }
 
-// Channels side by side: a thread has N channels, neighbouring lanes have neighbouring ones. Threads that share channels
-// meet in shared memory.
+// Channels side by side: a thread has N of them, and neighbouring lanes have neighbouring channels. Threads that share
+// channels meet in shared memory.
 
 /// The channels of a thread, counted from the first of its block: N side by side where they are loaded together, else
 /// one in each of N runs.
@@ -232,8 +232,8 @@ struct ChannelsOfThread {
   }
 };
 
-/// Sums over threads that follow one another at a distance of `channel_lanes`, `lanes` at a time: write(number, kind,
-/// channel, sum) for each such number of lanes. All threads call it.
+/// Sums over `lanes` threads of the same channels, as many as a block has: write(number, kind, channel, sum). All
+/// threads call it.
 template <class Traits, class B, class Write>
 __device__ void sum_threads(const Pass& pass, const ChannelsOfThread<Traits::N>& channels, int lanes,
                             const Pack<B, Traits::N> (&values)[2], Write write) {

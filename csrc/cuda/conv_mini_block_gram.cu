@@ -351,8 +351,8 @@ __global__ void __launch_bounds__(Traits::kThreads) tile_kernel(const __grid_con
 }
 
 // Few rows and columns a group, as in depthwise convolutions, would leave most of a tile empty. Here a warp has some
-// blocks of one sample, each of which `kLanes` lanes share, that is positions, neighbours of which lie side by side; or,
-// where channels do, each lane has a block of its own. A number of grad_output is loaded once for up to kTaps offsets.
+// blocks of one sample. Some lanes share each, neighbours of which read neighbouring positions; or, where channels are
+// neighbours in memory, each lane has a block of its own. A number of grad_output is loaded once for kTaps offsets.
 
 template <class T_>
 struct DirectTraits {
