@@ -127,6 +127,13 @@ def host_backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(params=[name for name in _backends() if name == "cuda"])
+def cuda_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """CUDA's kernels, where there are any: for tests of how they divide their work."""
+    with _using(request.param):
+        yield request.param
+
+
 @pytest.fixture(params=_implementations())
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     """As ``backend``, but the native kernels run once for every instruction set of this processor."""

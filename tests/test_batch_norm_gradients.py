@@ -111,6 +111,35 @@ def test_every_layout(implementation: str, shape: tuple[int, ...], dtype: torch.
         check(implementation, x, grad, f"{name}, given", *statistics(shape[1]))
 
 
+def apart(x: Tensor) -> Tensor:
+    """Contiguous samples, each of them one element off the one before."""
+    return x.new_full((len(x), x[0].numel() + 1), math.nan)[:, 1:].view(x.shape).copy_(x)
+
+
+def apart_last(x: Tensor) -> Tensor:
+    return apart(x.movedim(1, -1)).movedim(-1, 1)
+
+
+# On a GPU: channels of more than one piece of 4096 positions, or 2048 where they are side by side; more samples than a
+# block of threads has; as many positions as lanes share, and one more; channels that fill lanes, and one more.
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float16, torch.float32)], ids=str
+)
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 3, 4096), (2, 3, 4104), (1, 2, 8195), (300, 36), (300, 35), (130, 8, 3), (700, 130, 1), (3, 128, 8),
+     (3, 129, 16), (2, 256, 33), (70, 3, 64), (70, 5, 72)],
+    ids=str,
+)  # fmt: skip
+def test_pieces_and_lanes_of_a_gpu(
+    cuda_backend: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    x, grad = random(shape, dtypes[0]), random(shape, dtypes[1], 1)
+    for layout in (contiguous, channels_last, apart, apart_last):
+        check(cuda_backend, layout(x), layout(grad), layout.__name__)
+        check(cuda_backend, layout(x), layout(grad), f"{layout.__name__}, given", *statistics(shape[1]))
+
+
 def test_layouts_that_differ(implementation: str) -> None:
     names = LAYOUTS if implementation != "triton" else ("contiguous", "transposed", "channels_last")  # others take long
     for shape in ((3, 17, 3, 5), (2, 3, 17)):

@@ -192,7 +192,7 @@ def test_what_is_not_finite_stays_with_its_channel(
 def test_same_bits_for_every_number_of_threads(
     implementation: str, set_threads: Callable[[int], None], case: Convolution, dtype: torch.dtype
 ) -> None:
-    if implementation in ("reference", "triton"):
+    if implementation in ("reference", "cuda", "triton"):
         pytest.skip("PyTorch promises nothing of the kind, and a GPU has no such threads")
     x, grad = inputs(case, dtype)
     first = lost(case, dtype)
@@ -257,6 +257,74 @@ def test_more_samples_than_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernels, "_WORKSPACE", 3000)
         conv_mini_block_gram_(out, x, grad, *case.geometry, 0.5, 0.25)
     assert_same_bits(out, first)
+
+
+# What CUDA's kernels divide: tiles of rows and columns, segments and parts of positions, slabs of blocks and samples.
+
+
+@pytest.mark.parametrize("columns", [31, 32, 33, 64, 65, 128])
+@pytest.mark.parametrize("rows", [15, 16, 17, 63, 64, 65, 129])
+def test_borders_of_tiles(cuda_backend: str, rows: int, columns: int) -> None:
+    dtype = DTYPES[(rows + columns) % len(DTYPES)]
+    case = Convolution((2, columns, 19), rows, 1)
+    x, grad = integers(case.shape, dtype, limit=2), integers(case.grad_shape(), dtype, 1, limit=2)
+    for layout in (contiguous, channels_last):
+        out = lost(case, dtype)
+        conv_mini_block_gram_(out, layout(x), layout(grad), *case.geometry)
+        assert_within(out, defined(case, x, grad), 0.0)
+
+
+@pytest.mark.parametrize("samples", [1, 600])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Convolution((1, 4, 1033), 34, 8),  # a square tile, whose rows are aligned
+        Convolution((1, 3, 1033), 34, 7),
+        Convolution((1, 3, 1030), 1, 3),
+        Convolution((1, 3, 2051), 3, 1, groups=3),
+    ],
+    ids=str,
+)
+def test_segments_of_positions(cuda_backend: str, case: Convolution, samples: int) -> None:
+    """Few samples: segments are parts of their own. Many: one part adds its segments."""
+    x, grad = integers(case.shape, torch.float32, limit=1), integers(case.grad_shape(), torch.float32, 1, limit=1)
+    expected = samples * defined(case, x, grad)
+    assert expected.max() < 2**24
+    for layout in (contiguous, channels_last) if samples == 1 else (contiguous,):
+        out = lost(case, torch.float32)
+        many_x, many_grad = (layout(v).expand(samples, -1, -1) for v in (x, grad))
+        conv_mini_block_gram_(out, many_x, many_grad, *case.geometry)
+        assert_within(out, expected, 0.0)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Convolution((600, 128, 1), 130, 1),  # rows
+        Convolution((140, 1024, 1), 64, 1),  # samples
+        Convolution((17, 60_001, 9), 1, 9),  # channels
+        Convolution((17, 60_001, 9), 60_001, 9, groups=60_001),
+    ],
+    ids=str,
+)
+def test_gradients_that_do_not_fit_the_workspace(cuda_backend: str, case: Convolution) -> None:
+    x, grad = integers(case.shape, torch.float32, limit=2), integers(case.grad_shape(), torch.float32, 1, limit=2)
+    out = integers(case.out_shape(), torch.float32, 2)
+    expected = 0.5 * (out.tril() + out.tril(-1).mT)
+    for of_x, of_grad in zip(x, grad.square()[..., None], strict=True):  # one window: w is x times a number
+        products = of_x[:, :, None] * of_x[:, None]
+        expected += 2 * (of_grad * products)[:, None] if case.groups > 1 else 2 * of_grad[..., None] * products
+    conv_mini_block_gram_(out, x, grad, *case.geometry, 0.5, 2.0)
+    assert bool((out == expected).all())
+
+
+def test_what_a_gpu_cannot_count(cuda_backend: str) -> None:
+    x, out = torch.ones(1, 1, 2), torch.ones(1, 1, 1, 1)
+    with pytest.raises(
+        RuntimeError, match=r"^conv_mini_block_gram_: a padded dimension is \d+, expected at most 536870911"
+    ):
+        conv_mini_block_gram_(out, x, x, 1, padding=2**29)
+    assert bool((out == 1).all())
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])

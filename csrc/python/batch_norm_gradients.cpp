@@ -57,7 +57,7 @@ void batch_norm_gradients(py::handle x_object, py::handle grad_object, double ep
   const py::gil_scoped_release release;
   run(call, BatchNormGradients{x.data, grad.data, x.dtype, grad.dtype, mean, variance, scale, shift, channels_last, samples,
                          x.strides[0], grad.strides[0], channels, positions, eps, call.place.threads},
-      FISHER_KERNELS_CPU_ONLY(batch_norm_gradients));
+      FISHER_KERNELS_VARIANTS(batch_norm_gradients));
 }
 
 }  // namespace fisher_kernels

@@ -91,7 +91,7 @@ void conv_mini_block_gram_(py::handle out_object, py::handle x_object, py::handl
   const py::gil_scoped_release release;
   run(call, ConvMiniBlockGram{x_channels, grad_channels, out.data, x.dtype, x.sizes[0], groups, inputs, outputs,
                         windows.depth, windows.height, windows.width, decay, gain, call.place.threads},
-      FISHER_KERNELS_CPU_ONLY(conv_mini_block_gram_));
+      FISHER_KERNELS_VARIANTS(conv_mini_block_gram_));
 }
 
 }  // namespace fisher_kernels

@@ -271,10 +271,11 @@ def conv_mini_block_gram_(
     ``w[k] = sum_l grad_output[s, o, l] * x_padded[s, i, l * stride + k * dilation]``, i being a channel of o's group.
     The result is symmetric to the bit. (The blocks of a mini-block Fisher matrix, MBF, arXiv 2202.04124.)
 
-    Memory beyond the arguments does not grow with the batch. The native kernel holds copies of a few channels of at
+    Memory beyond the arguments does not grow with the batch. The CPU's kernel holds copies of a few channels of at
     most 16 samples, a few MB a thread at most, or one sample's if these are larger, and sums of about 256 KB, or of a
     few blocks if they are larger. The reference unfolds as many samples at a time as make 2^20 numbers, at least one.
-    Triton's kernels hold gradients and sums of 32 MiB, or those of one block by 1024 samples if these are larger.
+    Triton's kernels hold gradients and sums of 32 MiB, or those of one block by 1024 samples if these are larger;
+    CUDA's hold gradients of 32 MiB, or those of one block by 16 samples.
 
     Args:
         out: (O, I / groups, n, n), n being the number of offsets of the kernel in row-major order; contiguous, float64
