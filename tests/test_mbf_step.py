@@ -334,13 +334,15 @@ def test_allowed_rounding_has_teeth(implementation: str, wrong: dict[str, Any]) 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_step(implementation: str, options: dict[str, Any], dtype: torch.dtype) -> None:
-    check(step(parameters_for(implementation), dtype, **options))
+    cuda = PARAMETERS if dtype == torch.float32 else INTERPRETED
+    check(step(parameters_for(implementation, cuda=cuda), dtype, **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
 def test_inverses_stored_in_bfloat16(implementation: str, options: dict[str, Any], dtype: torch.dtype) -> None:
-    check(step(parameters_for(implementation), dtype, storage=torch.bfloat16, **options))
+    cuda = PARAMETERS if dtype == torch.float32 else INTERPRETED
+    check(step(parameters_for(implementation, cuda=cuda), dtype, storage=torch.bfloat16, **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -610,6 +612,35 @@ def test_blocks_of_an_inverse_that_is_not_finite_are_skipped(implementation: str
             assert_same_bits(now, torch.where(bad[:, None], then, otherwise), f"{name} {parameter}")
 
 
+@pytest.mark.parametrize("end", [0, -1])
+@pytest.mark.parametrize("clip", [None, 1e6])
+def test_one_direction_that_is_not_finite_skips_its_whole_block(
+    implementation: str, clip: float | None, end: int
+) -> None:
+    """The others of the block are finite, and whoever works on them has to be told."""
+    some = [p for p in parameters_for(implementation, cuda=INTERPRETED) if p.inverse != (0, 4, 4)]
+    clean = step(some, torch.float32, kl_clip=clip)
+    case, before = clean.copy(), clean.copy()
+    clean.run()
+    for inverse in case.inverses:
+        if inverse is not None and inverse.dim() < 4 and inverse.numel():
+            inverse[1::2].flatten(1)[:, end] = math.inf
+    skipped, _ = case.run()
+    for i, (_, shape) in enumerate(some):
+        if shape is None:
+            continue
+        count = 0 if len(shape) == 4 else shape[0] // 2
+        assert int(skipped[i]) == count
+        whole = slice(i, i + 1 + bias_of(case, i))
+        rows = max(1, shape[0])
+        bad = torch.arange(rows) % 2 == 1 if count else torch.zeros(rows, dtype=torch.bool)
+        for name in ("params", "momentum_buffers"):
+            now, then, otherwise = (
+                torch.cat([x.reshape(rows, -1) for x in getattr(s, name)[whole]], 1) for s in (case, before, clean)
+            )
+            assert_same_bits(now, torch.where(bad[:, None], then, otherwise), f"{name}[{i}]")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", [contiguous, sliced])
 def test_every_bit_pattern_of_a_skipped_parameter_stays(
@@ -765,7 +796,7 @@ def test_tiles(
             assert_same_bits(now, then, name)
 
 
-@pytest.mark.parametrize(("layout", "copies"), [(contiguous, 350), (spread, 60)])
+@pytest.mark.parametrize(("layout", "copies"), [(contiguous, 350), (spread, 90)])
 def test_more_parameters_than_a_launch_takes(
     implementation: str, copies: int, layout: Callable[[Tensor], Tensor]
 ) -> None:
