@@ -3,9 +3,8 @@
 
 // Inverses of many small symmetric positive definite blocks, and solutions with them. A CTA moves a run of blocks
 // through shared memory, 16 bytes a thread: 2 n^2 numbers a block for an inverse, n^2 + 2 n for a solution. In between
-// each block stays in registers, of one thread or spread over a few lanes or a warp, so that what is read again and
-// again costs nothing: n^3 multiplications for an inverse, n^3 / 2 for a solution (half and a third of that in one
-// thread, which works on one triangle).
+// each block stays in registers, of one thread or spread over a few lanes, a warp or a CTA: n^3 multiplications for an
+// inverse, n^3 / 2 for a solution (half and a third of that in one thread, which works on one triangle).
 //
 // The blocks are swept (Gauss-Jordan elimination without pivoting, which positive definite blocks do not need): with
 // c column k, d = c_k and r = c / d, entry a_ij becomes a_ij - c_i r_j, row and column k become r, and -1 / d stands
@@ -30,8 +29,8 @@ struct Traits {
   static constexpr int kColumns = kGridColumns;
   static constexpr int kDeal = kColumns / kRows;
   static constexpr int kTurns = kSize / kColumns;
-  static constexpr int kLanes = kRows * kColumns;      // that share a block
-  static constexpr int kBlocks = kThreads / kLanes;    // of a CTA
+  static constexpr int kLanes = kRows * kColumns;    // that share a block
+  static constexpr int kBlocks = kThreads / kLanes;  // of a CTA
 
   // A column on its way to all lanes: the numbers of each grid column together, at odd multiples of 16 bytes, which
   // lie in banks of their own.
@@ -61,9 +60,9 @@ struct Params {
   A damping;
   int32_t n;
   bool keep_bad;
-  Rows<A> rows;       // of blocks: whole blocks, if a thread has one for itself
-  Rows<A> right;      // of right-hand sides
-  size_t rows_room;   // elements
+  Rows<A> rows;      // of blocks: whole blocks, if a thread has one for itself
+  Rows<A> right;     // of right-hand sides
+  size_t rows_room;  // elements
 };
 
 /// What runs through shared memory is looked at for what is not finite; which block that is in is asked only then.
@@ -314,7 +313,7 @@ struct Tile {
     const A reciprocal = 1 / pivot;
 #pragma unroll
     for (int t = 0; t < kTurns; ++t) r.at[t] *= reciprocal;
-    // What stands in row and column of the pivot is replaced, by the same subtraction.
+    // What stands in row and column of the pivot is replaced, by the same subtraction: from 0, with a factor of -1.
     if (!kSolve && has_column) {
       r.at[turn] = -reciprocal;
 #pragma unroll
@@ -466,7 +465,8 @@ __global__ void __launch_bounds__(Traits::kThreads) kernel(const __grid_constant
   }
 }
 
-/// Calls f with the class of a size: a thread to a block, 4 lanes, 16, or a warp. In float64 there are fewer classes.
+/// Calls f with the class of a size: a thread to a block, 4 lanes, 16, a warp or a CTA. In float64, whose registers are
+/// twice as large, there are fewer classes.
 template <class A, class F>
 void for_class(int64_t n, F&& f) {
   if constexpr (std::is_same_v<A, float>) {
