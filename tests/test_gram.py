@@ -153,7 +153,7 @@ def test_long_sums_are_added_in_runs(implementation: str) -> None:
     assert_within(out, expected, (64 + 8192 / 64 + rows / 8192) * unit_roundoff(torch.float32) * expected)
 
 
-# CUDA: tiles of 32, 64 and 128 columns, read 16 bytes or a number at a time; runs of 128 rows, and shares of one or more.
+# CUDA: tiles of 32, 64 and 128 columns, read 16 bytes or a number at a time; runs of 128 rows, shares of one or more.
 
 CUDA_SHAPES = ((1, 32), (17, 256), (9, 257), (257, 264), (513, 384), (1025, 8), (1024, 33), (1541, 65))
 

@@ -22,6 +22,7 @@ namespace {
 
 constexpr const char* kName = "mini_block_gram_";
 
+constexpr size_t kMostShared = 160 * 1024;  // bytes of shared memory that a thread block gets on every GPU built for
 constexpr int64_t kShare = 256;       // samples, but
 constexpr int64_t kMostShares = 64;   // shares are longer where there would be more
 constexpr int64_t kManyGroups = 264;  // that keep a GPU busy, two a multiprocessor: below, shares are apart
@@ -60,19 +61,22 @@ struct Traits {
   static constexpr int kMost = kEdge * kPart;             // numbers of a block
   static constexpr int kLanes = kEdge * (kEdge + 1) / 2;  // of a block
   static constexpr int kBlocks = kWarp / kLanes;          // of a warp
-  static constexpr int kSums = kPart * kPart;             // of a lane
+  static constexpr bool kIsTriangle = kEdge == 1;         // a lane's tile is on the diagonal
+  static constexpr int kSums = kIsTriangle ? kPart * (kPart + 1) / 2 : kPart * kPart;  // of a lane
   static constexpr int kWarps = 8;
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kStages = 4;                         // samples that a warp has room for
   static constexpr int kVector = kVectorBytes / sizeof(T);  // numbers of v copied at once
   // Neighbouring blocks of a sample begin anywhere within 16 bytes.
   static constexpr int kStage = (kBlocks * kMost + 2 * kVector - 1) / kVector * kVector;
-  static constexpr bool kIsTriangle = kEdge == 1;  // a lane's tile is on the diagonal
   static_assert(kLanes <= kWarp && (kWarps & (kWarps - 1)) == 0 && (kStages & (kStages - 1)) == 0);
   static_assert(kMost * kMost < 1 << 12 && kBlocks * kMost * kMost < 1 << 16);
 
   /// Whether a lane has a sum of row i and column j of its tile.
   static constexpr bool has(int i, int j) { return !kIsTriangle || j <= i; }
+
+  /// The number of that sum.
+  static constexpr int index(int i, int j) { return kIsTriangle ? i * (i + 1) / 2 + j : i * kPart + j; }
 };
 
 template <class Traits>
@@ -133,7 +137,7 @@ struct LaneSums {
   /// The same with the lane's place among sums [kSums, lanes].
   template <class F>
   __device__ void each_in(A (*sums)[kWarp], F&& f) {
-    each([&](A& sum, int i, int j) { f(sum, sums[i * Traits::kPart + j][threadIdx.x % kWarp]); });
+    each([&](A& sum, int i, int j) { f(sum, sums[Traits::index(i, j)][threadIdx.x % kWarp]); });
   }
 
   __device__ void clear() {
@@ -298,8 +302,8 @@ __global__ void __launch_bounds__(Traits::kThreads) small_shares_kernel(const __
   const int64_t size = static_cast<int64_t>(gridDim.x) * Traits::kSums;
   const auto* const partials = static_cast<const A(*)[kWarp]>(params.partials) + blockIdx.x * Traits::kSums;
   for (int k = threadIdx.x / kWarp; k < Traits::kSums; k += Traits::kWarps) {
-    const int i = k / Traits::kPart, j = k % Traits::kPart;
-    const int place = Traits::has(i, j) ? place_in_blocks(params, group, i, j) : -1;
+    const TilePlace sum = Traits::kIsTriangle ? tile_of_triangle(k) : TilePlace{k / Traits::kPart, k % Traits::kPart};
+    const int place = place_in_blocks(params, group, sum.row, sum.column);
     if (place < 0) continue;
     const A* from = partials[k] + threadIdx.x % kWarp;
     A total = *from;
@@ -315,6 +319,7 @@ template <class Traits>
 void small_blocks(const MiniBlockGram& a, const Stream& stream) {
   using A = typename Traits::A;
   constexpr int64_t kMostGroups = 0x7fffffff;
+  static_assert(sizeof(Memory<Traits>) <= kMostShared);
   const auto n = static_cast<uint32_t>(a.size);
   const int64_t groups = divide_up<int64_t>(a.blocks, Traits::kBlocks);
   if (groups > kMostGroups) throw std::runtime_error(std::string(kName) + ": the result has too many blocks");
