@@ -446,6 +446,26 @@ def test_a_list_is_its_members_one_by_one(implementation: str) -> None:
         assert_unchanged(case, one_by_one)
 
 
+def test_many_tensors(implementation: str) -> None:
+    """More than the parameters of one launch have room for, of those that are contiguous and of those that are not."""
+    if implementation == "triton":
+        pytest.skip("all of them are one launch, in an interpreter that takes minutes")
+    case = step([Parameter((2, 3), (2,), (3,))] * 700, torch.float32, weight_decay=0.1)
+    for tensors in (case.params, case.exp_avgs):
+        tensors[::5] = map(sliced, tensors[::5])
+    check(case)
+
+
+def test_rows_that_end_within_a_chunk(implementation: str) -> None:
+    """Rows as long as no, one and several accesses, and longer than a chunk, with chunks that begin within them."""
+    if implementation == "triton":
+        pytest.skip("chunks of the interpreter have a test of their own")
+    for columns in (1, 3, 4, 12, 1000, 8191, 8192, 8196, 12_289):
+        rows = -(-20_000 // columns)
+        for dtype in (torch.float32, torch.bfloat16):
+            check(step([Parameter((rows, columns), (rows,), (columns,))], dtype))
+
+
 # Cut into three shares of the elements, these end within rows, at their ends and between parameters.
 SHARED = (
     Parameter((130, 257), (130,), (257,)),

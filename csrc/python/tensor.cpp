@@ -137,7 +137,11 @@ Scalar read_scalar(py::handle object, const Argument& argument) {
     type_error(argument, std::string("has dtype ") + name(view.dtype) + ", expected float32 or float64");
   }
   if (!on_host) return {1.0, view.data, view.dtype};
-  return {view.dtype == DType::float64 ? *static_cast<const double*>(view.data) : *static_cast<const float*>(view.data)};
+  const double value =
+      view.dtype == DType::float64 ? *static_cast<const double*>(view.data) : *static_cast<const float*>(view.data);
+  // Where CUDA kernels run on the host they find some numbers as they would on a GPU, and are handed others.
+  const bool as_on_gpu = argument.call.place.runs_cuda() && !argument.call.place.is_on_gpu();
+  return {value, as_on_gpu && view.dtype == DType::float32 ? view.data : nullptr, view.dtype};
 }
 
 Scalar read_scalar(py::handle object, const Argument& argument, DType dtype) {
