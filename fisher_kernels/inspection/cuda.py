@@ -15,6 +15,27 @@ from fisher_kernels.inspection.rows import MOST_STACK, Row, Streams, TradeOff, s
 
 STREAMING: Mapping[str, Streams] = {
     "adafisher_step.adafisher_step_kernel": Streams(3, 2, "StridedEntry"),
+    "batch_norm_gradients.channels_first_kernel": Streams(2, 0),
+    "batch_norm_gradients.channels_last_kernel": Streams(2, 0),
+    "block_apply.long_rows_kernel": Streams(1, 0),
+    "block_apply.short_rows_kernel": Streams(1, 0),
+    "block_inverse.kernel": Streams(1, 1),
+    "factor_ema.ema_ranges_kernel": Streams(1, 0),
+    "factor_ema.ema_results_kernel": Streams(2, 1),
+    "factor_ema.minmax_kernel": Streams(1, 1),
+    "factor_ema.minmax_ranges_kernel": Streams(1, 0),
+    "factor_ema.minmax_results_kernel": Streams(1, 1),
+    "mbf_step.descend": Streams(2, 1, "Joined"),
+    "mbf_step.step_blocks": Streams(1, 0),
+    "mbf_step.step_diagonal": Streams(3, 2, "Strided|Joined"),
+    "mini_block_gram.small_kernel": Streams(1, 0),
+    "rank_one.update_kernel": Streams(1, 1),
+    "rank_one_solve.multiply_kernel": Streams(2, 0),
+    "rank_one_solve.solve_kernel": Streams(2, 1),
+    "sofim_step.advance_kernel": Streams(2, 1, "Strided"),
+    "sofim_step.descend_kernel": Streams(2, 1, "Strided"),
+    "sum_of_squares.sum_columns_kernel": Streams(1, 0),
+    "sum_of_squares.sum_pieces_kernel": Streams(1, 0),
 }
 
 TRADE_OFFS: Mapping[str, TradeOff] = {}
