@@ -44,6 +44,12 @@ def run_python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.skipif(os.environ.get("FISHER_KERNELS_CUDA") != "on", reason="nobody insists on CUDA kernels")
+def test_where_cuda_is_insisted_on_its_kernels_are_tested() -> None:
+    assert toolkit() is not None
+    assert torch.cuda.is_available() or runs_cuda_on_host()
+
+
 # A module with CUDA inside, where there is no GPU.
 
 WITHOUT_A_GPU = """
