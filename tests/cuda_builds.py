@@ -39,7 +39,8 @@ def compile_command(sources: Iterable[Path], *flags: str) -> list[str]:
     """The command that compiles CUDA sources together with the stand-in."""
     return [
         *("g++", "-std=c++17", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", *flags),
-        *("-I", str(STAND_IN), "-isystem", str(toolkit_include())),
+        *("-DFISHER_KERNELS_CUDA_ON_HOST", "-I", str(STAND_IN), "-I", str(STAND_IN.parent)),
+        *("-isystem", str(toolkit_include())),
         *("-x", "c++", *map(str, sources), *map(str, sorted(STAND_IN.glob("*.cpp")))),
     ]
 

@@ -38,7 +38,8 @@ def load(path: Path) -> ctypes.CDLL:
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    sources = [KERNELS / f"{name}.cu" for name in ("computations", "conversions", "faults", "intrinsics", "orders")]
+    names = ("computations", "conversions", "faults", "intrinsics", "launches", "orders")
+    sources = [KERNELS / f"{name}.cu" for name in names]
     path = cuda_builds.build_library(tmp_path_factory.mktemp("cuda_on_host") / "kernels.so", sources, "-O1")
     library = load(path)
     library.error_string.restype = library.error_name.restype = ctypes.c_char_p
@@ -409,6 +410,11 @@ def test_a_kernel_gets_no_more_than_fits(library: ctypes.CDLL) -> None:
     assert library.too_large_table() == INVALID_VALUE
     assert library.last_message() == b"32765 bytes of kernel parameters: at most 32764 fit"
     library.last_error()
+
+
+def test_no_launch_takes_shared_memory_from_a_larger_one(library: ctypes.CDLL) -> None:
+    # Of another thread, say, that was allowed it and has not launched yet.
+    assert library.launched_in_turns(ctypes.c_size_t(90_000), ctypes.c_size_t(60_000)) == SUCCESS
 
 
 def test_an_error_that_no_launch_explains_has_its_name(library: ctypes.CDLL) -> None:

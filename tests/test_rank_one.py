@@ -320,12 +320,14 @@ def test_the_decay_alone(implementation: str, dtype: torch.dtype) -> None:
     assert_within(found, expected, 0.0)
 
 
-def test_no_update_of_nothing(implementation: str) -> None:
+@each_dtype
+def test_no_update_of_nothing(implementation: str, dtype: torch.dtype) -> None:
     for shape in ((0, 3, 3), (3, 0, 0), (0, 0, 0)):
-        p = torch.ones(shape)
-        assert_same_bits(rank_one_inverse_update_(p, torch.ones(shape[:2])), good(shape[0]))
+        p = torch.ones(shape, dtype=dtype)
+        assert_same_bits(rank_one_inverse_update_(p, torch.ones(shape[:2], dtype=dtype)), good(shape[0]))
         for k in (0, 2):
-            assert_same_bits(low_rank_inverse_update_(p, torch.ones(shape[0], k, shape[1])), good(shape[0]))
+            u = torch.ones(shape[0], k, shape[1], dtype=dtype)
+            assert_same_bits(low_rank_inverse_update_(p, u), good(shape[0]))
 
 
 @each_dtype

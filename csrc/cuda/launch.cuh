@@ -43,12 +43,12 @@ class DeviceGuard {
   int previous_ = -1;
 };
 
-/// Multiprocessors of the current device.
-inline int multiprocessors() {
-  int device = 0, count = 0;
+/// Bytes of shared memory that a thread block of the current device may have.
+inline int most_shared_bytes() {
+  int device = 0, bytes = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  return count;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  return bytes;
 }
 
 /// Queues a kernel on a stream, on the current device. Nothing happens where the grid is empty.
@@ -59,8 +59,9 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
   const auto handle = static_cast<cudaStream_t>(stream.handle);
   constexpr size_t kWithoutAsking = 48 * 1024;
   if (shared_bytes > kWithoutAsking) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-          name);
+    // All there is, at every launch: were it what this one needs, a smaller one from another thread could take from it
+    // what was just allowed.
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_bytes()), name);
   }
 #ifdef FISHER_KERNELS_CUDA_ON_HOST
   check(on_host::launch(kernel, grid, block, shared_bytes, handle, std::forward<Arguments>(arguments)...), name);

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <limits>
 
 #include "kernels.h"
@@ -638,8 +639,9 @@ constexpr size_t kMostShared = 96 * 1024;
 
 template <class Traits>
 void launch_teams(const Update<typename Traits::T>& b, const Stream& stream) {
+  const size_t bytes = Memory<Traits>::bytes(std::max(b.n, 1));  // blocks of no rows read where a first would be
   launch(kName, update_kernel<Traits>, static_cast<unsigned>(divide_up<int64_t>(b.count, Traits::kTeams)),
-         Traits::kThreads, Memory<Traits>::bytes(b.n), stream, b);
+         Traits::kThreads, bytes, stream, b);
 }
 
 template <class T>
