@@ -5,7 +5,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "common/dtype.h"
@@ -39,9 +41,10 @@ __device__ inline T narrow(Accumulator<T> x) {
   }
 }
 
+/// No difference of x and x: fused with the product that x may be, it would be that product's rounding error.
 template <class A>
 __device__ inline bool is_finite(A x) {
-  return x - x == 0;
+  return fabs(x) <= std::numeric_limits<A>::max();
 }
 
 template <class T>
