@@ -48,17 +48,19 @@ def _threads(_: torch.device | None) -> int:
     return torch.get_num_threads()
 
 
-def _current_stream(device: torch.device | None) -> tuple[int, int]:
-    index = torch.cuda.current_device() if device is None or device.index is None else device.index
+Place = int | tuple[int, int]
+"""Where a native kernel runs: a number of threads, or the index of a CUDA device and the address of its stream."""
+
+
+def _current_stream(device: torch.device | None) -> Place:
+    if device is None:  # an empty list, whose results are on the CPU
+        return _threads(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
     return index, torch._C._cuda_getCurrentRawStream(index)
 
 
-def _host(_: torch.device | None) -> tuple[int, int]:
+def _host(_: torch.device | None) -> Place:
     return -1, 0
-
-
-Place = int | tuple[int, int]
-"""Where a native kernel runs: a number of threads, or the index of a CUDA device and the address of its stream."""
 
 
 def runs_cuda_on_host() -> bool:

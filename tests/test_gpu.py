@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fisher_kernels import MBF, SOFIM, AdaFisher, AdaFisherW, ops, selftest, use_backend
+from fisher_kernels import MBF, SOFIM, AdaFisher, AdaFisherW, backends, ops, selftest, use_backend
 from fisher_kernels.optim.base import FisherOptimizer
 from tests.comparison import assert_same_bits
 
@@ -30,6 +30,15 @@ pytestmark = [
 
 GPU = torch.device("cuda", 0)
 RUNS = 10
+
+each_backend = pytest.mark.parametrize(
+    "kernels",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
+        for name, reason in backends.reasons().items()
+        if name in ("cuda", "triton")
+    ],
+)
 
 
 def free_memory() -> int:
@@ -126,6 +135,11 @@ class Trained:
             else:
                 p.grad.copy_(new)
 
+    def move_gradients(self) -> None:
+        for p in self.model.parameters():
+            assert p.grad is not None
+            p.grad = p.grad.clone()
+
     def everything(self) -> Iterator[tuple[str, Tensor]]:
         for name, p in self.model.named_parameters():
             yield name, p.detach()
@@ -152,23 +166,27 @@ def aside() -> Iterator[None]:
 WARM_UPS, REPLAYS = 3, 5
 
 
+@each_backend
 @each_plain
-def test_a_captured_step_is_the_eager_one(make: Make) -> None:
-    eager, captured = Trained(make), Trained(make)
-    for number in range(WARM_UPS):
-        for trained in (eager, captured):
-            trained.feed(number)
-            with aside():
-                trained.iterate()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured.optimizer.step()
-    for number in range(REPLAYS):
-        eager.gradients(number)
-        eager.optimizer.step()
-        captured.gradients(number)
-        graph.replay()
-    assert_same(captured, eager)
+def test_a_captured_step_is_the_eager_one(make: Make, kernels: str) -> None:
+    with use_backend(kernels):
+        eager, captured = Trained(make), Trained(make)
+        for number in range(WARM_UPS):
+            for trained in (eager, captured):
+                trained.feed(number)
+                with aside():
+                    trained.iterate()
+        if kernels == "cuda":
+            captured.move_gradients()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured.optimizer.step()
+        for number in range(REPLAYS):
+            eager.gradients(number)
+            eager.optimizer.step()
+            captured.gradients(number)
+            graph.replay()
+        assert_same(captured, eager)
 
 
 @each_refreshing
@@ -192,22 +210,22 @@ def test_a_captured_iteration_with_a_refresh_is_the_eager_one(make: Make) -> Non
 
 
 @each_plain
-def test_gradients_that_move_while_a_graph_is_captured_are_refused(make: Make) -> None:
+def test_triton_refuses_gradients_that_move_while_a_graph_is_captured(make: Make) -> None:
+    """Their addresses would have to be uploaded; to CUDA's kernels they are arguments."""
     trained = Trained(make)
-    for _ in range(2):
-        trained.iterate()
-    for p in trained.model.parameters():
-        assert p.grad is not None
-        p.grad = p.grad.clone()
-    before = copy.deepcopy(trained.model.state_dict())
-    refused = pytest.raises(RuntimeError, match=r"while a CUDA graph is captured")
-    with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
-        trained.optimizer.step()
-    torch.cuda.synchronize()
-    for name, value in trained.model.state_dict().items():
-        assert_same_bits(value, before[name], name)
-    trained.optimizer.step()  # which the capture that failed does not prevent
-    assert not torch.equal(trained.model[0].weight, before["0.weight"])
+    with use_backend("triton"):
+        for _ in range(2):
+            trained.iterate()
+        trained.move_gradients()
+        before = copy.deepcopy(trained.model.state_dict())
+        refused = pytest.raises(RuntimeError, match=r"while a CUDA graph is captured")
+        with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
+            trained.optimizer.step()
+        torch.cuda.synchronize()
+        for name, value in trained.model.state_dict().items():
+            assert_same_bits(value, before[name], name)
+        trained.optimizer.step()  # which the capture that failed does not prevent
+        assert not torch.equal(trained.model[0].weight, before["0.weight"])
 
 
 def one_step(trained: Trained, number: int) -> None:
@@ -287,9 +305,7 @@ def test_gradients_may_move_between_steps(make: Make) -> None:
             trained.feed(number)
             trained.optimizer.zero_grad(set_to_none=trained is moving)
             F.cross_entropy(trained.model(trained.x), trained.y).backward()
-        for p in moving.model.parameters():
-            assert p.grad is not None
-            p.grad = p.grad.clone()
+        moving.move_gradients()
         with nobody_waits() if number > 1 else aside():
             moving.optimizer.step()
         still.optimizer.step()
@@ -311,31 +327,65 @@ def test_scaled_steps_wait_for_nothing_and_an_overflow_changes_nothing() -> None
         assert_same_bits(value, old, name)
 
 
+COMMON: dict[str, Any] = {"weight_decay": 0.1, "decoupled": True, "maximize": False}
+STEPS: dict[str, Callable[..., Any]] = {
+    "adafisher_step_": lambda w, g, m, t, **numbers: ops.adafisher_step_(
+        w, g, m, t, [None] * len(w), [None] * len(w), beta=0.9, damping=0.1, **COMMON, **numbers
+    ),
+    "mbf_step_": lambda w, g, m, _, **numbers: ops.mbf_step_(
+        w, g, m, [torch.ones(x.numel(), 1, 1, device=GPU) for x in w], momentum=0.9, kl_clip=1e-3, **COMMON, **numbers
+    ),
+    "sofim_step_": lambda w, g, m, t, **numbers: ops.sofim_step_(w, g, m, t, beta=0.9, rho=1.0, **COMMON, **numbers),
+}
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("op", STEPS)
+def test_numbers_on_the_device_are_those_of_the_host(op: str, dtype: torch.dtype, kernels: str) -> None:
+    def step(where: torch.device, found_inf: float) -> list[Tensor]:
+        torch.manual_seed(0)
+        lists = [[torch.randn(size).to(GPU) for size in (40_000, 7)] for _ in range(3)]
+        lists.append([torch.full((), 3.0, device=GPU) for _ in range(2)])
+        numbers = {"lr": 0.1, "grad_scale": 3.0, "found_inf": found_inf}
+        held = {name: torch.tensor([value], dtype=dtype, device=where) for name, value in numbers.items()}
+        with use_backend(kernels):
+            results = STEPS[op](*lists, **held)
+        return [*itertools.chain(*lists), *(results if isinstance(results, tuple) else (results,))]
+
+    host = torch.device("cpu")
+    for found_inf in (0.0, 1.0):
+        for i, (x, y) in enumerate(zip(step(GPU, found_inf), step(host, found_inf), strict=True)):
+            assert_same_bits(x, y, f"result {i}")
+    assert not torch.equal(step(GPU, 0.0)[0], step(GPU, 1.0)[0])
+
+
 # The same inputs give the same bits.
 
 
-def outputs(case: selftest.Case, dtype: torch.dtype, device: torch.device = GPU) -> list[Tensor]:
+def outputs(kernels: str, case: selftest.Case, dtype: torch.dtype, device: torch.device = GPU) -> list[Tensor]:
     inputs = case.inputs(selftest.Source(dtype, device, torch.Generator().manual_seed(0)))
-    with use_backend("triton"):
+    with use_backend(kernels):
         return case.call(inputs)
 
 
 def each_case(test: Callable[..., None]) -> Callable[..., None]:
     cases = [(case, dtype) for case in selftest.CASES for dtype in case.dtypes]
     names = [f"{c.op}-{c.name}-{str(d).removeprefix('torch.')}".replace(" ", "_") for c, d in cases]
-    return pytest.mark.parametrize(("case", "dtype"), cases, ids=names)(test)
+    return each_backend(pytest.mark.parametrize(("case", "dtype"), cases, ids=names)(test))
 
 
 @each_case
-def test_the_same_bits_at_every_run(case: selftest.Case, dtype: torch.dtype) -> None:
-    first = outputs(case, dtype)
+def test_the_same_bits_at_every_run(kernels: str, case: selftest.Case, dtype: torch.dtype) -> None:
+    first = outputs(kernels, case, dtype)
     for run in range(1, RUNS):
         torch.empty(1 << 20, device=GPU).fill_(run)  # other memory, with other contents, is what the next run gets
-        for i, (x, y) in enumerate(zip(outputs(case, dtype), first, strict=True)):
+        for i, (x, y) in enumerate(zip(outputs(kernels, case, dtype), first, strict=True)):
             assert_same_bits(x, y, f"output {i} of run {run}")
 
 
-def test_the_same_bits_on_large_inputs() -> None:
+@each_backend
+def test_the_same_bits_on_large_inputs(kernels: str) -> None:
     """Sums that many programs share, at sizes that fill the device."""
     torch.manual_seed(0)
     x = torch.randn(64, 256, 56, 56, device=GPU)
@@ -355,7 +405,7 @@ def test_the_same_bits_on_large_inputs() -> None:
             blocks.clone(),
         ]
 
-    with use_backend("triton"):
+    with use_backend(kernels):
         first = run()
         for number in range(1, RUNS):
             for i, (actual, expected) in enumerate(zip(run(), first, strict=True)):
@@ -385,10 +435,10 @@ def test_steps_change_streams(make: Make) -> None:
 
 @pytest.mark.skipif(GPUS < 2, reason="there is one GPU")
 @each_case
-def test_another_device_than_the_current_one(case: selftest.Case, dtype: torch.dtype) -> None:
+def test_another_device_than_the_current_one(kernels: str, case: selftest.Case, dtype: torch.dtype) -> None:
     other = torch.device("cuda", 1)
     assert torch.cuda.current_device() == 0
-    for x, y in zip(outputs(case, dtype, other), outputs(case, dtype), strict=True):
+    for x, y in zip(outputs(kernels, case, dtype, other), outputs(kernels, case, dtype), strict=True):
         assert x.device == other
         assert_same_bits(x.cpu(), y.cpu())
 
@@ -396,12 +446,13 @@ def test_another_device_than_the_current_one(case: selftest.Case, dtype: torch.d
 # Past 2^31 elements.
 
 
-def test_more_columns_of_squares_than_32_bits_count() -> None:
+@each_backend
+def test_more_columns_of_squares_than_32_bits_count(kernels: str) -> None:
     needs_memory(12)
     rows, columns = (1 << 16) + 3, 1 << 15
     torch.manual_seed(0)
     x = torch.empty(rows, columns, dtype=torch.bfloat16, device=GPU).normal_()
-    with use_backend("triton"):
+    with use_backend(kernels):
         actual = ops.column_sum_of_squares(x)
     expected = torch.zeros(columns, dtype=torch.float64, device=GPU)
     for part in x.split(4096):
@@ -409,8 +460,9 @@ def test_more_columns_of_squares_than_32_bits_count() -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=0)
 
 
+@each_backend
 @pytest.mark.parametrize("op", ["adafisher_step_", "sofim_step_"])
-def test_a_step_of_more_elements_than_32_bits_count(op: str) -> None:
+def test_a_step_of_more_elements_than_32_bits_count(op: str, kernels: str) -> None:
     """The ends of one parameter, and one behind it, must be what they are in a small parameter."""
     needs_memory(24)
     rows, columns, end = (1 << 17) + 1, 1 << 14, 3
@@ -435,7 +487,7 @@ def test_a_step_of_more_elements_than_32_bits_count(op: str) -> None:
         rho = 1.0 if square is None else 1.0 + float(square)
         return ops.sofim_step_(*lists, lr=1e11, beta=0.9, rho=rho)[1]  # of the size of the norm
 
-    with use_backend("triton"):
+    with use_backend(kernels):
         square = step(large, row)
     # SOFIM's norm is of the whole parameter: beside it that of the ends counts for nothing, so it goes into rho.
     with use_backend("reference"):

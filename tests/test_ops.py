@@ -513,6 +513,24 @@ def test_calls_that_the_dispatcher_has_work_for_go_through_it(backend: str, disp
     assert_same_bits(traced(2 * x), ops.column_sum_of_squares(2 * x))
 
 
+@pytest.mark.skipif(_library.native_module() is None, reason="there is no native module")
+def test_empty_lists_take_no_gpu() -> None:
+    """No tensor says which: the CPU's kernels make the results, which are empty and on the CPU."""
+    on_a_gpu = _library.Native(_library.native_module(), _library._current_stream)
+    common: dict[str, Any] = {"lr": torch.ones(()), "weight_decay": 0.1, "decoupled": True, "maximize": False}
+    found = (
+        ops.adafisher_step._native(on_a_gpu, [], [], [], [], [], [], beta=0.9, damping=0.1, **common),
+        *ops.mbf_step._native(on_a_gpu, [], [], [], [], momentum=0.9, kl_clip=0.1, **common),
+        *ops.sofim_step._native(
+            on_a_gpu, [], [], [], [], beta=0.9, rho=1.0, direction="momentum", scope="global",
+            **{**common, "lr": [common["lr"]], "weight_decay": [0.1]},
+        ),
+        ops.factor_ema._ema_native(on_a_gpu, [], [], 0.9, 0.1),
+    )  # fmt: skip
+    assert all(x.is_cpu for x in found)
+    assert [x.tolist() for x in found] == [[], [], 1.0, [], [], []]
+
+
 # The choice of backend.
 
 ALL = ("reference", "cpu", "cuda", "triton")

@@ -58,7 +58,7 @@ struct Curvature {
 
   __device__ A at(int64_t row_, int64_t column) const {
     const A right = column_factor == nullptr ? A(1) : group(row_)[by_column ? column : 0];
-    return row(row_) * right + damping;
+    return fma(row(row_), right, damping);
   }
 
   __device__ A at(int64_t index) const { return at(index / columns, index % columns); }
@@ -130,7 +130,7 @@ struct CurvatureOfChunk {
       for (int i = 0; i < N; ++i) pack.at[i] = right;
     }
 #pragma unroll
-    for (int i = 0; i < N; ++i) pack.at[i] = left * pack.at[i] + curvature.damping;
+    for (int i = 0; i < N; ++i) pack.at[i] = fma(left, pack.at[i], curvature.damping);
     return pack;
   }
 };
@@ -156,17 +156,18 @@ struct Rates {
   }
 };
 
-/// The update of one element. Returns whether it was left as it was, its gradient not being finite.
+/// The update of one element. Returns whether it was left as it was, its gradient not being finite. What is fused is
+/// written down: compilers choose otherwise on another path, and layouts are not to show in the bits.
 template <class T, class A>
 __device__ bool update(T& parameter, T gradient, A& moment, A curvature, const Rates<A>& rates) {
   const A w = widen(parameter);
   A g = widen(gradient) * rates.gradient_scale;
   if (!is_finite(g)) return true;
   // Not even a NaN of the parameter gets into the moment where there is no decay.
-  if (rates.weight_decay != 0) g += rates.weight_decay * w;
-  moment = rates.beta * moment + rates.gain * g;
+  if (rates.weight_decay != 0) g = fma(rates.weight_decay, w, g);
+  moment = fma(rates.beta, moment, rates.gain * g);
   A change = rates.step_size * moment / curvature;
-  if (rates.shrinkage != 0) change += rates.shrinkage * w;
+  if (rates.shrinkage != 0) change = fma(rates.shrinkage, w, change);
   parameter = narrow<T>(w - change);
   return false;
 }

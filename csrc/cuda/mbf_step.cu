@@ -170,27 +170,28 @@ __device__ Element<T> locate(const JoinedEntry& entry, int64_t first, int down, 
           static_cast<A*>(is_bias ? entry.bias_moment : entry.moment) + place.at[2]};
 }
 
+// What is fused is written down: compilers choose otherwise on another path, and layouts are not to show in the bits.
+
 /// The gradient that enters the momentum.
 template <class T, class A>
 __device__ A scaled(T gradient, T parameter, const Rates<A>& rates) {
   A g = widen(gradient) * rates.gradient_scale;
   // Not even a NaN of the parameter gets into it where there is no decay.
-  if (rates.weight_decay != 0) g += rates.weight_decay * widen(parameter);
+  if (rates.weight_decay != 0) g = fma(rates.weight_decay, widen(parameter), g);
   return g;
 }
 
 template <class A>
 __device__ A new_moment(A moment, A gradient, const Rates<A>& rates) {
-  return rates.momentum * moment + gradient;
+  return fma(rates.momentum, moment, gradient);
 }
 
 /// A parameter after the step along d.
 template <class T, class A>
 __device__ T stepped(T parameter, A d, const Rates<A>& rates) {
   const A w = widen(parameter);
-  A change = rates.step_size * d;
-  if (rates.shrinkage != 0) change += rates.shrinkage * w;
-  return narrow<T>(w - change);
+  if (rates.shrinkage == 0) return narrow<T>(fma(-rates.step_size, d, w));
+  return narrow<T>(w - fma(rates.shrinkage, w, rates.step_size * d));
 }
 
 __device__ inline void count_block(int64_t* skipped) {

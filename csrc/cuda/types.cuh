@@ -39,9 +39,10 @@ __device__ inline T narrow(Accumulator<T> x) {
   }
 }
 
+/// No difference of x and x: fused with the product that x may be, it would be that product's rounding error.
 template <class A>
 __device__ inline bool is_finite(A x) {
-  return x - x == 0;
+  return x * 0 == 0;
 }
 
 template <class T>
