@@ -7,6 +7,7 @@ as ``auto.json`` has it, and the reference wherever these are missing.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -62,7 +63,7 @@ def _why_no_cuda() -> str | None:
     toolkit = module.cuda_toolkit()
     if toolkit is None:
         return "the native module was built without CUDA kernels: no nvcc was found then, or FISHER_KERNELS_CUDA=off"
-    architectures, runtime, driver = toolkit
+    _, runtime, driver = toolkit
     if not torch.cuda.is_available():
         return "there is no GPU: torch.cuda.is_available() is False"
     if driver < runtime:
@@ -70,6 +71,17 @@ def _why_no_cuda() -> str | None:
             f"the CUDA kernels were built with CUDA {cuda_version(runtime)}, and the driver knows no more than CUDA "
             f"{cuda_version(driver)}: a newer driver is needed, or a build with an older toolkit"
         )
+    return None
+
+
+@functools.cache
+def _why_not_these_gpus() -> str | None:
+    """Whether the CUDA kernels were built for the GPUs here. To ask them starts CUDA, so no import does."""
+    module = native_module()
+    toolkit = None if module is None or runs_cuda_on_host() else module.cuda_toolkit()
+    if toolkit is None:
+        return None
+    architectures = toolkit[0]
     built = [int(re.sub("[a-z]", "", architecture)) for architecture in architectures.split(",")]
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
@@ -104,14 +116,18 @@ _AUTO: dict[str, Any] = json.loads(Path(__file__).with_name("auto.json").read_te
 _selected = os.environ.get("FISHER_KERNELS_BACKEND") or "auto"
 
 
+def _reason(name: str) -> str | None:
+    return _REASONS[name] or (_why_not_these_gpus() if name == "cuda" else None)
+
+
 def available() -> list[str]:
     """Names of the backends that can run here, the reference first."""
-    return [name for name in NAMES if _REASONS[name] is None]
+    return [name for name in NAMES if _reason(name) is None]
 
 
 def reasons() -> dict[str, str | None]:
     """For every backend, why it cannot run here; None where it can."""
-    return dict(_REASONS)
+    return {name: _reason(name) for name in NAMES}
 
 
 def device_type(name: str) -> str:
@@ -122,8 +138,8 @@ def device_type(name: str) -> str:
 def _check(name: str) -> None:
     if name != "auto" and name not in NAMES:
         raise ValueError(f"backend is {name!r}, expected one of 'auto', {', '.join(map(repr, NAMES))}")
-    if name != "auto" and _REASONS[name] is not None:
-        raise RuntimeError(f"backend {name!r} is not available: {_REASONS[name]}")
+    if name != "auto" and (reason := _reason(name)) is not None:
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
 
 
 @contextmanager
@@ -206,7 +222,7 @@ def choose(op: str, device: str, implemented: Iterable[str], argument: Any = Non
         _calls.append((op, size_of(argument)))
     if _selected == "auto":
         for fast in _fastest(op, device, argument):
-            if _REASONS[fast] is None and _DEVICES[fast] == device and fast in implemented:
+            if _reason(fast) is None and _DEVICES[fast] == device and fast in implemented:
                 return fast
         return "reference"
     _check(_selected)
