@@ -263,6 +263,38 @@ def test_sanitizers_find_nothing_in_the_self_test_and_have_teeth() -> None:
     assert "heap-buffer-overflow" in result.stderr
 
 
+BETWEEN_SAMPLES = """
+import ctypes, itertools, torch
+from fisher_kernels import use_backend
+from fisher_kernels.ops import mini_block_gram_
+poison, unpoison = (getattr(ctypes.CDLL(None), f"__asan_{name}_memory_region") for name in ("poison", "unpoison"))
+poison.argtypes = unpoison.argtypes = ctypes.c_void_p, ctypes.c_size_t
+samples, shapes = 9, ((5, 9), (1, 3), (70, 4), (2, 12), (7, 13), (3, 49), (2, 60))
+for dtype, (blocks, n) in itertools.product((torch.float32, torch.float64, torch.bfloat16, torch.float16), shapes):
+    size, granule = blocks * n, 8 // dtype.itemsize  # samples begin at a multiple of 8 bytes, and end anywhere
+    stride = (size // granule + 3) * granule
+    memory = torch.ones(granule + samples * stride, dtype=dtype)
+    v = memory.as_strided((samples, blocks, n), (stride, n, 1), granule)
+    out = torch.zeros(blocks, n, n, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    poison(memory.data_ptr(), 8)
+    for sample in v:
+        poison(sample.data_ptr() + size * dtype.itemsize, (stride - size) * dtype.itemsize)
+    with use_backend("cuda"):
+        mini_block_gram_(out, v)
+    unpoison(memory.data_ptr(), memory.nbytes)
+    assert bool((out == samples).all()), (dtype, blocks, n)
+"""
+
+
+@on_host
+@pytest.mark.skipif(importlib.util.find_spec("fisher_kernels._cuda_on_host_sanitized") is None, reason="not built")
+@pytest.mark.skipif(not sanitizers(), reason="the compiler has no AddressSanitizer")
+def test_nothing_is_read_around_samples() -> None:
+    """Copies of 16 bytes take nothing along from there: it may be another tensor's, or never have been written."""
+    result = run_python(BETWEEN_SAMPLES, **SANITIZED)
+    assert result.returncode == 0, result.stderr[-8000:]
+
+
 def test_cuda_is_chosen_on_request_only_where_it_runs() -> None:
     x = torch.ones(3, 2)
     if backends.reasons()["cuda"] is None and backends.device_type("cuda") == "cpu":

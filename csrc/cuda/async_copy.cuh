@@ -7,13 +7,19 @@
 // Copies to shared memory that pass by the registers, so that many are under way while a warp computes.
 namespace fisher_kernels::cuda {
 
-/// Begins a copy of 16 bytes between addresses that are multiples of 16.
+/// Begins a copy of 4, 8 or 16 bytes between addresses that are multiples of so many.
+template <int kBytes>
 __device__ inline void copy_async(void* to_shared, const void* from) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
 #ifdef FISHER_KERNELS_CUDA_ON_HOST
-  std::memcpy(to_shared, from, 16);
+  std::memcpy(to_shared, from, kBytes);
 #else
   const auto to = static_cast<unsigned>(__cvta_generic_to_shared(to_shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  if constexpr (kBytes == 16) {  // past the first-level cache
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes) : "memory");
+  }
 #endif
 }
 

@@ -122,7 +122,7 @@ struct Range {
   int32_t last;
 
   __device__ Range(int64_t index, int32_t length, int32_t size)
-      : first(static_cast<int32_t>(index * length)), last(first + length < size ? first + length : size) {}
+      : first(static_cast<int32_t>(index * length)), last(length < size - first ? first + length : size) {}
 };
 
 /// The windows of a segment, and none up to a whole step. All threads call it; those of before are no longer read.

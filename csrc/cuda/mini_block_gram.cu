@@ -29,7 +29,6 @@ constexpr int64_t kManyGroups = 264;  // that keep a GPU busy, two a multiproces
 
 struct Params {
   const void* v;
-  const void* end;  // of v
   void* out;
   void* partials;  // [shares, groups, kSums, lanes] or null where shares are added at once
   int64_t samples;
@@ -65,6 +64,9 @@ struct Traits {
   static constexpr int kSums = kIsTriangle ? kPart * (kPart + 1) / 2 : kPart * kPart;  // of a lane
   static constexpr int kWarps = 8;
   static constexpr int kThreads = kWarps * kWarp;
+  // On a multiprocessor, which limits registers: the more a lane needs for its sums, the fewer warps keep memory busy.
+  static constexpr int kWords = kSums * static_cast<int>(sizeof(A) / 4);
+  static constexpr int kLeastBlocks = kWords > 90 ? 1 : kWords > 49 ? 2 : kWords > 32 ? 3 : kWords > 16 ? 4 : 5;
   static constexpr int kStages = 4;                         // samples that a warp has room for
   static constexpr int kVector = kVectorBytes / sizeof(T);  // numbers of v copied at once
   // Neighbouring blocks of a sample begin anywhere within 16 bytes.
@@ -161,27 +163,33 @@ __device__ int shift_of(const T* from) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(from) % kVectorBytes / sizeof(T));
 }
 
-/// Begins the copy of neighbours to a stage, where they lie within 16 bytes as they did. Around them, other parts of v
-/// are copied too, so that all copies are 16 bytes; but nothing from before its begin or behind its end.
+/// What a warp copies of each sample. Numbers count from the multiple of 16 bytes at or before the first of its blocks.
+struct Range {
+  int begin;   // 0, or where the sample begins
+  int wanted;  // where the blocks end
+  int end;     // 16 bytes later, or where the sample ends
+};
+
+/// Begins the copy of neighbours to a stage, where they lie within 16 bytes as they did. Around them, other parts of
+/// the sample are copied too, so that copies are 16 bytes; but nothing from before its begin or behind its end, where
+/// another tensor may be, or nothing.
 template <class Traits>
-__device__ void copy_to_stage(const Params& params, const typename Traits::T* from, int size,
-                              typename Traits::T* stage) {
-  using T = typename Traits::T;
-  constexpr int kVector = Traits::kVector;
-  const T* const begin = static_cast<const T*>(params.v);
-  const T* const end = static_cast<const T*>(params.end);
-  const int shift = shift_of(from);
-  from -= shift;
+__device__ void copy_to_stage(const typename Traits::T* from, const Range& range, typename Traits::T* stage) {
+  constexpr int kVector = Traits::kVector, kBytes = sizeof(typename Traits::T);
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x) % kWarp * kVector; i < shift + size; i += kWarp * kVector) {
-    if (begin <= from + i && from + i + kVector <= end) {
-      copy_async(stage + i, from + i);
+  for (int i = static_cast<int>(threadIdx.x) % kWarp * kVector; i < range.wanted; i += kWarp * kVector) {
+    if (range.begin <= i && i + kVector <= range.end) {
+      copy_async<kVectorBytes>(stage + i, from + i);
       continue;
     }
-    // At the ends of v: to be seen at the barrier that waits for the copies.
+    const int end = min(i + kVector, range.end);
 #pragma unroll 1
-    for (int k = i; k < i + kVector; ++k) {
-      if (begin <= from + k && from + k < end) stage[k] = from[k];
+    for (int k = max(i, range.begin); k < end; ++k) {
+      if constexpr (kBytes < 4) {
+        stage[k] = from[k];  // to be seen at the barrier that waits for the copies
+      } else {
+        copy_async<kBytes>(stage + k, from + k);
+      }
     }
   }
 }
@@ -206,19 +214,23 @@ template <class Traits>
 __device__ void sum_share(const Params& params, const Group<Traits>& group, int64_t first, Memory<Traits>& memory,
                           LaneSums<Traits>& sums) {
   using T = typename Traits::T;
-  constexpr int kStages = Traits::kStages;
+  constexpr int kStages = Traits::kStages, kVector = Traits::kVector;
   const int warp = threadIdx.x / kWarp, size = group.count * params.size;
   const int64_t left = params.samples - first;
   const auto samples = static_cast<int>(left < params.share ? left : params.share);
   const int count = (samples - warp + Traits::kWarps - 1) / Traits::kWarps;
   const int64_t step = Traits::kWarps * params.sample_stride;
   const T* from = static_cast<const T*>(params.v) + (first + warp) * params.sample_stride + group.first * params.size;
-  static_assert(Traits::kWarps % Traits::kVector == 0, "all samples of a warp begin alike within 16 bytes");
+  static_assert(Traits::kWarps % kVector == 0, "all samples of a warp begin alike within 16 bytes");
   const int shift = shift_of(from);
+  from -= shift;
+  const int64_t behind = (params.blocks - group.first - group.count) * params.size;  // numbers of the sample
+  const Range range{group.first == 0 ? shift : 0, shift + size,
+                    shift + size + static_cast<int>(behind < kVector ? behind : kVector)};
   auto& stages = memory.stages[warp];
   const int row = group.block * params.size + group.row, column = group.block * params.size + group.column;
   const auto copy = [&](int k) {
-    if (k < count) copy_to_stage<Traits>(params, from, size, stages[k % kStages]);
+    if (k < count) copy_to_stage<Traits>(from, range, stages[k % kStages]);
     end_copies();
     from += step;
   };
@@ -263,7 +275,8 @@ __device__ int place_in_blocks(const Params& params, const Group<Traits>& group,
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads) small_kernel(const __grid_constant__ Params params) {
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kLeastBlocks)
+    small_kernel(const __grid_constant__ Params params) {
   using A = typename Traits::A;
   auto& memory = shared_memory<Memory<Traits>>();
   const Group<Traits> group(params);
@@ -325,8 +338,6 @@ void small_blocks(const MiniBlockGram& a, const Stream& stream) {
   if (groups > kMostGroups) throw std::runtime_error(std::string(kName) + ": the result has too many blocks");
   Params params{};
   params.v = a.v;
-  params.end = static_cast<const typename Traits::T*>(a.v) +
-               (a.samples > 0 ? (a.samples - 1) * a.sample_stride + a.blocks * a.size : 0);
   params.out = a.out;
   params.samples = a.samples;
   params.sample_stride = a.sample_stride;
