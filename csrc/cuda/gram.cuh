@@ -286,7 +286,7 @@ __device__ void write_average(A (*part)[kColumns + 1], A* out, int64_t columns, 
     if (row + i >= columns || column + j > row + i) continue;
     A* const to = out + (row + i) * columns + column + j;
     A value = gain * part[i][j];
-    if (decay != 0) value += decay * *to;
+    if (decay != 0) value = fma(decay, *to, value);
     part[i][j] = *to = value;
   }
   __syncthreads();

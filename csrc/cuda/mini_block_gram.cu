@@ -259,7 +259,7 @@ __device__ void write_blocks(const Params& params, const Group<Traits>& group, M
     const int i = divide(place, params.inverse_size), j = place - i * n;
     if (j > i) continue;
     A value = gain * memory.blocks[at];
-    if (decay != 0) value += decay * out[at];
+    if (decay != 0) value = fma(decay, out[at], value);
     memory.blocks[at] = value;
     memory.blocks[block + j * n + i] = value;
   }
