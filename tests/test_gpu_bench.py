@@ -124,8 +124,8 @@ def test_the_report_goes_into_the_documents(tmp_path: Path, monkeypatch: pytest.
     assert "### NVIDIA X1 80GB" in text
     assert "- op 3 x 3 float32" in text
     assert f"torch {torch.__version__}" in text.replace("\n", " ")
-    assert "copy 0.3 **missed**" in text
-    assert "linalg.inv_ex 30" in text
+    assert "copy 0.75 **missed**" in text
+    assert "linalg.inv_ex 50" in text
     assert all(len(line) <= 120 for line in text.split("\n") if not line.startswith("|"))
     page.write_text(text)
     assert tables.filled(page, None) == text

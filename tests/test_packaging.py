@@ -134,7 +134,8 @@ def test_without_a_compiler_the_package_imports_and_says_so(pure_wheel: Path, tm
     )
     # Without site (-S) no editable install can stand in for what this wheel lacks.
     path = os.pathsep.join([str(tmp_path), *(entry for entry in sys.path if entry and Path(entry) != ROOT)])
-    result = run("-S", "-c", script, cwd=tmp_path, PYTHONPATH=path, FISHER_KERNELS_BACKEND="")
+    defaults = {"FISHER_KERNELS_BACKEND": "", "FISHER_KERNELS_CUDA_ON_HOST": ""}
+    result = run("-S", "-c", script, cwd=tmp_path, PYTHONPATH=path, **defaults)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count(str(tmp_path)) == 2
     assert "a C++17 compiler (c++ or g++ or clang++)" in result.stdout
