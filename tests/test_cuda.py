@@ -31,11 +31,11 @@ with_cuda = pytest.mark.skipif(toolkit() is None, reason="the native module was 
 on_host = pytest.mark.skipif(not runs_cuda_on_host(), reason="the CUDA kernels were not compiled for the host")
 
 
-def run_python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Python in a process of its own, in which no CUDA kernel runs on the host unless the variables say so."""
     settings = {"PYTHONPATH": str(ROOT), "FISHER_KERNELS_CUDA_ON_HOST": "0", "OMP_NUM_THREADS": "1", **variables}
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *options],
         cwd=ROOT,
         env={**os.environ, **settings},
         capture_output=True,
@@ -187,6 +187,22 @@ SELF_TEST = """
 import hashlib, json, sys, torch
 from fisher_kernels import backends, selftest
 
+# The same tensors one element further on, where nothing begins at 16 bytes and the memory ends with them.
+def begin_anywhere(value):
+    if isinstance(value, dict):
+        return {name: begin_anywhere(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [begin_anywhere(x) for x in value]
+    if not isinstance(value, torch.Tensor) or not value.is_contiguous():
+        return value
+    moved = torch.empty(value.numel() + 1, dtype=value.dtype)[1:].view(value.shape)
+    return moved.copy_(value)
+
+if "--anywhere" in sys.argv:
+    for case in selftest.CASES:
+        inputs = case.inputs
+        object.__setattr__(case, "inputs", lambda source, inputs=inputs: begin_anywhere(inputs(source)))
+
 # Fresh memory holds NaN, so that what is not written shows.
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
@@ -209,9 +225,9 @@ print(json.dumps(found))
 """
 
 
-def self_test(**variables: str) -> dict[str, tuple[str | None, str]]:
+def self_test(*options: str, **variables: str) -> dict[str, tuple[str | None, str]]:
     """What failed, and the bits of the results, of every case of the self-test on the CUDA kernels."""
-    result = run_python(SELF_TEST, **{"FISHER_KERNELS_CUDA_ON_HOST": "1", **variables})
+    result = run_python(SELF_TEST, *options, **{"FISHER_KERNELS_CUDA_ON_HOST": "1", **variables})
     assert result.returncode == 0, result.stderr[-8000:]
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -256,8 +272,9 @@ CUDA.kernels.column_sum_of_squares(x, torch.empty(64), (-1, 0))
 @pytest.mark.skipif(importlib.util.find_spec("fisher_kernels._cuda_on_host_sanitized") is None, reason="not built")
 @pytest.mark.skipif(not sanitizers(), reason="the compiler has no AddressSanitizer")
 def test_sanitizers_find_nothing_in_the_self_test_and_have_teeth() -> None:
-    found = self_test(**SANITIZED)
-    assert {name: message for name, (message, _) in found.items() if message} == {}
+    for options in ((), ("--anywhere",)):
+        found = self_test(*options, **SANITIZED)
+        assert {name: message for name, (message, _) in found.items() if message} == {}, options
     result = run_python(OUT_OF_BOUNDS, **SANITIZED)
     assert result.returncode != 0
     assert "heap-buffer-overflow" in result.stderr
