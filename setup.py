@@ -50,9 +50,12 @@ def why_no_native() -> str | None:
     choice = os.environ.get("FISHER_KERNELS_NATIVE") or "auto"
     if choice not in ("auto", "on", "off"):
         raise SystemExit(f"FISHER_KERNELS_NATIVE is {choice!r}, expected 'auto', 'on' or 'off'")
+    asked_for_cuda = os.environ.get("FISHER_KERNELS_CUDA") == "on"
+    if choice == "off" and asked_for_cuda:
+        raise SystemExit("FISHER_KERNELS_CUDA is 'on' and FISHER_KERNELS_NATIVE 'off': CUDA is in the native module")
     if choice == "off":
         return "the native module was left out: FISHER_KERNELS_NATIVE=off when fisher_kernels was installed"
-    if choice == "auto" and missing():
+    if choice == "auto" and not asked_for_cuda and missing():
         return f"the native module was not built when fisher_kernels was installed; missing: {', '.join(missing())}"
     return None
 

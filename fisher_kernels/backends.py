@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -200,11 +200,16 @@ def _fastest(op: str, device: str, argument: Any) -> tuple[str, ...]:
     """What ``auto`` takes, the first that runs here: never Triton's interpreter, nor CUDA kernels on the CPU."""
     if device == "cpu":
         return ("cpu",)
-    classes = _AUTO["ops"].get(op) if device == "cuda" else None
-    if not classes or argument is None:
-        return _OF_A_GPU if device == "cuda" else ()
-    size = size_of(argument) if len(classes) > 1 else 0
-    fast = next(backend for most, backend in classes if most is None or size <= most)
+    return order_on_a_gpu(op, lambda: size_of(argument)) if device == "cuda" else ()
+
+
+def order_on_a_gpu(op: str, size: Callable[[], int]) -> tuple[str, ...]:
+    """CUDA and Triton, what is faster for an op of a size first; the size is asked only where it matters."""
+    classes = _AUTO["ops"].get(op)
+    if not classes:
+        return _OF_A_GPU
+    counted = size() if len(classes) > 1 else 0
+    fast = next(backend for most, backend in classes if most is None or counted <= most)
     return fast, *(name for name in _OF_A_GPU if name != fast)
 
 

@@ -17,6 +17,7 @@ from bench.gpu import __main__ as driver
 from bench.gpu import choose, limits, measure, op_cases, report, sanitize, shapes, step_cases
 from bench.gpu.case import LIMITS, Case, Work
 from bench.gpu.timing import Clock, Times
+from fisher_kernels import backends
 
 CPU = torch.device("cpu")
 CLOCK = Clock(CPU, 0.0)
@@ -231,6 +232,21 @@ def test_auto_takes_what_was_measured_to_be_faster(tmp_path: Path) -> None:
     source.write_text(json.dumps({"device": "GPU X", "date": "2026-01-02", "rows": rows}))
     assert choose.main([str(source), "--out", str(out)]) == 0
     assert json.loads(out.read_text())["device"] == "GPU X"
+
+
+def test_a_choice_that_is_clearly_slower_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(cuda: float, triton: float) -> list[measure.Row]:
+        both = (("cuda", cuda), ("triton", triton))
+        spread = [(name, Times(t, 0.9 * t, 1.1 * t, 3)) for name, t in both]
+        return [measure.Row("op", "shape", "float32", name, "copy", size=9, times=times) for name, times in spread]
+
+    monkeypatch.setitem(backends._AUTO, "ops", {"op": [[8, "triton"], [None, "cuda"]]})
+    assert measure._slower_choices(rows(1.0, 2.0)) == []
+    assert measure._slower_choices(rows(1.1, 1.0)) == [], "within the spread"
+    assert measure._slower_choices(rows(2.0, 1.0)) == ["op, shape, float32"]
+    assert measure._slower_choices(rows(2.0, 1.0)[:1]) == []
+    monkeypatch.setitem(backends._AUTO, "ops", {"op": [[9, "triton"], [None, "cuda"]]})
+    assert measure._slower_choices(rows(2.0, 1.0)) == []
 
 
 def test_a_measurement_of_one_backend_chooses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

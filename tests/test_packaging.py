@@ -66,7 +66,9 @@ def unpacked_sdist(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def pure_wheel(unpacked_sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built where no folder of the PATH has a compiler."""
     work = tmp_path_factory.mktemp("pure")
-    return build("wheel", unpacked_sdist, work, PATH=str(work), CXX="", FISHER_KERNELS_NATIVE="auto")
+    return build(
+        "wheel", unpacked_sdist, work, PATH=str(work), CXX="", FISHER_KERNELS_NATIVE="auto", FISHER_KERNELS_CUDA=""
+    )
 
 
 def names(wheel: Path) -> set[str]:
@@ -146,6 +148,17 @@ def test_asking_for_the_native_module_without_a_compiler_is_an_error(unpacked_sd
     result = run("setup.py", "build_ext", cwd=unpacked_sdist, **variables)
     assert result.returncode != 0
     assert "missing: a C++17 compiler (/nonexistent/g++)" in result.stderr
+
+
+def test_asking_for_cuda_without_a_compiler_is_an_error_too(unpacked_sdist: Path) -> None:
+    variables = {"FISHER_KERNELS_NATIVE": "auto", "FISHER_KERNELS_CUDA": "on", "CXX": "/nonexistent/g++"}
+    result = run("setup.py", "build_ext", cwd=unpacked_sdist, **variables)
+    assert result.returncode != 0
+    assert "missing: a C++17 compiler (/nonexistent/g++)" in result.stderr
+    variables["FISHER_KERNELS_NATIVE"] = "off"
+    result = run("setup.py", "build_ext", cwd=unpacked_sdist, **variables)
+    assert result.returncode != 0
+    assert "FISHER_KERNELS_CUDA is 'on' and FISHER_KERNELS_NATIVE 'off'" in result.stderr
 
 
 def test_a_compiler_that_fails_is_an_error(unpacked_sdist: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,28 @@ def run(
         "rows": [{**asdict(row), "missed": row.missed} for row in rows],
         "left_out": left_out,
     }
-    return facts, bool(rows) and all(row.error is None and not row.missed for row in _best(rows))
+    slower = _slower_choices(rows)
+    for name in slower:
+        print(f"auto takes the slower backend: {name}; python -m bench.gpu.choose mends it", file=sys.stderr)
+    return facts, bool(rows) and not slower and all(row.error is None and not row.missed for row in _best(rows))
+
+
+def _slower_choices(rows: list[Row]) -> list[str]:
+    """Cases in which what ``auto`` takes on a GPU is clearly slower than the other: beyond the spread of both."""
+    cases: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in rows:
+        if row.times is not None and row.size is not None:
+            cases.setdefault((row.op, row.shape, row.dtype), {})[row.backend] = row
+    found = []
+    for case, by_backend in cases.items():
+        if not {"cuda", "triton"} <= by_backend.keys():
+            continue
+        size = by_backend["cuda"].size or 0
+        first, *others = backends.order_on_a_gpu(case[0], partial(int, size))
+        times = {name: by_backend[name].times for name in (first, *others)}
+        if any(times[first].p20 > times[other].p80 for other in others):  # type: ignore[union-attr]
+            found.append(", ".join(case))
+    return found
 
 
 def _best(rows: list[Row]) -> list[Row]:
