@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fisher_kernels._library import native_module
-from fisher_kernels.environment import describe
+from fisher_kernels.tools.environment import describe
 
 Run = Callable[[], Any]
 

@@ -16,11 +16,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fisher_kernels import __version__, backends, environment, inspection, selftest, tasks
+from fisher_kernels import __version__, backends, tasks
 from fisher_kernels.tasks import report
 from fisher_kernels.tasks.optimizers import Recipe
 from fisher_kernels.tasks.task import Task
 from fisher_kernels.tasks.training import Record, Settings, Training
+from fisher_kernels.tools import environment, inspection, selftest
 
 app = typer.Typer(
     name="fisher-kernels",
@@ -43,11 +44,6 @@ Schedule = Annotated[str, typer.Option(help="Learning rate over the run: cosine 
 Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads.", show_default="the task's")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the files.", show_default="results/TASK")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-
-
-def main() -> None:
-    """Entry point of ``fisher-kernels``."""
-    app()
 
 
 def _print_version(wanted: bool) -> None:

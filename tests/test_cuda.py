@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from fisher_kernels import backends, environment, use_backend
+from fisher_kernels import backends, use_backend
 from fisher_kernels._library import native_module, runs_cuda_on_host
 from fisher_kernels.ops import column_sum_of_squares
+from fisher_kernels.tools import environment
 
 ROOT = Path(__file__).parents[1]
 
@@ -185,7 +186,8 @@ def test_options_of_the_build_are_checked(tmp_path: Path, option: str, message: 
 
 SELF_TEST = """
 import hashlib, json, sys, torch
-from fisher_kernels import backends, selftest
+from fisher_kernels import backends
+from fisher_kernels.tools import selftest
 
 # The same tensors one element further on, where nothing begins at 16 bytes and the memory ends with them.
 def begin_anywhere(value):

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fisher_kernels import MBF, SOFIM, AdaFisher, AdaFisherW, backends, ops, selftest, use_backend
+from fisher_kernels import MBF, SOFIM, AdaFisher, AdaFisherW, backends, ops, use_backend
 from fisher_kernels.optim.base import FisherOptimizer
+from fisher_kernels.tools import selftest
 from tests.comparison import assert_same_bits
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0

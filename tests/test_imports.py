@@ -12,19 +12,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "fisher_kernels"
 
-# From the bottom up; "" is the package itself. Modules on one line do not import one another.
+# From the bottom up; "" is the package itself. Modules on one line do not import one another. Where a folder has an order
+# of its own its modules stand here, with the folder's name for its __init__.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_native", "triton_kernels"),
     ("_library",),
     ("backends",),
-    ("ops", "tap"),
-    ("layers",),
-    ("mini_blocks",),
-    ("statistics",),
+    ("ops", "curvature", "curvature.tap"),
+    ("curvature.rules",),
+    ("curvature.diagonal_rules", "curvature.block_rules"),
+    ("curvature.hooks",),
     ("optim",),
     ("",),
-    ("environment", "selftest"),
-    ("inspection", "tasks"),
+    ("tools", "tools.environment", "tools.selftest"),
+    ("tools.inspection", "tasks"),
     ("cli",),
     ("__main__",),
 )
@@ -47,8 +48,8 @@ def imported(source: str, path: Path) -> Iterator[str]:
             parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*parents, *([node.module] if node.module else [])])
             for alias in node.names:
-                submodule = base == PACKAGE and alias.name in HEIGHT
-                yield f"{base}.{alias.name}" if submodule else base
+                submodule = f"{base}.{alias.name}"
+                yield submodule if submodule.removeprefix(f"{PACKAGE}.") in HEIGHT else base
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if function in ("import_module", "__import__") and isinstance(node.args[0].value, str):
@@ -56,7 +57,9 @@ def imported(source: str, path: Path) -> Iterator[str]:
 
 
 def layer_of(module: str) -> str:
-    return [*module.split("."), ""][1]
+    """The entry of LAYERS that a module belongs to: that of its file in its folder, or of the folder."""
+    _, folder, file = [*module.split("."), "", ""][:3]
+    return f"{folder}.{file}" if f"{folder}.{file}" in HEIGHT else folder
 
 
 def faults(source: str, path: Path) -> list[str]:
@@ -106,18 +109,22 @@ def test_kernels_import_nothing_of_the_package() -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("ops/sum_of_squares.py", "from fisher_kernels.statistics import Statistics"),
+        ("ops/sum_of_squares.py", "from fisher_kernels.curvature.hooks import Statistics"),
         ("ops/sum_of_squares.py", "import fisher_kernels.optim.adafisher"),
         ("ops/_define.py", "from fisher_kernels import use_backend"),
         ("ops/_define.py", "import fisher_kernels"),
-        ("ops/_define.py", "from .. import layers"),
-        ("ops/_define.py", "from ..layers import Rule"),
+        ("ops/_define.py", "from ..curvature import rules"),
+        ("ops/_define.py", "from ..curvature.rules import Rule"),
         ("backends.py", "from fisher_kernels import ops"),
         ("backends.py", "from . import ops"),
         ("_library.py", "def load():\n    from fisher_kernels.backends import reasons"),
-        ("layers.py", "import importlib\nimportlib.import_module('fisher_kernels.statistics')"),
-        ("layers.py", "if TYPE_CHECKING:\n    from fisher_kernels.optim import AdaFisher"),
-        ("statistics.py", "from fisher_kernels import optim"),
+        ("curvature/rules.py", "import importlib\nimportlib.import_module('fisher_kernels.curvature.hooks')"),
+        ("curvature/tap.py", "from fisher_kernels.curvature import rules"),
+        ("curvature/rules.py", "from fisher_kernels.curvature.diagonal_rules import NORMS"),
+        ("curvature/block_rules.py", "from .diagonal_rules import Conv"),
+        ("curvature/block_rules.py", "if TYPE_CHECKING:\n    from fisher_kernels.optim import AdaFisher"),
+        ("curvature/hooks.py", "from fisher_kernels import optim"),
+        ("tools/selftest.py", "from . import inspection"),
         ("optim/adafisher.py", "from fisher_kernels.tasks import digits"),
         ("optim/__init__.py", "from ..cli import main"),
         ("ops/__init__.py", "from fisher_kernels.unheard_of import something"),
@@ -135,7 +142,9 @@ def test_a_wrong_import_is_found(path: str, source: str) -> None:
         ("ops/sum_of_squares.py", "from ._define import define\nfrom . import factor_ema\nfrom .. import backends"),
         ("optim/__init__.py", "from .adafisher import AdaFisher\nfrom fisher_kernels.ops import minmax\nimport torch"),
         ("__init__.py", "from . import backends, ops\nfrom fisher_kernels.optim import AdaFisher"),
-        ("cli.py", "from fisher_kernels import __version__, tasks"),
+        ("curvature/hooks.py", "from fisher_kernels.curvature import rules\nfrom .tap import tap"),
+        ("tools/inspection/triton.py", "from fisher_kernels.tools import selftest\nfrom .rows import Row"),
+        ("cli.py", "from fisher_kernels import __version__, tasks\nfrom fisher_kernels.tools import inspection"),
     ],
 )
 def test_a_right_import_is_allowed(path: str, source: str) -> None:

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fisher_kernels import backends, inspection
+from fisher_kernels import backends
 from fisher_kernels._library import native_module
 from fisher_kernels.cli import app
-from fisher_kernels.inspection import cuda, machine_code, rows, triton
+from fisher_kernels.tools import inspection
+from fisher_kernels.tools.inspection import cuda, machine_code, rows, triton
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,8 +61,8 @@ def test_one_variant_of_every_kernel_compiles_for_every_target() -> None:
 FAULTY = """
 import dataclasses
 import torch
-from fisher_kernels import selftest
-from fisher_kernels.inspection import triton
+from fisher_kernels.tools import selftest
+from fisher_kernels.tools.inspection import triton
 from fisher_kernels.triton_kernels import _configs, adafisher_step
 
 plain = next(case for case in selftest.CASES if case.op == "adafisher_step_" and case.name == "plain")
@@ -97,7 +98,7 @@ def test_a_kernel_that_does_not_compile_is_a_fault() -> None:
 AGAIN = """
 import torch
 from fisher_kernels import backends, ops
-from fisher_kernels.inspection import triton
+from fisher_kernels.tools.inspection import triton
 from fisher_kernels.triton_kernels import _launch
 
 def compilations(length, count, lr):

@@ -23,7 +23,8 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fisher_kernels
-from fisher_kernels import _library, backends, ops, tap, use_backend
+from fisher_kernels import _library, backends, ops, use_backend
+from fisher_kernels.curvature import tap
 from fisher_kernels.ops._convolution import padding_pairs, per_dimension
 from tests.cases import random
 from tests.cases.adafisher_step import PARAMETERS, step
@@ -226,7 +227,7 @@ def test_every_op_has_a_sample() -> None:
     prefix = "fisher_kernels::"
     names = {name.removeprefix(prefix) for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)}
     assert names == set(SAMPLES)
-    assert tap.__name__ == "fisher_kernels.tap"  # imported for its ops
+    assert tap.__name__ == "fisher_kernels.curvature.tap"  # imported for its ops
 
 
 @pytest.mark.parametrize("name", SAMPLES)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fisher_kernels import __version__
-from fisher_kernels.environment import processor, version
+from fisher_kernels.tools.environment import processor, version
 
 RESULTS = Path(__file__).parents[1] / "results"
 NOT_YET = "Not yet measured on a GPU.\n"

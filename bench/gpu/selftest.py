@@ -12,7 +12,8 @@ import sys
 
 import torch
 
-from fisher_kernels import backends, selftest
+from fisher_kernels import backends
+from fisher_kernels.tools import selftest
 from tests.checkout import nest_triton_kernels
 
 MOST_PROCESSES = 12

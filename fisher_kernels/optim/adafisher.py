@@ -14,15 +14,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from fisher_kernels.layers import Rule, Sums, rule_for
+from fisher_kernels.curvature.diagonal_rules import DiagonalRule, rule_for
+from fisher_kernels.curvature.hooks import Layer
+from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.ops import ACCUMULATOR, adafisher_step_
 from fisher_kernels.optim.base import count, find_gradients, totals
 from fisher_kernels.optim.diagonal_factors import VARIANTS, DiagonalFactors, Place
 from fisher_kernels.optim.layerwise import LayerwiseOptimizer
-from fisher_kernels.statistics import Layer
 
 
-class AdaFisher(LayerwiseOptimizer):
+class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
     """AdaFisher: momentum divided by a Kronecker-factored diagonal of the Fisher information.
 
     For a layer ``a = W h + b`` with s the derivative of the loss by a::
@@ -132,10 +133,10 @@ class AdaFisher(LayerwiseOptimizer):
 
     # Layers.
 
-    def _rule_for(self, module: nn.Module, owner: Parameter) -> Rule | None:
+    def _rule_for(self, module: nn.Module, owner: Parameter) -> DiagonalRule | None:
         return rule_for(module, self._groups[owner]["variant"])
 
-    def _detail(self, role: str, layer: Layer) -> str:
+    def _detail(self, role: str, layer: Layer[DiagonalRule]) -> str:
         shapes = layer.rule.shapes(layer.module)
         if role == "bias":
             return f"{layer.name or 'model'}.bias: output factor"

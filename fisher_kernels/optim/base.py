@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from fisher_kernels.ops import ACCUMULATOR
+
+_WIDTH = 120
+"""Columns of what is printed."""
 
 
 @dataclass(frozen=True)
@@ -39,21 +43,22 @@ class Explanations(tuple[Explanation, ...]):
     """One :class:`Explanation` a parameter; prints as a table."""
 
     def __str__(self) -> str:
-        from rich.console import Console  # here, so that optimizers work without it
-        from rich.table import Table
-
-        table = Table(title="How each parameter is served")
-        for column in ("parameter", "shape", "group", "rule", "detail"):
-            table.add_column(column, overflow="fold")
-        table.add_column("state bytes", justify="right")
+        head = ("parameter", "shape", "group", "rule", "state bytes", "detail")
+        rows = [head, tuple("-" * len(name) for name in head)]
         for row in self:
             rule = f"{row.rule}, frozen" if row.frozen else row.rule
             shape = " x ".join(map(str, row.shape)) or "scalar"
-            table.add_row(row.name, shape, str(row.group), rule, row.detail, f"{row.state_bytes:,}")
-        console = Console(width=120, record=False)
-        with console.capture() as capture:
-            console.print(table)
-        return capture.get()
+            rows.append((row.name, shape, str(row.group), rule, f"{row.state_bytes:,}", row.detail))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+        # The detail is a sentence: it goes on below itself, so that lines stay within a terminal.
+        room = max(_WIDTH - sum(widths) - 2 * len(widths), 24)
+        lines = ["How each parameter is served"]
+        for *cells, detail in rows:
+            first, *more = textwrap.wrap(detail, room) or [""]
+            *left, last = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+            start = "  ".join([*left, last.rstrip().rjust(widths[-1])])
+            lines += [f"{start}  {first}".rstrip(), *(" " * (len(start) + 2) + line for line in more)]
+        return "\n".join(lines)
 
 
 class FisherOptimizer(Optimizer):

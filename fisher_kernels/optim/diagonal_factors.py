@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fisher_kernels.layers import Factors, Sums
+from fisher_kernels.curvature.diagonal_rules import DiagonalRule, Factors
+from fisher_kernels.curvature.hooks import Site
+from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.ops import ACCUMULATOR, factor_ema_, minmax, minmax_
 from fisher_kernels.optim.base import Counters, count
-from fisher_kernels.statistics import Site
 
 
 class Variant(NamedTuple):
@@ -87,7 +88,7 @@ class DiagonalFactors:
 
     def __init__(
         self,
-        sites: Sequence[Site],
+        sites: Sequence[Site[DiagonalRule]],
         state: MutableMapping[Tensor, Any],
         groups: Mapping[Parameter, dict[str, Any]],
     ) -> None:
@@ -313,7 +314,7 @@ class DiagonalFactors:
         return (torch.stack(means).quantile(0.5) + group["damping"]).reshape(1) if means else None
 
 
-def _relative(site: Site, factors: Factors) -> Factors:
+def _relative(site: Site[DiagonalRule], factors: Factors) -> Factors:
     """Factors whose products average to 1 over all entries of the layer's parameters; ones where that average is 0."""
     total: Tensor | float = 0.0
     entries = 0

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fisher_kernels.layers import Sums
-from fisher_kernels.mini_blocks import Blocks
+from fisher_kernels.curvature.block_rules import BlockRule, Blocks
+from fisher_kernels.curvature.hooks import Site
+from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.ops import ACCUMULATOR, block_inverse, block_inverse_, factor_ema_
 from fisher_kernels.optim.base import Counters, count
-from fisher_kernels.statistics import Site
 
 STORAGES = ("full", "packed", "bfloat16")
 """How inverses are stored: as they are, one triangle of each where there are many small ones, or in 16 bits."""
@@ -106,7 +106,7 @@ class FisherBlocks:
 
     def __init__(
         self,
-        sites: Sequence[Site],
+        sites: Sequence[Site[BlockRule]],
         state: MutableMapping[Tensor, Any],
         groups: Mapping[Parameter, dict[str, Any]],
     ) -> None:
@@ -133,7 +133,7 @@ class FisherBlocks:
         self.parts.append(Part(len(self.parts), owner, blocks, **kept))
         return self.parts[-1]
 
-    def _parts_of(self, index: int, site: Site, served: set[Parameter]) -> Iterator[Part]:
+    def _parts_of(self, index: int, site: Site[BlockRule], served: set[Parameter]) -> Iterator[Part]:
         """The parts of one site. A parameter that another site serves already is not served twice."""
         for position, blocks in enumerate(site.rule.blocks):
             held = {}
@@ -179,7 +179,7 @@ class FisherBlocks:
 
     # Averages.
 
-    def new_blocks(self, sites: Sequence[Site], taken: Sequence[tuple[int, Sums]]) -> Iterator[New]:
+    def new_blocks(self, sites: Sequence[Site[BlockRule]], taken: Sequence[tuple[int, Sums]]) -> Iterator[New]:
         """The parts that have raw sums."""
         for index, sums in taken:
             if not all(sums.counts):

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Generic
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from fisher_kernels.layers import Rule, Sums
+from fisher_kernels.curvature.hooks import Layer, Statistics, find_layers
+from fisher_kernels.curvature.rules import R, Sums
 from fisher_kernels.optim.base import Explanations, FisherOptimizer
-from fisher_kernels.statistics import Layer, Statistics, find_layers
 
 FALLBACK_SHARE = 0.01
 """Share of the trained parameters above which fallbacks are worth a warning."""
 
 
-class LayerwiseOptimizer(FisherOptimizer):
+class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
     """Base of the optimizers that read the layers of ``model``; subclasses say which rule serves a layer and step.
 
     Args:
@@ -46,7 +46,7 @@ class LayerwiseOptimizer(FisherOptimizer):
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 raise ValueError(f"parameter {name!r} is not initialised: run a forward pass of the lazy module first")
         self._model = model
-        self._statistics: Statistics | None = None
+        self._statistics: Statistics[R] | None = None
         self._armed: list[bool] = []
         super().__init__(model.parameters() if params is None else params, defaults)
         self._watch(grad_scaler, process_group)
@@ -54,7 +54,7 @@ class LayerwiseOptimizer(FisherOptimizer):
 
     # What subclasses define.
 
-    def _rule_for(self, module: nn.Module, owner: Parameter) -> Rule | None:
+    def _rule_for(self, module: nn.Module, owner: Parameter) -> R | None:
         """The rule that serves a module whose settings are those of ``owner``'s group."""
         raise NotImplementedError
 
@@ -78,14 +78,14 @@ class LayerwiseOptimizer(FisherOptimizer):
         """Step the parameters of a group that have a gradient."""
         raise NotImplementedError
 
-    def _detail(self, role: str, layer: Layer) -> str:
+    def _detail(self, role: str, layer: Layer[R]) -> str:
         """What a layer gives to the parameter in one of its roles."""
         raise NotImplementedError
 
     # Layers.
 
     @property
-    def statistics(self) -> Statistics:
+    def statistics(self) -> Statistics[R]:
         assert self._statistics is not None
         return self._statistics
 
@@ -179,9 +179,9 @@ class LayerwiseOptimizer(FisherOptimizer):
             for i, p in enumerate(group["params"]):
                 yield names.get(p, f"param_groups[{g}]['params'][{i}]"), p
 
-    def _layers_of(self) -> dict[Parameter, list[tuple[str, Layer]]]:
+    def _layers_of(self) -> dict[Parameter, list[tuple[str, Layer[R]]]]:
         """Parameter -> the layers that serve it, with its role in each."""
-        served: dict[Parameter, list[tuple[str, Layer]]] = {}
+        served: dict[Parameter, list[tuple[str, Layer[R]]]] = {}
         for site in self.statistics.sites:
             for layer in site.layers:
                 for role, p in layer.parameters.items():

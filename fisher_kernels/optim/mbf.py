@@ -15,16 +15,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from fisher_kernels.layers import Rule, Sums
-from fisher_kernels.mini_blocks import BlockRules, Blocks, Sharing
+from fisher_kernels.curvature.block_rules import BlockRule, BlockRules, Blocks, Sharing
+from fisher_kernels.curvature.hooks import Layer
+from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.ops import ACCUMULATOR, mbf_step_
 from fisher_kernels.optim.base import count, totals
 from fisher_kernels.optim.fisher_blocks import STORAGES, FisherBlocks, New, Unit, unpack
 from fisher_kernels.optim.layerwise import LayerwiseOptimizer, is_due
-from fisher_kernels.statistics import Layer
 
 
-class MBF(LayerwiseOptimizer):
+class MBF(LayerwiseOptimizer[BlockRule]):
     """MBF: heavy-ball momentum preconditioned by a block-diagonal empirical Fisher matrix of many small blocks.
 
     With g_n the gradient of sample n in one small group of weights::
@@ -168,15 +168,15 @@ class MBF(LayerwiseOptimizer):
         self._rules = BlockRules(self._model)
         super()._watch(grad_scaler, process_group)
 
-    def _rule_for(self, module: nn.Module, owner: Parameter) -> Rule | None:
+    def _rule_for(self, module: nn.Module, owner: Parameter) -> BlockRule | None:
         group = self._groups[owner]
         return self._rules(module, Sharing(group["linear_blocks"], group["sequence"], group["loss_reduction"]))
 
-    def _layers_of(self) -> dict[Parameter, list[tuple[str, Layer]]]:
+    def _layers_of(self) -> dict[Parameter, list[tuple[str, Layer[BlockRule]]]]:
         fallbacks = {part.owner for part in self._blocks.fallbacks}
         return {p: uses for p, uses in super()._layers_of().items() if p not in fallbacks}
 
-    def _detail(self, role: str, layer: Layer) -> str:
+    def _detail(self, role: str, layer: Layer[BlockRule]) -> str:
         where = f"{layer.name or 'model'}.{role}"
         for blocks in layer.rule.blocks:
             if role in blocks.roles:
@@ -302,8 +302,6 @@ class MBF(LayerwiseOptimizer):
         Raises:
             ValueError: there was no batch, or none that gave finite statistics of any layer.
         """
-        from rich.progress import track  # here, so that training works without it
-
         parameters = list(self._groups)
         grad_scaler, self.statistics.grad_scaler = self.statistics.grad_scaler, None  # nothing is scaled here
         gradients = [p.grad for p in parameters]
@@ -313,7 +311,7 @@ class MBF(LayerwiseOptimizer):
         try:
             for index in range(len(self.statistics.sites)):
                 self.statistics.arm(index, True)
-            for batch in track(batches, description="Fisher blocks", disable=not progress):
+            for batch in _with_progress(batches) if progress else batches:
                 for p in parameters:
                     p.grad = None
                 with torch.enable_grad():
@@ -455,3 +453,17 @@ def _joint(role: str, blocks: Blocks) -> str:
     if len(blocks.roles) == 1:
         return ""
     return "beside its bias, " if role == "weight" else "beside its weight, "
+
+
+def _with_progress(batches: Iterable[Any]) -> Iterable[Any]:
+    """The batches behind a progress bar, or followed by one line where rich is not installed."""
+    try:
+        from rich.progress import track
+    except ModuleNotFoundError:
+        number = 0
+        for batch in batches:
+            number += 1  # noqa: SIM113: the line below needs it
+            yield batch
+        print(f"Fisher blocks: {number} batches")
+    else:
+        yield from track(batches, description="Fisher blocks")

@@ -16,10 +16,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fisher_kernels import environment
 from fisher_kernels.tasks.comparison import EqualTime, Spread, Summary, at_equal_time, summarize
 from fisher_kernels.tasks.task import Metric, Task, require
 from fisher_kernels.tasks.training import Record, Settings
+from fisher_kernels.tools import environment
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

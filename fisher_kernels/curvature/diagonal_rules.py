@@ -15,12 +15,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fisher_kernels.curvature.rules import (
+    NORMS,
+    Rule,
+    Sums,
+    has_bias,
+    is_transposed_linear,
+    padded_input,
+    transposed_windows,
+    unsqueeze_batch,
+)
 from fisher_kernels.ops import ACCUMULATOR, channel_sum_of_squares, column_sum_of_squares, patch_sum_of_squares
 
 Factors = dict[str, Tensor]
@@ -29,78 +38,6 @@ Means = dict[str, tuple[Tensor, float]]
 
 Placement = dict[str, tuple[Tensor | None, Tensor | None]]
 """Parameter name -> (row factor, column factor); None stands for 1."""
-
-
-@dataclass
-class Sums:
-    """Raw sums and, for each, how many terms went into it."""
-
-    vectors: list[Tensor]
-    counts: list[float]
-
-    def __add__(self, other: Sums) -> Sums:
-        lengths = [max(a.numel(), b.numel()) for a, b in zip(self.vectors, other.vectors, strict=True)]
-        mine = self.padded(lengths)
-        # Never in place: a graph that is kept for another backward still holds what its forward captured.
-        vectors = torch._foreach_add(mine, [b.to(a) for a, b in zip(mine, other.padded(lengths), strict=True)])
-        return Sums(list(vectors), [a + b for a, b in zip(self.counts, other.counts, strict=True)])
-
-    def padded(self, lengths: Sequence[int]) -> list[Tensor]:
-        """The vectors with zeros behind them: those over positions are as long as the longest sequence seen."""
-        return [
-            v if v.numel() == length else nn.functional.pad(v, (0, length - v.numel()))
-            for v, length in zip(self.vectors, lengths, strict=True)
-        ]
-
-
-class Use(NamedTuple):
-    """One use of a layer: what its forward captured, and the derivative of the loss by its output."""
-
-    module: Any
-    rule: Any
-    captured: Sequence[Tensor]
-    sizes: Sequence[int]
-    grad: Tensor
-
-
-class Rule:
-    """What the rules of all layer types and all optimizers have in common."""
-
-    name: ClassVar[str]
-    powers: tuple[int, ...] = (0, 2)
-    """Degree of each raw sum in the scale of the loss."""
-    rows_are_inputs: ClassVar[bool] = False
-    """Whether the weight's rows run over inputs, as in an Embedding, rather than over outputs."""
-    keeps_input: ClassVar[bool] = False
-    """Whether what is captured is as large as the layer's input."""
-    together: bool = False
-    """Whether all uses of a layer in one backward make one contribution, by :meth:`contribute_together`."""
-
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and vars(self) == vars(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    @property
-    def layout(self) -> Any:
-        """Sums of uses of one weight add up if their rules have the same layout."""
-        return self.rows_are_inputs, type(self)
-
-    def capture(self, module: Any, x: Tensor) -> tuple[list[Tensor], list[int]]:
-        """Tensors and sizes that the backward needs of the input x."""
-        raise NotImplementedError
-
-    def contribute(self, module: Any, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor) -> Sums:
-        """Raw sums of one backward; grad is the derivative of the loss by the layer's output."""
-        raise NotImplementedError
-
-    def contribute_together(self, uses: Sequence[Use]) -> Sums:
-        """Raw sums of all uses of a layer in one backward."""
-        raise NotImplementedError
-
-    def sum_lengths(self, module: Any) -> list[int | None]:
-        """Length of each raw sum; None where only the data tell."""
-        raise NotImplementedError
 
 
 class DiagonalRule(Rule):
@@ -117,10 +54,6 @@ class DiagonalRule(Rule):
     def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:
         """Row and column factors of ``weight`` and ``bias``."""
         raise NotImplementedError
-
-
-def _has_bias(module: nn.Module) -> bool:
-    return getattr(module, "bias", None) is not None
 
 
 class Linear(DiagonalRule):
@@ -143,7 +76,7 @@ class Linear(DiagonalRule):
 
     def shapes(self, module: Any) -> dict[str, int]:
         return {
-            "input_factor": self._inputs(module) + _has_bias(module),
+            "input_factor": self._inputs(module) + has_bias(module),
             "output_factor": self._outputs(module),
         }
 
@@ -178,41 +111,6 @@ class TransposedLinear(Linear):
         return {**placed, "weight": (inputs, outputs)}
 
 
-def unsqueeze_batch(x: Tensor, spatial: int) -> Tensor:
-    """Give x the batch dimension that convolutions can do without."""
-    return x.unsqueeze(0) if x.dim() == spatial + 1 else x
-
-
-def padded_input(module: Any, x: Tensor) -> tuple[Tensor, Any]:
-    """A convolution's input, with its batch dimension, and the zeros that remain to be thought around it."""
-    spatial = len(module.kernel_size)
-    x = unsqueeze_batch(x, spatial)
-    # torch keeps (before, after) of each dimension for every kind of padding, "same" included, last one first.
-    flat = module._reversed_padding_repeated_twice
-    if module.padding_mode != "zeros":
-        return nn.functional.pad(x, flat, mode=module.padding_mode), 0
-    return x, [(flat[2 * d], flat[2 * d + 1]) for d in reversed(range(spatial))] if any(flat) else 0
-
-
-def transposed_windows(module: Any, sizes: Sequence[int], grad: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
-    """The output derivative of a transposed convolution as the input of the convolution that it transposes.
-
-    What the last window leaves unread at the end is cut off or taken from the padding, so that there are as many
-    windows as input positions.
-
-    Args:
-        sizes: spatial sizes of the layer's input.
-        grad: with its batch dimension.
-    """
-    padding = []
-    for d, size in enumerate(sizes):
-        extent = (size - 1) * module.stride[d] + module.dilation[d] * (module.kernel_size[d] - 1) + 1
-        after = extent - module.padding[d] - grad.shape[2 + d]
-        grad = grad.narrow(2 + d, 0, grad.shape[2 + d] + min(after, 0))
-        padding.append((module.padding[d], max(after, 0)))
-    return grad, padding
-
-
 class Conv(DiagonalRule):
     """Conv1d/2d/3d: H[group, channel, kernel offset], the mean square of what each offset reads; S over channels."""
 
@@ -229,7 +127,7 @@ class Conv(DiagonalRule):
 
     def shapes(self, module: Any) -> dict[str, int]:
         return {
-            "input_factor": module.in_channels * math.prod(module.kernel_size) + _has_bias(module),
+            "input_factor": module.in_channels * math.prod(module.kernel_size) + has_bias(module),
             "output_factor": module.out_channels,
         }
 
@@ -253,7 +151,7 @@ class ReleaseConv(Conv):
         means = super().means(module, sums)
         patch = module.in_channels // module.groups * math.prod(module.kernel_size)
         inputs, count = means["input_factor"]
-        if _has_bias(module):  # its entry is divided too
+        if has_bias(module):  # its entry is divided too
             inputs = torch.cat((inputs / count, inputs.new_ones(1)))
             count = 1
         return {**means, "input_factor": (inputs, count * patch)}
@@ -286,7 +184,7 @@ class ConvTranspose(DiagonalRule):
             "input_factor": module.in_channels,
             "output_factor": module.out_channels * math.prod(module.kernel_size),
         }
-        return {**shapes, "bias_factor": module.out_channels} if _has_bias(module) else shapes
+        return {**shapes, "bias_factor": module.out_channels} if has_bias(module) else shapes
 
     def sum_lengths(self, module: Any) -> list[int | None]:
         return [module.in_channels, module.out_channels * math.prod(module.kernel_size), module.out_channels]
@@ -407,21 +305,6 @@ class Embedding(DiagonalRule):
 
     def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:
         return {"weight": (factors["input_factor"], factors["output_factor"])}
-
-
-NORMS = (
-    nn.modules.batchnorm._BatchNorm,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.RMSNorm,
-)
-
-
-def is_transposed_linear(module: Any) -> bool:
-    """Hugging Face's Conv1D, told by its shape: there is no need to import transformers for it."""
-    weight = module._parameters.get("weight")
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and weight is not None and weight.dim() == 2
 
 
 def rule_for(module: nn.Module, variant: str) -> DiagonalRule | None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from fisher_kernels.inspection import cuda, triton
-from fisher_kernels.inspection.rows import TARGETS, Row
+from fisher_kernels.tools.inspection import cuda, triton
+from fisher_kernels.tools.inspection.rows import TARGETS, Row
 
 __all__ = ["BACKENDS", "TARGETS", "Row", "run"]
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils.parametrizations import weight_norm
 
-from fisher_kernels import MBF, mini_blocks
+from fisher_kernels import MBF
+from fisher_kernels.curvature import block_rules
 from tests.layer_cases import (
     FALLBACKS,
     LAYERS,
@@ -564,9 +565,9 @@ def test_accumulation_against_the_naive(sequence: str) -> None:
 @pytest.mark.parametrize("linear_blocks", ["per_output", 4])
 def test_samples_in_pieces(monkeypatch: pytest.MonkeyPatch, layer: str, linear_blocks: str | int) -> None:
     """As many as memory is set aside for, and blocks so large that they go to matrix products."""
-    monkeypatch.setattr(mini_blocks, "CHUNK", 50)
-    monkeypatch.setattr(mini_blocks, "PIECE", 30)
-    monkeypatch.setattr(mini_blocks, "SMALL", 2)
+    monkeypatch.setattr(block_rules, "CHUNK", 50)
+    monkeypatch.setattr(block_rules, "PIECE", 30)
+    monkeypatch.setattr(block_rules, "SMALL", 2)
     build, shape = LAYERS[layer]
     torch.manual_seed(0)
     follow(build(), batch_of(5, *shape[1:]), sequence="reduce", linear_blocks=linear_blocks)
@@ -787,10 +788,10 @@ MISTAKES: dict[str, tuple[str, Callable[[list[float], Any], list[float]]]] = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_wrong_coefficient_is_seen(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, wrong = MISTAKES[mistake]
-    right = mini_blocks.BlockRule.divisors
+    right = block_rules.BlockRule.divisors
     build, shape = LAYERS[layer]
     follow(build(), batch_of(*shape), steps=1)
-    monkeypatch.setattr(mini_blocks.BlockRule, "divisors", lambda self, sums: wrong(right(self, sums), sums))
+    monkeypatch.setattr(block_rules.BlockRule, "divisors", lambda self, sums: wrong(right(self, sums), sums))
     with pytest.raises(AssertionError, match=r"off by \d\.\de[-+]0[012] of its longest move"):
         follow(build(), batch_of(*shape), steps=1)
 
@@ -799,7 +800,7 @@ def test_a_wrong_coefficient_is_seen(mistake: str, monkeypatch: pytest.MonkeyPat
 def test_distinct_numbers_without_knowing_how_many(count: int) -> None:
     keys = torch.randint(9, (count,), generator=torch.Generator().manual_seed(count))
     expected, places = keys.unique(return_inverse=True)
-    distinct, where = mini_blocks.distinct_padded(keys)
+    distinct, where = block_rules.distinct_padded(keys)
     assert torch.equal(where, places)
     assert torch.equal(distinct[: len(expected)], expected)
     assert not distinct[len(expected) :].any()

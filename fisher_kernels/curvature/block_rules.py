@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from fisher_kernels.layers import (
+from fisher_kernels.curvature.rules import (
     NORMS,
     Rule,
     Sums,
     Use,
+    has_bias,
     is_transposed_linear,
     padded_input,
     transposed_windows,
@@ -143,14 +144,14 @@ class BlockRule(Rule):
         """Raw sums of one use; rules that have a kernel for it do not go by way of per-sample gradients."""
         return self._contribute_together([Use(module, self, [x], [], grad)])
 
-    def contribute_together(self, uses: Sequence[Use]) -> Sums:
+    def contribute_together(self, uses: Sequence[Use[BlockRule]]) -> Sums:
         filled = [use for use in uses if use.grad.numel() > 0]
         if filled:
             return self._contribute_together(filled)
-        module, _, captured, sizes, grad = uses[0]
-        return self.contribute(module, captured, sizes, grad)
+        first = uses[0]
+        return self.contribute(first.module, first.captured, first.sizes, first.grad)
 
-    def _contribute_together(self, uses: Sequence[Use]) -> Sums:
+    def _contribute_together(self, uses: Sequence[Use[BlockRule]]) -> Sums:
         """Outer products of the sums over uses of per-sample gradients, a bounded number of samples at a time.
 
         Uses on different numbers of samples are of different samples.
@@ -181,7 +182,7 @@ class BlockRule(Rule):
         return [b.rows / n if mean else b.rows * n for b, n in zip(self.blocks, sums.counts, strict=True)]
 
 
-def _samples(batch: tuple[Use, Tensor, Tensor]) -> int:
+def _samples(batch: tuple[Use[BlockRule], Tensor, Tensor]) -> int:
     return batch[2].shape[0]
 
 
@@ -199,10 +200,6 @@ def add_outer_products(out: Tensor, gradients: Tensor, blocks: Blocks) -> None:
     else:
         for b in range(blocks.count):
             weighted_gram_(out[b], v[:, b], None, 1.0, 1.0)
-
-
-def _has_bias(module: Any) -> bool:
-    return getattr(module, "bias", None) is not None
 
 
 class LinearBlocks(BlockRule):
@@ -241,7 +238,7 @@ class LinearBlocks(BlockRule):
         columns, rows = (grad, x) if self.swapped else (x, grad)
         if not self.bias:
             return columns, rows
-        last = 1.0 if _has_bias(module) and not self.swapped else 0.0
+        last = 1.0 if has_bias(module) and not self.swapped else 0.0
         return F.pad(columns, (0, 1), value=last), rows
 
     def batched(self, module: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -358,7 +355,7 @@ _WEIGHT_GRADIENT: dict[int, Callable[..., Tensor]] = {
 
 def _bias_gradients(module: Any, grad: Tensor) -> Tensor:
     """(samples, channels) from (samples, channels, positions...); zeros for a use of the weight without a bias."""
-    if not _has_bias(module):
+    if not has_bias(module):
         return grad.new_zeros(grad.shape[:2], dtype=ACCUMULATOR[grad.dtype])
     return grad.flatten(2).sum(2, dtype=ACCUMULATOR[grad.dtype])
 
@@ -422,7 +419,7 @@ class NormBlocks(BlockRule):
         (blocks,) = self.blocks
         parts = [x]
         if blocks.size == 2:
-            parts.append(grad if _has_bias(module) else torch.zeros_like(grad))
+            parts.append(grad if has_bias(module) else torch.zeros_like(grad))
         return [torch.stack(parts, -1).flatten(1).unsqueeze(1)]
 
 
@@ -455,7 +452,7 @@ class EmbeddingBlocks(BlockRule):
         samples = x.shape[0] if x.dim() else 1
         return x.reshape(samples, -1), grad.reshape(samples, -1, module.embedding_dim)
 
-    def _contribute_together(self, uses: Sequence[Use]) -> Sums:
+    def _contribute_together(self, uses: Sequence[Use[BlockRule]]) -> Sums:
         """Sums over tokens of one kind in one sample, squared; only tokens that occur are held."""
         (blocks,) = self.blocks
         out = self._zeros(uses[0].grad, blocks).view(-1, uses[0].module.embedding_dim)
@@ -523,7 +520,7 @@ class BlockRules:
         matrices += [use for use in uses if is_transposed_linear(use)]
         if matrices and (isinstance(module, (nn.Linear, nn.Embedding)) or is_transposed_linear(module)):
             transposed = is_transposed_linear(matrices[0])
-            bias = any(_has_bias(use) for use in matrices if is_transposed_linear(use) == transposed)
+            bias = any(has_bias(use) for use in matrices if is_transposed_linear(use) == transposed)
             if not isinstance(module, nn.Embedding):
                 swapped = is_transposed_linear(module) != transposed
                 return LinearBlocks(sharing, weight.shape, bias, swapped, transposed)
@@ -531,7 +528,7 @@ class BlockRules:
             return None if transposed else EmbeddingRows(sharing, weight.shape, bias, True, False)
         # Convolutions in both directions that share a weight have biases of different lengths.
         both = len({isinstance(use, nn.modules.conv._ConvTransposeNd) for use in uses}) > 1
-        bias = not both and any(map(_has_bias, uses))
+        bias = not both and any(map(has_bias, uses))
         if isinstance(module, nn.modules.conv._ConvTransposeNd):
             return ConvTransposeBlocks(sharing, weight.shape, bias, module.groups)
         if isinstance(module, nn.modules.conv._ConvNd):

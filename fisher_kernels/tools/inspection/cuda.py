@@ -10,8 +10,8 @@ from pathlib import Path
 
 from fisher_kernels import backends
 from fisher_kernels._library import native_module, native_reason
-from fisher_kernels.inspection import machine_code
-from fisher_kernels.inspection.rows import MOST_STACK, Row, Streams, TradeOff, stack_faults, width_faults
+from fisher_kernels.tools.inspection import machine_code
+from fisher_kernels.tools.inspection.rows import MOST_STACK, Row, Streams, TradeOff, stack_faults, width_faults
 
 STREAMING: Mapping[str, Streams] = {
     "adafisher_step.adafisher_step_kernel": Streams(3, 2, "StridedEntry"),

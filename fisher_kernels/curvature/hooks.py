@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic
 
 import torch
 import torch.distributed as dist
@@ -26,18 +26,18 @@ from torch.autograd.graph import get_gradient_edge
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from fisher_kernels.layers import Rule, Sums, Use
+from fisher_kernels.curvature.rules import R, Rule, Sums, Use
+from fisher_kernels.curvature.tap import register, tap
 from fisher_kernels.ops import ACCUMULATOR
-from fisher_kernels.tap import register, tap
 
 
 @dataclass(eq=False)
-class Layer:
+class Layer(Generic[R]):
     """One supported module and those of its parameters that the optimizer holds."""
 
     name: str
     module: nn.Module
-    rule: Any  # a Rule, of the kind that the optimizer reads
+    rule: R
     parameters: dict[str, Parameter]  # role ("weight", "bias") -> parameter
 
     @property
@@ -65,15 +65,15 @@ class Layer:
 
 
 @dataclass(eq=False)
-class Site:
+class Site(Generic[R]):
     """Where sums are added up: all uses of one weight in one orientation, by one module or by several that share it."""
 
     owner: Parameter
-    rule: Any  # a Rule, of the kind that the optimizer reads
-    layers: list[Layer] = field(default_factory=list)
+    rule: R
+    layers: list[Layer[R]] = field(default_factory=list)
     sums: Sums | None = None
-    uses: list[Use] = field(default_factory=list)  # of the last backward, where they contribute together
-    kept: list[tuple[Layer, list[int]]] = field(default_factory=list)  # of whom they are, and writes to their tensors
+    uses: list[Use[R]] = field(default_factory=list)  # of the last backward, where they contribute together
+    kept: list[tuple[Layer[R], list[int]]] = field(default_factory=list)  # for each: its layer, writes to its tensors
     task: int = -1
 
     @cached_property
@@ -98,8 +98,8 @@ class Site:
 
 
 def find_layers(
-    model: nn.Module, rule_for: Callable[[nn.Module, Parameter], Rule | None], held: Collection[Parameter]
-) -> list[Layer]:
+    model: nn.Module, rule_for: Callable[[nn.Module, Parameter], R | None], held: Collection[Parameter]
+) -> list[Layer[R]]:
     """The modules of a model that a rule serves, with the parameters that the optimizer holds.
 
     Raises:
@@ -128,7 +128,7 @@ def find_layers(
 _numbers = itertools.count()
 
 
-class Statistics:
+class Statistics(Generic[R]):
     """The hooks of one optimizer on the layers of one model, and the sums they have collected.
 
     Args:
@@ -138,12 +138,12 @@ class Statistics:
     """
 
     def __init__(
-        self, layers: Iterable[Layer], grad_scaler: Any = None, process_group: dist.ProcessGroup | None = None
+        self, layers: Iterable[Layer[R]], grad_scaler: Any = None, process_group: dist.ProcessGroup | None = None
     ) -> None:
         self.grad_scaler = grad_scaler
         self.process_group = process_group
-        self.sites: list[Site] = []
-        by_key: dict[tuple[Any, ...], Site] = {}
+        self.sites: list[Site[R]] = []
+        by_key: dict[tuple[Any, ...], Site[R]] = {}
         for layer in layers:
             key = (id(layer.owner), layer.rule.layout)
             if key not in by_key:
@@ -206,7 +206,7 @@ class Statistics:
         for site in self.sites:
             site.clear()
 
-    def adopt(self, other: Statistics) -> None:
+    def adopt(self, other: Statistics[R]) -> None:
         """Take over what another engine holds pending for the same weights."""
         pending = {(site.owner, site.rule.layout): site for site in other.sites}
         for site in self.sites:
@@ -332,7 +332,7 @@ def _versions(tensors: Sequence[Tensor]) -> list[int]:
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-def _overwritten(layer: Layer, until: str) -> RuntimeError:
+def _overwritten(layer: Layer[Any], until: str) -> RuntimeError:
     # Autograd tells in most cases, but it keeps a copy of its own under autocast and of an input that is padded.
     return RuntimeError(
         f"the input of module {layer.name!r} was modified in place before {until}, where its statistics need it as it "
@@ -362,9 +362,9 @@ class _ForwardHook:
 
     def __init__(
         self,
-        layer: Layer | None = None,
+        layer: Layer[Any] | None = None,
         address: tuple[int, int, int] = (-1, -1, -1),
-        engine: Callable[[], Statistics | None] = lambda: None,
+        engine: Callable[[], Statistics[Any] | None] = lambda: None,
     ) -> None:
         self.layer = layer
         self.address = address
@@ -400,7 +400,7 @@ class _OutputHook:
 
     def __init__(
         self,
-        engine: Callable[[], Statistics | None],
+        engine: Callable[[], Statistics[Any] | None],
         address: tuple[int, int, int],
         captured: list[Tensor],
         sizes: list[int],

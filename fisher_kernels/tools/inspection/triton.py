@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
-from fisher_kernels import backends, selftest
-from fisher_kernels.inspection import machine_code
-from fisher_kernels.inspection.rows import MOST_STACK, Row, Streams, TradeOff, stack_faults, width_faults
+from fisher_kernels import backends
+from fisher_kernels.tools import selftest
+from fisher_kernels.tools.inspection import machine_code
+from fisher_kernels.tools.inspection.rows import MOST_STACK, Row, Streams, TradeOff, stack_faults, width_faults
 
 STREAMING: Mapping[str, Streams] = {
     "adafisher_step.kernel": Streams(3, 2, "STRIDED=True"),

@@ -1,0 +1,148 @@
+"""What the rules of all layer types have in common: their interface, the sums they add up, and geometry.
+
+A rule says what one type of layer yields for one kind of curvature:
+
+- ``capture``: what the forward keeps of the layer's input;
+- ``contribute``: the raw sums of one backward, from what was captured and the derivative of the output. Raw sums add up
+  over uses, micro-batches and processes; ``powers`` says how each scales with the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+R = TypeVar("R", bound="Rule")
+"""The kind of rule that an optimizer reads."""
+
+
+@dataclass
+class Sums:
+    """Raw sums and, for each, how many terms went into it."""
+
+    vectors: list[Tensor]
+    counts: list[float]
+
+    def __add__(self, other: Sums) -> Sums:
+        lengths = [max(a.numel(), b.numel()) for a, b in zip(self.vectors, other.vectors, strict=True)]
+        mine = self.padded(lengths)
+        # Never in place: a graph that is kept for another backward still holds what its forward captured.
+        vectors = torch._foreach_add(mine, [b.to(a) for a, b in zip(mine, other.padded(lengths), strict=True)])
+        return Sums(list(vectors), [a + b for a, b in zip(self.counts, other.counts, strict=True)])
+
+    def padded(self, lengths: Sequence[int]) -> list[Tensor]:
+        """The vectors with zeros behind them: those over positions are as long as the longest sequence seen."""
+        return [
+            v if v.numel() == length else nn.functional.pad(v, (0, length - v.numel()))
+            for v, length in zip(self.vectors, lengths, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Use(Generic[R]):
+    """One use of a layer: what its forward captured, and the derivative of the loss by its output."""
+
+    module: Any
+    rule: R
+    captured: Sequence[Tensor]
+    sizes: Sequence[int]
+    grad: Tensor
+
+
+class Rule:
+    """What the rules of all layer types and all optimizers have in common."""
+
+    name: ClassVar[str]
+    powers: tuple[int, ...] = (0, 2)
+    """Degree of each raw sum in the scale of the loss."""
+    rows_are_inputs: ClassVar[bool] = False
+    """Whether the weight's rows run over inputs, as in an Embedding, rather than over outputs."""
+    keeps_input: ClassVar[bool] = False
+    """Whether what is captured is as large as the layer's input."""
+    together: bool = False
+    """Whether all uses of a layer in one backward make one contribution, by :meth:`contribute_together`."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def layout(self) -> Any:
+        """Sums of uses of one weight add up if their rules have the same layout."""
+        return self.rows_are_inputs, type(self)
+
+    def capture(self, module: Any, x: Tensor) -> tuple[list[Tensor], list[int]]:
+        """Tensors and sizes that the backward needs of the input x."""
+        raise NotImplementedError
+
+    def contribute(self, module: Any, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor) -> Sums:
+        """Raw sums of one backward; grad is the derivative of the loss by the layer's output."""
+        raise NotImplementedError
+
+    def contribute_together(self, uses: Sequence[Use[Any]]) -> Sums:
+        """Raw sums of all uses of a layer in one backward."""
+        raise NotImplementedError
+
+    def sum_lengths(self, module: Any) -> list[int | None]:
+        """Length of each raw sum; None where only the data tell."""
+        raise NotImplementedError
+
+
+NORMS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.RMSNorm,
+)
+
+
+def is_transposed_linear(module: Any) -> bool:
+    """Hugging Face's Conv1D, told by its shape: there is no need to import transformers for it."""
+    weight = module._parameters.get("weight")
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and weight is not None and weight.dim() == 2
+
+
+def has_bias(module: nn.Module) -> bool:
+    """Whether a module has a bias; some types have no attribute of that name."""
+    return getattr(module, "bias", None) is not None
+
+
+def unsqueeze_batch(x: Tensor, spatial: int) -> Tensor:
+    """Give x the batch dimension that convolutions can do without."""
+    return x.unsqueeze(0) if x.dim() == spatial + 1 else x
+
+
+def padded_input(module: Any, x: Tensor) -> tuple[Tensor, Any]:
+    """A convolution's input, with its batch dimension, and the zeros that it is still to be padded with."""
+    spatial = len(module.kernel_size)
+    x = unsqueeze_batch(x, spatial)
+    # torch keeps (before, after) of each dimension for every kind of padding, "same" included, last one first.
+    flat = module._reversed_padding_repeated_twice
+    if module.padding_mode != "zeros":
+        return nn.functional.pad(x, flat, mode=module.padding_mode), 0
+    return x, [(flat[2 * d], flat[2 * d + 1]) for d in reversed(range(spatial))] if any(flat) else 0
+
+
+def transposed_windows(module: Any, sizes: Sequence[int], grad: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
+    """The output derivative of a transposed convolution as the input of the convolution that it transposes.
+
+    What the last window leaves unread at the end is cut off or taken from the padding, so that there are as many
+    windows as input positions.
+
+    Args:
+        sizes: spatial sizes of the layer's input.
+        grad: with its batch dimension.
+    """
+    padding = []
+    for d, size in enumerate(sizes):
+        extent = (size - 1) * module.stride[d] + module.dilation[d] * (module.kernel_size[d] - 1) + 1
+        after = extent - module.padding[d] - grad.shape[2 + d]
+        grad = grad.narrow(2 + d, 0, grad.shape[2 + d] + min(after, 0))
+        padding.append((module.padding[d], max(after, 0)))
+    return grad, padding
