@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "fisher_kernels"
 
-# From the bottom up; "" is the package itself. Modules on one line do not import one another. Where a folder has an order
-# of its own its modules stand here, with the folder's name for its __init__.
+# From the bottom up; "" is the package itself. Modules on one line do not import one another. Of a folder that has an
+# order of its own each module stands here, with the folder's name for its __init__.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_native", "triton_kernels"),
     ("_library",),
