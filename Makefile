@@ -40,7 +40,7 @@ NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc)
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test bench gpu gpu-sanitize results inspect lint build dist clean FORCE
+.PHONY: help demo test bench gpu gpu-sanitize results inspect docs lint build dist clean FORCE
 
 help:
 	@echo 'make demo    trains a CNN with AdamW, SGD, AdaFisher, AdaFisherW, MBF and SOFIM, side by side'
@@ -50,6 +50,7 @@ help:
 	@echo 'make gpu-sanitize  runs the self-test of the CUDA kernels under compute-sanitizer, on a CUDA GPU'
 	@echo 'make results compares the optimizers on every task, into docs/results.md (half an hour)'
 	@echo 'make inspect compiles every GPU kernel for GPUs that need not be here, and reads its code (ten minutes)'
+	@echo 'make docs    builds the documentation as a site, in build/site, and checks its links'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make build   environment, native module, editable install'
 	@echo 'make dist    sdist and wheel, in dist/'
@@ -81,6 +82,12 @@ results: build
 inspect:
 	$(MAKE) build FISHER_KERNELS_CUDA=on FISHER_KERNELS_CUDA_ARCHS=80,90,100 FISHER_KERNELS_WERROR=ON
 	$(PY) -m fisher_kernels inspect $(ARGS)
+
+# A broken link, a public name that is not documented and any other warning fail it.
+docs: build
+	rm -rf build/site
+	$(PY) -m sphinx --quiet --fail-on-warning --keep-going -d build/site-cache docs build/site
+	PYTHONPATH=docs $(PY) -m _site.links build/site
 
 lint: build
 	$(PY) -m ruff check

@@ -1,9 +1,12 @@
 """Puts measured figures into the documents: ``python -m bench.tables build/bench.json``.
 
-A document says where with a pair of comments. Between ``<!-- measured: OP, OP -->`` and ``<!-- end -->`` go the rows of
-those ops in the report of ``make bench``, if one is given; between ``<!-- from: FILE -->`` and ``<!-- end -->`` goes a
-Markdown file that ``fisher-kernels compare`` wrote, its place counted from the document; and between ``<!-- gpu -->``
-and ``<!-- end -->`` the latest report of ``make gpu`` of each device, out of ``bench/results/``.
+A document says where with a pair of comments, of which the second is ``<!-- end -->``:
+
+- ``<!-- measured: OP, OP -->``: the rows of those ops in the report of ``make bench``, ``bench/results/cpu.json``.
+  A report that is named on the command line takes its place first.
+- ``<!-- from: FILE -->``: a Markdown file that ``fisher-kernels compare`` wrote; its path is relative to the document.
+- ``<!-- gpu -->``: the latest report of ``make gpu`` for each device in ``bench/results/``.
+- ``<!-- summary -->``: the eight rows of README.md.
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ from typing import Annotated, Any
 import typer
 
 from bench.gpu.report import latest, markdown
+from bench.summary import SPEED, summary
 
 ROOT = Path(__file__).parent.parent
 PLACE = re.compile(r"^(<!-- measured: (?P<ops>[^>]*?) -->\n).*?^(<!-- end -->)", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"^(<!-- from: (?P<file>[^>]*?) -->\n).*?^(<!-- end -->)", re.DOTALL | re.MULTILINE)
 GPU = re.compile(r"^(<!-- gpu -->\n).*?^(<!-- end -->)", re.DOTALL | re.MULTILINE)
+SUMMARY = re.compile(r"^(<!-- summary -->\n).*?^(<!-- end -->)", re.DOTALL | re.MULTILINE)
 HEADER = (
     "| op | shape | dtype | baseline | baseline ms | ours ms | ratio | GB/s | of limit |\n| --- " + "| --- " * 8 + "|\n"
 )
@@ -50,20 +55,28 @@ def table(report: dict[str, Any], ops: list[str]) -> str:
     return HEADER + "".join(lines) + "\n" + textwrap.fill(caption.strip(), 120) + "\n"
 
 
-def filled(document: Path, report: dict[str, Any] | None) -> str:
-    """The text of a document with the figures of today."""
-    text = document.read_text()
-    if report is not None:
-        text = PLACE.sub(lambda place: place[1] + table(report, place["ops"].split(", ")) + place[3], text)
+def filled(document: Path) -> str:
+    """The text of a document with the figures of the committed reports."""
+    report = json.loads(SPEED.read_text())
+    text = PLACE.sub(lambda place: place[1] + table(report, place["ops"].split(", ")) + place[3], document.read_text())
     text = GPU.sub(lambda place: place[1] + markdown(latest()) + place[2], text)
+    text = SUMMARY.sub(lambda place: place[1] + summary() + place[2], text)
     return FILE.sub(lambda place: place[1] + (document.parent / place["file"]).read_text() + place[3], text)
+
+
+def _ops(report: Path) -> set[str]:
+    return {row["op"] for row in json.loads(report.read_text())["rows"]}
 
 
 def main(report: Annotated[Path | None, typer.Argument(help="JSON report of make bench.")] = None) -> None:
     """Rewrite the measured tables of README.md and docs/."""
-    figures = json.loads(report.read_text()) if report is not None else None
+    if report is not None:
+        lost = _ops(SPEED) - _ops(report)
+        if lost:  # of a run of some benchmarks only
+            raise typer.BadParameter(f"{report} has no figures for {', '.join(sorted(lost))}")
+        SPEED.write_text(report.read_text())
     for document in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
-        new = filled(document, figures)
+        new = filled(document)
         if new != document.read_text():
             document.write_text(new)
             typer.echo(f"updated {document.relative_to(ROOT)}")

@@ -119,7 +119,7 @@ def test_the_report_goes_into_the_documents(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(tables, "latest", lambda: found)
     page = tmp_path / "page.md"
     page.write_text("before\n\n<!-- gpu -->\nNot yet measured on a GPU.\n<!-- end -->\nafter\n")
-    text = tables.filled(page, None)
+    text = tables.filled(page)
     assert text.startswith("before\n\n<!-- gpu -->\n### B\n")
     assert text.endswith("<!-- end -->\nafter\n")
     assert "### NVIDIA X1 80GB" in text
@@ -129,9 +129,9 @@ def test_the_report_goes_into_the_documents(tmp_path: Path, monkeypatch: pytest.
     assert "linalg.inv_ex 50" in text
     assert all(len(line) <= 120 for line in text.split("\n") if not line.startswith("|"))
     page.write_text(text)
-    assert tables.filled(page, None) == text
+    assert tables.filled(page) == text
     monkeypatch.setattr(tables, "latest", list)
-    assert tables.filled(page, None) == "before\n\n<!-- gpu -->\nNot yet measured on a GPU.\n<!-- end -->\nafter\n"
+    assert tables.filled(page) == "before\n\n<!-- gpu -->\nNot yet measured on a GPU.\n<!-- end -->\nafter\n"
 
 
 def test_the_report_is_shown_with_rich_and_without(

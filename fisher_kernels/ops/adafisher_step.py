@@ -317,19 +317,24 @@ def adafisher_step_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> Tensor:
-    """One AdaFisher step of a list of parameters, in place, in one pass over memory.
+    r"""One AdaFisher step of a list of parameters, in place, in one pass over memory.
 
-    With each parameter seen as (groups, rows, columns) in row-major order::
+    With each parameter w seen as (groups, rows, columns) in row-major order, its factors r and c, and λ the weight
+    decay:
 
-        t    <- t + 1
-        g     = grad / grad_scale, negated to maximise, + weight_decay * w unless decoupled
-        m    <- beta * m + (1 - beta) * g
-        F     = row_factor[group, row] * column_factor[group, column] + damping
-        w    <- w - lr * (m / (1 - beta^t) / F + weight_decay * w if decoupled)
+    .. math::
 
-    The curvature F, a Kronecker product of two diagonals, is never formed. An element whose gradient is NaN or infinite
-    keeps its parameter and its moment. Where ``found_inf`` is not 0 nothing changes at all, the step counts neither
-    (AdaFisher, arXiv 2405.16397, Algorithm 1).
+        t &\leftarrow t + 1 \\
+        g &= \pm\,\mathrm{grad} / \mathrm{grad\_scale} \quad (+\, \lambda w \text{ unless decoupled}) \\
+        m &\leftarrow \beta m + (1 - \beta)\, g \\
+        F_{\mathrm{group},\mathrm{row},\mathrm{column}} &=
+            r_{\mathrm{group},\mathrm{row}}\, c_{\mathrm{group},\mathrm{column}} + \mathrm{damping} \\
+        w &\leftarrow w - \mathrm{lr} \left( \frac{m}{(1 - \beta^t)\, F}
+            \quad (+\, \lambda w \text{ if decoupled}) \right)
+
+    The gradient is negated to maximise. The curvature F, a Kronecker product of two diagonals, is never formed. An
+    element whose gradient is NaN or infinite keeps its parameter and its moment. Where ``found_inf`` is not 0 nothing
+    changes at all, not even the step counts (AdaFisher, arXiv 2405.16397, Algorithm 1).
 
     Args:
         params: float32, float64, bfloat16 or float16, any shapes and strides without overlap.

@@ -125,15 +125,21 @@ _batch_norm_gradients = define(
 def batch_norm_gradients(
     x: Tensor, grad_output: Tensor, eps: float, mean: Tensor | None = None, variance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the scale and shift of a batch normalisation by single samples.
+    r"""Gradients of the scale and shift of a batch normalisation by single samples.
 
-    ``shift[n, c] = sum_s grad_output[n, c, s]`` and
-    ``scale[n, c] = sum_s grad_output[n, c, s] * (x[n, c, s] - mean[c]) / sqrt(variance[c] + eps)``,
-    the sum over n of which is what autograd gives. (What a mini-block Fisher matrix, MBF, arXiv 2202.04124, is made of
-    in a normalisation.)
+    With d the ``grad_output``:
+
+    .. math::
+
+        \mathrm{shift}_{nc} = \sum_s d_{ncs} \qquad
+        \mathrm{scale}_{nc} = \sum_s d_{ncs}\,
+            \frac{x_{ncs} - \mathrm{mean}_c}{\sqrt{\mathrm{variance}_c + \mathrm{eps}}}
+
+    Summed over n, they are the gradients that autograd gives. The mini-block Fisher matrix of a normalisation (MBF,
+    arXiv 2202.04124) is made of them.
 
     Args:
-        x: the input of the normalisation, (N, C, *S), any strides; float32, float64, bfloat16 or float16. Where the
+        x: the input of the normalisation, ``(N, C, *S)``, any strides; float32, float64, bfloat16 or float16. Where the
             samples of x and grad_output are contiguous, or those of both channels_last, they are read in place;
             otherwise one or both are copied first.
         grad_output: the derivative of the loss by the output, of the same shape; dtype as x, or another of the four.

@@ -85,7 +85,9 @@ _block_inverse = define(
 
 
 def block_inverse(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Inverses of damped blocks: ``(blocks[b] + damping I)^-1``.
+    r"""Inverses of damped blocks.
+
+    .. math:: \mathrm{out}_b = (\mathrm{blocks}_b + \mathrm{damping}\, I)^{-1}
 
     Args:
         blocks: (B, n, n), symmetric, any strides; float32 or float64. The lower triangle is what is inverted; both are
@@ -158,7 +160,9 @@ _into = define(
 
 
 def block_inverse_(out: Tensor, blocks: Tensor, damping: float) -> Tensor:
-    """:func:`block_inverse` into a tensor that is there: ``out[b] <- (blocks[b] + damping I)^-1``.
+    r""":func:`block_inverse` into a tensor that exists already.
+
+    .. math:: \mathrm{out}_b \leftarrow (\mathrm{blocks}_b + \mathrm{damping}\, I)^{-1}
 
     Args:
         out: (B, n, n), any strides, with the dtype of blocks; it shares no memory with blocks. Where ``info`` is 1 it
@@ -226,7 +230,9 @@ _block_solve = define(
 
 
 def block_solve(blocks: Tensor, damping: float, rhs: Tensor) -> tuple[Tensor, Tensor]:
-    """Solutions with damped blocks: ``(blocks[b] + damping I)^-1 rhs[b]``; no inverse is formed.
+    r"""Solutions of linear systems with damped blocks; no inverse is formed.
+
+    .. math:: \mathrm{out}_b = (\mathrm{blocks}_b + \mathrm{damping}\, I)^{-1}\, \mathrm{rhs}_b
 
     Args:
         blocks, damping: as :func:`block_inverse`.
@@ -280,7 +286,9 @@ _block_apply = define(
 
 
 def block_apply(inverse: Tensor, vectors: Tensor) -> Tensor:
-    """Products of matrices and vectors, one by one: ``inverse[b] vectors[b]``.
+    r"""Products of matrices and vectors, one by one.
+
+    .. math:: \mathrm{out}_b = \mathrm{inverse}_b\, \mathrm{vectors}_b
 
     Args:
         inverse: (B, n, n), any strides; float32 or float64. It need not be symmetric.

@@ -139,7 +139,9 @@ _minmax_op = define(
 
 
 def minmax(x: Sequence[Tensor], eps: float = 1e-6, weights: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """Scale each vector to the unit interval: ``(x - min x) / (max x - min x + eps)``.
+    r"""Scale each vector to the unit interval.
+
+    .. math:: \operatorname{minmax}(x) = \frac{x - \min x}{\max x - \min x + \mathrm{eps}}
 
     A vector whose entries are all equal to rounding (``max - min <= 1e-5 max |x|``) has no shape to normalise and
     becomes ones; one with a NaN or an infinity becomes NaN throughout. ``eps`` is in the units of x: entries far below
@@ -203,7 +205,9 @@ _into = define(
 def minmax_(
     out: Sequence[Tensor], x: Sequence[Tensor], eps: float = 1e-6, weights: Sequence[Tensor] | None = None
 ) -> None:
-    """:func:`minmax` into vectors that are there: ``out[i] <- minmax(x[i])``.
+    r""":func:`minmax` into vectors that exist already.
+
+    .. math:: \mathrm{out}_i \leftarrow \operatorname{minmax}(x_i)
 
     Args:
         out: vectors with the shapes and dtypes of x, which share no memory with it.
@@ -356,7 +360,12 @@ def factor_ema_(
     joint: int = 1,
     divisors: Sequence[float] | None = None,
 ) -> Tensor:
-    """Moving average of factors, in place: ``state <- decay * state + gain * new / divisor``.
+    r"""Moving average of factors, in place.
+
+    .. math::
+
+        \mathrm{state} \leftarrow
+            \mathrm{decay} \cdot \mathrm{state} + \mathrm{gain} \cdot \mathrm{new} / \mathrm{divisor}
 
     With ``normalize`` each vector goes through :func:`minmax` after its division. Runs of ``joint`` consecutive vectors
     are taken or refused together: where one of a run holds a NaN or an infinity, the states of that run stay as they

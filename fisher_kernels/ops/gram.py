@@ -71,7 +71,9 @@ _weighted_gram = define(
 
 
 def weighted_gram_(out: Tensor, x: Tensor, weight: Tensor | None = None, decay: float = 0.0, gain: float = 1.0) -> None:
-    """Weighted sum of the outer products of rows, in place: ``out <- decay * out + gain * sum_r w[r] x[r] x[r]^T``.
+    r"""Weighted sum of the outer products of rows, in place.
+
+    .. math:: \mathrm{out} \leftarrow \mathrm{decay} \cdot \mathrm{out} + \mathrm{gain} \sum_r w_r\, x_r\, x_r^T
 
     With ``gain = (1 - decay) / R`` the moving average of a Kronecker factor (Martens and Grosse, arXiv 1503.05671);
     with ``w[r] = |s_r|^2`` the shared block of a Linear layer (MBF, arXiv 2202.04124). The result is symmetric to the

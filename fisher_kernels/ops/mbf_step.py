@@ -463,15 +463,20 @@ def mbf_step_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step of mini-block Fisher (MBF) with heavy-ball momentum of a list of parameters, in place.
+    r"""One step of mini-block Fisher (MBF) with heavy-ball momentum of a list of parameters, in place.
 
-    With P the symmetric blocks of the inverses::
+    With P the symmetric blocks of the inverses and λ the weight decay:
 
-        g      = grad / grad_scale, negated to maximise, + weight_decay * w unless decoupled
-        m     <- momentum * m + g
-        d      = P m, block by block
-        scale  = 1 without kl_clip, else min(1, sqrt(kl_clip / (lr^2 |sum of <d, g> over all parameters|)))
-        w     <- w - lr * (scale * d + weight_decay * w if decoupled)
+    .. math::
+
+        g &= \pm\,\mathrm{grad} / \mathrm{grad\_scale} \quad (+\, \lambda w \text{ unless decoupled}) \\
+        m &\leftarrow \mathrm{momentum} \cdot m + g \\
+        d &= P m \quad \text{block by block} \\
+        \mathrm{scale} &= \min \left( 1,
+            \sqrt{\frac{\mathrm{kl\_clip}}{\mathrm{lr}^2 \left| \sum \langle d, g \rangle \right|}} \right) \\
+        w &\leftarrow w - \mathrm{lr}\, (\mathrm{scale} \cdot d \quad (+\, \lambda w \text{ if decoupled}))
+
+    The gradient is negated to maximise; the sum is over all parameters, and without ``kl_clip`` the scale is 1.
 
     The dimensions of an inverse tell how it lies on its parameter, taken in row-major order:
 
@@ -498,7 +503,7 @@ def mbf_step_(
         weight_decay: at least 0.
         decoupled: decay the weights rather than add the decay to the gradient.
         maximize: ascend rather than descend.
-        kl_clip: bound of lr^2 |sum of <d, g>|, finite and above 0, or None.
+        kl_clip: bound of ``lr^2 |sum of <d, g>|``, finite and above 0, or None.
         grad_scale: one element by which gradients are divided, or None.
         found_inf: one element; the whole call does nothing where it is not 0.
 

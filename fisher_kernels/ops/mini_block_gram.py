@@ -77,10 +77,12 @@ _mini_block_gram = define(
 
 
 def mini_block_gram_(out: Tensor, v: Tensor, decay: float = 0.0, gain: float = 1.0) -> None:
-    """Sum of outer products, block by block, in place: ``out[b] <- decay * out[b] + gain * sum_n v[n, b] v[n, b]^T``.
+    r"""Sum of outer products, block by block, in place.
 
-    The blocks of a mini-block Fisher matrix (MBF, arXiv 2202.04124), v being per-sample gradients and ``gain`` the
-    mean over samples times the weight of an average. The result is symmetric to the bit.
+    .. math:: \mathrm{out}_b \leftarrow \mathrm{decay} \cdot \mathrm{out}_b + \mathrm{gain} \sum_n v_{nb}\, v_{nb}^T
+
+    With per-sample gradients v, and a ``gain`` that is 1 / N times the weight of a moving average, these are the blocks
+    of a mini-block Fisher matrix (MBF, arXiv 2202.04124). The result is symmetric to the bit.
 
     Args:
         out: (B, n, n), contiguous, float64 for float64 v and float32 for everything else; shares no memory with v.
@@ -265,25 +267,31 @@ def conv_mini_block_gram_(
     decay: float = 0.0,
     gain: float = 1.0,
 ) -> None:
-    """As :func:`mini_block_gram_`, for the gradients of a convolution's kernels by single samples, made on the way.
+    r"""As :func:`mini_block_gram_`, for the per-sample gradients of a convolution's kernels, which it computes itself.
 
-    ``out[o, i] <- decay * out[o, i] + gain * sum_s w w^T``, where w is the gradient of kernel (o, i) by sample s,
-    ``w[k] = sum_l grad_output[s, o, l] * x_padded[s, i, l * stride + k * dilation]``, i being a channel of o's group.
-    The result is symmetric to the bit. (The blocks of a mini-block Fisher matrix, MBF, arXiv 2202.04124.)
+    With d the ``grad_output``, :math:`\bar x` the padded input and i a channel of o's group:
 
-    Memory beyond the arguments does not grow with the batch. The CPU's kernel holds copies of a few channels of at
-    most 16 samples, a few MB a thread at most, or one sample's if these are larger, and sums of about 256 KB, or of a
-    few blocks if they are larger. The reference unfolds as many samples at a time as make 2^20 numbers, at least one.
-    Triton's kernels hold gradients and sums of 32 MiB, or those of one block by 1024 samples if these are larger;
-    CUDA's hold gradients of 32 MiB, or those of one block by 16 samples.
+    .. math::
+
+        w_{s,o,i,k} &= \sum_l d_{s,o,l}\, \bar x_{s,\, i,\, l \cdot \mathrm{stride} + k \cdot \mathrm{dilation}} \\
+        \mathrm{out}_{o,i} &\leftarrow \mathrm{decay} \cdot \mathrm{out}_{o,i}
+            + \mathrm{gain} \sum_s w_{s,o,i}\, w_{s,o,i}^T
+
+    The result is symmetric to the bit. These are the blocks of a mini-block Fisher matrix (MBF, arXiv 2202.04124).
+
+    The memory needed besides the arguments does not grow with the batch. The CPU kernel copies a few channels of up to
+    16 samples (at least one sample), a few MB for each thread, and has sums of about 256 KB (at least a few blocks).
+    The reference unfolds as many samples at a time as make 2^20 numbers, at least one. The Triton kernels use 32 MiB
+    for gradients and sums (at least one block by 1024 samples), the CUDA kernels 32 MiB for gradients (at least one
+    block by 16 samples).
 
     Args:
         out: (O, I / groups, n, n), n being the number of offsets of the kernel in row-major order; contiguous, float64
             for float64 x and float32 for everything else; shares no memory with the others. Its lower triangles are
             read, and nothing of it if decay is 0.
-        x: input of the convolution (N, I, *S) with one to three spatial dimensions; float32, float64, bfloat16 or
+        x: input of the convolution, ``(N, I, *S)``, with one to three spatial dimensions; float32, float64, bfloat16 or
             float16. Samples that are contiguous or channels_last are read in place, others are copied first.
-        grad_output: derivative of the loss by the output of the convolution, (N, O, *L), like x. L may be less than
+        grad_output: derivative of the loss by the output of the convolution, ``(N, O, *L)``, like x. L may be less than
             the number of windows of the padded x; the last ones then count for nothing.
         kernel_size: one integer or one for each spatial dimension, at least 1.
         stride: likewise, at least 1.

@@ -85,7 +85,11 @@ _rank_one_solve = define(
 
 
 def rank_one_solve(u: Sequence[Tensor], x: Sequence[Tensor], rho: float) -> list[Tensor]:
-    """Solutions with a damped outer product: ``(u u^T + rho I)^-1 x = (x - u (u.x) / (rho + u.u)) / rho``.
+    r"""Solution of a linear system with a damped outer product.
+
+    .. math::
+
+        (u u^T + \rho I)^{-1} x = \frac{1}{\rho} \left( x - \frac{u^T x}{\rho + u^T u}\, u \right)
 
     Each list stands for one long vector; how it is cut into tensors does not matter (Sherman and Morrison; SOFIM,
     arXiv 2403.02833, section 3).
@@ -204,13 +208,16 @@ _low_rank = define(
 
 
 def low_rank_inverse_update_(inverse: Tensor, u: Tensor, decay: float = 1.0, gain: float = 1.0) -> Tensor:
-    """Keep inverses current, several vectors at a time, in place.
+    r"""Keep inverses current, several vectors at a time, in place.
 
-    Where ``inverse[b]`` is the inverse P of a symmetric positive definite A, it becomes that of
-    ``decay A + gain sum_j u[b, j] u[b, j]^T`` (Woodbury)::
+    Where ``inverse[b]`` is the inverse P of a symmetric positive definite A, and the k vectors are the rows of U, it
+    becomes that of the new A (Woodbury):
 
-        W = U P,   S = decay I + gain U P U^T
-        P <- (P - gain W^T S^-1 W) / decay
+    .. math::
+
+        A &\leftarrow \mathrm{decay}\, A + \mathrm{gain}\, U^T U \\
+        W &= U P \qquad S = \mathrm{decay}\, I + \mathrm{gain}\, U P U^T \\
+        P &\leftarrow (P - \mathrm{gain}\, W^T S^{-1} W) / \mathrm{decay}
 
     Args:
         inverse: (B, n, n), symmetric positive definite, any strides; float32 or float64. It stays exactly symmetric.
@@ -268,13 +275,17 @@ _rank_one = define(
 
 
 def rank_one_inverse_update_(inverse: Tensor, u: Tensor, decay: float = 1.0, gain: float = 1.0) -> Tensor:
-    """Keep inverses current, one vector at a time, in place.
+    r"""Keep inverses current, one vector at a time, in place.
 
-    Where ``inverse[b]`` is the inverse P of a symmetric positive definite A, it becomes that of
-    ``decay A + gain u[b] u[b]^T`` (Sherman and Morrison)::
+    Where ``inverse[b]`` is the inverse P of a symmetric positive definite A, it becomes that of the new A (Sherman and
+    Morrison):
 
-        v = P u,   den = decay + gain u^T v
-        P <- (P - gain / den * v v^T) / decay
+    .. math::
+
+        A &\leftarrow \mathrm{decay}\, A + \mathrm{gain}\, u u^T \\
+        v &= P u \\
+        P &\leftarrow \frac{1}{\mathrm{decay}}
+            \left( P - \frac{\mathrm{gain}}{\mathrm{decay} + \mathrm{gain}\, u^T v}\, v v^T \right)
 
     Args:
         inverse, decay, gain: as :func:`low_rank_inverse_update_`.

@@ -287,18 +287,26 @@ def sofim_step_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One SOFIM step of a list of parameters, in place: two passes over memory, a dot product between them.
+    r"""One SOFIM step of a list of parameters, in place: two passes over memory, a dot product between them.
 
-    With all parameters as one vector w, or each as one with ``scope="tensor"``::
+    With all parameters as one vector w, or each as one with ``scope="tensor"``, and λ the weight decay:
 
-        t    <- t + 1
-        g     = grad / grad_scale, negated to maximise, + weight_decay * w unless decoupled
-        m    <- beta * m + (1 - beta) * g          u = m / (1 - beta^t)
-        F     = u u^T + rho I
-        w    <- w - lr * (F^-1 x + weight_decay * w if decoupled)
+    .. math::
 
-    where x is u, so that ``F^-1 x = u / (rho + |u|^2)``, or g, so that ``F^-1 x = (g - u (u.g) / (rho + |u|^2)) / rho``
-    (Sherman-Morrison). Dot products are summed up in float64.
+        t &\leftarrow t + 1 \\
+        g &= \pm\,\mathrm{grad} / \mathrm{grad\_scale} \quad (+\, \lambda w \text{ unless decoupled}) \\
+        m &\leftarrow \beta m + (1 - \beta)\, g \qquad u = m / (1 - \beta^t) \\
+        w &\leftarrow w - \mathrm{lr}\,
+            \left( (u u^T + \rho I)^{-1} x \quad (+\, \lambda w \text{ if decoupled}) \right)
+
+    The gradient is negated to maximise. x is u or g, for which Sherman and Morrison give
+
+    .. math::
+
+        (u u^T + \rho I)^{-1} u = \frac{u}{\rho + |u|^2} \qquad
+        (u u^T + \rho I)^{-1} g = \frac{1}{\rho} \left( g - \frac{u^T g}{\rho + |u|^2}\, u \right)
+
+    Dot products are summed in float64.
 
     An element whose new moment would not be finite, as after a gradient that is NaN or infinite, takes no part: it
     keeps its parameter and its moment and is in no dot product. If a dot product overflows, which takes float64
@@ -323,7 +331,7 @@ def sofim_step_(
 
     Returns:
         int64 (len(params),): how many elements of each parameter were skipped, and float64 (len(params),): what each
-        parameter adds to |u|^2, both on the device of the parameters; zeros where ``found_inf`` is not 0.
+        parameter adds to ``|u|^2``, both on the device of the parameters; zeros where ``found_inf`` is not 0.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape, device, length or range; the message names it,

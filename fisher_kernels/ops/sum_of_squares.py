@@ -85,10 +85,12 @@ _column = define(
 
 
 def column_sum_of_squares(x: Tensor) -> Tensor:
-    """Sum of squares of each column: ``out[d] = sum_r x[r, d]^2``.
+    r"""Sum of squares of each column.
 
-    The diagonal of the Gram matrix ``x^T x``; divided by the number of rows, the diagonal Kronecker factor of a Linear
-    layer (Martens and Grosse, arXiv 1503.05671; AdaFisher, arXiv 2405.16397, Eq. 3).
+    .. math:: \mathrm{out}_d = \sum_r x_{rd}^2
+
+    This is the diagonal of the Gram matrix ``x^T x``. Divided by the number of rows it is the diagonal Kronecker factor
+    of a Linear layer (Martens and Grosse, arXiv 1503.05671; AdaFisher, arXiv 2405.16397, Eq. 3).
 
     Args:
         x: (..., D), any strides; float32, float64, bfloat16 or float16. Leading dimensions count as rows.
@@ -142,10 +144,12 @@ _channel = define(
 
 
 def channel_sum_of_squares(x: Tensor) -> Tensor:
-    """Sum of squares of each channel: ``out[c] = sum_{n, s} x[n, c, s]^2``.
+    r"""Sum of squares of each channel.
+
+    .. math:: \mathrm{out}_c = \sum_{n,s} x_{ncs}^2
 
     Args:
-        x: (N, C, *S) with any number of spatial dimensions; float32, float64, bfloat16 or float16. Contiguous and
+        x: ``(N, C, *S)`` with any number of spatial dimensions; float32, float64, bfloat16 or float16. Contiguous and
             channels_last tensors are read in place, others are copied first.
 
     Returns:
@@ -245,14 +249,18 @@ def patch_sum_of_squares(
     padding: int | Sequence[int] | Sequence[tuple[int, int]] = 0,
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
-    """Sum of squares that each offset of a sliding window reads, over all samples and windows.
+    r"""Sum of squares that each offset of a sliding window reads, over all samples and windows.
 
-    ``out[c, k] = sum_{n, l} x_padded[n, c, l * stride + k * dilation]^2``: the diagonal of the Gram matrix of the
-    unfolded patches, which are never formed. Divided by samples times windows it is the input factor of a convolution
-    (Grosse and Martens, arXiv 1602.01407; AdaFisher, arXiv 2405.16397).
+    With :math:`\bar x` the padded input:
+
+    .. math:: \mathrm{out}_{ck} = \sum_{n,l} \bar x_{n,\, c,\, l \cdot \mathrm{stride} + k \cdot \mathrm{dilation}}^2
+
+    This is the diagonal of the Gram matrix of the unfolded patches, which are never formed. Divided by the number of
+    samples and windows it is the input factor of a convolution (Grosse and Martens, arXiv 1602.01407; AdaFisher, arXiv
+    2405.16397).
 
     Args:
-        x: (N, C, *S) with one to three spatial dimensions; float32, float64, bfloat16 or float16. Contiguous and
+        x: ``(N, C, *S)`` with one to three spatial dimensions; float32, float64, bfloat16 or float16. Contiguous and
             channels_last tensors are read in place, others are copied first.
         kernel_size: one integer or one for each spatial dimension, at least 1.
         stride: likewise, at least 1.
@@ -260,7 +268,7 @@ def patch_sum_of_squares(
         dilation: like stride.
 
     Returns:
-        (C, *kernel_size), float64 for float64 and float32 for everything else.
+        ``(C, *kernel_size)``, float64 for float64 and float32 for everything else.
 
     Raises:
         TypeError: x has another dtype.

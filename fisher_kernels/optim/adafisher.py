@@ -24,19 +24,23 @@ from fisher_kernels.optim.layerwise import LayerwiseOptimizer
 
 
 class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
-    """AdaFisher: momentum divided by a Kronecker-factored diagonal of the Fisher information.
+    r"""AdaFisher: momentum divided by a Kronecker-factored diagonal of the Fisher information.
 
-    For a layer ``a = W h + b`` with s the derivative of the loss by a::
+    For a layer :math:`a = W h + b` with s the derivative of the loss by a, and λ the weight decay:
 
-        H = mean over rows of [h, 1]^2        S = mean over rows of s^2, both averaged over time
-        F[o, i] = S'[o] H'[i] + damping       (curvature; S', H' as the variant normalises them)
-        g = gradient + weight_decay * w       (AdaFisherW decays the weights instead)
-        m <- beta m + (1 - beta) g
-        w <- w - lr * m / (1 - beta^t) / F
+    .. math::
 
-    F is never formed: the step reads one number a row and one a column. State is one moment a parameter (float32, or
-    float64 for float64 parameters) and one number a row and a column of each layer. Linear, convolutions and transposed
-    convolutions, normalisations and Embedding have rules; other parameters take a fallback that ``explain()`` names.
+        H &= \operatorname{mean}_r\, [h_r, 1]^2 \qquad S = \operatorname{mean}_r\, s_r^2
+            \qquad \text{over the rows of a batch, both averaged over time} \\
+        F_{oi} &= S'_o H'_i + \mathrm{damping} \qquad \text{with } S', H' \text{ normalised as the variant says} \\
+        g &= \nabla_w L + \lambda w \qquad \text{(AdaFisherW decays the weights instead)} \\
+        m &\leftarrow \beta m + (1 - \beta)\, g \\
+        w &\leftarrow w - \mathrm{lr}\, \frac{m}{(1 - \beta^t)\, F}
+
+    F is never formed: the step reads one number for each row and one for each column. The state is one moment for each
+    parameter (float32, or float64 for float64 parameters) and one number for each row and column of a layer. Linear,
+    convolutions and transposed convolutions, normalisations and Embedding have rules; other parameters take a fallback
+    that ``explain()`` names.
 
     ========== ============================================= ================================ ======================
     variant    averaged over time                            F                                lr, damping, interval
@@ -55,7 +59,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
         gamma: decay of the factors, 0 <= gamma < 1.
         damping: added to the curvature; in units of the mean curvature for ``"relative"``.
         variant: ``"paper"``, ``"release"`` or ``"relative"``.
-        update_interval: factors are refreshed in one step out of so many; between refreshes the hooks do nothing.
+        update_interval: factors are refreshed every so many steps; between refreshes the hooks do nothing.
         eps: of minmax, in the units of S: it makes the paper variant depend on the scale of the loss.
         weight_decay: L2 for AdaFisher, decoupled for AdaFisherW.
         maximize: ascend.

@@ -25,18 +25,22 @@ from fisher_kernels.optim.layerwise import LayerwiseOptimizer, is_due
 
 
 class MBF(LayerwiseOptimizer[BlockRule]):
-    """MBF: heavy-ball momentum preconditioned by a block-diagonal empirical Fisher matrix of many small blocks.
+    r"""MBF: heavy-ball momentum preconditioned by a block-diagonal empirical Fisher matrix of many small blocks.
 
-    With g_n the gradient of sample n in one small group of weights::
+    With :math:`g_n` the gradient of sample n in one small group of weights, and λ the weight decay:
 
-        G      = mean over samples of g_n g_n^T                     for each block, every update_interval steps
-        G_ema <- beta2 G_ema + (1 - beta2) G                        the first G initialises it
-        P     <- (G_ema + damping I)^-1                             every inverse_interval steps
-        g      = gradient, + weight_decay * w unless decoupled
-        m     <- momentum m + g
-        d      = P m                                                block by block
-        scale  = min(1, sqrt(kl_clip / (lr^2 |sum <d, g>|)))        one number a parameter group
-        w     <- w - lr (scale d + weight_decay w if decoupled)
+    .. math::
+
+        G &= \operatorname{mean}_n\, g_n g_n^T \qquad \text{every update\_interval steps} \\
+        \bar G &\leftarrow \beta_2 \bar G + (1 - \beta_2)\, G \qquad \text{initialised by the first } G \\
+        P &\leftarrow (\bar G + \mathrm{damping}\, I)^{-1} \qquad \text{every inverse\_interval steps} \\
+        g &= \nabla_w L \quad (+\, \lambda w \text{ unless decoupled}) \\
+        m &\leftarrow \mathrm{momentum} \cdot m + g \\
+        d &= P m \qquad \text{block by block} \\
+        \mathrm{scale} &= \min \left( 1,
+            \sqrt{\frac{\mathrm{kl\_clip}}{\mathrm{lr}^2 \left| \sum \langle d, g \rangle \right|}} \right)
+            \qquad \text{one number for each parameter group} \\
+        w &\leftarrow w - \mathrm{lr}\, (\mathrm{scale} \cdot d \quad (+\, \lambda w \text{ if decoupled}))
 
     ==================== ============================================================================================
     layer                blocks
@@ -58,11 +62,11 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         lr: learning rate, a number or a tensor of one element.
         momentum: 0 <= momentum < 1.
         damping: added to the diagonal of every block, in the units of squared per-sample gradients.
-        kl_clip: bound of lr^2 |sum <d, g>| of a step, in each parameter group; None for no bound. Without it the first
-            steps are nearly SGD at lr / damping / (1 - momentum).
+        kl_clip: bound of ``lr^2 |sum <d, g>|`` of a step, in each parameter group; None for no bound. Without it the
+            first steps are nearly SGD at lr / damping / (1 - momentum).
         beta2: decay of the blocks, 0 <= beta2 < 1.
-        update_interval: statistics are taken in one step out of so many; in between the hooks do nothing.
-        inverse_interval: blocks that changed are inverted in one step out of so many.
+        update_interval: statistics are taken every so many steps; in between the hooks do nothing.
+        inverse_interval: blocks that have changed are inverted every so many steps.
         linear_blocks: ``"shared"``, one block for all outputs of a Linear; ``"per_output"``, one for each, (O, I + 1, I
             + 1) numbers; or an integer: shared blocks of so many columns.
         sequence: what a sample is to a Linear on inputs of three dimensions or more, and to layers that are used

@@ -24,23 +24,30 @@ GLOBAL = "global"
 
 
 class SOFIM(FisherOptimizer):
-    """SOFIM: the Fisher information as one outer product of the mean gradient, inverted in closed form.
+    r"""SOFIM: the Fisher information as one outer product of the mean gradient, inverted in closed form.
 
-    With w all parameters as one vector (or each as one, with ``scope="tensor"``), at step t::
+    With w all parameters as one vector (or each as one, with ``scope="tensor"``), λ the weight decay, at step t:
 
-        g = gradient                           (+ weight_decay * w if not decoupled)
-        m <- beta m + (1 - beta) g             u = m / (1 - beta^t)
-        F = u u^T + rho I
-        w <- w - lr * F^-1 x                   (- lr * weight_decay * w if decoupled)
+    .. math::
 
-    and x = u, for which ``F^-1 u = u / (rho + |u|^2)``, or x = g, for which ``F^-1 g = (g - u (u.g) / (rho + |u|^2)) /
-    rho`` (Sherman-Morrison). The matrix is never formed: a step needs one norm, or two dot products.
+        g &= \nabla_w L \quad (+\, \lambda w \text{ unless decoupled}) \\
+        m &\leftarrow \beta m + (1 - \beta)\, g \qquad u = m / (1 - \beta^t) \\
+        F &= u u^T + \rho I \\
+        w &\leftarrow w - \mathrm{lr}\, F^{-1} x \quad (-\, \mathrm{lr}\, \lambda w \text{ if decoupled})
 
-    With x = u this is SGD with momentum at a rate of ``lr / (rho + |u|^2)``: about ``lr / rho`` while gradients are
-    small, and falling with their square once they are not. The longest step is ``lr / (2 sqrt(rho))``, at ``|u| =
-    sqrt(rho)``, whatever the gradients.
+    where x is u or g. The matrix is never formed, as Sherman and Morrison have it in closed form:
 
-    State is one moment a parameter (float32, or float64 for float64 parameters) and a step count a tensor.
+    .. math::
+
+        F^{-1} u = \frac{u}{\rho + |u|^2} \qquad
+        F^{-1} g = \frac{1}{\rho} \left( g - \frac{u^T g}{\rho + |u|^2}\, u \right)
+
+    With x = u this is SGD with momentum at a rate of :math:`\mathrm{lr} / (\rho + |u|^2)`: about
+    :math:`\mathrm{lr} / \rho` while gradients are small, and falling with their square once they are large. The longest
+    step there can be is :math:`\mathrm{lr} / (2 \sqrt{\rho})`, at :math:`|u| = \sqrt{\rho}`.
+
+    The state is one moment for each parameter (float32, or float64 for float64 parameters) and a step count for each
+    tensor.
 
     Args:
         params: parameters or parameter groups, each with any of these hyperparameters; no model is needed.
