@@ -269,11 +269,12 @@ def conv_mini_block_gram_(
 ) -> None:
     r"""As :func:`mini_block_gram_`, for the per-sample gradients of a convolution's kernels, which it computes itself.
 
-    With d the ``grad_output``, :math:`\bar x` the padded input and i a channel of o's group:
+    With d the ``grad_output``, :math:`x^{\mathrm{pad}}` the padded input and i a channel of o's group:
 
     .. math::
 
-        w_{s,o,i,k} &= \sum_l d_{s,o,l}\, \bar x_{s,\, i,\, l \cdot \mathrm{stride} + k \cdot \mathrm{dilation}} \\
+        w_{s,o,i,k} &= \sum_l d_{s,o,l}\,
+            x^{\mathrm{pad}}_{s,\, i,\, l \cdot \mathrm{stride} + k \cdot \mathrm{dilation}} \\
         \mathrm{out}_{o,i} &\leftarrow \mathrm{decay} \cdot \mathrm{out}_{o,i}
             + \mathrm{gain} \sum_s w_{s,o,i}\, w_{s,o,i}^T
 

@@ -251,9 +251,12 @@ def patch_sum_of_squares(
 ) -> Tensor:
     r"""Sum of squares that each offset of a sliding window reads, over all samples and windows.
 
-    With :math:`\bar x` the padded input:
+    With :math:`x^{\mathrm{pad}}` the padded input:
 
-    .. math:: \mathrm{out}_{ck} = \sum_{n,l} \bar x_{n,\, c,\, l \cdot \mathrm{stride} + k \cdot \mathrm{dilation}}^2
+    .. math::
+
+        \mathrm{out}_{ck} = \sum_{n,l}
+            \left( x^{\mathrm{pad}}_{n,\, c,\, l \cdot \mathrm{stride} + k \cdot \mathrm{dilation}} \right)^2
 
     This is the diagonal of the Gram matrix of the unfolded patches, which are never formed. Divided by the number of
     samples and windows it is the input factor of a convolution (Grosse and Martens, arXiv 1602.01407; AdaFisher, arXiv

@@ -31,15 +31,17 @@ class MBF(LayerwiseOptimizer[BlockRule]):
 
     .. math::
 
-        G &= \operatorname{mean}_n\, g_n g_n^T \qquad \text{every update\_interval steps} \\
-        \bar G &\leftarrow \beta_2 \bar G + (1 - \beta_2)\, G \qquad \text{initialised by the first } G \\
-        P &\leftarrow (\bar G + \mathrm{damping}\, I)^{-1} \qquad \text{every inverse\_interval steps} \\
+        G &= \operatorname{mean}_n\, g_n g_n^T && \text{every } \mathrm{update\_interval} \text{ steps} \\
+        G_{\mathrm{ema}} &\leftarrow \beta_2 G_{\mathrm{ema}} + (1 - \beta_2)\, G
+            && \text{initialised by the first } G \\
+        P &\leftarrow (G_{\mathrm{ema}} + \mathrm{damping}\, I)^{-1}
+            && \text{every } \mathrm{inverse\_interval} \text{ steps} \\
         g &= \nabla_w L \quad (+\, \lambda w \text{ unless decoupled}) \\
         m &\leftarrow \mathrm{momentum} \cdot m + g \\
-        d &= P m \qquad \text{block by block} \\
+        d &= P m && \text{block by block} \\
         \mathrm{scale} &= \min \left( 1,
             \sqrt{\frac{\mathrm{kl\_clip}}{\mathrm{lr}^2 \left| \sum \langle d, g \rangle \right|}} \right)
-            \qquad \text{one number for each parameter group} \\
+            && \text{one number for each parameter group} \\
         w &\leftarrow w - \mathrm{lr}\, (\mathrm{scale} \cdot d \quad (+\, \lambda w \text{ if decoupled}))
 
     ==================== ============================================================================================
