@@ -4,7 +4,7 @@ In float32 that is 20 + 4 n bytes a parameter under blocks of n x n. Directions 
 must wait for them: with a clip, under shared inverses, and where a block has more rows than a program has lanes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -570,21 +570,19 @@ def _cuts(i: int, view: View, inverse: Tensor, strided: bool, clipped: bool) -> 
         yield cut("descend", element_chunks(rows * columns), FLAT=flat, **lies)
 
 
-def _lay_out(views: Sequence[View | None], lists: Sequence[Sequence[Any]], clipped: bool) -> Layout:
-    rows, cuts, shared, size = [], [], [], 0
-    for i, view in enumerate(views):
-        if view is None:
-            rows.append((0,) * (_WIDTH.value - 1))
-            continue
-        inverse, moment = lists[_INVERSE.value][i], lists[_MOMENT.value][i]
-        together = [x for tensors in lists[: _INVERSE.value] for x in tensors[i : i + 1 + view.biased]]
-        made = list(_cuts(i, view, inverse, is_strided(together), clipped))
-        rows.append((view.rows, view.columns, view.size, view.blocks, view.pitch, size))
+def _lay_out(s: Any) -> Layout:
+    rows, cuts, shared, size = [(0,) * (_WIDTH.value - 1)] * len(s.params), [], [], 0
+    for entry in s.check():
+        i, inverse, biased = entry.position, entry.inverse, entry.biased
+        view = View(entry.layout.rows, entry.layout.columns, entry.layout.size, entry.layout.blocks, biased)
+        together = [x for tensors in (s.params, s.grads, s.momentum_buffers) for x in tensors[i : i + 1 + biased]]
+        made = list(_cuts(i, view, inverse, is_strided(together), s.kl_clip is not None))
+        rows[i] = (view.rows, view.columns, view.size, view.blocks, view.pitch, size)
         cuts += made
         if made and inverse.dim() == 4:
             shared.append(_Shared(i, view, size))
         if any(cut.kind.kernel in ("along", "descend") for cut in made):
-            taken = view.rows * view.pitch * moment.element_size()
+            taken = view.rows * view.pitch * s.momentum_buffers[i].element_size()
             size += triton.cdiv(taken, _ALIGNMENT) * _ALIGNMENT
     return Layout(rows, cuts, _Notes(shared, size))
 
@@ -604,42 +602,24 @@ def _of(plan: Table, *kernels: str) -> Iterator[tuple[_Kind, Launches]]:
 _KERNELS = {"blocks": blocks, "diagonals": diagonals, "along": along}
 
 
-def step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    inverses: Sequence[Tensor | None],
-    views: Callable[[], Sequence[View | None]],
-    multiply_shared: Callable[[int, Tensor], object],
-    *,
-    lr: Tensor,
-    momentum: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-    kl_clip: float | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def step(s: Any) -> tuple[Tensor, Tensor]:
     """Take the step.
 
     Args:
-        views: checks the lists where they are new, and gives a view for each parameter that has an inverse.
-        multiply_shared: writes the directions of the parameter of a number, under its shared inverse, to a tensor
-            (blocks, rows, size).
+        s: the arguments of the op by their names, found_inf on the device of the parameters. ``s.check()`` checks the
+            lists, which need it where they are new, and lists the parameters that have an inverse: their positions,
+            inverses, layouts and whether a bias follows. ``s.multiply_shared(i, out)`` writes the directions of
+            parameter i, which has a shared inverse, to a tensor (blocks, rows, size).
 
     Returns:
         How many blocks of each parameter were skipped, and the scale.
     """
-    device = params[0].device
-    lists = (params, grads, momentum_buffers, inverses)
-    plan = table(_OP, lists, lambda: _lay_out(views(), lists, kl_clip is not None), kl_clip is not None)
-    rate, rate_factor = scalar(lr)
-    scale, scale_factor = scalar(grad_scale)
-    rates = rate, rate_factor, weight_decay if decoupled else 0.0
-    coefficients = (
-        momentum, 0.0 if decoupled else weight_decay, -scale if maximize else scale, scale_factor, found_inf
-    )  # fmt: skip
+    device, clips = s.params[0].device, s.kl_clip is not None
+    plan = table(_OP, (s.params, s.grads, s.momentum_buffers, s.inverses), lambda: _lay_out(s), clips)
+    rate, rate_factor = scalar(s.lr)
+    scale, scale_factor = scalar(s.grad_scale)
+    rates = rate, rate_factor, s.weight_decay if s.decoupled else 0.0
+    coefficients = s.momentum, s.coupled_decay, -scale if s.maximize else scale, scale_factor, s.found_inf
     lists_on_device = plan.addresses, plan.count, plan.layout
     notes: _Notes = plan.notes
     workspace = torch.empty(notes.size, dtype=torch.uint8, device=device) if notes.size else None
@@ -649,14 +629,15 @@ def step(
     launch(prepare, triton.cdiv(plan.count, 128), device, skipped, clipped, plan.count, LANES=128)
     for shared in notes.shared:
         assert workspace is not None
-        multiply_shared(shared.parameter, _directions(workspace, shared, momentum_buffers[shared.parameter].dtype))
+        i = shared.parameter
+        s.multiply_shared(i, _directions(workspace, shared, s.momentum_buffers[i].dtype))
     for kind, (dtype, wide, _, chunks) in _of(plan, "multiply"):
         launch(
             multiply, len(chunks), device, *lists_on_device, plan.geometry, chunks, workspace, *coefficients,
             T=dtype, A=wide, **dict(kind.constants),
         )  # fmt: skip
     count = sum(len(launches.chunks) for _, launches in _of(plan, *_KERNELS))
-    sums = torch.empty(count, dtype=torch.float64, device=device) if kl_clip is not None else None
+    sums = torch.empty(count, dtype=torch.float64, device=device) if clips else None
     first_sum = 0
     for kind, (dtype, wide, _, chunks) in _of(plan, *_KERNELS):
         where = () if kind.kernel == "diagonals" else (plan.geometry,)
@@ -667,10 +648,10 @@ def step(
         )  # fmt: skip
         first_sum += len(chunks)
     if sums is not None:
-        launch(clip, 1, device, sums, count, clipped, rate, rate_factor, kl_clip, found_inf, warps=8)
+        launch(clip, 1, device, sums, count, clipped, rate, rate_factor, s.kl_clip, s.found_inf, warps=8)
     for kind, (dtype, wide, _, chunks) in _of(plan, "descend"):
         launch(
             descend, len(chunks), device, *lists_on_device, plan.geometry, chunks, workspace, clipped, *rates,
-            found_inf, T=dtype, A=wide, **dict(kind.constants),
+            s.found_inf, T=dtype, A=wide, **dict(kind.constants),
         )  # fmt: skip
     return skipped, clipped

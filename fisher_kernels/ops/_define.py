@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,11 @@ def check_coefficient(op: str, name: str, value: float) -> None:
     """Coefficients of an average are finite and not negative."""
     if not 0 <= value < math.inf:
         raise ValueError(f"{op}: {name} is {value}, expected a finite number of at least 0")
+
+
+def device_of(tensors: Sequence[Tensor]) -> torch.device | None:
+    """The device of a list: that of its first tensor; an empty one is on none."""
+    return tensors[0].device if tensors else None
 
 
 def _device_type(argument: Any) -> str:
@@ -80,6 +85,7 @@ def define(
     reference: Callable[..., Any],
     native: Callable[..., Any],
     triton: Callable[..., Any],
+    arguments: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Define ``fisher_kernels::<schema>`` and return what calls it.
 
@@ -89,6 +95,14 @@ def define(
     Where the dispatcher would only call back, the call goes around it: its way to an op written in Python and back
     costs more than the kernel on the vectors of a small layer. Arguments by position in the schema must come by
     position.
+
+    Args:
+        schema: the op's name, arguments and results.
+        fake: checks the arguments, and makes empty results.
+        reference, triton: the implementations.
+        native: the one on the native kernels, whose first argument says which.
+        arguments: a NamedTuple of the op's arguments in the order of the schema. Where it is given, the functions above
+            take one of these in place of the arguments, and so does what is returned.
     """
     name = schema.split("(", 1)[0]
     implementations: dict[str, Callable[..., Any]] = {
@@ -100,11 +114,16 @@ def define(
 
     def run(*args: Any, **kwargs: Any) -> Any:
         backend = backends.choose(name, _device_type(args[0]), implementations, args[0])
+        if arguments is not None:
+            return implementations[backend](arguments(*args, **kwargs))
         return implementations[backend](*args, **kwargs)
+
+    def run_fake(*args: Any, **kwargs: Any) -> Any:
+        return fake(*args, **kwargs) if arguments is None else fake(arguments(*args, **kwargs))
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fisher_kernels::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"fisher_kernels::{name}", run_fake, lib=LIBRARY)
     op = getattr(torch.ops.fisher_kernels, name).default
     held = [(i, a.name, a.kwarg_only) for i, a in enumerate(op._schema.arguments) if "Tensor" in str(a.type)]
     by_position = [i for i, _, by_name_only in held if not by_name_only]
@@ -126,4 +145,15 @@ def define(
                 )
         return op(*args, **kwargs)
 
+    tensors_of = operator.itemgetter(*(i for i, _, _ in held))
+    options = [a.name for a in op._schema.arguments if a.kwarg_only]
+
+    def call_on_bundle(s: Any) -> Any:
+        if _is_eager() and all(map(_is_plain, tensors_of(s))):
+            return implementations[backends.choose(name, _device_type(s[0]), implementations, s[0])](s)
+        positional = len(s) - len(options)
+        return op(*s[:positional], **dict(zip(options, s[positional:], strict=True)))
+
+    if arguments is not None:
+        return call_on_bundle
     return call_on_one if by_position == [0] and not by_name else call

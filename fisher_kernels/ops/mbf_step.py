@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import Native
-from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define
+from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define, device_of
 from fisher_kernels.ops._step import (
     check_lengths,
     check_like,
@@ -63,63 +63,11 @@ def _layout(i: int, param: Tensor, inverse: Tensor, bias: Tensor | None) -> _Lay
     )
 
 
-def _check_lists(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    inverses: Sequence[Tensor | None],
-) -> None:
-    lists: dict[str, Sequence[Tensor | None]] = {
-        "grads": grads,
-        "momentum_buffers": momentum_buffers,
-        "inverses": inverses,
-    }
-    check_lengths(_OP, params, lists)
-
-
-def _check_parameter(
-    i: int,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    inverses: Sequence[Tensor | None],
-) -> None:
-    p, inverse = params[i], inverses[i]
-    check_floating(_OP, f"params[{i}]", p.dtype)
-    wide = ACCUMULATOR[p.dtype]
-    check_like(_OP, f"grads[{i}]", grads[i], p.dtype, i, p)
-    check_like(_OP, f"momentum_buffers[{i}]", momentum_buffers[i], wide, i, p)
-    check_written(_OP, f"params[{i}]", p)
-    check_written(_OP, f"momentum_buffers[{i}]", momentum_buffers[i])
-    if inverse is None:
-        if i == 0 or inverses[i - 1] is None:
-            raise ValueError(f"{_OP}: inverses[{i}] is None, expected the inverse of params[{i - 1}] before it")
-        if p.dtype != params[i - 1].dtype:
-            raise TypeError(
-                f"{_OP}: params[{i}] has dtype {p.dtype}, expected {params[i - 1].dtype}, the dtype of params[{i - 1}]"
-            )
-        if p.device != params[i - 1].device:
-            raise ValueError(
-                f"{_OP}: params[{i}] is on {p.device}, expected {params[i - 1].device}, the device of params[{i - 1}]"
-            )
-        return
-    if inverse.dtype not in (wide, torch.bfloat16):
-        raise TypeError(
-            f"{_OP}: inverses[{i}] has dtype {inverse.dtype}, expected {wide} or bfloat16 beside params[{i}] of dtype "
-            f"{p.dtype}"
-        )
-    if inverse.device != p.device:
-        raise ValueError(f"{_OP}: inverses[{i}] is on {inverse.device}, expected {p.device}, the device of params[{i}]")
-    if not inverse.is_contiguous():
-        raise ValueError(
-            f"{_OP}: inverses[{i}] is not contiguous: shape {tuple(inverse.shape)}, strides {inverse.stride()}"
-        )
-
-
 class _Entry(NamedTuple):
     """A parameter that has an inverse, maybe with the bias that follows it."""
 
     position: int  # in the lists
+    inverse: Tensor
     layout: _Layout
     biased: bool
 
@@ -148,76 +96,130 @@ class _Entry(NamedTuple):
         return blocks.flatten(1)[:, : self.layout.columns]
 
 
-def _entry(i: int, params: Sequence[Tensor], inverses: Sequence[Tensor | None]) -> _Entry | None:
-    inverse = inverses[i]
-    if inverse is None:
-        return None
-    biased = i + 1 < len(params) and inverses[i + 1] is None
-    return _Entry(i, _layout(i, params[i], inverse, params[i + 1] if biased else None), biased)
+class _Step(NamedTuple):
+    """The arguments of a call, in the order of the schema."""
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    momentum_buffers: Sequence[Tensor]
+    inverses: Sequence[Tensor | None]
+    lr: Tensor
+    momentum: float
+    weight_decay: float
+    decoupled: bool
+    maximize: bool
+    kl_clip: float | None = None
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    @property
+    def coupled_decay(self) -> float:
+        """The decay that enters the gradient."""
+        return 0.0 if self.decoupled else self.weight_decay
+
+    def check(self) -> list[_Entry]:
+        """All but the value of the learning rate; returns the parameters that have an inverse."""
+        self.check_lengths()
+        self.check_numbers()
+        for i in range(len(self.params)):
+            self.check_parameter(i)
+        return [self.entry(i) for i, inverse in enumerate(self.inverses) if inverse is not None]
+
+    def check_lengths(self) -> None:
+        lists = {"grads": self.grads, "momentum_buffers": self.momentum_buffers, "inverses": self.inverses}
+        check_lengths(_OP, self.params, lists)
+
+    def check_numbers(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"{_OP}: momentum is {self.momentum}, expected 0 <= momentum < 1")
+        check_coefficient(_OP, "weight_decay", self.weight_decay)
+        if self.kl_clip is not None and not 0 < self.kl_clip < math.inf:
+            raise ValueError(f"{_OP}: kl_clip is {self.kl_clip}, expected a finite number above 0, or None")
+        for name, scalar in (("lr", self.lr), ("grad_scale", self.grad_scale), ("found_inf", self.found_inf)):
+            check_one_element(_OP, name, scalar, device_of(self.params))
+
+    def check_parameter(self, i: int) -> None:
+        params, inverses = self.params, self.inverses
+        p, inverse = params[i], inverses[i]
+        check_floating(_OP, f"params[{i}]", p.dtype)
+        wide = ACCUMULATOR[p.dtype]
+        check_like(_OP, f"grads[{i}]", self.grads[i], p.dtype, i, p)
+        check_like(_OP, f"momentum_buffers[{i}]", self.momentum_buffers[i], wide, i, p)
+        check_written(_OP, f"params[{i}]", p)
+        check_written(_OP, f"momentum_buffers[{i}]", self.momentum_buffers[i])
+        if inverse is None:
+            if i == 0 or inverses[i - 1] is None:
+                raise ValueError(f"{_OP}: inverses[{i}] is None, expected the inverse of params[{i - 1}] before it")
+            before = params[i - 1]
+            if p.dtype != before.dtype:
+                raise TypeError(
+                    f"{_OP}: params[{i}] has dtype {p.dtype}, expected {before.dtype}, the dtype of params[{i - 1}]"
+                )
+            if p.device != before.device:
+                raise ValueError(
+                    f"{_OP}: params[{i}] is on {p.device}, expected {before.device}, the device of params[{i - 1}]"
+                )
+            return
+        if inverse.dtype not in (wide, torch.bfloat16):
+            raise TypeError(
+                f"{_OP}: inverses[{i}] has dtype {inverse.dtype}, expected {wide} or bfloat16 beside params[{i}] of "
+                f"dtype {p.dtype}"
+            )
+        if inverse.device != p.device:
+            raise ValueError(
+                f"{_OP}: inverses[{i}] is on {inverse.device}, expected {p.device}, the device of params[{i}]"
+            )
+        if not inverse.is_contiguous():
+            raise ValueError(
+                f"{_OP}: inverses[{i}] is not contiguous: shape {tuple(inverse.shape)}, strides {inverse.stride()}"
+            )
+
+    def is_biased(self, i: int) -> bool:
+        """Whether the bias of parameter i follows it."""
+        return i + 1 < len(self.params) and self.inverses[i + 1] is None
+
+    def entry(self, i: int) -> _Entry:
+        """Parameter i, which has an inverse."""
+        inverse, biased = self.inverses[i], self.is_biased(i)
+        assert inverse is not None
+        return _Entry(i, inverse, _layout(i, self.params[i], inverse, self.params[i + 1] if biased else None), biased)
+
+    def gradient(self, entry: _Entry) -> Tensor:
+        """The gradient that enters the momentum, as (rows, columns)."""
+        wide = ACCUMULATOR[self.params[entry.position].dtype]
+        g = entry.join(self.grads, wide)
+        if self.grad_scale is not None:
+            g = g / self.grad_scale.to(wide).reshape(())  # on the CPU it may stay there: it enters as a number
+        if self.maximize:
+            g = -g
+        return g + self.coupled_decay * entry.join(self.params, wide) if self.coupled_decay else g
+
+    def multiply_shared(self, i: int, out: Tensor | None = None) -> Tensor:
+        """P m as (blocks, rows, size) where all rows share an inverse: products of matrices, which are for BLAS."""
+        entry = self.entry(i)
+        g = self.gradient(entry)
+        new = self.momentum * entry.join(self.momentum_buffers, g.dtype) + g
+        return torch.bmm(entry.in_blocks(new).transpose(0, 1), entry.inverse[0].to(g.dtype), out=out)  # P is symmetric
 
 
-def _check_numbers(
-    lr: Tensor,
-    momentum: float,
-    weight_decay: float,
-    kl_clip: float | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    device: torch.device | None,
-) -> None:
-    if not 0 <= momentum < 1:
-        raise ValueError(f"{_OP}: momentum is {momentum}, expected 0 <= momentum < 1")
-    check_coefficient(_OP, "weight_decay", weight_decay)
-    if kl_clip is not None and not 0 < kl_clip < math.inf:
-        raise ValueError(f"{_OP}: kl_clip is {kl_clip}, expected a finite number above 0, or None")
-    for name, scalar in (("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
-        check_one_element(_OP, name, scalar, device)
-
-
-def _check(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    inverses: Sequence[Tensor | None],
-    lr: Tensor,
-    momentum: float,
-    weight_decay: float,
-    kl_clip: float | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> list[_Entry]:
-    _check_lists(params, grads, momentum_buffers, inverses)
-    device = params[0].device if params else None
-    _check_numbers(lr, momentum, weight_decay, kl_clip, grad_scale, found_inf, device)
-    for i in range(len(params)):
-        _check_parameter(i, params, grads, momentum_buffers, inverses)
-    entries = (_entry(i, params, inverses) for i in range(len(params)))
-    return [entry for entry in entries if entry is not None]
-
-
-def _fake(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    inverses: Sequence[Tensor | None],
-    *,
-    lr: Tensor,
-    momentum: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-    kl_clip: float | None = None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    _check(
-        params, grads, momentum_buffers, inverses, lr, momentum, weight_decay, kl_clip, grad_scale, found_inf
-    )  # fmt: skip
-    device = params[0].device if params else None
+def _results(s: _Step) -> tuple[Tensor, Tensor]:
+    """The number of skipped blocks of each parameter, and the scale, to be filled."""
+    device = device_of(s.params)
     return (
-        torch.empty(len(params), dtype=torch.int64, device=device),
+        torch.empty(len(s.params), dtype=torch.int64, device=device),
         torch.empty((), dtype=torch.float64, device=device),
     )
+
+
+def _nothing(s: _Step) -> tuple[Tensor, Tensor]:
+    """The same of a step that does nothing."""
+    skipped, scale = _results(s)
+    return skipped.zero_(), scale.fill_(1)
+
+
+def _fake(s: _Step) -> tuple[Tensor, Tensor]:
+    s.check()
+    return _results(s)
 
 
 def _unpack(packed: Tensor, n: int) -> Tensor:
@@ -234,213 +236,88 @@ def _blocks(inverse: Tensor, layout: _Layout) -> Tensor:
     return (inverse if inverse.dim() == 3 else _unpack(inverse, layout.size)).unsqueeze(1)
 
 
-def _gradient(
-    entry: _Entry,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    weight_decay: float,
-    maximize: bool,
-    grad_scale: Tensor | None,
-) -> Tensor:
-    """The gradient that enters the momentum, as (rows, columns)."""
-    wide = ACCUMULATOR[params[entry.position].dtype]
-    g = entry.join(grads, wide)
-    if grad_scale is not None:
-        g = g / grad_scale.to(wide).reshape(())  # on the CPU it may stay there: it enters as a number
-    if maximize:
-        g = -g
-    return g + weight_decay * entry.join(params, wide) if weight_decay else g
-
-
-def _reference(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    inverses: Sequence[Tensor | None],
-    *,
-    lr: Tensor,
-    momentum: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-    kl_clip: float | None = None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    entries = _check(
-        params, grads, momentum_buffers, inverses, lr, momentum, weight_decay, kl_clip, grad_scale, found_inf
-    )  # fmt: skip
-    check_rate(_OP, lr)
-    device = params[0].device if params else None
-    skipped = torch.zeros(len(params), dtype=torch.int64, device=device)
-    scale = torch.ones((), dtype=torch.float64, device=device)
-    if found_inf is not None and bool(found_inf):
+def _reference(s: _Step) -> tuple[Tensor, Tensor]:
+    entries = s.check()
+    check_rate(_OP, s.lr)
+    skipped, scale = _nothing(s)
+    if s.found_inf is not None and bool(s.found_inf):
         return skipped, scale
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros_like(scale)
     directions = []
     for entry in entries:
-        i = entry.position
-        g = _gradient(entry, params, grads, 0.0 if decoupled else weight_decay, maximize, grad_scale)
-        old = entry.join(momentum_buffers, g.dtype)
-        new = momentum * old + g
-        inverse = inverses[i]
-        assert inverse is not None
-        d = torch.einsum("rsij,rsj->rsi", _blocks(inverse, entry.layout).to(g.dtype), entry.in_blocks(new))
+        g = s.gradient(entry)
+        old = entry.join(s.momentum_buffers, g.dtype)
+        new = s.momentum * old + g
+        inverse = _blocks(entry.inverse, entry.layout).to(g.dtype)
+        d = torch.einsum("rsij,rsj->rsi", inverse, entry.in_blocks(new))
         d = entry.in_blocks(entry.in_rows(d))  # zeros again where there are no columns
         finite = d.isfinite().all(-1, keepdim=True)
-        skipped[i] = finite.numel() - finite.sum()
+        skipped[entry.position] = finite.numel() - finite.sum()
         kept = entry.in_rows(finite.expand(d.shape))
         d = entry.in_rows(d)
         total += torch.where(kept, d.double() * g.double(), 0).sum()
-        entry.store(torch.where(kept, new, old), momentum_buffers)
+        entry.store(torch.where(kept, new, old), s.momentum_buffers)
         directions.append((kept, d))
-    rate = lr.to(device, torch.float64).reshape(())
-    if kl_clip is not None:
+    rate = s.lr.to(scale.device, torch.float64).reshape(())
+    if s.kl_clip is not None:
         size = rate * rate * total.abs()
-        scale = torch.where(size > kl_clip, (kl_clip / size).sqrt(), scale)
+        scale = torch.where(size > s.kl_clip, (s.kl_clip / size).sqrt(), scale)
     for entry, (kept, d) in zip(entries, directions, strict=True):
-        w = entry.join(params, d.dtype)
+        w = entry.join(s.params, d.dtype)
         step = (rate * scale).to(d.dtype) * d
-        if weight_decay and decoupled:
-            step = step + (rate * weight_decay).to(d.dtype) * w
-        entry.store(torch.where(kept, w - step, w).to(params[entry.position].dtype), params)
+        if s.weight_decay and s.decoupled:
+            step = step + (rate * s.weight_decay).to(d.dtype) * w
+        entry.store(torch.where(kept, w - step, w).to(s.params[entry.position].dtype), s.params)
     return skipped, scale
 
 
-def _shared_momentum(
-    entry: _Entry,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    momentum: float,
-    weight_decay: float,
-    maximize: bool,
-    grad_scale: Tensor | None,
-) -> Tensor:
-    """The new momentum of a parameter under a shared inverse, as (blocks, rows, size)."""
-    g = _gradient(entry, params, grads, weight_decay, maximize, grad_scale)
-    return entry.in_blocks(momentum * entry.join(momentum_buffers, g.dtype) + g).transpose(0, 1)
-
-
-def _directions(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    inverses: Sequence[Tensor | None],
-    momentum: float,
-    weight_decay: float,
-    maximize: bool,
-    grad_scale: Tensor | None,
-) -> list[Tensor | None]:
-    """P m as (blocks, rows, size) where all rows share an inverse: products of matrices, which are for BLAS."""
-    directions: list[Tensor | None] = [None] * len(params)
-    shared = [i for i, inverse in enumerate(inverses) if inverse is not None and inverse.dim() == 4]
+def _directions(s: _Step) -> list[Tensor | None]:
+    """Those of parameters under shared inverses, which the kernels do not form."""
+    directions: list[Tensor | None] = [None] * len(s.params)
+    shared = [i for i, inverse in enumerate(s.inverses) if inverse is not None and inverse.dim() == 4]
     if shared:
-        _check_lists(params, grads, momentum_buffers, inverses)
-        check_one_element(_OP, "grad_scale", grad_scale, params[0].device if params else None)
+        s.check_lengths()
+        check_one_element(_OP, "grad_scale", s.grad_scale, device_of(s.params))
     for i in shared:
-        for k in range(i, i + 2 if i + 1 < len(params) and inverses[i + 1] is None else i + 1):
-            _check_parameter(k, params, grads, momentum_buffers, inverses)
-        entry, inverse = _entry(i, params, inverses), inverses[i]
-        assert entry is not None
-        assert inverse is not None
-        new = _shared_momentum(
-            entry, params, grads, momentum_buffers, momentum, weight_decay, maximize, grad_scale
-        )  # fmt: skip
-        directions[i] = torch.bmm(new, inverse[0].to(new.dtype)).contiguous()  # P is symmetric
+        for k in range(i, i + 1 + s.is_biased(i)):
+            s.check_parameter(k)
+        directions[i] = s.multiply_shared(i).contiguous()
     return directions
 
 
-def _native(
-    on: Native,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    inverses: Sequence[Tensor | None],
-    *,
-    lr: Tensor,
-    momentum: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-    kl_clip: float | None = None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    directions = _directions(
-        params, grads, momentum_buffers, inverses, momentum, 0.0 if decoupled else weight_decay, maximize, grad_scale
-    )  # fmt: skip
+def _native(on: Native, s: _Step) -> tuple[Tensor, Tensor]:
+    directions = _directions(s)
     # The kernel multiplies in float32 or float64, and widens bfloat16 to the former.
     inverses = [
         x.double() if x is not None and x.dtype == torch.bfloat16 and p.dtype == torch.float64 else x
-        for x, p in zip(inverses, params, strict=False)
-    ] + list(inverses[len(params) :])
-    device = params[0].device if params else None
-    skipped = torch.empty(len(params), dtype=torch.int64, device=device)
-    scale = torch.empty((), dtype=torch.float64, device=device)
-    on.kernels.mbf_step_(
-        params, grads, momentum_buffers, inverses, directions, lr, momentum, weight_decay, decoupled, maximize,
-        kl_clip, grad_scale, found_inf, skipped, scale, on.place(device),
-    )  # fmt: skip
-    increment_version(params)  # for backward passes that kept them; momentum is in no graph
+        for x, p in zip(s.inverses, s.params, strict=False)
+    ] + list(s.inverses[len(s.params) :])
+    skipped, scale = _results(s)
+    place = on.place(device_of(s.params))
+    on.kernels.mbf_step_(*s[:3], inverses, directions, *s[4:], skipped, scale, place)
+    increment_version(s.params)  # for backward passes that kept them; momentum is in no graph
     return skipped, scale
 
 
-def _triton(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    inverses: Sequence[Tensor | None],
-    *,
-    lr: Tensor,
-    momentum: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-    kl_clip: float | None = None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def _triton(s: _Step) -> tuple[Tensor, Tensor]:
     from fisher_kernels.triton_kernels import mbf_step
 
-    def views() -> list[mbf_step.View | None]:
-        entries = _check(
-            params, grads, momentum_buffers, inverses, lr, momentum, weight_decay, kl_clip, grad_scale, found_inf
-        )  # fmt: skip
-        result: list[mbf_step.View | None] = [None] * len(params)
-        for i, layout, biased in entries:
-            result[i] = mbf_step.View(*layout, layout.blocks, biased)
-        return result
-
-    def multiply_shared(i: int, out: Tensor) -> None:
-        entry, inverse = _entry(i, params, inverses), inverses[i]
-        assert entry is not None
-        assert inverse is not None
-        decay = 0.0 if decoupled else weight_decay
-        new = _shared_momentum(entry, params, grads, momentum_buffers, momentum, decay, maximize, grad_scale)
-        torch.bmm(new, inverse[0].to(new.dtype), out=out)  # P is symmetric
-
-    device = params[0].device if params else None
-    _check_numbers(lr, momentum, weight_decay, kl_clip, grad_scale, found_inf, device)
-    check_rate(_OP, lr)
-    nothing, found_inf = found_on_device(found_inf, device)
-    if nothing or not params:
-        views()
-        zeros = torch.zeros(len(params), dtype=torch.int64, device=device)
-        return zeros, torch.ones((), dtype=torch.float64, device=device)
-    skipped, scale = mbf_step.step(
-        params, grads, momentum_buffers, inverses, views, multiply_shared,
-        lr=lr, momentum=momentum, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize, kl_clip=kl_clip,
-        grad_scale=grad_scale, found_inf=found_inf,
-    )  # fmt: skip
-    increment_version(params)
-    return skipped, scale
+    s.check_numbers()
+    check_rate(_OP, s.lr)
+    nothing, found_inf = found_on_device(s.found_inf, device_of(s.params))
+    if nothing or not s.params:
+        s.check()
+        return _nothing(s)
+    results = mbf_step.step(s._replace(found_inf=found_inf))
+    increment_version(s.params)
+    return results
 
 
 _step = define(
     "mbf_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor?[] inverses, *, Tensor lr, "
     "float momentum, float weight_decay, bool decoupled, bool maximize, float? kl_clip=None, Tensor? grad_scale=None, "
     "Tensor? found_inf=None) -> (Tensor, Tensor)",
+    arguments=_Step,
     fake=_fake,
     reference=_reference,
     native=_native,
@@ -516,9 +393,10 @@ def mbf_step_(
             and nothing is changed.
     """
     rate = lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float64)
-    skipped, scale = _step(
+    s = _Step(
         list(params), list(grads), list(momentum_buffers), list(inverses),
         lr=rate, momentum=momentum, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize,
         kl_clip=kl_clip, grad_scale=grad_scale, found_inf=found_inf,
     )  # fmt: skip
+    skipped, scale = _step(s)
     return skipped, scale
