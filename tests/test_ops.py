@@ -520,7 +520,9 @@ def test_empty_lists_take_no_gpu() -> None:
     on_a_gpu = _library.Native(_library.native_module(), _library._current_stream)
     common: dict[str, Any] = {"lr": torch.ones(()), "weight_decay": 0.1, "decoupled": True, "maximize": False}
     found = (
-        ops.adafisher_step._native(on_a_gpu, [], [], [], [], [], [], beta=0.9, damping=0.1, **common),
+        ops.adafisher_step._native(
+            on_a_gpu, ops.adafisher_step._Step([], [], [], [], [], [], beta=0.9, damping=0.1, **common)
+        ),
         *ops.mbf_step._native(on_a_gpu, ops.mbf_step._Step([], [], [], [], momentum=0.9, kl_clip=0.1, **common)),
         *ops.sofim_step._native(
             on_a_gpu, [], [], [], [], beta=0.9, rho=1.0, direction="momentum", scope="global",

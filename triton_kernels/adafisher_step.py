@@ -1,6 +1,8 @@
 """The AdaFisher update of a list of parameters: 20 bytes a parameter in float32, two launches a dtype."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton
@@ -154,45 +156,43 @@ def kernel(
             tl.atomic_add(skipped + i, total.to(tl.int64), sem="relaxed")  # whole numbers: no order matters
 
 
-def step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    row_factors: Sequence[Tensor | None],
-    column_factors: Sequence[Tensor | None],
-    layout: Callable[[], Sequence[Sequence[int]]],
-    *,
-    lr: Tensor,
-    beta: float,
-    damping: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> Tensor:
+def _factor_strides(
+    view: tuple[int, int, int], row_factor: Tensor | None, column_factor: Tensor | None
+) -> tuple[int, ...]:
+    """The view but for its groups, and how far the next row, column and group lie in the factors; 0 for constants."""
+    _, rows, columns = view
+    by_row = row_factor is not None and row_factor.numel() != 1
+    by_column = column_factor is not None and column_factor.numel() != 1
+    return rows, columns, int(by_row), int(by_column), columns if by_column else 0
+
+
+def step(s: Any) -> Tensor:
     """Take the step.
 
     Args:
-        layout: checks the lists where they are new, and gives for each parameter the entries of ``kernel``'s layouts
-            after the size.
+        s: the arguments of the op by their names, found_inf on the device of the parameters. ``s.check()`` checks the
+            lists, which need it where they are new, and gives (groups, rows, columns) for each parameter.
     """
-    device = params[0].device
+
+    def layout() -> list[tuple[int, ...]]:
+        return [_factor_strides(*of) for of in zip(s.check(), s.row_factors, s.column_factors, strict=True)]
+
+    device = s.params[0].device
     factors = (
-        [one(m) if x is None else x for x, m in zip(xs, exp_avgs, strict=False)] for xs in (row_factors, column_factors)
+        [one(m) if x is None else x for x, m in zip(xs, s.exp_avgs, strict=False)]
+        for xs in (s.row_factors, s.column_factors)
     )
-    plan = table("adafisher_step_", (params, grads, exp_avgs, steps, *factors), layout)
-    rate, rate_factor = scalar(lr)
-    scale, scale_factor = scalar(grad_scale)
-    corrections, skipped = advance(plan, _STEP.value, beta, found_inf, device)
+    plan = table("adafisher_step_", (s.params, s.grads, s.exp_avgs, s.steps, *factors), layout)
+    rate, rate_factor = scalar(s.lr)
+    scale, scale_factor = scalar(s.grad_scale)
+    decays = (0.0, s.weight_decay) if s.decoupled else (s.weight_decay, 0.0)
+    corrections, skipped = advance(plan, _STEP.value, s.beta, s.found_inf, device)
     for dtype, wide, strided, chunks in plan.launches:
         chosen = config("adafisher_step_strided" if strided else "adafisher_step", device, len(chunks) * CHUNK.value)
         launch(
             kernel, len(chunks), device,
             plan.addresses, plan.count, plan.layout, plan.geometry, chunks, corrections, skipped,
-            rate, rate_factor, beta, damping, 0.0 if decoupled else weight_decay, weight_decay if decoupled else 0.0,
-            -scale if maximize else scale, scale_factor, found_inf,
+            rate, rate_factor, s.beta, s.damping, *decays, -scale if s.maximize else scale, scale_factor, s.found_inf,
             T=dtype, A=wide, STRIDED=strided, BLOCK=chosen.block, warps=chosen.warps,
         )  # fmt: skip
     return skipped
@@ -201,15 +201,12 @@ def step(
 @trial("adafisher_step")
 def _trial(device: torch.device, size: int) -> Callable[[], object]:
     columns = 1024
-    param, grad, moment = (torch.randn(size // columns, columns, device=device) for _ in range(3))
-    row, column = (torch.rand(n, device=device) for n in (size // columns, columns))
-    count, lr = torch.zeros((), device=device), torch.zeros((), dtype=torch.float64)
-
-    def layout() -> list[tuple[int, ...]]:
-        return [(size // columns, columns, 1, 1, columns)]
-
-    return lambda: step(
-        [param], [grad], [moment], [count], [row], [column], layout,
-        lr=lr, beta=0.9, damping=1e-3, weight_decay=0.0, decoupled=False, maximize=False, grad_scale=None,
-        found_inf=None,
+    shape = size // columns, columns
+    param, grad, moment = (torch.randn(shape, device=device) for _ in range(3))
+    row, column = (torch.rand(n, device=device) for n in shape)
+    s = SimpleNamespace(
+        params=[param], grads=[grad], exp_avgs=[moment], steps=[torch.zeros((), device=device)],
+        row_factors=[row], column_factors=[column], lr=torch.zeros((), dtype=torch.float64), beta=0.9, damping=1e-3,
+        weight_decay=0.0, decoupled=False, maximize=False, grad_scale=None, found_inf=None, check=lambda: [(1, *shape)],
     )  # fmt: skip
+    return lambda: step(s)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import Native
-from fisher_kernels.ops._define import ACCUMULATOR, check_floating, define
+from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define, device_of
 from fisher_kernels.ops._step import (
     check_beside,
     check_count,
@@ -59,233 +58,136 @@ def _shape(x: Tensor | None) -> str:
     return "None" if x is None else str(tuple(x.shape))
 
 
-def _check_numbers(
-    lr: Tensor,
-    beta: float,
-    damping: float,
-    weight_decay: float,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    device: torch.device | None,
-) -> None:
-    if not 0 <= beta < 1:
-        raise ValueError(f"{_OP}: beta is {beta}, expected 0 <= beta < 1")
-    for name, value in (("damping", damping), ("weight_decay", weight_decay)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{_OP}: {name} is {value}, expected a finite number of at least 0")
-    for name, scalar in (("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
-        check_one_element(_OP, name, scalar, device)
+class _Step(NamedTuple):
+    """The arguments of a call, in the order of the schema."""
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    exp_avgs: Sequence[Tensor]
+    steps: Sequence[Tensor]
+    row_factors: Sequence[Tensor | None]
+    column_factors: Sequence[Tensor | None]
+    lr: Tensor
+    beta: float
+    damping: float
+    weight_decay: float
+    decoupled: bool
+    maximize: bool
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def check_numbers(self) -> None:
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"{_OP}: beta is {self.beta}, expected 0 <= beta < 1")
+        check_coefficient(_OP, "damping", self.damping)
+        check_coefficient(_OP, "weight_decay", self.weight_decay)
+        for name, scalar in (("lr", self.lr), ("grad_scale", self.grad_scale), ("found_inf", self.found_inf)):
+            check_one_element(_OP, name, scalar, device_of(self.params))
+
+    def check(self) -> list[_View]:
+        """All but the value of the learning rate; returns a view of each parameter."""
+        lists: dict[str, Sequence[Tensor | None]] = {
+            "grads": self.grads,
+            "exp_avgs": self.exp_avgs,
+            "steps": self.steps,
+            "row_factors": self.row_factors,
+            "column_factors": self.column_factors,
+        }
+        check_lengths(_OP, self.params, lists)
+        self.check_numbers()
+        views = []
+        for i, (p, g, m, t, r, c) in enumerate(zip(*self[:6], strict=True)):
+            check_floating(_OP, f"params[{i}]", p.dtype)
+            wide = ACCUMULATOR[p.dtype]
+            check_like(_OP, f"grads[{i}]", g, p.dtype, i, p)
+            check_like(_OP, f"exp_avgs[{i}]", m, wide, i, p)
+            check_count(_OP, i, t, p)
+            for name, factor, dims in ((f"row_factors[{i}]", r, 1), (f"column_factors[{i}]", c, 2)):
+                if factor is not None:
+                    check_beside(_OP, name, factor, wide, i, p)
+                    if not (factor.is_contiguous() and factor.dim() <= dims):
+                        raise ValueError(
+                            f"{_OP}: {name} has shape {tuple(factor.shape)} and strides {factor.stride()}, expected a "
+                            f"contiguous {'vector' if dims == 1 else 'vector, or (groups, columns)'}"
+                        )
+            check_written(_OP, f"params[{i}]", p)
+            check_written(_OP, f"exp_avgs[{i}]", m)
+            views.append(_view(i, p, r, c))
+        return views
+
+    def curvature(self, i: int, view: _View) -> Tensor | float:
+        """Form row * column + damping in the shape of parameter i."""
+        row_factor, column_factor = self.row_factors[i], self.column_factors[i]
+        product: Tensor | float = 1.0
+        if row_factor is not None:
+            product = row_factor.reshape((-1, 1, 1) if row_factor.numel() == 1 else (view.groups, view.rows, 1))
+        if column_factor is not None:
+            product = product * column_factor.reshape(
+                (1, 1, 1) if column_factor.numel() == 1 else (view.groups, 1, view.columns)
+            )
+        if isinstance(product, float):
+            return product + self.damping
+        return (product + self.damping).expand(*view).reshape(self.params[i].shape)
 
 
-def _check(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    row_factors: Sequence[Tensor | None],
-    column_factors: Sequence[Tensor | None],
-    lr: Tensor,
-    beta: float,
-    damping: float,
-    weight_decay: float,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> list[_View]:
-    lists: dict[str, Sequence[Tensor | None]] = {
-        "grads": grads,
-        "exp_avgs": exp_avgs,
-        "steps": steps,
-        "row_factors": row_factors,
-        "column_factors": column_factors,
-    }
-    check_lengths(_OP, params, lists)
-    _check_numbers(lr, beta, damping, weight_decay, grad_scale, found_inf, params[0].device if params else None)
-    views = []
-    for i, (p, g, m, t, r, c) in enumerate(
-        zip(params, grads, exp_avgs, steps, row_factors, column_factors, strict=True)
-    ):
-        check_floating(_OP, f"params[{i}]", p.dtype)
-        wide = ACCUMULATOR[p.dtype]
-        check_like(_OP, f"grads[{i}]", g, p.dtype, i, p)
-        check_like(_OP, f"exp_avgs[{i}]", m, wide, i, p)
-        check_count(_OP, i, t, p)
-        for name, factor, dims in ((f"row_factors[{i}]", r, 1), (f"column_factors[{i}]", c, 2)):
-            if factor is not None:
-                check_beside(_OP, name, factor, wide, i, p)
-                if not (factor.is_contiguous() and factor.dim() <= dims):
-                    raise ValueError(
-                        f"{_OP}: {name} has shape {tuple(factor.shape)} and strides {factor.stride()}, expected a "
-                        f"contiguous {'vector' if dims == 1 else 'vector, or (groups, columns)'}"
-                    )
-        check_written(_OP, f"params[{i}]", p)
-        check_written(_OP, f"exp_avgs[{i}]", m)
-        views.append(_view(i, p, r, c))
-    return views
+def _new_skipped(s: _Step) -> Tensor:
+    """The number of skipped elements of each parameter, to be filled."""
+    return torch.empty(len(s.params), dtype=torch.int64, device=device_of(s.params))
 
 
-def _curvature(
-    param: Tensor, view: _View, row_factor: Tensor | None, column_factor: Tensor | None, damping: float
-) -> Tensor | float:
-    """Form row * column + damping in the shape of the parameter."""
-    product: Tensor | float = 1.0
-    if row_factor is not None:
-        product = row_factor.reshape((-1, 1, 1) if row_factor.numel() == 1 else (view.groups, view.rows, 1))
-    if column_factor is not None:
-        product = product * column_factor.reshape(
-            (1, 1, 1) if column_factor.numel() == 1 else (view.groups, 1, view.columns)
-        )
-    if isinstance(product, float):
-        return product + damping
-    return (product + damping).expand(*view).reshape(param.shape)
+def _fake(s: _Step) -> Tensor:
+    s.check()
+    return _new_skipped(s)
 
 
-def _fake(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    row_factors: Sequence[Tensor | None],
-    column_factors: Sequence[Tensor | None],
-    *,
-    lr: Tensor,
-    beta: float,
-    damping: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> Tensor:
-    _check(
-        params, grads, exp_avgs, steps, row_factors, column_factors,
-        lr, beta, damping, weight_decay, grad_scale, found_inf,
-    )  # fmt: skip
-    return torch.empty(len(params), dtype=torch.int64, device=params[0].device if params else None)
-
-
-def _reference(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    row_factors: Sequence[Tensor | None],
-    column_factors: Sequence[Tensor | None],
-    *,
-    lr: Tensor,
-    beta: float,
-    damping: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> Tensor:
-    views = _check(
-        params, grads, exp_avgs, steps, row_factors, column_factors,
-        lr, beta, damping, weight_decay, grad_scale, found_inf,
-    )  # fmt: skip
-    check_rate(_OP, lr)
-    skipped = torch.zeros(len(params), dtype=torch.int64, device=params[0].device if params else None)
-    if found_inf is not None and bool(found_inf):
+def _reference(s: _Step) -> Tensor:
+    views = s.check()
+    check_rate(_OP, s.lr)
+    skipped = _new_skipped(s).zero_()
+    if s.found_inf is not None and bool(s.found_inf):
         return skipped
-    for i, (w, m, t, view) in enumerate(zip(params, exp_avgs, steps, views, strict=True)):
+    for i, (w, g, m, t, view) in enumerate(zip(*s[:4], views, strict=True)):
         t += 1
-        g = grads[i].to(m.dtype)
-        if grad_scale is not None:
-            g = g / grad_scale.to(m.device, m.dtype).reshape(())
-        if maximize:
+        g = g.to(m.dtype)
+        if s.grad_scale is not None:
+            g = g / s.grad_scale.to(m.device, m.dtype).reshape(())
+        if s.maximize:
             g = -g
         finite = g.isfinite()
         skipped[i] = g.numel() - finite.sum()
         wide = w.to(m.dtype)
-        if weight_decay and not decoupled:
-            g = g + weight_decay * wide
-        moment = beta * m + (1 - beta) * g
+        if s.weight_decay and not s.decoupled:
+            g = g + s.weight_decay * wide
+        moment = s.beta * m + (1 - s.beta) * g
         # Scalars in float64, as they come: only the elementwise work is in the moment's dtype.
-        correction = 1 - beta ** t.double().reshape(())
-        step = moment / correction.to(m.dtype) / _curvature(w, view, row_factors[i], column_factors[i], damping)
-        if weight_decay and decoupled:
-            step = step + weight_decay * wide
-        updated = wide - lr.to(m.device, m.dtype).reshape(()) * step
+        correction = 1 - s.beta ** t.double().reshape(())
+        step = moment / correction.to(m.dtype) / s.curvature(i, view)
+        if s.weight_decay and s.decoupled:
+            step = step + s.weight_decay * wide
+        updated = wide - s.lr.to(m.device, m.dtype).reshape(()) * step
         m.copy_(torch.where(finite, moment, m))
         w.copy_(torch.where(finite, updated.to(w.dtype), w))
     return skipped
 
 
-def _native(
-    on: Native,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    row_factors: Sequence[Tensor | None],
-    column_factors: Sequence[Tensor | None],
-    *,
-    lr: Tensor,
-    beta: float,
-    damping: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> Tensor:
-    device = params[0].device if params else None
-    skipped = torch.empty(len(params), dtype=torch.int64, device=device)
-    on.kernels.adafisher_step_(
-        params, grads, exp_avgs, steps, row_factors, column_factors,
-        lr, beta, damping, weight_decay, decoupled, maximize, grad_scale, found_inf, skipped, on.place(device),
-    )  # fmt: skip
-    increment_version(params)  # for backward passes that kept them; moments and counts are in no graph
+def _native(on: Native, s: _Step) -> Tensor:
+    skipped = _new_skipped(s)
+    on.kernels.adafisher_step_(*s, skipped, on.place(device_of(s.params)))
+    increment_version(s.params)  # for backward passes that kept them; moments and counts are in no graph
     return skipped
 
 
-def _factor_strides(view: _View, row_factor: Tensor | None, column_factor: Tensor | None) -> tuple[int, ...]:
-    """The view but for its groups, and how far the next row, column and group lie in the factors; 0 for constants."""
-    by_row = row_factor is not None and row_factor.numel() != 1
-    by_column = column_factor is not None and column_factor.numel() != 1
-    return view.rows, view.columns, int(by_row), int(by_column), view.columns if by_column else 0
-
-
-def _triton(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    row_factors: Sequence[Tensor | None],
-    column_factors: Sequence[Tensor | None],
-    *,
-    lr: Tensor,
-    beta: float,
-    damping: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> Tensor:
+def _triton(s: _Step) -> Tensor:
     from fisher_kernels.triton_kernels import adafisher_step
 
-    def layout() -> list[tuple[int, ...]]:
-        views = _check(
-            params, grads, exp_avgs, steps, row_factors, column_factors,
-            lr, beta, damping, weight_decay, grad_scale, found_inf,
-        )  # fmt: skip
-        return [_factor_strides(*of) for of in zip(views, row_factors, column_factors, strict=True)]
-
-    device = params[0].device if params else None
-    _check_numbers(lr, beta, damping, weight_decay, grad_scale, found_inf, device)
-    check_rate(_OP, lr)
-    nothing, found_inf = found_on_device(found_inf, device)
-    if nothing or not params:
-        layout()
-        return torch.zeros(len(params), dtype=torch.int64, device=device)
-    skipped = adafisher_step.step(
-        params, grads, exp_avgs, steps, row_factors, column_factors, layout,
-        lr=lr, beta=beta, damping=damping, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize,
-        grad_scale=grad_scale, found_inf=found_inf,
-    )  # fmt: skip
-    increment_version(params)
+    s.check_numbers()
+    check_rate(_OP, s.lr)
+    nothing, found_inf = found_on_device(s.found_inf, device_of(s.params))
+    if nothing or not s.params:
+        s.check()
+        return _new_skipped(s).zero_()
+    skipped = adafisher_step.step(s._replace(found_inf=found_inf))
+    increment_version(s.params)
     return skipped
 
 
@@ -293,6 +195,7 @@ _step = define(
     "adafisher_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] steps, "
     "Tensor?[] row_factors, Tensor?[] column_factors, *, Tensor lr, float beta, float damping, float weight_decay, "
     "bool decoupled, bool maximize, Tensor? grad_scale=None, Tensor? found_inf=None) -> Tensor",
+    arguments=_Step,
     fake=_fake,
     reference=_reference,
     native=_native,
@@ -361,8 +264,10 @@ def adafisher_step_(
             and nothing is changed.
     """
     rate = lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float64)
-    return _step(
+    s = _Step(
         list(params), list(grads), list(exp_avgs), list(steps), list(row_factors), list(column_factors),
         lr=rate, beta=beta, damping=damping, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize,
         grad_scale=grad_scale, found_inf=found_inf,
     )  # fmt: skip
+    skipped: Tensor = _step(s)
+    return skipped
