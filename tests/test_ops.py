@@ -525,8 +525,11 @@ def test_empty_lists_take_no_gpu() -> None:
         ),
         *ops.mbf_step._native(on_a_gpu, ops.mbf_step._Step([], [], [], [], momentum=0.9, kl_clip=0.1, **common)),
         *ops.sofim_step._native(
-            on_a_gpu, [], [], [], [], beta=0.9, rho=1.0, direction="momentum", scope="global",
-            **{**common, "lr": [common["lr"]], "weight_decay": [0.1]},
+            on_a_gpu,
+            ops.sofim_step._Step(
+                [], [], [], [], beta=0.9, rho=1.0, direction="momentum", scope="global",
+                **{**common, "lr": [common["lr"]], "weight_decay": [0.1]},
+            ),
         ),
         ops.factor_ema._ema_native(on_a_gpu, [], [], 0.9, 0.1),
     )  # fmt: skip

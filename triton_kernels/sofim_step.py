@@ -4,7 +4,7 @@ The first pass advances the moments and leaves partial dot products, one or two 
 kernels make coefficients of them, three for each parameter; the second pass takes the step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -350,78 +350,51 @@ def _each(values: Sequence[Any], count: int) -> Sequence[Any]:
     return values if len(values) == count else [*values] * count
 
 
-def _plan(
-    params: Sequence[Tensor],
-    lists: Sequence[Sequence[Tensor | None]],
-    rates: Sequence[Tensor],
-    decays: Sequence[float],
-    check: Callable[[], None],
-    each: bool,
-) -> tuple[Table, tuple[float, Tensor | None], float]:
+def _plan(s: Any, each: bool) -> tuple[Table, tuple[float, Tensor | None], float]:
     """The table; and learning rate and weight decay of all, which count for nothing where each has its own."""
-    count = len(params)
+    count = len(s.params)
     numbers: Sequence[Sequence[float]] = ()
     on_device: Sequence[Tensor | None] = [None] * count
     if each:
-        read = {id(rate): (rate, scalar(rate)) for rate in {id(rate): rate for rate in rates}.values()}
-        of_each = [read[id(rate)][1] for rate in _each(rates, count)]
+        read = {id(rate): (rate, scalar(rate)) for rate in {id(rate): rate for rate in s.lr}.values()}
+        of_each = [read[id(rate)][1] for rate in _each(s.lr, count)]
         on_device = [x for _, x in of_each]
-        numbers = [x for x, _ in of_each], _each(decays, count)
+        numbers = [x for x, _ in of_each], _each(s.weight_decay, count)
 
     def layout() -> list[tuple[int, ...]]:
-        check()
-        return list(zip(first_chunks(params), map(_kind, on_device), strict=True))
+        s.check_lists()
+        return list(zip(first_chunks(s.params), map(_kind, on_device), strict=True))
 
-    plan = table("sofim_step_", (*lists, on_device), layout, numbers=numbers, sums=True)
-    return plan, (1.0, None) if each else scalar(rates[0]), 0.0 if each else decays[0]
+    lists = s.params, s.grads, s.exp_avgs, s.steps, on_device
+    plan = table("sofim_step_", lists, layout, numbers=numbers, sums=True)
+    return plan, (1.0, None) if each else scalar(s.lr[0]), 0.0 if each else s.weight_decay[0]
 
 
-def step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    check: Callable[[], None],
-    *,
-    lr: Sequence[Tensor],
-    beta: float,
-    rho: float,
-    along_gradient: bool,
-    by_tensor: bool,
-    weight_decay: Sequence[float],
-    decoupled: bool,
-    maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def step(s: Any) -> tuple[Tensor, Tensor]:
     """Take the step.
 
     Args:
-        check: of the lists, called where they are new.
-        lr, weight_decay: one, or one for each parameter.
-        along_gradient: the direction.
-        by_tensor: the scope.
-        found_inf: on the device of the parameters.
+        s: the arguments of the op by their names, found_inf on the device of the parameters. ``s.check_lists()`` checks
+            the lists, which need it where they are new.
     """
-    device = params[0].device
-    each = len(lr) > 1 or len(weight_decay) > 1
-    plan, (rate, rate_factor), decay = _plan(
-        params, (params, grads, exp_avgs, steps), lr, weight_decay, check, each
-    )  # fmt: skip
-    scale, scale_factor = scalar(grad_scale)
-    scale = -scale if maximize else scale
-    corrections, skipped = advance(plan, _STEP.value, beta, found_inf, device)
+    device = s.params[0].device
+    along_gradient = s.direction == "gradient"
+    each = len(s.lr) > 1 or len(s.weight_decay) > 1
+    plan, (rate, rate_factor), decay = _plan(s, each)
+    scale, scale_factor = scalar(s.grad_scale)
+    scale = -scale if s.maximize else scale
+    corrections, skipped = advance(plan, _STEP.value, s.beta, s.found_inf, device)
     partials = new_partials(plan, 2 if along_gradient else 1, device)
     total_chunks = partials.shape[1]
     left_out = torch.empty(total_chunks, dtype=torch.int32, device=device)
-    form = {"ALONG_GRADIENT": along_gradient, "COUPLED": not decoupled and any(weight_decay), "EACH": each}
+    form = {"ALONG_GRADIENT": along_gradient, "COUPLED": not s.decoupled and any(s.weight_decay), "EACH": each}
     # Products and sums round apart, and sums are made of pairs: neither what a compiler would fuse nor the number of
     # warps tells one layout from another.
     for dtype, wide, strided, chunks in plan.launches:
         launch(
             advance_kernel, len(chunks), device,
             plan.addresses, plan.count, plan.layout, plan.geometry, chunks, total_chunks, partials, left_out, skipped,
-            beta, decay, scale, scale_factor, found_inf, T=dtype, A=wide, STRIDED=strided,
+            s.beta, decay, scale, scale_factor, s.found_inf, T=dtype, A=wide, STRIDED=strided,
             fuse=False, warps=_WARPS_STRIDED if strided else 4, **form,
         )  # fmt: skip
     sums = add_chunks(plan, partials)
@@ -430,14 +403,14 @@ def step(
     launch(
         solve_kernel, triton.cdiv(plan.count, _PARAMS.value), device,
         plan.addresses, plan.count, plan.layout, sums, corrections, squares, coefficients,
-        rate, rate_factor, decay, rho, found_inf,
-        GLOBAL=not by_tensor, ALONG_GRADIENT=along_gradient, EACH=each, fuse=False,
+        rate, rate_factor, decay, s.rho, s.found_inf,
+        GLOBAL=s.scope == "global", ALONG_GRADIENT=along_gradient, EACH=each, fuse=False,
     )  # fmt: skip
     for dtype, wide, strided, chunks in plan.launches:
         launch(
             descend_kernel, len(chunks), device,
             plan.addresses, plan.count, plan.layout, plan.geometry, chunks, left_out, coefficients,
-            beta, decay, scale, scale_factor, found_inf, T=dtype, A=wide, STRIDED=strided,
+            s.beta, decay, scale, scale_factor, s.found_inf, T=dtype, A=wide, STRIDED=strided,
             BLOCK=LANES.value if strided else _BLOCK, fuse=False, warps=_WARPS_STRIDED if strided else 4, **form,
         )  # fmt: skip
     return skipped, squares

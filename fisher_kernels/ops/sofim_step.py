@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import Native
-from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define
+from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define, device_of
 from fisher_kernels.ops._step import (
     check_count,
     check_lengths,
@@ -36,127 +37,98 @@ def _check_one_or_each(name: str, values: Sequence[object], params: Sequence[Ten
         raise ValueError(f"{_OP}: {name} has {len(values)} entries, expected 1 or {len(params)}, the length of params")
 
 
-def _check_numbers(
-    params: Sequence[Tensor],
-    lr: Sequence[Tensor],
-    beta: float,
-    rho: float,
-    direction: str,
-    scope: str,
-    weight_decay: Sequence[float],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
-    if not 0 <= beta < 1:
-        raise ValueError(f"{_OP}: beta is {beta}, expected 0 <= beta < 1")
-    if not 0 < rho < math.inf:
-        raise ValueError(f"{_OP}: rho is {rho}, expected a finite number above 0")
-    _check_choice("direction", direction, DIRECTIONS)
-    _check_choice("scope", scope, SCOPES)
-    _check_one_or_each("lr", lr, params)
-    _check_one_or_each("weight_decay", weight_decay, params)
-    for i, decay in enumerate(weight_decay):
-        check_coefficient(_OP, f"weight_decay[{i}]", decay)
-    device = params[0].device if params else None
-    scalars = {f"lr[{i}]": rate for i, rate in enumerate(lr)}
-    for name, scalar in (*scalars.items(), ("grad_scale", grad_scale), ("found_inf", found_inf)):
-        check_one_element(_OP, name, scalar, device)
+class _Step(NamedTuple):
+    """The arguments of a call, in the order of the schema."""
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    exp_avgs: Sequence[Tensor]
+    steps: Sequence[Tensor]
+    lr: Sequence[Tensor]
+    beta: float
+    rho: float
+    direction: str
+    scope: str
+    weight_decay: Sequence[float]
+    decoupled: bool
+    maximize: bool
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def check_numbers(self) -> None:
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"{_OP}: beta is {self.beta}, expected 0 <= beta < 1")
+        if not 0 < self.rho < math.inf:
+            raise ValueError(f"{_OP}: rho is {self.rho}, expected a finite number above 0")
+        _check_choice("direction", self.direction, DIRECTIONS)
+        _check_choice("scope", self.scope, SCOPES)
+        _check_one_or_each("lr", self.lr, self.params)
+        _check_one_or_each("weight_decay", self.weight_decay, self.params)
+        for i, decay in enumerate(self.weight_decay):
+            check_coefficient(_OP, f"weight_decay[{i}]", decay)
+        scalars = {f"lr[{i}]": rate for i, rate in enumerate(self.lr)}
+        for name, scalar in (*scalars.items(), ("grad_scale", self.grad_scale), ("found_inf", self.found_inf)):
+            check_one_element(_OP, name, scalar, device_of(self.params))
+
+    def check_lists(self) -> None:
+        check_lengths(_OP, self.params, {"grads": self.grads, "exp_avgs": self.exp_avgs, "steps": self.steps})
+        device = device_of(self.params)
+        for i, (p, g, m, t) in enumerate(zip(*self[:4], strict=True)):
+            check_floating(_OP, f"params[{i}]", p.dtype)
+            if p.device != device:
+                raise ValueError(f"{_OP}: params[{i}] is on {p.device}, expected {device}, the device of params[0]")
+            check_like(_OP, f"grads[{i}]", g, p.dtype, i, p)
+            check_like(_OP, f"exp_avgs[{i}]", m, ACCUMULATOR[p.dtype], i, p)
+            check_count(_OP, i, t, p)
+            check_written(_OP, f"params[{i}]", p)
+            check_written(_OP, f"exp_avgs[{i}]", m)
+
+    def check_rates(self) -> None:
+        """The values of learning rates; what is the same tensor as the one before is not read again."""
+        for i, rate in enumerate(self.lr):
+            if i == 0 or rate is not self.lr[i - 1]:
+                check_rate(_OP, rate, f"lr[{i}]")
 
 
-def _check_lists(
-    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], steps: Sequence[Tensor]
-) -> None:
-    check_lengths(_OP, params, {"grads": grads, "exp_avgs": exp_avgs, "steps": steps})
-    device = params[0].device if params else None
-    for i, (p, g, m, t) in enumerate(zip(params, grads, exp_avgs, steps, strict=True)):
-        check_floating(_OP, f"params[{i}]", p.dtype)
-        if p.device != device:
-            raise ValueError(f"{_OP}: params[{i}] is on {p.device}, expected {device}, the device of params[0]")
-        check_like(_OP, f"grads[{i}]", g, p.dtype, i, p)
-        check_like(_OP, f"exp_avgs[{i}]", m, ACCUMULATOR[p.dtype], i, p)
-        check_count(_OP, i, t, p)
-        check_written(_OP, f"params[{i}]", p)
-        check_written(_OP, f"exp_avgs[{i}]", m)
-
-
-def _check_rates(lr: Sequence[Tensor]) -> None:
-    """Their values; what is the same tensor as the one before is not read again."""
-    for i, rate in enumerate(lr):
-        if i == 0 or rate is not lr[i - 1]:
-            check_rate(_OP, rate, f"lr[{i}]")
-
-
-def _fake(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    *,
-    lr: Sequence[Tensor],
-    beta: float,
-    rho: float,
-    direction: str,
-    scope: str,
-    weight_decay: Sequence[float],
-    decoupled: bool,
-    maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    _check_numbers(params, lr, beta, rho, direction, scope, weight_decay, grad_scale, found_inf)
-    _check_lists(params, grads, exp_avgs, steps)
-    device = params[0].device if params else None
-    count = len(params)
+def _results(s: _Step) -> tuple[Tensor, Tensor]:
+    """The number of skipped elements of each parameter, and its part of the square, to be filled."""
+    count, device = len(s.params), device_of(s.params)
     return (
         torch.empty(count, dtype=torch.int64, device=device),
         torch.empty(count, dtype=torch.float64, device=device),
     )
 
 
-def _reference(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    *,
-    lr: Sequence[Tensor],
-    beta: float,
-    rho: float,
-    direction: str,
-    scope: str,
-    weight_decay: Sequence[float],
-    decoupled: bool,
-    maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    _check_numbers(params, lr, beta, rho, direction, scope, weight_decay, grad_scale, found_inf)
-    _check_lists(params, grads, exp_avgs, steps)
-    _check_rates(lr)
-    count = len(params)
-    rates = lr if len(lr) == count else [*lr] * count
-    decays = weight_decay if len(weight_decay) == count else [*weight_decay] * count
-    device = params[0].device if params else None
-    skipped = torch.zeros(count, dtype=torch.int64, device=device)
-    squares = torch.zeros(count, dtype=torch.float64, device=device)  # of the corrected moments
+def _fake(s: _Step) -> tuple[Tensor, Tensor]:
+    s.check_numbers()
+    s.check_lists()
+    return _results(s)
+
+
+def _reference(s: _Step) -> tuple[Tensor, Tensor]:
+    skipped, squares = (x.zero_() for x in _fake(s))  # squares of the corrected moments
+    s.check_rates()
+    count = len(s.params)
+    rates = s.lr if len(s.lr) == count else [*s.lr] * count
+    decays = s.weight_decay if len(s.weight_decay) == count else [*s.weight_decay] * count
     products = torch.zeros_like(squares)  # of corrected moments and gradients
-    if found_inf is not None and bool(found_inf):
+    if s.found_inf is not None and bool(s.found_inf):
         return skipped, squares
     gradients, corrections, finites = [], [], []
-    for i, (w, m, t, decay) in enumerate(zip(params, exp_avgs, steps, decays, strict=True)):
+    for i, (w, g, m, t, decay) in enumerate(zip(*s[:4], decays, strict=True)):
         t += 1
-        g = grads[i].to(m.dtype)
-        if grad_scale is not None:
-            g = g / grad_scale.to(m.device, m.dtype).reshape(())
-        if maximize:
+        g = g.to(m.dtype)
+        if s.grad_scale is not None:
+            g = g / s.grad_scale.to(m.device, m.dtype).reshape(())
+        if s.maximize:
             g = -g
-        if decay and not decoupled:
+        if decay and not s.decoupled:
             g = g + decay * w.to(m.dtype)
-        moment = beta * m + (1 - beta) * g
+        moment = s.beta * m + (1 - s.beta) * g
         finite = moment.isfinite()
         m.copy_(torch.where(finite, moment, m))
         # Scalars and dot products in float64: only the elementwise work is in the moment's dtype.
-        correction = 1 - beta ** t.double().reshape(())
+        correction = 1 - s.beta ** t.double().reshape(())
         taken, along = m[finite].double(), g[finite].double()
         skipped[i] = m.numel() - taken.numel()
         squares[i] = taken.square().sum() / correction**2
@@ -164,14 +136,14 @@ def _reference(
         gradients.append(g)
         corrections.append(correction)
         finites.append(finite)
-    square, product = (x.sum().expand(count) if scope == "global" else x for x in (squares, products))
-    for i, (w, m, decay) in enumerate(zip(params, exp_avgs, decays, strict=True)):
-        along_moment, along_gradient = _coefficients(square[i], product[i], corrections[i], rho, direction)
+    square, product = (x.sum().expand(count) if s.scope == "global" else x for x in (squares, products))
+    for i, (w, m, decay) in enumerate(zip(s.params, s.exp_avgs, decays, strict=True)):
+        along_moment, along_gradient = _coefficients(square[i], product[i], corrections[i], s.rho, s.direction)
         step = along_moment.to(m.dtype) * m
-        if direction == "gradient":
+        if s.direction == "gradient":
             step = step + along_gradient.to(m.dtype) * gradients[i]
         wide = w.to(m.dtype)
-        if decay and decoupled:
+        if decay and s.decoupled:
             step = step + decay * wide
         updated = wide - rates[i].to(m.device, m.dtype).reshape(()) * step
         w.copy_(torch.where(finites[i], updated.to(w.dtype), w))
@@ -190,72 +162,25 @@ def _coefficients(
     return torch.where(fits, along_moment, zero), torch.where(fits, 1 / rho, zero)
 
 
-def _native(
-    on: Native,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    *,
-    lr: Sequence[Tensor],
-    beta: float,
-    rho: float,
-    direction: str,
-    scope: str,
-    weight_decay: Sequence[float],
-    decoupled: bool,
-    maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    device = params[0].device if params else None
-    skipped = torch.empty(len(params), dtype=torch.int64, device=device)
-    squares = torch.empty(len(params), dtype=torch.float64, device=device)
-    on.kernels.sofim_step_(
-        params, grads, exp_avgs, steps, lr, beta, rho, direction, scope, weight_decay, decoupled, maximize, grad_scale,
-        found_inf, skipped, squares, on.place(device),
-    )  # fmt: skip
-    increment_version(params)  # for backward passes that kept them; moments and counts are in no graph
+def _native(on: Native, s: _Step) -> tuple[Tensor, Tensor]:
+    skipped, squares = _results(s)
+    on.kernels.sofim_step_(*s, skipped, squares, on.place(device_of(s.params)))
+    increment_version(s.params)  # for backward passes that kept them; moments and counts are in no graph
     return skipped, squares
 
 
-def _triton(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    *,
-    lr: Sequence[Tensor],
-    beta: float,
-    rho: float,
-    direction: str,
-    scope: str,
-    weight_decay: Sequence[float],
-    decoupled: bool,
-    maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def _triton(s: _Step) -> tuple[Tensor, Tensor]:
     from fisher_kernels.triton_kernels import sofim_step
 
-    _check_numbers(params, lr, beta, rho, direction, scope, weight_decay, grad_scale, found_inf)
-    _check_rates(lr)
-    device = params[0].device if params else None
-    nothing, found_inf = found_on_device(found_inf, device)
-    if nothing or not params:
-        _check_lists(params, grads, exp_avgs, steps)
-        count = len(params)
-        return (
-            torch.zeros(count, dtype=torch.int64, device=device),
-            torch.zeros(count, dtype=torch.float64, device=device),
-        )
-    results = sofim_step.step(
-        params, grads, exp_avgs, steps, lambda: _check_lists(params, grads, exp_avgs, steps),
-        lr=lr, beta=beta, rho=rho, along_gradient=direction == "gradient", by_tensor=scope == "tensor",
-        weight_decay=weight_decay, decoupled=decoupled, maximize=maximize, grad_scale=grad_scale,
-        found_inf=found_inf,
-    )  # fmt: skip
-    increment_version(params)
+    s.check_numbers()
+    s.check_rates()
+    nothing, found_inf = found_on_device(s.found_inf, device_of(s.params))
+    if nothing or not s.params:
+        s.check_lists()
+        skipped, squares = _results(s)
+        return skipped.zero_(), squares.zero_()
+    results = sofim_step.step(s._replace(found_inf=found_inf))
+    increment_version(s.params)
     return results
 
 
@@ -263,6 +188,7 @@ _step = define(
     "sofim_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] steps, *, Tensor[] lr, "
     "float beta, float rho, str direction, str scope, float[] weight_decay, bool decoupled, bool maximize, "
     "Tensor? grad_scale=None, Tensor? found_inf=None) -> (Tensor, Tensor)",
+    arguments=_Step,
     fake=_fake,
     reference=_reference,
     native=_native,
@@ -340,9 +266,11 @@ def sofim_step_(
     rates = [lr] if isinstance(lr, (float, int, Tensor)) else lr
     numbers = {x: torch.full((), x, dtype=torch.float64) for x in {x for x in rates if not isinstance(x, Tensor)}}
     decays = [weight_decay] if isinstance(weight_decay, (float, int)) else weight_decay
-    return _step(
+    s = _Step(
         list(params), list(grads), list(exp_avgs), list(steps),
         lr=[x if isinstance(x, Tensor) else numbers[x] for x in rates],
         beta=beta, rho=rho, direction=direction, scope=scope, weight_decay=list(decays), decoupled=decoupled,
         maximize=maximize, grad_scale=grad_scale, found_inf=found_inf,
     )  # fmt: skip
+    skipped, squares = _step(s)
+    return skipped, squares
