@@ -8,6 +8,8 @@ for minmax and 12 for the average. Smallest and largest entries are exact in any
 import struct
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from operator import attrgetter
+from typing import Any
 
 import torch
 import triton
@@ -229,6 +231,14 @@ def _new_ranges(plan: Table, device: torch.device) -> Tensor:
     return torch.empty(sum(len(launches.chunks) for launches in plan.launches), 2, dtype=torch.float64, device=device)
 
 
+_device = attrgetter("device")
+
+
+def _devices(*lists: Sequence[Tensor]) -> tuple[tuple[torch.device, ...], ...]:
+    """Of lists of vectors that look alike otherwise: what else is checked of them."""
+    return tuple(tuple(map(_device, vectors)) for vectors in lists)
+
+
 def minmax(
     op: str,
     out: Sequence[Tensor],
@@ -236,14 +246,12 @@ def minmax(
     eps: float,
     weights: Sequence[Tensor] | None,
     check: Callable[[], None],
-    key: object,
 ) -> None:
     """Fill ``out``.
 
     Args:
         op: the op it is for.
         check: checks the lists; called where they are new.
-        key: what is checked of the lists beside shapes, strides and dtypes.
     """
 
     def layout() -> list[tuple[int, ...]]:
@@ -252,7 +260,7 @@ def minmax(
 
     device = x[0].device
     divisors = [one(v) for v in x] if weights is None else weights
-    plan = table(op, (x, out, divisors), layout, key)
+    plan = table(op, (x, out, divisors), layout, _devices(out, x, weights or ()))
     ranges = _new_ranges(plan, device)
     for dtype, _, _, chunks in plan.launches:
         arguments = (plan.addresses, plan.count, plan.layout, chunks, ranges)
@@ -260,36 +268,30 @@ def minmax(
         launch(minmax_results, len(chunks), device, *arguments, eps, A=dtype, fuse=False)
 
 
-def average(
-    state: Sequence[Tensor],
-    new: Sequence[Tensor],
-    decay: float,
-    gain: float,
-    normalize: bool,
-    eps: float,
-    joint: int,
-    divisors: Sequence[float] | None,
-    check: Callable[[], None],
-    key: object,
-) -> Tensor:
-    """Take the moving average; ``check`` and ``key`` as in :func:`minmax`."""
+def average(a: Any) -> Tensor:
+    """Take the moving average.
+
+    Args:
+        a: the arguments of the op by their names. ``a.check()`` checks the lists, which need it where they are new.
+    """
 
     def layout() -> list[tuple[int, ...]]:
-        check()
-        counts = divisors or [1.0] * len(new)
+        a.check()
+        counts = a.divisors or [1.0] * len(a.new)
         bits = struct.unpack(f"{len(counts)}q", struct.pack(f"{len(counts)}d", *counts))
-        return list(zip(_first_chunks(state), map(Tensor.numel, new), bits, strict=True))
+        return list(zip(_first_chunks(a.state), map(Tensor.numel, a.new), bits, strict=True))
 
-    device = state[0].device
-    plan = table("factor_ema_", (state, new), layout, (key, None if divisors is None else tuple(divisors)))
-    rejected = torch.zeros(len(state) // joint, dtype=torch.int64, device=device)
+    device = a.state[0].device
+    key = _devices(a.state, a.new), None if a.divisors is None else tuple(a.divisors)
+    plan = table("factor_ema_", (a.state, a.new), layout, key)
+    rejected = torch.zeros(len(a.state) // a.joint, dtype=torch.int64, device=device)
     ranges = _new_ranges(plan, device)
     arguments = (plan.addresses, plan.count, plan.layout)
     for dtype, _, _, chunks in plan.launches:
-        launch(ema_ranges, len(chunks), device, *arguments, chunks, ranges, rejected, joint, A=dtype, fuse=False)
+        launch(ema_ranges, len(chunks), device, *arguments, chunks, ranges, rejected, a.joint, A=dtype, fuse=False)
     for dtype, _, _, chunks in plan.launches:  # a run may be of several dtypes: all are looked at before any is written
         launch(
-            ema_results, len(chunks), device, *arguments, chunks, ranges, rejected, joint, decay, gain, eps,
-            A=dtype, NORMALIZE=normalize, fuse=False,
+            ema_results, len(chunks), device, *arguments, chunks, ranges, rejected, a.joint, a.decay, a.gain, a.eps,
+            A=dtype, NORMALIZE=a.normalize, fuse=False,
         )  # fmt: skip
     return rejected

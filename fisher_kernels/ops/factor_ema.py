@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import Native
-from fisher_kernels.ops._define import check_coefficient, define
+from fisher_kernels.ops._define import check_coefficient, define, device_of
 
 FLAT = 1e-5
 """A vector whose spread is at most this share of its largest entry is equal to rounding: it has no shape."""
@@ -45,14 +45,6 @@ def _check_same(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> 
         raise TypeError(f"{op}: {name} has dtype {x.dtype}, expected {like.dtype}, the dtype of {like_name}")
     if x.device != like.device:
         raise ValueError(f"{op}: {name} is on {x.device}, expected {like.device}, the device of {like_name}")
-
-
-_device = attrgetter("device")
-
-
-def _devices(*lists: Sequence[Tensor] | None) -> tuple[tuple[torch.device, ...], ...]:
-    """Of lists of vectors that look alike otherwise: what else is checked of them."""
-    return tuple(tuple(map(_device, vectors or ())) for vectors in lists)
 
 
 # minmax
@@ -101,7 +93,7 @@ def _minmax_native(
     on: Native, x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
     outs = [torch.empty_like(v) for v in x]
-    on.kernels.minmax(outs, x, weights, eps, on.place(x[0].device if x else None))
+    on.kernels.minmax(outs, x, weights, eps, on.place(device_of(x)))
     return outs
 
 
@@ -126,7 +118,7 @@ def _fill(
     if not x:
         check()
         return
-    factor_ema.minmax(op, out, x, eps, weights, check, _devices(out, x, weights))
+    factor_ema.minmax(op, out, x, eps, weights, check)
 
 
 _minmax_op = define(
@@ -182,7 +174,7 @@ def _into_reference(
 def _into_native(
     on: Native, out: Sequence[Tensor], x: Sequence[Tensor], eps: float, weights: Sequence[Tensor] | None = None
 ) -> None:
-    on.kernels.minmax_(out, x, weights, eps, on.place(x[0].device if x else None))
+    on.kernels.minmax_(out, x, weights, eps, on.place(device_of(x)))
     increment_version(out)
 
 
@@ -222,127 +214,96 @@ def minmax_(
 # factor_ema_
 
 
-def _check_numbers(count: int, decay: float, gain: float, eps: float, joint: int) -> None:
-    for name, value in (("decay", decay), ("gain", gain), ("eps", eps)):
-        check_coefficient("factor_ema_", name, value)
-    if not (joint >= 1 and count % joint == 0):
-        raise ValueError(f"factor_ema_: joint is {joint}, expected a divisor of {count}, the length of state")
+class _Average(NamedTuple):
+    """The arguments of a call, in the order of the schema."""
+
+    state: Sequence[Tensor]
+    new: Sequence[Tensor]
+    decay: float
+    gain: float
+    normalize: bool = False
+    eps: float = 1e-6
+    joint: int = 1
+    divisors: Sequence[float] | None = None
+
+    def check_numbers(self) -> None:
+        for name, value in (("decay", self.decay), ("gain", self.gain), ("eps", self.eps)):
+            check_coefficient("factor_ema_", name, value)
+        count = len(self.state)
+        if not (self.joint >= 1 and count % self.joint == 0):
+            raise ValueError(f"factor_ema_: joint is {self.joint}, expected a divisor of {count}, the length of state")
+
+    def check(self) -> None:
+        op, state, new = "factor_ema_", self.state, self.new
+        _check_vectors(op, "state", state)
+        _check_vectors(op, "new", new)
+        for name, values in (("new", new), ("divisors", self.divisors)):
+            if values is not None and len(values) != len(state):
+                raise ValueError(f"{op}: {name} has {len(values)} entries, expected {len(state)}, the length of state")
+        for i, (x, s) in enumerate(zip(new, state, strict=True)):
+            if len(x) not in (len(s), len(s) - 1):
+                raise ValueError(
+                    f"{op}: new[{i}] has shape {tuple(x.shape)}, expected {tuple(s.shape)}, the shape of state[{i}], "
+                    "or one entry less"
+                )
+            _check_same(op, f"new[{i}]", x, f"state[{i}]", s)
+        for i, divisor in enumerate(self.divisors or ()):
+            check_coefficient(op, f"divisors[{i}]", divisor)
+        self.check_numbers()
+
+    def new_rejected(self) -> Tensor:
+        """Whether each run was refused, to be filled."""
+        return torch.empty(len(self.state) // self.joint, dtype=torch.int64, device=device_of(self.state))
 
 
-def _check_ema(
-    state: Sequence[Tensor],
-    new: Sequence[Tensor],
-    decay: float,
-    gain: float,
-    eps: float,
-    joint: int,
-    divisors: Sequence[float] | None,
-) -> None:
-    op = "factor_ema_"
-    _check_vectors(op, "state", state)
-    _check_vectors(op, "new", new)
-    for name, values in (("new", new), ("divisors", divisors)):
-        if values is not None and len(values) != len(state):
-            raise ValueError(f"{op}: {name} has {len(values)} entries, expected {len(state)}, the length of state")
-    for i, (x, s) in enumerate(zip(new, state, strict=True)):
-        if len(x) not in (len(s), len(s) - 1):
-            raise ValueError(
-                f"{op}: new[{i}] has shape {tuple(x.shape)}, expected {tuple(s.shape)}, the shape of state[{i}], or "
-                "one entry less"
-            )
-        _check_same(op, f"new[{i}]", x, f"state[{i}]", s)
-    for i, divisor in enumerate(divisors or ()):
-        check_coefficient(op, f"divisors[{i}]", divisor)
-    _check_numbers(len(state), decay, gain, eps, joint)
+def _ema_fake(a: _Average) -> Tensor:
+    a.check()
+    return a.new_rejected()
 
 
-def _ema_fake(
-    state: Sequence[Tensor],
-    new: Sequence[Tensor],
-    decay: float,
-    gain: float,
-    normalize: bool = False,
-    eps: float = 1e-6,
-    joint: int = 1,
-    divisors: Sequence[float] | None = None,
-) -> Tensor:
-    _check_ema(state, new, decay, gain, eps, joint, divisors)
-    device = state[0].device if state else None
-    return torch.empty(len(state) // joint, dtype=torch.int64, device=device)
-
-
-def _ema_reference(
-    state: Sequence[Tensor],
-    new: Sequence[Tensor],
-    decay: float,
-    gain: float,
-    normalize: bool = False,
-    eps: float = 1e-6,
-    joint: int = 1,
-    divisors: Sequence[float] | None = None,
-) -> Tensor:
-    rejected = _ema_fake(state, new, decay, gain, normalize, eps, joint, divisors).zero_()
+def _ema_reference(a: _Average) -> Tensor:
+    rejected = _ema_fake(a).zero_()
     values = []
-    for x, s, divisor in zip(new, state, [1.0] * len(state) if divisors is None else divisors, strict=True):
+    for x, s, divisor in zip(a.new, a.state, a.divisors or [1.0] * len(a.state), strict=True):
         mean = x / divisor
         values.append(mean if len(x) == len(s) else torch.cat((mean, mean.new_ones(1))))
     for run in range(len(rejected)):
-        members = range(run * joint, (run + 1) * joint)
+        members = range(run * a.joint, (run + 1) * a.joint)
         finite = torch.stack([values[i].isfinite().all() for i in members]).all()
         for i in members:
-            value = _minmax(values[i], eps) if normalize else values[i]
-            state[i].copy_(torch.where(finite, decay * state[i] + gain * value, state[i]))
+            value = _minmax(values[i], a.eps) if a.normalize else values[i]
+            a.state[i].copy_(torch.where(finite, a.decay * a.state[i] + a.gain * value, a.state[i]))
         rejected[run] = ~finite
     return rejected
 
 
-def _ema_native(
-    on: Native,
-    state: Sequence[Tensor],
-    new: Sequence[Tensor],
-    decay: float,
-    gain: float,
-    normalize: bool = False,
-    eps: float = 1e-6,
-    joint: int = 1,
-    divisors: Sequence[float] | None = None,
-) -> Tensor:
-    if not joint >= 1:
-        raise ValueError(f"factor_ema_: joint is {joint}, expected at least 1")
-    device = state[0].device if state else None
-    rejected = torch.empty(len(state) // joint, dtype=torch.int64, device=device)
-    on.kernels.factor_ema_(state, new, divisors, rejected, decay, gain, normalize, eps, joint, on.place(device))
-    increment_version(state)  # for backward passes that kept it
+def _ema_native(on: Native, a: _Average) -> Tensor:
+    if not a.joint >= 1:
+        raise ValueError(f"factor_ema_: joint is {a.joint}, expected at least 1")
+    rejected = a.new_rejected()
+    on.kernels.factor_ema_(
+        a.state, a.new, a.divisors, rejected, a.decay, a.gain, a.normalize, a.eps, a.joint, on.place(device_of(a.state))
+    )  # fmt: skip
+    increment_version(a.state)  # for backward passes that kept it
     return rejected
 
 
-def _ema_triton(
-    state: Sequence[Tensor],
-    new: Sequence[Tensor],
-    decay: float,
-    gain: float,
-    normalize: bool = False,
-    eps: float = 1e-6,
-    joint: int = 1,
-    divisors: Sequence[float] | None = None,
-) -> Tensor:
+def _ema_triton(a: _Average) -> Tensor:
     from fisher_kernels.triton_kernels import factor_ema
 
-    def check() -> None:
-        _check_ema(state, new, decay, gain, eps, joint, divisors)
-
-    _check_numbers(len(state), decay, gain, eps, joint)
-    if not state:
-        check()
-        return torch.zeros(0, dtype=torch.int64)
-    rejected = factor_ema.average(state, new, decay, gain, normalize, eps, joint, divisors, check, _devices(state, new))
-    increment_version(state)
+    a.check_numbers()
+    if not a.state:
+        a.check()
+        return a.new_rejected()
+    rejected = factor_ema.average(a)
+    increment_version(a.state)
     return rejected
 
 
 _ema = define(
     "factor_ema_(Tensor(a!)[] state, Tensor[] new, float decay, float gain, bool normalize=False, float eps=1e-6, "
     "int joint=1, float[]? divisors=None) -> Tensor",
+    arguments=_Average,
     fake=_ema_fake,
     reference=_ema_reference,
     native=_ema_native,
@@ -391,4 +352,5 @@ def factor_ema_(
             and nothing is changed.
     """
     counts = None if divisors is None else list(divisors)
-    return _ema(list(state), list(new), decay, gain, normalize, eps, joint, counts)
+    rejected: Tensor = _ema(_Average(list(state), list(new), decay, gain, normalize, eps, joint, counts))
+    return rejected
