@@ -7,7 +7,7 @@ windows that are read from x where they lie, nothing being unfolded. The Gram ke
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -244,37 +244,26 @@ def _make_gradients(
     )  # fmt: skip
 
 
-def conv_gram(
-    out: Tensor,
-    x: Tensor,
-    grad_output: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    before: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    decay: float,
-    gain: float,
-) -> None:
+def conv_gram(c: Any) -> None:
     """Write decay * out + gain * the sum over samples, for each output channel and input channel of its group.
 
     Args:
-        out: (O, I / groups, n, n), contiguous.
-        x, grad_output: (N, I, *S) and (N, O, *L), each sample in the order (C, *S) or (*S, C).
-        before: zeros before x in each spatial dimension.
+        c: the arguments of the op by their names: out contiguous, each sample of x and grad_output in the order (C, *S)
+            or (*S, C), padding (before, after) of each spatial dimension.
     """
+    out, groups, samples = c.out, c.groups, len(c.x)
     rows, channels, n = out.shape[0] // groups, out.shape[1], out.shape[2]
     if out.numel() == 0:
         return
     geometry = _Geometry(
-        _three(x.shape[2:], 1), _three(grad_output.shape[2:], 1), _three(kernel, 1), _three(stride, 1),
-        _three(before, 0), _three(dilation, 1),
+        _three(c.x.shape[2:], 1), _three(c.grad_output.shape[2:], 1), _three(c.kernel_size, 1), _three(c.stride, 1),
+        _three(c.padding[::2], 0), _three(c.dilation, 1),
     )  # fmt: skip
-    samples, blocks_of = len(x), out.view(-1, n, n)
+    blocks_of = out.view(-1, n, n)
     run, held, chunks = plan(samples, groups, rows, channels, n, out.dtype)
     most = max(chunk.groups * chunk.rows * chunk.channels for chunk in chunks)
     workspace = out.new_empty(held * most * n)
-    inputs, outputs = _channels(x), _channels(grad_output)
+    inputs, outputs = _channels(c.x), _channels(c.grad_output)
     for chunk in chunks:
         blocks = chunk.groups * chunk.rows * chunk.channels
         to = blocks_of[(chunk.group * rows + chunk.row) * channels + chunk.channel :]
@@ -282,11 +271,11 @@ def conv_gram(
         w = workspace[: held * blocks * n].view(held, blocks, n)
         if samples == held:
             _make_gradients(w, inputs, outputs, 0, chunk, rows, channels, geometry)
-            gram(to, w, decay, gain, places)
+            gram(to, w, c.decay, c.gain, places)
             continue
         partials = out.new_empty((-(-samples // run), blocks * partial_size(n, out.dtype)))
         for first in range(0, samples, held):
             some = w[: samples - first]
             _make_gradients(some, inputs, outputs, first, chunk, rows, channels, geometry)
             sum_runs(partials[first // run :], some, run)
-        add_runs(to, partials, blocks, n, out.dtype, places, decay, gain)
+        add_runs(to, partials, blocks, n, out.dtype, places, c.decay, c.gain)

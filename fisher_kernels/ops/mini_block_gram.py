@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,97 +104,62 @@ def mini_block_gram_(out: Tensor, v: Tensor, decay: float = 0.0, gain: float = 1
 _PATCHES = 2**20  # numbers of unfolded patches and gradients that the reference makes at a time, at least a sample's
 
 
-def _conv_check(
-    x: Tensor,
-    grad_output: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> None:
-    op = "conv_mini_block_gram_"
-    check_floating(op, "x", x.dtype)
-    if not 3 <= x.dim() <= 5:
-        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected 3 to 5 dimensions")
-    if grad_output.dtype != x.dtype:
-        raise TypeError(f"{op}: grad_output has dtype {grad_output.dtype}, expected {x.dtype}")
-    shape = tuple(grad_output.shape)
-    if len(shape) != x.dim():
-        raise ValueError(f"{op}: grad_output has shape {shape}, expected {x.dim()} dimensions")
-    if shape[0] != x.shape[0]:
-        raise ValueError(
-            f"{op}: grad_output has shape {shape}, expected the {x.shape[0]} samples of x of shape {tuple(x.shape)}"
-        )
-    if groups < 1 or x.shape[1] % groups or shape[1] % groups:
-        raise ValueError(
-            f"{op}: groups is {groups}, expected a divisor of the {x.shape[1]} channels of x and the {shape[1]} of "
-            f"grad_output"
-        )
-    for d, most in enumerate(windows(op, x.shape, kernel_size, stride, padding, dilation)):
-        if not shape[2 + d] <= most:
+class _Convolution(NamedTuple):
+    """The arguments of a call, in the order of the schema."""
+
+    out: Tensor
+    x: Tensor
+    grad_output: Tensor
+    kernel_size: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]  # (before, after) of each spatial dimension
+    dilation: Sequence[int]
+    groups: int
+    decay: float
+    gain: float
+
+    def check_inputs(self) -> None:
+        op, x, groups = "conv_mini_block_gram_", self.x, self.groups
+        check_floating(op, "x", x.dtype)
+        if not 3 <= x.dim() <= 5:
+            raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected 3 to 5 dimensions")
+        if self.grad_output.dtype != x.dtype:
+            raise TypeError(f"{op}: grad_output has dtype {self.grad_output.dtype}, expected {x.dtype}")
+        shape = tuple(self.grad_output.shape)
+        if len(shape) != x.dim():
+            raise ValueError(f"{op}: grad_output has shape {shape}, expected {x.dim()} dimensions")
+        if shape[0] != x.shape[0]:
             raise ValueError(
-                f"{op}: grad_output has shape {shape}, expected at most {most} positions in spatial dimension {d}, "
-                f"the windows of x of shape {tuple(x.shape)}"
+                f"{op}: grad_output has shape {shape}, expected the {x.shape[0]} samples of x of shape {tuple(x.shape)}"
             )
+        if groups < 1 or x.shape[1] % groups or shape[1] % groups:
+            raise ValueError(
+                f"{op}: groups is {groups}, expected a divisor of the {x.shape[1]} channels of x and the {shape[1]} of "
+                f"grad_output"
+            )
+        for d, most in enumerate(windows(op, x.shape, self.kernel_size, self.stride, self.padding, self.dilation)):
+            if not shape[2 + d] <= most:
+                raise ValueError(
+                    f"{op}: grad_output has shape {shape}, expected at most {most} positions in spatial dimension {d}, "
+                    f"the windows of x of shape {tuple(x.shape)}"
+                )
 
-
-def _conv_fake(
-    out: Tensor,
-    x: Tensor,
-    grad_output: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    decay: float,
-    gain: float,
-) -> None:
-    op = "conv_mini_block_gram_"
-    _conv_check(x, grad_output, kernel_size, stride, padding, dilation, groups)
-    n = math.prod(kernel_size)
-    shape = (grad_output.shape[1], x.shape[1] // groups, n, n)
-    if out.dtype != ACCUMULATOR[x.dtype]:
-        raise TypeError(f"{op}: out has dtype {out.dtype}, expected {ACCUMULATOR[x.dtype]} for x of {x.dtype}")
-    if tuple(out.shape) != shape:
-        raise ValueError(f"{op}: out has shape {tuple(out.shape)}, expected {shape}")
-    if not out.is_contiguous():
-        raise ValueError(f"{op}: out is not contiguous: shape {tuple(out.shape)}, strides {out.stride()}")
-    for name, tensor in (("x", x), ("grad_output", grad_output)):
-        if tensor.device != out.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, expected {out.device}, the device of out")
-    check_coefficient(op, "decay", decay)
-    check_coefficient(op, "gain", gain)
-
-
-def _conv_reference(
-    out: Tensor,
-    x: Tensor,
-    grad_output: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    decay: float,
-    gain: float,
-) -> None:
-    _conv_fake(out, x, grad_output, kernel_size, stride, padding, dilation, groups, decay, gain)
-    outputs, inputs, n = out.shape[:3]
-    positions = math.prod(grad_output.shape[2:])
-    sums = torch.zeros_like(out)
-    samples = max(1, _PATCHES // max(1, n * inputs * (groups * positions + outputs)))
-    for few_x, few_grads in zip(x.split(samples), grad_output.split(samples), strict=True):
-        patches = pad(few_x.to(out.dtype), padding)
-        for d, size in enumerate(grad_output.shape[2:]):
-            extent = dilation[d] * (kernel_size[d] - 1) + 1
-            patches = patches.unfold(2 + d, extent, stride[d]).narrow(2 + d, 0, size)[..., :: dilation[d]]
-        patches = patches.reshape(len(few_x), groups, inputs, positions, n)  # from [N, I, *L, *K]
-        grads = few_grads.to(out.dtype).reshape(len(few_x), groups, outputs // groups, positions)
-        gradients = torch.einsum("sgol,sgilk->sgoik", grads, patches).reshape(len(few_x), outputs, inputs, n)
-        sums += torch.einsum("soij,soik->oijk", gradients, gradients)
-    _average(out, sums, decay, gain)
+    def check(self) -> None:
+        self.check_inputs()
+        op, out, x = "conv_mini_block_gram_", self.out, self.x
+        n = math.prod(self.kernel_size)
+        shape = (self.grad_output.shape[1], x.shape[1] // self.groups, n, n)
+        if out.dtype != ACCUMULATOR[x.dtype]:
+            raise TypeError(f"{op}: out has dtype {out.dtype}, expected {ACCUMULATOR[x.dtype]} for x of {x.dtype}")
+        if tuple(out.shape) != shape:
+            raise ValueError(f"{op}: out has shape {tuple(out.shape)}, expected {shape}")
+        if not out.is_contiguous():
+            raise ValueError(f"{op}: out is not contiguous: shape {tuple(out.shape)}, strides {out.stride()}")
+        for name, tensor in (("x", x), ("grad_output", self.grad_output)):
+            if tensor.device != out.device:
+                raise ValueError(f"{op}: {name} is on {tensor.device}, expected {out.device}, the device of out")
+        check_coefficient(op, "decay", self.decay)
+        check_coefficient(op, "gain", self.gain)
 
 
 def _with_even_positions(x: Tensor) -> Tensor:
@@ -202,52 +168,49 @@ def _with_even_positions(x: Tensor) -> Tensor:
     return x if sample.is_contiguous() or sample.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
-def _conv_native(
-    on: Native,
-    out: Tensor,
-    x: Tensor,
-    grad_output: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    decay: float,
-    gain: float,
-) -> None:
+def _conv_fake(c: _Convolution) -> None:
+    c.check()
+
+
+def _conv_reference(c: _Convolution) -> None:
+    c.check()
+    outputs, inputs, n = c.out.shape[:3]
+    positions = math.prod(c.grad_output.shape[2:])
+    sums = torch.zeros_like(c.out)
+    samples = max(1, _PATCHES // max(1, n * inputs * (c.groups * positions + outputs)))
+    for few_x, few_grads in zip(c.x.split(samples), c.grad_output.split(samples), strict=True):
+        patches = pad(few_x.to(c.out.dtype), c.padding)
+        for d, size in enumerate(c.grad_output.shape[2:]):
+            extent = c.dilation[d] * (c.kernel_size[d] - 1) + 1
+            patches = patches.unfold(2 + d, extent, c.stride[d]).narrow(2 + d, 0, size)[..., :: c.dilation[d]]
+        patches = patches.reshape(len(few_x), c.groups, inputs, positions, n)  # from [N, I, *L, *K]
+        grads = few_grads.to(c.out.dtype).reshape(len(few_x), c.groups, outputs // c.groups, positions)
+        gradients = torch.einsum("sgol,sgilk->sgoik", grads, patches).reshape(len(few_x), outputs, inputs, n)
+        sums += torch.einsum("soij,soik->oijk", gradients, gradients)
+    _average(c.out, sums, c.decay, c.gain)
+
+
+def _conv_native(on: Native, c: _Convolution) -> None:
+    x, grad_output = c.x, c.grad_output
     if x.dim() > 2 and grad_output.dim() > 2:
         x, grad_output = _with_even_positions(x), _with_even_positions(grad_output)
-    on.kernels.conv_mini_block_gram_(
-        out, x, grad_output, kernel_size, stride, padding, dilation, groups, decay, gain, on.place(x.device)
-    )
-    increment_version([out])
+    on.kernels.conv_mini_block_gram_(c.out, x, grad_output, *c[3:], on.place(x.device))
+    increment_version([c.out])
 
 
-def _conv_triton(
-    out: Tensor,
-    x: Tensor,
-    grad_output: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    decay: float,
-    gain: float,
-) -> None:
+def _conv_triton(c: _Convolution) -> None:
     from fisher_kernels.triton_kernels import conv_mini_block_gram
 
-    _conv_fake(out, x, grad_output, kernel_size, stride, padding, dilation, groups, decay, gain)
-    x, grad_output = _with_even_positions(x), _with_even_positions(grad_output)
-    conv_mini_block_gram.conv_gram(
-        out, x, grad_output, kernel_size, stride, padding[::2], dilation, groups, decay, gain
-    )
-    increment_version([out])
+    c.check()
+    x, grad_output = _with_even_positions(c.x), _with_even_positions(c.grad_output)
+    conv_mini_block_gram.conv_gram(c._replace(x=x, grad_output=grad_output))
+    increment_version([c.out])
 
 
 _conv_mini_block_gram = define(
     "conv_mini_block_gram_(Tensor(a!) out, Tensor x, Tensor grad_output, int[] kernel_size, int[] stride, "
     "int[] padding, int[] dilation, int groups, float decay, float gain) -> ()",
+    arguments=_Convolution,
     fake=_conv_fake,
     reference=_conv_reference,
     native=_conv_native,
@@ -306,15 +269,8 @@ def conv_mini_block_gram_(
             and nothing has changed.
     """
     spatial = x.dim() - 2
-    _conv_mini_block_gram(
-        out,
-        x,
-        grad_output,
-        per_dimension(kernel_size, spatial),
-        per_dimension(stride, spatial),
-        padding_pairs(padding, spatial),
-        per_dimension(dilation, spatial),
-        groups,
-        decay,
-        gain,
-    )
+    c = _Convolution(
+        out, x, grad_output, per_dimension(kernel_size, spatial), per_dimension(stride, spatial),
+        padding_pairs(padding, spatial), per_dimension(dilation, spatial), groups, decay, gain,
+    )  # fmt: skip
+    _conv_mini_block_gram(c)
