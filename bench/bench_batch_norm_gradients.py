@@ -1,4 +1,4 @@
-"""Gradients of a batch normalisation by single samples: beside one read of its input and of its output's derivative."""
+"""Per-sample gradients of a batch normalisation; the limit is one read of its input and its output's derivative."""
 
 from __future__ import annotations
 

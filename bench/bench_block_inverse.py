@@ -1,4 +1,4 @@
-"""Inverses of many small blocks, and of few, for which the call counts most."""
+"""Inverses of many small blocks, and of a few, where the time of the call matters most."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Averages and normalisation of factors: small vectors, so that the cost of a call is what counts."""
+"""Averages and normalisation of factors: the vectors are small, so the time of a call matters most."""
 
 from __future__ import annotations
 

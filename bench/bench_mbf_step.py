@@ -1,4 +1,4 @@
-"""The fused mini-block Fisher step: for blocks of 9 in float32, 36 bytes of inverse a parameter beside 20 of a step."""
+"""The step of MBF: for 3 x 3 kernels in float32, 36 bytes of inverse for each parameter, besides the 20 of a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sums of outer products of many small vectors: given, one read of them beside small blocks; made, a convolution's
+"""Sums of outer products of many small vectors. Given ones are read once; those of a convolution take a convolution's
 worth of arithmetic."""
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def test_mini_block_gram(
 def test_conv_mini_block_gram(
     run_case: RunCase, samples: int, inputs: int, outputs: int, size: int, kernel_size: int, gate: float | None
 ) -> None:
-    """Beside a matrix product of as many operations: the fraction of the limit is that of its speed."""
+    """The limit is a matrix product of as many operations, so the fraction of the limit is one of its speed."""
     n, positions, padding = kernel_size**2, size**2, kernel_size // 2
     x, grad = torch.randn(samples, inputs, size, size), torch.randn(samples, outputs, size, size)
     out = torch.empty(outputs, inputs, n, n)

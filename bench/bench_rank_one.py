@@ -1,4 +1,4 @@
-"""Inverses kept current, beside a bare pass over them and beside inverting anew; and solutions of long vectors."""
+"""Updates of inverses, compared to a bare pass over them and to inverting again; and solutions of long vectors."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def test_step_on_small_tensors(run_case: RunCase) -> None:
 
 
 def test_host_cost_of_a_long_list(run_case: RunCase) -> None:
-    """300 tensors of one element: no work to speak of, so that what is left is the cost of the call."""
+    """300 tensors of one element: there is hardly any work, so this is the time of the call."""
     ours = Inputs(300, 1)
     run_case(
         Case(

@@ -69,7 +69,7 @@ def runs_cuda_on_host() -> bool:
 
 
 class Native(NamedTuple):
-    """The compiled kernels of one backend, where they are known to be there."""
+    """The compiled kernels of one backend, for callers that know that they are there."""
 
     kernels: Any
     place: Callable[[torch.device | None], Place]

@@ -76,7 +76,7 @@ def _why_no_cuda() -> str | None:
 
 @functools.cache
 def _why_not_these_gpus() -> str | None:
-    """Whether the CUDA kernels were built for the GPUs here. To ask them starts CUDA, so no import does."""
+    """Whether the CUDA kernels were built for the GPUs here. Asking starts CUDA, so it is not done on import."""
     module = native_module()
     toolkit = None if module is None or runs_cuda_on_host() else module.cuda_toolkit()
     if toolkit is None:
@@ -164,7 +164,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def assumed(name: str, device: str) -> Iterator[None]:
-    """As if the named backend ran on a type of device, and selected: for those who only look at its launches."""
+    """Behave as if the named backend ran on a type of device and were selected; for recording its launches."""
     kept = _REASONS[name], _DEVICES[name]
     _REASONS[name], _DEVICES[name] = None, device
     try:
@@ -179,7 +179,7 @@ _calls: list[tuple[str, int]] | None = None
 
 @contextmanager
 def recorded() -> Iterator[list[tuple[str, int]]]:
-    """Inside, the op and the size of every call go into a list: for benchmarks."""
+    """Within the block, the op and the size of every call are added to a list; for benchmarks."""
     global _calls
     previous, _calls = _calls, []
     try:
@@ -204,7 +204,7 @@ def _fastest(op: str, device: str, argument: Any) -> tuple[str, ...]:
 
 
 def order_on_a_gpu(op: str, size: Callable[[], int]) -> tuple[str, ...]:
-    """CUDA and Triton, what is faster for an op of a size first; the size is asked only where it matters."""
+    """CUDA and Triton, the faster one for an op and a size first; the size is computed only where it matters."""
     classes = _AUTO["ops"].get(op)
     if not classes:
         return _OF_A_GPU

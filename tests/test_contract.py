@@ -70,7 +70,7 @@ class Make:
         return self.optimizer(model.parameters() if params is None else params, **settings)
 
     def every(self, interval: int) -> dict[str, Any]:
-        """The setting that takes statistics in one step out of so many, where there are any."""
+        """The setting that takes statistics every so many steps, for optimizers that take any."""
         return {"update_interval": interval} if issubclass(self.optimizer, LayerwiseOptimizer) else {}
 
 

@@ -1,4 +1,4 @@
-"""Sizes that change how fast a kernel is and never what it computes, from a table by device and size of the work.
+"""Block sizes and warps, which change the speed of a kernel but never its results, by device and size of the work.
 
 Only kernels without sums of floating-point numbers have entries: in a sum they would change the bits. ``configs.json``
 is what ``python -m bench.tune`` measured on the devices it names; every other device gets the default. With
@@ -104,7 +104,7 @@ def forced(kernel: str, chosen: Config) -> Iterator[None]:
 
 
 def tune(kernel: str, device: torch.device, size: str) -> dict[Config, float]:
-    """Milliseconds of a kernel in every candidate that compiles, on tensors made for it: nobody's data is touched."""
+    """Milliseconds of a kernel in every candidate that compiles, on tensors made for it; no user data are touched."""
     from triton.testing import do_bench
 
     call = _trials[kernel](device, SMALL // 16 if size == "small" else 64 * SMALL)

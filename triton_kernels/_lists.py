@@ -338,7 +338,7 @@ def one(like: Tensor) -> Tensor:
 
 
 _slots: dict[str, OrderedDict[Any, _Slot]] = {}
-_captured: list[list[Tensor]] = []  # what graphs refer to lives as long as the process: nobody says when they are gone
+_captured: list[list[Tensor]] = []  # kept until the process ends, as there is no telling when a graph is gone
 
 
 def table(

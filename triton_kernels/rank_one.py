@@ -1,4 +1,4 @@
-"""Inverses kept current: blocks of up to 64 x 64 in registers, read and written once, several small ones a program."""
+"""Updates of inverses: blocks of up to 64 x 64 stay in registers, read and written once; small ones share a program."""
 
 import torch
 import triton

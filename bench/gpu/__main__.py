@@ -94,7 +94,7 @@ def steps(left: float) -> list[Step]:
 
 
 def run(todo: Sequence[Step], deadline: float, now: Callable[[], float] = time.monotonic) -> dict[str, str]:
-    """Carry out the steps one after another, whatever becomes of each; the outcome of each."""
+    """Run all steps one after the other, also after one has failed; returns the outcome of each."""
     outcomes = {}
     for step in todo:
         seconds = min(step.seconds, deadline - now())

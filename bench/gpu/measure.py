@@ -30,7 +30,7 @@ MOST_SETS = 32
 
 @dataclass
 class Baseline:
-    """How another way of doing the same fared."""
+    """The time of another way to do the same."""
 
     times: Times | None = None
     wall: Times | None = None

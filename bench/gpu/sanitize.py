@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     if sanitizer is None:
         print("compute-sanitizer is not in PATH, CUDA_HOME/bin or /usr/local/cuda/bin", file=sys.stderr)
         return 2
-    # Every tensor in an allocation of its own, so that what is just past it is nobody's.
+    # Every tensor in an allocation of its own, so that an access just past its end is seen.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     outcomes = {}
     for tool in options.tool or TOOLS:

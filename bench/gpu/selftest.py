@@ -20,7 +20,7 @@ MOST_PROCESSES = 12
 
 
 def launch(which: int, processes: int) -> None:
-    """Run one case out of so many on Triton; what comes of it is another's business."""
+    """Run one of the cases on Triton, to compile its kernels; its result is judged elsewhere."""
     nest_triton_kernels()
     device = torch.device(backends.device_type("triton"))
     jobs = [(case, dtype) for case in selftest.CASES for dtype in case.dtypes]

@@ -633,8 +633,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
 
 // The launches.
 
-// What every GPU since compute capability 8.0 has for a thread block: where larger blocks begin is no matter of the
-// device.
+// Every GPU since compute capability 8.0 has as much for a thread block. A constant, so that the size from which blocks
+// count as large, and with it the bits of a result, does not depend on the device.
 constexpr size_t kMostShared = 96 * 1024;
 
 template <class Traits>

@@ -106,7 +106,7 @@ class Sharing:
 
 
 class BlockRule(Rule):
-    """What the rules of all layer types have in common: per-sample gradients, and sums of their outer products."""
+    """Base of the rules of all layer types: per-sample gradients, and sums of their outer products."""
 
     keeps_input = True
 
@@ -484,7 +484,7 @@ def _distinct(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def distinct_padded(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, filled up with zeros to the length of ``keys``: to know how many there are is to wait for a GPU."""
+    """The same, padded with zeros to the length of ``keys``, because reading their number would wait for a GPU."""
     ordered, order = keys.sort(stable=True)
     places = F.pad(ordered.diff() != 0, (1, 0))[: len(keys)].cumsum(0)
     where = torch.empty_like(order).scatter_(0, order, places)

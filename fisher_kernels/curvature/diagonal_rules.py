@@ -145,7 +145,7 @@ class Conv(DiagonalRule):
 
 
 class ReleaseConv(Conv):
-    """The released code divides H by the size of a patch once more; it shows beside the eps of minmax only."""
+    """The released code divides H by the size of a patch once more, which matters only next to the eps of minmax."""
 
     def means(self, module: Any, sums: Sums) -> Means:
         means = super().means(module, sums)

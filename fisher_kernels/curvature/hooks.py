@@ -66,7 +66,7 @@ class Layer(Generic[R]):
 
 @dataclass(eq=False)
 class Site(Generic[R]):
-    """Where sums are added up: all uses of one weight in one orientation, by one module or by several that share it."""
+    """Adds up the sums of all uses of one weight in one orientation, by one module or by several that share it."""
 
     owner: Parameter
     rule: R
@@ -78,7 +78,7 @@ class Site(Generic[R]):
 
     @cached_property
     def module(self) -> nn.Module:
-        """The module whose settings speak for the site: one with a bias if there is any."""
+        """The module whose settings are used for the site: one with a bias if there is any."""
         return max(self.layers, key=lambda layer: getattr(layer.module, "bias", None) is not None).module
 
     def settle(self) -> Sums | None:
@@ -328,7 +328,7 @@ def _executes(node: Any) -> bool:
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    """Counts of the writes to tensors; a rule that keeps an input relies on there being none."""
+    """How often each tensor has been written to. A rule that keeps an input needs it unchanged until it is read."""
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
@@ -357,7 +357,7 @@ def _rescale(sums: Sums, rule: Rule, scale: Tensor) -> None:
 class _ForwardHook:
     """The forward hook of one layer. Copies and pickles of it, which come with copies of the model, do nothing.
 
-    It holds the engine weakly: the model must not keep the optimizer's statistics alive.
+    It refers to the engine weakly, because the model must not keep the optimizer's statistics alive.
     """
 
     def __init__(
@@ -396,7 +396,7 @@ class _ForwardHook:
 
 
 class _OutputHook:
-    """The hook on one output of one layer; the autograd graph holds it, so it holds the engine weakly."""
+    """The hook on one output of one layer. The autograd graph keeps it alive, so it refers to the engine weakly."""
 
     def __init__(
         self,

@@ -54,7 +54,7 @@ class Use(Generic[R]):
 
 
 class Rule:
-    """What the rules of all layer types and all optimizers have in common."""
+    """Base of the rules of all layer types and optimizers."""
 
     name: ClassVar[str]
     powers: tuple[int, ...] = (0, 2)
@@ -103,7 +103,7 @@ NORMS = (
 
 
 def is_transposed_linear(module: Any) -> bool:
-    """Hugging Face's Conv1D, told by its shape: there is no need to import transformers for it."""
+    """Whether a module is Hugging Face's Conv1D, by its name and shape, so that transformers need not be imported."""
     weight = module._parameters.get("weight")
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and weight is not None and weight.dim() == 2
 
@@ -114,7 +114,7 @@ def has_bias(module: nn.Module) -> bool:
 
 
 def unsqueeze_batch(x: Tensor, spatial: int) -> Tensor:
-    """Give x the batch dimension that convolutions can do without."""
+    """Add the batch dimension to x if it has none, which convolutions allow."""
     return x.unsqueeze(0) if x.dim() == spatial + 1 else x
 
 

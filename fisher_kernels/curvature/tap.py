@@ -63,12 +63,12 @@ torch.library.register_autograd("fisher_kernels::tap", _backward, setup_context=
 
 
 def tap(output: Tensor, captured: Sequence[Tensor], token: Tensor, address: Sequence[int]) -> Tensor:
-    """The output as it is, whose derivative is handed to an engine on its way.
+    """Returns the output unchanged; in the backward pass its derivative is also handed to an engine.
 
     Args:
         output: of a layer.
         captured: what the engine needs of the forward.
-        token: a tensor for the compiler to believe that the backward changes something.
+        token: a tensor that makes the compiler believe that the backward changes something.
         address: number of the engine, index of the site, number of the layer in it, and what sizes the rule captured.
     """
     return torch.ops.fisher_kernels.tap(output, captured, token, address)

@@ -1,4 +1,4 @@
-"""The project's ops: ``torch.ops.fisher_kernels.*`` behind plain functions."""
+"""The kernels as functions on tensors; each calls an op of ``torch.ops.fisher_kernels``."""
 
 from fisher_kernels.ops._define import ACCUMULATOR
 from fisher_kernels.ops.adafisher_step import adafisher_step_

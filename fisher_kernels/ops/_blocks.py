@@ -1,4 +1,4 @@
-"""What the ops on many small square matrices check alike."""
+"""Checks that the ops on many small square matrices share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the steps that take lists of parameters check alike."""
+"""Checks that the steps on lists of parameters share."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def check_count(op: str, i: int, t: Tensor, param: Tensor) -> None:
 
 
 def found_on_device(found_inf: Tensor | None, device: torch.device | None) -> tuple[bool, Tensor | None]:
-    """Whether it is known here that a step does nothing, and what its kernels have to ask on their device."""
+    """Whether the host knows that a step does nothing, and what its kernels have to check on their device."""
     if found_inf is None or found_inf.device == device:
         return False, found_inf
     return bool(found_inf), None

@@ -1,4 +1,4 @@
-"""Gradients of the scale and shift of a batch normalisation by single samples."""
+"""Per-sample gradients of the scale and shift of a batch normalisation."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ _batch_norm_gradients = define(
 def batch_norm_gradients(
     x: Tensor, grad_output: Tensor, eps: float, mean: Tensor | None = None, variance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    r"""Gradients of the scale and shift of a batch normalisation by single samples.
+    r"""Per-sample gradients of the scale and shift of a batch normalisation.
 
     With d the ``grad_output``:
 

@@ -25,7 +25,7 @@ _OP = "mbf_step_"
 
 
 class _Layout(NamedTuple):
-    """A parameter, its bias beside it, seen as (rows, columns), each row in blocks of ``size`` and what is left."""
+    """A parameter with its bias seen as (rows, columns); each row consists of blocks of ``size`` and a remainder."""
 
     rows: int
     columns: int
@@ -38,7 +38,7 @@ class _Layout(NamedTuple):
 
 
 def _layout(i: int, param: Tensor, inverse: Tensor, bias: Tensor | None) -> _Layout:
-    """How inverse i lies on parameter i and the bias that follows it."""
+    """Which elements of parameter i, and of the bias that follows it, inverse i acts on."""
     numel, shape = param.numel(), tuple(inverse.shape)
     rows = (param.shape[0] if param.dim() else 1) if bias is None else bias.numel()
     columns = numel // rows if rows else math.prod(param.shape[1:])

@@ -1,4 +1,4 @@
-"""What a few outer products do to a matrix: solutions with it, and its inverse kept current."""
+"""Matrices that change by a few outer products: solutions with them, and updates of their inverses."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ _low_rank = define(
 
 
 def low_rank_inverse_update_(inverse: Tensor, u: Tensor, decay: float = 1.0, gain: float = 1.0) -> Tensor:
-    r"""Keep inverses current, several vectors at a time, in place.
+    r"""Update inverses for several outer products each, in place.
 
     Where ``inverse[b]`` is the inverse P of a symmetric positive definite A, and the k vectors are the rows of U, it
     becomes that of the new A (Woodbury):
@@ -275,7 +275,7 @@ _rank_one = define(
 
 
 def rank_one_inverse_update_(inverse: Tensor, u: Tensor, decay: float = 1.0, gain: float = 1.0) -> Tensor:
-    r"""Keep inverses current, one vector at a time, in place.
+    r"""Update inverses for one outer product each, in place.
 
     Where ``inverse[b]`` is the inverse P of a symmetric positive definite A, it becomes that of the new A (Sherman and
     Morrison):

@@ -227,7 +227,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
 
     @torch.no_grad()
     def metrics(self) -> dict[str, dict[str, float]]:
-        """Figures of the last step for each parameter that has taken one; reading them waits for the device.
+        """Figures of the last step for each parameter that has taken one. Reading them waits for the device.
 
         - ``damping_share``: mean of damping / F; near 1 the method has become plain momentum SGD.
         - ``smallest_step``, ``largest_step``: extremes of lr / F.
@@ -268,7 +268,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
         return report
 
     def _curvature(self, p: Parameter) -> tuple[Tensor, float]:
-        """F of one parameter, formed for once, and the damping in it."""
+        """The curvature F of one parameter, which a step never forms, and the damping in it."""
         exp_avg = self.state[p]["exp_avg"]
         place = self._factors.placed.get(p)
         if place is None:

@@ -24,7 +24,7 @@ _WIDTH = 120
 
 @dataclass(frozen=True)
 class Explanation:
-    """How one parameter is served."""
+    """How one parameter is treated."""
 
     name: str
     shape: tuple[int, ...]
@@ -40,7 +40,7 @@ class Explanation:
 
 
 class Explanations(tuple[Explanation, ...]):
-    """One :class:`Explanation` a parameter; prints as a table."""
+    """One :class:`Explanation` for each parameter; prints as a table."""
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "group", "rule", "state bytes", "detail")
@@ -148,9 +148,9 @@ class FisherOptimizer(Optimizer):
     @_disable_dynamo  # torch.compiler.disable would import the whole compiler along with this module
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; optimizers that read layers average their statistics in first.
+        """Update every parameter that has a gradient; optimizers that read layers first average new statistics in.
 
-        Under ``torch.compile`` the step stays outside the graph: it is one kernel a parameter group already.
+        Under ``torch.compile`` the step stays outside the graph; it is one kernel for each parameter group already.
 
         Args:
             closure: re-evaluates the model and returns the loss.
@@ -171,7 +171,7 @@ class FisherOptimizer(Optimizer):
         return loss
 
     def _check_not_moved(self, group: dict[str, Any]) -> None:
-        """Refuse a model that changed its dtype or device since its state was made; one parameter tells."""
+        """Refuse a model that has changed its dtype or device since its state was made; checks one parameter."""
         for p in group["params"]:
             if (moment := self.state.get(p, {}).get(self.moment)) is not None:
                 if moment.dtype != ACCUMULATOR[p.dtype] or moment.device != p.device:
@@ -206,7 +206,7 @@ class FisherOptimizer(Optimizer):
         return torch.float32 if name == "step" else ACCUMULATOR[p.dtype]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; what is given is copied, and neither changed nor kept.
+        """Load a state. The given state is copied; it is neither changed nor kept.
 
         Moments and factors keep their precision: they take the wide dtype of their parameter (float64 for float64,
         otherwise float32) and its device.
@@ -254,10 +254,10 @@ class FisherOptimizer(Optimizer):
             yield from zip(names, group["params"], strict=True)
 
     def explain(self) -> Explanations:
-        """How each parameter is served: one row a parameter; ``print`` shows a table.
+        """How each parameter is treated, as one row for each; ``print`` shows a table.
 
-        A row names the rule (a layer type, say, or ``"fallback"``) and what it comes to, the parameter's group, whether
-        it is frozen, and the bytes of its state so far.
+        A row names the rule (a layer type, for example, or ``"fallback"``) and what it does for this parameter, the
+        group, whether it is frozen, and the bytes of its state so far.
         """
         served = self._served()
         rows = []

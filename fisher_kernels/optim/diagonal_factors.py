@@ -160,7 +160,7 @@ class DiagonalFactors:
             flags = factor_ema_(
                 batch.averages, batch.settle(values), decay, gain, variant.normalize, batch.eps, batch.joint, divisors
             )
-            # On other devices nobody waits to learn what was refused: minmax makes ones of an average of weight 0.
+            # Elsewhere reading what was refused would wait for the device; minmax makes ones of an average of weight 0.
             if not flags.is_cpu or any(flags.tolist()):
                 count(self.refused, batch.indices, flags)
                 if flags.is_cpu:
@@ -172,7 +172,7 @@ class DiagonalFactors:
         self._form(batches)
 
     def _batches(self, indices: tuple[int, ...]) -> list[_Batch]:
-        """Sites that share settings, with the lists that the calls on all of them take; kept while settings last."""
+        """Sites that share settings, with the lists that the calls on all of them take; kept until settings change."""
         settings = tuple((g["variant"], g["gamma"], g["eps"]) for g in self._settings)
         if (indices, settings) not in self._plans:
             if len(self._plans) >= MOST_PLANS:  # a model that uses other layers at every step
@@ -211,7 +211,7 @@ class DiagonalFactors:
         self._renew_constants()
 
     def _normalize(self, batch: _Batch) -> None:
-        """Minmax of all averages of a batch, into the same tensors at every refresh: they are placed but once."""
+        """Minmax of all averages of a batch, into the same tensors at every refresh, so they are placed only once."""
         if not batch.normal:
             for index in batch.indices:
                 if index not in self._normal:
@@ -229,7 +229,7 @@ class DiagonalFactors:
             self.placed.update({p: placed[role] for role, p in layer.parameters.items()})
 
     def _renew(self, index: int, factors: Factors) -> None:
-        """Place factors, later ones where the first ones are: plans and captured graphs know their addresses."""
+        """Place factors. Later ones go where the first ones are: plans and captured graphs know their addresses."""
         if (placed := self._normal.get(index)) is None:
             self._place(index, factors)
         else:

@@ -125,7 +125,7 @@ class FisherBlocks:
         ]
         self._averaged = {part.number for part in self.parts if self._updates(part) > 0}
         self._inverted = set(self._averaged)
-        self._stale = set(self._averaged)  # saved between an update and the inversion due to it, for all that is known
+        self._stale = set(self._averaged)  # they may have been saved after an update and before its inversion
         self._slices: dict[tuple[int, str], Tensor] = {}
         self._arrivals: dict[int, Tensor] = {}
 
@@ -254,8 +254,8 @@ class FisherBlocks:
         """Invert the averages that have changed, of the groups that are due (by identity) or never inverted before.
 
         Returns:
-            Parts in which some block is not positive definite with its damping: it keeps the inverse it has. On other
-            devices than the CPU nobody waits to know.
+            Parts in which some block is not positive definite with its damping: it keeps the inverse it has. Always
+            none on other devices than the CPU, since reading the result would wait for the device.
         """
         kept = []
         for number in sorted(self._stale):

@@ -109,7 +109,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         super()._check_group(group)
 
     def close(self) -> None:
-        """Remove the hooks from the model; the optimizer goes on stepping with the factors it has."""
+        """Remove the hooks from the model. The optimizer can go on stepping with the curvature it has."""
         self.statistics.close()
 
     def zero_grad(self, set_to_none: bool = True) -> None:

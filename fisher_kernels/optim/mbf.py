@@ -232,7 +232,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         self._invert()
 
     def _from_gradients(self, sums: list[Sums], grad_scale: Tensor | None) -> Iterator[New]:
-        """Squared gradients of what no layer serves; N times that of a mean over N samples has the scale of blocks."""
+        """Squared gradients of parameters without a rule, times N for a mean over N samples, as blocks are scaled."""
         samples = max([1, *(n for s in sums for n in s.counts)])
         for part in self._blocks.fallbacks:
             group, gradient = self._groups[part.owner], part.owner.grad
@@ -359,7 +359,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
 
     @torch.no_grad()
     def metrics(self) -> dict[str, dict[str, float]]:
-        """Figures of the last step for each parameter that has taken one; reading them waits for the device.
+        """Figures of the last step for each parameter that has taken one. Reading them waits for the device.
 
         A weight and a bias that are stepped side by side have the figures of their blocks in common.
 

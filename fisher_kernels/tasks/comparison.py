@@ -160,7 +160,7 @@ def _metric_by(seconds: float, run: Record) -> float | None:
 
 
 def _warm_up(task: Task, recipe: Recipe, settings: Settings) -> None:
-    """Has whatever a process does once done before anything is timed."""
+    """Lets the process do what it does only once, before anything is timed."""
     with closing(Training(task, recipe, 0, settings)) as training:
         for batch in islice(task.batches(0, 0, settings.batch_size), WARM_UP_STEPS):
             training.iterate(batch)

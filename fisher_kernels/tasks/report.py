@@ -1,4 +1,4 @@
-"""What people and programs get to see of a comparison: tables for the terminal, a JSON file, a picture."""
+"""The output of a comparison: tables for the terminal, a JSON file, a picture."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Task:
 
     Attributes:
         metric: the figure that optimizers are compared by.
-        also: a second figure, reported beside it; None if there is none.
+        also: a second figure that is reported too; None if there is none.
         make_model: seed -> a model in training mode.
         batches: (seed, epoch, batch_size) -> the (inputs, targets) of one epoch.
         loss: (model, batch) -> the mean training loss, a scalar tensor.

@@ -80,7 +80,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a two-layer perceptron, each behind a LayerNorm and beside a residual connection."""
+    """Attention and a two-layer perceptron, each after a LayerNorm and with a residual connection."""
 
     def __init__(self) -> None:
         super().__init__()

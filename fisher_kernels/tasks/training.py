@@ -64,7 +64,7 @@ class Timing:
 
 @dataclass
 class Record:
-    """What a run leaves behind. Lists have one entry per epoch; all but ``training_loss`` start before the first.
+    """The record of a run. Lists have one entry per epoch; all but ``training_loss`` start before the first.
 
     ``also`` is empty for a task without a second figure. ``seconds`` counts training iterations alone: no evaluation
     and no loading of data.

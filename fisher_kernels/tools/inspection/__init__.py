@@ -1,4 +1,4 @@
-"""What the machine code of every GPU kernel needs, for GPUs that need not be there.
+"""Registers, memory and accesses of every GPU kernel, from its machine code; the GPU need not be there.
 
 Triton's kernels are compiled for it; those in CUDA are read from the native module, as they were built.
 """

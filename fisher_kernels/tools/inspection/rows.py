@@ -1,4 +1,4 @@
-"""What an inspection looks for in the code of a kernel, and what it finds."""
+"""What an inspection looks for in the code of a kernel, and its findings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 MOST_STACK = 16
-"""Bytes of stack, for spilled registers, that nobody needs to explain."""
+"""Bytes of stack, for spilled registers, that need no explanation."""
 WIDE = {"cuda": 16, "hip": 8}
 """Bytes of a wide access: 32 lanes of 16 bytes, or 64 of 8, are the same stretch of memory."""
 
@@ -25,7 +25,7 @@ class Streams(NamedTuple):
 
 
 class TradeOff(NamedTuple):
-    """A stack that is the lesser evil: at most so many bytes, and why."""
+    """A larger stack that is accepted: at most so many bytes, and why."""
 
     bytes: int
     reason: str
