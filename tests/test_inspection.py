@@ -61,12 +61,12 @@ def test_one_variant_of_every_kernel_compiles_for_every_target() -> None:
 FAULTY = """
 import dataclasses
 import torch
-from fisher_kernels.tools import selftest
+from fisher_kernels.tools import samples
 from fisher_kernels.tools.inspection import triton
 from fisher_kernels.triton_kernels import _configs, adafisher_step
 
-plain = next(case for case in selftest.CASES if case.op == "adafisher_step_" and case.name == "plain")
-selftest.CASES = [dataclasses.replace(plain, dtypes=(torch.DTYPE,))]
+plain = next(case for case in samples.SAMPLES if case.op == "adafisher_step_" and case.name == "plain")
+samples.SAMPLES = [dataclasses.replace(plain, dtypes=(torch.DTYPE,))]
 _configs.table()["adafisher_step"] = {"default": {"small": [BLOCK, 4], "large": [BLOCK, 4]}}
 for variant in triton.variants("TARGET", "adafisher_step.kernel"):
     if variant.launch.options["STRIDED"] is False:

@@ -14,6 +14,7 @@ import torch
 
 from fisher_kernels import backends
 from fisher_kernels.tools import selftest
+from fisher_kernels.tools.samples import SAMPLES
 from tests.checkout import nest_triton_kernels
 
 MOST_PROCESSES = 12
@@ -23,9 +24,9 @@ def launch(which: int, processes: int) -> None:
     """Run one of the cases on Triton, to compile its kernels; its result is judged elsewhere."""
     nest_triton_kernels()
     device = torch.device(backends.device_type("triton"))
-    jobs = [(case, dtype) for case in selftest.CASES for dtype in case.dtypes]
+    jobs = [(case, dtype) for case in SAMPLES for dtype in case.dtypes]
     for case, dtype in jobs[which::processes]:
-        selftest._check(case, dtype, "triton", device)
+        selftest.check(case, dtype, "triton", device)
 
 
 def compile_all() -> None:

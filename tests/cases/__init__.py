@@ -1,4 +1,7 @@
-"""Inputs of the ops, shared by tests and benchmarks: one module for each stem."""
+"""Sizes, layouts and arguments that tests of the ops share, one module for each stem.
+
+What builds inputs is that of ``fisher_kernels.tools.samples``.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fisher_kernels.tools.samples import random as random
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def random(shape: Sequence[int], dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Normally distributed numbers, the same at every call."""
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def integers(shape: Sequence[int], dtype: torch.dtype, seed: int = 0, limit: int = 7) -> Tensor:

@@ -1,29 +1,20 @@
-"""Inputs of adafisher_step_."""
+"""Parameters and arguments of adafisher_step_."""
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from fisher_kernels.ops import ACCUMULATOR, adafisher_step_
-from tests.cases import contiguous, random
+from fisher_kernels.ops import adafisher_step_
+from fisher_kernels.tools.samples import adafisher_step
+from fisher_kernels.tools.samples.adafisher_step import Parameter
+from tests.cases import contiguous
+from tests.cases.steps import Lists
 
-Shape = tuple[int, ...]
-
-
-class Parameter(NamedTuple):
-    """The shapes of a parameter and of its factors; None where there is none."""
-
-    shape: Shape
-    row: Shape | None = None
-    column: Shape | None = None
-
+__all__ = ["PARAMETERS", "Parameter", "Step", "step"]
 
 # What layers have, and every way of leaving a factor out; then sizes around those at which kernels change their ways.
 PARAMETERS: tuple[Parameter, ...] = (
@@ -78,18 +69,9 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter((2048,), (2048,), (1,)),
 )
 
-OPTIONS: dict[str, Any] = {
-    "lr": 0.01,
-    "beta": 0.9,
-    "damping": 1e-3,
-    "weight_decay": 0.0,
-    "decoupled": False,
-    "maximize": False,
-}
-
 
 @dataclass
-class Step:
+class Step(Lists):
     """The arguments of one call."""
 
     params: list[Tensor]
@@ -98,67 +80,17 @@ class Step:
     steps: list[Tensor]
     row_factors: list[Tensor | None]
     column_factors: list[Tensor | None]
-    options: dict[str, Any] = field(default_factory=lambda: dict(OPTIONS))
+    options: dict[str, Any]
 
     def run(self) -> Tensor:
         """Takes the step, in place; the counts of skipped elements."""
         return adafisher_step_(*self.lists(), **self.options)
 
-    def lists(self) -> tuple[list[Any], ...]:
-        return self.params, self.grads, self.exp_avgs, self.steps, self.row_factors, self.column_factors
-
     def tensors(self) -> list[Tensor]:
         """Every tensor among the arguments."""
         return [x for x in itertools.chain(*self.lists(), self.options.values()) if isinstance(x, Tensor)]
 
-    def copy(self) -> Step:
-        """The same in memory of its own, strides and surroundings included."""
-        return copy.deepcopy(self)
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Step:
-        """The same with every tensor of the lists but the steps changed."""
-
-        def changed(tensors: Sequence[Any]) -> list[Any]:
-            return [None if x is None else change(x) for x in tensors]
-
-        return Step(
-            changed(self.params),
-            changed(self.grads),
-            changed(self.exp_avgs),
-            [t.clone() for t in self.steps],
-            changed(self.row_factors),
-            changed(self.column_factors),
-            dict(self.options),
-        )
-
-    def double(self) -> Step:
-        """A copy in float64."""
-        return self.map(lambda x: x.to(torch.float64, copy=True))
-
-    def only(self, i: int) -> Step:
-        """The arguments for parameter i alone; shares memory."""
-        params, grads, exp_avgs, steps, rows, columns = ([tensors[i]] for tensors in self.lists())
-        return Step(params, grads, exp_avgs, steps, rows, columns, self.options)
-
-
-def step(
-    parameters: Sequence[Parameter],
-    dtype: torch.dtype | Sequence[torch.dtype],
-    *,
-    layout: Callable[[Tensor], Tensor] = contiguous,
-    grad_layout: Callable[[Tensor], Tensor] | None = None,
-    moment_layout: Callable[[Tensor], Tensor] | None = None,
-    **options: Any,
-) -> Step:
-    """A step of parameters in the middle of a run; dtypes in turn if there are several."""
-    dtypes = [dtype] if isinstance(dtype, torch.dtype) else dtype
-    result = Step([], [], [], [], [], [], {**OPTIONS, **options})
-    for i, ((shape, row, column), storage) in enumerate(zip(parameters, itertools.cycle(dtypes), strict=False)):
-        wide = ACCUMULATOR[storage]
-        result.params.append(layout(random(shape, storage, 7 * i)))
-        result.grads.append((grad_layout or layout)(random(shape, storage, 7 * i + 1)))
-        result.exp_avgs.append((moment_layout or layout)(random(shape, wide, 7 * i + 2)))
-        result.steps.append(torch.tensor(float(i % 5)))
-        result.row_factors.append(None if row is None else random(row, wide, 7 * i + 3).square())
-        result.column_factors.append(None if column is None else random(column, wide, 7 * i + 4).square())
-    return result
+def step(*args: Any, **options: Any) -> Step:
+    """A step of parameters in the middle of a run."""
+    return Step.of(adafisher_step.step(*args, **{"layout": contiguous, **options}))

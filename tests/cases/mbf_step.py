@@ -1,25 +1,20 @@
-"""Inputs of mbf_step_."""
+"""Parameters and arguments of mbf_step_."""
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fisher_kernels.ops import ACCUMULATOR, mbf_step_
-from tests.cases import contiguous, random, unaligned
+from fisher_kernels.ops import mbf_step_
+from fisher_kernels.tools.samples import mbf_step
+from fisher_kernels.tools.samples.mbf_step import OPTIONS, Parameter, block_size, pack
+from tests.cases import contiguous, unaligned
+from tests.cases.steps import Lists
 
-
-class Parameter(NamedTuple):
-    """Shapes of a parameter and of its inverse; None for a bias, which belongs to the one before it."""
-
-    shape: tuple[int, ...]
-    inverse: tuple[int, ...] | None
+__all__ = ["PARAMETERS", "Parameter", "Step", "pack", "packed", "step", "unpack"]
 
 
 def packed(shape: tuple[int, ...], count: int, n: int) -> Parameter:
@@ -66,18 +61,10 @@ PARAMETERS = (
     Parameter((3, 2100), (1, 21, 100, 100)),
 )
 
-OPTIONS: dict[str, Any] = {
-    "lr": 0.01,
-    "momentum": 0.9,
-    "weight_decay": 0.0,
-    "decoupled": False,
-    "maximize": False,
-}
-
 
 def unpack(inverse: Tensor) -> Tensor:
     """Packed lower triangles as whole blocks."""
-    n = next(n for n in itertools.count() if n * (n + 1) // 2 >= inverse.shape[1])
+    n = block_size(inverse.shape[1])
     blocks = inverse.new_zeros(inverse.shape[0], n, n)
     i, j = torch.tril_indices(n, n)
     blocks[:, i, j] = inverse
@@ -85,24 +72,8 @@ def unpack(inverse: Tensor) -> Tensor:
     return blocks
 
 
-def pack(blocks: Tensor) -> Tensor:
-    """The lower triangles of blocks, row after row."""
-    n = blocks.shape[-1]
-    i, j = torch.tril_indices(n, n)
-    return blocks[:, i, j].contiguous()
-
-
-def symmetric(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    """Symmetric positive definite blocks, in the layout that the shape tells."""
-    if len(shape) == 2:
-        n = next(n for n in itertools.count() if n * (n + 1) // 2 >= shape[1])
-        return pack(symmetric((shape[0], n, n), dtype, seed))
-    x = random(shape, torch.float64, seed)
-    return (x @ x.mT / max(1, shape[-1]) + 0.1 * torch.eye(shape[-1], dtype=torch.float64)).to(dtype).contiguous()
-
-
 @dataclass
-class Step:
+class Step(Lists):
     """The arguments of one call."""
 
     params: list[Tensor]
@@ -115,47 +86,7 @@ class Step:
         """Takes the step, in place; the counts of skipped blocks, and the scale."""
         return mbf_step_(*self.lists(), **self.options)
 
-    def lists(self) -> tuple[list[Any], ...]:
-        return self.params, self.grads, self.momentum_buffers, self.inverses
 
-    def copy(self) -> Step:
-        """The same in memory of its own, strides and surroundings included."""
-        return copy.deepcopy(self)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Step:
-        """The same with every tensor of the lists changed."""
-        changed = ([None if x is None else change(x) for x in tensors] for tensors in self.lists())
-        return Step(*changed, dict(self.options))
-
-    def double(self) -> Step:
-        """A copy in float64."""
-        return self.map(lambda x: x.to(torch.float64, copy=True))
-
-    def part(self, begin: int, end: int) -> Step:
-        """The arguments for some parameters alone; shares memory."""
-        return Step(*(tensors[begin:end] for tensors in self.lists()), self.options)
-
-
-def step(
-    parameters: Sequence[Parameter],
-    dtype: torch.dtype | Sequence[torch.dtype],
-    *,
-    layout: Callable[[Tensor], Tensor] = contiguous,
-    grad_layout: Callable[[Tensor], Tensor] | None = None,
-    moment_layout: Callable[[Tensor], Tensor] | None = None,
-    storage: torch.dtype | None = None,
-    **options: Any,
-) -> Step:
-    """A step of parameters in the middle of a run; dtypes in turn if there are several, biases as what they go with.
-    ``storage`` is the dtype of the inverses where it is not that of the momentum."""
-    dtypes = itertools.cycle([dtype] if isinstance(dtype, torch.dtype) else dtype)
-    result = Step([], [], [], [], {**OPTIONS, **options})
-    current = torch.float32
-    for i, (shape, inverse) in enumerate(parameters):
-        current = current if inverse is None else next(dtypes)
-        wide = ACCUMULATOR[current]
-        result.params.append(layout(random(shape, current, 7 * i)))
-        result.grads.append((grad_layout or layout)(random(shape, current, 7 * i + 1)))
-        result.momentum_buffers.append((moment_layout or layout)(random(shape, wide, 7 * i + 2)))
-        result.inverses.append(None if inverse is None else unaligned(symmetric(inverse, storage or wide, 7 * i + 3)))
-    return result
+def step(*args: Any, **options: Any) -> Step:
+    """A step of parameters in the middle of a run."""
+    return Step.of(mbf_step.step(*args, **{"layout": contiguous, "inverse_layout": unaligned, **options}))

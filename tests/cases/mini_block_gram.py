@@ -1,12 +1,10 @@
-"""Inputs of mini_block_gram_ and conv_mini_block_gram_."""
+"""Sizes for mini_block_gram_ and conv_mini_block_gram_."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from fisher_kernels.tools.samples.mini_block_gram import Convolution
 
-from fisher_kernels.ops._convolution import padding_pairs, per_dimension
+__all__ = ["CONVOLUTIONS", "SHAPES", "Convolution"]
 
 # (samples, blocks, n) around the sizes at which kernels change their ways: the 4, 8 or 16 lanes of a register, the 32
 # samples of a run, the 2 or 4 entries of a transposed piece, the 3 or 5 of a panel, nothing at all.
@@ -29,43 +27,6 @@ SHAPES: tuple[tuple[int, int, int], ...] = (
     (5, 18, 25),
     (3, 17, 49),
 )
-
-
-class Convolution(NamedTuple):
-    """The input of a convolution, its output channels and its geometry."""
-
-    shape: tuple[int, ...]
-    outputs: int
-    kernel_size: int | Sequence[int]
-    stride: int | Sequence[int] = 1
-    padding: int | Sequence[int] | Sequence[tuple[int, int]] = 0
-    dilation: int | Sequence[int] = 1
-    groups: int = 1
-    missing: int = 0
-    """How many windows at the end of each dimension grad_output does not have."""
-
-    @property
-    def geometry(self) -> tuple[Any, ...]:
-        """The arguments after the tensors."""
-        return self.kernel_size, self.stride, self.padding, self.dilation, self.groups
-
-    def windows(self) -> tuple[int, ...]:
-        """Sizes of the output."""
-        spatial = len(self.shape) - 2
-        paddings = padding_pairs(self.padding, spatial)
-        kernel, stride, dilation = (per_dimension(v, spatial) for v in (self.kernel_size, self.stride, self.dilation))
-        return tuple(
-            (size + paddings[2 * d] + paddings[2 * d + 1] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
-            for d, size in enumerate(self.shape[2:])
-        )
-
-    def grad_shape(self) -> tuple[int, ...]:
-        return self.shape[0], self.outputs, *(max(0, size - self.missing) for size in self.windows())
-
-    def out_shape(self) -> tuple[int, int, int, int]:
-        n = math.prod(per_dimension(self.kernel_size, len(self.shape) - 2))
-        return self.outputs, self.shape[1] // self.groups, n, n
-
 
 # Lanes of input channels, of output channels and of groups; full, nearly full and nearly empty registers; tiles of 1 to
 # 8 rows and 1 to 9 offsets; more and fewer samples than a run; nothing at all.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fisher_kernels.tools.samples.block_inverse import conditioned
 from tests.cases import random
-from tests.cases.block_inverse import conditioned
 
 SIZES = (*range(1, 10), 15, 16, 17, 25, 31, 33, 49, 64, 65, 100, 130)
 """Around halves of registers, registers, and the four registers whose sums are kept at a time."""

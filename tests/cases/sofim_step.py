@@ -1,18 +1,17 @@
-"""Inputs of sofim_step_."""
+"""Shapes and arguments of sofim_step_."""
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fisher_kernels.ops import ACCUMULATOR, sofim_step_
-from tests.cases import contiguous, random
+from fisher_kernels.ops import sofim_step_
+from fisher_kernels.tools.samples import sofim_step
+from fisher_kernels.tools.samples.sofim_step import OPTIONS
+from tests.cases import contiguous
+from tests.cases.steps import Lists
 
 # What layers have, scalars and nothing at all; then sizes around registers and around the chunks of 1024 elements that
 # have a partial sum each.
@@ -35,11 +34,9 @@ SHAPES: tuple[tuple[int, ...], ...] = (
     (4, 3, 2, 20, 9),
 )
 
-OPTIONS: dict[str, Any] = {"lr": 0.1, "beta": 0.9, "rho": 0.5}
-
 
 @dataclass
-class Step:
+class Step(Lists):
     """The arguments of one call."""
 
     params: list[Tensor]
@@ -52,43 +49,13 @@ class Step:
         """Takes the step, in place; the counts of skipped elements, and what each parameter adds to |u|^2."""
         return sofim_step_(*self.lists(), **self.options)
 
-    def lists(self) -> tuple[list[Tensor], ...]:
-        return self.params, self.grads, self.exp_avgs, self.steps
-
-    def copy(self) -> Step:
-        """The same in memory of its own, strides and surroundings included."""
-        return copy.deepcopy(self)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Step:
-        """The same with every tensor of the lists but the steps changed."""
-        changed = ([change(x) for x in tensors] for tensors in (self.params, self.grads, self.exp_avgs))
-        return Step(*changed, [t.clone() for t in self.steps], dict(self.options))
-
-    def double(self) -> Step:
-        """A copy in float64."""
-        return self.map(lambda x: x.to(torch.float64, copy=True))
-
     def only(self, i: int) -> Step:
         """The arguments for parameter i alone, options that are lists included; shares memory."""
-        chosen = {k: v[i] if isinstance(v, list) and len(v) > 1 else v for k, v in self.options.items()}
-        return Step(*([tensors[i]] for tensors in self.lists()), chosen)
+        alone = super().only(i)
+        alone.options = {k: v[i] if isinstance(v, list) and len(v) > 1 else v for k, v in self.options.items()}
+        return alone
 
 
-def step(
-    shapes: Sequence[tuple[int, ...]],
-    dtype: torch.dtype | Sequence[torch.dtype],
-    *,
-    layout: Callable[[Tensor], Tensor] = contiguous,
-    grad_layout: Callable[[Tensor], Tensor] | None = None,
-    moment_layout: Callable[[Tensor], Tensor] | None = None,
-    **options: Any,
-) -> Step:
-    """A step of parameters in the middle of a run; dtypes in turn if there are several."""
-    dtypes = [dtype] if isinstance(dtype, torch.dtype) else dtype
-    result = Step([], [], [], [], {**OPTIONS, **options})
-    for i, (shape, storage) in enumerate(zip(shapes, itertools.cycle(dtypes), strict=False)):
-        result.params.append(layout(random(shape, storage, 7 * i)))
-        result.grads.append((grad_layout or layout)(random(shape, storage, 7 * i + 1)))
-        result.exp_avgs.append((moment_layout or layout)(random(shape, ACCUMULATOR[storage], 7 * i + 2)))
-        result.steps.append(torch.tensor(float(i % 5)))
-    return result
+def step(*args: Any, **options: Any) -> Step:
+    """A step of parameters in the middle of a run."""
+    return Step.of(sofim_step.step(*args, **{"layout": contiguous, **options}))

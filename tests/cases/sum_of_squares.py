@@ -1,9 +1,10 @@
-"""Inputs of the sums of squares."""
+"""Sizes for the sums of squares."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from fisher_kernels.tools.samples.sum_of_squares import Patch
+
+__all__ = ["CHANNEL_SHAPES", "COLUMN_SHAPES", "PATCHES", "Patch"]
 
 # Rows and columns around the sizes at which kernels change their ways: registers, tiles, runs, blocks, nothing at all.
 COLUMN_SHAPES: tuple[tuple[int, ...], ...] = (
@@ -38,17 +39,6 @@ CHANNEL_SHAPES: tuple[tuple[int, ...], ...] = (
     (2, 3, 5001),
     (300, 33, 3),
 )
-
-
-class Patch(NamedTuple):
-    """An input and the geometry of a convolution over it."""
-
-    shape: tuple[int, ...]
-    kernel_size: int | Sequence[int]
-    stride: int | Sequence[int] = 1
-    padding: int | Sequence[int] | Sequence[tuple[int, int]] = 0
-    dilation: int | Sequence[int] = 1
-
 
 PATCHES: tuple[Patch, ...] = (
     Patch((2, 3, 1), 1),

@@ -19,10 +19,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fisher_kernels import backends
-from fisher_kernels.tools import selftest
+from fisher_kernels.tools import samples
 from fisher_kernels.tools.inspection import machine_code
 from fisher_kernels.tools.inspection.rows import MOST_STACK, Row, Streams, TradeOff, stack_faults, width_faults
 
@@ -80,7 +78,7 @@ _variants: dict[tuple[str, str, bool], list[Variant]] = {}
 
 
 def variants(target: str, pattern: str = "", sample: bool = False) -> list[Variant]:
-    """What the self-test launches in the configurations of a target, each compilation once."""
+    """What the samples launch in the configurations of a target, each compilation once."""
     key = target, pattern, sample
     if key not in _variants:
         found: dict[tuple[str, str], Variant] = {}
@@ -95,7 +93,7 @@ def variants(target: str, pattern: str = "", sample: bool = False) -> list[Varia
 
 
 def _launches(target: str) -> list[Any]:
-    """Every launch of the self-test, as often as the configurations of the target ask."""
+    """Every launch of the samples, as often as the configurations of the target ask."""
     from fisher_kernels.triton_kernels import _configs, _launch
 
     launches: list[Any] = []
@@ -106,10 +104,9 @@ def _launches(target: str) -> list[Any]:
             with contextlib.ExitStack() as stack:
                 for kernel, configs in listed.items():
                     stack.enter_context(_configs.forced(kernel, configs[i % len(configs)]))
-                for case in selftest.CASES:
-                    for dtype in case.dtypes:
-                        source = selftest.Source(dtype, torch.device("cpu"), torch.Generator().manual_seed(0))
-                        case.call(case.inputs(source))
+                for call in samples.SAMPLES:
+                    for dtype in call.dtypes:
+                        call.call(call.inputs(samples.Source(dtype)))
     return launches
 
 
