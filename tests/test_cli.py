@@ -118,16 +118,16 @@ def test_selftest_prints_a_table() -> None:
 def test_selftest_has_teeth(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = fisher_kernels.ops.minmax
 
-    def broken(x: list[Tensor], eps: float, *rest: Any) -> list[Tensor]:
-        if x[0].dtype == torch.float64:
-            return right(x, eps, *rest)
+    def broken(x: list[Tensor], eps: float, **rest: Any) -> list[Tensor]:
+        if not x or x[0].dtype == torch.float64:
+            return right(x, eps, **rest)
         if wrong == "exception":
             raise RuntimeError("no [such] kernel")
         if wrong == "value":
-            return [v * (1 + 1e-4) for v in right(x, eps, *rest)]
+            return [v * (1 + 1e-4) for v in right(x, eps, **rest)]
         if wrong == "shape":
-            return [v[:-1] for v in right(x, eps, *rest)]
-        return [v.nan_to_num() for v in right(x, eps, *rest)]  # NaN swallowed
+            return [v[:-1] for v in right(x, eps, **rest)]
+        return [v.nan_to_num() for v in right(x, eps, **rest)]  # NaN swallowed
 
     monkeypatch.setattr(fisher_kernels.ops, "minmax", broken)
     result = invoke("selftest")
