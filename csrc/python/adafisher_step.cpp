@@ -5,7 +5,6 @@
 
 #include "../kernels.h"
 #include "capability.h"
-#include "entry_points.h"
 #include "step.h"
 #include "tensor.h"
 
@@ -173,8 +172,6 @@ AdaFisherParameter read_parameter(const Lists& lists, py::ssize_t i, Permuted& p
   return parameter;
 }
 
-}  // namespace
-
 void adafisher_step_(py::handle params, py::handle grads, py::handle exp_avgs, py::handle steps, py::handle row_factors,
                      py::handle column_factors, py::handle lr_object, double beta, double damping, double weight_decay,
                      bool decoupled, bool maximize, py::handle grad_scale, py::handle found_inf,
@@ -207,6 +204,12 @@ void adafisher_step_(py::handle params, py::handle grads, py::handle exp_avgs, p
   run(call, AdaFisherStep{parameters.data(), count, skipped, lr, beta, damping, weight_decay,
                     decay_form(weight_decay, decoupled), gradient_scale, call.place.threads},
       FISHER_KERNELS_VARIANTS(adafisher_step_));
+}
+
+}  // namespace
+
+void bind_adafisher_step(py::module_& module) {
+  module.def("adafisher_step_", &adafisher_step_);
 }
 
 }  // namespace fisher_kernels

@@ -1,10 +1,11 @@
 #include "../kernels.h"
 #include "capability.h"
 #include "convolution.h"
-#include "entry_points.h"
 #include "tensor.h"
 
 namespace fisher_kernels {
+
+namespace {
 
 void batch_norm_gradients(py::handle x_object, py::handle grad_object, double eps, py::handle mean_object,
                           py::handle variance_object, py::handle scale_object, py::handle shift_object, const Place& place) {
@@ -58,6 +59,12 @@ void batch_norm_gradients(py::handle x_object, py::handle grad_object, double ep
   run(call, BatchNormGradients{x.data, grad.data, x.dtype, grad.dtype, mean, variance, scale, shift, channels_last, samples,
                          x.strides[0], grad.strides[0], channels, positions, eps, call.place.threads},
       FISHER_KERNELS_VARIANTS(batch_norm_gradients));
+}
+
+}  // namespace
+
+void bind_batch_norm_gradients(py::module_& module) {
+  module.def("batch_norm_gradients", &batch_norm_gradients);
 }
 
 }  // namespace fisher_kernels

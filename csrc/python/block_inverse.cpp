@@ -3,7 +3,6 @@
 #include "../kernels.h"
 #include "blocks.h"
 #include "capability.h"
-#include "entry_points.h"
 #include "tensor.h"
 
 namespace fisher_kernels {
@@ -27,8 +26,6 @@ void invert(const Call& call, py::handle blocks_object, double damping, py::hand
   run(call, BlockInverse{blocks.data, out.data, info, damping, count, n, blocks.dtype, keep_bad, call.place.threads},
       FISHER_KERNELS_VARIANTS(block_inverse));
 }
-
-}  // namespace
 
 void block_inverse(py::handle blocks, double damping, py::handle out, py::handle info, const Place& place) {
   invert({"block_inverse", place}, blocks, damping, out, info, false);
@@ -63,6 +60,15 @@ void block_apply(py::handle inverse_object, py::handle vectors_object, py::handl
   const py::gil_scoped_release release;
   run(call, BlockApply{inverse.data, vectors.data, out.data, count, n, inverse.dtype, call.place.threads},
       FISHER_KERNELS_VARIANTS(block_apply));
+}
+
+}  // namespace
+
+void bind_block_inverse(py::module_& module) {
+  module.def("block_inverse", &block_inverse);
+  module.def("block_inverse_", &block_inverse_);
+  module.def("block_solve", &block_solve);
+  module.def("block_apply", &block_apply);
 }
 
 }  // namespace fisher_kernels

@@ -1,12 +1,15 @@
 #include "capability.h"
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <atomic>
 #include <stdexcept>
 
 namespace fisher_kernels {
+
+namespace py = pybind11;
 
 namespace {
 
@@ -29,6 +32,23 @@ std::atomic<int>& chosen() {
   return position;
 }
 
+bool has_openmp() {
+#ifdef _OPENMP
+  return true;
+#else
+  return false;
+#endif
+}
+
+py::object cuda_toolkit() {
+#ifdef FISHER_KERNELS_CUDA
+  const cuda::Toolkit toolkit = cuda::toolkit();
+  return py::make_tuple(toolkit.architectures, toolkit.runtime, toolkit.driver);
+#else
+  return py::none();
+#endif
+}
+
 }  // namespace
 
 std::vector<std::string> capability_names() {
@@ -48,9 +68,17 @@ void set_capability(const std::string& name) {
   if (found == names.end()) {
     std::string known;
     for (const std::string& each : names) known += (known.empty() ? "" : ", ") + each;
-    throw pybind11::value_error("set_capability: name is '" + name + "', expected one of: " + known);
+    throw py::value_error("set_capability: name is '" + name + "', expected one of: " + known);
   }
   chosen().store(static_cast<int>(found - names.begin()));
+}
+
+void bind_capability(py::module_& module) {
+  module.def("capabilities", &capability_names);
+  module.def("capability", [] { return capability_names()[current_capability()]; });
+  module.def("set_capability", &set_capability);
+  module.def("cuda_toolkit", &cuda_toolkit);
+  module.def("openmp", &has_openmp);
 }
 
 }  // namespace fisher_kernels

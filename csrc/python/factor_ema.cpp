@@ -2,7 +2,6 @@
 
 #include "../kernels.h"
 #include "capability.h"
-#include "entry_points.h"
 #include "tensor.h"
 
 namespace fisher_kernels {
@@ -47,7 +46,7 @@ double read_coefficient(py::handle object, const Argument& argument) {
   return value;
 }
 
-void minmax(const Call& call, py::handle out, py::handle x, py::handle weights, double eps) {
+void run_minmax(const Call& call, py::handle out, py::handle x, py::handle weights, double eps) {
   const Argument out_argument{call, "out"}, weights_argument{call, "weights"};
   const List x_list(x, {call, "x"}), out_list(out, out_argument);
   const bool weighted = !weights.is_none();
@@ -68,14 +67,12 @@ void minmax(const Call& call, py::handle out, py::handle x, py::handle weights, 
   run(call, MinMax{vectors.data(), x_list.size(), eps}, FISHER_KERNELS_VARIANTS(minmax));
 }
 
-}  // namespace
-
 void minmax(py::handle out, py::handle x, py::handle weights, double eps, const Place& place) {
-  minmax({"minmax", place}, out, x, weights, eps);
+  run_minmax({"minmax", place}, out, x, weights, eps);
 }
 
 void minmax_(py::handle out, py::handle x, py::handle weights, double eps, const Place& place) {
-  minmax({"minmax_", place}, out, x, weights, eps);
+  run_minmax({"minmax_", place}, out, x, weights, eps);
 }
 
 void factor_ema_(py::handle states, py::handle next, py::handle divisors, py::handle rejected, double decay,
@@ -113,6 +110,14 @@ void factor_ema_(py::handle states, py::handle next, py::handle divisors, py::ha
   run(call, FactorEma{vectors.data(), states_list.size(), joint, static_cast<int64_t*>(flags.data), decay, gain, eps,
                 normalize},
       FISHER_KERNELS_VARIANTS(factor_ema_));
+}
+
+}  // namespace
+
+void bind_factor_ema(py::module_& module) {
+  module.def("minmax", &minmax);
+  module.def("minmax_", &minmax_);
+  module.def("factor_ema_", &factor_ema_);
 }
 
 }  // namespace fisher_kernels

@@ -1,9 +1,10 @@
 #include "../kernels.h"
 #include "capability.h"
-#include "entry_points.h"
 #include "tensor.h"
 
 namespace fisher_kernels {
+
+namespace {
 
 void weighted_gram_(py::handle out_object, py::handle x_object, py::handle weight_object, double decay, double gain,
                     const Place& place) {
@@ -35,6 +36,12 @@ void weighted_gram_(py::handle out_object, py::handle x_object, py::handle weigh
   const py::gil_scoped_release release;
   run(call, WeightedGram{x.data, weight_data, out.data, x.dtype, rows, columns, x.strides[0], decay, gain, call.place.threads},
       FISHER_KERNELS_VARIANTS(weighted_gram_));
+}
+
+}  // namespace
+
+void bind_gram(py::module_& module) {
+  module.def("weighted_gram_", &weighted_gram_);
 }
 
 }  // namespace fisher_kernels

@@ -2,10 +2,11 @@
 
 #include "../kernels.h"
 #include "capability.h"
-#include "entry_points.h"
 #include "tensor.h"
 
 namespace fisher_kernels {
+
+namespace {
 
 void stream_update(py::handle firsts, py::handle seconds, py::handle reads, const Place& place) {
   const Call call("stream_update", place);
@@ -44,6 +45,13 @@ uint32_t stream_read(py::handle object, const Place& place) {
   run(call, StreamRead{static_cast<const char*>(x.data), x.numel() * size_of(x.dtype), &sum, call.place.threads},
       FISHER_KERNELS_CPU_ONLY(stream_read));
   return sum;
+}
+
+}  // namespace
+
+void bind_limits(py::module_& module) {
+  module.def("stream_update", &stream_update);
+  module.def("stream_read", &stream_read);
 }
 
 }  // namespace fisher_kernels

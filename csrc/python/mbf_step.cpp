@@ -5,7 +5,6 @@
 
 #include "../kernels.h"
 #include "capability.h"
-#include "entry_points.h"
 #include "step.h"
 #include "tensor.h"
 
@@ -147,8 +146,6 @@ MbfParameter read_parameter(const Lists& lists, py::ssize_t i) {
   return parameter;
 }
 
-}  // namespace
-
 void mbf_step_(py::handle params, py::handle grads, py::handle momentum_buffers, py::handle inverses,
                py::handle directions, py::handle lr_object, double momentum, double weight_decay, bool decoupled,
                bool maximize, py::handle kl_clip_object, py::handle grad_scale, py::handle found_inf,
@@ -186,6 +183,12 @@ void mbf_step_(py::handle params, py::handle grads, py::handle momentum_buffers,
   run(call, MbfStep{parameters.data(), static_cast<int64_t>(parameters.size()), skipped, count, scale, lr, momentum,
                     weight_decay, decay_form(weight_decay, decoupled), gradient_scale, kl_clip, call.place.threads},
       FISHER_KERNELS_VARIANTS(mbf_step_));
+}
+
+}  // namespace
+
+void bind_mbf_step(py::module_& module) {
+  module.def("mbf_step_", &mbf_step_);
 }
 
 }  // namespace fisher_kernels

@@ -1,10 +1,11 @@
+#include <pybind11/stl.h>
+
 #include <string>
 #include <vector>
 
 #include "../kernels.h"
 #include "capability.h"
 #include "convolution.h"
-#include "entry_points.h"
 #include "tensor.h"
 
 namespace fisher_kernels {
@@ -19,8 +20,6 @@ ChannelArray read_channels(const TensorView& x, const Argument& argument) {
   if (is_dense(x, 1, Order::channels_last)) return {x.data, x.strides[0], 1, x.sizes[1]};
   layout_error(x, argument, "each sample contiguous or channels last");
 }
-
-}  // namespace
 
 void mini_block_gram_(py::handle out_object, py::handle v_object, double decay, double gain, const Place& place) {
   const Call call("mini_block_gram_", place);
@@ -92,6 +91,13 @@ void conv_mini_block_gram_(py::handle out_object, py::handle x_object, py::handl
   run(call, ConvMiniBlockGram{x_channels, grad_channels, out.data, x.dtype, x.sizes[0], groups, inputs, outputs,
                         windows.depth, windows.height, windows.width, decay, gain, call.place.threads},
       FISHER_KERNELS_VARIANTS(conv_mini_block_gram_));
+}
+
+}  // namespace
+
+void bind_mini_block_gram(py::module_& module) {
+  module.def("mini_block_gram_", &mini_block_gram_);
+  module.def("conv_mini_block_gram_", &conv_mini_block_gram_);
 }
 
 }  // namespace fisher_kernels

@@ -5,7 +5,6 @@
 #include "../kernels.h"
 #include "blocks.h"
 #include "capability.h"
-#include "entry_points.h"
 #include "tensor.h"
 
 namespace fisher_kernels {
@@ -47,8 +46,6 @@ void update(const Call& call, bool rank_one, py::handle inverse_object, py::hand
       FISHER_KERNELS_VARIANTS(inverse_update_));
 }
 
-}  // namespace
-
 void rank_one_solve(py::handle u_object, py::handle x_object, double rho, py::handle out_object, const Place& place) {
   const Call call("rank_one_solve", place);
   const List us(u_object, {call, "u"}), xs(x_object, {call, "x"}), outs(out_object, {call, "out"});
@@ -78,6 +75,14 @@ void rank_one_inverse_update_(py::handle inverse, py::handle u, double decay, do
 void low_rank_inverse_update_(py::handle inverse, py::handle u, double decay, double gain, py::handle info,
                               const Place& place) {
   update({"low_rank_inverse_update_", place}, false, inverse, u, decay, gain, info);
+}
+
+}  // namespace
+
+void bind_rank_one(py::module_& module) {
+  module.def("rank_one_solve", &rank_one_solve);
+  module.def("rank_one_inverse_update_", &rank_one_inverse_update_);
+  module.def("low_rank_inverse_update_", &low_rank_inverse_update_);
 }
 
 }  // namespace fisher_kernels

@@ -1,3 +1,5 @@
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <cmath>
 #include <string>
@@ -5,7 +7,6 @@
 
 #include "../kernels.h"
 #include "capability.h"
-#include "entry_points.h"
 #include "step.h"
 #include "tensor.h"
 
@@ -81,8 +82,6 @@ SofimParameter read_parameter(const Lists& lists, py::ssize_t i) {
   return parameter;
 }
 
-}  // namespace
-
 void sofim_step_(py::handle params, py::handle grads, py::handle exp_avgs, py::handle steps, py::handle lr, double beta,
                  double rho, const std::string& direction, const std::string& scope,
                  const std::vector<double>& weight_decay, bool decoupled, bool maximize, py::handle grad_scale,
@@ -124,6 +123,12 @@ void sofim_step_(py::handle params, py::handle grads, py::handle exp_avgs, py::h
   run(call, SofimStep{parameters.data(), count, skipped, squares, beta, rho, along_gradient, by_parameter, gradient_scale,
                 call.place.threads},
       FISHER_KERNELS_VARIANTS(sofim_step_));
+}
+
+}  // namespace
+
+void bind_sofim_step(py::module_& module) {
+  module.def("sofim_step_", &sofim_step_);
 }
 
 }  // namespace fisher_kernels

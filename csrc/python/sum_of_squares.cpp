@@ -1,10 +1,11 @@
+#include <pybind11/stl.h>
+
 #include <string>
 #include <vector>
 
 #include "../kernels.h"
 #include "capability.h"
 #include "convolution.h"
-#include "entry_points.h"
 #include "tensor.h"
 
 namespace fisher_kernels {
@@ -35,8 +36,6 @@ int64_t count(const TensorView& x, int first, int last) {
   for (int d = first; d < last; ++d) product *= x.sizes[d];
   return product;
 }
-
-}  // namespace
 
 void column_sum_of_squares(py::handle x_object, py::handle out_object, const Place& place) {
   const Call call("column_sum_of_squares", place);
@@ -87,6 +86,14 @@ void patch_sum_of_squares(py::handle x_object, py::handle out_object, const std:
   run(call, PatchSumOfSquares{x.data, out.data, x.dtype, !channels_first, x.sizes[0], x.strides[0], x.sizes[1], windows.depth,
                         windows.height, windows.width, call.place.threads},
       FISHER_KERNELS_VARIANTS(patch_sum_of_squares));
+}
+
+}  // namespace
+
+void bind_sum_of_squares(py::module_& module) {
+  module.def("column_sum_of_squares", &column_sum_of_squares);
+  module.def("channel_sum_of_squares", &channel_sum_of_squares);
+  module.def("patch_sum_of_squares", &patch_sum_of_squares);
 }
 
 }  // namespace fisher_kernels
