@@ -1,4 +1,5 @@
 #include <cstdint>
+#include <utility>
 
 #include "../kernels.h"
 #include "integers.h"
@@ -32,6 +33,9 @@ constexpr int max_rows(int64_t taps) {
   const int64_t rows = (kRegisters - 1) / (taps + 1);
   return static_cast<int>(rows < kMostRows ? rows : kMostRows);
 }
+
+/// Taps that leave no registers for so many rows never come with them.
+constexpr int fitting_rows(int rows, int taps) { return rows < max_rows(taps) ? rows : max_rows(taps); }
 
 /// Keeps a value that is used several times in a register: GCC would load it anew at each use.
 template <class V>
@@ -108,6 +112,16 @@ void add_products(const Products<A>& p) {
       store(entry, p.is_first ? sums[r][t] : load(entry) + sums[r][t]);
     }
   }
+}
+
+/// add_products for 1 to kMostRows rows and 1 to kMaxTaps taps.
+template <class A, bool kLeftLanes, bool kRightLanes, int... kPlace>
+inline void add_products(const Products<A>& products, int64_t rows, int64_t taps,
+                         std::integer_sequence<int, kPlace...>) {
+  static constexpr void (*kFunctions[])(const Products<A>&) = {
+      add_products<A, kLeftLanes, kRightLanes, fitting_rows(kPlace / kMaxTaps + 1, kPlace % kMaxTaps + 1),
+                   kPlace % kMaxTaps + 1>...};
+  kFunctions[(rows - 1) * kMaxTaps + taps - 1](products);
 }
 
 /// Tables of where things lie in a copy of the padded input that holds no more than the windows read.
@@ -223,17 +237,16 @@ inline Lanes choose_lanes(const ConvMiniBlockGram& a, int64_t step) {
   return best;
 }
 
-template <class T, Lanes kLanesAre>
+/// Only what copies numbers knows their type: all else is compiled once for each type that sums have.
+template <class A, Lanes kLanesAre>
 class Kernel {
-  using A = Accumulator<T>;
-  static constexpr int64_t kStep = kLanes<T>;
+  static constexpr int64_t kStep = kLanes<A>;
   static constexpr bool kLeftLanes = kLanesAre != Lanes::inputs;
   static constexpr bool kRightLanes = kLanesAre != Lanes::outputs;
-  static constexpr bool kStages = !kLeftLanes && !std::is_same_v<T, A>;  // numbers to widen, a few rows at a time
 
  public:
   explicit Kernel(const ConvMiniBlockGram& a)
-      : a_(a), geometry_(a), n_(geometry_.taps), columns_(n_ + kMaxTaps), places_(n_ + kMaxTaps) {
+      : a_(a), stages_(!kLeftLanes && a.dtype != accumulation_dtype(a.dtype)), geometry_(a), n_(geometry_.taps), columns_(n_ + kMaxTaps), places_(n_ + kMaxTaps) {
     const int64_t width = kRightLanes ? kStep : 1;
     if (kRightLanes) geometry_.widen(kStep);
     const int64_t lane_groups = kLanesAre == Lanes::groups ? ceil_div(a.groups, kStep) : a.groups;
@@ -279,7 +292,7 @@ class Kernel {
   void operator()() const {
     const int64_t copies = run_ * (most_rights_ * right_size_ + most_lefts_ * left_size_);
     const int64_t entries = slots_ * rows_ * run_ * n_ * kStep, totals = most_lefts_ * most_rights_ * totals_size_;
-    const int64_t staged = kStages ? rows_ * geometry_.outputs : 0;
+    const int64_t staged = stages_ ? rows_ * geometry_.outputs : 0;
     const int64_t squares = n_ * n_ * kStep;
     const int64_t size = ceil_div(copies + entries + totals + squares + staged, kStep) * kStep;
     const LaneScratch<A> scratch(threads_ * size / kStep);
@@ -360,21 +373,28 @@ class Kernel {
     }
     for (int64_t first = 0; first < a_.samples; first += run_) {
       const int64_t samples = smaller(run_, a_.samples - first);
-      copy(unit, first, samples, buffers);
+      with_element([&](auto* type) { copy(type, unit, first, samples, buffers); });
       for (int64_t right = 0; right < right_tiles.parts; ++right) {
         for (int64_t left = 0; left < tiles.parts; ++left) {
-          const Tile tile{tiles.first(left), right_tiles.first(right), right_tiles.count(right)};
-          with_constant<kMostRows>(tiles.count(left), [&](auto rows) {
-            sum_tile<rows>(unit, tile, first, samples, buffers);
-          });
+          const Tile tile{tiles.first(left), tiles.count(left), right_tiles.first(right), right_tiles.count(right)};
+          sum_tile(unit, tile, first, samples, buffers);
         }
       }
     }
     write(unit, buffers);
   }
 
+  /// Calls body with a null pointer of the type that x and grad_output have.
+  template <class Body>
+  void with_element(const Body& body) const {
+    with_type(a_.dtype, [&](auto* type) {
+      if constexpr (std::is_same_v<Accumulator<std::remove_pointer_t<decltype(type)>>, A>) body(type);
+    });
+  }
+
   /// Lays the lanes of a few samples side by side.
-  void copy(const Unit& unit, int64_t first, int64_t samples, const Buffers& buffers) const {
+  template <class T>
+  void copy(const T*, const Unit& unit, int64_t first, int64_t samples, const Buffers& buffers) const {
     for (int64_t s = 0; s < samples; ++s) {
       for (int64_t right = 0; right < unit.rights; ++right) {
         const T* const x = static_cast<const T*>(a_.x.data) + (first + s) * a_.x.sample_stride +
@@ -390,27 +410,41 @@ class Kernel {
       }
       for (int64_t left = 0; kLeftLanes && left < unit.lefts; ++left) {
         const int64_t lane_stride = unit.left_channel.per_lane * a_.grad_output.channel_stride;
-        copy_lanes<T>({left_data(unit, left, first + s), lane_stride, a_.grad_output.position_stride},
+        copy_lanes<T>({left_data<T>(unit, left, first + s), lane_stride, a_.grad_output.position_stride},
                       unit.lanes_of(left, 0), geometry_.outputs, nullptr,
                       buffers.lefts + (left * run_ + s) * left_size_);
       }
     }
   }
 
+  template <class T>
   const T* left_data(const Unit& unit, int64_t left, int64_t sample) const {
     return static_cast<const T*>(a_.grad_output.data) + sample * a_.grad_output.sample_stride +
            unit.left_channel(left) * a_.grad_output.channel_stride;
   }
 
+  /// Widens some left rows of a sample.
+  template <class T>
+  void stage(const T*, const Unit& unit, int64_t left, int64_t rows, int64_t sample, A* to) const {
+    const T* row = left_data<T>(unit, left, sample);
+    for (int64_t r = 0; r < rows; ++r, row += a_.grad_output.channel_stride, to += geometry_.outputs) {
+      int64_t l = 0;
+      if (a_.grad_output.position_stride == 1) {
+        for (; l + kStep <= geometry_.outputs; l += kStep) store(to + l, load(row + l));
+      }
+      for (; l < geometry_.outputs; ++l) to[l] = widen(row[l * a_.grad_output.position_stride]);
+    }
+  }
+
   /// Slots whose sums share the registers: several right ones where the kernel has few offsets.
   struct Tile {
     int64_t left;
+    int64_t lefts;
     int64_t right;
     int64_t rights;
   };
 
-  /// Adds the outer products of a run of samples for kRows left slots and a few right ones.
-  template <int kRows>
+  /// Adds the outer products of a run of samples.
   void sum_tile(const Unit& unit, const Tile& tile, int64_t first, int64_t samples, const Buffers& buffers) const {
     const int64_t entries_row = run_ * n_ * kStep, left = tile.left;
     const Even columns = split_evenly(tile.rights * n_, kMaxTaps);
@@ -422,22 +456,13 @@ class Kernel {
         lefts = buffers.lefts + (left * run_ + s) * left_size_;
         products.left_row = run_ * left_size_;
         products.left_step = kStep;
-      } else if constexpr (kStages) {
-        const T* const data = left_data(unit, left, first + s);
-        for (int64_t r = 0; r < kRows; ++r) {
-          const T* const row = data + r * a_.grad_output.channel_stride;
-          A* const to = buffers.staged + r * geometry_.outputs;
-          int64_t l = 0;
-          if (a_.grad_output.position_stride == 1) {
-            for (; l + kStep <= geometry_.outputs; l += kStep) store(to + l, load(row + l));
-          }
-          for (; l < geometry_.outputs; ++l) to[l] = widen(row[l * a_.grad_output.position_stride]);
-        }
+      } else if (stages_) {
+        with_element([&](auto* type) { stage(type, unit, left, tile.lefts, first + s, buffers.staged); });
         lefts = buffers.staged;
         products.left_row = geometry_.outputs;
         products.left_step = 1;
       } else {
-        lefts = left_data(unit, left, first + s);
+        lefts = left_data<A>(unit, left, first + s);
         products.left_row = a_.grad_output.channel_stride;
         products.left_step = a_.grad_output.position_stride;
       }
@@ -452,17 +477,14 @@ class Kernel {
           products.windows = geometry_.window_places() + l;
           products.positions = smaller(kSegment, geometry_.outputs - l);
           products.is_first = l == 0;
-          with_constant<kMaxTaps>(columns.count(group), [&](auto taps) {
-            // Taps that leave no registers for so many rows never come with them.
-            constexpr int kFit = kRows < max_rows(taps) ? kRows : max_rows(taps);
-            add_products<A, kLeftLanes, kRightLanes, kFit, taps>(products);
-          });
+          add_products<A, kLeftLanes, kRightLanes>(products, tile.lefts, columns.count(group),
+                                                   std::make_integer_sequence<int, kMostRows * kMaxTaps>{});
           l += kSegment;
         } while (l < geometry_.outputs);
       }
     }
     for (int64_t right = 0; right < tile.rights; ++right) {
-      for (int64_t r = 0; r < kRows; ++r) {
+      for (int64_t r = 0; r < tile.lefts; ++r) {
         add_run(Run<A>{buffers.entries + (right * rows_ + r) * entries_row, samples, n_, first == 0},
                 buffers.totals + ((tile.right + right) * most_lefts_ + left + r) * totals_size_);
       }
@@ -500,6 +522,7 @@ class Kernel {
   }
 
   const ConvMiniBlockGram& a_;
+  const bool stages_;  // left numbers are widened, a few rows at a time
   Geometry geometry_;
   const int64_t n_;
   int64_t slots_;  // most right slots of a tile
@@ -513,18 +536,20 @@ class Kernel {
   int64_t left_size_, right_size_, totals_size_;
 };
 
+template <class A>
+void sum_in(const ConvMiniBlockGram& a) {
+  switch (choose_lanes(a, kLanes<A>)) {
+    case Lanes::inputs: return Kernel<A, Lanes::inputs>(a)();
+    case Lanes::outputs: return Kernel<A, Lanes::outputs>(a)();
+    case Lanes::groups: return Kernel<A, Lanes::groups>(a)();
+  }
+}
+
 }  // namespace
 
 void conv_mini_block_gram_(const ConvMiniBlockGram& a) {
   if (a.groups * a.inputs * a.outputs == 0) return;
-  with_type(a.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    switch (choose_lanes(a, kLanes<T>)) {
-      case Lanes::inputs: return Kernel<T, Lanes::inputs>(a)();
-      case Lanes::outputs: return Kernel<T, Lanes::outputs>(a)();
-      case Lanes::groups: return Kernel<T, Lanes::groups>(a)();
-    }
-  });
+  a.dtype == DType::float64 ? sum_in<double>(a) : sum_in<float>(a);
 }
 
 }  // namespace fisher_kernels::FISHER_KERNELS_CAPABILITY
