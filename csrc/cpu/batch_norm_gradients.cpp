@@ -12,7 +12,7 @@
 // sums of d know what it missed (Chan, Golub and LeVeque's corrected two-pass algorithm): with d = x - pivot and
 // rest = mean(d),
 //   mean = pivot + rest,   variance = mean(d^2) - rest^2,   sum of g (x - mean) = sum of g d - rest * sum of g,
-// and rest is as small as rounding, so that nothing cancels. Short runs are summed in Accumulator<X>, the runs
+// and rest is as small as rounding, so that nothing cancels. Short runs are summed in Accumulator<T>, the runs
 // of a channel in float64.
 namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
 
@@ -50,11 +50,11 @@ inline Finish<A> finish_own(double sum, double squares, int64_t count, double ep
 // Long runs: the positions of a channel are the lanes.
 
 /// The sums of one channel, a sample's positions being side by side.
-template <class X, class G>
+template <class T>
 class LongRuns {
-  using A = Accumulator<X>;
-  using V = Vector<X>;
-  static constexpr int64_t kWidth = kLanes<X>;
+  using A = Accumulator<T>;
+  using V = Vector<T>;
+  static constexpr int64_t kWidth = kLanes<T>;
   static constexpr int64_t kPiece = kRun * kWidth;
 
  public:
@@ -70,8 +70,8 @@ class LongRuns {
   template <bool kOwn>
   void sum(int64_t channel, A* products_of_samples) const {
     A* const gradients_of_samples = products_of_samples + samples_;
-    const X* const x = static_cast<const X*>(a_.x) + channel * positions_;
-    const G* const grad = static_cast<const G*>(a_.grad_output) + channel * positions_;
+    const T* const x = static_cast<const T*>(a_.x) + channel * positions_;
+    const T* const grad = static_cast<const T*>(a_.grad_output) + channel * positions_;
     A* const scale = static_cast<A*>(a_.scale) + channel;
     A* const shift = static_cast<A*>(a_.shift) + channel;
     const A pivot = kOwn ? mean(x, grad) : static_cast<const A*>(a_.mean)[channel];
@@ -92,8 +92,8 @@ class LongRuns {
           gradients[slot] += g;
           products[slot] += g * d;
         };
-        const X* const xs = x + n * a_.x_sample_stride + first;
-        const G* const gs = grad + n * a_.grad_sample_stride + first;
+        const T* const xs = x + n * a_.x_sample_stride + first;
+        const T* const gs = grad + n * a_.grad_sample_stride + first;
         visit<2>(
             size, [&](int slot, int64_t i) { add(slot, load(xs + i) - pivot, load(gs + i)); },
             [&](int64_t i) { add(1, keep(load(xs + i) - pivot), keep(load(gs + i))); });
@@ -162,14 +162,14 @@ class LongRuns {
   }
 
   /// Meanwhile the gradients of a small channel are fetched, which lie farther apart than the hardware foresees.
-  A mean(const X* x, const G* grad) const {
+  A mean(const T* x, const T* grad) const {
     const bool prefetch = samples_ * positions_ <= kPrefetched;
     double total = 0;
     V sums[4] = {};
     int64_t pending = 0;
     for (int64_t n = 0; n < samples_; ++n) {
       for (int64_t first = 0; first < positions_; first += kPiece) {
-        const X* const xs = x + n * a_.x_sample_stride + first;
+        const T* const xs = x + n * a_.x_sample_stride + first;
         const int64_t size = smaller(kPiece, positions_ - first);
         visit<4>(
             size,
@@ -212,34 +212,43 @@ struct Rows {
   }
 };
 
-/// One register of channels, copied side by side for a run of positions; lanes without a channel repeat the first.
-template <class T>
+/// One register of channels, copied side by side for a run of positions; lanes without a channel repeat the first. The
+/// sums know the type of the copy alone.
+template <class A>
 struct CopiedRows {
-  using Element = Accumulator<T>;
-  static constexpr int64_t kWidth = kLanes<T>;
-  const T* x;
+  using Element = A;
+  static constexpr int64_t kWidth = kLanes<A>;
+  const void* x;
+  DType dtype;
+  int64_t offset;  // of the first channel
   int64_t sample_stride;
   int64_t channel_stride;
   int64_t position_stride;
   int64_t count;  // of channels
   int64_t row_stride = kWidth;
-  alignas(kVectorBytes) Element copy[kRun * kWidth];
+  alignas(kVectorBytes) A copy[kRun * kWidth];
 
-  const Element* operator()(int64_t sample, int64_t first, int64_t size) {
-    const T* const from = x + sample * sample_stride + first * position_stride;
-    for (int64_t c = 0; c < kWidth; ++c) {
-      const T* const channel = from + (c < count ? c : 0) * channel_stride;
-      for (int64_t s = 0; s < size; ++s) copy[s * kWidth + c] = widen(channel[s * position_stride]);
-    }
+  const A* operator()(int64_t sample, int64_t first, int64_t size) {
+    with_type(dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      if constexpr (std::is_same_v<Accumulator<T>, A>) {
+        const T* const from = static_cast<const T*>(x) + offset + sample * sample_stride + first * position_stride;
+        for (int64_t c = 0; c < kWidth; ++c) {
+          const T* const channel = from + (c < count ? c : 0) * channel_stride;
+          for (int64_t s = 0; s < size; ++s) copy[s * kWidth + c] = widen(channel[s * position_stride]);
+        }
+      }
+    });
     return copy;
   }
 };
 
 /// The sums of kRegisters registers of channels, of which those from `begin` to `end` are written. The arrays of `a`
 /// are those of the first channel.
-template <int kRegisters, bool kOwn, class X, class G>
-void sum_side_by_side(const BatchNormGradients& a, int64_t channel, int64_t begin, int64_t end, X& x, G& grad) {
-  using A = Accumulator<typename X::Element>;
+template <int kRegisters, bool kOwn, class Rows>
+void sum_side_by_side(const BatchNormGradients& a, int64_t channel, int64_t begin, int64_t end, Rows& x,
+                      Rows& grad) {
+  using A = Accumulator<typename Rows::Element>;
   using V = Vector<A>;
   constexpr int64_t kWidth = kLanes<A>, kChannels = kRegisters * kWidth;
   // totals[c] += sums, which start again from 0.
@@ -353,55 +362,67 @@ void sum_side_by_side(const BatchNormGradients& a, int64_t channel, int64_t begi
   }
 }
 
-template <bool kOwn, class X, class G>
-void sum_channels(const BatchNormGradients& a) {
-  constexpr int64_t kWidth = kLanes<X>;
-  const int threads = useful_threads(a.samples * a.channels * a.positions, a.threads);
-  if (!a.channels_last && a.positions >= kWidth) {
-    const LongRuns<X, G> runs(a);
-    const Scratch<Accumulator<X>> scratch(threads * runs.scratch_size());
-    return parallel_for(threads, a.channels, [&](int thread, int64_t begin, int64_t end) {
-      auto* const own = scratch.data() + thread * runs.scratch_size();
-      for (int64_t channel = begin; channel < end; ++channel) runs.template sum<kOwn>(channel, own);
-    });
-  }
-  const X* const x = static_cast<const X*>(a.x);
-  const G* const grad = static_cast<const G*>(a.grad_output);
+template <class T, bool kOwn>
+void sum_long_runs(const BatchNormGradients& a, int threads) {
+  const LongRuns<T> runs(a);
+  const Scratch<Accumulator<T>> scratch(threads * runs.scratch_size());
+  parallel_for(threads, a.channels, [&](int thread, int64_t begin, int64_t end) {
+    auto* const own = scratch.data() + thread * runs.scratch_size();
+    for (int64_t channel = begin; channel < end; ++channel) runs.template sum<kOwn>(channel, own);
+  });
+}
+
+template <class T, bool kOwn>
+void sum_rows(const BatchNormGradients& a, int threads) {
+  constexpr int64_t kWidth = kLanes<T>;
   parallel_for(threads, ceil_div(a.channels, kWidth), [&](int, int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
-      const int64_t wanted = group * kWidth;
-      if (a.channels_last && a.channels >= kWidth) {
-        // The last register overlaps the one before.
-        const int64_t channel = smaller(wanted, a.channels - kWidth);
-        const Rows<X> rows{x + channel, a.x_sample_stride, a.channels};
-        const Rows<G> grad_rows{grad + channel, a.grad_sample_stride, a.channels};
-        sum_side_by_side<1, kOwn>(a, channel, wanted - channel, kWidth, rows, grad_rows);
-      } else {
-        const int64_t count = smaller(kWidth, a.channels - wanted);
-        const int64_t channel_stride = a.channels_last ? 1 : a.positions;
-        const int64_t position_stride = a.channels_last ? a.channels : 1;
-        CopiedRows<X> rows{
-            x + wanted * channel_stride, a.x_sample_stride, channel_stride, position_stride, count, kWidth, {}};
-        CopiedRows<G> grad_rows{
-            grad + wanted * channel_stride, a.grad_sample_stride, channel_stride, position_stride, count, kWidth, {}};
-        sum_side_by_side<1, kOwn>(a, wanted, 0, count, rows, grad_rows);
-      }
+      // The last register overlaps the one before.
+      const int64_t wanted = group * kWidth, channel = smaller(wanted, a.channels - kWidth);
+      const Rows<T> rows{static_cast<const T*>(a.x) + channel, a.x_sample_stride, a.channels};
+      const Rows<T> grad_rows{static_cast<const T*>(a.grad_output) + channel, a.grad_sample_stride, a.channels};
+      sum_side_by_side<1, kOwn>(a, channel, wanted - channel, kWidth, rows, grad_rows);
     }
+  });
+}
+
+template <class A, bool kOwn>
+void sum_copies(const BatchNormGradients& a, int threads) {
+  constexpr int64_t kWidth = kLanes<A>;
+  const int64_t channel_stride = a.channels_last ? 1 : a.positions;
+  const int64_t position_stride = a.channels_last ? a.channels : 1;
+  parallel_for(threads, ceil_div(a.channels, kWidth), [&](int, int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t wanted = group * kWidth, count = smaller(kWidth, a.channels - wanted);
+      const auto rows_of = [&](const void* data, int64_t sample_stride) {
+        return CopiedRows<A>{data,           a.x_dtype,         wanted * channel_stride, sample_stride,
+                             channel_stride, position_stride, count,                   kWidth,
+                             {}};
+      };
+      CopiedRows<A> rows = rows_of(a.x, a.x_sample_stride), grad_rows = rows_of(a.grad_output, a.grad_sample_stride);
+      sum_side_by_side<1, kOwn>(a, wanted, 0, count, rows, grad_rows);
+    }
+  });
+}
+
+template <bool kOwn>
+void sum_channels(const BatchNormGradients& a) {
+  const int threads = useful_threads(a.samples * a.channels * a.positions, a.threads);
+  const int64_t width = a.x_dtype == DType::float64 ? kLanes<double> : kLanes<float>;
+  const bool long_runs = !a.channels_last && a.positions >= width;
+  if (!long_runs && !(a.channels_last && a.channels >= width)) {
+    return a.x_dtype == DType::float64 ? sum_copies<double, kOwn>(a, threads) : sum_copies<float, kOwn>(a, threads);
+  }
+  with_type(a.x_dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    long_runs ? sum_long_runs<T, kOwn>(a, threads) : sum_rows<T, kOwn>(a, threads);
   });
 }
 
 }  // namespace
 
 void batch_norm_gradients(const BatchNormGradients& a) {
-  with_type(a.x_dtype, [&](auto* x_type) {
-    with_type(a.grad_dtype, [&](auto* grad_type) {
-      using X = std::remove_pointer_t<decltype(x_type)>;
-      using G = std::remove_pointer_t<decltype(grad_type)>;
-      if constexpr (std::is_same_v<Accumulator<X>, Accumulator<G>>) {
-        a.mean == nullptr ? sum_channels<true, X, G>(a) : sum_channels<false, X, G>(a);
-      }
-    });
-  });
+  a.mean == nullptr ? sum_channels<true>(a) : sum_channels<false>(a);
 }
 
 }  // namespace fisher_kernels::FISHER_KERNELS_CAPABILITY

@@ -13,7 +13,7 @@
 // That mean, the pivot, need not be exact: with d = x - pivot and rest = mean(d),
 //   mean = pivot + rest,   variance = mean(d^2) - rest^2,   sum of g (x - mean) = sum of g d - rest * sum of g,
 // and rest is as small as rounding, so that nothing cancels (Chan, Golub and LeVeque). Short runs are summed in
-// Accumulator<X>, what belongs to a channel in float64.
+// Accumulator<T>, what belongs to a channel in float64.
 //
 // With given statistics there is one launch, and another where positions are split. Without there are five: sums of x,
 // the pivots, all other sums, what they say of a channel, and the scales. Sums are split by shape alone.
@@ -31,13 +31,11 @@ constexpr int64_t kManyThreads = 1 << 17;  // likewise
 constexpr int64_t kMostSamples = 64;      // that a thread works on
 constexpr int64_t kFewestNumbers = 16;    // of a channel for which sums of a block of threads are worth what they take
 
-template <class X_, class G_>
+template <class T_>
 struct Traits {
-  using X = X_;
-  using G = G_;
-  using A = Accumulator<X>;
-  static_assert(std::is_same_v<A, Accumulator<G>>);
-  static constexpr int N = kVectorBytes / static_cast<int>(sizeof(X) > sizeof(G) ? sizeof(X) : sizeof(G));
+  using T = T_;
+  using A = Accumulator<T>;
+  static constexpr int N = kVectorBytes / static_cast<int>(sizeof(T));
   // What the threads of a block sum up together: N channels each, of one kind of sum or of two.
   struct Shared {
     alignas(16) double sums[kThreads * 2 * N];
@@ -121,8 +119,8 @@ __device__ T sum_of_lanes(T value, int lanes) {
 
 /// The sums of one thread over a run of positions.
 template <class Traits, bool kMean>
-__device__ Sums<typename Traits::A> sum_run(const Pass& pass, const typename Traits::X* x,
-                                            const typename Traits::G* grad, int count, typename Traits::A pivot) {
+__device__ Sums<typename Traits::A> sum_run(const Pass& pass, const typename Traits::T* x,
+                                            const typename Traits::T* grad, int count, typename Traits::A pivot) {
   using A = typename Traits::A;
   constexpr int N = Traits::N;
   const int lane = threadIdx.x % pass.lanes;
@@ -172,8 +170,8 @@ __global__ void __launch_bounds__(kThreads) channels_first_kernel(const __grid_c
   for (int64_t begin = first; begin < last; begin += pass.sample_lanes) {  // of all lanes together: they meet below
     const int64_t sample = begin + sample_lane;
     const bool is_one = is_channel && sample < last;
-    const auto* const x = static_cast<const typename Traits::X*>(pass.x) + sample * pass.x_sample + offset;
-    const auto* const grad = static_cast<const typename Traits::G*>(pass.grad) + sample * pass.grad_sample + offset;
+    const auto* const x = static_cast<const typename Traits::T*>(pass.x) + sample * pass.x_sample + offset;
+    const auto* const grad = static_cast<const typename Traits::T*>(pass.grad) + sample * pass.grad_sample + offset;
     const Sums<A> sums = sum_run<Traits, kMean>(pass, x, grad, is_one ? part.count : 0, pivot);
     distance += static_cast<double>(sums.distance);
     if constexpr (!kMean) {
@@ -260,7 +258,7 @@ __device__ void sum_threads(const Pass& pass, const ChannelsOfThread<Traits::N>&
 /// The sums of one thread over a piece of the positions of one sample.
 template <class Traits, bool kMean>
 __device__ void sum_positions(const Pass& pass, const ChannelsOfThread<Traits::N>& channels,
-                              const typename Traits::X* x, const typename Traits::G* grad, int count,
+                              const typename Traits::T* x, const typename Traits::T* grad, int count,
                               const Pack<typename Traits::A, Traits::N>& pivots,
                               Sums<typename Traits::A> (&sums)[Traits::N]) {
   constexpr int N = Traits::N;
@@ -306,8 +304,8 @@ __global__ void __launch_bounds__(kThreads) channels_last_kernel(const __grid_co
   for (int64_t begin = first; begin < last; begin += pass.sample_lanes) {
     const int64_t sample = begin + sample_lane;
     const bool is_one = sample < last && channels.has(0);
-    const auto* const x = static_cast<const typename Traits::X*>(pass.x) + sample * pass.x_sample + offset;
-    const auto* const grad = static_cast<const typename Traits::G*>(pass.grad) + sample * pass.grad_sample + offset;
+    const auto* const x = static_cast<const typename Traits::T*>(pass.x) + sample * pass.x_sample + offset;
+    const auto* const grad = static_cast<const typename Traits::T*>(pass.grad) + sample * pass.grad_sample + offset;
     Sums<A> sums[N];
     sum_positions<Traits, kMean>(pass, channels, x, grad, is_one ? part.count : 0, pivots, sums);
     Pack<A, N> of_sample[2];
@@ -517,31 +515,31 @@ void run_fold(const Fold& fold, const Stream& stream) {
 }
 
 /// The mean of each channel, to rounding.
-template <class X>
-void make_pivots(const BatchNormGradients& a, Accumulator<X>* pivot, const Stream& stream) {
-  using Traits = cuda::Traits<X, X>;
+template <class T>
+void make_pivots(const BatchNormGradients& a, Accumulator<T>* pivot, const Stream& stream) {
+  using Traits = cuda::Traits<T>;
   Pass pass = make_pass(a);
-  pass.packed = has_packs(a, static_cast<const X*>(a.x), a.x_sample_stride, Traits::N);
+  pass.packed = has_packs(a, static_cast<const T*>(a.x), a.x_sample_stride, Traits::N);
   const int64_t blocks = divide(a, Traits::N, pass), rows = rows_of(a, pass);
   const Scratch of_channels(stream, rows * a.channels * sizeof(double));
   pass.of_channels = of_channels.as<double>();
   run_pass<Traits, true>(a, pass, blocks, stream);
-  run_fold<Accumulator<X>>({pass.of_channels, pivot, nullptr, nullptr, rows, pass.channels,
+  run_fold<Accumulator<T>>({pass.of_channels, pivot, nullptr, nullptr, rows, pass.channels,
                             static_cast<double>(a.samples) * static_cast<double>(a.positions), a.eps},
                            stream);
 }
 
-template <class X, class G>
+template <class T>
 void gradients(const BatchNormGradients& a, const Stream& stream) {
-  using Traits = cuda::Traits<X, G>;
+  using Traits = cuda::Traits<T>;
   using A = typename Traits::A;
   const bool own = a.mean == nullptr;
   const int64_t count = a.samples * a.channels;
   Pass pass = make_pass(a);
   pass.grad = a.grad_output;
   pass.grad_sample = a.grad_sample_stride;
-  pass.packed = has_packs(a, static_cast<const X*>(a.x), a.x_sample_stride, Traits::N) &&
-                has_packs(a, static_cast<const G*>(a.grad_output), a.grad_sample_stride, Traits::N) &&
+  pass.packed = has_packs(a, static_cast<const T*>(a.x), a.x_sample_stride, Traits::N) &&
+                has_packs(a, static_cast<const T*>(a.grad_output), a.grad_sample_stride, Traits::N) &&
                 is_aligned(a.scale) && is_aligned(a.shift);
   const int64_t blocks = divide(a, Traits::N, pass), rows = rows_of(a, pass);
   const bool split = pass.pieces > 1;
@@ -551,7 +549,7 @@ void gradients(const BatchNormGradients& a, const Stream& stream) {
   const Scratch of_pieces(stream, split ? 2 * pass.pieces * count * sizeof(A) : 0);
   A *const pivot = own ? of_channel.as<A>() : nullptr, *const rest = own ? pivot + a.channels : nullptr,
            *const factor = own ? rest + a.channels : nullptr;
-  if (own) make_pivots<X>(a, pivot, stream);
+  if (own) make_pivots<T>(a, pivot, stream);
   pass.pivot = own ? pivot : a.mean;
   pass.variance = split ? nullptr : a.variance;
   pass.of_channels = of_channels.as<double>();
@@ -581,13 +579,7 @@ void batch_norm_gradients(const BatchNormGradients& a, const Stream& stream) {
   }
   const DeviceGuard guard(stream);
   if (a.samples * a.channels * a.positions == 0) return;  // the caller's zeros
-  for_type(a.x_dtype, [&](auto x_type) {
-    for_type(a.grad_dtype, [&](auto grad_type) {
-      using X = typename decltype(x_type)::type;
-      using G = typename decltype(grad_type)::type;
-      if constexpr (std::is_same_v<Accumulator<X>, Accumulator<G>>) gradients<X, G>(a, stream);
-    });
-  });
+  for_type(a.x_dtype, [&](auto type) { gradients<typename decltype(type)::type>(a, stream); });
 }
 
 }  // namespace fisher_kernels::cuda

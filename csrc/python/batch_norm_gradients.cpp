@@ -16,9 +16,8 @@ void batch_norm_gradients(py::handle x_object, py::handle grad_object, double ep
   check_float(x, x_argument);
   if (x.dims < 2) value_error(x_argument, "has shape " + x.shape() + ", expected at least 2 dimensions");
   const TensorView grad = read_tensor(grad_object, grad_argument);
-  check_float(grad, grad_argument);
+  check_dtype(grad, x.dtype, grad_argument);
   const DType dtype = accumulation_dtype(x.dtype);
-  if (accumulation_dtype(grad.dtype) != dtype) check_dtype(grad, x.dtype, grad_argument);
   check_shape(grad, std::vector<int64_t>(x.sizes, x.sizes + x.dims), grad_argument);
   check_coefficient(eps, {call, "eps"});
   if (mean_object.is_none() != variance_object.is_none()) {

@@ -65,9 +65,9 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 def _in_one_order(x: Tensor, grad_output: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both with contiguous samples, or both with channels_last ones; copied only if they are not."""
-    if dtype == torch.float64:
-        x, grad_output = x.double(), grad_output.double()
+    """Both of one dtype, with contiguous samples or with channels_last ones; copied only if they are not."""
+    if x.dtype != grad_output.dtype:
+        x, grad_output = x.to(dtype), grad_output.to(dtype)
     if not (_is_contiguous(x) and _is_contiguous(grad_output)):
         if _is_channels_last(x):  # the order of x, which is the larger where there is a difference
             if not _is_channels_last(grad_output):
