@@ -1,8 +1,7 @@
 #include <algorithm>
 #include <limits>
-#include <vector>
 
-#include "step.cuh"
+#include "mbf_plan.cuh"
 
 // The mini-block Fisher step. What moves in float32, a parameter under blocks of n x n: gradient 4 bytes, momentum and
 // parameter 8 each, inverse 4 n (half of that packed, or in bfloat16): 20 + 4 n bytes, for 2 n flops. Bandwidth is all
@@ -20,13 +19,10 @@ namespace fisher_kernels::cuda {
 
 namespace {
 
-constexpr const char* kName = "mbf_step_";
-constexpr int kThreads = 256;
+using namespace mbf;
+
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kElements = 512;  // of a tile: whole blocks, as many as fit
 constexpr int kPerThread = kElements / kThreads;
-constexpr int kNumbers = 5120;  // of an inverse in a tile: those of 56 blocks of 9 x 9
-static_assert(kElements % kThreads == 0);
 
 /// A tile of blocks: parameters of type T, inverses stored as S.
 template <class T_, class S_>
@@ -46,7 +42,6 @@ struct Traits {
   };
 };
 
-constexpr int kSlabRows = 16;  // of a block that is larger than a tile: as many sums a thread has in registers
 constexpr int kSlabThreads = 128;
 
 template <class A>
@@ -63,79 +58,6 @@ struct DiagonalMemory {
 struct AlongMemory {
   double sums[kWarps];
   int skipped[kElements];  // blocks
-};
-
-/// The coefficients of a step, in the type that it is computed in.
-template <class A>
-struct Rates {
-  A gradient_scale;
-  A momentum;
-  A weight_decay;  // coupled form
-  A step_size;     // lr, clipped in the second pass
-  A shrinkage;     // decoupled form: lr * weight_decay
-  bool off;        // nothing is to be done
-};
-
-/// They are found once, on the device, since many GPUs are slow at divisions in float64.
-struct alignas(kVectorBytes) Coefficients {
-  Rates<float> in_float;
-  Rates<double> in_double;
-
-  template <class A>
-  __device__ const Rates<A>& in() const {
-    if constexpr (std::is_same_v<A, double>) {
-      return in_double;
-    } else {
-      return in_float;
-    }
-  }
-};
-
-/// What all tables have.
-struct Shared {
-  const Coefficients* coefficients;
-
-  template <class A>
-  __device__ const Rates<A>& rates() const {
-    return coefficients->in<A>();
-  }
-};
-
-/// A parameter as [rows, columns], each row in blocks of n x n.
-struct Entry : StepArrays {
-  const void* inverse;  // null where directions came from elsewhere
-  void* directions;     // null where none are kept
-  void* moments;        // new ones of slabs
-  void* parts;          // of slabs of packed blocks, what their rows give as columns
-  double* sums;         // of <d, g>, one for each tile, or null without kl_clip
-  int64_t* skipped;
-  int64_t rows;
-  int64_t columns;
-  int64_t row_stride;  // of directions
-  int64_t block_stride;
-  int32_t n;
-  int32_t blocks_in_tile;
-  bool packed;
-
-  /// Numbers of a block of the inverse.
-  __host__ __device__ int64_t numbers() const {
-    const int64_t all = static_cast<int64_t>(n) * n;
-    return packed ? (all + n) / 2 : all;
-  }
-
-  __host__ __device__ int64_t blocks_in_row() const { return divide_up<int64_t>(columns, n); }
-};
-
-/// One of any strides, or with a bias as its last column.
-struct JoinedEntry : Entry {
-  void* bias_parameter;
-  const void* bias_gradient;
-  void* bias_moment;
-  bool biased;
-  bool strided;
-  bool bias_strided;
-  Geometry geometry;
-  Geometry bias_geometry;
 };
 
 /// Where an element lies.
@@ -711,150 +633,6 @@ __global__ void __launch_bounds__(kThreads) prepare(const __grid_constant__ Star
                                   static_cast<float>(rates.weight_decay),   static_cast<float>(rates.step_size),
                                   static_cast<float>(rates.shrinkage),      rates.off};
 }
-
-// On the host.
-
-enum class Way : uint8_t { diagonal, blocks, slabs, along };
-
-/// A parameter that has elements, and how it goes through the kernels.
-struct Item {
-  JoinedEntry entry;
-  DType dtype;
-  DType inverse_dtype;
-  Way way = Way::along;
-  bool joined = false;
-  bool flat = false;        // directions lie as the parameter does
-  int64_t directions = -1;  // places in the scratch, or -1
-  int64_t moments = -1;
-  int64_t parts = -1;
-  int64_t sums = -1;
-
-  bool is(DType of, DType inverse) const { return dtype == of && inverse_dtype == inverse; }
-};
-
-bool is_strided(const MbfArrays& arrays) {
-  return !(arrays.parameter.contiguous && arrays.gradient.contiguous && arrays.moment.contiguous);
-}
-
-Geometry geometry_of(const MbfArrays& arrays) {
-  return make_geometry(kName, {&arrays.parameter, &arrays.gradient, &arrays.moment}, true);
-}
-
-JoinedEntry make_entry(const MbfParameter& p) {
-  JoinedEntry entry{};
-  const bool is_bias = p.biased && p.columns == 1;  // and nothing beside it
-  const MbfArrays& arrays = is_bias ? p.bias : p.weight;
-  entry.parameter = arrays.parameter.data;
-  entry.gradient = arrays.gradient.data;
-  entry.moment = arrays.moment.data;
-  entry.size = p.rows * p.columns;
-  entry.inverse = p.inverse;
-  entry.directions = p.directions;
-  entry.skipped = p.skipped;
-  entry.rows = p.rows;
-  entry.columns = p.columns;
-  entry.row_stride = p.directions == nullptr ? p.columns : p.row_stride;
-  entry.block_stride = p.block_stride;
-  entry.n = static_cast<int32_t>(p.size);
-  entry.packed = p.packed;
-  entry.strided = is_strided(arrays);
-  if (entry.strided) entry.geometry = geometry_of(arrays);
-  entry.biased = p.biased && !is_bias;
-  if (!entry.biased) return entry;
-  entry.bias_parameter = p.bias.parameter.data;
-  entry.bias_gradient = p.bias.gradient.data;
-  entry.bias_moment = p.bias.moment.data;
-  entry.bias_strided = is_strided(p.bias);
-  if (entry.bias_strided) entry.bias_geometry = geometry_of(p.bias);
-  return entry;
-}
-
-Way way_of(const Entry& entry) {
-  if (entry.inverse == nullptr) return Way::along;
-  if (entry.n == 1) return Way::diagonal;
-  return entry.numbers() <= kNumbers ? Way::blocks : Way::slabs;
-}
-
-int64_t slabs_of(const Item& item) { return item.entry.rows * divide_up<int64_t>(item.entry.n, kSlabRows); }
-
-int32_t blocks_in_tile(const Entry& entry, Way way) {
-  const int64_t by_numbers = way == Way::blocks ? kNumbers / entry.numbers() : kElements;
-  const int64_t most = std::max<int64_t>(1, std::min<int64_t>(kElements / entry.n, by_numbers));
-  return static_cast<int32_t>(most < 16 ? most : most / 8 * 8);  // tiles begin with whole sectors of memory
-}
-
-/// Blocks of threads of the kernel that makes the sums.
-int64_t tiles_of(const Item& item) {
-  if (item.way == Way::diagonal) return chunks(item.entry.rows);
-  return divide_up<int64_t>(item.entry.rows * item.entry.blocks_in_row(), item.entry.blocks_in_tile);
-}
-
-/// All parameters that have elements, and the memory that is needed beside them.
-struct Plan {
-  std::vector<Item> items;
-  int64_t bytes = 0;
-  int64_t sums = 0;  // how many there are, after the coefficients
-
-  /// Whether any item is of a dtype.
-  bool has(DType dtype) const {
-    return std::any_of(items.begin(), items.end(), [=](const Item& item) { return item.dtype == dtype; });
-  }
-
-  explicit Plan(const MbfStep& step) {
-    items.reserve(step.count);
-    for (int64_t i = 0; i < step.count; ++i) {
-      const MbfParameter& p = step.parameters[i];
-      if (p.rows * p.columns > 0) add(p, step.kl_clip > 0);
-    }
-    bytes = sizeof(Coefficients) + sums * sizeof(double);
-    for (Item& item : items) reserve(item, step.kl_clip > 0);
-  }
-
-  /// Tells the entries where their memory is.
-  void place(char* memory) {
-    for (Item& item : items) {
-      if (item.directions >= 0) item.entry.directions = memory + item.directions;
-      if (item.moments >= 0) item.entry.moments = memory + item.moments;
-      if (item.parts >= 0) item.entry.parts = memory + item.parts;
-      if (item.sums >= 0) item.entry.sums = first_sum(memory) + item.sums;
-    }
-  }
-
-  static double* first_sum(char* memory) { return reinterpret_cast<double*>(memory + sizeof(Coefficients)); }
-
- private:
-  void add(const MbfParameter& p, bool clip) {
-    Item item{};
-    item.entry = make_entry(p);
-    item.dtype = p.dtype;
-    item.inverse_dtype = p.inverse_dtype;
-    Entry& entry = item.entry;
-    item.way = way_of(entry);
-    item.joined = item.entry.biased || item.entry.strided;
-    item.flat = !item.joined && entry.row_stride == p.columns && p.size == p.columns;
-    entry.blocks_in_tile = blocks_in_tile(entry, item.way);
-    if (clip) {
-      item.sums = sums;
-      sums += tiles_of(item);
-    }
-    items.push_back(item);
-  }
-
-  void reserve(Item& item, bool clip) {
-    const int64_t size = size_of(accumulation_dtype(item.dtype)), columns = item.entry.columns;
-    const int64_t all = item.entry.rows * columns * size;
-    if (item.way != Way::along && (clip || item.way == Way::slabs)) item.directions = take(all);
-    if (item.way != Way::slabs) return;
-    item.moments = take(all);
-    if (item.entry.packed) item.parts = take(slabs_of(item) * columns * size);
-  }
-
-  int64_t take(int64_t count) {
-    const int64_t at = divide_up<int64_t>(bytes, kVectorBytes) * kVectorBytes;
-    bytes = at + count;
-    return at;
-  }
-};
 
 /// What a kernel needs of an entry.
 template <class Kind>
