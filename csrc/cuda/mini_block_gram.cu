@@ -22,6 +22,9 @@ namespace {
 
 constexpr const char* kName = "mini_block_gram_";
 
+constexpr int kWarps = 8;  // of a thread block
+constexpr int kThreads = kWarps * kWarp;
+
 constexpr size_t kMostShared = 160 * 1024;  // bytes of shared memory that a thread block gets on every GPU built for
 constexpr int64_t kShare = 256;       // samples, but
 constexpr int64_t kMostShares = 64;   // shares are longer where there would be more
@@ -51,6 +54,14 @@ __device__ inline int divide(int number, uint32_t inverse) {
 /// ceil(2^32 / divisor), or 0 for a divisor of 1.
 uint32_t inverse(uint32_t divisor) { return divisor == 1 ? 0 : 0xffffffffu / divisor + 1; }
 
+/// How blocks are cut into the tiles of lanes.
+struct Cut {
+  int32_t edge;    // tiles down the diagonal of a block
+  int32_t part;    // rows and columns of a tile
+  int32_t blocks;  // of a warp
+  int32_t sums;    // of a lane
+};
+
 /// Blocks of up to kEdge * kPart numbers, whose triangles are cut into tiles of kPart x kPart, kEdge down the diagonal.
 template <class T_, int kEdge_, int kPart_>
 struct Traits {
@@ -62,8 +73,6 @@ struct Traits {
   static constexpr int kBlocks = kWarp / kLanes;          // of a warp
   static constexpr bool kIsTriangle = kEdge == 1;         // a lane's tile is on the diagonal
   static constexpr int kSums = kIsTriangle ? kPart * (kPart + 1) / 2 : kPart * kPart;  // of a lane
-  static constexpr int kWarps = 8;
-  static constexpr int kThreads = kWarps * kWarp;
   // On a multiprocessor, which limits registers: the more a lane needs for its sums, the fewer warps keep memory busy.
   static constexpr int kWords = kSums * static_cast<int>(sizeof(A) / 4);
   static constexpr int kLeastBlocks = kWords > 90 ? 1 : kWords > 49 ? 2 : kWords > 32 ? 3 : kWords > 16 ? 4 : 5;
@@ -73,6 +82,8 @@ struct Traits {
   static constexpr int kStage = (kBlocks * kMost + 2 * kVector - 1) / kVector * kVector;
   static_assert(kLanes <= kWarp && (kWarps & (kWarps - 1)) == 0 && (kStages & (kStages - 1)) == 0);
   static_assert(kMost * kMost < 1 << 12 && kBlocks * kMost * kMost < 1 << 16);
+
+  static constexpr Cut cut() { return {kEdge, kPart, kBlocks, kSums}; }
 
   /// Whether a lane has a sum of row i and column j of its tile.
   static constexpr bool has(int i, int j) { return !kIsTriangle || j <= i; }
@@ -86,14 +97,13 @@ struct Memory {
   using A = typename Traits::A;
   A totals[Traits::kSums][kWarp];  // of the shares so far
   union {
-    alignas(kVectorBytes) typename Traits::T stages[Traits::kWarps][Traits::kStages][Traits::kStage];
-    A sums[Traits::kWarps / 2][Traits::kSums][kWarp];
+    alignas(kVectorBytes) typename Traits::T stages[kWarps][Traits::kStages][Traits::kStage];
+    A sums[kWarps / 2][Traits::kSums][kWarp];
     A blocks[Traits::kBlocks * Traits::kMost * Traits::kMost];  // of the result
   };
 };
 
 /// The blocks of a warp, and what a lane has of them.
-template <class Traits>
 struct Group {
   int64_t first;  // block
   int count;      // of blocks
@@ -102,20 +112,20 @@ struct Group {
   int column;
   bool is_used;
 
-  __device__ explicit Group(const Params& params) : first(static_cast<int64_t>(blockIdx.x) * Traits::kBlocks) {
+  __device__ Group(const Params& params, const Cut& cut) : first(static_cast<int64_t>(blockIdx.x) * cut.blocks) {
     const int64_t left = params.blocks - first;
-    count = static_cast<int>(left < Traits::kBlocks ? left : Traits::kBlocks);
-    const int lane = threadIdx.x % kWarp;
-    block = lane / Traits::kLanes;
+    count = static_cast<int>(left < cut.blocks ? left : cut.blocks);
+    const int lane = threadIdx.x % kWarp, lanes = cut.edge * (cut.edge + 1) / 2;
+    block = lane / lanes;
     is_used = block < count;
     if (!is_used) block = 0;
-    int tile = lane % Traits::kLanes, down = 0;
+    int tile = lane % lanes, down = 0;
 #pragma unroll
-    for (int i = 0; i + 1 < Traits::kEdge; ++i) {
+    for (int i = 0; i + 1 < cut.edge; ++i) {
       if (tile > down) tile -= ++down;
     }
-    row = down * Traits::kPart;
-    column = tile * Traits::kPart;
+    row = down * cut.part;
+    column = tile * cut.part;
   }
 };
 
@@ -199,7 +209,7 @@ template <class Traits>
 __device__ void fold(Memory<Traits>& memory, LaneSums<Traits>& sums) {
   using A = typename Traits::A;
   const int warp = threadIdx.x / kWarp;
-  for (int half = Traits::kWarps / 2; half > 0; half /= 2) {
+  for (int half = kWarps / 2; half > 0; half /= 2) {
     __syncthreads();
     if (warp >= half && warp < 2 * half) {
       sums.each_in(memory.sums[warp - half], [](A& sum, A& place) { place = sum; });
@@ -211,17 +221,17 @@ __device__ void fold(Memory<Traits>& memory, LaneSums<Traits>& sums) {
 
 /// The sums of a share of the samples, from one of them on, in warp 0.
 template <class Traits>
-__device__ void sum_share(const Params& params, const Group<Traits>& group, int64_t first, Memory<Traits>& memory,
+__device__ void sum_share(const Params& params, const Group& group, int64_t first, Memory<Traits>& memory,
                           LaneSums<Traits>& sums) {
   using T = typename Traits::T;
   constexpr int kStages = Traits::kStages, kVector = Traits::kVector;
   const int warp = threadIdx.x / kWarp, size = group.count * params.size;
   const int64_t left = params.samples - first;
   const auto samples = static_cast<int>(left < params.share ? left : params.share);
-  const int count = (samples - warp + Traits::kWarps - 1) / Traits::kWarps;
-  const int64_t step = Traits::kWarps * params.sample_stride;
+  const int count = (samples - warp + kWarps - 1) / kWarps;
+  const int64_t step = kWarps * params.sample_stride;
   const T* from = static_cast<const T*>(params.v) + (first + warp) * params.sample_stride + group.first * params.size;
-  static_assert(Traits::kWarps % kVector == 0, "all samples of a warp begin alike within 16 bytes");
+  static_assert(kWarps % kVector == 0, "all samples of a warp begin alike within 16 bytes");
   const int shift = shift_of(from);
   from -= shift;
   const int64_t behind = (params.blocks - group.first - group.count) * params.size;  // numbers of the sample
@@ -247,39 +257,39 @@ __device__ void sum_share(const Params& params, const Group<Traits>& group, int6
   fold(memory, sums);
 }
 
-/// Averages the sums of a group, which are in the lower triangles of memory.blocks, into the result.
-template <class Traits>
-__device__ void write_blocks(const Params& params, const Group<Traits>& group, Memory<Traits>& memory) {
-  using A = typename Traits::A;
+/// Averages the sums of a group, which are in the lower triangles of `blocks`, into the result.
+template <class A>
+__device__ void write_blocks(const Params& params, const Group& group, A* blocks) {
   const int n = params.size, square = n * n, count = group.count * square;
   const A decay = static_cast<A>(params.decay), gain = static_cast<A>(params.gain);
   A* const out = static_cast<A*>(params.out) + group.first * square;
-  for (int at = threadIdx.x; at < count; at += Traits::kThreads) {
+#pragma unroll 1  // each load waits for a branch, so that none would be under way together
+  for (int at = threadIdx.x; at < count; at += kThreads) {
     const int block = divide(at, params.inverse_square) * square, place = at - block;
     const int i = divide(place, params.inverse_size), j = place - i * n;
     if (j > i) continue;
-    A value = gain * memory.blocks[at];
+    A value = gain * blocks[at];
     if (decay != 0) value = fma(decay, out[at], value);
-    memory.blocks[at] = value;
-    memory.blocks[block + j * n + i] = value;
+    blocks[at] = value;
+    blocks[block + j * n + i] = value;
   }
   __syncthreads();
-  for (int at = threadIdx.x; at < count; at += Traits::kThreads) out[at] = memory.blocks[at];
+#pragma unroll 4
+  for (int at = threadIdx.x; at < count; at += kThreads) out[at] = blocks[at];
 }
 
-/// Where in memory.blocks a sum of a lane belongs, or -1.
-template <class Traits>
-__device__ int place_in_blocks(const Params& params, const Group<Traits>& group, int i, int j) {
+/// Where in shared blocks a sum of a lane belongs, or -1.
+__device__ inline int place_in_blocks(const Params& params, const Group& group, int i, int j) {
   const int n = params.size, row = group.row + i, column = group.column + j;
   return group.is_used && row < n && column <= row ? (group.block * n + row) * n + column : -1;
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kLeastBlocks)
+__global__ void __launch_bounds__(kThreads, Traits::kLeastBlocks)
     small_kernel(const __grid_constant__ Params params) {
   using A = typename Traits::A;
   auto& memory = shared_memory<Memory<Traits>>();
-  const Group<Traits> group(params);
+  const Group group(params, Traits::cut());
   const bool is_first_warp = threadIdx.x < kWarp, apart = params.partials != nullptr;
   const int64_t begin = apart ? blockIdx.y : 0, end = apart ? begin + 1 : params.shares;
   LaneSums<Traits> sums;
@@ -303,29 +313,29 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLeastBlocks)
     });
   }
   __syncthreads();
-  write_blocks(params, group, memory);
+  write_blocks(params, group, memory.blocks);
 }
 
-/// Adds shares up in order, as the other kernel does where it has them all. Knows v by the type of its sums only.
-template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads) small_shares_kernel(const __grid_constant__ Params params) {
-  using A = typename Traits::A;
-  auto& memory = shared_memory<Memory<Traits>>();
-  const Group<Traits> group(params);
-  const int64_t size = static_cast<int64_t>(gridDim.x) * Traits::kSums;
-  const auto* const partials = static_cast<const A(*)[kWarp]>(params.partials) + blockIdx.x * Traits::kSums;
-  for (int k = threadIdx.x / kWarp; k < Traits::kSums; k += Traits::kWarps) {
-    const TilePlace sum = Traits::kIsTriangle ? tile_of_triangle(k) : TilePlace{k / Traits::kPart, k % Traits::kPart};
+/// Adds shares up in order, as the other kernel does where it has them all. One kernel serves all classes.
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    small_shares_kernel(const __grid_constant__ Params params, const __grid_constant__ Cut cut) {
+  A* const blocks = &shared_memory<A>();
+  const Group group(params, cut);
+  const int64_t size = static_cast<int64_t>(gridDim.x) * cut.sums;
+  const auto* const partials = static_cast<const A(*)[kWarp]>(params.partials) + blockIdx.x * cut.sums;
+  for (int k = threadIdx.x / kWarp; k < cut.sums; k += kWarps) {
+    const TilePlace sum = cut.edge == 1 ? tile_of_triangle(k) : TilePlace{k / cut.part, k % cut.part};
     const int place = place_in_blocks(params, group, sum.row, sum.column);
     if (place < 0) continue;
     const A* from = partials[k] + threadIdx.x % kWarp;
     A total = *from;
 #pragma unroll 8  // loads under way together
     for (int64_t share = 1; share < params.shares; ++share) total += from[share * size * kWarp];
-    memory.blocks[place] = total;
+    blocks[place] = total;
   }
   __syncthreads();
-  write_blocks(params, group, memory);
+  write_blocks(params, group, blocks);
 }
 
 template <class Traits>
@@ -352,12 +362,11 @@ void small_blocks(const MiniBlockGram& a, const Stream& stream) {
   const bool apart = params.shares > 1 && groups < kManyGroups;
   const Scratch partials(stream, apart ? params.shares * groups * Traits::kSums * kWarp * sizeof(A) : 0);
   params.partials = apart ? partials.as<void>() : nullptr;
-  launch(kName, small_kernel<Traits>, dim3(static_cast<unsigned>(groups), apart ? params.shares : 1), Traits::kThreads,
+  launch(kName, small_kernel<Traits>, dim3(static_cast<unsigned>(groups), apart ? params.shares : 1), kThreads,
          sizeof(Memory<Traits>), stream, params);
   if (!apart) return;
-  using Wide = cuda::Traits<A, Traits::kEdge, Traits::kPart>;
-  launch(kName, small_shares_kernel<Wide>, dim3(static_cast<unsigned>(groups)), Wide::kThreads, sizeof(Memory<Wide>),
-         stream, params);
+  launch(kName, small_shares_kernel<A>, dim3(static_cast<unsigned>(groups)), kThreads,
+         Traits::kBlocks * n * n * sizeof(A), stream, params, Traits::cut());
 }
 
 /// Blocks as Gram matrices of their own: sums of runs in order, whether or not they are apart.
