@@ -11,6 +11,7 @@ from torch import Tensor
 from bench.interleaved import Case, RunCase
 from bench.limits import stream_read, stream_update
 from fisher_kernels.ops import mbf_step_
+from fisher_kernels.ops._blocks import pack
 
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0, "decoupled": True, "maximize": False}
 
@@ -25,8 +26,7 @@ class Inputs:
         self.param, self.grad, self.momentum = make(), make(), make()
         x = torch.randn(channels * channels, 9, 9)
         self.inverse = x @ x.mT / 9
-        i, j = torch.tril_indices(9, 9)
-        self.packed = self.inverse[:, i, j].contiguous()
+        self.packed = pack(self.inverse)
 
     def step(self, inverse: Tensor, **options: Any) -> None:
         mbf_step_([self.param], [self.grad], [self.momentum], [inverse], **{**OPTIONS, **options})

@@ -1,4 +1,4 @@
-"""Checks that the ops on many small square matrices share."""
+"""What the ops on many small square matrices share: checks, and symmetric ones stored as triangles."""
 
 from __future__ import annotations
 
@@ -27,3 +27,16 @@ def check_partner(op: str, name: str, x: Tensor, shape: torch.Size, like: str, b
 def new_info(blocks: Tensor) -> Tensor:
     """An uninitialised status for each block."""
     return blocks.new_empty(blocks.shape[:1], dtype=torch.int64)
+
+
+def pack(blocks: Tensor) -> Tensor:
+    """(B, n (n + 1) / 2), the lower triangles of symmetric (B, n, n), row by row."""
+    rows, columns = torch.tril_indices(*blocks.shape[1:], device=blocks.device)
+    return blocks[:, rows, columns]
+
+
+def unpack(packed: Tensor, n: int) -> Tensor:
+    """(B, n, n) from the lower triangles."""
+    index = torch.arange(n, device=packed.device)
+    low, high = torch.minimum(index[:, None], index), torch.maximum(index[:, None], index)
+    return packed[:, high * (high + 1) // 2 + low]

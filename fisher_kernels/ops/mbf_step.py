@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import Native
+from fisher_kernels.ops._blocks import unpack
 from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define, device_of
 from fisher_kernels.ops._step import (
     check_lengths,
@@ -222,18 +223,11 @@ def _fake(s: _Step) -> tuple[Tensor, Tensor]:
     return _results(s)
 
 
-def _unpack(packed: Tensor, n: int) -> Tensor:
-    """(B, n (n + 1) / 2) as (B, n, n)."""
-    i, j = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
-    low, high = torch.minimum(i, j), torch.maximum(i, j)
-    return packed[:, (high * (high + 1) // 2 + low).to(packed.device)]
-
-
 def _blocks(inverse: Tensor, layout: _Layout) -> Tensor:
     """An inverse as (rows or 1, blocks or 1, n, n)."""
     if inverse.dim() == 4:
         return inverse
-    return (inverse if inverse.dim() == 3 else _unpack(inverse, layout.size)).unsqueeze(1)
+    return (inverse if inverse.dim() == 3 else unpack(inverse, layout.size)).unsqueeze(1)
 
 
 def _reference(s: _Step) -> tuple[Tensor, Tensor]:

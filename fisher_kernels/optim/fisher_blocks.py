@@ -15,6 +15,7 @@ from fisher_kernels.curvature.block_rules import BlockRule, Blocks
 from fisher_kernels.curvature.hooks import Site
 from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.ops import ACCUMULATOR, block_inverse, block_inverse_, factor_ema_
+from fisher_kernels.ops._blocks import pack, unpack
 from fisher_kernels.optim.base import Counters, count
 
 STORAGES = ("full", "packed", "bfloat16")
@@ -69,25 +70,6 @@ New = tuple[Part, Tensor, float, float]
 def packs(blocks: Blocks) -> bool:
     """Whether blocks can be stored as triangles: they are neither shared nor single numbers."""
     return blocks.shared_by is None and blocks.size > 1
-
-
-def _triangle(size: int, device: torch.device) -> Tensor:
-    """Where the lower triangle of a block lies among its entries, row by row."""
-    rows, columns = torch.tril_indices(size, size, device=device)
-    return rows * size + columns
-
-
-def pack(blocks: Tensor) -> Tensor:
-    """(B, n (n + 1) / 2), the lower triangles of symmetric (B, n, n), row by row."""
-    return blocks.flatten(1)[:, _triangle(blocks.shape[1], blocks.device)]
-
-
-def unpack(packed: Tensor, size: int) -> Tensor:
-    """(B, n, n) from the lower triangles."""
-    full = packed.new_zeros(packed.shape[0], size * size)
-    full[:, _triangle(size, packed.device)] = packed
-    lower = full.view(-1, size, size)
-    return lower + lower.tril(-1).mT
 
 
 class FisherBlocks:

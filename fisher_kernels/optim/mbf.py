@@ -19,8 +19,9 @@ from fisher_kernels.curvature.block_rules import BlockRule, BlockRules, Blocks, 
 from fisher_kernels.curvature.hooks import Layer
 from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.ops import ACCUMULATOR, mbf_step_
+from fisher_kernels.ops._blocks import unpack
 from fisher_kernels.optim.base import count, totals
-from fisher_kernels.optim.fisher_blocks import STORAGES, FisherBlocks, New, Unit, unpack
+from fisher_kernels.optim.fisher_blocks import STORAGES, FisherBlocks, New, Unit
 from fisher_kernels.optim.layerwise import LayerwiseOptimizer, is_due
 
 
