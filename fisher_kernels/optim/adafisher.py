@@ -18,7 +18,7 @@ from fisher_kernels.curvature.diagonal_rules import DiagonalRule, rule_for
 from fisher_kernels.curvature.hooks import Layer
 from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.ops import ACCUMULATOR, adafisher_step_
-from fisher_kernels.optim.base import count, find_gradients, totals
+from fisher_kernels.optim.base import Batch, Plan, count, totals
 from fisher_kernels.optim.diagonal_factors import VARIANTS, DiagonalFactors, Place
 from fisher_kernels.optim.layerwise import LayerwiseOptimizer
 
@@ -163,8 +163,9 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
     # Step.
 
     def _prepare(self) -> None:
-        found = [plan.gradients() if (plan := self._plans.get(id(g))) else None for g in self.param_groups]
-        if None not in found:
+        plans = [self._plans.get(id(group)) for group in self.param_groups]
+        found = [plan is not None and plan.find() for plan in plans]
+        if all(found):
             return
         fresh = False
         for _, p in self._with_gradients():
@@ -186,9 +187,9 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
     def _update(self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Step one group: parameters with factors in one call, those of constant curvature in another."""
         plan = self._plans.get(id(group))
-        if plan is None or plan.version != self._factors.version or plan.found is None:
+        if plan is None or plan.key != self._factors.version or plan.found is None:
             plan = self._plans[id(group)] = self._plan(group)
-            plan.gradients()
+            plan.find()
         gradients, plan.found = plan.found, None  # a plan must not keep gradients alive
         assert gradients is not None
         for batch, grads, damping in zip(plan.batches, gradients, (group["damping"], 0.0), strict=True):
@@ -196,8 +197,8 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
                 skipped = adafisher_step_(
                     batch.params,
                     grads,
-                    [state["exp_avg"] for state in batch.states],
-                    [state["step"] for state in batch.states],
+                    batch.of_each("exp_avg"),
+                    batch.of_each("step"),
                     batch.row_factors,
                     batch.column_factors,
                     lr=group["lr"],
@@ -212,16 +213,15 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
                 count(self._skipped, batch.numbers, skipped)
 
     def _plan(self, group: dict[str, Any]) -> _Plan:
-        plan = _Plan(self._factors.version)
-        served, constant = plan.batches
+        served, constant, waiting = _Batch(), _Batch(), []
         for p in group["params"]:
             if p.grad is None:
-                plan.waiting.append(p)
+                waiting.append(p)
             elif (place := self._factors.placed.get(p)) is not None:
                 served.add(self._numbers[p], p, self.state[p], place)
             else:
                 constant.add(self._numbers[p], p, self.state[p], (self._factors.constant(p), None))
-        return plan
+        return _Plan((served, constant), waiting, self._factors.version)
 
     # Reports.
 
@@ -290,37 +290,26 @@ class AdaFisherW(AdaFisher):
     decoupled = True
 
 
-class _Batch:
+class _Batch(Batch):
     """The lists that one call of the step takes."""
 
     def __init__(self) -> None:
-        self.numbers: tuple[int, ...] = ()
-        self.params: list[Parameter] = []
-        self.states: list[dict[str, Tensor]] = []
+        super().__init__()
         self.row_factors: list[Tensor | None] = []
         self.column_factors: list[Tensor | None] = []
 
     def add(self, number: int, p: Parameter, state: dict[str, Tensor], place: Place) -> None:
-        self.numbers += (number,)
-        self.params.append(p)
-        self.states.append(state)
+        self.append(number, p, state)
         self.row_factors.append(place[0])
         self.column_factors.append(place[1])
 
 
-class _Plan:
-    """What the step of one group takes, while the same parameters have gradients and the factors lie where they do.
+class _Plan(Plan[_Batch]):
+    """What the step of one group takes: a batch with factors, and one of constant curvature."""
 
-    Making these lists would cost more than the step itself where there are many small parameters.
-    """
+    found: list[list[Tensor]] | None = None
 
-    def __init__(self, version: int) -> None:
-        self.version = version
-        self.batches = (_Batch(), _Batch())  # with factors, and of constant curvature
-        self.waiting: list[Parameter] = []
-        self.found: list[list[Tensor]] | None = None
-
-    def gradients(self) -> list[list[Tensor]] | None:
-        """Find the gradients of the two batches; None unless exactly their parameters have one."""
-        self.found = find_gradients([batch.params for batch in self.batches], self.waiting)
-        return self.found
+    def find(self) -> bool:
+        """Whether exactly the parameters of the batches have gradients, which are kept for the step."""
+        self.found = self.gradients()
+        return self.found is not None

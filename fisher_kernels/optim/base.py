@@ -8,7 +8,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -292,14 +292,48 @@ def totals(counters: Counters) -> dict[int, int]:
     return sums
 
 
-def find_gradients(batches: Sequence[Sequence[Parameter]], waiting: Sequence[Parameter]) -> list[list[Tensor]] | None:
-    """The gradients of batches of parameters; None unless all of them, and none of those waiting, have a dense one."""
-    if any(p.grad is not None for p in waiting):
-        return None
-    found = [[p.grad for p in batch] for batch in batches]
-    if any(g is None or g.is_sparse for gradients in found for g in gradients):
-        return None
-    return found  # type: ignore[return-value]
+class Batch:
+    """Parameters that one call of a step takes."""
+
+    def __init__(self) -> None:
+        self.numbers: tuple[int, ...] = ()
+        self.params: list[Parameter] = []
+        self.states: list[dict[str, Tensor]] = []
+
+    def append(self, number: int, p: Parameter, state: dict[str, Tensor]) -> None:
+        self.numbers += (number,)
+        self.params.append(p)
+        self.states.append(state)
+
+    def of_each(self, name: str) -> list[Tensor]:
+        """An entry of the states."""
+        return [state[name] for state in self.states]
+
+
+B = TypeVar("B", bound=Batch)
+
+
+class Plan(Generic[B]):
+    """What steps take while the same parameters have gradients.
+
+    Making these lists would cost more than the step itself where there are many small parameters.
+
+    Attributes:
+        waiting: parameters that have no gradient.
+        key: what else the lists depend on.
+    """
+
+    def __init__(self, batches: Sequence[B], waiting: Sequence[Parameter], key: object) -> None:
+        self.batches, self.waiting, self.key = batches, waiting, key
+
+    def gradients(self) -> list[list[Tensor]] | None:
+        """Those of each batch; None unless all of its parameters, and none of those waiting, have a dense one."""
+        if any(p.grad is not None for p in self.waiting):
+            return None
+        found = [[p.grad for p in batch.params] for batch in self.batches]
+        if any(g is None or g.is_sparse for gradients in found for g in gradients):
+            return None
+        return found  # type: ignore[return-value]
 
 
 def evaluate_closure(closure: Callable[[], Any] | None) -> Any:

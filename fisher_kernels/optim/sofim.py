@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from fisher_kernels.ops import ACCUMULATOR, sofim_step_
 from fisher_kernels.ops.sofim_step import DIRECTIONS, SCOPES
-from fisher_kernels.optim.base import FisherOptimizer, count, find_gradients, totals
+from fisher_kernels.optim.base import Batch, FisherOptimizer, Plan, count, totals
 
 SHARED = ("rho", "beta", "direction", "decoupled", "maximize")
 """Hyperparameters on which all groups of scope ``"global"`` agree: they have one Fisher matrix."""
@@ -84,7 +84,7 @@ class SOFIM(FisherOptimizer):
         decoupled: bool = True,
         maximize: bool = False,
     ) -> None:
-        self._plan: _Plan | None = None
+        self._plan: Plan[_Batch] | None = None
         defaults = {
             "lr": lr,
             "rho": rho,
@@ -133,7 +133,7 @@ class SOFIM(FisherOptimizer):
     def _advance(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         self._check_shared()
         plan, gradients = self._plan, None
-        if plan is not None and plan.scopes == self._scopes():
+        if plan is not None and plan.key == self._scopes():
             gradients = plan.gradients()
         if plan is None or gradients is None:
             plan = self._plan = self._make_plan()
@@ -144,10 +144,10 @@ class SOFIM(FisherOptimizer):
             skipped, batch.squares = sofim_step_(
                 batch.params,
                 grads,
-                [state["exp_avg"] for state in batch.states],
-                [state["step"] for state in batch.states],
-                lr=batch.of_each("lr"),
-                weight_decay=batch.of_each("weight_decay"),
+                batch.of_each("exp_avg"),
+                batch.of_each("step"),
+                lr=batch.setting("lr"),
+                weight_decay=batch.setting("weight_decay"),
                 rho=settings["rho"],
                 beta=settings["beta"],
                 direction=settings["direction"],
@@ -162,7 +162,7 @@ class SOFIM(FisherOptimizer):
     def _scopes(self) -> list[str]:
         return [group["scope"] for group in self.param_groups]
 
-    def _make_plan(self) -> _Plan:
+    def _make_plan(self) -> Plan[_Batch]:
         """One call for all groups of scope "global"; for the others one for each group and device."""
         batches: dict[Any, _Batch] = {}
         numbers = {p: number for number, p in enumerate(self._groups)}
@@ -174,7 +174,7 @@ class SOFIM(FisherOptimizer):
             key = GLOBAL if group["scope"] == GLOBAL else (id(group), p.device)
             batches.setdefault(key, _Batch()).add(numbers[p], p, state, group)
         waiting = [p for p in self._groups if p.grad is None]
-        return _Plan(list(batches.values()), waiting, self._scopes())
+        return Plan(list(batches.values()), waiting, self._scopes())
 
     # Reports.
 
@@ -234,41 +234,21 @@ class SOFIM(FisherOptimizer):
         return along / math.sqrt(square * gg) if square * gg > 0 else math.nan
 
 
-class _Batch:
+class _Batch(Batch):
     """The lists that one call of the step takes."""
 
     def __init__(self) -> None:
-        self.numbers: tuple[int, ...] = ()
-        self.params: list[Parameter] = []
-        self.states: list[dict[str, Tensor]] = []
+        super().__init__()
         self.groups: list[dict[str, Any]] = []
         self.squares = torch.zeros(0)  # of the last step
 
     def add(self, number: int, p: Parameter, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        self.numbers += (number,)
-        self.params.append(p)
-        self.states.append(state)
+        self.append(number, p, state)
         self.groups.append(group)
 
-    def of_each(self, name: str) -> Any:
+    def setting(self, name: str) -> Any:
         """A hyperparameter: one value if there is one group, otherwise one for each parameter."""
         first = self.groups[0]
         if self.groups[-1] is first:  # parameters come group by group
             return first[name]
         return [group[name] for group in self.groups]
-
-
-class _Plan:
-    """What the steps take while the same parameters have gradients and no group changes its scope.
-
-    Making these lists would cost more than the step itself where there are many small parameters.
-    """
-
-    def __init__(self, batches: list[_Batch], waiting: list[Parameter], scopes: list[str]) -> None:
-        self.batches = batches
-        self.waiting = waiting
-        self.scopes = scopes
-
-    def gradients(self) -> list[list[Tensor]] | None:
-        """Those of each batch; None unless exactly its parameters have one."""
-        return find_gradients([batch.params for batch in self.batches], self.waiting)
