@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fisher_kernels import MBF
+from tests.naive_mbf import DEFAULTS
 from tests.small_network import (
     Tied,
     assert_same_parameters,
@@ -32,22 +33,7 @@ pytestmark = pytest.mark.usefixtures("host_backend", "one_thread")
 
 def test_defaults() -> None:
     group = MBF(nn.Linear(2, 2)).param_groups[0]
-    expected = {
-        "lr": 1e-3,
-        "momentum": 0.9,
-        "damping": 1e-3,
-        "kl_clip": 1e-3,
-        "beta2": 0.9,
-        "update_interval": 1,
-        "inverse_interval": 10,
-        "linear_blocks": "shared",
-        "sequence": "expand",
-        "loss_reduction": "mean",
-        "weight_decay": 0.0,
-        "decoupled": True,
-        "maximize": False,
-        "inverse_storage": "full",
-    }
+    expected = {**DEFAULTS, "inverse_storage": "full"}
     assert {name: group[name] for name in expected} == expected
 
 
