@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_kernels import MBF
+from fisher_kernels.tools.markdown import markdown_table
 
 OPTIONS: Mapping[str, dict[str, Any]] = {
     "shared": {},
@@ -101,15 +102,15 @@ def state_bytes(model: nn.Module, **options: Any) -> int:
 
 
 def main() -> None:
-    print("| model | parameters | AdamW | " + " | ".join(OPTIONS) + " |")
-    print("| --- |" + " --- |" * (len(OPTIONS) + 2))
+    rows = []
     for name, build in MODELS.items():
         with torch.device("meta"):
             model = build()
         count = sum(p.numel() for p in model.parameters())
         sizes = [state_bytes(model, **options) for options in OPTIONS.values()]
         cells = [f"{size / 2**20:,.0f} ({size / count:,.1f})" for size in (8 * count, *sizes)]
-        print(f"| {name} | {count:,} | " + " | ".join(cells) + " |")
+        rows.append((name, f"{count:,}", *cells))
+    print(markdown_table(("model", "parameters", "AdamW", *OPTIONS), rows), end="")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fisher_kernels.tools.markdown import markdown_table
+
 ROOT = Path(__file__).parent.parent
 SPEED = ROOT / "bench" / "results" / "cpu.json"
 TRAINING = ROOT / "docs" / "results"
@@ -34,12 +36,14 @@ def summary() -> str:
     speed = _read(SPEED)
     autoencoder, text = (_read(TRAINING / task / "compare.json") for task in ("autoencoder", "text"))
     rows = [*_speed_rows(speed), *_training_rows(autoencoder, text)]
-    lines = [f"| {row.measured} | {row.adamw} | {row.here} | `{row.command}` | {row.threads} |" for row in rows]
     machine = speed["environment"]
     return (
-        "| measured | fused AdamW | here | measure it again | threads |\n| --- | ---: | --- | --- | ---: |\n"
-        + "\n".join(lines)
-        + f"\n\nMachine: {machine['processor']} ({machine['capability'].upper().replace('AVX', 'AVX-')}), "
+        markdown_table(
+            ("measured", "fused AdamW", "here", "measure it again", "threads"),
+            (row._replace(command=f"`{row.command}`") for row in rows),
+            right=(1, 4),
+        )
+        + f"\nMachine: {machine['processor']} ({machine['capability'].upper().replace('AVX', 'AVX-')}), "
         f"torch {machine['torch']}, {speed['date']}; medians, means over three seeds.\n"
     )
 

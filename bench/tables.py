@@ -21,29 +21,26 @@ import typer
 
 from bench.gpu.report import latest, markdown
 from bench.summary import SPEED, summary
+from fisher_kernels.tools.markdown import markdown_table
 
 ROOT = Path(__file__).parent.parent
 PLACE = re.compile(r"^(<!-- measured: (?P<ops>[^>]*?) -->\n).*?^(<!-- end -->)", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"^(<!-- from: (?P<file>[^>]*?) -->\n).*?^(<!-- end -->)", re.DOTALL | re.MULTILINE)
 GPU = re.compile(r"^(<!-- gpu -->\n).*?^(<!-- end -->)", re.DOTALL | re.MULTILINE)
 SUMMARY = re.compile(r"^(<!-- summary -->\n).*?^(<!-- end -->)", re.DOTALL | re.MULTILINE)
-HEADER = (
-    "| op | shape | dtype | baseline | baseline ms | ours ms | ratio | GB/s | of limit |\n| --- " + "| --- " * 8 + "|\n"
-)
+HEADER = ("op", "shape", "dtype", "baseline", "baseline ms", "ours ms", "ratio", "GB/s", "of limit")
 
 
 def table(report: dict[str, Any], ops: list[str]) -> str:
     """The rows of some ops as Markdown, and what they were measured on."""
-    lines = []
+    rows = []
     for row in report["rows"]:
         if row["op"] in ops and row["baseline"] != "limit":
             speed = "" if row["gigabytes_per_second"] is None else f"{row['gigabytes_per_second']:.1f}"
             fraction = "" if row["fraction_of_limit"] is None else f"{row['fraction_of_limit']:.2f}"
-            lines.append(
-                f"| `{row['op']}` | {row['shape']} | {row['dtype']} | {row['baseline']} | {row['baseline_ms']:.4g} | "
-                f"{row['ours_ms']:.4g} | {row['ratio']:.2f} | {speed} | {fraction} |\n"
-            )
-    if not lines:  # the recipe for new kernels shows a place without figures
+            times = f"{row['baseline_ms']:.4g}", f"{row['ours_ms']:.4g}", f"{row['ratio']:.2f}"
+            rows.append((f"`{row['op']}`", row["shape"], row["dtype"], row["baseline"], *times, speed, fraction))
+    if not rows:  # the recipe for new kernels shows a place without figures
         return ""
     machine = report["environment"]
     caption = (
@@ -52,7 +49,7 @@ def table(report: dict[str, Any], ops: list[str]) -> str:
         "the baseline's time over ours, round by round; the limit, measured in that process, is a bare pass over the "
         "same bytes, or for `conv_mini_block_gram_` a matrix product of as many operations.\n"
     )
-    return HEADER + "".join(lines) + "\n" + textwrap.fill(caption.strip(), 120) + "\n"
+    return markdown_table(HEADER, rows) + "\n" + textwrap.fill(caption.strip(), 120) + "\n"
 
 
 def filled(document: Path) -> str:

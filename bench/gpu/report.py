@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from fisher_kernels import __version__
 from fisher_kernels.tools.environment import processor, version
+from fisher_kernels.tools.markdown import markdown_table
 
 RESULTS = Path(__file__).parents[1] / "results"
 NOT_YET = "Not yet measured on a GPU.\n"
@@ -175,10 +176,6 @@ def latest(folder: Path = RESULTS) -> list[dict[str, Any]]:
     return [found[name] for name in sorted(found)]
 
 
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |\n"
-
-
 def markdown(reports: Sequence[dict[str, Any]]) -> str:
     """A section for each device."""
     if not reports:
@@ -186,7 +183,7 @@ def markdown(reports: Sequence[dict[str, Any]]) -> str:
     parts = []
     for facts in reports:
         left_out = "".join(f"\n- {name}" for name in facts["left_out"])
-        table = _row(COLUMNS) + _row(["---"] * len(COLUMNS)) + "".join(_row(_cells(row)) for row in facts["rows"])
+        table = markdown_table(COLUMNS, map(_cells, facts["rows"]))
         parts.append(
             f"### {facts['device']}\n\n{_wrapped(caption(facts))}\n{table}"
             + (f"\nLeft out, as the time was over:\n{left_out}\n" if left_out else "")

@@ -20,6 +20,7 @@ from fisher_kernels.tasks.comparison import EqualTime, Spread, Summary, at_equal
 from fisher_kernels.tasks.task import Metric, Task, require
 from fisher_kernels.tasks.training import Record, Settings
 from fisher_kernels.tools import environment
+from fisher_kernels.tools.markdown import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -142,13 +143,13 @@ def markdown(parts: Group) -> str:
     return "\n\n".join([*paragraphs, textwrap.fill(machine, _LINE)]) + "\n"
 
 
-def _markdown_table(table: Table) -> str:
-    def line(cells: Iterable[RenderableType]) -> str:
-        return f"| {' | '.join(Text.from_markup(str(cell)).plain for cell in cells)} |"
+def _markdown_table(shown: Table) -> str:
+    def plain(cells: Iterable[RenderableType]) -> list[str]:
+        return [Text.from_markup(str(cell)).plain for cell in cells]
 
-    rule = ("---:" if column.justify == "right" else "---" for column in table.columns)
-    rows = zip(*(column.cells for column in table.columns), strict=True)
-    return "\n".join(line(cells) for cells in ([column.header for column in table.columns], rule, *rows))
+    rows = zip(*(column.cells for column in shown.columns), strict=True)
+    right = [i for i, column in enumerate(shown.columns) if column.justify == "right"]
+    return markdown_table(plain(column.header for column in shown.columns), map(plain, rows), right).rstrip()
 
 
 def document(task: Task, settings: Settings, records: Sequence[Record]) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""What proves and describes an installation: self-test, inspection of GPU code, facts about the machine."""
+"""What proves and describes an installation: self-test, inspection of GPU code, facts about the machine, tables."""
