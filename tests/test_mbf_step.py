@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fisher_kernels import backends, use_backend
 from fisher_kernels.ops import ACCUMULATOR
+from fisher_kernels.ops._blocks import pack
 from tests.cases import DTYPES, LAYOUTS, WRITABLE_LAYOUTS, channels_last, contiguous, sliced, spread, unaligned
-from tests.cases.mbf_step import PARAMETERS, Parameter, Step, pack, packed, step, unpack
+from tests.cases.mbf_step import PARAMETERS, Parameter, Step, packed, step, unpack
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
 from tests.step_errors import (
     NO_COEFFICIENTS,

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fisher_kernels.ops import mbf_step_
 from fisher_kernels.tools.samples import mbf_step
-from fisher_kernels.tools.samples.mbf_step import OPTIONS, Parameter, block_size, pack
+from fisher_kernels.tools.samples.mbf_step import OPTIONS, Parameter, block_size
 from tests.cases import contiguous, unaligned
 from tests.cases.steps import Lists
 
-__all__ = ["PARAMETERS", "Parameter", "Step", "pack", "packed", "step", "unpack"]
+__all__ = ["PARAMETERS", "Parameter", "Step", "packed", "step", "unpack"]
 
 
 def packed(shape: tuple[int, ...], count: int, n: int) -> Parameter:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fisher_kernels import backends, ops
 from fisher_kernels.ops import ACCUMULATOR
+from fisher_kernels.ops._blocks import pack
 from fisher_kernels.tools.samples.sample import SUM_DTYPES, Device, Inputs, Sample, Source, Tolerance, last, random
 from fisher_kernels.tools.samples.steps import Layout, as_made, in_turn, on
 
@@ -30,13 +31,6 @@ OPTIONS: dict[str, Any] = {
     "decoupled": False,
     "maximize": False,
 }
-
-
-def pack(blocks: Tensor) -> Tensor:
-    """The lower triangles of blocks, row after row."""
-    n = blocks.shape[-1]
-    i, j = torch.tril_indices(n, n)
-    return blocks[:, i, j].contiguous()
 
 
 def block_size(packed: int) -> int:
