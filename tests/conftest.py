@@ -27,7 +27,7 @@ import pytest
 
 from fisher_kernels import backends
 from fisher_kernels._library import native_module
-from tests import no_hypothesis
+from tests import covering, launches, no_hypothesis
 from tests.checkout import nest_triton_kernels
 from tests.round_trip import through
 
@@ -36,17 +36,19 @@ nest_triton_kernels()
 try:
     import hypothesis
 except ModuleNotFoundError:
+    hypothesis = None
     no_hypothesis.install()
 else:
     # The same examples at every run: a failure that comes and goes helps nobody.
-    hypothesis.settings.register_profile(
-        "fisher_kernels",
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-    )
-    hypothesis.settings.load_profile("fisher_kernels")
+    for tier, examples in (("fast", 12), ("all", 100)):
+        hypothesis.settings.register_profile(
+            tier,
+            max_examples=examples,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+        )
 
 _BEGAN = time.monotonic()
 
@@ -84,11 +86,18 @@ def _quicken_interpreter() -> None:
 
 if backends.is_interpreted() and "triton" in backends.available():
     _quicken_interpreter()
+launches.record()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run every case, not the fast tier's alone")
     parser.addoption("--large", action="store_true", help="run the tests that need more than 14 GB of memory too")
     parser.addoption("--seconds", type=float, help="skip what has not begun after so many seconds")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hypothesis is not None:
+        hypothesis.settings.load_profile("all" if config.getoption("--all") else "fast")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -97,12 +106,63 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"not run: the {seconds:g} seconds of --seconds were over")
 
 
+@pytest.hookimpl(trylast=True)  # what -k and -m leave is what is to be covered
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--large"):
         skip = pytest.mark.skip(reason="needs more than 14 GB of memory; --large runs it")
         for item in items:
             if item.get_closest_marker("large"):
                 item.add_marker(skip)
+    if any("[" in argument for argument in config.args):  # cases by their names
+        return
+    kept = covering.every(items) if config.getoption("--all") else covering.fast(items)
+    if not config.getoption("--all"):
+        config.stash[_TIER] = (len(kept), len(items))
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+_TIER = pytest.StashKey[tuple[int, int]]()
+"""How many cases the fast tier has, of how many."""
+_LAUNCHED = pytest.StashKey[set[str]]()
+"""The kernels of the GPU backends that this run has launched."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Every worker of pytest-xdist collects the same cases and runs some of them."""
+    output = getattr(node, "workeroutput", {})
+    if "fast_tier" in output:
+        node.config.stash[_TIER] = tuple(output["fast_tier"])
+    node.config.stash.setdefault(_LAUNCHED, set()).update(output.get("launched", ()))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A run of all tests, in either tier, fails where it has launched no case of some kernel."""
+    config = session.config
+    config.stash.setdefault(_LAUNCHED, set()).update(launches.launched())
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["launched"] = sorted(config.stash[_LAUNCHED])
+        config.workeroutput["fast_tier"] = config.stash.get(_TIER, ())
+    elif _runs_all_files(config) and launches.defined() - config.stash[_LAUNCHED]:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _runs_all_files(config: pytest.Config) -> bool:
+    narrowed = [config.getoption(name, None) for name in ("keyword", "markexpr", "deselect", "lf", "collectonly")]
+    return config.args_source is pytest.Config.ArgsSource.TESTPATHS and not any(narrowed)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if config.stash.get(_TIER, ()):
+        kept, all_of_them = config.stash[_TIER]
+        terminalreporter.write_line(f"fast tier: {kept:,} of {all_of_them:,} cases; --all runs all")
+    if _runs_all_files(config) and launches.defined():
+        missing = sorted(launches.defined() - config.stash[_LAUNCHED])
+        terminalreporter.write_line(
+            f"kernels launched: {len(launches.defined()) - len(missing)} of {len(launches.defined())}"
+            + (f"; never: {', '.join(missing)}" if missing else "")
+        )
 
 
 @contextmanager

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from fisher_kernels import backends
 
-T = TypeVar("T")
-
 interpreted = pytest.mark.skipif(
     not (backends.is_interpreted() and "triton" in backends.available()), reason="needs Triton and its interpreter"
 )
-
-
-def by_turns(every: Iterable[T], turn: int, implementation: str) -> list[T]:
-    """All of them; on Triton one, and another at each turn."""
-    these = list(every)
-    return [these[turn % len(these)]] if implementation == "triton" else these
-
-
-def skip_but_one_in(count: int, turn: int, implementation: str) -> None:
-    """On Triton all but every so many of a test's combinations are left out."""
-    if implementation == "triton" and turn % count:
-        pytest.skip("one combination of many that the interpreter leaves out")
 
 
 def only_program(monkeypatch: pytest.MonkeyPatch, kernels: Any, number: int) -> None:

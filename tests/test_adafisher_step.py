@@ -14,25 +14,12 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fisher_kernels import use_backend
 from fisher_kernels.ops import ACCUMULATOR
 from tests.cases import DTYPES, LAYOUTS, WRITABLE_LAYOUTS, channels_last, contiguous, random, sliced
 from tests.cases.adafisher_step import PARAMETERS, Parameter, Step, step
 from tests.comparison import assert_same_bits, assert_within, bits, surroundings, unit_roundoff
-from tests.step_errors import (
-    BAD_STEPS,
-    NO_COEFFICIENTS,
-    Bad,
-    bad_arrays,
-    bad_lists,
-    bad_numbers,
-    bad_scalars,
-    dtypes,
-    option,
-    tensor,
-)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
@@ -241,7 +228,6 @@ def parameters(draw: st.DrawFn) -> Parameter:
     return Parameter((groups * rows, columns), row, column)
 
 
-@hypothesis.settings(max_examples=60)
 @hypothesis.given(
     chosen=st.lists(parameters(), max_size=3),
     layout=st.sampled_from([contiguous, sliced]),
@@ -502,119 +488,6 @@ def test_the_step_count_is_of_the_parameter(implementation: str) -> None:
         case = step([PARAMETERS[0], PARAMETERS[27]], torch.float32)
         case.steps = [scalar(3.0), torch.full((1,), count)]
         check(case)
-
-
-# Errors.
-
-
-BAD: Bad = {
-    **bad_lists(NAMES, 2),
-    **bad_arrays("exp_avgs"),
-    **BAD_STEPS,
-    "row_factors shape": (
-        tensor("row_factors", lambda: torch.ones(5)),
-        ValueError,
-        r"(row|column)_factors\[1\] .*params\[1\]",
-    ),
-    "row_factors empty": (
-        tensor("row_factors", lambda: torch.ones(0)),
-        ValueError,
-        r"(row|column)_factors\[1\] .*params\[1\]",
-    ),
-    "row_factors dtype": (
-        tensor("row_factors", lambda: torch.ones(4, dtype=torch.float64)),
-        TypeError,
-        r"row_factors\[1\]" + dtypes("float64", "float32"),
-    ),
-    "row_factors strides": (
-        tensor("row_factors", lambda: torch.ones(8)[::2]),
-        ValueError,
-        r"row_factors\[1\] .*contiguous",
-    ),
-    "row_factors dimensions": (
-        tensor("row_factors", lambda: torch.ones(2, 2)),
-        ValueError,
-        r"row_factors\[1\] has shape \(2, 2\)",
-    ),
-    "column_factors shape": (
-        tensor("column_factors", lambda: torch.ones(5)),
-        ValueError,
-        r"(row|column)_factors\[1\] .*params\[1\]",
-    ),
-    "column_factors empty": (
-        tensor("column_factors", lambda: torch.ones(0)),
-        ValueError,
-        r"(row|column)_factors\[1\] .*params\[1\]",
-    ),
-    "column_factors without groups": (
-        tensor("column_factors", lambda: torch.ones(0, 6)),
-        ValueError,
-        r"(row|column)_factors\[1\] .*params\[1\]",
-    ),
-    "column_factors groups": (
-        tensor("column_factors", lambda: torch.ones(3, 6)),
-        ValueError,
-        r"(row|column)_factors\[1\] .*params\[1\]",
-    ),
-    "column_factors dtype": (
-        tensor("column_factors", lambda: torch.ones(6, dtype=torch.float16)),
-        TypeError,
-        r"column_factors\[1\]" + dtypes("float16", "float32"),
-    ),
-    "column_factors strides": (
-        tensor("column_factors", lambda: torch.ones(1).expand(6)),
-        ValueError,
-        r"column_factors\[1\] .*contiguous",
-    ),
-    "column_factors dimensions": (
-        tensor("column_factors", lambda: torch.ones(1, 1, 6)),
-        ValueError,
-        r"column_factors\[1\] has shape \(1, 1, 6\)",
-    ),
-    "column_factors device": (
-        tensor("column_factors", lambda: torch.ones(6, device="meta")),
-        ValueError,
-        r"column_factors\[1\] is on meta, expected cpu",
-    ),
-    **bad_numbers(beta=(-0.1, 1.0, 1.5, math.nan), damping=NO_COEFFICIENTS, weight_decay=NO_COEFFICIENTS),
-    **bad_scalars("lr", "grad_scale", "found_inf"),
-}
-
-
-# Fakes have no number to look at.
-BAD_RATES: Bad = {
-    f"lr {value}": (option("lr", value), ValueError, rf"lr is {float(value)}, expected")
-    for value in (-1.0, math.inf, math.nan, scalar(-1.0), scalar(math.nan, torch.float64))
-}
-
-
-def bad_call(name: str) -> tuple[Step, type[Exception], str]:
-    spoil, error, message = {**BAD, **BAD_RATES}[name]
-    case = step([Parameter((2, 3), (2,), (3,)), Parameter((4, 6), (4,), (6,))], torch.float32)
-    case.copy().run()  # good before it is spoiled
-    spoil(case)
-    return case, error, f"^adafisher_step_: {message}"
-
-
-@pytest.mark.parametrize("name", [*BAD, *BAD_RATES])
-def test_bad_arguments(backend: str, name: str) -> None:
-    case, error, message = bad_call(name)
-    before = case.copy()
-    with pytest.raises(error, match=message):
-        case.run()
-    assert_unchanged(case, before)
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_arguments_without_data(name: str) -> None:
-    """Compilers learn of the same faults from the fakes."""
-    case, error, message = bad_call(name)
-    mode = FakeTensorMode()
-    fake = case.map(mode.from_tensor)
-    fake.steps = [mode.from_tensor(t) for t in case.steps]
-    fake.options = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in case.options.items()}
-    with mode, pytest.raises(error, match=message):
-        fake.run()
 
 
 # More than 2^31 elements.

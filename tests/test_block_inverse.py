@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -432,55 +431,3 @@ def test_same_bits_for_every_number_of_threads(set_threads: Callable[[int], None
         set_threads(threads)
         for got, want in zip(run(), first, strict=True):
             assert_same_bits(got, want)
-
-
-# Errors.
-
-INVERSE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "dtype": ({"blocks": torch.ones(2, 3, 3, dtype=torch.bfloat16)}, TypeError, r"blocks has dtype (torch\.)?bfloat16"),
-    "whole numbers": ({"blocks": torch.ones(2, 3, 3, dtype=torch.int64)}, TypeError, r"blocks has dtype .*int64"),
-    "a matrix": ({"blocks": torch.ones(3, 3)}, ValueError, r"blocks has shape \(3, 3\), expected \(B, n, n\)"),
-    "not square": ({"blocks": torch.ones(2, 3, 4)}, ValueError, r"blocks has shape \(2, 3, 4\), expected \(B, n, n\)"),
-    **{
-        f"damping {value}": ({"damping": value}, ValueError, rf"damping is {value}, expected a finite number")
-        for value in (-0.5, math.nan, math.inf)
-    },
-}
-RHS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "rhs shape": ({"rhs": torch.ones(2, 4)}, ValueError, r"rhs has shape \(2, 4\), expected \(2, 3\)"),
-    "rhs dtype": ({"rhs": torch.ones(2, 3).double()}, TypeError, r"rhs has dtype (torch\.)?float64, expected"),
-}
-OUT: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "out shape": ({"out": torch.ones(3, 3, 3)}, ValueError, r"out has shape \(3, 3, 3\), expected \(2, 3, 3\)"),
-    "out dtype": ({"out": torch.ones(2, 3, 3).double()}, TypeError, r"out has dtype (torch\.)?float64, expected"),
-}
-VECTORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "dtype": ({"inverse": torch.ones(2, 3, 3).half()}, TypeError, r"inverse has dtype (torch\.)?float16"),
-    "not square": (
-        {"inverse": torch.ones(2, 3, 4)},
-        ValueError,
-        r"inverse has shape \(2, 3, 4\), expected \(B, n, n\)",
-    ),
-    "vectors shape": ({"vectors": torch.ones(3)}, ValueError, r"vectors has shape \(3,\), expected \(2, 3\)"),
-    "vectors dtype": ({"vectors": torch.ones(2, 3).double()}, TypeError, r"vectors has dtype (torch\.)?float64"),
-}
-CALLS: dict[str, tuple[Callable[..., Any], tuple[str, ...], dict[str, tuple[dict[str, Any], type[Exception], str]]]] = {
-    "block_inverse": (block_inverse, ("blocks", "damping"), INVERSE),
-    "block_inverse_": (block_inverse_, ("out", "blocks", "damping"), {**INVERSE, **OUT}),
-    "block_solve": (block_solve, ("blocks", "damping", "rhs"), {**INVERSE, **RHS}),
-    "block_apply": (block_apply, ("inverse", "vectors"), VECTORS),
-}
-
-
-@pytest.mark.parametrize(("op", "name"), [(op, name) for op, (_, _, bad) in CALLS.items() for name in bad])
-def test_errors_name_the_argument(backend: str, op: str, name: str) -> None:
-    function, names, bad = CALLS[op]
-    matrix, vector = torch.eye(3).repeat(2, 1, 1), torch.ones(2, 3)
-    call = {"blocks": matrix, "damping": 0.5, "rhs": vector, "inverse": matrix, "vectors": vector, "out": 2 * matrix}
-    call = {key: call[key] for key in names}
-    function(**call)  # good before it is spoiled
-    spoiled, error, message = bad[name]
-    before = call["out"].clone() if "out" in call else matrix
-    with pytest.raises(error, match=f"^{op}: {message}"):
-        function(**{**call, **spoiled})
-    assert_same_bits(call.get("out", matrix), before, "nothing has been written")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -173,7 +173,6 @@ def test_decay_trust_region_and_intervals(
     assert (naive.groups[0]["scale"] < 1) == (kl_clip is not None)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
 @given(case=convolutions(), sequence=st.sampled_from(["expand", "reduce"]))
 def test_convolutions_of_any_geometry(case: tuple[nn.Module, tuple[int, ...]], sequence: str) -> None:
     module, shape = case

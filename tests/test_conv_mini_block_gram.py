@@ -8,13 +8,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from fisher_kernels import backends, use_backend
 from fisher_kernels.ops import ACCUMULATOR, conv_mini_block_gram_, mini_block_gram_
@@ -31,9 +28,8 @@ from tests.cases import (
 )
 from tests.cases.mini_block_gram import CONVOLUTIONS, Convolution
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
-from tests.interpreted import by_turns, skip_but_one_in
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
+pytestmark = [pytest.mark.usefixtures("poisoned_memory", "one_thread"), pytest.mark.pairs_interpreted]
 
 # Lanes of input channels, of output channels and of groups.
 EACH_KIND = (
@@ -103,42 +99,37 @@ def test_definition() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
-def test_every_layout(implementation: str, case: Convolution, dtype: torch.dtype) -> None:
-    turn = CONVOLUTIONS.index(case)
-    skip_but_one_in(4, turn + DTYPES.index(dtype), implementation)
-    for name, layout in by_turns(LAYOUTS.items(), turn, implementation):
-        x, grad = (layout(tensor) for tensor in inputs(case, dtype))
-        before, out = (x.clone(), grad.clone()), unaligned(lost(case, dtype))
-        around = surroundings(out)
-        conv_mini_block_gram_(out, x, grad, *case.geometry)
-        assert_within(out, defined(case, x, grad), bound(case, x, grad), name)
-        assert_same_bits(out, out.mT, "the upper triangle")
-        assert_same_bits(x, before[0], "x")
-        assert_same_bits(grad, before[1], "grad_output")
-        assert_same_bits(surroundings(out), around, "the memory around the result")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout(implementation: str, layout: str, case: Convolution, dtype: torch.dtype) -> None:
+    x, grad = (LAYOUTS[layout](tensor) for tensor in inputs(case, dtype))
+    before, out = (x.clone(), grad.clone()), unaligned(lost(case, dtype))
+    around = surroundings(out)
+    conv_mini_block_gram_(out, x, grad, *case.geometry)
+    assert_within(out, defined(case, x, grad), bound(case, x, grad))
+    assert_same_bits(out, out.mT, "the upper triangle")
+    assert_same_bits(x, before[0], "x")
+    assert_same_bits(grad, before[1], "grad_output")
+    assert_same_bits(surroundings(out), around, "the memory around the result")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
-def test_average(implementation: str, case: Convolution, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("decay", "gain"), [(2.5, 1.5), (0.9, 0.1), (1.0, 0.0)])
+def test_average(implementation: str, decay: float, gain: float, case: Convolution, dtype: torch.dtype) -> None:
     """Two products and a sum more, each rounded once; of what is there the lower triangles count."""
-    turn = CONVOLUTIONS.index(case)
-    skip_but_one_in(4, turn + DTYPES.index(dtype) + 1, implementation)
     x, grad = inputs(case, dtype)
-    for decay, gain in by_turns(((2.5, 1.5), (0.9, 0.1), (1.0, 0.0)), turn, implementation):
-        lower = random(case.out_shape(), ACCUMULATOR[dtype], 2).tril()
-        out = lower + torch.full_like(lower, torch.nan).triu(1)
-        old = lower.double() + lower.double().tril(-1).mT
-        conv_mini_block_gram_(out, x, grad, *case.geometry, decay, gain)
-        rounding = 2 * gain * bound(case, x, grad) + 4 * unit_roundoff(out.dtype) * decay * old.abs()
-        assert_within(out, decay * old + gain * defined(case, x, grad), rounding)
-        assert_same_bits(out, out.mT, "the upper triangle")
+    lower = random(case.out_shape(), ACCUMULATOR[dtype], 2).tril()
+    out = lower + torch.full_like(lower, torch.nan).triu(1)
+    old = lower.double() + lower.double().tril(-1).mT
+    conv_mini_block_gram_(out, x, grad, *case.geometry, decay, gain)
+    rounding = 2 * gain * bound(case, x, grad) + 4 * unit_roundoff(out.dtype) * decay * old.abs()
+    assert_within(out, decay * old + gain * defined(case, x, grad), rounding)
+    assert_same_bits(out, out.mT, "the upper triangle")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
 def test_whole_numbers_are_exact(implementation: str, case: Convolution, dtype: torch.dtype) -> None:
-    skip_but_one_in(4, CONVOLUTIONS.index(case) + DTYPES.index(dtype) + 2, implementation)
     x, grad = integers(case.shape, dtype, limit=2), integers(case.grad_shape(), dtype, 1, limit=2)
     expected = defined(case, x, grad)
     assert not expected.numel() or expected.max() < 2**24
@@ -154,8 +145,6 @@ def test_whole_numbers_are_exact(implementation: str, case: Convolution, dtype: 
 def test_what_is_not_finite_stays_with_its_channel(
     implementation: str, case: Convolution, value: float, dtype: torch.dtype
 ) -> None:
-    turn = EACH_KIND.index(case) + DTYPES.index(dtype) + 2 * (value == math.inf)
-    skip_but_one_in(4, turn, implementation)
     x, grad = inputs(case, dtype)
     expected, actual = lost(case, dtype), lost(case, dtype)
     conv_mini_block_gram_(expected, x, grad, *case.geometry)
@@ -367,107 +356,3 @@ def test_memory_does_not_grow_with_the_batch(host_backend: str) -> None:
     assert many < few + 8192, f"{few} KiB for 64 samples, {many} KiB for 512"
     if host_backend == "cpu":
         assert many < 8192
-
-
-# Errors.
-
-Call = dict[str, Any]
-
-
-def call() -> Call:
-    return {
-        "out": torch.ones(4, 3, 4, 4),
-        "x": torch.ones(2, 6, 5, 7),
-        "grad_output": torch.ones(2, 4, 4, 6),
-        "kernel_size": 2,
-        "stride": 1,
-        "padding": 0,
-        "dilation": 1,
-        "groups": 2,
-        "decay": 0.9,
-        "gain": 0.1,
-    }
-
-
-BAD: dict[str, tuple[str, Callable[[], Any], type[Exception], str]] = {
-    "x dtype": (
-        "x",
-        lambda: torch.ones(2, 6, 5, 7, dtype=torch.int64),
-        TypeError,
-        r"x has dtype (torch\.)?int64, expected float32",
-    ),
-    "x dimensions": ("x", lambda: torch.ones(2, 6), ValueError, r"x has shape \(2, 6\), expected 3 to 5 dimensions"),
-    "grad dtype": (
-        "grad_output",
-        lambda: torch.ones(2, 4, 4, 6, dtype=torch.float64),
-        TypeError,
-        r"grad_output has dtype (torch\.)?float64, expected (torch\.)?float32",
-    ),
-    "grad dimensions": (
-        "grad_output",
-        lambda: torch.ones(2, 4, 4),
-        ValueError,
-        r"grad_output has shape \(2, 4, 4\), expected 4 dimensions",
-    ),
-    "grad samples": (
-        "grad_output",
-        lambda: torch.ones(3, 4, 4, 6),
-        ValueError,
-        r"grad_output has shape \(3, 4, 4, 6\), expected the 2 samples of x of shape \(2, 6, 5, 7\)",
-    ),
-    "grad positions": (
-        "grad_output",
-        lambda: torch.ones(2, 4, 4, 7),
-        ValueError,
-        r"grad_output has shape \(2, 4, 4, 7\), expected at most 6 positions in spatial dimension 1",
-    ),
-    "grad device": (
-        "grad_output",
-        lambda: torch.ones(2, 4, 4, 6, device="meta"),
-        ValueError,
-        r"grad_output is on meta, expected cpu",
-    ),
-    "groups": ("groups", lambda: 3, ValueError, "groups is 3, expected a divisor of the 6 channels of x and the 4 of"),
-    "no groups": ("groups", lambda: 0, ValueError, "groups is 0, expected a divisor"),
-    "kernel": ("kernel_size", lambda: 6, ValueError, "(x of shape|kernel_size spans 6 positions)"),
-    "kernel size": ("kernel_size", lambda: (2, 2, 2), ValueError, "kernel_size (is|has)"),
-    "stride": ("stride", lambda: 0, ValueError, "stride is"),
-    "padding": ("padding", lambda: -1, ValueError, "padding is"),
-    "dilation": ("dilation", lambda: 0, ValueError, "dilation is"),
-    "out dtype": (
-        "out",
-        lambda: torch.ones(4, 3, 4, 4, dtype=torch.float64),
-        TypeError,
-        r"out has dtype (torch\.)?float64, expected (torch\.)?float32",
-    ),
-    "out shape": (
-        "out",
-        lambda: torch.ones(4, 6, 4, 4),
-        ValueError,
-        r"out has shape \(4, 6, 4, 4\), expected \(4, 3, 4, 4\)",
-    ),
-    "out strides": ("out", lambda: torch.ones(4, 3, 4, 8)[..., ::2], ValueError, "out is not contiguous"),
-    **{
-        f"{name} {value}": (name, lambda value=value: value, ValueError, rf"{name} is {value}(0*)?, expected a finite")
-        for name in ("decay", "gain")
-        for value in (-0.5, math.inf, math.nan)
-    },
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_arguments(backend: str, name: str) -> None:
-    key, value, error, message = BAD[name]
-    arguments = {**call(), key: value()}
-    with pytest.raises(error, match=f"^conv_mini_block_gram_: {message}"):
-        conv_mini_block_gram_(**arguments)
-    assert bool((arguments["out"] == 1).all())
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_arguments_without_data(name: str) -> None:
-    """Compilers learn of the same faults from the fakes."""
-    key, value, error, message = BAD[name]
-    arguments = {**call(), key: value()}
-    with FakeTensorMode() as mode, pytest.raises(error, match=f"^conv_mini_block_gram_: {message}"):
-        conv_mini_block_gram_(**pytree.tree_map_only(Tensor, mode.from_tensor, arguments))

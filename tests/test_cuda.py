@@ -234,6 +234,7 @@ def self_test(*options: str, **variables: str) -> dict[str, tuple[str | None, st
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @on_host
 def test_the_order_of_threads_changes_no_bit() -> None:
     """A barrier that is missing shows where the threads after it run before those ahead of it."""
@@ -270,6 +271,7 @@ CUDA.kernels.column_sum_of_squares(x, torch.empty(64), (-1, 0))
 """
 
 
+@pytest.mark.slow
 @on_host
 @pytest.mark.skipif(importlib.util.find_spec("fisher_kernels._cuda_on_host_sanitized") is None, reason="not built")
 @pytest.mark.skipif(not sanitizers(), reason="the compiler has no AddressSanitizer")
@@ -305,6 +307,7 @@ for dtype, (blocks, n) in itertools.product((torch.float32, torch.float64, torch
 """
 
 
+@pytest.mark.slow
 @on_host
 @pytest.mark.skipif(importlib.util.find_spec("fisher_kernels._cuda_on_host_sanitized") is None, reason="not built")
 @pytest.mark.skipif(not sanitizers(), reason="the compiler has no AddressSanitizer")

@@ -100,6 +100,7 @@ def test_any_number_of_openmp_threads_may_run_the_blocks(library: ctypes.CDLL, t
     library.set_threads(1)
 
 
+@pytest.mark.slow
 def test_ucontext_switches_as_well(ucontext_library: ctypes.CDLL) -> None:
     check_sum(ucontext_library, 10_001, 7, 96)
 
@@ -474,6 +475,7 @@ def test_an_order_that_is_none_is_an_error(library: ctypes.CDLL, monkeypatch: py
 # What sanitizers see.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "report"),
     [

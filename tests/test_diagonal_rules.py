@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -128,7 +128,6 @@ def test_decoupled_decay_and_update_interval(layer: str, variant: str) -> None:
     )
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
 @given(case=convolutions(), variant=st.sampled_from(VARIANTS))
 def test_convolutions_of_any_geometry(case: tuple[nn.Module, tuple[int, ...]], variant: str) -> None:
     module, shape = case

@@ -66,7 +66,11 @@ for line, code in snippets:
 """
 
 
-@each_page
+@pytest.mark.parametrize(
+    "page",  # each page is a process that imports torch
+    [page if page.name == "README.md" else pytest.param(page, marks=pytest.mark.slow) for page in PAGES],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_python_snippets_run_and_print_what_the_page_says(page: Path, tmp_path: Path) -> None:
     found = list(blocks(page))
     snippets = [block for block in found if block.language == "python"]

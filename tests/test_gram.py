@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from fisher_kernels import use_backend
 from fisher_kernels.backends import available
@@ -20,7 +18,7 @@ from tests.cases import DTYPES, LAYOUTS, integers, random, spread, unaligned
 from tests.cases.gram import SHAPES
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
+pytestmark = [pytest.mark.usefixtures("poisoned_memory", "one_thread"), pytest.mark.pairs_interpreted]
 
 T = TypeVar("T")
 
@@ -50,14 +48,6 @@ def assert_symmetric(out: Tensor) -> None:
     assert_same_bits(out, out.mT, "the upper triangle")
 
 
-def thinned(cases: Iterable[T], shape: tuple[int, int], implementation: str) -> list[T]:
-    """One or two of them on Triton, which is slow in its interpreter, and other ones for each shape."""
-    every, first = list(cases), SHAPES.index(shape)
-    if implementation != "triton":
-        return every
-    return [every[(first + i) % len(every)] for i in ((0,) if shape[0] > 1000 else (0, 2))]
-
-
 def test_definition() -> None:
     x, weight = random((5, 3), torch.float64), torch.tensor([1.0, 0.0, -2.0, 3.0, 0.5], dtype=torch.float64)
     out, old = random((3, 3), torch.float64, 1), random((3, 3), torch.float64, 1).numpy()
@@ -70,32 +60,32 @@ def test_definition() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_layout(implementation: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    for name, layout in thinned(LAYOUTS.items(), shape, implementation):
-        x = layout(random(shape, dtype))
-        for weight in (None, weights(shape[0], dtype), spread(weights(shape[0], dtype))):
-            before, out = x.clone(), unaligned(lost(shape[1], dtype))
-            around = surroundings(out)
-            weighted_gram_(out, x, weight)
-            assert_within(out, defined(x, weight), 2 * bound(x, weight, dtype), name)
-            assert_symmetric(out)
-            assert_same_bits(x, before, "x")
-            assert_same_bits(surroundings(out), around, "the memory around the result")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout(implementation: str, layout: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = LAYOUTS[layout](random(shape, dtype))
+    for weight in (None, weights(shape[0], dtype), spread(weights(shape[0], dtype))):
+        before, out = x.clone(), unaligned(lost(shape[1], dtype))
+        around = surroundings(out)
+        weighted_gram_(out, x, weight)
+        assert_within(out, defined(x, weight), 2 * bound(x, weight, dtype))
+        assert_symmetric(out)
+        assert_same_bits(x, before, "x")
+        assert_same_bits(surroundings(out), around, "the memory around the result")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_average(implementation: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("decay", "gain"), [(0.9, 0.1), (1.0, 0.0), (0.0, 0.25), (2.5, 1.5)])
+def test_average(implementation: str, decay: float, gain: float, shape: tuple[int, int], dtype: torch.dtype) -> None:
     """Two products and a sum more, each rounded once; of what is there the lower triangle counts."""
     x, weight = random(shape, dtype), weights(shape[0], dtype)
-    for decay, gain in thinned(((0.9, 0.1), (1.0, 0.0), (0.0, 0.25), (2.5, 1.5)), shape, implementation):
-        lower = random((shape[1], shape[1]), ACCUMULATOR[dtype], 1).tril()
-        out = lower + torch.full_like(lower, torch.nan).triu(1)
-        old = lower.double() + lower.double().tril(-1).mT
-        weighted_gram_(out, x, weight, decay, gain)
-        rounding = 2 * gain * bound(x, weight, dtype) + 4 * unit_roundoff(out.dtype) * decay * old.abs()
-        assert_within(out, decay * old + gain * defined(x, weight), rounding)
-        assert_symmetric(out)
+    lower = random((shape[1], shape[1]), ACCUMULATOR[dtype], 1).tril()
+    out = lower + torch.full_like(lower, torch.nan).triu(1)
+    old = lower.double() + lower.double().tril(-1).mT
+    weighted_gram_(out, x, weight, decay, gain)
+    rounding = 2 * gain * bound(x, weight, dtype) + 4 * unit_roundoff(out.dtype) * decay * old.abs()
+    assert_within(out, decay * old + gain * defined(x, weight), rounding)
+    assert_symmetric(out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -158,12 +148,6 @@ def test_long_sums_are_added_in_runs(implementation: str) -> None:
 CUDA_SHAPES = ((1, 32), (17, 256), (9, 257), (257, 264), (513, 384), (1025, 8), (1024, 33), (1541, 65))
 
 
-@pytest.fixture
-def cuda(implementation: str) -> None:
-    if implementation != "cuda":
-        pytest.skip("about the CUDA kernels")
-
-
 def padded(x: Tensor) -> Tensor:
     """Rows that begin at multiples of 64 numbers, with NaN between them."""
     return torch.full((len(x), x.shape[1] // 64 * 64 + 64), torch.nan, dtype=x.dtype)[:, : x.shape[1]].copy_(x)
@@ -171,7 +155,7 @@ def padded(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", CUDA_SHAPES, ids=str)
-def test_tiles_runs_and_shares(cuda: None, shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_tiles_runs_and_shares(cuda_backend: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     x, weight = integers(shape, dtype), integers((shape[0],), ACCUMULATOR[dtype], 2)
     old = integers((shape[1], shape[1]), ACCUMULATOR[dtype], 1).tril()
     out = old + torch.full_like(old, torch.nan).triu(1)
@@ -182,7 +166,7 @@ def test_tiles_runs_and_shares(cuda: None, shape: tuple[int, int], dtype: torch.
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [24, 64, 264])
-def test_same_bits_however_rows_are_read(cuda: None, columns: int, dtype: torch.dtype) -> None:
+def test_same_bits_however_rows_are_read(cuda_backend: str, columns: int, dtype: torch.dtype) -> None:
     x, weight = random((290, columns), dtype), weights(290, dtype)
     expected = lost(columns, dtype)
     weighted_gram_(expected, x, weight)
@@ -251,58 +235,3 @@ def test_tiles_of_the_lower_triangle() -> None:
     places[(1,)](found[0], found[1], tiles, COUNT=1024)
     assert torch.equal(found[0].cpu(), torch.cat([row - 1, row, row, row]).int())
     assert torch.equal(found[1].cpu(), torch.cat([row - 1, 0 * row, 0 * row + 1, row]).int())
-
-
-# Errors.
-
-Call = dict[str, Any]
-
-
-def call() -> Call:
-    return {"out": torch.ones(4, 4), "x": torch.ones(3, 4), "weight": torch.ones(3), "decay": 0.9, "gain": 0.1}
-
-
-BAD: dict[str, tuple[str, Callable[[], Any], type[Exception], str]] = {
-    "x dtype": ("x", lambda: torch.ones(3, 4).long(), TypeError, r"x has dtype (torch\.)?int64, expected"),
-    "x dimensions": ("x", lambda: torch.ones(3, 4, 1), ValueError, r"x has shape \(3, 4, 1\), expected 2 dimensions"),
-    "x device": ("x", lambda: torch.ones(3, 4, device="meta"), ValueError, r"x is on meta, expected cpu"),
-    "weight dtype": (
-        "weight",
-        lambda: torch.ones(3).double(),
-        TypeError,
-        r"weight has dtype (torch\.)?float64, expected (torch\.)?float32",
-    ),
-    "weight shape": ("weight", lambda: torch.ones(4), ValueError, r"weight has shape \(4,\), expected \(3,\)"),
-    "weight device": ("weight", lambda: torch.ones(3, device="meta"), ValueError, r"weight is on meta, expected cpu"),
-    "out dtype": (
-        "out",
-        lambda: torch.ones(4, 4).double(),
-        TypeError,
-        r"out has dtype (torch\.)?float64, expected (torch\.)?float32",
-    ),
-    "out shape": ("out", lambda: torch.ones(4, 5), ValueError, r"out has shape \(4, 5\), expected \(4, 4\)"),
-    "out strides": ("out", lambda: torch.ones(4, 8)[:, ::2], ValueError, r"out is not contiguous"),
-    **{
-        f"{name} {value}": (name, lambda value=value: value, ValueError, rf"{name} is {value}(0*)?, expected a finite")
-        for name in ("decay", "gain")
-        for value in (-0.5, math.inf, math.nan)
-    },
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_arguments(backend: str, name: str) -> None:
-    key, value, error, message = BAD[name]
-    arguments = {**call(), key: value()}
-    with pytest.raises(error, match=f"^weighted_gram_: {message}"):
-        weighted_gram_(**arguments)
-    assert bool((arguments["out"] == 1).all())
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_arguments_without_data(name: str) -> None:
-    """Compilers learn of the same faults from the fakes."""
-    key, value, error, message = BAD[name]
-    arguments = {**call(), key: value()}
-    with FakeTensorMode() as mode, pytest.raises(error, match=f"^weighted_gram_: {message}"):
-        weighted_gram_(**pytree.tree_map_only(Tensor, mode.from_tensor, arguments))

@@ -41,6 +41,7 @@ def rows_of(result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
     return json.loads(result.stdout)["variants"]
 
 
+@pytest.mark.slow
 def test_one_variant_of_every_kernel_compiles_for_every_target() -> None:
     result = compiling("-m", "fisher_kernels", "inspect", "--sample", "--backend", "triton", "--json")
     found = rows_of(result)
@@ -79,8 +80,8 @@ for variant in triton.variants("TARGET", "adafisher_step.kernel"):
     ("target", "dtype", "block", "fault"),
     [
         ("cuda:90", "float32", 128, "loads of 16 bytes, expected at least 3"),
-        ("cuda:90", "float64", 4096, "bytes of stack, expected at most 16"),
-        ("hip:gfx942", "float32", 128, "loads of 8 bytes, expected at least 3"),
+        pytest.param("cuda:90", "float64", 4096, "bytes of stack, expected at most 16", marks=pytest.mark.slow),
+        pytest.param("hip:gfx942", "float32", 128, "loads of 8 bytes, expected at least 3", marks=pytest.mark.slow),
     ],
 )
 def test_faults_are_found(target: str, dtype: str, block: int, fault: str) -> None:
@@ -89,6 +90,7 @@ def test_faults_are_found(target: str, dtype: str, block: int, fault: str) -> No
     assert fault in result.stdout, result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_a_kernel_that_does_not_compile_is_a_fault() -> None:
     result = compiling("-c", FAULTY.replace("BLOCK", "1000").replace("TARGET", "cuda:90").replace("DTYPE", "float32"))
     assert "CompilationError" in result.stdout, result.stdout + result.stderr
@@ -127,6 +129,7 @@ for length, count, lr in ((1, 0, 1.0), (2, 1, 2.0), (16, 15, 16.0), (17, 31, 0.0
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_again_as_a_run_goes_on() -> None:
     """Triton makes special cases of 1 and of multiples of 16 unless it is told not to."""
     result = compiling("-c", AGAIN)
@@ -187,6 +190,7 @@ def cuda_targets() -> list[str]:
     return [] if toolkit is None else [f"cuda:{x}" for x in toolkit[0].split(",") if f"cuda:{x}" in inspection.TARGETS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", cuda_targets())
 def test_every_cuda_kernel_of_the_native_module_is_sound(target: str) -> None:
     found = list(inspection.run([target], backends=["cuda"]))
@@ -219,6 +223,7 @@ class Built:
         return self.architectures, 13000, 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 def test_faults_of_cuda_kernels_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "faulty.cu"

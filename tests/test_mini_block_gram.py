@@ -4,34 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from fisher_kernels import use_backend
 from fisher_kernels.ops import ACCUMULATOR, mini_block_gram_
 from tests.cases import DTYPES, LAYOUTS, integers, random, sliced, unaligned, zeros_without_memory
 from tests.cases.mini_block_gram import SHAPES
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
-from tests.interpreted import by_turns, interpreted, only_program, skip_but_one_in
+from tests.interpreted import interpreted, only_program
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
+pytestmark = [pytest.mark.usefixtures("poisoned_memory", "one_thread"), pytest.mark.pairs_interpreted]
 
 
 def lost(shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
     """An output whose old content is not to be read."""
     _, blocks, n = shape
     return torch.full((blocks, n, n), torch.nan, dtype=ACCUMULATOR[dtype])
-
-
-def combination(shape: tuple[int, int, int], dtype: torch.dtype) -> int:
-    """A number for each; neighbours in either differ by an odd number."""
-    return SHAPES.index(shape) * (len(DTYPES) + 1) + DTYPES.index(dtype)
 
 
 def defined(v: Tensor) -> Tensor:
@@ -61,41 +53,38 @@ def test_definition() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_layout(implementation: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    turn = combination(shape, dtype)
-    skip_but_one_in(2, turn, implementation)
-    for name, layout in by_turns(LAYOUTS.items(), turn // 2, implementation):
-        v = layout(random(shape, dtype))
-        before, out = v.clone(), unaligned(lost(shape, dtype))
-        around = surroundings(out)
-        mini_block_gram_(out, v)
-        assert_within(out, defined(v), 2 * bound(v, dtype), name)
-        assert_symmetric(out)
-        assert_same_bits(v, before, "v")
-        assert_same_bits(surroundings(out), around, "the memory around the result")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout(implementation: str, layout: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    v = LAYOUTS[layout](random(shape, dtype))
+    before, out = v.clone(), unaligned(lost(shape, dtype))
+    around = surroundings(out)
+    mini_block_gram_(out, v)
+    assert_within(out, defined(v), 2 * bound(v, dtype))
+    assert_symmetric(out)
+    assert_same_bits(v, before, "v")
+    assert_same_bits(surroundings(out), around, "the memory around the result")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_average(implementation: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("decay", "gain"), [(0.9, 0.1), (1.0, 0.0), (0.0, 0.25), (2.5, 1.5)])
+def test_average(
+    implementation: str, decay: float, gain: float, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
     """Two products and a sum more, each rounded once; of what is there the lower triangles count."""
-    turn = combination(shape, dtype) + 1
-    skip_but_one_in(2, turn, implementation)
     v = random(shape, dtype)
-    for decay, gain in by_turns(((0.9, 0.1), (1.0, 0.0), (0.0, 0.25), (2.5, 1.5)), turn // 2, implementation):
-        lower = random(lost(shape, dtype).shape, ACCUMULATOR[dtype], 1).tril()
-        out = lower + torch.full_like(lower, torch.nan).triu(1)
-        old = lower.double() + lower.double().tril(-1).mT
-        mini_block_gram_(out, v, decay, gain)
-        rounding = 2 * gain * bound(v, dtype) + 4 * unit_roundoff(out.dtype) * decay * old.abs()
-        assert_within(out, decay * old + gain * defined(v), rounding)
-        assert_symmetric(out)
+    lower = random(lost(shape, dtype).shape, ACCUMULATOR[dtype], 1).tril()
+    out = lower + torch.full_like(lower, torch.nan).triu(1)
+    old = lower.double() + lower.double().tril(-1).mT
+    mini_block_gram_(out, v, decay, gain)
+    rounding = 2 * gain * bound(v, dtype) + 4 * unit_roundoff(out.dtype) * decay * old.abs()
+    assert_within(out, decay * old + gain * defined(v), rounding)
+    assert_symmetric(out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_whole_numbers_are_exact(implementation: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    skip_but_one_in(2, combination(shape, dtype), implementation)
     v = integers(shape, dtype)
     out = integers(lost(shape, dtype).shape, ACCUMULATOR[dtype], 1).tril()
     expected = 0.5 * (out + out.tril(-1).mT).double() + 2 * defined(v)
@@ -107,7 +96,6 @@ def test_whole_numbers_are_exact(implementation: str, shape: tuple[int, int, int
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_stays_in_its_block(implementation: str, value: float, dtype: torch.dtype) -> None:
-    skip_but_one_in(3, DTYPES.index(dtype) + (math.nan, math.inf, -math.inf).index(value), implementation)
     for samples, blocks, n in ((3, 33, 9), (2, 5, 3), (34, 16, 17), (3, 2, 1)):
         good = random((samples, blocks, n), dtype)
         expected, actual = lost((samples, blocks, n), dtype), lost((samples, blocks, n), dtype)
@@ -184,15 +172,9 @@ CUDA_SHAPES = (
 )
 
 
-@pytest.fixture
-def cuda(implementation: str) -> None:
-    if implementation != "cuda":
-        pytest.skip("about the CUDA kernels")
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", CUDA_SHAPES, ids=str)
-def test_sizes_and_shares(cuda: None, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_sizes_and_shares(cuda_backend: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     v = integers(shape, dtype)
     old = integers(lost(shape, dtype).shape, ACCUMULATOR[dtype], 1).tril()
     out = old + torch.full_like(old, torch.nan).triu(1)
@@ -202,7 +184,7 @@ def test_sizes_and_shares(cuda: None, shape: tuple[int, int, int], dtype: torch.
 
 @pytest.mark.parametrize("layout", [unaligned, sliced])
 @pytest.mark.parametrize("n", [1, 8, 9, 16, 49, 64])
-def test_same_bits_however_blocks_are_read(cuda: None, n: int, layout: Callable[[Tensor], Tensor]) -> None:
+def test_same_bits_however_blocks_are_read(cuda_backend: str, n: int, layout: Callable[[Tensor], Tensor]) -> None:
     for dtype in DTYPES:
         v = random((19, 8, n), dtype)
         expected, out = lost((19, 8, n), dtype), lost((19, 8, n), dtype)
@@ -212,7 +194,7 @@ def test_same_bits_however_blocks_are_read(cuda: None, n: int, layout: Callable[
 
 
 @pytest.mark.parametrize("shape", [(600, 264, 26), (130, 1024, 50)], ids=str)
-def test_same_bits_with_shares_apart(cuda: None, shape: tuple[int, int, int]) -> None:
+def test_same_bits_with_shares_apart(cuda_backend: str, shape: tuple[int, int, int]) -> None:
     """Few blocks leave sums of their shares for a second kernel, many do not."""
     v, out = random(shape, torch.float32), lost(shape, torch.float32)
     mini_block_gram_(out, v)
@@ -253,60 +235,3 @@ def test_blocks_more_than_2_to_31_elements_on(monkeypatch: pytest.MonkeyPatch, n
     with use_backend("triton"):
         mini_block_gram_(out, v)
     assert_within(out[first:], defined(v[:, first:]), 0.0)
-
-
-# Errors.
-
-Call = dict[str, Any]
-
-
-def call() -> Call:
-    return {"out": torch.ones(3, 4, 4), "v": torch.ones(2, 3, 4), "decay": 0.9, "gain": 0.1}
-
-
-BAD: dict[str, tuple[str, Callable[[], Any], type[Exception], str]] = {
-    "v dtype": (
-        "v",
-        lambda: torch.ones(2, 3, 4, dtype=torch.int64),
-        TypeError,
-        r"v has dtype (torch\.)?int64, expected",
-    ),
-    "v dimensions": ("v", lambda: torch.ones(3, 4), ValueError, r"v has shape \(3, 4\), expected 3 dimensions"),
-    "v device": ("v", lambda: torch.ones(2, 3, 4, device="meta"), ValueError, r"v is on meta, expected cpu"),
-    "out dtype": (
-        "out",
-        lambda: torch.ones(3, 4, 4, dtype=torch.float64),
-        TypeError,
-        r"out has dtype (torch\.)?float64, expected (torch\.)?float32",
-    ),
-    "out shape": (
-        "out",
-        lambda: torch.ones(3, 4, 5),
-        ValueError,
-        r"out has shape \(3, 4, 5\), expected \(3, 4, 4\)",
-    ),
-    "out strides": ("out", lambda: torch.ones(3, 4, 8)[..., ::2], ValueError, r"out is not contiguous"),
-    **{
-        f"{name} {value}": (name, lambda value=value: value, ValueError, rf"{name} is {value}(0*)?, expected a finite")
-        for name in ("decay", "gain")
-        for value in (-0.5, math.inf, math.nan)
-    },
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_arguments(backend: str, name: str) -> None:
-    key, value, error, message = BAD[name]
-    arguments = {**call(), key: value()}
-    with pytest.raises(error, match=f"^mini_block_gram_: {message}"):
-        mini_block_gram_(**arguments)
-    assert bool((arguments["out"] == 1).all())
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_arguments_without_data(name: str) -> None:
-    """Compilers learn of the same faults from the fakes."""
-    key, value, error, message = BAD[name]
-    arguments = {**call(), key: value()}
-    with FakeTensorMode() as mode, pytest.raises(error, match=f"^mini_block_gram_: {message}"):
-        mini_block_gram_(**pytree.tree_map_only(Tensor, mode.from_tensor, arguments))

@@ -82,6 +82,7 @@ def sources(folder: str, suffix: str = "") -> set[str]:
     return {file.relative_to(ROOT).as_posix() for file in files if "__pycache__" not in file.parts}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wheel", "pure_wheel"])
 def test_a_wheel_has_the_package_and_nothing_beside_it(kind: str, request: pytest.FixtureRequest) -> None:
     found = names(request.getfixturevalue(kind))
@@ -94,6 +95,7 @@ def test_a_wheel_has_the_package_and_nothing_beside_it(kind: str, request: pytes
     assert any(re.fullmatch(r"fisher_kernels-[^/]+/licenses/LICENSE", name) for name in found)
 
 
+@pytest.mark.slow
 def test_a_wheel_has_the_native_module(wheel: Path) -> None:
     if native_module() is None:
         pytest.skip(str(native_reason()))
@@ -103,6 +105,7 @@ def test_a_wheel_has_the_native_module(wheel: Path) -> None:
     assert "none-any" not in wheel.name
 
 
+@pytest.mark.slow
 def test_a_wheel_says_what_it_is(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (info,) = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name}
@@ -124,6 +127,7 @@ def test_an_sdist_has_all_that_builds_and_tests_it(sdist: Path) -> None:
     assert not [name for name in found if name.endswith((".so", ".pyc")) or name == NOTE]
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_package_imports_and_says_so(pure_wheel: Path, tmp_path: Path) -> None:
     assert pure_wheel.name.endswith("-py3-none-any.whl")
     assert not [name for name in names(pure_wheel) if name.endswith(".so")]
@@ -143,6 +147,7 @@ def test_without_a_compiler_the_package_imports_and_says_so(pure_wheel: Path, tm
     assert "a C++17 compiler (c++ or g++ or clang++)" in result.stdout
 
 
+@pytest.mark.slow
 def test_asking_for_the_native_module_without_a_compiler_is_an_error(unpacked_sdist: Path) -> None:
     variables = {"FISHER_KERNELS_NATIVE": "on", "CXX": "/nonexistent/g++"}
     result = run("setup.py", "build_ext", cwd=unpacked_sdist, **variables)
@@ -150,6 +155,7 @@ def test_asking_for_the_native_module_without_a_compiler_is_an_error(unpacked_sd
     assert "missing: a C++17 compiler (/nonexistent/g++)" in result.stderr
 
 
+@pytest.mark.slow
 def test_asking_for_cuda_without_a_compiler_is_an_error_too(unpacked_sdist: Path) -> None:
     variables = {"FISHER_KERNELS_NATIVE": "auto", "FISHER_KERNELS_CUDA": "on", "CXX": "/nonexistent/g++"}
     result = run("setup.py", "build_ext", cwd=unpacked_sdist, **variables)
@@ -161,6 +167,7 @@ def test_asking_for_cuda_without_a_compiler_is_an_error_too(unpacked_sdist: Path
     assert "FISHER_KERNELS_CUDA is 'on' and FISHER_KERNELS_NATIVE 'off'" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_an_error(unpacked_sdist: Path) -> None:
     result = run("setup.py", "build_ext", cwd=unpacked_sdist, FISHER_KERNELS_NATIVE="auto", CXX="false")
     if "missing: " in result.stderr:
@@ -169,6 +176,7 @@ def test_a_compiler_that_fails_is_an_error(unpacked_sdist: Path) -> None:
     assert re.search(r"cmake -S .* failed", result.stderr)
 
 
+@pytest.mark.slow
 def test_the_native_choice_is_checked(unpacked_sdist: Path) -> None:
     result = run("setup.py", "--version", cwd=unpacked_sdist, FISHER_KERNELS_NATIVE="yes")
     assert result.returncode != 0

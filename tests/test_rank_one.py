@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -24,7 +23,7 @@ from fisher_kernels.ops import (
 from tests.cases import DTYPES, LAYOUTS, WRITABLE_LAYOUTS, integers, random, unaligned
 from tests.cases.rank_one import SIZES, VECTORS, inverses, pieces, vectors
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
-from tests.interpreted import by_turns, far, far_partials, far_sums, interpreted
+from tests.interpreted import far, far_partials, far_sums, interpreted
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
@@ -160,15 +159,15 @@ def test_same_solution_for_every_number_of_threads(implementation: str, set_thre
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_full_chunks_of_a_solution(implementation: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("size", [8192 + 5, 2 * 8192 - 1, 8192])
+def test_full_chunks_of_a_solution(implementation: str, size: int, dtype: torch.dtype) -> None:
     """They have a path of wide accesses, unless they are not aligned: the same bits."""
-    for size in by_turns((8192 + 5, 2 * 8192 - 1, 8192), DTYPES.index(dtype), implementation):
-        u, x = random((size,), dtype), random((size,), dtype, 1)
-        (found,) = rank_one_solve([u], [x], 0.5)
-        (moved,) = rank_one_solve([unaligned(u)], [unaligned(x)], 0.5)
-        check_solution([found], [u], [x], 0.5)
-        if implementation != "reference":
-            assert_same_bits(moved, found, f"{size} elements")
+    u, x = random((size,), dtype), random((size,), dtype, 1)
+    (found,) = rank_one_solve([u], [x], 0.5)
+    (moved,) = rank_one_solve([unaligned(u)], [unaligned(x)], 0.5)
+    check_solution([found], [u], [x], 0.5)
+    if implementation != "reference":
+        assert_same_bits(moved, found)
 
 
 def test_more_tensors_than_a_launch_takes(implementation: str) -> None:
@@ -454,30 +453,34 @@ SPOILED: dict[str, tuple[Callable[[Tensor, Tensor], None], int]] = {
 
 
 @each_dtype
-@pytest.mark.parametrize("fault", SPOILED)
+@pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 9, 25, 64, 70, 161])
-def test_refused_blocks(implementation: str, n: int, fault: str, dtype: torch.dtype) -> None:
-    """Marked and left as they were, to the bit; their neighbours do not change by a bit."""
-    # Triton's interpreter is slow: fewer blocks where a program has not many of them.
-    few = n > 100 or (implementation == "triton" and n > 8)
-    count, places = (5, [0, 3]) if few else (37, [0, 7, 16, 36])
-    for k in (3,) if implementation == "triton" else (1, 3):
-        p, u = inverses(count, n, dtype), vectors(count, k, n, dtype)
-        clean = p.clone()
-        assert_same_bits(low_rank_inverse_update_(clean, u, 0.9, 0.5), good(count))
-        spoil, status = SPOILED[fault]
-        bad = torch.zeros(count, dtype=torch.bool)
-        bad[places] = True
-        for b in bad.nonzero().flatten().tolist():
-            spoil(p[b], u[b])
-        found = unaligned(p)
-        before, around = found.clone(), surroundings(found)
-        info = low_rank_inverse_update_(found, u, 0.9, 0.5)
-        assert torch.equal(info, torch.where(bad, status, 0)), fault
-        assert_same_bits(found[bad], before[bad])
-        if implementation != "reference":  # whose products depend on their number
-            assert_same_bits(found[~bad], clean[~bad])
-        assert_same_bits(surroundings(found), around, "the memory around the result")
+def test_refused_blocks(implementation: str, n: int, k: int, dtype: torch.dtype) -> None:
+    """Each fault is marked, and its block left as it was, to the bit; their neighbours do not change by a bit.
+
+    Two bad blocks, a good one, and so on: every fault is in two places, in one where blocks take long.
+    """
+    faults = [*SPOILED] * (1 if n > 100 or (implementation == "triton" and n > 8) else 2)
+    count = 3 * len(faults) // 2 + 1
+    places = [b for b in range(count) if b % 3 < 2][: len(faults)]
+    p, u = inverses(count, n, dtype), vectors(count, k, n, dtype)
+    clean = p.clone()
+    assert_same_bits(low_rank_inverse_update_(clean, u, 0.9, 0.5), good(count))
+    status = torch.zeros(count, dtype=torch.int64)
+    for b, fault in zip(places, faults, strict=True):
+        spoil, status[b] = SPOILED[fault]
+        spoil(p[b], u[b])
+    found = unaligned(p)
+    before, around = found.clone(), surroundings(found)
+    info = low_rank_inverse_update_(found, u, 0.9, 0.5)
+    bad = status != 0
+    assert info.tolist() == status.tolist(), dict(zip(places, faults, strict=True))
+    for b in range(count):
+        if bad[b]:
+            assert_same_bits(found[b], before[b], f"block {b}")
+        elif implementation != "reference":  # whose products depend on their number
+            assert_same_bits(found[b], clean[b], f"block {b}")
+    assert_same_bits(surroundings(found), around, "the memory around the result")
 
 
 @each_dtype
@@ -654,86 +657,3 @@ def test_the_remedy_for_wind_up(host_backend: str, dtype: torch.dtype) -> None:
             p, info = block_inverse(matrix, damping)
             assert int(info) == 0
         assert float(p.abs().max()) <= 1 / damping * DECAY**-every
-
-
-# Errors.
-
-P = torch.eye(3).repeat(2, 1, 1)
-UPDATE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "dtype": ({"inverse": P.bfloat16()}, TypeError, r"inverse has dtype (torch\.)?bfloat16, expected float32 or"),
-    "a matrix": ({"inverse": P[0]}, ValueError, r"inverse has shape \(3, 3\), expected \(B, n, n\)"),
-    "not square": (
-        {"inverse": torch.ones(2, 3, 4)},
-        ValueError,
-        r"inverse has shape \(2, 3, 4\), expected \(B, n, n\)",
-    ),
-    **{
-        f"decay {value}": ({"decay": value}, ValueError, rf"decay is {value}, expected a finite number above 0")
-        for value in (0.0, -0.5, math.nan, math.inf)
-    },
-    **{
-        f"gain {value}": ({"gain": value}, ValueError, rf"gain is {value}, expected a finite number")
-        for value in (math.nan, math.inf, -math.inf)
-    },
-}
-ONE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "u shape": ({"u": torch.ones(2, 4)}, ValueError, r"u has shape \(2, 4\), expected \(2, 3\)"),
-    "u of several vectors": ({"u": torch.ones(2, 1, 3)}, ValueError, r"u has shape \(2, 1, 3\), expected \(2, 3\)"),
-    "u dtype": (
-        {"u": torch.ones(2, 3).double()},
-        TypeError,
-        r"u has dtype (torch\.)?float64, expected (torch\.)?float32",
-    ),
-}
-SEVERAL: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "u shape": ({"u": torch.ones(2, 3)}, ValueError, r"u has shape \(2, 3\), expected \(2, k, 3\)"),
-    "u count": ({"u": torch.ones(3, 1, 3)}, ValueError, r"u has shape \(3, 1, 3\), expected \(2, k, 3\)"),
-    "u dtype": (
-        {"u": torch.ones(2, 1, 3).half()},
-        TypeError,
-        r"u has dtype (torch\.)?float16, expected (torch\.)?float32",
-    ),
-}
-SOLVE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "length": ({"x": [torch.ones(3)]}, ValueError, r"x has 1 (tensors|entries), expected 2, the length of u"),
-    "dtype": (
-        {"u": [torch.ones(3), torch.ones(2).long()]},
-        TypeError,
-        r"u\[1\] has dtype (torch\.)?int64, expected float32",
-    ),
-    "x dtype": (
-        {"x": [torch.ones(3), torch.ones(2).double()]},
-        TypeError,
-        r"x\[1\] has dtype (torch\.)?float64, expected (torch\.)?float32",
-    ),
-    "x shape": ({"x": [torch.ones(3), torch.ones(3)]}, ValueError, r"x\[1\] has shape \(3,\), expected \(2,\)"),
-    **{
-        f"rho {value}": ({"rho": value}, ValueError, rf"rho is {value}, expected a finite number above 0")
-        for value in (0.0, -1.0, math.nan, math.inf)
-    },
-}
-CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, tuple[dict[str, Any], type[Exception], str]]]] = {
-    "rank_one_inverse_update_": (rank_one_inverse_update_, {"inverse": P, "u": torch.ones(2, 3)}, {**UPDATE, **ONE}),
-    "low_rank_inverse_update_": (
-        low_rank_inverse_update_,
-        {"inverse": P, "u": torch.ones(2, 4, 3)},
-        {**UPDATE, **SEVERAL},
-    ),
-    "rank_one_solve": (
-        rank_one_solve,
-        {"u": [torch.ones(3), torch.ones(2)], "x": [torch.ones(3), torch.ones(2)], "rho": 1.0},
-        SOLVE,
-    ),
-}
-
-
-@pytest.mark.parametrize(("op", "name"), [(op, name) for op, (_, _, bad) in CALLS.items() for name in bad])
-def test_errors_name_the_argument(backend: str, op: str, name: str) -> None:
-    function, arguments, bad = CALLS[op]
-    call = {key: value.clone() if isinstance(value, Tensor) else value for key, value in arguments.items()}
-    function(**call)  # good before it is spoiled
-    spoiled, error, message = bad[name]
-    before = call["inverse"].clone() if "inverse" in call else P
-    with pytest.raises(error, match=f"^{op}: {message}"):
-        function(**{**call, **spoiled})
-    assert_same_bits(call.get("inverse", P), before, "nothing has been written")

@@ -280,7 +280,6 @@ finite = st.floats(-1e6, 1e6, allow_subnormal=False)
     rho=st.floats(1e-4, 1e4),
     lr=st.floats(1e-3, 10),
 )
-@hypothesis.settings(max_examples=60)
 def test_longest_step(gradients: list[tuple[float, float, float]], beta: float, rho: float, lr: float) -> None:
     """Of the moment's direction, ``lr |u| / (rho + |u|^2)``, at most ``lr / (2 sqrt(rho))`` whatever the gradients."""
     params = [nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in (2, 1)]

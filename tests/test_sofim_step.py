@@ -12,11 +12,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from fisher_kernels import use_backend
-from fisher_kernels._library import runs_cuda_on_host
 from fisher_kernels.ops import ACCUMULATOR
 from tests.cases import (
     DTYPES,
@@ -32,18 +29,8 @@ from tests.cases import (
 from tests.cases.sofim_step import SHAPES, Step, step
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
 from tests.interpreted import far, far_partials, far_sums, interpreted
-from tests.step_errors import (
-    BAD_STEPS,
-    NO_COEFFICIENTS,
-    Bad,
-    bad_arrays,
-    bad_lists,
-    bad_numbers,
-    bad_scalars,
-    option,
-)
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
+pytestmark = [pytest.mark.usefixtures("poisoned_memory", "one_thread"), pytest.mark.pairs_interpreted]
 
 NAMES = ("params", "grads", "exp_avgs", "steps")
 WRITTEN = ("params", "exp_avgs")
@@ -60,21 +47,6 @@ SOME = ((3, 5), (), (0,), (2, 1030), (4, 3, 2, 5, 9))
 
 def shapes_for(implementation: str) -> tuple[tuple[int, ...], ...]:
     return SOME if implementation == "triton" else SHAPES
-
-
-def thin(request: pytest.FixtureRequest, every: int, cuda: int = 1) -> None:
-    """Of a test's combinations Triton's interpreter takes every so many, and CUDA on the host likewise.
-
-    A number prime to that of the combinations meets each value.
-    """
-    rates = {"triton": every, "cuda": cuda if runs_cuda_on_host() else 1}
-    for name in (x for x in request.node.callspec.params.values() if isinstance(x, str) and x in rates):
-        same = [
-            item for item in request.session.items if getattr(item, "originalname", "") == request.node.originalname
-        ]
-        own = [item for item in same if name in item.callspec.params.values()]  # type: ignore[attr-defined]
-        if own.index(request.node) % rates[name]:
-            pytest.skip("one combination of many that the interpreter, or CUDA on the host, leaves out")
 
 
 def scalar(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -290,11 +262,8 @@ def test_definition(options: dict[str, Any], direction: str, scope: str) -> None
     ],
     ids=str,
 )
-def test_allowed_rounding_has_teeth(
-    request: pytest.FixtureRequest, implementation: str, wrong: dict[str, Any], direction: str, scope: str
-) -> None:
+def test_allowed_rounding_has_teeth(implementation: str, wrong: dict[str, Any], direction: str, scope: str) -> None:
     """A slip in the fourth figure of any one number, or another choice, is more than rounding allows."""
-    thin(request, 7)
     others = {
         "direction": {"momentum": "gradient", "gradient": "momentum"},
         "scope": {"global": "tensor", "tensor": "global"},
@@ -317,24 +286,19 @@ def test_allowed_rounding_has_teeth(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_step(
-    request: pytest.FixtureRequest,
     implementation: str,
     options: dict[str, Any],
     dtype: torch.dtype,
     direction: str,
     scope: str,
 ) -> None:
-    thin(request, 11, cuda=3)
     check(step(shapes_for(implementation), dtype, direction=direction, scope=scope, **options))
     check(step(FEW, dtype, direction=direction, scope=scope, **options))
 
 
 @each_form
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_mixed_dtypes(
-    request: pytest.FixtureRequest, implementation: str, dtype: torch.dtype, direction: str, scope: str
-) -> None:
-    thin(request, 5)
+def test_mixed_dtypes(implementation: str, dtype: torch.dtype, direction: str, scope: str) -> None:
     first = DTYPES.index(dtype)
     dtypes = DTYPES[first:] + DTYPES[:first]
     check(step(shapes_for(implementation), dtypes, direction=direction, scope=scope, weight_decay=0.01))
@@ -349,7 +313,7 @@ def test_no_parameters(implementation: str, direction: str, scope: str) -> None:
 
 
 def test_any_shapes(implementation: str) -> None:
-    @hypothesis.settings(max_examples=8 if implementation == "triton" else 40)
+    @(hypothesis.settings(max_examples=8) if implementation == "triton" else hypothesis.settings())
     @hypothesis.given(
         shapes=st.lists(st.lists(st.integers(0, 40), max_size=3).map(tuple), max_size=3),
         layout=st.sampled_from([contiguous, sliced]),
@@ -369,11 +333,8 @@ def test_any_shapes(implementation: str) -> None:
 
 @each_form
 @pytest.mark.parametrize("decoupled", [True, False])
-def test_rates_and_decays_of_each(
-    request: pytest.FixtureRequest, implementation: str, decoupled: bool, direction: str, scope: str
-) -> None:
+def test_rates_and_decays_of_each(implementation: str, decoupled: bool, direction: str, scope: str) -> None:
     """Lists of one are for all; zeros among others are zeros; a rate may be any tensor of one element."""
-    thin(request, 5)
     shapes = shapes_for(implementation)
     rates: list[Any] = [0.01 * (i % 5) for i in range(len(shapes))]
     decays = [(0.0, 0.1, 0.02)[i % 3] for i in range(len(shapes))]
@@ -403,11 +364,8 @@ def test_rates_and_decays_of_each(
 @each_form
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("of", ["param", "grad", "moment"])
-def test_layouts_do_not_show(
-    request: pytest.FixtureRequest, implementation: str, of: str, dtype: torch.dtype, direction: str, scope: str
-) -> None:
+def test_layouts_do_not_show(implementation: str, of: str, dtype: torch.dtype, direction: str, scope: str) -> None:
     """The same bits wherever the elements of one of the three lie, and no other bits around them."""
-    thin(request, 13, cuda=5)
     shapes = SOME[-2:] if implementation == "triton" else SHAPES
     for layout in (LAYOUTS if of == "grad" else WRITABLE_LAYOUTS).values():
         layouts = {"layout" if of == "param" else f"{of}_layout": layout}
@@ -424,10 +382,7 @@ def test_layouts_do_not_show(
 
 
 @each_form
-def test_layouts_of_all_at_once(
-    request: pytest.FixtureRequest, implementation: str, direction: str, scope: str
-) -> None:
-    thin(request, 3)
+def test_layouts_of_all_at_once(implementation: str, direction: str, scope: str) -> None:
     options = {"direction": direction, "scope": scope, "weight_decay": 0.1, "decoupled": False}
     for layout in WRITABLE_LAYOUTS.values():
         check(step(shapes_for(implementation), DTYPES, layout=layout, **options))
@@ -466,9 +421,8 @@ def test_whole_numbers_are_exact(implementation: str, dtype: torch.dtype) -> Non
 
 
 @each_form
-def test_a_long_run(request: pytest.FixtureRequest, implementation: str, direction: str, scope: str) -> None:
+def test_a_long_run(implementation: str, direction: str, scope: str) -> None:
     """The bias correction fades, and errors stay those of the roundings of all steps."""
-    thin(request, 3, cuda=3)
     few, count = {"triton": (FEW[:2], 15), "cuda": (FEW[:2], 100)}.get(implementation, (FEW, 100))
     case = step(few, torch.float32, direction=direction, scope=scope)
     for t in case.steps:
@@ -492,11 +446,8 @@ def test_a_long_run(request: pytest.FixtureRequest, implementation: str, directi
 
 @pytest.mark.parametrize("direction", ["momentum", "gradient"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_one_vector_however_it_is_cut(
-    request: pytest.FixtureRequest, implementation: str, dtype: torch.dtype, direction: str
-) -> None:
+def test_one_vector_however_it_is_cut(implementation: str, dtype: torch.dtype, direction: str) -> None:
     """The global solve knows nothing of tensors: only the order in which its dot products are added up changes."""
-    thin(request, 3)
     whole = step([(5000,)], dtype, direction=direction, weight_decay=0.1)
     rounding = Rounding(whole)
     cuts = [1, 1023, 0, 1024, 17, 1500, 1435]
@@ -515,11 +466,8 @@ def test_one_vector_however_it_is_cut(
 
 
 @each_form
-def test_squares_beyond_float32(
-    request: pytest.FixtureRequest, implementation: str, direction: str, scope: str
-) -> None:
+def test_squares_beyond_float32(implementation: str, direction: str, scope: str) -> None:
     """Dot products are in float64: gradients of 1e30 are numbers like others."""
-    thin(request, 3)
     case = step(FEW, torch.float32, direction=direction, scope=scope, lr=1.0)
     for gradient, moment in zip(case.grads, case.exp_avgs, strict=True):
         gradient *= 1e30
@@ -530,11 +478,8 @@ def test_squares_beyond_float32(
 
 @each_form
 @pytest.mark.parametrize("decoupled", [True, False])
-def test_dot_products_beyond_float64(
-    request: pytest.FixtureRequest, implementation: str, decoupled: bool, direction: str, scope: str
-) -> None:
+def test_dot_products_beyond_float64(implementation: str, decoupled: bool, direction: str, scope: str) -> None:
     """The solve counts as 0 where a dot product overflows; moments go on, and the decay of the weights does."""
-    thin(request, 3)
     case = step(FEW, torch.float64, direction=direction, scope=scope, weight_decay=0.1, decoupled=decoupled)
     case.grads[1] *= 1e200
     case.grads[1][0] = -1e200
@@ -575,7 +520,6 @@ def test_found_inf_stops_everything(implementation: str, value: float) -> None:
 @pytest.mark.parametrize("layout", [contiguous, sliced, channels_last])
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
 def test_elements_without_a_finite_moment_keep_their_bits(
-    request: pytest.FixtureRequest,
     implementation: str,
     options: dict[str, Any],
     layout: Callable[[Tensor], Tensor],
@@ -584,7 +528,6 @@ def test_elements_without_a_finite_moment_keep_their_bits(
     scope: str,
 ) -> None:
     """They are counted exactly, and all others take the very step they take beside zeros."""
-    thin(request, 29, cuda=5)
     case = step(shapes_for(implementation), dtype, layout=layout, direction=direction, scope=scope, **options)
     without = case.copy()  # zeros add nothing to a dot product
     masks = []
@@ -690,14 +633,12 @@ def test_a_parameter_that_is_not_finite_concerns_nobody_else(implementation: str
 @each_form
 @pytest.mark.parametrize("layout", [contiguous, sliced, channels_last])
 def test_same_bits_at_every_run_and_for_every_number_of_threads(
-    request: pytest.FixtureRequest,
     implementation: str,
     set_threads: Callable[[int], None],
     layout: Callable[[Tensor], Tensor],
     direction: str,
     scope: str,
 ) -> None:
-    thin(request, 5)
     # Cut into three shares of the elements, these end within tensors and between them.
     shapes = ((130, 257), (7,), (40001,), (0,), (64, 3, 200), (1024, 33), (97, 256))
     if implementation == "triton":
@@ -845,86 +786,3 @@ def test_launches_and_uploads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts(case, lr=[0.2 * i for i in range(length)]) == (5, 1)
     assert counts(case, weight_decay=[0.01 * i for i in range(length)]) == (5, 1)
     assert counts(case) == (5, 0)
-
-
-# Errors.
-
-BAD: Bad = {
-    **bad_lists(NAMES, 2),
-    **bad_arrays("exp_avgs"),
-    **BAD_STEPS,
-    **bad_numbers(beta=(-0.1, 1.0, 1.5, math.nan), rho=(0.0, *NO_COEFFICIENTS)),
-    **bad_scalars("grad_scale", "found_inf"),
-    **{
-        f"{name} {value!r}": (option(name, value), ValueError, rf"{name} is '{value}', expected one of {choices}")
-        for name, choices in (("direction", "'momentum', 'gradient'"), ("scope", "'global', 'tensor'"))
-        for value in ("", "Global", "moment")
-    },
-    **{
-        f"{name} of {length}": (
-            option(name, [0.1] * length),
-            ValueError,
-            rf"{name} has {length} entries, expected 1 or 2, the length of params",
-        )
-        for name in ("lr", "weight_decay")
-        for length in (0, 3)
-    },
-    **{
-        f"weight_decay[{i}] {value}": (
-            option("weight_decay", [0.1] * i + [value]),
-            ValueError,
-            rf"weight_decay\[{i}\] is {value}, expected",
-        )
-        for i in (0, 1)
-        for value in NO_COEFFICIENTS
-    },
-    "lr shape": (option("lr", torch.ones(2)), ValueError, r"lr\[0\] has shape \(2,\), expected one element"),
-    "lr dtype": (
-        option("lr", [0.1, torch.tensor(1)]),
-        TypeError,
-        r"lr\[1\] has dtype (torch\.)?int64, expected float32",
-    ),
-}
-
-
-# Fakes have no number to look at.
-BAD_RATES: Bad = {
-    **{
-        f"lr {value}": (option("lr", value), ValueError, rf"lr\[0\] is {float(value)}, expected")
-        for value in (*NO_COEFFICIENTS, scalar(-1.0), scalar(math.nan, torch.float64))
-    },
-    **{
-        f"lr[1] {value}": (option("lr", [0.1, value]), ValueError, rf"lr\[1\] is {value}, expected")
-        for value in NO_COEFFICIENTS
-    },
-}
-
-
-def bad_call(name: str) -> tuple[Step, type[Exception], str]:
-    spoil, error, message = {**BAD, **BAD_RATES}[name]
-    case = step([(2, 3), (4, 6)], torch.float32)
-    with use_backend("reference"):
-        case.copy().run()  # good before it is spoiled
-    spoil(case)
-    return case, error, f"^sofim_step_: {message}"
-
-
-@pytest.mark.parametrize("name", [*BAD, *BAD_RATES])
-def test_bad_arguments(backend: str, name: str) -> None:
-    case, error, message = bad_call(name)
-    before = case.copy()
-    with pytest.raises(error, match=message):
-        case.run()
-    assert_unchanged(case, before)
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_arguments_without_data(name: str) -> None:
-    """Compilers learn of the same faults from the fakes."""
-    case, error, message = bad_call(name)
-    mode = FakeTensorMode()
-    fake = case.map(mode.from_tensor)
-    fake.steps = [mode.from_tensor(t) for t in case.steps]
-    fake.options = pytree.tree_map_only(Tensor, mode.from_tensor, case.options)
-    with mode, pytest.raises(error, match=message):
-        fake.run()

@@ -79,7 +79,7 @@ def steps(left: float) -> list[Step]:
     """What there is to do in so many seconds."""
     python = sys.executable
     testing = [
-        *(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "-k", CHOSEN),
+        *(python, "-m", "pytest", "-q", "--all", "-p", "no:cacheprovider", "-W", "default", "-k", CHOSEN),
         "--seconds={soft}",
         *tests(),
     ]

@@ -1,33 +1,19 @@
-"""Bad arguments of the steps that take lists of parameters, for their tests."""
+"""Faults that the steps which take lists of parameters share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-Bad = dict[str, tuple[Callable[[Any], None], type[Exception], str]]
-"""Name -> what spoils a good call, the error, and what its message matches after the name of the op."""
+from tests.bad_calls import Call, Faults, argument, entry, shorter, value
 
 
-def tensor(name: str, value: Callable[[], Tensor | None], i: int = 1) -> Callable[[Any], None]:
-    """Spoils a later tensor of a list: the first one must not be touched either."""
-
-    def spoil(case: Any) -> None:
-        getattr(case, name)[i] = value()
-
-    return spoil
-
-
-def option(name: str, value: Any) -> Callable[[Any], None]:
-    return lambda case: case.options.update({name: value})
-
-
-def shorter(name: str) -> Callable[[Any], None]:
-    return lambda case: getattr(case, name).pop()
+def arguments(case: Any, names: Sequence[str]) -> Call:
+    """Those of a step, by name."""
+    return {**dict(zip(names, case.lists(), strict=True)), **case.options}
 
 
 def dtypes(found: str, wanted: str) -> str:
@@ -38,7 +24,7 @@ def shapes(found: str, wanted: str) -> str:
     return rf" has shape \({found}\), expected \({wanted}\)"
 
 
-def bad_lists(names: Sequence[str], count: int) -> Bad:
+def bad_lists(names: Sequence[str], count: int) -> Faults:
     """Lists of different lengths, for a good call of ``count`` parameters."""
     first, *others = names
     return {
@@ -47,95 +33,95 @@ def bad_lists(names: Sequence[str], count: int) -> Bad:
     }
 
 
-def bad_arrays(moments: str) -> Bad:
+def bad_arrays(moments: str) -> Faults:
     """Parameters, gradients and moments that do not fit, for a parameter 1 of shape (4, 6)."""
     return {
         "params dtype": (
-            tensor("params", lambda: torch.ones(4, 6, dtype=torch.int64)),
+            entry("params", lambda: torch.ones(4, 6, dtype=torch.int64)),
             TypeError,
             r"params\[1\]" + dtypes("int64", "float32"),
         ),
         "params complex": (
-            tensor("params", lambda: torch.ones(4, 6, dtype=torch.complex64)),
+            entry("params", lambda: torch.ones(4, 6, dtype=torch.complex64)),
             TypeError,
             r"params\[1\]" + dtypes("complex64", r"(a floating-point|float32)"),
         ),
         "params expanded": (
-            tensor("params", lambda: torch.ones(6).expand(4, 6)),
+            entry("params", lambda: torch.ones(6).expand(4, 6)),
             ValueError,
             r"params\[1\] has strides \(0, 1\)",
         ),
-        "grads shape": (tensor("grads", lambda: torch.ones(6, 4)), ValueError, r"grads\[1\]" + shapes("6, 4", "4, 6")),
-        "grads size": (tensor("grads", lambda: torch.ones(24)), ValueError, r"grads\[1\]" + shapes("24,", "4, 6")),
+        "grads shape": (entry("grads", lambda: torch.ones(6, 4)), ValueError, r"grads\[1\]" + shapes("6, 4", "4, 6")),
+        "grads size": (entry("grads", lambda: torch.ones(24)), ValueError, r"grads\[1\]" + shapes("24,", "4, 6")),
         "grads dtype": (
-            tensor("grads", lambda: torch.ones(4, 6, dtype=torch.bfloat16)),
+            entry("grads", lambda: torch.ones(4, 6, dtype=torch.bfloat16)),
             TypeError,
             r"grads\[1\]" + dtypes("bfloat16", "float32"),
         ),
         "grads device": (
-            tensor("grads", lambda: torch.ones(4, 6, device="meta")),
+            entry("grads", lambda: torch.ones(4, 6, device="meta")),
             ValueError,
             r"grads\[1\] is on meta, expected cpu",
         ),
         f"{moments} shape": (
-            tensor(moments, lambda: torch.ones(4, 7)),
+            entry(moments, lambda: torch.ones(4, 7)),
             ValueError,
             rf"{moments}\[1\]" + shapes("4, 7", "4, 6"),
         ),
         f"{moments} dtype": (
-            tensor(moments, lambda: torch.ones(4, 6, dtype=torch.float64)),
+            entry(moments, lambda: torch.ones(4, 6, dtype=torch.float64)),
             TypeError,
             rf"{moments}\[1\]" + dtypes("float64", "float32"),
         ),
         f"{moments} expanded": (
-            tensor(moments, lambda: torch.ones(4, 1).expand(4, 6)),
+            entry(moments, lambda: torch.ones(4, 1).expand(4, 6)),
             ValueError,
             rf"{moments}\[1\] has strides \(1, 0\)",
         ),
         f"{moments} device": (
-            tensor(moments, lambda: torch.ones(4, 6, device="meta")),
+            entry(moments, lambda: torch.ones(4, 6, device="meta")),
             ValueError,
             rf"{moments}\[1\] is on meta, expected cpu",
         ),
     }
 
 
-BAD_STEPS: Bad = {
+BAD_STEPS: Faults = {
     "steps dtype": (
-        tensor("steps", lambda: torch.tensor(1.0, dtype=torch.float64)),
+        entry("steps", lambda: torch.tensor(1.0, dtype=torch.float64)),
         TypeError,
         r"steps\[1\]" + dtypes("float64", "float32"),
     ),
     "steps shape": (
-        tensor("steps", lambda: torch.ones(2)),
+        entry("steps", lambda: torch.ones(2)),
         ValueError,
         r"steps\[1\] .*shape \(2,\), expected .*one element",
     ),
     "steps device": (
-        tensor("steps", lambda: torch.ones((), device="meta")),
+        entry("steps", lambda: torch.ones((), device="meta")),
         ValueError,
         r"steps\[1\] is on meta, expected cpu",
     ),
 }
 
 
-def bad_numbers(**values: Sequence[float]) -> Bad:
+def bad_numbers(**values: Sequence[float]) -> Faults:
     return {
-        f"{name} {value}": (option(name, value), ValueError, rf"{name} is {value}, expected")
+        f"{name} {number}": (value(name, number), ValueError, rf"{name} is {number}, expected")
         for name in values
-        for value in values[name]
+        for number in values[name]
     }
 
 
 NO_COEFFICIENTS = (-1.0, math.inf, math.nan)
 
 
-def bad_scalars(*names: str) -> Bad:
+def bad_scalars(*names: str) -> Faults:
     """Tensors where one element of a float is wanted."""
     return {
         **{
             f"{name} shape": (
-                option(name, torch.ones(2)),
+                argument(name, lambda: torch.ones(2)),
                 ValueError,
                 rf"{name} has shape \(2,\), expected one element",
             )
@@ -143,7 +129,7 @@ def bad_scalars(*names: str) -> Bad:
         },
         **{
             f"{name} dtype": (
-                option(name, torch.tensor(1)),
+                argument(name, lambda: torch.tensor(1)),
                 TypeError,
                 rf"{name} has dtype (torch\.)?int64, expected float32",
             )
