@@ -224,6 +224,15 @@ def one_thread(set_threads: Callable[[int], None]) -> None:
 
 
 @pytest.fixture
+def in_float64() -> Iterator[None]:
+    """New tensors are float64: the order in which a library adds up changes 16th digits, which no bound is near."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(previous)
+
+
+@pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fresh memory holds NaN in tensors, and under glibc numbers of 1e38 and more anywhere else."""
     m_perturb, fill = -6, 0x80  # allocations are filled with the complement of this byte, 0x7f

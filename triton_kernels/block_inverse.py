@@ -17,6 +17,9 @@ LARGEST = 64
 
 # Up to this size a thread has a block of its own. Its code is unrolled, and a block has to fit into the registers.
 _ONE_THREAD = {torch.float32: 9, torch.float64: 8}
+# Up to this size quotients are corrected by what rounding took from them: a few instructions make each number of an
+# inverse of two rows exact to a few roundings, whatever the condition. Of larger blocks other roundings cost as much.
+_LARGEST_CORRECTED = 3
 _LANES = 64 if torch.version.hip else 32  # threads of a warp
 # Larger blocks share a warp or more: size of the tile -> blocks of a program, warps.
 _SHARED = {16: (4, 1), 32: (1, 1), 64: (1, 4)}
@@ -63,7 +66,7 @@ def _damped(a, i, j, damping):
 
 
 @triton.jit
-def _sweep(a, x, good, k, i, j, column, SOLVE: tl.constexpr):
+def _sweep(a, x, good, k, i, j, column, SOLVE: tl.constexpr, CORRECTED: tl.constexpr):
     """Sweep over pivot k: afterwards -a is the inverse in the rows and columns swept, and x solves for those.
 
     With c = row k, d = c_k and r = c / d: a_ij - c_i r_j, but r in row and column k, and -1 / d where they meet.
@@ -74,8 +77,14 @@ def _sweep(a, x, good, k, i, j, column, SOLVE: tl.constexpr):
     good = good & (d > 0) & (d < float("inf"))
     d = tl.where(good, d, 1.0)
     c = tl.where(at_pivot, -1.0, c)
-    r = divide(c, tl.broadcast_to(d[None, :], c.shape))
-    a = tl.where((i == k) | (j == k), 0.0, a) - c[:, None, :] * r[None, :, :]
+    wide_d = tl.broadcast_to(d[None, :], c.shape)
+    r = divide(c, wide_d)
+    a = tl.where((i == k) | (j == k), 0.0, a)
+    if CORRECTED:
+        rest = divide(tl.fma(-r, wide_d, c), wide_d)  # what rounding took
+        a = tl.fma(-c[:, None, :], r[None, :, :], a) - c[:, None, :] * rest[None, :, :]
+    else:
+        a = a - c[:, None, :] * r[None, :, :]
     if SOLVE:
         pivot = _pick(x, at_pivot, 0)
         x = tl.where(at_pivot, 0.0, x) - pivot[None, :] * r
@@ -109,6 +118,7 @@ def one_thread_kernel(
     BLOCKS: tl.constexpr,
     SOLVE: tl.constexpr,
     KEEP: tl.constexpr,
+    CORRECTED: tl.constexpr,
 ):
     """A block in each thread; rows of all of them are loaded and stored together, in the order of memory."""
     first = tl.program_id(0).to(tl.int64) * BLOCKS
@@ -132,7 +142,7 @@ def one_thread_kernel(
         good = good & _all_finite(x[None, :, :])
         x = tl.where(good[None, :], x, 0.0)
     for k in tl.static_range(N):
-        a, x, good = _sweep(a, x, good, k, i, j, column[:, None], SOLVE)
+        a, x, good = _sweep(a, x, good, k, i, j, column[:, None], SOLVE, CORRECTED)
     if SOLVE:
         x, good = _solved(x, good)
         tl.store(out + vector, tl.trans(x), there)
@@ -182,7 +192,7 @@ def shared_kernel(
         good = good & _all_finite(x[None, :, :])
         x = tl.where(good[None, :], x, 0.0)
     for k in range(n):
-        a, x, good = _sweep(a, x, good, k, i, j, column[:, None], SOLVE)
+        a, x, good = _sweep(a, x, good, k, i, j, column[:, None], SOLVE, False)
     if SOLVE:
         x, good = _solved(x, good)
         tl.store(out + vector, x, of_block)
@@ -206,7 +216,7 @@ def _run(blocks: Tensor, rhs: Tensor | None, out: Tensor, info: Tensor, damping:
         launch(
             one_thread_kernel, triton.cdiv(count, _LANES), blocks.device,
             blocks, rhs, out, info, count, damping,
-            N=n, BLOCKS=_LANES, warps=1, **constants,
+            N=n, BLOCKS=_LANES, CORRECTED=n <= _LARGEST_CORRECTED, warps=1, **constants,
         )  # fmt: skip
         return
     some, warps = _SHARED[tile]

@@ -63,6 +63,25 @@ inline void subtract_products(Vector<A> (&tile)[kRows][kColumns], Entries<A> x, 
   lanes.next = next;
 }
 
+/// Blocks of up to this size are factored without the error that rounding L brings: that costs a few instructions, and
+/// makes each number of an inverse of two rows exact to a few roundings, whatever the condition. Of larger blocks other
+/// roundings cost as much.
+constexpr int64_t kLargestCorrected = 3;
+
+/// c - x * y, rounded once, on processors without an instruction for it as well; one where there is one.
+template <class A>
+inline Vector<A> subtract_product(Vector<A> c, Vector<A> x, Vector<A> y) {
+  Vector<A> result;
+  for (int i = 0; i < kLanes<A>; ++i) {
+    if constexpr (sizeof(A) == sizeof(float)) {
+      result[i] = __builtin_fmaf(-x[i], y[i], c[i]);
+    } else {
+      result[i] = __builtin_fma(-x[i], y[i], c[i]);
+    }
+  }
+  return result;
+}
+
 /// Rows first, first + 1, ... of L in place of those of the lower triangle, and of L D as columns of the upper one.
 template <class A, int kRows>
 inline void factor_rows(Lanes<A>& lanes, int64_t first) {
@@ -102,8 +121,16 @@ inline void factor_rows(Lanes<A>& lanes, int64_t first) {
     for (int i = j + 1; i < kRows; ++i) {
       const Vector<A> entry = tile[i][j] * reciprocal;
       rows[i * n + first + j] = entry;
+      if (kRows <= kLargestCorrected && n == kRows) {
+        const Vector<A> rest = subtract_product<A>(tile[i][j], entry, pivot) * reciprocal;  // what rounding took
 #pragma GCC unroll 4
-      for (int k = j + 1; k <= i; ++k) tile[i][k] -= entry * tile[k][j];
+        for (int k = j + 1; k <= i; ++k) {
+          tile[i][k] = subtract_product<A>(tile[i][k], entry, tile[k][j]) - rest * tile[k][j];
+        }
+      } else {
+#pragma GCC unroll 4
+        for (int k = j + 1; k <= i; ++k) tile[i][k] -= entry * tile[k][j];
+      }
     }
   }
 }

@@ -15,6 +15,12 @@ namespace {
 
 constexpr int kLargest = 64;
 
+/// Of blocks of up to this size the quotients c / d are corrected by what rounding took from them: a few instructions
+/// make each number of an inverse of two rows exact to a few roundings, whatever the condition. Of larger blocks other
+/// roundings cost as much.
+constexpr int kLargestCorrected = 3;
+constexpr int kSmallest = 4;  // the size class that these are of
+
 /// A size class: blocks of up to `kSize` rows, n being a number at run time, and each block on a grid of lanes. Rows
 /// and columns are dealt to the grid in turns, as cards are, so that each lane has its share of the block:
 /// - column j to grid column j % kColumns, as number j / kColumns of its `kTurns`;
@@ -124,11 +130,22 @@ struct Triangle {
     A r[kSize];
 #pragma unroll
     for (int i = 0; i < kSize; ++i) r[i] = at(i, k) * reciprocal;
+    if (kSize == kSmallest && k < kLargestCorrected && n <= kLargestCorrected) {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
+      for (int j = 0; j < kLargestCorrected; ++j) {
+        const A rest = fma(-r[j], pivot, at(j, k)) * reciprocal;  // what rounding took
 #pragma unroll
-      for (int j = 0; j <= i; ++j) {
-        if (i != k && j != k) a[i][j] -= at(i, k) * r[j];
+        for (int i = j; i < kLargestCorrected; ++i) {
+          if (i != k && j != k) a[i][j] = fma(-at(i, k), r[j], a[i][j]) - at(i, k) * rest;
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+#pragma unroll
+        for (int j = 0; j <= i; ++j) {
+          if (i != k && j != k) a[i][j] -= at(i, k) * r[j];
+        }
       }
     }
 #pragma unroll
@@ -191,8 +208,14 @@ struct Triangle {
 #pragma unroll
     for (int i = kSize - 1; i > k; --i) {
       const A factor = a[i][k] * reciprocal;
+      if (kSize == kSmallest && i < kLargestCorrected && n <= kLargestCorrected) {
+        const A rest = fma(-factor, a[k][k], a[i][k]) * reciprocal;
 #pragma unroll
-      for (int j = k + 1; j <= i; ++j) a[i][j] -= factor * a[j][k];
+        for (int j = k + 1; j <= i; ++j) a[i][j] = fma(-factor, a[j][k], a[i][j]) - rest * a[j][k];
+      } else {
+#pragma unroll
+        for (int j = k + 1; j <= i; ++j) a[i][j] -= factor * a[j][k];
+      }
       a[i][k] = factor;
       x[i] -= factor * x[k];
     }
@@ -469,8 +492,8 @@ __global__ void __launch_bounds__(Traits::kThreads) kernel(const __grid_constant
 /// twice as large, there are fewer classes.
 template <class A, class F>
 void for_class(int64_t n, F&& f) {
+  if (n <= kSmallest) return f(Type<Traits<A, kSmallest, 1, 1>>());
   if constexpr (std::is_same_v<A, float>) {
-    if (n <= 4) return f(Type<Traits<A, 4, 1, 1>>());
     if (n <= 9) return f(Type<Traits<A, 9, 1, 1>>());
     if (n <= 12) return f(Type<Traits<A, 12, 2, 2>>());
     if (n <= 16) return f(Type<Traits<A, 16, 2, 2>>());
