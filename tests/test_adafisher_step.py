@@ -17,13 +17,20 @@ from torch import Tensor
 
 from fisher_kernels import use_backend
 from fisher_kernels.ops import ACCUMULATOR
-from tests.cases import DTYPES, LAYOUTS, WRITABLE_LAYOUTS, channels_last, contiguous, random, sliced
-from tests.cases.adafisher_step import PARAMETERS, Parameter, Step, step
+from tests.cases import (
+    DTYPES,
+    LAYOUTS_OF_A_STEP,
+    WRITABLE_LAYOUTS,
+    channels_last,
+    contiguous,
+    layouts_of_a_step,
+    random,
+    sliced,
+)
+from tests.cases.adafisher_step import NAMES, PARAMETERS, Parameter, Step, step
 from tests.comparison import assert_same_bits, assert_within, bits, surroundings, unit_roundoff
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
-
-NAMES = ("params", "grads", "exp_avgs", "steps", "row_factors", "column_factors")
 
 # Some large, some tiny, every kind of factor; for tests whose subject is another.
 SOME = tuple(PARAMETERS[i] for i in (0, 2, 8, 9, 12, 17, 20, 25, 27, 29, 31, 33, 38))
@@ -190,6 +197,7 @@ def test_definition(options: dict[str, Any]) -> None:
     ],
     ids=str,
 )
+@pytest.mark.slow_interpreted
 def test_allowed_rounding_has_teeth(implementation: str, wrong: dict[str, Any]) -> None:
     """A slip of a few units in the fifth or sixth figure of any one number is more than rounding allows."""
     case = step(SOME, torch.float32, weight_decay=0.1)
@@ -233,6 +241,7 @@ def parameters(draw: st.DrawFn) -> Parameter:
     layout=st.sampled_from([contiguous, sliced]),
     dtype=st.sampled_from(DTYPES),
 )
+@pytest.mark.slow_interpreted
 def test_any_factors(
     implementation: str, chosen: list[Parameter], layout: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> None:
@@ -240,26 +249,24 @@ def test_any_factors(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("of", ["param", "grad", "moment"])
-def test_layouts_do_not_show(implementation: str, of: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("of", "layout"), LAYOUTS_OF_A_STEP)
+def test_layouts_do_not_show(
+    implementation: str, of: str, layout: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
     """The same bits wherever the elements of each lie, and no other bits around them."""
-    for layout in (LAYOUTS if of == "grad" else WRITABLE_LAYOUTS).values():
-        layouts = {"layout" if of == "param" else f"{of}_layout": layout}
-        if of == "param":
-            layouts["grad_layout"] = layouts["moment_layout"] = contiguous
-        case = step(parameters_for(implementation), dtype, **layouts, weight_decay=0.1)
-        plain = case.map(contiguous)
-        around = [[surroundings(x) for x in tensors] for tensors in (case.params, case.exp_avgs)]
-        assert_same_bits(case.run(), plain.run())
-        assert_unchanged(case, plain, NAMES, around=False)
-        now = [[surroundings(x) for x in tensors] for tensors in (case.params, case.exp_avgs)]
-        for x, y in zip(itertools.chain(*now), itertools.chain(*around), strict=True):
-            assert_same_bits(x, y, f"memory around {of} {layout.__name__}")
+    case = step(parameters_for(implementation), dtype, **layouts_of_a_step(of, layout), weight_decay=0.1)
+    plain = case.map(contiguous)
+    around = [[surroundings(x) for x in tensors] for tensors in (case.params, case.exp_avgs)]
+    assert_same_bits(case.run(), plain.run())
+    assert_unchanged(case, plain, NAMES, around=False)
+    now = [[surroundings(x) for x in tensors] for tensors in (case.params, case.exp_avgs)]
+    for x, y in zip(itertools.chain(*now), itertools.chain(*around), strict=True):
+        assert_same_bits(x, y, "the memory around")
 
 
-def test_layouts_of_all_at_once(implementation: str) -> None:
-    for layout in WRITABLE_LAYOUTS.values():
-        check(step(parameters_for(implementation), DTYPES, layout=layout, weight_decay=0.1))
+@pytest.mark.parametrize("layout", WRITABLE_LAYOUTS.values())
+def test_layouts_of_all_at_once(implementation: str, layout: Callable[[Tensor], Tensor]) -> None:
+    check(step(parameters_for(implementation), DTYPES, layout=layout, weight_decay=0.1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -298,6 +305,7 @@ def test_parameters_round_to_nearest_even(implementation: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.slow_interpreted
 def test_lr_may_be_a_tensor(implementation: str, dtype: torch.dtype) -> None:
     plain = step(SOME, dtype, lr=0.0078125, weight_decay=0.1, decoupled=True)
     for lr in (scalar(0.0078125), scalar(0.0078125, torch.float64), torch.tensor([[0.0078125]])):
@@ -310,6 +318,7 @@ def test_lr_may_be_a_tensor(implementation: str, dtype: torch.dtype) -> None:
         assert_unchanged(case, expected)
 
 
+@pytest.mark.slow_interpreted
 def test_a_long_run(implementation: str) -> None:
     """The bias correction fades, and errors stay those of the roundings of all steps."""
     case = step(SOME[:4] + SOME[-5:-3], torch.float32, beta=0.9)
@@ -420,6 +429,7 @@ def test_only_gradients_decide_what_is_skipped(implementation: str, dtype: torch
 # Bits.
 
 
+@pytest.mark.slow_interpreted
 def test_a_list_is_its_members_one_by_one(implementation: str) -> None:
     parameters = parameters_for(implementation)
     for options in OPTIONS:
@@ -465,6 +475,7 @@ SHARED = (
 
 
 @pytest.mark.parametrize("layout", [contiguous, sliced])
+@pytest.mark.slow_interpreted
 def test_same_bits_at_every_run_and_for_every_number_of_threads(
     implementation: str, set_threads: Callable[[int], None], layout: Callable[[Tensor], Tensor]
 ) -> None:

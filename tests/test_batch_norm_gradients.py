@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fisher_kernels import use_backend
 from fisher_kernels.ops import batch_norm_gradients
-from tests.cases import DTYPES, LAYOUTS, channels_last, contiguous, integers, layouts, random, zeros_without_memory
+from tests.cases import DTYPES, LAYOUTS, channels_last, contiguous, integers, random, zeros_without_memory
 from tests.comparison import assert_same_bits, assert_within, unit_roundoff
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
@@ -105,7 +105,7 @@ def test_definition(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_layout(implementation: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    for name, layout in layouts(implementation, dtype).items():
+    for name, layout in LAYOUTS.items():
         x, grad = layout(random(shape, dtype)), layout(random(shape, dtype, 1))
         check(implementation, x, grad, name)
         check(implementation, x, grad, f"{name}, given", *statistics(shape[1]))
@@ -159,6 +159,7 @@ def test_dtypes_that_differ(implementation: str, dtypes: tuple[torch.dtype, torc
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("ratio", [1e3, 1e5])
+@pytest.mark.slow_interpreted
 def test_large_means(implementation: str, ratio: float, layout: Callable[[Tensor], Tensor]) -> None:
     """Nothing cancels: the error is relative to the deviation, as if the mean were none."""
     samples = 16 if implementation == "triton" else 64  # interpreted, more take long
@@ -168,6 +169,7 @@ def test_large_means(implementation: str, ratio: float, layout: Callable[[Tensor
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.slow_interpreted
 def test_sums_of_whole_numbers_are_exact(implementation: str, dtype: torch.dtype) -> None:
     for shape, layout in itertools.product(SHAPES, (contiguous, channels_last)):
         x, grad = layout(integers(shape, dtype)), layout(integers(shape, dtype, 1))

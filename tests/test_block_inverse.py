@@ -94,17 +94,16 @@ def test_inverse_and_solution(implementation: str, n: int, dtype: torch.dtype) -
 
 
 @each_dtype
-def test_every_size_in_lanes(implementation: str, dtype: torch.dtype) -> None:
-    # On Triton's slow interpreter some of those that are not among SIZES.
-    count, sizes = (2, range(10, 65, 4)) if implementation == "triton" else (17, range(1, 65))
-    for n in sizes:
-        a, rhs = blocks(count, n, dtype), random((count, n), dtype, 1)
-        inverse, info = block_inverse(a, 0.1)
-        assert_same_bits(info, good(count))
-        check_inverse(inverse, a, 0.1, f"n = {n}")
-        x, solved = block_solve(a, 0.1, rhs)
-        assert_same_bits(solved, good(count))
-        check_solution(x, a, 0.1, rhs, f"n = {n}")
+@pytest.mark.parametrize("n", range(1, 65))
+def test_every_size_in_lanes(implementation: str, n: int, dtype: torch.dtype) -> None:
+    count = 2 if implementation == "triton" else 17
+    a, rhs = blocks(count, n, dtype), random((count, n), dtype, 1)
+    inverse, info = block_inverse(a, 0.1)
+    assert_same_bits(info, good(count))
+    check_inverse(inverse, a, 0.1)
+    x, solved = block_solve(a, 0.1, rhs)
+    assert_same_bits(solved, good(count))
+    check_solution(x, a, 0.1, rhs)
 
 
 @each_dtype
@@ -264,15 +263,14 @@ def test_nothing(implementation: str, n: int) -> None:
 
 @each_dtype
 @pytest.mark.parametrize("n", [3, 9, 17, 65])
-def test_every_layout(implementation: str, n: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout(implementation: str, layout: str, n: int, dtype: torch.dtype) -> None:
     count = 3 if implementation == "triton" and n == 65 else 18
-    a, v = blocks(count, n, dtype), random((count, n), dtype, 1)
-    for name, layout in LAYOUTS.items():
-        x, y = layout(a), layout(v)
-        inverse, _ = block_inverse(x, 0.1)
-        assert_same_bits(inverse, block_inverse(x.contiguous(), 0.1)[0], name)
-        assert_same_bits(block_solve(x, 0.1, y)[0], block_solve(x.contiguous(), 0.1, y.contiguous())[0], name)
-        assert_same_bits(block_apply(x, y), block_apply(x.contiguous(), y.contiguous()), name)
+    x, y = LAYOUTS[layout](blocks(count, n, dtype)), LAYOUTS[layout](random((count, n), dtype, 1))
+    inverse, _ = block_inverse(x, 0.1)
+    assert_same_bits(inverse, block_inverse(x.contiguous(), 0.1)[0])
+    assert_same_bits(block_solve(x, 0.1, y)[0], block_solve(x.contiguous(), 0.1, y.contiguous())[0])
+    assert_same_bits(block_apply(x, y), block_apply(x.contiguous(), y.contiguous()))
 
 
 @each_dtype
@@ -376,8 +374,6 @@ SPOILED: dict[str, Callable[[Tensor], None]] = {
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 9, 25, 64, 65])
 def test_bad_blocks(implementation: str, n: int, fault: str, dtype: torch.dtype) -> None:
     """Marked and made NaN, or left as they were in place; their neighbours do not change by a bit."""
-    if implementation == "triton" and n not in (5, 25, 65):
-        pytest.skip("the interpreter is slow; all faults at once are below")
     count = 17 if implementation == "triton" else 37
     a, rhs = blocks(count, n, dtype), random((count, n), dtype, 1)
     a.diagonal(dim1=1, dim2=2).add_(0.5)

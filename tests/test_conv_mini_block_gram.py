@@ -142,6 +142,7 @@ def test_whole_numbers_are_exact(implementation: str, case: Convolution, dtype: 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("case", EACH_KIND, ids=str)
+@pytest.mark.slow_interpreted
 def test_what_is_not_finite_stays_with_its_channel(
     implementation: str, case: Convolution, value: float, dtype: torch.dtype
 ) -> None:
@@ -193,6 +194,7 @@ def test_same_bits_for_every_number_of_threads(
         assert_same_bits(out, first, f"{threads} threads")
 
 
+@pytest.mark.slow_interpreted
 def test_agrees_with_the_gram_of_stored_gradients(implementation: str) -> None:
     case = Convolution((20, 16, 5, 5), 6, 3, padding=1)
     x, grad = integers(case.shape, torch.float32, limit=2), integers(case.grad_shape(), torch.float32, 1, limit=2)
@@ -202,6 +204,7 @@ def test_agrees_with_the_gram_of_stored_gradients(implementation: str) -> None:
     assert_same_bits(out.flatten(0, 1), stored)
 
 
+@pytest.mark.slow_interpreted
 def test_long_sums_are_added_in_segments(implementation: str) -> None:
     """2^18 equal terms, in float32: segments of 1024 and their sums, where one after the other would lose far more.
 

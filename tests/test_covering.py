@@ -105,7 +105,7 @@ def test_alone():
 """
 
 
-INI = "[pytest]\nmarkers =\n    slow\n    pairs_interpreted"
+INI = "[pytest]\nmarkers =\n    slow\n    slow_interpreted\n    pairs_interpreted"
 
 
 @pytest.fixture
@@ -139,6 +139,16 @@ def test_the_best_runner_takes_all_pairs(monkeypatch: pytest.MonkeyPatch, items:
             assert {id(case[name]) for case in few} == {id(case[name]) for case in every}
         if runner == "cpu-avx2":
             assert pairs(few) == pairs(every)
+
+
+def test_what_is_slow_in_the_interpreter_is_left_out_there(
+    monkeypatch: pytest.MonkeyPatch, pytester: pytest.Pytester
+) -> None:
+    monkeypatch.setattr(covering, "_EVERY_VALUE", ("reference",))
+    pytester.makeini(INI)
+    items = pytester.getitems("import pytest\npytestmark = pytest.mark.slow_interpreted\n" + MODULE)
+    runners = {case["implementation"] for case in parameters(covering.fast(items), "test_stacked")}
+    assert runners == {"reference", "cpu-baseline", "cpu-avx2"}
 
 
 def test_every_case_is_kept(items: list[pytest.Item]) -> None:

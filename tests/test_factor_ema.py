@@ -291,6 +291,7 @@ def test_ema_keeps_a_state_that_is_not_finite_to_itself(implementation: str) -> 
 
 
 @pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.slow_interpreted
 def test_a_list_is_its_members_one_by_one(implementation: str, normalize: bool) -> None:
     state = vectors(torch.float32) + vectors(torch.float64)
     new = vectors(torch.float32, 50) + vectors(torch.float64, 50)

@@ -16,13 +16,21 @@ from torch import Tensor
 from fisher_kernels import backends, use_backend
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.ops._blocks import pack
-from tests.cases import DTYPES, LAYOUTS, WRITABLE_LAYOUTS, channels_last, contiguous, sliced, spread, unaligned
-from tests.cases.mbf_step import PARAMETERS, Parameter, Step, packed, step, unpack
+from tests.cases import (
+    DTYPES,
+    LAYOUTS_OF_A_STEP,
+    WRITABLE_LAYOUTS,
+    channels_last,
+    contiguous,
+    layouts_of_a_step,
+    sliced,
+    spread,
+    unaligned,
+)
+from tests.cases.mbf_step import NAMES, PARAMETERS, Parameter, Step, packed, step, unpack
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
-
-NAMES = ("params", "grads", "momentum_buffers", "inverses")
 
 # Every kind of inverse, with and without a bias, for tests whose subject is another.
 SOME = (
@@ -379,31 +387,26 @@ def test_any_inverses(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("of", ["param", "grad", "moment"])
-def test_layouts_do_not_show(implementation: str, of: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("of", "layout"), LAYOUTS_OF_A_STEP)
+def test_layouts_do_not_show(
+    implementation: str, of: str, layout: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
     """The same bits wherever the elements of each lie, and no other bits around them."""
-    chosen = list((LAYOUTS if of == "grad" else WRITABLE_LAYOUTS).values())
-    for layout in chosen[2::2] if implementation == "triton" else chosen:
-        layouts = {"layout" if of == "param" else f"{of}_layout": layout}
-        if of == "param":
-            layouts["grad_layout"] = layouts["moment_layout"] = contiguous
-        some = parameters_for(implementation, FEW, cuda=INTERPRETED)
-        case = step(some, dtype, **layouts, weight_decay=0.1, kl_clip=1e-3)
-        plain = case.copy()
-        plain.params, plain.grads, plain.momentum_buffers = (
-            [contiguous(x) for x in tensors] for tensors in case.lists()[:3]
-        )
-        around = [[surroundings(x) for x in tensors] for tensors in (case.params, case.momentum_buffers)]
-        assert_same_bits(case.run()[1], plain.run()[1])
-        assert_unchanged(case, plain, around=False)
-        now = [[surroundings(x) for x in tensors] for tensors in (case.params, case.momentum_buffers)]
-        for x, y in zip(itertools.chain(*now), itertools.chain(*around), strict=True):
-            assert_same_bits(x, y, f"memory around {of} {layout.__name__}")
+    some = parameters_for(implementation, FEW, cuda=INTERPRETED)
+    case = step(some, dtype, **layouts_of_a_step(of, layout), weight_decay=0.1, kl_clip=1e-3)
+    plain = case.copy()
+    plain.params, plain.grads, plain.momentum_buffers = ([contiguous(x) for x in xs] for xs in case.lists()[:3])
+    around = [[surroundings(x) for x in tensors] for tensors in (case.params, case.momentum_buffers)]
+    assert_same_bits(case.run()[1], plain.run()[1])
+    assert_unchanged(case, plain, around=False)
+    now = [[surroundings(x) for x in tensors] for tensors in (case.params, case.momentum_buffers)]
+    for x, y in zip(itertools.chain(*now), itertools.chain(*around), strict=True):
+        assert_same_bits(x, y, "the memory around")
 
 
-def test_layouts_of_all_at_once(implementation: str) -> None:
-    for layout in WRITABLE_LAYOUTS.values():
-        check(step(parameters_for(implementation, FEW, cuda=INTERPRETED), DTYPES, layout=layout, weight_decay=0.1))
+@pytest.mark.parametrize("layout", WRITABLE_LAYOUTS.values())
+def test_layouts_of_all_at_once(implementation: str, layout: Callable[[Tensor], Tensor]) -> None:
+    check(step(parameters_for(implementation, FEW, cuda=INTERPRETED), DTYPES, layout=layout, weight_decay=0.1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

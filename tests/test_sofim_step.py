@@ -17,22 +17,22 @@ from fisher_kernels import use_backend
 from fisher_kernels.ops import ACCUMULATOR
 from tests.cases import (
     DTYPES,
-    LAYOUTS,
+    LAYOUTS_OF_A_STEP,
     WRITABLE_LAYOUTS,
     channels_last,
     contiguous,
+    layouts_of_a_step,
     random,
     sliced,
     transposed,
     unaligned,
 )
-from tests.cases.sofim_step import SHAPES, Step, step
+from tests.cases.sofim_step import NAMES, SHAPES, Step, step
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
 from tests.interpreted import far, far_partials, far_sums, interpreted
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory", "one_thread"), pytest.mark.pairs_interpreted]
 
-NAMES = ("params", "grads", "exp_avgs", "steps")
 WRITTEN = ("params", "exp_avgs")
 FORMS = list(itertools.product(("momentum", "gradient"), ("global", "tensor")))
 each_form = pytest.mark.parametrize(("direction", "scope"), FORMS)
@@ -363,29 +363,35 @@ def test_rates_and_decays_of_each(implementation: str, decoupled: bool, directio
 
 @each_form
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("of", ["param", "grad", "moment"])
-def test_layouts_do_not_show(implementation: str, of: str, dtype: torch.dtype, direction: str, scope: str) -> None:
+@pytest.mark.parametrize(("of", "layout"), LAYOUTS_OF_A_STEP)
+def test_layouts_do_not_show(
+    implementation: str,
+    of: str,
+    layout: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+    direction: str,
+    scope: str,
+) -> None:
     """The same bits wherever the elements of one of the three lie, and no other bits around them."""
     shapes = SOME[-2:] if implementation == "triton" else SHAPES
-    for layout in (LAYOUTS if of == "grad" else WRITABLE_LAYOUTS).values():
-        layouts = {"layout" if of == "param" else f"{of}_layout": layout}
-        if of == "param":
-            layouts["grad_layout"] = layouts["moment_layout"] = contiguous
-        case = step(shapes, dtype, **layouts, direction=direction, scope=scope, weight_decay=0.1, decoupled=False)
-        case.grads[-1].view(case.grads[-1].shape)[0, 0, 0, 0, 0] = math.nan
-        plain, before = case.map(contiguous), case.copy()
-        assert_same_results(case.run(), plain.run(), layout.__name__)
-        assert_unchanged(case, plain, NAMES, around=False)
-        for name, i in itertools.product(WRITTEN, range(len(shapes))):
-            now, then = (surroundings(getattr(s, name)[i]) for s in (case, before))
-            assert_same_bits(now, then, f"memory around {name}[{i}], {of} {layout.__name__}")
+    options = {"direction": direction, "scope": scope, "weight_decay": 0.1, "decoupled": False}
+    case = step(shapes, dtype, **layouts_of_a_step(of, layout), **options)
+    case.grads[-1].view(case.grads[-1].shape)[0, 0, 0, 0, 0] = math.nan
+    plain, before = case.map(contiguous), case.copy()
+    assert_same_results(case.run(), plain.run())
+    assert_unchanged(case, plain, NAMES, around=False)
+    for name, i in itertools.product(WRITTEN, range(len(shapes))):
+        now, then = (surroundings(getattr(s, name)[i]) for s in (case, before))
+        assert_same_bits(now, then, f"memory around {name}[{i}]")
 
 
 @each_form
-def test_layouts_of_all_at_once(implementation: str, direction: str, scope: str) -> None:
+@pytest.mark.parametrize("layout", WRITABLE_LAYOUTS.values())
+def test_layouts_of_all_at_once(
+    implementation: str, layout: Callable[[Tensor], Tensor], direction: str, scope: str
+) -> None:
     options = {"direction": direction, "scope": scope, "weight_decay": 0.1, "decoupled": False}
-    for layout in WRITABLE_LAYOUTS.values():
-        check(step(shapes_for(implementation), DTYPES, layout=layout, **options))
+    check(step(shapes_for(implementation), DTYPES, layout=layout, **options))
 
 
 @pytest.mark.parametrize("layout", [channels_last, transposed])

@@ -20,10 +20,10 @@ from fisher_kernels.backends import available
 from fisher_kernels.ops import ACCUMULATOR, channel_sum_of_squares, column_sum_of_squares, patch_sum_of_squares
 from tests.cases import (
     DTYPES,
+    LAYOUTS,
     channels_last,
     contiguous,
     integers,
-    layouts,
     random,
     sliced,
     spread,
@@ -130,21 +130,21 @@ def test_patch_definition_by_unfold() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", COLUMN_SHAPES, ids=str)
 def test_column(implementation: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    for name, layout in layouts(implementation, dtype).items():
+    for name, layout in LAYOUTS.items():
         check(implementation, column_sum_of_squares, layout(random(shape, dtype)), name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", CHANNEL_SHAPES, ids=str)
 def test_channel(implementation: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    for name, layout in layouts(implementation, dtype).items():
+    for name, layout in LAYOUTS.items():
         check(implementation, channel_sum_of_squares, layout(random(shape, dtype)), name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", PATCHES, ids=str)
 def test_patch(implementation: str, case: Patch, dtype: torch.dtype) -> None:
-    for name, layout in layouts(implementation, dtype).items():
+    for name, layout in LAYOUTS.items():
         check(implementation, patch_op(case), layout(random(case.shape, dtype)), name)
 
 

@@ -17,9 +17,7 @@ from tests.bad_calls._steps import (
     bad_scalars,
     dtypes,
 )
-from tests.cases.adafisher_step import Parameter, step
-
-NAMES = ("params", "grads", "exp_avgs", "steps", "row_factors", "column_factors")
+from tests.cases.adafisher_step import NAMES, Parameter, step
 
 
 def good() -> Call:

@@ -17,10 +17,7 @@ from tests.bad_calls._steps import (
     dtypes,
     shapes,
 )
-from tests.cases.mbf_step import Parameter, step
-
-NAMES = ("params", "grads", "momentum_buffers", "inverses")
-
+from tests.cases.mbf_step import NAMES, Parameter, step
 
 BAD_INVERSES = (
     (24, 2, 2),

@@ -16,9 +16,7 @@ from tests.bad_calls._steps import (
     bad_numbers,
     bad_scalars,
 )
-from tests.cases.sofim_step import step
-
-NAMES = ("params", "grads", "exp_avgs", "steps")
+from tests.cases.sofim_step import NAMES, step
 
 
 def good() -> Call:

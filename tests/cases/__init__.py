@@ -5,6 +5,7 @@ What builds inputs is that of ``fisher_kernels.tools.samples``.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import sys
 from collections.abc import Callable, Sequence
@@ -81,11 +82,17 @@ WRITABLE_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {**WRITABLE_LAYOUTS, "expanded": expanded}
 
 
-def layouts(implementation: str, dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
-    """All; for Triton's interpreter, which takes long, all in float32 and those that are read in place in the rest."""
-    if implementation != "triton" or dtype == torch.float32:
-        return LAYOUTS
-    return {name: LAYOUTS[name] for name in ("contiguous", "channels_last")}
+LAYOUTS_OF_A_STEP = [
+    *itertools.product(("param", "moment"), WRITABLE_LAYOUTS.values()),
+    *itertools.product(("grad",), LAYOUTS.values()),
+]
+"""Which of what a step takes lies in another way than the rest, and how."""
+
+
+def layouts_of_a_step(of: str, layout: Callable[[Tensor], Tensor]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The arguments of a ``step`` that say so."""
+    options = {"layout" if of == "param" else f"{of}_layout": layout}
+    return {**options, "grad_layout": contiguous, "moment_layout": contiguous} if of == "param" else options
 
 
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # mmap.MAP_NORESERVE, which Python has no name for

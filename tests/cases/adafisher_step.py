@@ -70,6 +70,10 @@ PARAMETERS: tuple[Parameter, ...] = (
 )
 
 
+NAMES = ("params", "grads", "exp_avgs", "steps", "row_factors", "column_factors")
+"""The lists that the op takes, in order."""
+
+
 @dataclass
 class Step(Lists):
     """The arguments of one call."""

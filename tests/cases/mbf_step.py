@@ -72,6 +72,10 @@ def unpack(inverse: Tensor) -> Tensor:
     return blocks
 
 
+NAMES = ("params", "grads", "momentum_buffers", "inverses")
+"""The lists that the op takes, in order."""
+
+
 @dataclass
 class Step(Lists):
     """The arguments of one call."""

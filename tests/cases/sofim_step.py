@@ -35,6 +35,10 @@ SHAPES: tuple[tuple[int, ...], ...] = (
 )
 
 
+NAMES = ("params", "grads", "exp_avgs", "steps")
+"""The lists that the op takes, in order."""
+
+
 @dataclass
 class Step(Lists):
     """The arguments of one call."""
