@@ -6,7 +6,7 @@
 # TORCH=requirement   what pip installs as torch, options included; with PYTHON= only if there is no torch at all
 # OUT=folder          where the demo writes its curves and numbers
 # ARGS=arguments      more arguments for pytest, the demo, the comparison of the results, the inspection, make gpu
-#                     or gpu-sanitize
+#                     or gpu-sanitize; a part of the names of mutants
 # TASKS=names         tasks that make results compares the optimizers on (default: all)
 # FISHER_KERNELS_NATIVE=auto|on|off, FISHER_KERNELS_PORTABLE=ON|OFF, FISHER_KERNELS_WERROR=ON|OFF, CXX=compiler,
 # FISHER_KERNELS_CUDA=auto|on|off, FISHER_KERNELS_CUDA_ARCHS=80,90,100
@@ -40,11 +40,12 @@ NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc)
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test bench gpu gpu-sanitize results inspect docs lint build dist clean FORCE
+.PHONY: help demo test mutants bench gpu gpu-sanitize results inspect docs lint build dist clean FORCE
 
 help:
 	@echo 'make demo    trains a CNN with AdamW, SGD, AdaFisher, AdaFisherW, MBF and SOFIM, side by side'
 	@echo 'make test    runs the tests'
+	@echo 'make mutants puts deliberate faults in a copy, and shows that the tests catch each of them'
 	@echo 'make bench   measures the kernels against their baselines'
 	@echo 'make gpu     proves and measures the kernels on a CUDA GPU, in ten minutes; installs nothing'
 	@echo 'make gpu-sanitize  runs the self-test of the CUDA kernels under compute-sanitizer, on a CUDA GPU'
@@ -64,6 +65,10 @@ demo: build
 # A process for each core, each on one thread; tests of threads set their number.
 test: build $(STAMPS)/cuda-on-host
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal $(ARGS)
+
+# Goes on where it was interrupted; ARGS=name runs the faults with that in their names.
+mutants: build
+	$(PY) -m tests.mutants $(ARGS)
 
 bench: build
 	OMP_PROC_BIND=true $(PY) -m pytest bench $(ARGS)
