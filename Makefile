@@ -8,9 +8,9 @@
 # ARGS=arguments      more arguments for pytest, the demo, the comparison of the results, the inspection, make gpu
 #                     or gpu-sanitize; a part of the names of mutants
 # TASKS=names         tasks that make results compares the optimizers on (default: all)
-# FISHER_KERNELS_NATIVE=auto|on|off, FISHER_KERNELS_PORTABLE=ON|OFF, FISHER_KERNELS_WERROR=ON|OFF, CXX=compiler,
-# FISHER_KERNELS_CUDA=auto|on|off, FISHER_KERNELS_CUDA_ARCHS=80,90,100
-#                     settings of the native build, from the environment as well
+# FISHER_KERNELS_NATIVE=auto|on|off, FISHER_KERNELS_CPU=native|all|avx2|..., FISHER_KERNELS_CUDA=auto|on|off,
+# FISHER_KERNELS_CUDA_ARCHS=80,90,100, FISHER_KERNELS_WERROR=ON|OFF, CXX=compiler
+#                     settings of the native build, from the environment as well; by default it is for this machine
 
 TORCH = torch==2.13.0
 OUT = build/demo
@@ -33,18 +33,27 @@ INSTALLED := $(shell $(PY) -I -c 'import importlib.metadata as m, pathlib; \
   print(*(pathlib.Path.cwd().as_uri() in (d.read_text("direct_url.json") or "") \
   for d in m.distributions(name="fisher_kernels")))' 2>/dev/null)
 SETTINGS.torch := $(TORCH)
-SETTINGS.native := native=$(FISHER_KERNELS_NATIVE) portable=$(FISHER_KERNELS_PORTABLE) \
-  werror=$(FISHER_KERNELS_WERROR) cuda=$(FISHER_KERNELS_CUDA) archs=$(FISHER_KERNELS_CUDA_ARCHS) \
+SETTINGS.native := native=$(FISHER_KERNELS_NATIVE) cpu=$(FISHER_KERNELS_CPU) werror=$(FISHER_KERNELS_WERROR) \
+  cuda=$(FISHER_KERNELS_CUDA) archs=$(FISHER_KERNELS_CUDA_ARCHS) \
   compiler=$(if $(filter-out default,$(origin CXX)),$(CXX))
-NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc)
+NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find cmake csrc)
+ifdef FISHER_KERNELS_PORTABLE
+  $(error FISHER_KERNELS_PORTABLE is '$(FISHER_KERNELS_PORTABLE)'; FISHER_KERNELS_CPU=baseline says the same now)
+endif
+
+# What a build for other machines has, unless the settings say otherwise.
+ARCHS := 80,90,100
+EVERYTHING = FISHER_KERNELS_CPU=$(or $(FISHER_KERNELS_CPU),all) FISHER_KERNELS_CUDA=$(or $(FISHER_KERNELS_CUDA),on) \
+  FISHER_KERNELS_CUDA_ARCHS=$(or $(FISHER_KERNELS_CUDA_ARCHS),$(ARCHS))
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test mutants bench gpu gpu-sanitize results inspect docs lint build dist clean FORCE
+.PHONY: help demo test test-all mutants bench gpu gpu-sanitize results inspect docs lint build dist clean FORCE
 
 help:
 	@echo 'make demo    trains a CNN with AdamW, SGD, AdaFisher, AdaFisherW, MBF and SOFIM, side by side'
 	@echo 'make test    runs the tests'
+	@echo 'make test-all  runs every case of every test, some under sanitizers'
 	@echo 'make mutants puts deliberate faults in a copy, and shows that the tests catch each of them'
 	@echo 'make bench   measures the kernels against their baselines'
 	@echo 'make gpu     proves and measures the kernels on a CUDA GPU, in ten minutes; installs nothing'
@@ -59,12 +68,17 @@ help:
 	@echo
 	@sed -n '/^# [A-Z_]*=/,/^$$/s/^# //p' Makefile
 
-demo: build
+demo: $(STAMPS)/installed.demo
 	$(PY) -m fisher_kernels compare digits --out $(OUT) $(ARGS)
 
 # A process for each core, each on one thread; tests of threads set their number.
-test: build $(STAMPS)/cuda-on-host
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal $(ARGS)
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal
+
+test: build $(STAMPS)/cuda-on-host.ON
+	$(PYTEST) $(ARGS)
+
+test-all: build $(STAMPS)/cuda-on-host.sanitized
+	$(PYTEST) --all $(ARGS)
 
 # Goes on where it was interrupted; ARGS=name runs the faults with that in their names.
 mutants: build
@@ -85,7 +99,7 @@ results: build
 	$(PY) -m bench.tables
 
 inspect:
-	$(MAKE) build FISHER_KERNELS_CUDA=on FISHER_KERNELS_CUDA_ARCHS=80,90,100 FISHER_KERNELS_WERROR=ON
+	$(MAKE) build $(EVERYTHING) FISHER_KERNELS_WERROR=ON
 	$(PY) -m fisher_kernels inspect $(ARGS)
 
 # A broken link, a public name that is not documented and any other warning fail it.
@@ -99,11 +113,11 @@ lint: build
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 
-build: $(STAMPS)/installed
+build: $(STAMPS)/installed.dev
 
 dist: build
 	rm -rf dist
-	$(PY) -m build --no-isolation
+	$(EVERYTHING) $(PY) -m build --no-isolation
 
 clean:
 	rm -rf build dist fisher_kernels.egg-info fisher_kernels/_native.*.so fisher_kernels/_cuda_on_host*.so fisher_kernels/_native_missing.txt
@@ -144,11 +158,15 @@ $(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/settings.native $(STAMPS)/build-to
 	@$(PY) -I -c 'import pathlib, sys, sysconfig; \
 	  sys.exit(not pathlib.Path("fisher_kernels/_native" + sysconfig.get_config_var("EXT_SUFFIX")).exists())' && mv $@.began $@ || :
 
-# The CUDA kernels as they run on the CPU, where there is a toolkit: for the tests, and nothing else.
-$(STAMPS)/cuda-on-host: $(STAMPS)/native
-	if [ -e $< ]; then FISHER_KERNELS_CUDA_ON_HOST=ON $(PY) setup.py --quiet build_ext --inplace; fi
-	@if [ -e $< ]; then touch $@; fi
+# The CUDA kernels as they run on the CPU, where there are a toolkit's headers: for the tests, and nothing else. The
+# second module, with sanitizers, is older than any new one of the first.
+$(STAMPS)/cuda-on-host.ON: $(STAMPS)/native
+$(STAMPS)/cuda-on-host.sanitized: $(STAMPS)/cuda-on-host.ON
+$(STAMPS)/cuda-on-host.%:
+	if [ -e $(STAMPS)/native ]; then FISHER_KERNELS_CUDA_ON_HOST=$* $(PY) setup.py --quiet build_ext --inplace; fi
+	@if ls fisher_kernels/_cuda_on_host.* >/dev/null 2>&1; then touch $@; fi
 
-$(STAMPS)/installed: pyproject.toml setup.py $(STAMPS)/settings.native $(STAMPS)/build-tools | $(STAMPS)/native
-	$(PY) -m pip install --no-build-isolation --constraint $(STAMPS)/torch --editable '.[dev]'
-	@touch $@
+# The demo needs a part of what development does.
+$(STAMPS)/installed.%: pyproject.toml setup.py $(STAMPS)/settings.native $(STAMPS)/build-tools | $(STAMPS)/native
+	$(PY) -m pip install --no-build-isolation --constraint $(STAMPS)/torch --editable '.[$*]'
+	@touch $@ $(if $(filter dev,$*),$(STAMPS)/installed.demo)

@@ -21,10 +21,10 @@ ROOT = Path(__file__).resolve().parent
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 NOTE = "_native_missing.txt"
 OPTIONS = {  # of CMakeLists.txt, from the environment
-    "FISHER_KERNELS_PORTABLE": "OFF",
     "FISHER_KERNELS_WERROR": "OFF",
+    "FISHER_KERNELS_CPU": "native",
     "FISHER_KERNELS_CUDA": "auto",
-    "FISHER_KERNELS_CUDA_ARCHS": "80,90,100",
+    "FISHER_KERNELS_CUDA_ARCHS": "",
     "FISHER_KERNELS_CUDA_ON_HOST": "OFF",
 }
 # Tools installed beside the interpreter come first, whether or not its environment is active.
@@ -47,6 +47,10 @@ def missing() -> list[str]:
 
 def why_no_native() -> str | None:
     """Why this build leaves the native module out, or None."""
+    if old := os.environ.get("FISHER_KERNELS_PORTABLE"):
+        raise SystemExit(
+            f"FISHER_KERNELS_PORTABLE is {old!r}, but is no more: FISHER_KERNELS_CPU=baseline says the same"
+        )
     choice = os.environ.get("FISHER_KERNELS_NATIVE") or "auto"
     if choice not in ("auto", "on", "off"):
         raise SystemExit(f"FISHER_KERNELS_NATIVE is {choice!r}, expected 'auto', 'on' or 'off'")
@@ -81,9 +85,19 @@ class BuildNative(build_ext):
         self.force = True  # copies even over a newer module, which another compiler may have made
         self.mkpath(str(Path(self.get_ext_fullpath(ext.name)).parent))
         self.copy_file(str(folder / f"_native{SUFFIX}"), self.get_ext_fullpath(ext.name))
-        if os.environ.get("FISHER_KERNELS_CUDA_ON_HOST") == "ON":
-            for module in folder.glob(f"_cuda_on_host*{SUFFIX}"):
-                self.copy_file(str(module), str(ROOT / "fisher_kernels"))  # for tests; no wheel has them
+        copy_modules_for_tests(folder)
+
+
+def copy_modules_for_tests(folder: Path) -> None:
+    """Copies the CUDA kernels on the host, which no wheel has; those that this build leaves out would be old ones."""
+    choice = os.environ.get("FISHER_KERNELS_CUDA_ON_HOST") or "OFF"
+    if choice == "OFF":
+        return
+    for name, wanted in (("_cuda_on_host", True), ("_cuda_on_host_sanitized", choice == "sanitized")):
+        module = ROOT / "fisher_kernels" / f"{name}{SUFFIX}"
+        module.unlink(missing_ok=True)
+        if wanted and (folder / module.name).exists():
+            shutil.copy2(folder / module.name, module)
 
 
 class BuildPackage(build_py):

@@ -417,7 +417,7 @@ struct StreamRead {
 };
 
 // Every file in cpu/ is compiled once per capability, that is with the flags of one instruction set, into a namespace
-// of that name.
+// of that name. Which of them are part of the module is CMake's choice.
 #define FISHER_KERNELS_DECLARE(capability)                 \
   namespace capability {                                   \
   void column_sum_of_squares(const ColumnSumOfSquares&);   \
@@ -441,17 +441,18 @@ struct StreamRead {
   void stream_read(const StreamRead&);                     \
   }
 
-// The CUDA kernels queue their work on a stream and return. One that a GPU cannot take throws std::runtime_error.
+// The CUDA kernels queue their work on a stream and return. One that a GPU cannot take throws std::runtime_error, as do
+// all in a module without them.
 namespace cuda {
 
 /// What the CUDA kernels were compiled with, and what is here. Versions are 1000 major + 10 minor.
 struct Toolkit {
+  const char* why_missing;    // null where the kernels are part of the module
   const char* architectures;  // compute capabilities as nvcc counts them, "80,90,100", the newest as PTX too
   int runtime;
   int driver;  // newest CUDA that the driver knows, 0 without a driver
 };
 
-#ifdef FISHER_KERNELS_CUDA
 Toolkit toolkit();
 void column_sum_of_squares(const ColumnSumOfSquares&, const Stream&);
 void channel_sum_of_squares(const ChannelSumOfSquares&, const Stream&);
@@ -470,15 +471,11 @@ void mini_block_gram_(const MiniBlockGram&, const Stream&);
 void conv_mini_block_gram_(const ConvMiniBlockGram&, const Stream&);
 void weighted_gram_(const WeightedGram&, const Stream&);
 void batch_norm_gradients(const BatchNormGradients&, const Stream&);
-#endif
 }  // namespace cuda
 
 FISHER_KERNELS_DECLARE(baseline)
-#if defined(__x86_64__) && !defined(FISHER_KERNELS_PORTABLE)
-#define FISHER_KERNELS_X86 1
 FISHER_KERNELS_DECLARE(avx2)
 FISHER_KERNELS_DECLARE(avx512)
-#endif
 #undef FISHER_KERNELS_DECLARE
 
 }  // namespace fisher_kernels

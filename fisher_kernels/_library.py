@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+
+# A wheel that pip made on another machine may lie in its cache.
+INSTALL_AGAIN = "Install again on this machine (pip install --no-cache-dir --force-reinstall --no-deps)"
 
 LIBRARY = torch.library.Library("fisher_kernels", "DEF")
 
@@ -36,6 +40,26 @@ def _load_cuda_on_host() -> ModuleType | None:
 
 
 _NATIVE, _REASON = _load()
+
+
+def unused_capability(native: ModuleType) -> str | None:
+    """What this processor has and no CPU kernel was compiled for, and how to get it; None if nothing."""
+    built, best = native.built_capabilities(), native.processor_capabilities()[-1]
+    if best in built:
+        return None
+    return (
+        f"the CPU kernels were compiled for {' and '.join(built)}, and this processor has {best}: they run as "
+        f"{native.capabilities()[-1]}, which is slower. {INSTALL_AGAIN}, or with FISHER_KERNELS_CPU=all"
+    )
+
+
+def _warn_of_another_processor() -> None:
+    """Where the module was meant for the processor it runs on; what somebody chose is no news."""
+    if _NATIVE is not None and _NATIVE.is_for_processor_of_build() and (note := unused_capability(_NATIVE)) is not None:
+        warnings.warn(f"fisher_kernels was built on another processor: {note}", RuntimeWarning, stacklevel=2)
+
+
+_warn_of_another_processor()
 _ON_HOST = _load_cuda_on_host()
 
 

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisher_kernels._library import native_module, native_reason, runs_cuda_on_host
+from fisher_kernels._library import INSTALL_AGAIN, native_module, native_reason, runs_cuda_on_host
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 
@@ -62,7 +63,10 @@ def _why_no_cuda() -> str | None:
         return native_reason()
     toolkit = module.cuda_toolkit()
     if toolkit is None:
-        return "the native module was built without CUDA kernels: no nvcc was found then, or FISHER_KERNELS_CUDA=off"
+        return (
+            f"the native module was built without CUDA kernels: {module.why_no_cuda()}. "
+            "FISHER_KERNELS_CUDA=on when it is built insists on them"
+        )
     _, runtime, driver = toolkit
     if not torch.cuda.is_available():
         return "there is no GPU: torch.cuda.is_available() is False"
@@ -81,17 +85,36 @@ def _why_not_these_gpus() -> str | None:
     toolkit = None if module is None or runs_cuda_on_host() else module.cuda_toolkit()
     if toolkit is None:
         return None
-    architectures = toolkit[0]
-    built = [int(re.sub("[a-z]", "", architecture)) for architecture in architectures.split(",")]
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
-        capability = 10 * major + minor
-        if not any(x // 10 == capability // 10 and x <= capability for x in built) and capability < max(built):
-            return (
-                f"the CUDA kernels were built for compute capabilities {architectures}, and a GPU here has "
-                f"{capability}: FISHER_KERNELS_CUDA_ARCHS names others when the module is built"
+        if not _runs_on(toolkit[0].split(","), 10 * major + minor):
+            reason = (
+                f"the CUDA kernels were built for compute capabilities {toolkit[0]}, and a GPU here has "
+                f"{10 * major + minor}. {INSTALL_AGAIN}, or with FISHER_KERNELS_CUDA_ARCHS={10 * major + minor}"
             )
+            warnings.warn(f"backend 'cuda' is not available: {reason}", RuntimeWarning, stacklevel=2)
+            return reason
     return None
+
+
+def _runs_on(architectures: Sequence[str], capability: int) -> bool:
+    """Whether a GPU has machine code or PTX among architectures such as 80, 90a (for 90 alone) and 100f (to 109).
+
+    The newest of them is there as PTX, which GPUs from its own capability on compile when they load it.
+    """
+    newest = max(map(_order, architectures))
+    for number, kind in map(_order, architectures):
+        same_family = capability // 10 == number // 10 and capability >= number
+        if capability == number or (kind != "a" and same_family):
+            return True
+        if not kind and (number, kind) == newest and capability > number:
+            return True
+    return False
+
+
+def _order(architecture: str) -> tuple[int, str]:
+    number = architecture.rstrip("af")
+    return int(number), architecture[len(number) :]
 
 
 _REASONS: dict[str, str | None] = {

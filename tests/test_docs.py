@@ -138,9 +138,9 @@ def test_tables_are_those_of_the_committed_reports(page: Path) -> None:
 def sources() -> Iterator[str]:
     """Text of everything that may read or set a variable, or name a macro."""
     yield from (file.read_text() for name in ("Makefile", "CMakeLists.txt", "setup.py") for file in ROOT.glob(name))
-    for folder in ("fisher_kernels", "csrc", "triton_kernels", "tests", "bench", ".ci"):
+    for folder in ("cmake", "fisher_kernels", "csrc", "triton_kernels", "tests", "bench", ".ci"):
         for file in (ROOT / folder).rglob("*"):
-            if file.suffix in (".py", ".cpp", ".h", ".cu", "") and file.is_file():
+            if file.suffix in (".py", ".cmake", ".cpp", ".h", ".cu", "") and file.is_file():
                 yield file.read_text()
 
 

@@ -4,7 +4,7 @@
 namespace fisher_kernels::cuda {
 
 Toolkit toolkit() {
-  Toolkit toolkit{FISHER_KERNELS_CUDA_ARCHS, CUDART_VERSION, 0};
+  Toolkit toolkit{nullptr, FISHER_KERNELS_CUDA_ARCHS, CUDART_VERSION, 0};
   // Without a driver there is an error, and the version stays 0.
   if (cudaDriverGetVersion(&toolkit.driver) != cudaSuccess) cudaGetLastError();
   return toolkit;

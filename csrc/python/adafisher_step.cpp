@@ -13,11 +13,11 @@ namespace fisher_kernels {
 namespace {
 
 /// The list arguments, all of one length.
-struct Lists {
+struct AdaFisherLists {
   const Call& call;
   List params, grads, exp_avgs, steps, row_factors, column_factors;
 
-  Lists(const Call& call_, py::handle params_, py::handle grads_, py::handle exp_avgs_, py::handle steps_, py::handle row_factors_,
+  AdaFisherLists(const Call& call_, py::handle params_, py::handle grads_, py::handle exp_avgs_, py::handle steps_, py::handle row_factors_,
         py::handle column_factors_)
       : call(call_),
         params(params_, {call, "params"}),
@@ -143,7 +143,7 @@ void permute_rows(AdaFisherParameter& parameter, const TensorView& param, const 
 }
 
 /// Parameter i of the lists, but for the step size of the CPU.
-AdaFisherParameter read_parameter(const Lists& lists, py::ssize_t i, Permuted& permuted) {
+AdaFisherParameter read_parameter(const AdaFisherLists& lists, py::ssize_t i, Permuted& permuted) {
   const Call& call = lists.call;
   const Argument param_argument{call, "params", i}, exp_avg_argument{call, "exp_avgs", i};
   const TensorView param = read_tensor(lists.params[i], param_argument);
@@ -177,7 +177,7 @@ void adafisher_step_(py::handle params, py::handle grads, py::handle exp_avgs, p
                      bool decoupled, bool maximize, py::handle grad_scale, py::handle found_inf,
                      py::handle skipped_object, const Place& place) {
   const Call call("adafisher_step_", place);
-  const Lists lists(call, params, grads, exp_avgs, steps, row_factors, column_factors);
+  const AdaFisherLists lists(call, params, grads, exp_avgs, steps, row_factors, column_factors);
   const py::ssize_t count = lists.params.size();
   const Scalar lr = read_rate(lr_object, {call, "lr"});
   check_range(beta, beta >= 0 && beta < 1, "a number in [0, 1)", {call, "beta"});

@@ -7,24 +7,20 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "../common/processor.h"
+
 namespace fisher_kernels {
 
 namespace py = pybind11;
 
 namespace {
 
-std::vector<std::string> detect() {
-  std::vector<std::string> names{"baseline"};
-#ifdef FISHER_KERNELS_X86
-  // These ask the operating system too whether it saves the wide registers. (f16c, which older compilers do not know
-  // here, is older than avx2.)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx2) names.push_back("avx2");
-  if (avx2 && avx512) names.push_back("avx512");
+bool is_for_processor_of_build() {
+#ifdef FISHER_KERNELS_CPU_NATIVE
+  return true;
+#else
+  return false;
 #endif
-  return names;
 }
 
 std::atomic<int>& chosen() {
@@ -41,18 +37,21 @@ bool has_openmp() {
 }
 
 py::object cuda_toolkit() {
-#ifdef FISHER_KERNELS_CUDA
   const cuda::Toolkit toolkit = cuda::toolkit();
+  if (toolkit.why_missing != nullptr) return py::none();
   return py::make_tuple(toolkit.architectures, toolkit.runtime, toolkit.driver);
-#else
-  return py::none();
-#endif
+}
+
+py::object why_no_cuda() {
+  const cuda::Toolkit toolkit = cuda::toolkit();
+  return toolkit.why_missing == nullptr ? py::object(py::none()) : py::str(toolkit.why_missing);
 }
 
 }  // namespace
 
 std::vector<std::string> capability_names() {
-  static const std::vector<std::string> names = detect();
+  static const std::vector<std::string> names =
+      usable_capabilities(built_capabilities(), processor_capabilities());
   return names;
 }
 
@@ -77,7 +76,11 @@ void bind_capability(py::module_& module) {
   module.def("capabilities", &capability_names);
   module.def("capability", [] { return capability_names()[current_capability()]; });
   module.def("set_capability", &set_capability);
+  module.def("built_capabilities", &built_capabilities);
+  module.def("processor_capabilities", &processor_capabilities);
+  module.def("is_for_processor_of_build", &is_for_processor_of_build);
   module.def("cuda_toolkit", &cuda_toolkit);
+  module.def("why_no_cuda", &why_no_cuda);
   module.def("openmp", &has_openmp);
 }
 

@@ -39,15 +39,19 @@ void run(const Call& call, const Arguments& arguments, const Kernel<Arguments>& 
 
 }  // namespace fisher_kernels
 
-#ifdef FISHER_KERNELS_X86
-#define FISHER_KERNELS_CPU(kernel) {baseline::kernel, avx2::kernel, avx512::kernel}
+// Kernels of an instruction set that was not compiled are not there to be named.
+#ifdef FISHER_KERNELS_HAS_AVX2
+#define FISHER_KERNELS_AVX2(kernel) , avx2::kernel
 #else
-#define FISHER_KERNELS_CPU(kernel) {baseline::kernel}
+#define FISHER_KERNELS_AVX2(kernel)
 #endif
+#ifdef FISHER_KERNELS_HAS_AVX512
+#define FISHER_KERNELS_AVX512(kernel) , avx512::kernel
+#else
+#define FISHER_KERNELS_AVX512(kernel)
+#endif
+#define FISHER_KERNELS_ALL_CPU(kernel) \
+  { baseline::kernel FISHER_KERNELS_AVX2(kernel) FISHER_KERNELS_AVX512(kernel) }
 
-#ifdef FISHER_KERNELS_CUDA
-#define FISHER_KERNELS_VARIANTS(kernel) {FISHER_KERNELS_CPU(kernel), cuda::kernel}
-#else
-#define FISHER_KERNELS_VARIANTS(kernel) {FISHER_KERNELS_CPU(kernel), nullptr}
-#endif
-#define FISHER_KERNELS_CPU_ONLY(kernel) {FISHER_KERNELS_CPU(kernel), nullptr}
+#define FISHER_KERNELS_VARIANTS(kernel) {FISHER_KERNELS_ALL_CPU(kernel), cuda::kernel}
+#define FISHER_KERNELS_CPU_ONLY(kernel) {FISHER_KERNELS_ALL_CPU(kernel), nullptr}

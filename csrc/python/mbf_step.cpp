@@ -13,11 +13,11 @@ namespace fisher_kernels {
 namespace {
 
 /// The list arguments, all of one length.
-struct Lists {
+struct MbfLists {
   const Call& call;
   List params, grads, momentum_buffers, inverses, directions;
 
-  Lists(const Call& call_, py::handle params_, py::handle grads_, py::handle momentum_buffers_, py::handle inverses_,
+  MbfLists(const Call& call_, py::handle params_, py::handle grads_, py::handle momentum_buffers_, py::handle inverses_,
         py::handle directions_)
       : call(call_),
         params(params_, {call, "params"}),
@@ -35,7 +35,7 @@ struct Lists {
 struct Arrays {
   TensorView param, grad, moment;
 
-  Arrays(const Lists& lists, py::ssize_t i) {
+  Arrays(const MbfLists& lists, py::ssize_t i) {
     const Call& call = lists.call;
     const Argument param_argument{call, "params", i}, moment_argument{call, "momentum_buffers", i};
     param = read_tensor(lists.params[i], param_argument);
@@ -118,7 +118,7 @@ void set_layout(const Call& call, MbfParameter& parameter, const TensorView& inv
 }
 
 /// Parameter i of the lists, which has an inverse, with the bias that follows it.
-MbfParameter read_parameter(const Lists& lists, py::ssize_t i) {
+MbfParameter read_parameter(const MbfLists& lists, py::ssize_t i) {
   const Call& call = lists.call;
   const Argument inverse_argument{call, "inverses", i};
   const Arrays weight(lists, i);
@@ -151,7 +151,7 @@ void mbf_step_(py::handle params, py::handle grads, py::handle momentum_buffers,
                bool maximize, py::handle kl_clip_object, py::handle grad_scale, py::handle found_inf,
                py::handle skipped_object, py::handle scale_object, const Place& place) {
   const Call call("mbf_step_", place);
-  const Lists lists(call, params, grads, momentum_buffers, inverses, directions);
+  const MbfLists lists(call, params, grads, momentum_buffers, inverses, directions);
   const py::ssize_t count = lists.params.size();
   const Scalar lr = read_rate(lr_object, {call, "lr"});
   check_range(momentum, momentum >= 0 && momentum < 1, "a number in [0, 1)", {call, "momentum"});

@@ -15,11 +15,11 @@ namespace fisher_kernels {
 namespace {
 
 /// The list arguments, all of one length.
-struct Lists {
+struct SofimLists {
   const Call& call;
   List params, grads, exp_avgs, steps;
 
-  Lists(const Call& call_, py::handle params_, py::handle grads_, py::handle exp_avgs_, py::handle steps_)
+  SofimLists(const Call& call_, py::handle params_, py::handle grads_, py::handle exp_avgs_, py::handle steps_)
       : call(call_),
         params(params_, {call, "params"}),
         grads(read_list(grads_, params, {call, "grads"})),
@@ -58,7 +58,7 @@ std::vector<Scalar> read_rates(const Call& call, py::handle object, py::ssize_t 
 }
 
 /// Parameter i of the lists, but for its coefficients.
-SofimParameter read_parameter(const Lists& lists, py::ssize_t i) {
+SofimParameter read_parameter(const SofimLists& lists, py::ssize_t i) {
   const Call& call = lists.call;
   const Argument param_argument{call, "params", i}, exp_avg_argument{call, "exp_avgs", i};
   const TensorView param = read_tensor(lists.params[i], param_argument);
@@ -87,7 +87,7 @@ void sofim_step_(py::handle params, py::handle grads, py::handle exp_avgs, py::h
                  const std::vector<double>& weight_decay, bool decoupled, bool maximize, py::handle grad_scale,
                  py::handle found_inf, py::handle skipped_object, py::handle squares_object, const Place& place) {
   const Call call("sofim_step_", place);
-  const Lists lists(call, params, grads, exp_avgs, steps);
+  const SofimLists lists(call, params, grads, exp_avgs, steps);
   const py::ssize_t count = lists.params.size();
   check_range(beta, beta >= 0 && beta < 1, "a number in [0, 1)", {call, "beta"});
   check_range(rho, std::isfinite(rho) && rho > 0, "a finite number > 0", {call, "rho"});

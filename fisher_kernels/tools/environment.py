@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fisher_kernels import __version__, backends
-from fisher_kernels._library import native_module
+from fisher_kernels._library import native_module, unused_capability
 
 
 def describe() -> dict[str, Any]:
@@ -28,6 +28,7 @@ def describe() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": processor(),
         "capability": native.capability() if native else None,
+        "cpu": _cpu(),
         "openmp": native.openmp() if native else None,
         "cuda": _cuda(),
         "threads": torch.get_num_threads(),
@@ -36,6 +37,14 @@ def describe() -> dict[str, Any]:
         "gpu backends measured on": backends.measured_on(),
         "backends": backends.reasons(),
     }
+
+
+def _cpu() -> dict[str, Any] | None:
+    """What the CPU kernels inside the native module were compiled for, and what that leaves unused here."""
+    native = native_module()
+    if native is None:
+        return None
+    return {"built": native.built_capabilities(), "left out": unused_capability(native)}
 
 
 def _cuda() -> dict[str, Any] | None:

@@ -1,0 +1,40 @@
+# The CUDA sources as C++, under a stand-in for the CUDA runtime that runs every thread of a kernel on the CPU: modules for
+# tests. Of a toolkit they need the headers only.
+
+if(NOT FISHER_KERNELS_CUDA_ON_HOST MATCHES "^(ON|sanitized)$")
+  message(FATAL_ERROR
+    "FISHER_KERNELS_CUDA_ON_HOST is '${FISHER_KERNELS_CUDA_ON_HOST}', expected 'OFF', 'ON' or 'sanitized'")
+endif()
+
+find_package(CUDAToolkit QUIET)
+unset(FISHER_KERNELS_CUDA_HEADERS CACHE)
+find_path(FISHER_KERNELS_CUDA_HEADERS cuda_bf16.h
+  HINTS $ENV{CUDA_HOME}/include ${CUDAToolkit_INCLUDE_DIRS} /usr/local/cuda/include)
+
+function(add_cuda_on_host name)
+  foreach(kernel ${cuda_sources})  # CMake knows one language for a file: another file includes it
+    get_filename_component(stem ${kernel} NAME_WE)
+    set(source ${CMAKE_CURRENT_BINARY_DIR}/cuda_on_host/${stem}.cpp)
+    file(CONFIGURE OUTPUT ${source} CONTENT "#include \"cuda/${stem}.cu\"\n")
+    list(APPEND sources ${source})
+  endforeach()
+  file(GLOB stand_in CONFIGURE_DEPENDS csrc/cuda_on_host/*.cpp)
+  add_library(kernels${name} OBJECT ${stand_in} ${sources})
+  target_link_libraries(kernels${name} PRIVATE common)
+  target_include_directories(kernels${name} BEFORE PRIVATE csrc/cuda_on_host)
+  target_include_directories(kernels${name} SYSTEM PRIVATE ${FISHER_KERNELS_CUDA_HEADERS})
+  target_compile_definitions(kernels${name} PRIVATE FISHER_KERNELS_CUDA_ON_HOST FISHER_KERNELS_CUDA_ARCHS="host")
+  target_compile_options(kernels${name} PRIVATE -Wno-unknown-pragmas ${ARGN})  # the pragmas unroll loops
+  add_module(${name} cpu kernels${name})
+  target_link_options(${name} PRIVATE ${ARGN})
+endfunction()
+
+if(FISHER_KERNELS_CUDA_HEADERS)
+  add_cuda_on_host(_cuda_on_host -O2)
+  if(FISHER_KERNELS_CUDA_ON_HOST STREQUAL sanitized)
+    add_cuda_on_host(_cuda_on_host_sanitized -O0 -fsanitize=address,undefined -fno-sanitize-recover=undefined)
+  endif()
+else()
+  message(STATUS "The CUDA kernels need a toolkit's headers to run on the host: cuda_bf16.h is not in "
+    "CUDA_HOME ('$ENV{CUDA_HOME}'), beside nvcc or in /usr/local/cuda")
+endif()
