@@ -5,8 +5,8 @@
 # BASE_PYTHON=python  what .venv is made with (default: the first of python3, python3.14, ... that is 3.10 or newer)
 # TORCH=requirement   what pip installs as torch, options included; with PYTHON= only if there is no torch at all
 # OUT=folder          where the demo writes its curves and numbers
-# ARGS=arguments      more arguments for pytest, the demo, the comparison of the results, the inspection, make gpu
-#                     or gpu-sanitize; a part of the names of mutants
+# ARGS=arguments      more arguments for pytest, the demo, the comparison of the results, the inspection, make wheels,
+#                     gpu or gpu-sanitize; a part of the names of mutants
 # TASKS=names         tasks that make results compares the optimizers on (default: all)
 # FISHER_KERNELS_NATIVE=auto|on|off, FISHER_KERNELS_CPU=native|all|avx2|..., FISHER_KERNELS_CUDA=auto|on|off,
 # FISHER_KERNELS_CUDA_ARCHS=80,90,100, FISHER_KERNELS_WERROR=ON|OFF, CXX=compiler
@@ -48,7 +48,7 @@ EVERYTHING = FISHER_KERNELS_CPU=$(or $(FISHER_KERNELS_CPU),all) FISHER_KERNELS_C
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all mutants bench gpu gpu-sanitize results inspect docs lint build dist clean FORCE
+.PHONY: help demo test test-all mutants bench gpu gpu-sanitize results inspect docs lint build dist wheels clean FORCE
 
 help:
 	@echo 'make demo    trains a CNN with AdamW, SGD, AdaFisher, AdaFisherW, MBF and SOFIM, side by side'
@@ -63,7 +63,8 @@ help:
 	@echo 'make docs    builds the documentation as a site, in build/site, and checks its links'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make build   environment, native module, editable install'
-	@echo 'make dist    sdist and wheel, in dist/'
+	@echo 'make dist    sdist and wheel for this Python, in dist/, installed and self-tested'
+	@echo 'make wheels  wheels for other machines and every Python at hand, in dist/, installed and self-tested'
 	@echo 'make clean   removes what was built, but not .venv'
 	@echo
 	@sed -n '/^# [A-Z_]*=/,/^$$/s/^# //p' Makefile
@@ -115,9 +116,16 @@ lint: build
 
 build: $(STAMPS)/installed.dev
 
+# The wheel is built from the sdist.
 dist: build
 	rm -rf dist
 	$(EVERYTHING) $(PY) -m build --no-isolation
+	$(PY) -m twine check --strict dist/*
+	$(PY) cmake/wheels.py --torch '$(TORCH)' check dist/*.whl
+
+wheels: build
+	rm -rf dist
+	$(EVERYTHING) $(PY) cmake/wheels.py --torch '$(TORCH)' build $(ARGS)
 
 clean:
 	rm -rf build dist fisher_kernels.egg-info fisher_kernels/_native.*.so fisher_kernels/_cuda_on_host*.so fisher_kernels/_native_missing.txt

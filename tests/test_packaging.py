@@ -5,13 +5,16 @@ The native wheel is built from the checkout, so it takes over what has been comp
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -188,3 +191,107 @@ def test_triton_kernels_is_not_importable_at_the_top_level() -> None:
     assert result.returncode != 0
     assert "ImportError: this folder was imported as 'triton_kernels'" in result.stderr
     assert "import 'fisher_kernels.triton_kernels'" in result.stderr
+
+
+ONE_RUNTIME = """
+import re, torch, fisher_kernels
+from fisher_kernels._library import native_module
+x = torch.randn(64, 64)
+fisher_kernels.ops.gram(x, backend="cpu")
+paths = {line.split()[-1] for line in open("/proc/self/maps")}
+print(*sorted(path for path in paths if re.search(r"/lib(gomp|omp|iomp5)\\b[^/]*$", path)), sep="\\n")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process has loaded is read from /proc")
+def test_the_module_shares_the_openmp_runtime_of_torch() -> None:
+    module = native_module()
+    if module is None or not module.openmp():
+        pytest.skip(str(native_reason() or "the module was built without OpenMP"))
+    result = run("-c", ONE_RUNTIME, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    runtimes = result.stdout.split()
+    assert len(runtimes) == 1, runtimes
+
+
+def test_a_build_asks_for_no_torch() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    (requires,) = re.findall(r"^requires = \[(.*)\]$", text, re.MULTILINE)
+    assert [re.match(r"[\w-]+", name)[0] for name in re.findall(r'"(.*?)"', requires)] == [
+        "setuptools",
+        "pybind11",
+        "cmake",
+        "ninja",
+    ]
+
+
+@pytest.fixture(scope="module")
+def wheels() -> ModuleType:
+    """The script behind `make wheels`."""
+    spec = importlib.util.spec_from_file_location("wheels", ROOT / "cmake" / "wheels.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def stand_in(file: Path, answer: str) -> Path:
+    """An interpreter that answers what it is asked."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"#!/bin/sh\necho '{answer}'\n")
+    file.chmod(0o755)
+    return file
+
+
+def test_wheels_are_for_each_cpython_at_hand(
+    wheels: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_path, pyenv = tmp_path / "bin", tmp_path / "pyenv"
+    monkeypatch.setenv("PATH", str(on_path))
+    monkeypatch.setenv("PYENV_ROOT", str(pyenv))
+    monkeypatch.setattr(wheels.sys, "executable", str(stand_in(tmp_path / "own", '["cpython", [3, 12], false, true]')))
+    monkeypatch.setenv("BASE_PYTHON", str(stand_in(tmp_path / "base", '["cpython", [3, 11], false, true]')))
+    stand_in(on_path / "python3.9", '["cpython", [3, 9], false, true]')
+    stand_in(on_path / "python3.11", '["cpython", [3, 11], false, true]')
+    stand_in(on_path / "python3.13", '["cpython", [3, 13], true, true]')  # without the lock
+    no_headers = stand_in(on_path / "python3.14", '["cpython", [3, 14], false, false]')
+    stand_in(on_path / "python3.14-config", '["cpython", [3, 14], false, true]')
+    oldest = stand_in(pyenv / "versions" / "3.10.4" / "bin" / "python", '["cpython", [3, 10], false, true]')
+    stand_in(pyenv / "versions" / "pypy3.11" / "bin" / "python", '["pypy", [3, 11], false, true]')
+    found = {"310": str(oldest), "311": str(tmp_path / "base"), "312": str(tmp_path / "own")}
+    assert wheels.interpreters() == found
+    assert f"left out: {no_headers}, which has no Python.h" in capsys.readouterr().out
+
+
+def test_a_wheel_with_cuda_is_named_after_the_toolkit(
+    wheels: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDACXX", str(stand_in(tmp_path / "nvcc", "Cuda compilation tools, release 12.9, V12.9.86")))
+    assert wheels.cuda_label() == "+cu129"
+    monkeypatch.setenv("CUDACXX", "")
+    monkeypatch.setenv("CUDA_HOME", "")
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    with pytest.raises(SystemExit, match="no nvcc in CUDACXX, CUDA_HOME or PATH"):
+        wheels.cuda_label()
+
+
+@pytest.mark.slow
+def test_a_wheel_is_installed_by_pip_in_isolation(unpacked_sdist: Path, tmp_path: Path) -> None:
+    """With the build requirements that pip fetches, of which torch is none; from git as from a folder."""
+    if shutil.which("git") is None or native_module() is None:
+        pytest.skip("git or the native module's tools are missing")
+    source = tmp_path / "source"
+    shutil.copytree(unpacked_sdist, source)
+    for command in (("init", "-q"), ("add", "."), ("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a")):
+        subprocess.run(["git", *command], cwd=source, check=True)
+    for number, url in enumerate((source, f"fisher_kernels @ git+file://{source}")):
+        target = tmp_path / str(number)
+        variables = {"FISHER_KERNELS_CPU": "baseline", "FISHER_KERNELS_CUDA": "off", "FISHER_KERNELS_NATIVE": "on"}
+        arguments = ("-m", "pip", "install", "--no-deps", "--no-cache-dir", "--verbose", "--target", target, url)
+        result = run(*arguments, cwd=tmp_path, **variables)
+        if "No matching distribution found for setuptools" in result.stderr:
+            pytest.skip("pip cannot fetch the build's requirements here")
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert not re.search(r"^ *(Collecting|Downloading|Using cached) torch", result.stdout, re.MULTILINE)
+        assert list((target / "fisher_kernels").glob("_native.*.so"))
