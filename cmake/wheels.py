@@ -71,7 +71,8 @@ print("fisher_kernels", fisher_kernels.__version__, "trains with torch", torch._
 
 def run(*command: str | Path, **variables: str) -> None:
     """Run a command outside the checkout, whose packages it must not see, and stop where it fails."""
-    print("+", shlex.join(map(str, command)), flush=True)
+    shown = ["..." if "\n" in str(part) else str(part) for part in command]
+    print("+", shlex.join(shown), flush=True)
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     subprocess.run([str(part) for part in command], cwd=WORK, env={**os.environ, "PATH": path, **variables}, check=True)
 
