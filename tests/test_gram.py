@@ -132,6 +132,7 @@ def test_same_bits_for_every_number_of_threads(
         assert_same_bits(out, first, f"{threads} threads")
 
 
+@pytest.mark.slow_interpreted
 def test_long_sums_are_added_in_runs(implementation: str) -> None:
     """2^15 equal terms, in float32: runs, blocks and their sums, where one after the other would lose far more."""
     if implementation == "reference":

@@ -430,6 +430,7 @@ def test_whole_numbers_are_exact(implementation: str, dtype: torch.dtype) -> Non
         assert_within(case.momentum_buffers[i], expected.momentum_buffers[i], 0.0, f"{parameter}")
 
 
+@pytest.mark.slow_interpreted
 def test_lr_may_be_a_tensor(implementation: str) -> None:
     plain = step(SOME, DTYPES, lr=0.0078125, weight_decay=0.1, decoupled=True, kl_clip=1e-3)
     for lr in (scalar(0.0078125), scalar(0.0078125, torch.float64), torch.tensor([[0.0078125]])):
@@ -662,6 +663,7 @@ def test_a_scale_that_makes_gradients_infinite(implementation: str) -> None:
 # Bits.
 
 
+@pytest.mark.slow_interpreted
 def test_a_list_is_its_members_one_by_one(implementation: str) -> None:
     for options in (OPTIONS[1], OPTIONS[4]):
         some = parameters_for(implementation)

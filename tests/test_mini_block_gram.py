@@ -95,6 +95,7 @@ def test_whole_numbers_are_exact(implementation: str, shape: tuple[int, int, int
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of NumPy, in Triton's interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.slow_interpreted
 def test_what_is_not_finite_stays_in_its_block(implementation: str, value: float, dtype: torch.dtype) -> None:
     for samples, blocks, n in ((3, 33, 9), (2, 5, 3), (34, 16, 17), (3, 2, 1)):
         good = random((samples, blocks, n), dtype)
@@ -139,6 +140,7 @@ def test_same_bits_for_every_number_of_threads(
         assert_same_bits(out, first, f"{threads} threads")
 
 
+@pytest.mark.slow_interpreted
 def test_long_sums_are_added_in_runs(implementation: str) -> None:
     """2^15 equal terms, in float32: runs of 32 and their sums, where one after the other would lose far more.
 

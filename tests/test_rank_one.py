@@ -94,6 +94,7 @@ def test_sums_are_in_float64(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.slow_interpreted
 def test_however_the_vector_is_cut(implementation: str, dtype: torch.dtype) -> None:
     """The same numbers in other tensors: only the order of the float64 sums differs."""
     u, x = random((30_000,), dtype), random((30_000,), dtype, 1)
@@ -147,6 +148,7 @@ def test_squares_beyond_float32(implementation: str) -> None:
     check_solution(rank_one_solve([u], [x], 1.0), [u], [x], 1.0)
 
 
+@pytest.mark.slow_interpreted
 def test_same_solution_for_every_number_of_threads(implementation: str, set_threads: Callable[[int], None]) -> None:
     if implementation == "reference":
         pytest.skip("PyTorch's sums promise no such thing")
@@ -265,6 +267,7 @@ def test_update(implementation: str, n: int, dtype: torch.dtype) -> None:
 
 
 @each_dtype
+@pytest.mark.slow_interpreted
 def test_every_size(implementation: str, dtype: torch.dtype) -> None:
     for n in range(1, 67):
         p, u = inverses(3, n, dtype), vectors(3, 1, n, dtype)
@@ -367,6 +370,7 @@ def test_an_update_and_its_opposite(implementation: str, k: int, dtype: torch.dt
 
 
 @each_dtype
+@pytest.mark.slow_interpreted
 def test_several_vectors_are_as_many_updates(implementation: str, dtype: torch.dtype) -> None:
     for n in (1, 3, 9, 25, 70):
         for gain in (0.5, -0.01):
@@ -590,6 +594,7 @@ DECAY = 0.95
 
 
 @each_dtype
+@pytest.mark.slow_interpreted
 def test_errors_are_forgotten(backend: str, dtype: torch.dtype) -> None:
     """10,000 updates (200 in an interpreter) by vectors of every direction, against the inverse summed in float64.
 

@@ -312,6 +312,7 @@ def test_no_parameters(implementation: str, direction: str, scope: str) -> None:
         assert_same_bits(squares, torch.zeros(0, dtype=torch.float64))
 
 
+@pytest.mark.slow_interpreted
 def test_any_shapes(implementation: str) -> None:
     @(hypothesis.settings(max_examples=8) if implementation == "triton" else hypothesis.settings())
     @hypothesis.given(
@@ -333,6 +334,7 @@ def test_any_shapes(implementation: str) -> None:
 
 @each_form
 @pytest.mark.parametrize("decoupled", [True, False])
+@pytest.mark.slow_interpreted
 def test_rates_and_decays_of_each(implementation: str, decoupled: bool, direction: str, scope: str) -> None:
     """Lists of one are for all; zeros among others are zeros; a rate may be any tensor of one element."""
     shapes = shapes_for(implementation)
