@@ -61,8 +61,10 @@ RUNNERS = ("implementation", "backend", "host_backend", "cuda_backend")
 
 _LEADING = ("cpu-avx512", "cpu-avx2", "cpu-baseline", "cpu", "reference", "cuda", "triton")
 """The first of them that a test has takes all pairs: the CPU's best kernels, where it runs on them."""
-_EVERY_VALUE = ("reference", "cuda") if backends.is_interpreted() else _LEADING
-"""Of the others these take every value, and the rest one case: an older instruction set, Triton's interpreter."""
+_EVERY_VALUE = ("cuda",)
+"""Of the others it takes every value: a kernel has ways by size and dtype. The rest take one case: the reference, which
+is the definition, older instruction sets, which are the same source, and Triton's interpreter, which takes long.
+"""
 
 
 def fast(items: Sequence[pytest.Item]) -> set[pytest.Item]:

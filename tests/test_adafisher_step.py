@@ -442,6 +442,7 @@ def test_a_list_is_its_members_one_by_one(implementation: str) -> None:
         assert_unchanged(case, one_by_one)
 
 
+@pytest.mark.slow
 def test_many_tensors(implementation: str) -> None:
     """More than the parameters of one launch have room for, of those that are contiguous and of those that are not."""
     if implementation == "triton":

@@ -77,6 +77,7 @@ def test_module_runs_in_the_repository_root() -> None:
     assert json.loads(result.stdout)["fisher_kernels"] == fisher_kernels.__version__
 
 
+@pytest.mark.slow
 def test_module_runs_elsewhere_and_without_the_demo_extra(tmp_path: Path) -> None:
     code = (
         "import runpy, sys\n"

@@ -235,6 +235,7 @@ def test_chunks_on_a_gpu_cover_all_blocks_and_fit(sizes: tuple[int, int, int, in
     assert held == samples or held % run == 0
 
 
+@pytest.mark.slow
 def test_more_samples_than_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks of samples and of blocks give the bits of one."""
     kernels = pytest.importorskip("fisher_kernels.triton_kernels.conv_mini_block_gram")
@@ -299,6 +300,7 @@ def test_segments_of_positions(cuda_backend: str, case: Convolution, samples: in
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_gradients_that_do_not_fit_the_workspace(cuda_backend: str, case: Convolution) -> None:
     x, grad = integers(case.shape, torch.float32, limit=2), integers(case.grad_shape(), torch.float32, 1, limit=2)
     out = integers(case.out_shape(), torch.float32, 2)
@@ -348,6 +350,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set in KiB")
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_batch(host_backend: str) -> None:
     """Patches and gradients of a sample are 442 KB: 28 MB for 64 samples, 226 MB for 512."""
 

@@ -22,11 +22,13 @@ from fisher_kernels.optim.base import FisherOptimizer
 from fisher_kernels.tools.samples import SAMPLES, Sample, Source
 from tests.comparison import assert_same_bits
 
-GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+if not torch.cuda.is_available():
+    pytest.skip("there is no GPU: torch.cuda.is_available() is False", allow_module_level=True)
+
+GPUS = torch.cuda.device_count()
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("default"),  # those of other libraries on a GPU are not our subject
-    pytest.mark.skipif(not GPUS, reason="there is no GPU: torch.cuda.is_available() is False"),
 ]
 
 GPU = torch.device("cuda", 0)
@@ -43,7 +45,7 @@ each_backend = pytest.mark.parametrize(
 
 
 def free_memory() -> int:
-    return torch.cuda.mem_get_info(GPU)[0] if GPUS else 0
+    return torch.cuda.mem_get_info(GPU)[0]
 
 
 def needs_memory(gigabytes: float) -> None:
