@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tests.mutants.patches import ROOT, Mutant, StaleError, mutants
 from tests.mutants.scratch import Scratch, Verdict, files_of, judge
@@ -61,8 +62,18 @@ class Results:
         return hashlib.sha256(mutant.text.encode()).hexdigest()
 
     def get(self, mutant: Mutant) -> Result | None:
-        """The verdict on a fault, if there is one that another run would not change."""
+        """The last verdict on a fault."""
         return self.kept.get(self._key(mutant))
+
+    def is_settled(self, mutant: Mutant) -> bool:
+        """Whether another run would say the same: what broke or hung may have done so for want of memory or time."""
+        result = self.get(mutant)
+        return result is not None and result.status in ("caught", "survived")
+
+    def is_proved(self, mutant: Mutant) -> bool:
+        """Whether nothing is left to be seen of a fault: the test that caught it passes without it."""
+        result = self.get(mutant)
+        return result is not None and (result.proved or result.status == "survived" or "::" not in result.by)
 
     def put(self, mutant: Mutant, result: Result) -> None:
         self.kept[self._key(mutant)] = result
@@ -96,17 +107,18 @@ def prove(scratch: Scratch, results: Results, chosen: Sequence[Mutant]) -> None:
         result = results.get(mutant)
         if result is not None and result.status == "caught" and "::" in result.by and not result.proved:
             open_ones[mutant] = result
-    if not open_ones:
-        return
-    nodes = sorted({result.by for result in open_ones.values()})
-    status, failed = scratch.test(nodes, first=False)
-    for mutant, result in open_ones.items():
-        if status not in (0, 1):
-            results.put(mutant, Result("broken", f"pytest ended with {status} without any fault", result.seconds))
-        elif result.by in failed:
-            results.put(mutant, Result("broken", f"{result.by} fails without it too", result.seconds))
-        else:
-            results.put(mutant, Result("caught", result.by, result.seconds, proved=True))
+    for everything in (False, True):
+        of_tier = {mutant: result for mutant, result in open_ones.items() if bool(mutant.reason) == everything}
+        if not of_tier:
+            continue
+        status, failed = scratch.test(sorted({r.by for r in of_tier.values()}), everything=everything, first=False)
+        for mutant, result in of_tier.items():
+            if status not in (0, 1):
+                results.put(mutant, Result("broken", f"pytest ended with {status} without any fault", result.seconds))
+            elif result.by in failed:
+                results.put(mutant, Result("broken", f"{result.by} fails without it too", result.seconds))
+            else:
+                results.put(mutant, Result("caught", result.by, result.seconds, proved=True))
 
 
 def table(chosen: Iterable[Mutant], results: Results) -> Table:
@@ -116,7 +128,7 @@ def table(chosen: Iterable[Mutant], results: Results) -> Table:
         result = results.get(mutant) or Result("not run", "", 0.0)
         tests = " ".join(mutant.tests) + (" --all" if mutant.reason else "")
         files = "\n".join(mutant.files)
-        made.add_row(mutant.name, files, tests, result.status, result.by, f"{result.seconds:.1f}")
+        made.add_row(mutant.name, files, tests, result.status, Text(result.by), f"{result.seconds:.1f}")
     return made
 
 
@@ -127,9 +139,8 @@ def run(name: str, folder: Path, console: Console) -> int:
         raise SystemExit(f"no mutant has {name!r} in its name")
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(folder / "results.json", tree_key(ROOT))
-    waiting = [mutant for mutant in chosen if results.get(mutant) is None]
-    open_proofs = [m for m in chosen if (r := results.get(m)) is not None and r.status == "caught" and not r.proved]
-    if waiting or open_proofs:
+    waiting = [mutant for mutant in chosen if not results.is_settled(mutant)]
+    if waiting or any(not results.is_proved(mutant) for mutant in chosen):
         console.print(f"{len(chosen)} mutants, {len(waiting)} of them to run")
         scratch = Scratch(folder)
         if complaint := scratch.build():

@@ -21,11 +21,14 @@ LEFT_OUT = {".git", ".venv", "build", "dist", ".benchmarks", ".hypothesis"}
 SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
 HOST_MODULE = f"_cuda_on_host{SUFFIX}"
 BUILD = {  # for this machine; no GPU code is run, so none is compiled
+    "FISHER_KERNELS_NATIVE": "on",
     "FISHER_KERNELS_CPU": "native",
     "FISHER_KERNELS_CUDA": "off",
     "FISHER_KERNELS_CUDA_ON_HOST": "ON",
     "FISHER_KERNELS_WERROR": "OFF",  # a fault may leave a name without use
 }
+PART = ".part"
+"""Ending of what is being set aside."""
 SECONDS = 900
 """How long the tests of one fault may take."""
 
@@ -82,7 +85,8 @@ class Scratch:
     # What is run in it.
 
     def _environment(self) -> dict[str, str]:
-        return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.tree), "PYTHONDONTWRITEBYTECODE": "1"}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("FISHER_KERNELS_")}
+        return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.tree), "PYTHONDONTWRITEBYTECODE": "1"}
 
     def build(self) -> str:
         """Build the native modules; what the compiler said if that fails, else nothing."""
@@ -153,16 +157,19 @@ class Scratch:
     def _exchange(self, path: str, text: str) -> None:
         """Put a faulty file in place of the right one, and set aside what is built of it.
 
-        The file keeps its time: only what is missing is built, so that kernels are compiled for one instruction set.
+        A source that is compiled keeps its time: only what is missing is built, so that kernels are compiled for one
+        instruction set.
         """
         target = self.tree / path
         times = target.stat().st_atime_ns, target.stat().st_mtime_ns
-        if path.startswith("csrc/"):
+        compiled = path.startswith("csrc/")
+        if compiled:
             for output in [*self._built_of(target), *self._modules()]:
                 self._set_aside(output, keep=output.suffix == ".so")
         self._set_aside(target)
         target.write_text(text)
-        os.utime(target, ns=times)
+        if compiled:
+            os.utime(target, ns=times)
 
     def _modules(self) -> list[Path]:
         return [*self.tree.glob("fisher_kernels/*.so"), *self.tree.glob("build/native*/*.so")]
@@ -188,14 +195,16 @@ class Scratch:
         kept = self.aside / path.relative_to(self.tree)
         if not kept.exists() and path.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, kept)
+            part = kept.with_name(kept.name + PART)
+            shutil.copy2(path, part)
+            part.replace(kept)  # so that it is whole, whenever a run is killed
             if not keep:
                 path.unlink()
 
     def _put_back(self) -> None:
         """Everything as it was, also what an interrupted run has left."""
         if self.aside.exists():
-            for kept in [path for path in self.aside.rglob("*") if path.is_file()]:
+            for kept in [path for path in self.aside.rglob("*") if path.is_file() and path.suffix != PART]:
                 shutil.copy2(kept, self.tree / kept.relative_to(self.aside))
             shutil.rmtree(self.aside)
 
