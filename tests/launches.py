@@ -1,7 +1,7 @@
 """Which kernels of the GPU backends a run has launched, of those that there are: conftest.py reports what is missing.
 
 Triton's interpreter is asked in this process. The CUDA kernels on the host note themselves in a file, as places in
-their module, and so do those of processes that a test starts.
+their module, and so do those of processes that a test starts; other modules' (sanitized ones, probes) are left out.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def record() -> None:
 
 def launched() -> set[str]:
     """By names such as ``triton gram.sums`` and ``cuda gram.gram_kernel``."""
-    notes = Path(os.environ.get("FISHER_KERNELS_HOST_LAUNCHES", os.devnull)).read_text().split()
-    return _triton | {_cuda_kernels()[int(place, 16)] for place in notes}
+    notes = Path(os.environ.get("FISHER_KERNELS_HOST_LAUNCHES", os.devnull)).read_text().splitlines()
+    places = [place for place, _, module in (note.partition(" ") for note in notes) if module == _module()]
+    return _triton | {_cuda_kernels()[int(place, 16)] for place in places}
 
 
 def defined() -> set[str]:
@@ -74,13 +75,17 @@ _KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()
 _INSTANCE = re.compile(r"(?:void )?fisher_kernels::cuda::(?:\w+::)*(\w+)[<(]")
 
 
+def _module() -> str:
+    return str(_library.CUDA.kernels.__file__)
+
+
 @functools.cache
 def _cuda_kernels() -> dict[int, str]:
     """Place in the module -> file and name, of every kernel that was compiled for the host."""
     if not _library.runs_cuda_on_host() or shutil.which("readelf") is None:
         return {}
     names = {name for path in (ROOT / "csrc/cuda").glob("*.cu*") for name in _KERNEL.findall(path.read_text())}
-    command = ["readelf", "--symbols", "--wide", "--demangle", str(_library.CUDA.kernels.__file__)]
+    command = ["readelf", "--symbols", "--wide", "--demangle", _module()]
     kernels, stem = {}, ""
     for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
         fields = line.split(maxsplit=7)  # number, value, size, kind, binding, visibility, section, name

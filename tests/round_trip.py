@@ -30,7 +30,7 @@ class Luggage:
     def pack(self, value: Any) -> Any:
         """A tensor on the device for each tensor on the CPU, in lists too; everything else as it is."""
         if isinstance(value, (list, tuple)):
-            return type(value)(map(self.pack, value))
+            return _like(value, map(self.pack, value))
         if not (isinstance(value, Tensor) and value.device.type == "cpu"):
             return value
         _, there, begin = self._copied(value.untyped_storage())
@@ -61,10 +61,15 @@ class Luggage:
         increment_version([value for value, view, writes in self._views if view._version > writes])
 
 
+def _like(value: list[Any] | tuple[Any, ...], items: Iterable[Any]) -> Any:
+    """A list, a tuple or a named tuple like ``value``, of other items."""
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
 def home(value: Any) -> Any:
     """Results as tensors on the CPU."""
     if isinstance(value, (list, tuple)):
-        return type(value)(map(home, value))
+        return _like(value, map(home, value))
     return value.to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fisher_kernels import backends, use_backend
-from fisher_kernels.ops import ACCUMULATOR
+from fisher_kernels.ops import ACCUMULATOR, mbf_step
 from fisher_kernels.ops._blocks import pack
 from tests.cases import (
     DTYPES,
@@ -827,11 +827,8 @@ def test_numbers_that_only_kernels_read(monkeypatch: pytest.MonkeyPatch, found_i
             check(case)
         return
     before = case.copy()
-    rows = {0: (8, 9, 9, 1, False), 1: (6, 1, 1, 1, False), 2: (6, 5, 5, 1, True), 4: (4, 13, 3, 5, True)}
-    views = [kernels.View(*rows[i]) if i in rows else None for i in range(len(FEW))]
-    skipped, scale = kernels.step(
-        *case.lists(), lambda: views, lambda i, out: out.zero_(), **case.options, found_inf=scalar(found_inf)
-    )
+    arguments = mbf_step._Step(*case.lists(), **{"decoupled": False, **case.options, "found_inf": scalar(found_inf)})
+    skipped, scale = kernels.step(arguments)
     assert_same_bits(skipped, torch.zeros(len(FEW), dtype=torch.int64))
     assert_same_bits(scale, torch.ones((), dtype=torch.float64))
     assert_unchanged(case, before)

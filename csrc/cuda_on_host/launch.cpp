@@ -105,7 +105,8 @@ Fault run_or_refuse(const Launch& launch) {
   return run_blocks(launch, *order);
 }
 
-/// Adds a kernel after its first launch to the file that FISHER_KERNELS_HOST_LAUNCHES names: its place in this module.
+/// Adds a kernel after its first launch to the file that FISHER_KERNELS_HOST_LAUNCHES names: its place in its module,
+/// and the module.
 void note(const void* kernel) {
   static const char* const path = std::getenv("FISHER_KERNELS_HOST_LAUNCHES");
   if (path == nullptr) return;
@@ -115,7 +116,7 @@ void note(const void* kernel) {
   Dl_info module;
   if (!noted.insert(kernel).second || dladdr(kernel, &module) == 0) return;
   const auto place = static_cast<const char*>(kernel) - static_cast<const char*>(module.dli_fbase);
-  std::ofstream(path, std::ios::app) << std::hex << place << std::endl;
+  std::ofstream(path, std::ios::app) << std::hex << place << ' ' << module.dli_fname << std::endl;
 }
 
 }  // namespace
