@@ -118,6 +118,21 @@ def test_group_settings_can_change_between_steps() -> None:
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9 * float(q.detach().abs().max()))
 
 
+def test_gamma_may_change_between_steps() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2, dtype=torch.float64)
+    optimizer = AdaFisher(model)
+    expected = torch.zeros(3, dtype=torch.float64)
+    for gamma in (0.8, 0.5):
+        optimizer.param_groups[0]["gamma"] = gamma
+        x = torch.randn(5, 3, dtype=torch.float64)
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+        expected = gamma * expected + (1 - gamma) * x.square().mean(0)
+    torch.testing.assert_close(optimizer.state[model.weight]["input_factor"][:-1], expected, rtol=1e-12, atol=0)
+
+
 # Reports.
 
 

@@ -254,14 +254,25 @@ class TestGraph:
         plain, extra = mlp(), mlp()
         assert_same(train(extra, make(extra), run=run), train(plain, make(plain)))
 
-    def test_a_failed_optimizer_step_of_another_loop_leaves_no_trace(self, make):
-        """Pending sums die with the gradients, whoever clears them."""
-        model = mlp()
-        optimizer = make(model)
+    def test_pending_sums_die_with_the_gradients(self, make):
+        """Whoever clears them: the next backward finds none."""
+        model, other = mlp(), mlp()
+        optimizer, plain = make(model), make(other)
         loss_of(model, batch(7)).backward()
         model.zero_grad()  # not the optimizer's
-        other = mlp()
-        assert_same(train(model, optimizer), train(other, make(other)))
+        for net, opt in ((model, optimizer), (other, plain)):
+            loss_of(net, batch()).backward()
+            opt.step()
+        assert_same(snapshot(optimizer), snapshot(plain))
+
+    def test_gradients_that_are_returned_do_not_count_beside_those_that_accumulate(self, make):
+        model, other = mlp(), mlp()
+        optimizer, plain = make(model), make(other)
+        for net in (model, other):
+            loss_of(net, batch()).backward()
+        torch.autograd.grad(1000 * loss_of(model, batch(7)), list(model.parameters()))
+        optimizer.step(), plain.step()
+        assert_same(snapshot(optimizer), snapshot(plain))
 
 
 class TestLayersThatComeAndGo:
@@ -389,6 +400,22 @@ class TestBadNumbers:
             scaler.step(optimizer)
             scaler.update()
         assert updates(optimizer, model[0].weight) > 0
+
+    def test_a_step_that_a_scaler_skips_leaves_nothing_behind(self, make):
+        """Neither where the gradients are then set to zero in place, so that the next backward adds to them."""
+        plain, model = mlp(), mlp()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        reference, optimizer = make(plain), make(model, grad_scaler=scaler)
+        for overflow in (True, False):
+            scaler.scale(loss_of(model, batch()) * (float("inf") if overflow else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            if overflow:
+                for p in model.parameters():
+                    p.grad.zero_()
+        loss_of(plain, batch()).backward()
+        reference.step()
+        assert_same(snapshot(optimizer), snapshot(reference), rtol=1e-7)
 
     def test_clipping_leaves_the_statistics_alone(self, make):
         plain, model = mlp(), mlp()

@@ -343,6 +343,25 @@ def test_warm_start_that_fails_half_way_changes_nothing() -> None:
     train(model, ours, range(1, 2))
 
 
+@pytest.mark.filterwarnings("ignore:MBF.* of the trained parameters have no layer rule")
+def test_blocks_of_a_fallback_do_not_depend_on_the_scale_of_a_scaler() -> None:
+    results = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        torch.manual_seed(0)
+        model = Tied()
+        ours = MBF(model)
+        loss = model(torch.arange(5)).square().mean()
+        if scaler is None:
+            loss.backward()
+            ours.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.step(ours)
+        results.append(ours.state[model.position]["fisher_blocks"])
+    assert bool(results[0].any())
+    assert torch.equal(results[0], results[1])
+
+
 def test_warm_start_ignores_the_scale_of_a_scaler() -> None:
     results = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
