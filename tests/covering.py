@@ -65,6 +65,8 @@ _EVERY_VALUE = ("cuda",)
 """Of the others it takes every value: a kernel has ways by size and dtype. The rest take one case: the reference, which
 is the definition, older instruction sets, which are the same source, and Triton's interpreter, which takes long.
 """
+_SLOW = {"triton": "slow_interpreted", "cuda": "slow_on_host"}
+"""The mark by which a test says that it is not for this runner there."""
 
 
 def fast(items: Sequence[pytest.Item]) -> set[pytest.Item]:
@@ -77,7 +79,7 @@ def fast(items: Sequence[pytest.Item]) -> set[pytest.Item]:
             first = turn * len(cases) // len(runners)
             rotated = [*cases][first:] + [*cases][:first]
             strength = 2 if name == lead else 1 if name in _EVERY_VALUE else 0
-            if name == "triton" and strength == 0 and cases[rotated[0]].get_closest_marker("slow_interpreted"):
+            if name != lead and name in _SLOW and cases[rotated[0]].get_closest_marker(_SLOW[name]):
                 continue
             chosen.update(cases[case] for case in covering(rotated, strength))
     return chosen

@@ -291,6 +291,7 @@ def test_cuda_is_compiled_where_it_is_asked_for(
 
 
 @needs_cmake
+@pytest.mark.slow
 def test_without_nvcc_a_gpu_is_left_out_and_asking_for_it_is_an_error(tmp_path: Path) -> None:
     driver(tmp_path, 90)
     path = tools_without(tmp_path / "tools")
@@ -307,6 +308,7 @@ def test_without_nvcc_a_gpu_is_left_out_and_asking_for_it_is_an_error(tmp_path: 
 
 
 @needs_cmake
+@pytest.mark.slow
 def test_the_kernels_on_the_host_need_headers_alone(tmp_path: Path) -> None:
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "cuda_bf16.h").touch()
@@ -319,6 +321,7 @@ def test_the_kernels_on_the_host_need_headers_alone(tmp_path: Path) -> None:
         assert (f"-isystem {tmp_path}/include" in build) == bool(modules)
 
 
+@pytest.mark.slow
 def test_a_module_for_tests_that_is_older_than_the_build_is_removed(tmp_path: Path) -> None:
     code = f"""
 import runpy, sys

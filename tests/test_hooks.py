@@ -642,7 +642,7 @@ def _rank(rank, world, path, variant, results):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo over a file is tried on Linux only")
-@pytest.mark.parametrize("variant", ["paper", "release"])
+@pytest.mark.parametrize("variant", ["paper", pytest.param("release", marks=pytest.mark.slow)])
 def test_data_parallel_equals_one_process(tmp_path, variant):
     model = mlp()
     expected = train(model, optimizer := AdaFisher(model, variant=variant, update_interval=2), steps=4)

@@ -718,6 +718,7 @@ def test_same_bits_at_every_run_and_for_every_number_of_threads(
 LARGE = (packed((513,), 1, 513), Parameter((1, 512), (1, 513, 513)), Parameter((1,), None))
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize(("layout", "clip"), [(contiguous, 1e-3), (spread, None)])
 def test_blocks_larger_than_what_a_program_holds(
     implementation: str, layout: Callable[[Tensor], Tensor], clip: float | None

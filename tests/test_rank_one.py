@@ -595,6 +595,7 @@ DECAY = 0.95
 
 @each_dtype
 @pytest.mark.slow_interpreted
+@pytest.mark.slow_on_host
 def test_errors_are_forgotten(backend: str, dtype: torch.dtype) -> None:
     """10,000 updates (200 in an interpreter) by vectors of every direction, against the inverse summed in float64.
 

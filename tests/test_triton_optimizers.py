@@ -28,7 +28,9 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if " " in name else ()) for name in OPTIMIZERS]
+)
 def test_training_is_that_of_the_reference(name: str) -> None:
     """In float64, where a step that leaves anything out or takes anything twice stands out from rounding."""
     trained = []
