@@ -218,6 +218,7 @@ def test_step(implementation: str, options: dict[str, Any], dtype: torch.dtype) 
     check(step(PARAMETERS, dtype, **options))
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mixed_dtypes(implementation: str, dtype: torch.dtype) -> None:
     first = DTYPES.index(dtype)

@@ -370,6 +370,7 @@ SPOILED: dict[str, Callable[[Tensor], None]] = {
 }
 
 
+@pytest.mark.slow_interpreted
 @each_dtype
 @pytest.mark.parametrize("fault", SPOILED)
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 9, 25, 64, 65])
@@ -479,6 +480,7 @@ def test_the_lower_triangle_is_what_is_inverted(implementation: str, n: int, dty
 # Determinism.
 
 
+@pytest.mark.slow_interpreted
 @each_dtype
 @pytest.mark.parametrize("n", [1, 3, 9, 17, 64])
 def test_a_block_does_not_depend_on_its_neighbours(implementation: str, n: int, dtype: torch.dtype) -> None:

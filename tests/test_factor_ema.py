@@ -316,6 +316,7 @@ def test_a_run_of_several_dtypes(implementation: str) -> None:
     assert state[1].tolist() == [0.5, 0.5, 0.5 + 0.5e300]
 
 
+@pytest.mark.slow_on_host
 @pytest.mark.parametrize("normalize", [False, True])
 def test_lists_of_hundreds(implementation: str, normalize: bool) -> None:
     """More than one launch of a GPU takes, with runs across the border."""
@@ -344,6 +345,7 @@ def test_lists_of_hundreds(implementation: str, normalize: bool) -> None:
 LONG = (8191, 8192, 8193, 24_600)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_vectors_of_several_chunks(implementation: str, dtype: torch.dtype) -> None:
     """The smallest and the largest entry in chunks of their own, whole chunks read at once or entry by entry."""

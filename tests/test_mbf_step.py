@@ -29,6 +29,7 @@ from tests.cases import (
 )
 from tests.cases.mbf_step import NAMES, PARAMETERS, Parameter, Step, packed, step, unpack
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
+from tests.interpreted import interpreted
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
@@ -334,6 +335,7 @@ def test_step(implementation: str, options: dict[str, Any], dtype: torch.dtype) 
     check(step(parameters_for(implementation, cuda=cuda), dtype, **options))
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
 def test_inverses_stored_in_bfloat16(implementation: str, options: dict[str, Any], dtype: torch.dtype) -> None:
@@ -341,6 +343,7 @@ def test_inverses_stored_in_bfloat16(implementation: str, options: dict[str, Any
     check(step(parameters_for(implementation, cuda=cuda), dtype, storage=torch.bfloat16, **options))
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mixed_dtypes(implementation: str, dtype: torch.dtype) -> None:
     first = DTYPES.index(dtype)
@@ -369,6 +372,7 @@ def parameters(draw: st.DrawFn) -> list[Parameter]:
     return [Parameter((rows, width), shape), *([Parameter((rows,), None)] if biased else [])]
 
 
+@pytest.mark.slow_interpreted
 @hypothesis.given(
     chosen=st.lists(parameters(), max_size=3),
     layout=st.sampled_from([contiguous, sliced]),
@@ -409,6 +413,7 @@ def test_layouts_of_all_at_once(implementation: str, layout: Callable[[Tensor], 
     check(step(parameters_for(implementation, FEW, cuda=INTERPRETED), DTYPES, layout=layout, weight_decay=0.1))
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_whole_numbers_are_exact(implementation: str, dtype: torch.dtype) -> None:
     """Small whole numbers and powers of two everywhere: every intermediate result fits, so nothing is rounded."""
@@ -465,6 +470,7 @@ def test_packed_and_whole_blocks_agree(implementation: str) -> None:
 # The clip.
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_clip_bounds_the_change(implementation: str, dtype: torch.dtype) -> None:
     """One scale for all parameters, 1 as soon as the bound is kept."""
@@ -833,6 +839,23 @@ def test_numbers_that_only_kernels_read(monkeypatch: pytest.MonkeyPatch, found_i
     assert_same_bits(skipped, torch.zeros(len(FEW), dtype=torch.int64))
     assert_same_bits(scale, torch.ones((), dtype=torch.float64))
     assert_unchanged(case, before)
+
+
+@interpreted
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_blocks_larger_than_few_lanes(monkeypatch: pytest.MonkeyPatch, clip: float | None) -> None:
+    """As those of 513 and more are with 512 lanes, which the interpreter takes seconds for."""
+    from fisher_kernels.triton_kernels import mbf_step as kernels
+
+    monkeypatch.setattr(kernels, "_LANES", type(kernels._LANES)(8))
+    with use_backend("triton"):
+        check(
+            step(
+                (packed((27,), 3, 9), Parameter((2, 17), (2, 18, 18)), Parameter((2,), None)),
+                torch.float32,
+                kl_clip=clip,
+            )
+        )
 
 
 @pytest.mark.skipif("triton" not in backends.available(), reason="Triton cannot run here")

@@ -92,6 +92,13 @@ def test_whole_numbers_are_exact(implementation: str, shape: tuple[int, int, int
     assert_within(out, expected, 0.0)
 
 
+def test_one_large_block_of_several_runs_of_samples(implementation: str) -> None:
+    v = integers((70, 1, 17), torch.float32)
+    out = lost((70, 1, 17), torch.float32)
+    mini_block_gram_(out, v)
+    assert_within(out, defined(v), 0.0)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of NumPy, in Triton's interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

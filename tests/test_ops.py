@@ -604,7 +604,11 @@ with backends.use_backend("reference"):
     ("value", "line"),
     [
         ("reference", "reference"),
-        ("fast", "ValueError backend is 'fast', expected one of 'auto', 'reference', 'cpu', 'cuda', 'triton'"),
+        pytest.param(
+            "fast",
+            "ValueError backend is 'fast', expected one of 'auto', 'reference', 'cpu', 'cuda', 'triton'",
+            marks=pytest.mark.slow,
+        ),
         ("cuda", "RuntimeError backend 'cuda' is not available: "),
     ],
 )

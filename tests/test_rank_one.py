@@ -104,6 +104,7 @@ def test_however_the_vector_is_cut(implementation: str, dtype: torch.dtype) -> N
         check_solution([found], [u], [x], 0.5, str(cut))
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_solution_in_every_layout(implementation: str, dtype: torch.dtype) -> None:
     shapes = [(3, 5), (2, 3, 4), (70,), (33, 270)]
@@ -597,12 +598,12 @@ DECAY = 0.95
 @pytest.mark.slow_interpreted
 @pytest.mark.slow_on_host
 def test_errors_are_forgotten(backend: str, dtype: torch.dtype) -> None:
-    """10,000 updates (200 in an interpreter) by vectors of every direction, against the inverse summed in float64.
+    """10,000 updates (fewer where they are slow) by vectors of every direction, against the inverse summed in float64.
 
     An error E of P is one of -A E A of the matrix that P stands for, and an update takes that matrix's errors times
     the decay, as it does the matrix. So what 10,000 updates leave is what about 1 / (1 - decay) = 20 do.
     """
-    steps, n, count = 200 if backend == "triton" else 10_000, 9, 4
+    steps, n, count = {"triton": 200, "reference": 1_000}.get(backend, 10_000), 9, 4
     u = random((steps, count, n), dtype)
     matrix = torch.eye(n, dtype=torch.float64).repeat(count, 1, 1)
     p = matrix.to(dtype, copy=True)
@@ -622,6 +623,7 @@ def test_errors_are_forgotten(backend: str, dtype: torch.dtype) -> None:
     assert worst["late"] <= 4 * worst["early"], worst
 
 
+@pytest.mark.slow_on_host
 @each_dtype
 def test_wind_up_ends_in_a_refusal(backend: str, dtype: torch.dtype) -> None:
     """A direction that no vector excites grows as decay^-t: no entry ever becomes infinite or NaN."""

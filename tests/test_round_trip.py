@@ -205,6 +205,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 def test_modules_of_tests_run_without_hypothesis() -> None:
     root = Path(__file__).resolve().parents[1]
     arguments = ("tests/test_sum_of_squares.py", "-k", "definition or geometry and reference")

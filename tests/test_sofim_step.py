@@ -664,6 +664,7 @@ def test_same_bits_at_every_run_and_for_every_number_of_threads(
         assert_unchanged(copy, results[0][0])
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("direction", ["momentum", "gradient"])
 def test_tensors_of_their_own_are_the_list_one_by_one(implementation: str, direction: str) -> None:
     for options in OPTIONS[1:6:2] if implementation == "triton" else OPTIONS:
@@ -713,6 +714,7 @@ def test_full_chunks(implementation: str, dtype: torch.dtype, direction: str) ->
         assert_unchanged(spoiled_and_moved, spoiled, around=False)
 
 
+@pytest.mark.slow_on_host
 def test_many_tensors(implementation: str) -> None:
     """More than the parameters of one launch have room for, of those that are contiguous and of those that are not."""
     if implementation == "triton":
@@ -723,6 +725,7 @@ def test_many_tensors(implementation: str) -> None:
     check(case)
 
 
+@pytest.mark.slow_on_host
 def test_many_chunks(implementation: str) -> None:
     """More than are added up side by side."""
     if implementation == "triton":

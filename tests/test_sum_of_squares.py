@@ -148,6 +148,7 @@ def test_patch(implementation: str, case: Patch, dtype: torch.dtype) -> None:
         check(implementation, patch_op(case), layout(random(case.shape, dtype)), name)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sums_of_whole_numbers_are_exact(implementation: str, dtype: torch.dtype) -> None:
     """Squares and sums below 2^24: nothing is rounded, whatever the order."""
@@ -299,6 +300,7 @@ def test_same_bits_at_every_run_and_for_every_number_of_threads(
 # Where the kernels of a GPU change their ways.
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_tiles_of_every_height(implementation: str, dtype: torch.dtype) -> None:
     """Full tiles, what is left of them, rows that are joined, and more than one block, at every way to begin."""
@@ -332,6 +334,7 @@ def test_runs_of_every_length(implementation: str, dtype: torch.dtype) -> None:
             check(implementation, channel_sum_of_squares, unaligned(x), f"unaligned {size}", exact=True)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_images_of_many_tiles(implementation: str, layout: Callable[[Tensor], Tensor]) -> None:
     cases = [
