@@ -13,6 +13,7 @@
 #                     settings of the native build, from the environment as well; by default it is for this machine
 
 TORCH = torch==2.13.0
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export PIP_NO_COMPILE ?= 1# Python compiles what is imported, which is little of it
 OUT = build/demo
 TASKS = digits autoencoder text
@@ -71,7 +72,7 @@ help:
 	@sed -n '/^# [A-Z_]*=/,/^$$/s/^# //p' Makefile
 
 demo: $(STAMPS)/installed.demo
-	$(PY) -m fisher_kernels compare digits --seeds 2 --epochs 5 --out $(OUT) $(ARGS)
+	$(PY) -m fisher_kernels compare digits --seeds 2 --epochs 4 --out $(OUT) $(ARGS)
 
 # A process for each core, each on one thread; tests of threads set their number.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal
