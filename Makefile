@@ -77,7 +77,7 @@ demo: $(STAMPS)/installed.demo
 # A process for each core, each on one thread; tests of threads set their number.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal
 
-test: build $(STAMPS)/cuda-on-host.ON
+test: $(STAMPS)/installed.test $(STAMPS)/cuda-on-host.ON
 	$(PYTEST) $(ARGS)
 
 test-all: build $(STAMPS)/cuda-on-host.sanitized
@@ -176,7 +176,9 @@ $(STAMPS)/cuda-on-host.%:
 	if [ -e $(STAMPS)/native ]; then FISHER_KERNELS_CUDA_ON_HOST=$* $(PY) setup.py --quiet build_ext --inplace; fi
 	@if ls fisher_kernels/_cuda_on_host.* >/dev/null 2>&1; then touch $@; fi
 
-# The demo needs a part of what development does.
+# The demo needs a part of what tests do, and these of what development does.
+IMPLIED.dev := test demo
+IMPLIED.test := demo
 $(STAMPS)/installed.%: pyproject.toml setup.py $(STAMPS)/settings.native $(STAMPS)/build-tools | $(STAMPS)/native
 	$(PY) -m pip install --no-build-isolation --constraint $(STAMPS)/torch --editable '.[$*]'
-	@touch $@ $(if $(filter dev,$*),$(STAMPS)/installed.demo)
+	@touch $@ $(IMPLIED.$*:%=$(STAMPS)/installed.%)

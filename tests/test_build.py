@@ -97,6 +97,7 @@ def tools_without(folder: Path, *left_out: str) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 @needs_cmake
 @pytest.mark.parametrize(
     ("option", "message"),
@@ -151,6 +152,7 @@ def test_where_all_instruction_sets_are_asked_for_they_are_there() -> None:
     assert native.built_capabilities() == ["baseline", "avx2", "avx512"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no compiler")
 def test_a_processor_runs_what_was_built_and_it_can_run(tmp_path: Path) -> None:
     (tmp_path / "main.cpp").write_text("""
@@ -386,7 +388,7 @@ def test_a_compiler_cache_is_used_where_there_is_one(tmp_path: Path, cache: str 
     [
         ("demo", ("'.[demo]'", "compare digits"), ("[dev]", "CUDA_ON_HOST", "--all", "FISHER_KERNELS_CPU")),
         ("build", ("'.[dev]'",), ("CUDA_ON_HOST", "FISHER_KERNELS_CPU")),
-        ("test", ("'.[dev]'", "FISHER_KERNELS_CUDA_ON_HOST=ON"), ("=sanitized", "--all")),
+        ("test", ("'.[test]'", "FISHER_KERNELS_CUDA_ON_HOST=ON"), ("=sanitized", "--all")),
         ("test-all", ("'.[dev]'", "FISHER_KERNELS_CUDA_ON_HOST=sanitized", "pytest", "--all"), ()),
         ("dist", ("FISHER_KERNELS_CPU=all FISHER_KERNELS_CUDA=on", "FISHER_KERNELS_CUDA_ARCHS=80,90,100"), ()),
         ("inspect", ("FISHER_KERNELS_CPU=all FISHER_KERNELS_CUDA=on", "FISHER_KERNELS_CUDA_ARCHS=80,90,100"), ()),

@@ -288,6 +288,7 @@ def test_results_go_to_a_folder_of_the_task_by_default(tmp_path: Path, monkeypat
     ]
 
 
+@pytest.mark.slow
 def test_a_diverging_training_is_reported_and_fails(tmp_path: Path) -> None:
     result = invoke("train", "digits", "--optimizer", "sgd", "--lr", "1e30", "--epochs", "2", "--out", str(tmp_path))
     assert result.exit_code == 1

@@ -184,6 +184,7 @@ def test_what_has_one_case_or_is_slow(items: list[pytest.Item]) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_same_cases_at_every_run(pytester: pytest.Pytester, items: list[pytest.Item]) -> None:
     again = pytester.getitems(MODULE)
     assert [item.name for item in again if item in covering.fast(again)] == [

@@ -151,6 +151,7 @@ def test_why_cuda_is_refused(
     assert found is None if reason is None else reason in str(found)
 
 
+@pytest.mark.slow
 def test_a_wrong_choice_of_the_host_module_is_an_error() -> None:
     result = run_python("import fisher_kernels", FISHER_KERNELS_CUDA_ON_HOST="yes")
     assert "FISHER_KERNELS_CUDA_ON_HOST is 'yes', expected '0', '1' or 'sanitized'" in result.stderr

@@ -105,6 +105,7 @@ def facts(device: str, date: str, **more: Any) -> dict[str, Any]:
     return {**found, "device": device, "date": date, **more}
 
 
+@pytest.mark.slow
 def test_the_report_goes_into_the_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = facts("NVIDIA X1 80GB", "2026-01-02")
     files = [report.write({**old, "date": date}, tmp_path) for date in ("2026-01-02", "2025-12-31")]
@@ -134,6 +135,7 @@ def test_the_report_goes_into_the_documents(tmp_path: Path, monkeypatch: pytest.
     assert tables.filled(page) == "before\n\n<!-- gpu -->\nNot yet measured on a GPU.\n<!-- end -->\nafter\n"
 
 
+@pytest.mark.slow
 def test_the_report_is_shown_with_rich_and_without(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,6 +120,7 @@ def test_a_wheel_says_what_it_is(wheel: Path) -> None:
     assert "fisher-kernels = fisher_kernels.cli:main\n" in scripts
 
 
+@pytest.mark.slow
 def test_an_sdist_has_all_that_builds_and_tests_it(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         found = {member.name.partition("/")[2] for member in archive if member.isfile()}
@@ -202,6 +203,7 @@ print(*sorted(path for path in paths if re.search(r"/lib(gomp|omp|iomp5)\\b[^/]*
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="what a process has loaded is read from /proc")
 def test_the_module_shares_the_openmp_runtime_of_torch() -> None:
     module = native_module()

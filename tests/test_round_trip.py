@@ -176,6 +176,7 @@ print(fisher_kernels.triton_kernels.__file__)
 """
 
 
+@pytest.mark.slow
 @needs_triton
 def test_a_checkout_finds_its_own_kernels(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[1]
@@ -219,6 +220,7 @@ def test_modules_of_tests_run_without_hypothesis() -> None:
     assert "hypothesis is not installed" in result.stdout
 
 
+@pytest.mark.slow
 def test_what_has_not_begun_in_time_is_skipped() -> None:
     root = Path(__file__).resolve().parents[1]
     result = subprocess.run(

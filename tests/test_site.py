@@ -83,6 +83,7 @@ def test_broken_links_and_anchors_are_found(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_page_with_a_broken_link_fails_the_build(tmp_path: Path) -> None:
     """A site of one page, built as ``make docs`` does it; it has no API reference either."""
     (tmp_path / "_static").mkdir()

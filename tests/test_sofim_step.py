@@ -664,6 +664,7 @@ def test_same_bits_at_every_run_and_for_every_number_of_threads(
         assert_unchanged(copy, results[0][0])
 
 
+@pytest.mark.slow_on_host
 @pytest.mark.slow_interpreted
 @pytest.mark.parametrize("direction", ["momentum", "gradient"])
 def test_tensors_of_their_own_are_the_list_one_by_one(implementation: str, direction: str) -> None:

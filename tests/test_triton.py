@@ -352,6 +352,7 @@ def test_every_kernel_has_a_default_for_every_size() -> None:
                 assert warps in (1, 2, 4, 8, 16)
 
 
+@pytest.mark.slow
 def test_configurations_change_no_bits(no_tables: None) -> None:
     cases = [step(PARAMETERS[20:33], torch.float32, weight_decay=0.1) for _ in _configs.CANDIDATES[::5]]
     for case, chosen in zip(cases, _configs.CANDIDATES[::5], strict=True):
@@ -431,6 +432,7 @@ def test_reasons_why_there_is_no_triton(monkeypatch: pytest.MonkeyPatch) -> None
     assert str(backends.why_no_triton()).startswith("Triton is not installed (pip install 'triton>=3.6'")
 
 
+@pytest.mark.slow
 def test_without_triton_the_package_works_and_says_so() -> None:
     code = """
 import importlib.metadata, sys
