@@ -29,6 +29,8 @@ pytest.importorskip("setuptools", minversion="77", reason="setuptools >= 77 is m
 
 def run(*command: str | Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run Python on a command line; the variables replace or, where empty, unset those of the environment."""
+    # At run time it chooses a module for tests; a build, which has a setting of that name, is not meant.
+    variables.setdefault("FISHER_KERNELS_CUDA_ON_HOST", "")
     env = {name: value for name, value in {**os.environ, **variables}.items() if value}
     return subprocess.run([sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, check=False)
 
