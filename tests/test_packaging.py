@@ -119,7 +119,7 @@ def test_a_wheel_says_what_it_is(wheel: Path) -> None:
     assert "License-Expression: BSD-3-Clause\n" in metadata
     assert "Requires-Python: >=3.10\n" in metadata
     assert "Requires-Dist: torch>=2.11\n" in metadata
-    assert "fisher-kernels = fisher_kernels.cli:main\n" in scripts
+    assert "fisher-kernels = fisher_kernels.__main__:main\n" in scripts
 
 
 @pytest.mark.slow
@@ -288,7 +288,7 @@ def test_a_wheel_is_installed_by_pip_in_isolation(unpacked_sdist: Path, tmp_path
     shutil.copytree(unpacked_sdist, source)
     for command in (("init", "-q"), ("add", "."), ("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a")):
         subprocess.run(["git", *command], cwd=source, check=True)
-    for number, url in enumerate((source, f"fisher_kernels @ git+file://{source}")):
+    for number, url in enumerate((source, f"git+file://{source}")):
         target = tmp_path / str(number)
         variables = {"FISHER_KERNELS_CPU": "baseline", "FISHER_KERNELS_CUDA": "off", "FISHER_KERNELS_NATIVE": "on"}
         arguments = ("-m", "pip", "install", "--no-deps", "--no-cache-dir", "--verbose", "--target", target, url)
