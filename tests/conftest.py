@@ -101,9 +101,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    seconds = item.config.getoption("--seconds")
-    if seconds is not None and time.monotonic() - _BEGAN > seconds:
-        pytest.skip(f"not run: the {seconds:g} seconds of --seconds were over")
+    if _is_over(item.config):
+        pytest.skip(f"not run: the {item.config.getoption('--seconds'):g} seconds of --seconds were over")
+
+
+def _is_over(config: pytest.Config) -> bool:
+    seconds = config.getoption("--seconds")
+    return seconds is not None and time.monotonic() - _BEGAN > seconds
 
 
 @pytest.hookimpl(trylast=True)  # what -k and -m leave is what is to be covered
@@ -150,7 +154,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def _runs_all_files(config: pytest.Config) -> bool:
     narrowed = [config.getoption(name, None) for name in ("keyword", "markexpr", "deselect", "lf", "collectonly")]
-    return config.args_source is pytest.Config.ArgsSource.TESTPATHS and not any(narrowed)
+    return config.args_source is pytest.Config.ArgsSource.TESTPATHS and not any(narrowed) and not _is_over(config)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
