@@ -27,6 +27,7 @@ PYBIND11_MODULE(FISHER_KERNELS_MODULE, module) {
       "argument is the place: a number of threads for tensors on the CPU, or (index of a CUDA device, address of its "
       "stream).";
   load_exchange_api();
+  py::register_local_exception<Unresolved>(module, "UnresolvedError", PyExc_ValueError);
 
   bind_adafisher_step(module);
   bind_batch_norm_gradients(module);

@@ -103,6 +103,17 @@ CPU = Native(_NATIVE, _threads)
 CUDA = Native(_ON_HOST, _host) if _ON_HOST is not None else Native(_NATIVE, _current_stream)
 
 
+class UnresolvedError(ValueError):
+    """A tensor's memory does not hold its numbers."""
+
+
+UNRESOLVED: tuple[type[Exception], ...] = (
+    UnresolvedError,
+    *(module.UnresolvedError for module in (_NATIVE, _ON_HOST) if module is not None),
+)
+"""The same as each compiled module raises it."""
+
+
 def native_reason() -> str | None:
     """Why there is no native module, or None where there is one."""
     return _REASON

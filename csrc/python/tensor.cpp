@@ -12,6 +12,8 @@ namespace {
 PyTypeObject* tensor_type = nullptr;
 dlpack::TensorFromObject tensor_from_object = nullptr;
 dlpack::Allocate allocate = nullptr;
+PyObject* is_negated = nullptr;    // torch.Tensor.is_neg
+PyObject* is_inference = nullptr;  // torch.Tensor.is_inference
 
 /// The message of the Python exception that is set, which is cleared.
 std::string take_python_error() {
@@ -20,6 +22,15 @@ std::string take_python_error() {
 }
 
 std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
+
+/// What a method of torch.Tensor that takes nothing and tells yes or no says of a tensor.
+bool says(PyObject* method, py::handle tensor) {
+  PyObject* const answer = PyObject_CallOneArg(method, tensor.ptr());
+  if (answer == nullptr) throw py::error_already_set();
+  const bool yes = answer == Py_True;
+  Py_DECREF(answer);
+  return yes;
+}
 
 bool to_dtype(const dlpack::DataType& type, DType* dtype) {
   if (type.lanes != 1) return false;
@@ -63,6 +74,10 @@ dlpack::Tensor read_anywhere(py::handle object, const Argument& argument) {
     if (torch_device(object) != expected) device_error(object, argument, expected);
     value_error(argument, "has no memory to read: " + error.substr(0, error.find('\n')));
   }
+  // torch hands out the memory as it is, of a tensor too that is negated when it is read.
+  if (says(is_negated, object)) {
+    throw Unresolved(argument.text() + " is negated when it is read (is_neg()), expected memory that holds its numbers");
+  }
   return tensor;
 }
 
@@ -72,6 +87,9 @@ TensorView view_of(const dlpack::Tensor& tensor, py::handle object, const Argume
   if (!to_dtype(tensor.dtype, &view.dtype)) {
     type_error(argument,
                "has dtype " + torch_dtype(object) + ", expected a floating-point type of 16, 32 or 64 bits, or int64");
+  }
+  if (tensor.data == nullptr && view.numel() > 0) {
+    throw Unresolved(argument.text() + " has no memory to read, expected some for shape " + view.shape());
   }
   return view;
 }
@@ -115,13 +133,30 @@ void load_exchange_api() {
     throw py::import_error("torch's DLPack exchange interface cannot read without owning");
   tensor_from_object = api->tensor_from_object;
   allocate = api->allocate;
-  tensor_type = reinterpret_cast<PyTypeObject*>(py::object(type).release().ptr());  // kept for the life of the process
+  // Kept for the life of the process.
+  is_negated = py::object(type.attr("is_neg")).release().ptr();
+  is_inference = py::object(type.attr("is_inference")).release().ptr();
+  tensor_type = reinterpret_cast<PyTypeObject*>(py::object(type).release().ptr());
 }
 
 TensorView read_tensor(py::handle object, const Argument& argument) {
   const dlpack::Tensor tensor = read_anywhere(object, argument);
   if (!is_at(tensor.device, argument.call.place)) device_error(object, argument, device_name(argument.call.place));
   return view_of(tensor, object, argument);
+}
+
+void check_not_inference(py::handle object, const Argument& argument) {
+  if (!says(is_inference, object)) return;
+  if (py::module_::import("torch").attr("is_inference_mode_enabled")().cast<bool>()) return;
+  throw std::runtime_error(argument.text() +
+                           " is an inference tensor. Inplace update to inference tensor outside InferenceMode is not "
+                           "allowed: write to a clone of it");
+}
+
+TensorView read_written(py::handle object, const Argument& argument) {
+  const TensorView tensor = read_tensor(object, argument);
+  check_not_inference(object, argument);
+  return tensor;
 }
 
 Scalar read_scalar(py::handle object, const Argument& argument) {

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,11 @@ struct Argument {
   py::ssize_t index = -1;  // position in a list argument, -1 for an argument that is no list
 
   std::string text() const;
+};
+
+/// A tensor's memory does not hold its numbers; a ValueError in Python, of a type of its own.
+struct Unresolved : std::runtime_error {
+  using std::runtime_error::runtime_error;
 };
 
 [[noreturn]] void value_error(const Argument& argument, const std::string& fault);
@@ -52,6 +58,12 @@ void load_exchange_api();
 
 /// Reads a tensor of one of the types in DType, where the call runs; TypeError or ValueError for anything else.
 TensorView read_tensor(py::handle object, const Argument& argument);
+
+/// As torch has it, a tensor that was made in inference mode is not written outside it: RuntimeError.
+void check_not_inference(py::handle object, const Argument& argument);
+
+/// Reads a tensor that the call writes to.
+TensorView read_written(py::handle object, const Argument& argument);
 
 /// Reads a one-element float32 or float64 tensor: on the CPU its value, else where it lies on the GPU of the call.
 Scalar read_scalar(py::handle object, const Argument& argument);
