@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from fisher_kernels import AdaFisher, ops
+from fisher_kernels import AdaFisher, _dispatch_keys, ops
+from fisher_kernels._library import native_module
 from fisher_kernels.ops._arguments import arguments_of
 from fisher_kernels.optim import MBF, SOFIM
 from tests.bad_calls import Call
@@ -435,3 +436,36 @@ def test_large_paddings_are_counted_right(host_backend: str) -> None:
     places = [p for p in range(5) if (p + 2**31 - 1) % 3 == 0]
     assert found.item() == len(places)
     assert math.isfinite(found.item())
+
+
+# How the native module tells the kinds of tensors apart.
+
+
+@pytest.mark.skipif(native_module() is None, reason="there is no native module")
+@pytest.mark.parametrize("known", [True, False])
+def test_the_native_module_knows_negated_and_inference_tensors(known: bool) -> None:
+    """Whether it was told where torch keeps that, or asks for each tensor."""
+    native: Any = native_module()
+    place = _dispatch_keys.find()
+    assert place != _dispatch_keys.NOWHERE, "this torch keeps the keys of a tensor elsewhere: calls are slower"
+    try:
+        native.set_key_bits(*(place if known else _dispatch_keys.NOWHERE))
+        for x in _dispatch_keys.samples():
+            assert native.tensor_flags(x) == (x.is_neg(), x.is_inference())
+        x = torch.ones(2, 3)
+        out = ops.column_sum_of_squares(negated(x))
+        assert_same_bits(out, torch.full((3,), 2.0))
+    finally:
+        native.set_key_bits(*place)
+
+
+def test_keys_that_are_not_where_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One kind of tensor for which the place is wrong, and torch is asked."""
+    keys = _dispatch_keys._keys
+    monkeypatch.setattr(_dispatch_keys, "_keys", lambda x: keys(x) ^ int(x.is_meta))
+    assert _dispatch_keys.find() == _dispatch_keys.NOWHERE
+    monkeypatch.setattr(_dispatch_keys, "_keys", lambda x: 1)
+    assert _dispatch_keys.find() == _dispatch_keys.NOWHERE
+    monkeypatch.delattr(torch._C, "_dispatch_keys")
+    monkeypatch.setattr(_dispatch_keys, "_keys", lambda x: torch._C._dispatch_keys(x).raw_repr())
+    assert _dispatch_keys.find() == _dispatch_keys.NOWHERE

@@ -1,6 +1,7 @@
 #include "tensor.h"
 
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
 
 #include "../common/dlpack.h"
@@ -12,8 +13,28 @@ namespace {
 PyTypeObject* tensor_type = nullptr;
 dlpack::TensorFromObject tensor_from_object = nullptr;
 dlpack::Allocate allocate = nullptr;
-PyObject* is_negated = nullptr;    // torch.Tensor.is_neg
+PyObject* is_neg = nullptr;        // torch.Tensor.is_neg
 PyObject* is_inference = nullptr;  // torch.Tensor.is_inference
+
+/// Where torch keeps the dispatch keys of a tensor, and the bits that matter here; fisher_kernels/_dispatch_keys.py finds
+/// out. Asking torch costs ten times what everything else costs that is done for a tensor.
+struct KeyBits {
+  bool known = false;
+  ptrdiff_t implementation = 0;  // of the pointer in the Python object
+  ptrdiff_t keys = 0;            // in what it points to
+  uint64_t negative = 0;
+  uint64_t tracked = 0;  // what an inference tensor lacks
+};
+KeyBits key_bits;
+
+uint64_t keys_of(py::handle tensor) {
+  const char* implementation;
+  uint64_t keys;
+  std::memcpy(&implementation, reinterpret_cast<const char*>(tensor.ptr()) + key_bits.implementation,
+              sizeof(implementation));
+  std::memcpy(&keys, implementation + key_bits.keys, sizeof(keys));
+  return keys;
+}
 
 /// The message of the Python exception that is set, which is cleared.
 std::string take_python_error() {
@@ -30,6 +51,14 @@ bool says(PyObject* method, py::handle tensor) {
   const bool yes = answer == Py_True;
   Py_DECREF(answer);
   return yes;
+}
+
+bool is_negated(py::handle tensor) {
+  return key_bits.known ? (keys_of(tensor) & key_bits.negative) != 0 : says(is_neg, tensor);
+}
+
+bool is_untracked(py::handle tensor) {
+  return key_bits.known ? (keys_of(tensor) & key_bits.tracked) == 0 : says(is_inference, tensor);
 }
 
 bool to_dtype(const dlpack::DataType& type, DType* dtype) {
@@ -75,7 +104,7 @@ dlpack::Tensor read_anywhere(py::handle object, const Argument& argument) {
     value_error(argument, "has no memory to read: " + error.substr(0, error.find('\n')));
   }
   // torch hands out the memory as it is, of a tensor too that is negated when it is read.
-  if (says(is_negated, object)) {
+  if (is_negated(object)) {
     throw Unresolved(argument.text() + " is negated when it is read (is_neg()), expected memory that holds its numbers");
   }
   return tensor;
@@ -134,10 +163,16 @@ void load_exchange_api() {
   tensor_from_object = api->tensor_from_object;
   allocate = api->allocate;
   // Kept for the life of the process.
-  is_negated = py::object(type.attr("is_neg")).release().ptr();
+  is_neg = py::object(type.attr("is_neg")).release().ptr();
   is_inference = py::object(type.attr("is_inference")).release().ptr();
   tensor_type = reinterpret_cast<PyTypeObject*>(py::object(type).release().ptr());
 }
+
+void set_key_bits(ptrdiff_t implementation, ptrdiff_t keys, uint64_t negative, uint64_t tracked) {
+  key_bits = {negative != 0 && tracked != 0, implementation, keys, negative, tracked};
+}
+
+std::pair<bool, bool> tensor_flags(py::handle tensor) { return {is_negated(tensor), is_untracked(tensor)}; }
 
 TensorView read_tensor(py::handle object, const Argument& argument) {
   const dlpack::Tensor tensor = read_anywhere(object, argument);
@@ -146,7 +181,7 @@ TensorView read_tensor(py::handle object, const Argument& argument) {
 }
 
 void check_not_inference(py::handle object, const Argument& argument) {
-  if (!says(is_inference, object)) return;
+  if (!is_untracked(object)) return;
   if (py::module_::import("torch").attr("is_inference_mode_enabled")().cast<bool>()) return;
   throw std::runtime_error(argument.text() +
                            " is an inference tensor. Inplace update to inference tensor outside InferenceMode is not "

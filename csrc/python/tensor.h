@@ -2,9 +2,11 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../common/dtype.h"
@@ -55,6 +57,13 @@ struct TensorView {
 
 /// Finds torch's DLPack exchange interface; ImportError if torch has none. Called once, when the module is loaded.
 void load_exchange_api();
+
+/// Says where torch keeps the dispatch keys of a tensor: where the pointer is in the Python object, where the keys are in
+/// what it points to, the bit of negated tensors and those that inference tensors lack. With zeros torch is asked.
+void set_key_bits(ptrdiff_t implementation, ptrdiff_t keys, uint64_t negative, uint64_t tracked);
+
+/// Whether a tensor is negated, and whether it is an inference tensor, as a read finds out.
+std::pair<bool, bool> tensor_flags(py::handle tensor);
 
 /// Reads a tensor of one of the types in DType, where the call runs; TypeError or ValueError for anything else.
 TensorView read_tensor(py::handle object, const Argument& argument);
