@@ -395,8 +395,10 @@ def test_nothing_is_written_twice(backend: str, name: str, argument: str) -> Non
         call["inverses"] = [x for x in call["inverses"] if x is not None]
     run(name, copy.deepcopy(call))
     before = copy.deepcopy(call)
-    for same in (call[argument][0], call[argument][0].detach()):
-        spoiled = {**call, argument: [call[argument][0], same]}
+    first = call[argument][0]
+    twice = negated(first)
+    for pair in ([first, first], [first, first.detach()], [twice, twice]):
+        spoiled = {**call, argument: pair}
         with pytest.raises(ValueError, match=rf"^{name}: {argument}\[1\] shares memory with {argument}\[0\]"):
             getattr(ops, name)(**spoiled)
     for x, y in zip(pytree.tree_leaves(call), pytree.tree_leaves(before), strict=True):

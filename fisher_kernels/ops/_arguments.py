@@ -77,7 +77,7 @@ def check_types(op: str, arguments: Sequence[Argument], values: Mapping[str, Any
             continue
         value = values[argument.name]
         if argument.is_list and not isinstance(value, (list, tuple)):
-            raise TypeError(f"{op}: {argument.name} is of type {_type(value)}, expected a list")
+            raise TypeError(f"{op}: {argument.name} is of type {_type(value)}, expected a list") from None
         for name, entry in argument.entries(value):
             if entry is not None or not argument.optional_entries:
                 _check_type(op, name, argument.kind, entry)
@@ -86,20 +86,20 @@ def check_types(op: str, arguments: Sequence[Argument], values: Mapping[str, Any
 def _check_type(op: str, name: str, kind: str, value: Any) -> None:
     if kind == "Tensor":
         if not isinstance(value, Tensor):
-            raise TypeError(f"{op}: {name} is of type {_type(value)}, expected a torch.Tensor")
+            raise TypeError(f"{op}: {name} is of type {_type(value)}, expected a torch.Tensor") from None
         if value.is_nested:
-            raise TypeError(f"{op}: {name} is a nested tensor, expected one with a shape")
+            raise TypeError(f"{op}: {name} is a nested tensor, expected one with a shape") from None
         if value.layout != torch.strided:
-            raise TypeError(f"{op}: {name} has layout {value.layout}, expected {torch.strided}")
+            raise TypeError(f"{op}: {name} has layout {value.layout}, expected {torch.strided}") from None
     elif kind == "String":
         if not isinstance(value, str):
-            raise TypeError(f"{op}: {name} is of type {_type(value)}, expected a str")
+            raise TypeError(f"{op}: {name} is of type {_type(value)}, expected a str") from None
     elif kind in _NUMBERS:
         method, expected = _NUMBERS[kind]
         if not hasattr(value, method):
-            raise TypeError(f"{op}: {name} is of type {_type(value)}, expected {expected}")
+            raise TypeError(f"{op}: {name} is of type {_type(value)}, expected {expected}") from None
         if kind == "Int" and isinstance(value, int) and value not in _INT64:
-            raise ValueError(f"{op}: {name} is {value}, expected an integer of 64 bits")
+            raise ValueError(f"{op}: {name} is {value}, expected an integer of 64 bits") from None
 
 
 def _type(value: Any) -> str:

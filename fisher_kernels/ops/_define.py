@@ -185,7 +185,7 @@ def define(
         return list(results) if returns_list else results
 
     def run_resolved(*args: Any, **kwargs: Any) -> Any:
-        kept: list[tuple[Tensor, Tensor]] = []
+        kept: dict[int, tuple[Tensor, Tensor]] = {}  # by identity: what is there twice stays the same tensor
 
         def resolve(value: Any, written: bool) -> Any:
             if isinstance(value, (list, tuple)):
@@ -196,10 +196,11 @@ def define(
                 return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
             if not value.is_neg():
                 return value
-            resolved = value.resolve_neg()
-            if written:
-                kept.append((value, resolved))
-            return resolved
+            if not written:
+                return value.resolve_neg()
+            if id(value) not in kept:
+                kept[id(value)] = value, value.resolve_neg()
+            return kept[id(value)][1]
 
         def is_written(i: int) -> bool:
             return signature[i].written
@@ -208,7 +209,7 @@ def define(
             *(resolve(x, is_written(i)) for i, x in enumerate(args)),
             **{key: resolve(x, is_written(names.index(key))) for key, x in kwargs.items()},
         )
-        for value, resolved in kept:
+        for value, resolved in kept.values():
             value.copy_(resolved)
         return results
 
