@@ -130,7 +130,7 @@ def check_memory(op: str, argument: Argument, value: Any, is_read: bool) -> None
         raise UnresolvedError(f"{op}: {name} is negated when it is read (is_neg()), expected memory with its numbers")
     if is_read and any(map(Tensor._is_zerotensor, tensors)):
         raise UnresolvedError(f"{op}: {argument.name} is or has zeros without memory")
-    if is_read and not argument.is_list and value.data_ptr() == 0 and value.numel() and type(value) in _PLAIN:
+    if is_read and not argument.is_list and _lacks_memory(value):
         raise UnresolvedError(f"{op}: {argument.name} has no memory to read, expected some for its shape")
     if argument.written and any(map(Tensor.is_inference, tensors)) and not torch.is_inference_mode_enabled():
         name = next(name for name, x in argument.tensors(value) if x.is_inference())
@@ -138,6 +138,10 @@ def check_memory(op: str, argument: Argument, value: Any, is_read: bool) -> None
             f"{op}: {name} is an inference tensor. Inplace update to inference tensor outside InferenceMode is not "
             "allowed: write to a clone of it"
         )
+
+
+def _lacks_memory(x: Tensor) -> bool:
+    return type(x) in _PLAIN and not x.is_meta and x.data_ptr() == 0 and x.numel() > 0
 
 
 def check_no_derivative(op: str, arguments: Sequence[Argument], values: Mapping[str, Any]) -> None:
