@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -109,6 +110,7 @@ def _type(value: Any) -> str:
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, with autocast off: products keep the precision of what they multiply."""
 
+    @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         if not _is_any_autocast_enabled():
             return function(*args, **kwargs)
