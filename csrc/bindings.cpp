@@ -1,4 +1,5 @@
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "python/tensor.h"
 
@@ -27,6 +28,9 @@ PYBIND11_MODULE(FISHER_KERNELS_MODULE, module) {
       "argument is the place: a number of threads for tensors on the CPU, or (index of a CUDA device, address of its "
       "stream).";
   load_exchange_api();
+  module.def("set_key_bits", &set_key_bits);
+  module.def("tensor_flags", &tensor_flags);
+  py::register_local_exception<Unresolved>(module, "UnresolvedError", PyExc_ValueError);
 
   bind_adafisher_step(module);
   bind_batch_norm_gradients(module);

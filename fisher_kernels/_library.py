@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fisher_kernels import _dispatch_keys
+
 # A wheel that pip made on another machine may lie in its cache.
 INSTALL_AGAIN = "Install again on this machine (pip install --no-cache-dir --force-reinstall --no-deps)"
 
@@ -101,6 +103,22 @@ class Native(NamedTuple):
 
 CPU = Native(_NATIVE, _threads)
 CUDA = Native(_ON_HOST, _host) if _ON_HOST is not None else Native(_NATIVE, _current_stream)
+
+
+for _module in (_NATIVE, _ON_HOST):
+    if _module is not None:
+        _module.set_key_bits(*_dispatch_keys.find())
+
+
+class UnresolvedError(ValueError):
+    """A tensor's memory does not hold its numbers."""
+
+
+UNRESOLVED: tuple[type[Exception], ...] = (
+    UnresolvedError,
+    *(module.UnresolvedError for module in (_NATIVE, _ON_HOST) if module is not None),
+)
+"""The same as each compiled module raises it."""
 
 
 def native_reason() -> str | None:

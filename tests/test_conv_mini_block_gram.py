@@ -112,6 +112,21 @@ def test_every_layout(implementation: str, layout: str, case: Convolution, dtype
     assert_same_bits(surroundings(out), around, "the memory around the result")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("inputs_each", "outputs_each"), [(2, 7), (3, 5), (1, 11), (9, 6), (17, 3)])
+@pytest.mark.parametrize("groups", [1, 9, 17])
+def test_no_samples_leave_the_decay(
+    implementation: str, groups: int, inputs_each: int, outputs_each: int, dtype: torch.dtype
+) -> None:
+    """Also where the blocks of one unit of work are fewer than those of another."""
+    case = Convolution((0, groups * inputs_each, 5), groups * outputs_each, 2, groups=groups)
+    x, grad = inputs(case, dtype)
+    for decay in (0.0, 0.5):
+        out = torch.ones(case.out_shape(), dtype=dtype)
+        conv_mini_block_gram_(out, x, grad, 2, groups=groups, decay=decay)
+        assert_same_bits(out, torch.full_like(out, decay))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
 @pytest.mark.parametrize(("decay", "gain"), [(2.5, 1.5), (0.9, 0.1), (1.0, 0.0)])

@@ -15,7 +15,7 @@ PACKAGE = "fisher_kernels"
 # From the bottom up; "" is the package itself. Modules on one line do not import one another. Of a folder that has an
 # order of its own each module stands here, with the folder's name for its __init__.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_native", "triton_kernels"),
+    ("_native", "_dispatch_keys", "triton_kernels"),
     ("_library",),
     ("backends",),
     ("ops", "curvature", "curvature.tap"),
@@ -175,3 +175,49 @@ def test_cuda_kernels_neither_wait_nor_allocate() -> None:
     for file in files:
         found = re.findall(f"{calls}|{approximate}", file.read_text())
         assert not found, f"{file.name}: {found}"
+
+
+WITH_FLOATS = (
+    "as_tensor",
+    "empty",
+    "empty_strided",
+    "eye",
+    "full",
+    "linspace",
+    "ones",
+    "rand",
+    "randn",
+    "tensor",
+    "zeros",
+)
+WITH_INTEGERS = ("arange", "randint", "randperm", "tril_indices", "triu_indices")
+
+
+def on_defaults(source: str) -> list[str]:
+    """Calls that make a tensor on torch's default device or in its default dtype, which are the user's to set."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        name = node.func.attr
+        wanted = {"device", "dtype"} if name in WITH_FLOATS else {"device"} if name in WITH_INTEGERS else set()
+        if ast.unparse(node.func.value) == "torch" and not wanted <= {keyword.arg for keyword in node.keywords}:
+            found.append(f"line {node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_no_tensor_is_made_on_the_default_device_or_in_the_default_dtype() -> None:
+    """In what runs in a user's program; the demo's tasks and the tools are programs of their own."""
+    files = [*(ROOT / PACKAGE).rglob("*.py"), *(ROOT / "triton_kernels").rglob("*.py")]
+    checked = [path for path in files if not {"tasks", "tools"} & set(path.relative_to(ROOT).parts)]
+    assert len(checked) > 30
+    assert {str(path): calls for path in checked if (calls := on_defaults(path.read_text()))} == {}
+    for wrong in (
+        "torch.zeros(1)",
+        "torch.full((), 1, dtype=torch.float64)",
+        "torch.arange(3)",
+        "torch.empty(2, device=d)",
+    ):
+        assert len(on_defaults(wrong)) == 1
+    for right in ("torch.zeros(1, dtype=t, device=d)", "torch.arange(3, device=d)", "x.new_zeros(3)", "torch.stack(x)"):
+        assert on_defaults(right) == []

@@ -665,3 +665,74 @@ def test_the_remedy_for_wind_up(host_backend: str, dtype: torch.dtype) -> None:
             p, info = block_inverse(matrix, damping)
             assert int(info) == 0
         assert float(p.abs().max()) <= 1 / damping * DECAY**-every
+
+
+# Precision, where a search finds the least of it.
+
+
+def decoded(z: Tensor, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Inverses and vectors with eigenvalues and lengths of any size, [B, n, n] and [B, k, n], from numbers [B, ...]."""
+    turned, eigenvalues, directions, lengths = z.split([n * n, n, k * n, k], 1)
+    q, _ = torch.linalg.qr(turned.reshape(-1, n, n))
+    p = ((q * eigenvalues.clamp(-7, 7).exp()[:, None]) @ q.mT).to(dtype)
+    u = directions.reshape(-1, k, n) * lengths.clamp(-12, 12).exp()[:, :, None]
+    return p.tril() + p.tril(-1).mT, u.to(dtype)
+
+
+def share_of_bound(p: Tensor, u: Tensor, decay: float, gain: float, between: bool = True) -> Tensor:
+    """The error of each update as a share of the bound of docs/kernels/rank_one.md, -1 where nothing is promised.
+
+    With ``between`` False the bound is another: of the condition numbers and norms before and after alone.
+    """
+    found = p.clone()
+    info = low_rank_inverse_update_(found, u, decay, gain)
+    n, k = p.shape[1], u.shape[1]
+    matrices = [torch.linalg.inv(p.double())]
+    for x in u.double().unbind(1):
+        matrices.append(matrices[-1] + gain / decay * x[:, :, None] * x[:, None, :])
+    eigenvalues = torch.stack([torch.linalg.eigvalsh(a) for a in matrices])  # [k + 1, B, n]
+    low, high = eigenvalues.amin(2), eigenvalues.amax(2)
+    if between:
+        condition, norm = high.amax(0) / low.amin(0), (1 / low[0]).maximum(1 / low[-1])
+    else:
+        condition, norm = (high / low)[[0, -1]].amax(0), 1 / low[-1]
+    expected = torch.linalg.inv(decay * matrices[-1])
+    error = torch.linalg.matrix_norm(found.double() - expected, 2) * decay
+    share = error / (8 * (n + k + 2) * unit_roundoff(p.dtype) * condition * norm)
+    promised = (info == 0) & (low.amin(0) > 0) & (high.amax(0) < 1e6 * low.amin(0)) & share.isfinite()
+    return torch.where(promised, share, -1.0)
+
+
+@pytest.mark.parametrize(("decay", "gain"), [(1.0, 1.0), (0.9, 0.1), (1.0, -0.01)])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (1, 3), (2, 2), (3, 1), (3, 3), (9, 4)])
+@pytest.mark.slow_interpreted
+def test_no_search_finds_more_than_the_bound(implementation: str, n: int, k: int, decay: float, gain: float) -> None:
+    """The worst of many updates are varied, and the worst of these again. Small blocks come near the bound."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.tensor([1.0] * n * n + [3.0] * n + [1.0] * k * n + [4.0] * k, dtype=torch.float64)
+    z = spread * torch.randn(128, len(spread), generator=generator, dtype=torch.float64)
+    share = torch.full((0,), -1.0, dtype=torch.float64)
+    kept = z[:0]
+    for _ in range(4 if implementation in ("cuda", "triton") else 12):
+        z, share = (
+            torch.cat([z, kept]),
+            torch.cat([share_of_bound(*decoded(z, n, k, torch.float32), decay, gain), share]),
+        )
+        share, worst = share.topk(16)
+        kept = z[worst]
+        steps = 10 ** (-3 * torch.rand(128, 1, generator=generator, dtype=torch.float64))
+        z = kept.repeat(8, 1) + steps * torch.randn(128, len(spread), generator=generator, dtype=torch.float64)
+    assert share[0] <= 1
+    assert n > 3 or share[0] > 1 / 100
+
+
+def test_conditions_before_and_after_are_no_bound(implementation: str) -> None:
+    """Vectors that span the space shrink all of P: its digits go, and info says 0 while there are some."""
+    p, u = torch.eye(1)[None], torch.full((1, 1, 1), 100.0)
+    assert share_of_bound(p, u, 1.0, 1.0, between=False) > 50
+    assert 0 < share_of_bound(p, u, 1.0, 1.0) <= 1
+    assert low_rank_inverse_update_(p, u).tolist() == [0]
+    p = torch.eye(3)[None]
+    assert low_rank_inverse_update_(p.clone(), 100 * torch.eye(3)[None]).tolist() == [0]
+    assert low_rank_inverse_update_(p.clone(), 1e5 * torch.eye(3)[None]).tolist() == [1]
+    assert low_rank_inverse_update_(torch.ones(1, 1, 1), torch.full((1, 1, 1), 1e4)).tolist() == [1]

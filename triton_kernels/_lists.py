@@ -214,10 +214,15 @@ def element_chunks(size: int) -> int:
 
 def _chunks(cuts: Sequence[Cut]) -> Tensor:
     """The chunks of some tensors, int32 (programs, 2)."""
-    counts = torch.tensor([cut.programs for cut in cuts])
+    counts = _on_host([cut.programs for cut in cuts])
     starts = counts.cumsum(0) - counts
-    chunk = torch.arange(int(counts.sum())) - starts.repeat_interleave(counts)
-    return torch.stack((torch.tensor([cut.tensor for cut in cuts]).repeat_interleave(counts), chunk), 1).to(torch.int32)
+    chunk = torch.arange(int(counts.sum()), device="cpu") - starts.repeat_interleave(counts)
+    return torch.stack((_on_host([cut.tensor for cut in cuts]).repeat_interleave(counts), chunk), 1).to(torch.int32)
+
+
+def _on_host(numbers: Sequence[Any]) -> Tensor:
+    """Whole numbers on the CPU, whatever the default device is."""
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def _upload(host: Tensor, device: torch.device) -> Tensor:
@@ -266,9 +271,9 @@ class _Slot:
         rows = [(size, *row) for size, row in zip(sizes, layout.rows, strict=True)]
         self.table = Table(
             len(firsts),
-            torch.empty(0, dtype=torch.int64),
-            _upload(torch.tensor(rows, dtype=torch.int64), self.device),
-            _upload(torch.stack(geometry) if geometry else torch.empty(0, dtype=torch.int64), self.device),
+            _on_host([]),
+            _upload(_on_host(rows), self.device),
+            _upload(torch.stack(geometry) if geometry else _on_host([]), self.device),
             [
                 Launches(TYPES[dtype], WIDE[dtype], strided, _upload(_chunks(cuts), self.device))
                 for (dtype, strided, _), cuts in kinds.items()
@@ -286,19 +291,27 @@ class _Slot:
                 "next to each other in memory; make it contiguous"
             )
         empty = (1, *[0] * (len(tensors) + 1))
-        return torch.tensor([*[empty] * (DIMS.value - len(dims)), *dims]).T
+        return _on_host([*[empty] * (DIMS.value - len(dims)), *dims]).T
 
     def address(
-        self, lists: Sequence[Sequence[Tensor | None]], pointers: list[list[int]], layout: Callable[[], object]
+        self,
+        lists: Sequence[Sequence[Tensor | None]],
+        pointers: list[list[int]],
+        layout: Callable[[], object],
+        written: Sequence[int],
     ) -> Table:
         """The table with these addresses, on the current stream."""
         assert self.table is not None
         stream = None if self.device.type == "cpu" else torch.cuda.current_stream(self.device)
         if pointers != self.pointers:
             self.check_devices(lists, layout)
+            for tensors, places in zip(lists, pointers, strict=False):
+                self.check_memory(tensors, places)
+            if any(len(set(pointers[k])) < len(pointers[k]) for k in written):
+                layout()  # refuses what is there twice, by its name
             self.refuse_capture("addresses or numbers changed")
             self.pointers = None
-            self.table.addresses = _upload(torch.tensor(pointers, dtype=torch.int64), self.device)
+            self.table.addresses = _upload(_on_host(pointers), self.device)
             self.pointers = pointers
             if stream is not None:
                 self.stream, self.ready = stream.cuda_stream, stream.record_event()
@@ -317,6 +330,13 @@ class _Slot:
         if others:
             layout()
             raise ValueError(f"{self.op}: a tensor is on {others[0]}, expected {self.device}, the device of the first")
+
+    def check_memory(self, tensors: Sequence[Tensor | None], places: Sequence[int]) -> None:
+        """A tensor whose storage was freed, or never was, lies at 0."""
+        if 0 in places:
+            for x, place in zip(tensors, places, strict=True):
+                if x is not None and place == 0 and x.numel() and not x.is_meta:
+                    raise ValueError(f"{self.op}: a tensor of shape {tuple(x.shape)} has no memory to read")
 
     def tensors(self) -> list[Tensor]:
         table = self.table
@@ -348,6 +368,7 @@ def table(
     key: Any = None,
     numbers: Sequence[Sequence[float]] = (),
     sums: bool = False,
+    written: Sequence[int] = (),
 ) -> Table:
     """The table of a call over lists of tensors, made anew only if they do not look as at the call before.
 
@@ -361,6 +382,7 @@ def table(
         numbers: lists of numbers, one for each tensor, which go to the device when they change, as addresses do.
         sums: whether a kernel adds elements up. Then the order in which they are walked does not follow the strides of
             one list: it is row-major, or that of memory for tensors that fill their memory alike.
+        written: which of the lists are written, in which ``layout`` lets no tensor be there twice.
 
     Raises:
         RuntimeError: the addresses are not on the device yet and a CUDA graph is being captured.
@@ -383,4 +405,4 @@ def table(
     slots.move_to_end(place)
     while len(slots) > _SLOTS:
         slots.popitem(last=False)
-    return slot.address(lists, pointers, layout)
+    return slot.address(lists, pointers, layout, written)

@@ -182,7 +182,7 @@ def step(s: Any) -> Tensor:
         [one(m) if x is None else x for x, m in zip(xs, s.exp_avgs, strict=False)]
         for xs in (s.row_factors, s.column_factors)
     )
-    plan = table("adafisher_step_", (s.params, s.grads, s.exp_avgs, s.steps, *factors), layout)
+    plan = table("adafisher_step_", (s.params, s.grads, s.exp_avgs, s.steps, *factors), layout, written=(0, 2, 3))
     rate, rate_factor = scalar(s.lr)
     scale, scale_factor = scalar(s.grad_scale)
     decays = (0.0, s.weight_decay) if s.decoupled else (s.weight_decay, 0.0)
@@ -202,11 +202,12 @@ def step(s: Any) -> Tensor:
 def _trial(device: torch.device, size: int) -> Callable[[], object]:
     columns = 1024
     shape = size // columns, columns
-    param, grad, moment = (torch.randn(shape, device=device) for _ in range(3))
-    row, column = (torch.rand(n, device=device) for n in shape)
+    param, grad, moment = (torch.randn(shape, dtype=torch.float32, device=device) for _ in range(3))
+    row, column = (torch.rand(n, dtype=torch.float32, device=device) for n in shape)
     s = SimpleNamespace(
-        params=[param], grads=[grad], exp_avgs=[moment], steps=[torch.zeros((), device=device)],
-        row_factors=[row], column_factors=[column], lr=torch.zeros((), dtype=torch.float64), beta=0.9, damping=1e-3,
-        weight_decay=0.0, decoupled=False, maximize=False, grad_scale=None, found_inf=None, check=lambda: [(1, *shape)],
+        params=[param], grads=[grad], exp_avgs=[moment], steps=[torch.zeros((), dtype=torch.float32, device=device)],
+        row_factors=[row], column_factors=[column], lr=torch.zeros((), dtype=torch.float64, device="cpu"),
+        beta=0.9, damping=1e-3, weight_decay=0.0, decoupled=False, maximize=False, grad_scale=None, found_inf=None,
+        check=lambda: [(1, *shape)],
     )  # fmt: skip
     return lambda: step(s)

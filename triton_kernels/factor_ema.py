@@ -260,7 +260,7 @@ def minmax(
 
     device = x[0].device
     divisors = [one(v) for v in x] if weights is None else weights
-    plan = table(op, (x, out, divisors), layout, _devices(out, x, weights or ()))
+    plan = table(op, (x, out, divisors), layout, _devices(out, x, weights or ()), written=(1,))
     ranges = _new_ranges(plan, device)
     for dtype, _, _, chunks in plan.launches:
         arguments = (plan.addresses, plan.count, plan.layout, chunks, ranges)
@@ -283,7 +283,7 @@ def average(a: Any) -> Tensor:
 
     device = a.state[0].device
     key = _devices(a.state, a.new), None if a.divisors is None else tuple(a.divisors)
-    plan = table("factor_ema_", (a.state, a.new), layout, key)
+    plan = table("factor_ema_", (a.state, a.new), layout, key, written=(0,))
     rejected = torch.zeros(len(a.state) // a.joint, dtype=torch.int64, device=device)
     ranges = _new_ranges(plan, device)
     arguments = (plan.addresses, plan.count, plan.layout)

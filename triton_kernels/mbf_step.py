@@ -615,7 +615,7 @@ def step(s: Any) -> tuple[Tensor, Tensor]:
         How many blocks of each parameter were skipped, and the scale.
     """
     device, clips = s.params[0].device, s.kl_clip is not None
-    plan = table(_OP, (s.params, s.grads, s.momentum_buffers, s.inverses), lambda: _lay_out(s), clips)
+    plan = table(_OP, (s.params, s.grads, s.momentum_buffers, s.inverses), lambda: _lay_out(s), clips, written=(0, 2))
     rate, rate_factor = scalar(s.lr)
     scale, scale_factor = scalar(s.grad_scale)
     rates = rate, rate_factor, s.weight_decay if s.decoupled else 0.0

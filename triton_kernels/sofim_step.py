@@ -366,7 +366,7 @@ def _plan(s: Any, each: bool) -> tuple[Table, tuple[float, Tensor | None], float
         return list(zip(first_chunks(s.params), map(_kind, on_device), strict=True))
 
     lists = s.params, s.grads, s.exp_avgs, s.steps, on_device
-    plan = table("sofim_step_", lists, layout, numbers=numbers, sums=True)
+    plan = table("sofim_step_", lists, layout, numbers=numbers, sums=True, written=(0, 2, 3))
     return plan, (1.0, None) if each else scalar(s.lr[0]), 0.0 if each else s.weight_decay[0]
 
 

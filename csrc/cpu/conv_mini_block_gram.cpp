@@ -369,7 +369,8 @@ class Kernel {
     const Unit unit = unit_at(index);
     const Even tiles = split_evenly(unit.lefts, rows_), right_tiles = split_evenly(unit.rights, slots_);
     if (a_.samples == 0) {
-      for (int64_t i = 0; i < unit.lefts * unit.rights * totals_size_; ++i) buffers.totals[i] = 0;
+      // Of the largest unit: in one that is smaller the slots do not lie side by side.
+      for (int64_t i = 0; i < most_lefts_ * most_rights_ * totals_size_; ++i) buffers.totals[i] = 0;
     }
     for (int64_t first = 0; first < a_.samples; first += run_) {
       const int64_t samples = smaller(run_, a_.samples - first);

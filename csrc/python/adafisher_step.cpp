@@ -145,14 +145,13 @@ void permute_rows(AdaFisherParameter& parameter, const TensorView& param, const 
 /// Parameter i of the lists, but for the step size of the CPU.
 AdaFisherParameter read_parameter(const AdaFisherLists& lists, py::ssize_t i, Permuted& permuted) {
   const Call& call = lists.call;
-  const Argument param_argument{call, "params", i}, exp_avg_argument{call, "exp_avgs", i};
-  const TensorView param = read_tensor(lists.params[i], param_argument);
+  const Argument param_argument{call, "params", i};
+  const TensorView param = read_written(lists.params[i], param_argument);
   check_float(param, param_argument);
   check_writable(param, param_argument);
   const DType state_dtype = accumulation_dtype(param.dtype);
   const TensorView grad = read_like(param, param.dtype, lists.grads[i], {call, "grads", i});
-  const TensorView exp_avg = read_like(param, state_dtype, lists.exp_avgs[i], exp_avg_argument);
-  check_writable(exp_avg, exp_avg_argument);
+  const TensorView exp_avg = read_written_like(param, state_dtype, lists.exp_avgs[i], {call, "exp_avgs", i});
   const Factor row = read_factor(lists.row_factors[i], state_dtype, 1, {call, "row_factors", i});
   const Factor column = read_factor(lists.column_factors[i], state_dtype, 2, {call, "column_factors", i});
 
@@ -193,6 +192,7 @@ void adafisher_step_(py::handle params, py::handle grads, py::handle exp_avgs, p
     parameters.push_back(read_parameter(lists, i, permuted));
     parameters.back().step = read_step(lists.steps[i], {call, "steps", i});
   }
+  check_distinct(call, parameters);
 
   if (!place.runs_cuda()) {
     std::fill_n(skipped, count, 0);

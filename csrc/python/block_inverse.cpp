@@ -20,6 +20,7 @@ void invert(const Call& call, py::handle blocks_object, double damping, py::hand
   check_damping(damping, {call, "damping"});
   const int64_t count = blocks.sizes[0], n = blocks.sizes[1];
   const TensorView out = read_like(out_object, blocks, {count, n, n}, {call, "out"});
+  check_not_inference(out_object, {call, "out"});
   int64_t* const info = read_info(info_object, blocks, {call, "info"});
 
   const py::gil_scoped_release release;

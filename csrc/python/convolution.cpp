@@ -1,10 +1,18 @@
 #include "convolution.h"
 
+#include <limits>
 #include <string>
 
 namespace fisher_kernels {
 
 namespace {
+
+// With numbers of 31 bits the places of windows fit into 64, and so does the square of the number of offsets.
+constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMostWindows = int64_t{1} << 40;
+
+/// a * b, or one more than the limit where it is above that.
+int64_t product_up_to(int64_t limit, int64_t a, int64_t b) { return b != 0 && a > limit / b ? limit + 1 : a * b; }
 
 /// The length and the range of one argument of a convolution.
 void check_geometry(const std::vector<int64_t>& values, size_t expected, int64_t least, const Argument& argument) {
@@ -15,6 +23,8 @@ void check_geometry(const std::vector<int64_t>& values, size_t expected, int64_t
   for (const int64_t value : values) {
     if (value < least)
       value_error(argument, "is " + std::to_string(value) + ", expected at least " + std::to_string(least));
+    if (value > kLargest)
+      value_error(argument, "is " + std::to_string(value) + ", expected at most " + std::to_string(kLargest));
   }
 }
 
@@ -61,9 +71,15 @@ Windows read_windows(const Call& call, const TensorView& x, const std::vector<in
   check_geometry(padding, 2 * spatial, 0, {call, "padding"});
   check_geometry(dilation, spatial, 1, {call, "dilation"});
   Window windows[kMostSpatial] = {{1, 1, 1, 1, 1, 0}, {1, 1, 1, 1, 1, 0}, {1, 1, 1, 1, 1, 0}};  // depth, height, width
+  int64_t offsets = 1, count = 1;
   for (int d = 0; d < spatial; ++d) {
+    offsets = product_up_to(kLargest, offsets, kernel_size[d]);
+    if (offsets > kLargest)
+      value_error({call, "kernel_size"}, "is too large, expected a product of at most " + std::to_string(kLargest));
     windows[kMostSpatial - spatial + d] = make_window(call, x.sizes[2 + d], kernel_size[d], stride[d], dilation[d],
                                                       padding[2 * d], padding[2 * d + 1]);
+    count = product_up_to(kMostWindows, count, windows[kMostSpatial - spatial + d].outputs);
+    if (count > kMostWindows) value_error({call, "padding"}, "is too large, expected at most 2^40 windows");
   }
   return {windows[0], windows[1], windows[2]};
 }

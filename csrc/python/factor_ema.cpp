@@ -2,6 +2,7 @@
 
 #include "../kernels.h"
 #include "capability.h"
+#include "step.h"
 #include "tensor.h"
 
 namespace fisher_kernels {
@@ -9,8 +10,7 @@ namespace fisher_kernels {
 namespace {
 
 /// A contiguous vector in a type that state is kept in.
-TensorView read_state_vector(py::handle object, const Argument& argument) {
-  const TensorView vector = read_tensor(object, argument);
+TensorView check_state_vector(const TensorView& vector, const Argument& argument) {
   check_float(vector, argument);
   check_dtype(vector, accumulation_dtype(vector.dtype), argument);
   check_dims(vector, 1, argument);
@@ -18,8 +18,16 @@ TensorView read_state_vector(py::handle object, const Argument& argument) {
   return vector;
 }
 
-TensorView read_state_vector_like(const TensorView& model, py::handle object, const Argument& argument) {
-  const TensorView vector = read_state_vector(object, argument);
+TensorView read_state_vector(py::handle object, const Argument& argument) {
+  return check_state_vector(read_tensor(object, argument), argument);
+}
+
+TensorView read_written_vector(py::handle object, const Argument& argument) {
+  return check_state_vector(read_written(object, argument), argument);
+}
+
+TensorView read_written_vector_like(const TensorView& model, py::handle object, const Argument& argument) {
+  const TensorView vector = read_written_vector(object, argument);
   check_dtype(vector, model.dtype, argument);
   check_shape(vector, {model.sizes[0]}, argument);
   return vector;
@@ -56,12 +64,15 @@ void run_minmax(const Call& call, py::handle out, py::handle x, py::handle weigh
   check_coefficient(eps, {call, "eps"});
 
   std::vector<MinMaxVector> vectors(x_list.size());
+  Beginnings beginnings(call, "out");
   for (py::ssize_t i = 0; i < x_list.size(); ++i) {
     const TensorView vector = read_state_vector(x_list[i], {call, "x", i});
-    const TensorView result = read_state_vector_like(vector, out_list[i], {call, "out", i});
+    const TensorView result = read_written_vector_like(vector, out_list[i], {call, "out", i});
     const Scalar weight = weighted ? read_scalar(weights_list[i], {call, "weights", i}, vector.dtype) : Scalar{};
     vectors[i] = {vector.data, result.data, weight, vector.sizes[0], vector.dtype};
+    beginnings.add(result, i);
   }
+  beginnings.check();
 
   const py::gil_scoped_release release;
   run(call, MinMax{vectors.data(), x_list.size(), eps}, FISHER_KERNELS_VARIANTS(minmax));
@@ -99,12 +110,15 @@ void factor_ema_(py::handle states, py::handle next, py::handle divisors, py::ha
   check_contiguous(flags, rejected_argument);
 
   std::vector<FactorEmaVector> vectors(states_list.size());
+  Beginnings beginnings(call, "state");
   for (py::ssize_t i = 0; i < states_list.size(); ++i) {
-    const TensorView state = read_state_vector(states_list[i], {call, "state", i});
+    const TensorView state = read_written_vector(states_list[i], {call, "state", i});
     const TensorView contribution = read_contribution(state, next_list[i], {call, "new", i});
     const double divisor = divided ? read_coefficient(divisors_list[i], {call, "divisors", i}) : 1.0;
     vectors[i] = {state.data, contribution.data, divisor, state.sizes[0], contribution.sizes[0], state.dtype};
+    beginnings.add(state, i);
   }
+  beginnings.check();
 
   const py::gil_scoped_release release;
   run(call, FactorEma{vectors.data(), states_list.size(), joint, static_cast<int64_t*>(flags.data), decay, gain, eps,

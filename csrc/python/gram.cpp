@@ -18,7 +18,7 @@ void weighted_gram_(py::handle out_object, py::handle x_object, py::handle weigh
   if (rows > 0 && columns > 1 && x.strides[1] != 1) {
     value_error(x_argument, "has strides " + shape_text(x.strides, x.dims) + ", expected unit column stride");
   }
-  const TensorView out = read_tensor(out_object, out_argument);
+  const TensorView out = read_written(out_object, out_argument);
   check_dtype(out, wide, out_argument);
   check_shape(out, {columns, columns}, out_argument);
   check_contiguous(out, out_argument);

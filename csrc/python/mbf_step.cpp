@@ -37,13 +37,13 @@ struct Arrays {
 
   Arrays(const MbfLists& lists, py::ssize_t i) {
     const Call& call = lists.call;
-    const Argument param_argument{call, "params", i}, moment_argument{call, "momentum_buffers", i};
-    param = read_tensor(lists.params[i], param_argument);
+    const Argument param_argument{call, "params", i};
+    param = read_written(lists.params[i], param_argument);
     check_float(param, param_argument);
     check_writable(param, param_argument);
     grad = read_like(param, param.dtype, lists.grads[i], {call, "grads", i});
-    moment = read_like(param, accumulation_dtype(param.dtype), lists.momentum_buffers[i], moment_argument);
-    check_writable(moment, moment_argument);
+    moment = read_written_like(param, accumulation_dtype(param.dtype), lists.momentum_buffers[i],
+                               {call, "momentum_buffers", i});
   }
 
   MbfArrays strided() const {
@@ -165,6 +165,11 @@ void mbf_step_(py::handle params, py::handle grads, py::handle momentum_buffers,
 
   std::vector<MbfParameter> parameters;
   parameters.reserve(count);
+  Beginnings param_beginnings(call, "params"), moment_beginnings(call, "momentum_buffers");
+  const auto begin = [&](const MbfArrays& arrays, py::ssize_t i) {
+    param_beginnings.add(arrays.parameter, i);
+    moment_beginnings.add(arrays.moment, i);
+  };
   for (py::ssize_t i = 0; i < count; i += parameters.back().biased ? 2 : 1) {
     if (lists.inverses[i].is_none()) {
       value_error({call, "inverses", i},
@@ -172,7 +177,11 @@ void mbf_step_(py::handle params, py::handle grads, py::handle momentum_buffers,
     }
     parameters.push_back(read_parameter(lists, i));
     parameters.back().skipped = skipped + i;
+    begin(parameters.back().weight, i);
+    if (parameters.back().biased) begin(parameters.back().bias, i + 1);
   }
+  param_beginnings.check();
+  moment_beginnings.check();
 
   if (!place.runs_cuda()) {
     std::fill_n(skipped, count, 0);

@@ -30,7 +30,7 @@ void mini_block_gram_(py::handle out_object, py::handle v_object, double decay, 
   const int64_t samples = v.sizes[0], blocks = v.sizes[1], n = v.sizes[2];
   const TensorView sample{v.data, v.sizes + 1, v.strides + 1, 2, v.dtype};
   if (v.numel() > 0) check_contiguous(sample, v_argument);
-  const TensorView out = read_tensor(out_object, out_argument);
+  const TensorView out = read_written(out_object, out_argument);
   check_dtype(out, accumulation_dtype(v.dtype), out_argument);
   check_shape(out, {blocks, n, n}, out_argument);
   check_contiguous(out, out_argument);
@@ -79,7 +79,7 @@ void conv_mini_block_gram_(py::handle out_object, py::handle x_object, py::handl
     n *= window.kernel;
   }
   const int64_t inputs = x.sizes[1] / groups, outputs = grad.sizes[1] / groups;
-  const TensorView out = read_tensor(out_object, out_argument);
+  const TensorView out = read_written(out_object, out_argument);
   check_dtype(out, accumulation_dtype(x.dtype), out_argument);
   check_shape(out, {grad.sizes[1], inputs, n, n}, out_argument);
   check_contiguous(out, out_argument);

@@ -27,6 +27,7 @@ void update(const Call& call, bool rank_one, py::handle inverse_object, py::hand
             double gain, py::handle info_object) {
   const Argument u_argument{call, "u"};
   const TensorView inverse = read_blocks(inverse_object, {call, "inverse"});
+  check_not_inference(inverse_object, {call, "inverse"});
   const int64_t count = inverse.sizes[0], n = inverse.sizes[1];
   const TensorView u = read_tensor(u_object, u_argument);
   check_dtype(u, inverse.dtype, u_argument);

@@ -60,14 +60,13 @@ std::vector<Scalar> read_rates(const Call& call, py::handle object, py::ssize_t 
 /// Parameter i of the lists, but for its coefficients.
 SofimParameter read_parameter(const SofimLists& lists, py::ssize_t i) {
   const Call& call = lists.call;
-  const Argument param_argument{call, "params", i}, exp_avg_argument{call, "exp_avgs", i};
-  const TensorView param = read_tensor(lists.params[i], param_argument);
+  const Argument param_argument{call, "params", i};
+  const TensorView param = read_written(lists.params[i], param_argument);
   check_float(param, param_argument);
   check_writable(param, param_argument);
   const TensorView grad = read_like(param, param.dtype, lists.grads[i], {call, "grads", i});
   const TensorView exp_avg =
-      read_like(param, accumulation_dtype(param.dtype), lists.exp_avgs[i], exp_avg_argument);
-  check_writable(exp_avg, exp_avg_argument);
+      read_written_like(param, accumulation_dtype(param.dtype), lists.exp_avgs[i], {call, "exp_avgs", i});
 
   SofimParameter parameter{};
   parameter.parameter = strided(param);
@@ -111,6 +110,7 @@ void sofim_step_(py::handle params, py::handle grads, py::handle exp_avgs, py::h
     parameter.decay = decay_form(parameter.weight_decay, decoupled);
     parameters.push_back(parameter);
   }
+  check_distinct(call, parameters);
 
   if (!place.runs_cuda()) {
     std::fill_n(skipped, count, 0);

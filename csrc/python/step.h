@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../kernels.h"
@@ -10,17 +11,6 @@
 
 // What the entry points of the steps share.
 namespace fisher_kernels {
-
-/// Reads a tensor of the shape of the parameter of the same index.
-inline TensorView read_like(const TensorView& param, DType dtype, py::handle object, const Argument& argument) {
-  const TensorView tensor = read_tensor(object, argument);
-  check_dtype(tensor, dtype, argument);
-  if (!same_shape(tensor, param)) {
-    value_error(argument, "has shape " + tensor.shape() + ", expected " + param.shape() + ", the shape of params[" +
-                              std::to_string(argument.index) + "]");
-  }
-  return tensor;
-}
 
 /// A tensor that is written must not hold one element at several indices.
 inline void check_writable(const TensorView& tensor, const Argument& argument) {
@@ -30,6 +20,57 @@ inline void check_writable(const TensorView& tensor, const Argument& argument) {
                               ", expected every element in a place of its own");
   }
 }
+
+/// A tensor of the shape of the parameter of the same index.
+inline TensorView check_like(const TensorView& tensor, const TensorView& param, DType dtype, const Argument& argument) {
+  check_dtype(tensor, dtype, argument);
+  if (!same_shape(tensor, param)) {
+    value_error(argument, "has shape " + tensor.shape() + ", expected " + param.shape() + ", the shape of params[" +
+                              std::to_string(argument.index) + "]");
+  }
+  return tensor;
+}
+
+inline TensorView read_like(const TensorView& param, DType dtype, py::handle object, const Argument& argument) {
+  return check_like(read_tensor(object, argument), param, dtype, argument);
+}
+
+/// The same, of what is written.
+inline TensorView read_written_like(const TensorView& param, DType dtype, py::handle object, const Argument& argument) {
+  const TensorView tensor = check_like(read_written(object, argument), param, dtype, argument);
+  check_writable(tensor, argument);
+  return tensor;
+}
+
+/// Where the tensors of a list that is written begin. A tensor that is in the list twice would be stepped twice; of
+/// tensors that overlap in another way nothing is known.
+class Beginnings {
+ public:
+  Beginnings(const Call& call, const char* name) : call_(call), name_(name) {}
+
+  void add_place(const void* data, py::ssize_t index) { places_.emplace_back(data, index); }
+
+  /// What is empty is written nowhere.
+  template <class Array>
+  void add(const Array& array, py::ssize_t index) {
+    if (std::find(array.sizes, array.sizes + array.dims, 0) == array.sizes + array.dims) add_place(array.data, index);
+  }
+
+  void check() {
+    std::sort(places_.begin(), places_.end());
+    for (size_t k = 1; k < places_.size(); ++k) {
+      if (places_[k - 1].first != places_[k].first) continue;
+      value_error({call_, name_, places_[k].second},
+                  "shares memory with " + std::string(name_) + "[" + std::to_string(places_[k - 1].second) +
+                      "], expected each to be in the list once");
+    }
+  }
+
+ private:
+  const Call& call_;
+  const char* name_;
+  std::vector<std::pair<const void*, py::ssize_t>> places_;
+};
 
 inline StridedArray strided(const TensorView& tensor) {
   return {tensor.data, tensor.sizes, tensor.strides, tensor.dims, is_contiguous(tensor)};
@@ -66,7 +107,7 @@ inline List read_list(py::handle object, const List& params, const Argument& arg
 
 /// A number of steps taken, which is to be advanced.
 inline float* read_step(py::handle object, const Argument& argument) {
-  const TensorView step = read_tensor(object, argument);
+  const TensorView step = read_written(object, argument);
   check_dtype(step, DType::float32, argument);
   if (step.numel() != 1) value_error(argument, "has shape " + step.shape() + ", expected one element");
   return static_cast<float*>(step.data);
@@ -95,6 +136,22 @@ T* read_output(py::handle object, DType dtype, const std::vector<int64_t>& shape
   check_shape(tensor, shape, argument);
   check_contiguous(tensor, argument);
   return static_cast<T*>(tensor.data);
+}
+
+/// Parameters, moments and numbers of steps, each of which is written, are in their lists once.
+template <class Parameter>
+void check_distinct(const Call& call, const std::vector<Parameter>& parameters) {
+  if (parameters.size() < 2) return;
+  Beginnings params(call, "params"), exp_avgs(call, "exp_avgs"), steps(call, "steps");
+  py::ssize_t i = 0;
+  for (const Parameter& parameter : parameters) {
+    params.add(parameter.parameter, i);
+    exp_avgs.add(parameter.moment, i);
+    steps.add_place(parameter.step, i++);
+  }
+  params.check();
+  exp_avgs.check();
+  steps.check();
 }
 
 inline WeightDecay decay_form(double weight_decay, bool decoupled) {

@@ -1,6 +1,7 @@
 #include "tensor.h"
 
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
 
 #include "../common/dlpack.h"
@@ -12,6 +13,28 @@ namespace {
 PyTypeObject* tensor_type = nullptr;
 dlpack::TensorFromObject tensor_from_object = nullptr;
 dlpack::Allocate allocate = nullptr;
+PyObject* is_neg = nullptr;        // torch.Tensor.is_neg
+PyObject* is_inference = nullptr;  // torch.Tensor.is_inference
+
+/// Where torch keeps the dispatch keys of a tensor, and the bits that matter here; fisher_kernels/_dispatch_keys.py finds
+/// out. Asking torch costs ten times what everything else costs that is done for a tensor.
+struct KeyBits {
+  bool known = false;
+  ptrdiff_t implementation = 0;  // of the pointer in the Python object
+  ptrdiff_t keys = 0;            // in what it points to
+  uint64_t negative = 0;
+  uint64_t tracked = 0;  // what an inference tensor lacks
+};
+KeyBits key_bits;
+
+uint64_t keys_of(py::handle tensor) {
+  const char* implementation;
+  uint64_t keys;
+  std::memcpy(&implementation, reinterpret_cast<const char*>(tensor.ptr()) + key_bits.implementation,
+              sizeof(implementation));
+  std::memcpy(&keys, implementation + key_bits.keys, sizeof(keys));
+  return keys;
+}
 
 /// The message of the Python exception that is set, which is cleared.
 std::string take_python_error() {
@@ -20,6 +43,23 @@ std::string take_python_error() {
 }
 
 std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
+
+/// What a method of torch.Tensor that takes nothing and tells yes or no says of a tensor.
+bool says(PyObject* method, py::handle tensor) {
+  PyObject* const answer = PyObject_CallOneArg(method, tensor.ptr());
+  if (answer == nullptr) throw py::error_already_set();
+  const bool yes = answer == Py_True;
+  Py_DECREF(answer);
+  return yes;
+}
+
+bool is_negated(py::handle tensor) {
+  return key_bits.known ? (keys_of(tensor) & key_bits.negative) != 0 : says(is_neg, tensor);
+}
+
+bool is_untracked(py::handle tensor) {
+  return key_bits.known ? (keys_of(tensor) & key_bits.tracked) == 0 : says(is_inference, tensor);
+}
 
 bool to_dtype(const dlpack::DataType& type, DType* dtype) {
   if (type.lanes != 1) return false;
@@ -63,6 +103,10 @@ dlpack::Tensor read_anywhere(py::handle object, const Argument& argument) {
     if (torch_device(object) != expected) device_error(object, argument, expected);
     value_error(argument, "has no memory to read: " + error.substr(0, error.find('\n')));
   }
+  // torch hands out the memory as it is, of a tensor too that is negated when it is read.
+  if (is_negated(object)) {
+    throw Unresolved(argument.text() + " is negated when it is read (is_neg()), expected memory that holds its numbers");
+  }
   return tensor;
 }
 
@@ -72,6 +116,9 @@ TensorView view_of(const dlpack::Tensor& tensor, py::handle object, const Argume
   if (!to_dtype(tensor.dtype, &view.dtype)) {
     type_error(argument,
                "has dtype " + torch_dtype(object) + ", expected a floating-point type of 16, 32 or 64 bits, or int64");
+  }
+  if (tensor.data == nullptr && view.numel() > 0) {
+    throw Unresolved(argument.text() + " has no memory to read, expected some for shape " + view.shape());
   }
   return view;
 }
@@ -115,13 +162,36 @@ void load_exchange_api() {
     throw py::import_error("torch's DLPack exchange interface cannot read without owning");
   tensor_from_object = api->tensor_from_object;
   allocate = api->allocate;
-  tensor_type = reinterpret_cast<PyTypeObject*>(py::object(type).release().ptr());  // kept for the life of the process
+  // Kept for the life of the process.
+  is_neg = py::object(type.attr("is_neg")).release().ptr();
+  is_inference = py::object(type.attr("is_inference")).release().ptr();
+  tensor_type = reinterpret_cast<PyTypeObject*>(py::object(type).release().ptr());
 }
+
+void set_key_bits(ptrdiff_t implementation, ptrdiff_t keys, uint64_t negative, uint64_t tracked) {
+  key_bits = {negative != 0 && tracked != 0, implementation, keys, negative, tracked};
+}
+
+std::pair<bool, bool> tensor_flags(py::handle tensor) { return {is_negated(tensor), is_untracked(tensor)}; }
 
 TensorView read_tensor(py::handle object, const Argument& argument) {
   const dlpack::Tensor tensor = read_anywhere(object, argument);
   if (!is_at(tensor.device, argument.call.place)) device_error(object, argument, device_name(argument.call.place));
   return view_of(tensor, object, argument);
+}
+
+void check_not_inference(py::handle object, const Argument& argument) {
+  if (!is_untracked(object)) return;
+  if (py::module_::import("torch").attr("is_inference_mode_enabled")().cast<bool>()) return;
+  throw std::runtime_error(argument.text() +
+                           " is an inference tensor. Inplace update to inference tensor outside InferenceMode is not "
+                           "allowed: write to a clone of it");
+}
+
+TensorView read_written(py::handle object, const Argument& argument) {
+  const TensorView tensor = read_tensor(object, argument);
+  check_not_inference(object, argument);
+  return tensor;
 }
 
 Scalar read_scalar(py::handle object, const Argument& argument) {

@@ -2,8 +2,11 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../common/dtype.h"
@@ -21,6 +24,11 @@ struct Argument {
   py::ssize_t index = -1;  // position in a list argument, -1 for an argument that is no list
 
   std::string text() const;
+};
+
+/// A tensor's memory does not hold its numbers; a ValueError in Python, of a type of its own.
+struct Unresolved : std::runtime_error {
+  using std::runtime_error::runtime_error;
 };
 
 [[noreturn]] void value_error(const Argument& argument, const std::string& fault);
@@ -50,8 +58,21 @@ struct TensorView {
 /// Finds torch's DLPack exchange interface; ImportError if torch has none. Called once, when the module is loaded.
 void load_exchange_api();
 
+/// Says where torch keeps the dispatch keys of a tensor: where the pointer is in the Python object, where the keys are in
+/// what it points to, the bit of negated tensors and those that inference tensors lack. With zeros torch is asked.
+void set_key_bits(ptrdiff_t implementation, ptrdiff_t keys, uint64_t negative, uint64_t tracked);
+
+/// Whether a tensor is negated, and whether it is an inference tensor, as a read finds out.
+std::pair<bool, bool> tensor_flags(py::handle tensor);
+
 /// Reads a tensor of one of the types in DType, where the call runs; TypeError or ValueError for anything else.
 TensorView read_tensor(py::handle object, const Argument& argument);
+
+/// As torch has it, a tensor that was made in inference mode is not written outside it: RuntimeError.
+void check_not_inference(py::handle object, const Argument& argument);
+
+/// Reads a tensor that the call writes to.
+TensorView read_written(py::handle object, const Argument& argument);
 
 /// Reads a one-element float32 or float64 tensor: on the CPU its value, else where it lies on the GPU of the call.
 Scalar read_scalar(py::handle object, const Argument& argument);

@@ -29,6 +29,7 @@ from torch.nn import Parameter
 from fisher_kernels.curvature.rules import R, Rule, Sums, Use
 from fisher_kernels.curvature.tap import register, tap
 from fisher_kernels.ops import ACCUMULATOR
+from fisher_kernels.ops._arguments import without_autocast
 
 
 @dataclass(eq=False)
@@ -248,7 +249,7 @@ class Statistics(Generic[R]):
                 flat += [v.double() / world**power for v, power in zip(vectors, site.rule.powers, strict=True)]
                 flat.append(torch.tensor(counts, dtype=torch.float64, device=vectors[0].device))
             else:
-                flat.append(torch.zeros(sum(lengths[index]) + len(lengths[index]), dtype=torch.float64))
+                flat.append(torch.zeros(sum(lengths[index]) + len(lengths[index]), dtype=torch.float64, device="cpu"))
         device = self.sites[armed[0]].owner.device
         total = torch.cat([part.to(device) for part in flat])
         dist.all_reduce(total, group=self.process_group)
@@ -269,12 +270,13 @@ class Statistics(Generic[R]):
         unknown = [index for index in armed if None in lengths[index]]
         if unknown:  # a length that only the data tell: whoever has seen them says
             seen = [taken[i].vectors[lengths[i].index(None)].numel() if i in taken else 0 for i in unknown]
-            longest = torch.tensor(seen, device=self.sites[armed[0]].owner.device)
+            longest = torch.tensor(seen, dtype=torch.int64, device=self.sites[armed[0]].owner.device)
             dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=self.process_group)
             for index, length in zip(unknown, longest.tolist(), strict=True):
                 lengths[index] = [length if n is None else n for n in lengths[index]]
         return {index: [n for n in ns if n is not None] for index, ns in lengths.items()}
 
+    @without_autocast  # on where the backward pass runs within it
     def commit(self, index: int, use: int, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor) -> None:
         """Add the sums of one backward of one layer, if that backward also accumulates its gradients."""
         site = self.sites[index]
@@ -370,7 +372,7 @@ class _ForwardHook:
         self.address = address
         self.engine = engine
         self.armed = False
-        self.token = torch.zeros(1)
+        self.token = torch.zeros(1, dtype=torch.float32, device="cpu")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_ForwardHook, ())

@@ -2,21 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+LARGEST = 2**31 - 1
+"""The largest kernel size, stride, padding and dilation: with these the places of windows fit into 64 bits."""
+MOST_WINDOWS = 2**40
 
-def per_dimension(value: int | Sequence[int], spatial: int) -> tuple[int, ...]:
-    return (value,) * spatial if isinstance(value, int) else tuple(value)
+
+def _whole(op: str, name: str, value: Any) -> int:
+    """A whole number of any kind, one of numpy for example."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{op}: {name} is or has a value of type {type(value).__name__}, expected an integer or a sequence of them"
+        ) from None
 
 
-def padding_pairs(padding: int | Sequence[int] | Sequence[tuple[int, int]], spatial: int) -> tuple[int, ...]:
+def per_dimension(value: int | Sequence[int], spatial: int, op: str = "", name: str = "") -> tuple[int, ...]:
+    """An argument of a convolution as one integer for each spatial dimension."""
+    if isinstance(value, int):
+        return (value,) * spatial
+    if not isinstance(value, Iterable):
+        return (_whole(op, name, value),) * spatial
+    return tuple(v if isinstance(v, int) else _whole(op, name, v) for v in value)
+
+
+def padding_pairs(
+    padding: int | Sequence[int] | Sequence[tuple[int, int]], spatial: int, op: str = ""
+) -> tuple[int, ...]:
     """Padding as (before, after) of each spatial dimension, flattened."""
-    if isinstance(padding, int):
-        return (padding,) * (2 * spatial)
-    return tuple(p for pair in padding for p in ((pair, pair) if isinstance(pair, int) else pair))
+    if isinstance(padding, int) or not isinstance(padding, Iterable):
+        return per_dimension(padding, 2 * spatial, op, "padding")
+    pairs = (pair if isinstance(pair, Iterable) else (pair, pair) for pair in padding)
+    return tuple(p if isinstance(p, int) else _whole(op, "padding", p) for pair in pairs for p in pair)
+
+
+def spatial_dimensions(op: str, x: Tensor) -> int:
+    """How many x (N, C, *S) has."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: x is of type {type(x).__name__}, expected a torch.Tensor")
+    return x.dim() - 2
 
 
 def windows(
@@ -36,6 +68,10 @@ def windows(
                 f"{op}: {name} is {list(values)}, expected {per * spatial} integers of at least {least} "
                 f"for x of shape {tuple(shape)}"
             )
+        if any(v > LARGEST for v in values):
+            raise ValueError(f"{op}: {name} is {list(values)}, expected integers of at most {LARGEST}")
+    if math.prod(kernel) > LARGEST:
+        raise ValueError(f"{op}: kernel_size is {list(kernel)}, expected a product of at most {LARGEST}")
     sizes = []
     for d in range(spatial):
         padded = shape[2 + d] + padding[2 * d] + padding[2 * d + 1]
@@ -46,6 +82,11 @@ def windows(
                 f"at least {extent}, the extent of kernel_size {kernel[d]} with dilation {dilation[d]}"
             )
         sizes.append((padded - extent) // stride[d] + 1)
+    if math.prod(sizes) > MOST_WINDOWS:
+        raise ValueError(
+            f"{op}: padding is {list(padding)}, expected at most 2^40 windows: they are {sizes} for x of shape "
+            f"{tuple(shape)}"
+        )
     return sizes
 
 

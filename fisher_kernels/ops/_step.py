@@ -3,10 +3,57 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+_CPU = torch.device("cpu")
+
+
+def rate_of(op: str, lr: Any, name: str = "lr") -> Tensor:
+    """A learning rate as a tensor: of any real number, one of numpy for example, in float64 on the CPU."""
+    if isinstance(lr, Tensor):
+        return lr
+    if not isinstance(lr, (float, int)):
+        lr = real(op, name, lr)
+    return torch.full((), lr, dtype=torch.float64, device=_CPU)
+
+
+def real(op: str, name: str, value: Any) -> float:
+    """A real number of any kind."""
+    if not hasattr(value, "__float__"):
+        raise TypeError(f"{op}: {name} is of type {type(value).__name__}, expected a number")
+    return float(value)
+
+
+def one_or_each(value: Any) -> list[Any]:
+    """What may be one for all parameters, or a sequence of one for each."""
+    if isinstance(value, (float, int, str, Tensor)) or not isinstance(value, Iterable):
+        return [value]
+    return list(value)
+
+
+def check_lists(op: str, lists: Mapping[str, Any]) -> None:
+    """Refuse, by name, what is no list; for calls that have failed to make one."""
+    for name, value in lists.items():
+        if not isinstance(value, Iterable):
+            raise TypeError(f"{op}: {name} is of type {type(value).__name__}, expected a list")
+
+
+def check_distinct(op: str, name: str, tensors: Sequence[Tensor]) -> None:
+    """No tensor is there twice: it would be stepped twice. Of those that overlap in another way nothing is known."""
+    seen: dict[int, int] = {}
+    for i, x in enumerate(tensors):
+        if not isinstance(x, FakeTensor) and (x.is_meta or x.numel() == 0):
+            continue
+        place = id(x) if isinstance(x, FakeTensor) else x.data_ptr()
+        if seen.setdefault(place, i) != i:
+            raise ValueError(
+                f"{op}: {name}[{i}] shares memory with {name}[{seen[place]}], expected each to be in the list once"
+            )
 
 
 def check_lengths(op: str, params: Sequence[Tensor], lists: Mapping[str, Sequence[Tensor | None]]) -> None:

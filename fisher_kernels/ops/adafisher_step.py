@@ -14,12 +14,15 @@ from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_flo
 from fisher_kernels.ops._step import (
     check_beside,
     check_count,
+    check_distinct,
     check_lengths,
     check_like,
+    check_lists,
     check_one_element,
     check_rate,
     check_written,
     found_on_device,
+    rate_of,
 )
 
 _OP = "adafisher_step_"
@@ -113,6 +116,8 @@ class _Step(NamedTuple):
             check_written(_OP, f"params[{i}]", p)
             check_written(_OP, f"exp_avgs[{i}]", m)
             views.append(_view(i, p, r, c))
+        for name, tensors in (("params", self.params), ("exp_avgs", self.exp_avgs), ("steps", self.steps)):
+            check_distinct(_OP, name, tensors)
         return views
 
     def curvature(self, i: int, view: _View) -> Tensor | float:
@@ -240,14 +245,15 @@ def adafisher_step_(
     changes at all, not even the step counts (AdaFisher, arXiv 2405.16397, Algorithm 1).
 
     Args:
-        params: float32, float64, bfloat16 or float16, any shapes and strides without overlap.
+        params: float32, float64, bfloat16 or float16, any shapes and strides without overlap. One that is in the list
+            twice, or begins where another does, is refused, as it is of what else is written.
         grads: of the shapes and dtypes of params.
         exp_avgs: first moments m of the shapes of params; float64 for float64 parameters, else float32.
         steps: number of steps t taken so far, one float32 element for each parameter.
         row_factors: for each parameter (groups * rows,), one element that stands for all, or None for 1; contiguous, in
             the dtype of the moment.
         column_factors: for each parameter (columns,) or (groups, columns), one element, or None for 1.
-        lr: learning rate, finite and at least 0: a number or a tensor of one element.
+        lr: learning rate, finite and at least 0: a real number or a tensor of one element.
         beta: decay of the moment, 0 <= beta < 1.
         damping: added to the product of the factors, at least 0; the product plus damping should be positive.
         weight_decay: at least 0.
@@ -263,11 +269,15 @@ def adafisher_step_(
         TypeError, ValueError: an argument has the wrong dtype, shape, device, length or range; the message names it,
             and nothing is changed.
     """
-    rate = lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float64)
-    s = _Step(
-        list(params), list(grads), list(exp_avgs), list(steps), list(row_factors), list(column_factors),
-        lr=rate, beta=beta, damping=damping, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize,
-        grad_scale=grad_scale, found_inf=found_inf,
-    )  # fmt: skip
+    try:
+        s = _Step(
+            list(params), list(grads), list(exp_avgs), list(steps), list(row_factors), list(column_factors),
+            lr=rate_of(_OP, lr), beta=beta, damping=damping, weight_decay=weight_decay, decoupled=decoupled,
+            maximize=maximize, grad_scale=grad_scale, found_inf=found_inf,
+        )  # fmt: skip
+    except TypeError:
+        values = (params, grads, exp_avgs, steps, row_factors, column_factors)
+        check_lists(_OP, dict(zip(_Step._fields, values, strict=False)))
+        raise
     skipped: Tensor = _step(s)
     return skipped

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import Native
+from fisher_kernels.ops._arguments import without_autocast
 from fisher_kernels.ops._blocks import check_blocks, check_partner, new_info
 from fisher_kernels.ops._define import define
 
@@ -50,6 +51,7 @@ def _fake(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     return blocks.new_empty(blocks.shape), new_info(blocks)
 
 
+@without_autocast  # native kernels leave large blocks to it
 def _reference(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     _fake(blocks, damping)
     inverse, bad = _invert(blocks, damping)
@@ -116,6 +118,7 @@ def _into_fake(out: Tensor, blocks: Tensor, damping: float) -> Tensor:
     return new_info(blocks)
 
 
+@without_autocast  # native kernels leave large blocks to it
 def _into_reference(out: Tensor, blocks: Tensor, damping: float) -> Tensor:
     _into_fake(out, blocks, damping)
     inverse, bad = _invert(blocks, damping)
@@ -189,6 +192,7 @@ def _solve_fake(blocks: Tensor, damping: float, rhs: Tensor) -> tuple[Tensor, Te
     return rhs.new_empty(rhs.shape), new_info(blocks)
 
 
+@without_autocast  # native kernels leave large blocks to it
 def _solve_reference(blocks: Tensor, damping: float, rhs: Tensor) -> tuple[Tensor, Tensor]:
     x, info = _solve_fake(blocks, damping, rhs)
     if rhs.numel() == 0:

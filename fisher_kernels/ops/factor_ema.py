@@ -11,6 +11,7 @@ from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import Native
 from fisher_kernels.ops._define import check_coefficient, define, device_of
+from fisher_kernels.ops._step import check_distinct, check_lists
 
 FLAT = 1e-5
 """A vector whose spread is at most this share of its largest entry is equal to rounding: it has no shape."""
@@ -151,7 +152,12 @@ def minmax(x: Sequence[Tensor], eps: float = 1e-6, weights: Sequence[Tensor] | N
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape, device, length or range; the message names it.
     """
-    return _minmax_op(list(x), eps, None if weights is None else list(weights))
+    try:
+        lists = list(x), None if weights is None else list(weights)
+    except TypeError:
+        check_lists("minmax", {"x": x, "weights": weights or ()})
+        raise
+    return _minmax_op(lists[0], eps, lists[1])
 
 
 # minmax_
@@ -161,6 +167,7 @@ def _into_fake(out: Sequence[Tensor], x: Sequence[Tensor], eps: float, weights: 
     _check_minmax("minmax_", x, eps, weights)
     _check_vectors("minmax_", "out", out)
     _check_like("minmax_", "out", out, "x", x)
+    check_distinct("minmax_", "out", out)
 
 
 def _into_reference(
@@ -202,13 +209,19 @@ def minmax_(
     .. math:: \mathrm{out}_i \leftarrow \operatorname{minmax}(x_i)
 
     Args:
-        out: vectors with the shapes and dtypes of x, which share no memory with it.
+        out: vectors with the shapes and dtypes of x, which share no memory with it nor with one another; one that is in
+            the list twice is refused.
         x, eps, weights: as :func:`minmax`.
 
     Raises:
         TypeError, ValueError: as :func:`minmax`; nothing is changed.
     """
-    _into(list(out), list(x), eps, None if weights is None else list(weights))
+    try:
+        lists = list(out), list(x), None if weights is None else list(weights)
+    except TypeError:
+        check_lists("minmax_", {"out": out, "x": x, "weights": weights or ()})
+        raise
+    _into(lists[0], lists[1], eps, lists[2])
 
 
 # factor_ema_
@@ -250,6 +263,7 @@ class _Average(NamedTuple):
         for i, divisor in enumerate(self.divisors or ()):
             check_coefficient(op, f"divisors[{i}]", divisor)
         self.check_numbers()
+        check_distinct(op, "state", state)
 
     def new_rejected(self) -> Tensor:
         """Whether each run was refused, to be filled."""
@@ -333,7 +347,7 @@ def factor_ema_(
     were, so one bad backward cannot poison the average (AdaFisher, arXiv 2405.16397, Eq. 4).
 
     Args:
-        state: contiguous vectors, float32 or float64; changed in place.
+        state: contiguous vectors, float32 or float64; changed in place. One that is in the list twice is refused.
         new: vectors with the shapes and dtypes of state. One that is an entry shorter is followed by a 1 after its
             division: the factor of the input [h, 1] of an affine layer from the sums of h^2 alone.
         decay: coefficient of the old, finite and at least 0.
@@ -351,6 +365,11 @@ def factor_ema_(
         TypeError, ValueError: an argument has the wrong dtype, shape, device, length or range; the message names it,
             and nothing is changed.
     """
-    counts = None if divisors is None else list(divisors)
-    rejected: Tensor = _ema(_Average(list(state), list(new), decay, gain, normalize, eps, joint, counts))
+    try:
+        counts = None if divisors is None else list(divisors)
+        a = _Average(list(state), list(new), decay, gain, normalize, eps, joint, counts)
+    except TypeError:
+        check_lists("factor_ema_", {"state": state, "new": new, "divisors": divisors or ()})
+        raise
+    rejected: Tensor = _ema(a)
     return rejected

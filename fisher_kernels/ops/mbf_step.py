@@ -11,15 +11,19 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import Native
+from fisher_kernels.ops._arguments import without_autocast
 from fisher_kernels.ops._blocks import unpack
 from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define, device_of
 from fisher_kernels.ops._step import (
+    check_distinct,
     check_lengths,
     check_like,
+    check_lists,
     check_one_element,
     check_rate,
     check_written,
     found_on_device,
+    rate_of,
 )
 
 _OP = "mbf_step_"
@@ -124,6 +128,8 @@ class _Step(NamedTuple):
         self.check_numbers()
         for i in range(len(self.params)):
             self.check_parameter(i)
+        check_distinct(_OP, "params", self.params)
+        check_distinct(_OP, "momentum_buffers", self.momentum_buffers)
         return [self.entry(i) for i, inverse in enumerate(self.inverses) if inverse is not None]
 
     def check_lengths(self) -> None:
@@ -195,6 +201,7 @@ class _Step(NamedTuple):
             g = -g
         return g + self.coupled_decay * entry.join(self.params, wide) if self.coupled_decay else g
 
+    @without_autocast
     def multiply_shared(self, i: int, out: Tensor | None = None) -> Tensor:
         """P m as (blocks, rows, size) where all rows share an inverse: products of matrices, which are for BLAS."""
         entry = self.entry(i)
@@ -364,12 +371,13 @@ def mbf_step_(
     Where ``found_inf`` is not 0 nothing changes at all (MBF, arXiv 2202.04124, Algorithm 1).
 
     Args:
-        params: float32, float64, bfloat16 or float16, any shapes and strides without overlap.
+        params: float32, float64, bfloat16 or float16, any shapes and strides without overlap. One that is in the list
+            twice, or begins where another does, is refused, as it is of the momentum.
         grads: of the shapes and dtypes of params.
         momentum_buffers: m, of the shapes of params; float64 for float64 parameters, else float32.
         inverses: for each parameter as above; contiguous, symmetric (one triangle may be all that is read), in the
             dtype of the momentum, or stored in bfloat16.
-        lr: learning rate, finite and at least 0: a number or a tensor of one element.
+        lr: learning rate, finite and at least 0: a real number or a tensor of one element.
         momentum: 0 <= momentum < 1.
         weight_decay: at least 0.
         decoupled: decay the weights rather than add the decay to the gradient.
@@ -386,11 +394,14 @@ def mbf_step_(
         TypeError, ValueError: an argument has the wrong dtype, shape, device, length or range; the message names it,
             and nothing is changed.
     """
-    rate = lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float64)
-    s = _Step(
-        list(params), list(grads), list(momentum_buffers), list(inverses),
-        lr=rate, momentum=momentum, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize,
-        kl_clip=kl_clip, grad_scale=grad_scale, found_inf=found_inf,
-    )  # fmt: skip
+    try:
+        s = _Step(
+            list(params), list(grads), list(momentum_buffers), list(inverses),
+            lr=rate_of(_OP, lr), momentum=momentum, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize,
+            kl_clip=kl_clip, grad_scale=grad_scale, found_inf=found_inf,
+        )  # fmt: skip
+    except TypeError:
+        check_lists(_OP, dict(zip(_Step._fields, (params, grads, momentum_buffers, inverses), strict=False)))
+        raise
     skipped, scale = _step(s)
     return skipped, scale

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import Native
-from fisher_kernels.ops._convolution import pad, padding_pairs, per_dimension, windows
+from fisher_kernels.ops._convolution import pad, padding_pairs, per_dimension, spatial_dimensions, windows
 from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define
 
 # mini_block_gram_
@@ -257,7 +257,8 @@ def conv_mini_block_gram_(
             float16. Samples that are contiguous or channels_last are read in place, others are copied first.
         grad_output: derivative of the loss by the output of the convolution, ``(N, O, *L)``, like x. L may be less than
             the number of windows of the padded x; the last ones then count for nothing.
-        kernel_size: one integer or one for each spatial dimension, at least 1.
+        kernel_size: one integer or one for each spatial dimension, at least 1. No number here may be more than
+            2^31 - 1, nor may the number of offsets.
         stride: likewise, at least 1.
         padding: zeros around x: one integer, one for each spatial dimension, or a pair (before, after) for each.
         dilation: like stride.
@@ -268,9 +269,12 @@ def conv_mini_block_gram_(
         TypeError, ValueError: an argument has the wrong dtype, shape, strides, device or range; the message names it,
             and nothing has changed.
     """
-    spatial = x.dim() - 2
+    op = "conv_mini_block_gram_"
+    spatial = spatial_dimensions(op, x)
     c = _Convolution(
-        out, x, grad_output, per_dimension(kernel_size, spatial), per_dimension(stride, spatial),
-        padding_pairs(padding, spatial), per_dimension(dilation, spatial), groups, decay, gain,
+        out, x, grad_output,
+        per_dimension(kernel_size, spatial, op, "kernel_size"), per_dimension(stride, spatial, op, "stride"),
+        padding_pairs(padding, spatial, op), per_dimension(dilation, spatial, op, "dilation"),
+        groups, decay, gain,
     )  # fmt: skip
     _conv_mini_block_gram(c)

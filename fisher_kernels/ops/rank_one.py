@@ -12,6 +12,7 @@ from torch.autograd.graph import increment_version
 from fisher_kernels._library import Native, Place
 from fisher_kernels.ops._blocks import check_blocks, check_partner, new_info
 from fisher_kernels.ops._define import ACCUMULATOR, check_floating, define
+from fisher_kernels.ops._step import check_lists
 
 NOT_POSITIVE = 1
 NOT_FINITE = 2
@@ -105,7 +106,12 @@ def rank_one_solve(u: Sequence[Tensor], x: Sequence[Tensor], rho: float) -> list
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape, device, length or range; the message names it.
     """
-    return _rank_one_solve(list(u), list(x), rho)
+    try:
+        lists = list(u), list(x)
+    except TypeError:
+        check_lists("rank_one_solve", {"u": u, "x": x})
+        raise
+    return _rank_one_solve(*lists, rho)
 
 
 # low_rank_inverse_update_ and rank_one_inverse_update_

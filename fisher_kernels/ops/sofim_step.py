@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,12 +14,17 @@ from fisher_kernels._library import Native
 from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define, device_of
 from fisher_kernels.ops._step import (
     check_count,
+    check_distinct,
     check_lengths,
     check_like,
+    check_lists,
     check_one_element,
     check_rate,
     check_written,
     found_on_device,
+    one_or_each,
+    rate_of,
+    real,
 )
 
 _OP = "sofim_step_"
@@ -82,6 +87,8 @@ class _Step(NamedTuple):
             check_count(_OP, i, t, p)
             check_written(_OP, f"params[{i}]", p)
             check_written(_OP, f"exp_avgs[{i}]", m)
+        for name, tensors in (("params", self.params), ("exp_avgs", self.exp_avgs), ("steps", self.steps)):
+            check_distinct(_OP, name, tensors)
 
     def check_rates(self) -> None:
         """The values of learning rates; what is the same tensor as the one before is not read again."""
@@ -196,6 +203,22 @@ _step = define(
 )
 
 
+def _rates(lr: Any) -> list[Tensor]:
+    """One tensor for each of the learning rates that differ, so that none is read twice."""
+    made: dict[Any, Tensor] = {}
+    return [
+        x if isinstance(x, Tensor) else made[x] if x in made else made.setdefault(x, rate_of(_OP, x, f"lr[{i}]"))
+        for i, x in enumerate(one_or_each(lr))
+    ]
+
+
+def _decays(weight_decay: Any) -> list[float]:
+    return [
+        x if isinstance(x, (float, int)) else real(_OP, f"weight_decay[{i}]", x)
+        for i, x in enumerate(one_or_each(weight_decay))
+    ]
+
+
 def sofim_step_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -240,11 +263,12 @@ def sofim_step_(
     counts neither (SOFIM, arXiv 2403.02833, Algorithm 1).
 
     Args:
-        params: float32, float64, bfloat16 or float16, any shapes and strides without overlap, on one device.
+        params: float32, float64, bfloat16 or float16, any shapes and strides without overlap, on one device. One that
+            is in the list twice, or begins where another does, is refused, as it is of what else is written.
         grads: of the shapes and dtypes of params.
         exp_avgs: first moments m of the shapes of params; float64 for float64 parameters, else float32.
         steps: number of steps t taken so far, one float32 element for each parameter.
-        lr: learning rate, finite and at least 0: a number or a tensor of one element, or one for each parameter.
+        lr: learning rate, finite and at least 0: a real number or a tensor of one element, or one for each parameter.
         beta: decay of the moment, 0 <= beta < 1.
         rho: regularisation of F, above 0.
         direction: ``"momentum"`` (x is u) or ``"gradient"`` (x is g).
@@ -263,14 +287,14 @@ def sofim_step_(
         TypeError, ValueError: an argument has the wrong dtype, shape, device, length or range; the message names it,
             and nothing is changed.
     """
-    rates = [lr] if isinstance(lr, (float, int, Tensor)) else lr
-    numbers = {x: torch.full((), x, dtype=torch.float64) for x in {x for x in rates if not isinstance(x, Tensor)}}
-    decays = [weight_decay] if isinstance(weight_decay, (float, int)) else weight_decay
-    s = _Step(
-        list(params), list(grads), list(exp_avgs), list(steps),
-        lr=[x if isinstance(x, Tensor) else numbers[x] for x in rates],
-        beta=beta, rho=rho, direction=direction, scope=scope, weight_decay=list(decays), decoupled=decoupled,
-        maximize=maximize, grad_scale=grad_scale, found_inf=found_inf,
-    )  # fmt: skip
+    try:
+        s = _Step(
+            list(params), list(grads), list(exp_avgs), list(steps),
+            lr=_rates(lr), beta=beta, rho=rho, direction=direction, scope=scope, weight_decay=_decays(weight_decay),
+            decoupled=decoupled, maximize=maximize, grad_scale=grad_scale, found_inf=found_inf,
+        )  # fmt: skip
+    except TypeError:
+        check_lists(_OP, dict(zip(_Step._fields, (params, grads, exp_avgs, steps), strict=False)))
+        raise
     skipped, squares = _step(s)
     return skipped, squares

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fisher_kernels._library import Native
-from fisher_kernels.ops._convolution import pad, padding_pairs, per_dimension, windows
+from fisher_kernels.ops._convolution import pad, padding_pairs, per_dimension, spatial_dimensions, windows
 from fisher_kernels.ops._define import ACCUMULATOR, check_floating, define
 
 
@@ -265,7 +265,8 @@ def patch_sum_of_squares(
     Args:
         x: ``(N, C, *S)`` with one to three spatial dimensions; float32, float64, bfloat16 or float16. Contiguous and
             channels_last tensors are read in place, others are copied first.
-        kernel_size: one integer or one for each spatial dimension, at least 1.
+        kernel_size: one integer or one for each spatial dimension, at least 1. No number here may be more than
+            2^31 - 1, nor may the number of offsets.
         stride: likewise, at least 1.
         padding: zeros around x: one integer, one for each spatial dimension, or a pair (before, after) for each.
         dilation: like stride.
@@ -277,11 +278,12 @@ def patch_sum_of_squares(
         TypeError: x has another dtype.
         ValueError: a size is out of range, or the kernel is larger than the padded input.
     """
-    spatial = x.dim() - 2
+    op = "patch_sum_of_squares"
+    spatial = spatial_dimensions(op, x)
     return _patch(
         x,
-        per_dimension(kernel_size, spatial),
-        per_dimension(stride, spatial),
-        padding_pairs(padding, spatial),
-        per_dimension(dilation, spatial),
+        per_dimension(kernel_size, spatial, op, "kernel_size"),
+        per_dimension(stride, spatial, op, "stride"),
+        padding_pairs(padding, spatial, op),
+        per_dimension(dilation, spatial, op, "dilation"),
     )

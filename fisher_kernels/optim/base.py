@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _DisableAutocast
 from torch._compile import _disable_dynamo
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -167,7 +168,8 @@ class FisherOptimizer(Optimizer):
         for group in self.param_groups:
             self._check_group(group)
             self._check_not_moved(group)
-        self._advance(grad_scale, found_inf)
+        with _DisableAutocast():  # its products keep the precision of the state
+            self._advance(grad_scale, found_inf)
         return loss
 
     def _check_not_moved(self, group: dict[str, Any]) -> None:

@@ -326,4 +326,7 @@ def _relative(site: Site[DiagonalRule], factors: Factors) -> Factors:
             entries += parameter.numel()
     mean = total / max(entries, 1)
     scaled = {name: f / mean if name != "input_factor" else f for name, f in factors.items()}
-    return {name: torch.where(torch.as_tensor(mean) > 0, f, 1.0) for name, f in scaled.items()}
+    return {
+        name: torch.where(mean > 0, f, 1.0) if isinstance(mean, Tensor) else torch.ones_like(f)
+        for name, f in scaled.items()
+    }

@@ -240,7 +240,7 @@ class _Batch(Batch):
     def __init__(self) -> None:
         super().__init__()
         self.groups: list[dict[str, Any]] = []
-        self.squares = torch.zeros(0)  # of the last step
+        self.squares = torch.zeros(0, dtype=torch.float64, device="cpu")  # of the last step
 
     def add(self, number: int, p: Parameter, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         self.append(number, p, state)
