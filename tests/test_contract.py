@@ -80,8 +80,6 @@ BAD: tuple[tuple[str, Any], ...] = (
     ("lr", math.inf),
     ("lr", torch.tensor([0.1, 0.2])),
     ("lr", torch.tensor(-0.1)),
-    ("lr", "1e-3"),
-    ("weight_decay", "0.1"),
     ("weight_decay", -0.1),
     ("weight_decay", math.nan),
 )

@@ -117,7 +117,7 @@ def test_a_wheel_says_what_it_is(wheel: Path) -> None:
     assert "License-Expression: BSD-3-Clause\n" in metadata
     assert "Requires-Python: >=3.10\n" in metadata
     assert "Requires-Dist: torch>=2.11\n" in metadata
-    assert "fisher-kernels = fisher_kernels.cli:main\n" in scripts
+    assert "fisher-kernels = fisher_kernels.__main__:main\n" in scripts
 
 
 def test_an_sdist_has_all_that_builds_and_tests_it(sdist: Path) -> None:

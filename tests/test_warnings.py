@@ -43,6 +43,10 @@ def network(width: int = 3) -> nn.Sequential:
     return nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 1))
 
 
+def sofim(model: nn.Module, **settings: Any) -> SOFIM:
+    return SOFIM(model.named_parameters(), **settings)
+
+
 def iterate(model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
     model(torch.ones(4, 2)).square().sum().backward()
     for optimizer in optimizers:
@@ -160,8 +164,12 @@ def test_optimizers_of_other_parameters_step_in_turn_without_a_word() -> None:
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        *((AdaFisher, name) for name in ("beta", "gamma", "damping", "eps", "fallback_curvature")),
-        *((MBF, name) for name in ("momentum", "beta2", "damping", "kl_clip")),
+        *((AdaFisher, name) for name in ("beta", "gamma", "damping", "eps", "weight_decay", "fallback_curvature")),
+        *((MBF, name) for name in ("momentum", "beta2", "damping", "weight_decay", "kl_clip")),
+        *(
+            (lambda model, **settings: SOFIM(model.parameters(), **settings), name)
+            for name in ("rho", "beta", "weight_decay")
+        ),
     ],
 )
 def test_what_is_no_number_is_named(make: Any, name: str) -> None:
@@ -176,11 +184,11 @@ def test_an_lr_that_is_no_number_is_named() -> None:
 
 
 def test_a_model_in_place_of_its_parameters_is_told_what_to_write() -> None:
-    with pytest.raises(TypeError, match=r"params is a Sequential, expected .*SOFIM\(model\.parameters\(\), \.\.\.\)"):
+    with pytest.raises(TypeError, match=r"^params is a Sequential, expected .* pass model\.parameters\(\)"):
         SOFIM(network())  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("make", [*LAYERWISE, lambda model: SOFIM(model.named_parameters())])
+@pytest.mark.parametrize("make", [*LAYERWISE, sofim])
 def test_a_state_of_other_widths_names_the_parameter_and_changes_nothing(make: Any) -> None:
     wide, narrow = network(5), network(3)
     theirs, ours = make(wide), make(narrow)

@@ -87,8 +87,8 @@ class FisherOptimizer(Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         if isinstance(params, nn.Module):
             raise TypeError(
-                f"params is a {type(params).__name__}, expected its parameters: "
-                f"{type(self).__name__}(model.parameters(), ...)"
+                f"params is a {type(params).__name__}, expected its parameters: pass model.parameters() to "
+                f"{type(self).__name__}, or groups of them"
             )
         self._groups: dict[Parameter, dict[str, Any]] = {}
         self._skipped: Counters = {}
