@@ -95,8 +95,10 @@ class Run:
                     terminal.show(tables)
                     for record in filter(lambda record: record.diverged, records):
                         terminal.show(f"[red]{record.title}, seed {record.seed}, diverged: {record.diverged}[/red]")
-            except (terminal.OutputError, BrokenPipeError) as error:
+            except terminal.OutputError as error:
                 complaints.append(str(error))
+            except BrokenPipeError as error:
+                complaints.append(f"standard output: {error.strerror}")
             contents = {
                 ".json": lambda: report.as_json(data).encode(),
                 ".md": lambda: report.markdown(tables).encode(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -22,6 +23,10 @@ INTERRUPTED = 130
 """Exit status of a command that Ctrl-C has ended."""
 
 _WIDE = 100  # columns from which on progress has a bar and the time
+
+
+# What standard output says that takes no more.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 class OutputError(Exception):
@@ -45,7 +50,7 @@ class Program(TyperGroup):
             _drop_output()
             sys.exit(1)
         except (OutputError, OSError) as error:
-            if isinstance(error, OSError) and error.filename is not None:
+            if isinstance(error, OSError) and (error.filename is not None or error.errno not in _FULL):
                 raise
             _drop_output()
             line(str(error) if isinstance(error, OutputError) else _of_output(error))
@@ -78,8 +83,10 @@ def _standard_output() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
+        _drop_output()
         raise
     except OSError as error:
+        _drop_output()
         raise OutputError(_of_output(error)) from error
 
 
