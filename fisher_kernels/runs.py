@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import typer
+from rich.markup import escape
 
 from fisher_kernels import tasks, terminal
 from fisher_kernels.tasks import files, report
@@ -104,14 +105,16 @@ class Run:
                 ".md": lambda: report.markdown(tables).encode(),
                 ".png": lambda: report.picture(task, summaries, partial),
             }
+        unheard = bool(complaints)
         if resumable:
             contents[CHECKPOINT] = lambda: files.checkpoint(self.command, self.comparison)
         written = [suffix for suffix, make in contents.items() if _write(destination.file(suffix), make, complaints)]
         if partial is None:
             destination.file(CHECKPOINT).unlink(missing_ok=True)
         shown = [suffix for suffix in written if suffix != CHECKPOINT]
-        if shown and not as_json and not complaints:
-            terminal.show(f"files: {destination.folder / destination.stem}{_listed(shown)}", soft_wrap=True)
+        if shown and not as_json and not unheard:
+            place = escape(str(destination.folder / destination.stem))
+            terminal.show(f"files: {place}{_listed(shown)}", soft_wrap=True)
         if partial is not None:
             then = f"; to go on: fisher-kernels {self.command} --resume {destination.file(CHECKPOINT)}"
             terminal.note(f"{partial}{then if CHECKPOINT in written else ''}")
@@ -166,9 +169,8 @@ def _progress(comparison: tasks.Comparison) -> Iterator[tuple[OnStep, OnStep]]:
 
         def on_epoch(training: Training) -> None:
             record = training.record
-            figure = f"{task.metric.format(record.metric[-1])} {task.metric.unit}"
-            status = record.diverged and "diverged"
-            status = status or f"seed {record.seed}, epoch {record.epochs}: {figure}"
+            figure = f"epoch {record.epochs}: {task.metric.format(record.metric[-1])}"
+            status = f"seed {record.seed}, {'diverged' if record.diverged else figure}"
             progress.update(bars[record.optimizer], status=status)
 
         yield on_step, on_epoch

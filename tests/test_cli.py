@@ -368,7 +368,7 @@ def test_without_matplotlib_all_but_the_picture_is_done(tmp_path: Path, monkeypa
 
 def lines_of(result: Result) -> list[str]:
     """The lines on standard error, without those of the progress display."""
-    return [line for line in result.stderr.splitlines() if "%" not in line]
+    return [line for line in result.stderr.splitlines() if "%" not in line and "━" not in line]
 
 
 def test_a_file_in_place_of_the_folder_is_refused_before_training(

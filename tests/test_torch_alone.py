@@ -107,7 +107,7 @@ main()
 @pytest.mark.parametrize("arguments", [["selftest"], ["train", "text", "--optimizer", "sgd", "--max-steps", "1"]])
 def test_the_command_line_works_without_numpy(arguments: list[str], tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "FISHER_KERNELS_BACKEND": "auto", "TRITON_INTERPRET": "0"}
-    short = ["--epochs", "1", "--batch-size", "256"] if arguments[0] == "train" else []
+    short = ["--epochs", "1", "--batch-size", "2"] if arguments[0] == "train" else []
     command = [sys.executable, "-c", WITHOUT_NUMPY, *arguments, *short]
     result = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300

@@ -136,7 +136,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, weights_only=True)
     except Exception as error:  # of many kinds, as the file may hold anything
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{path} cannot be read: {next(iter(str(error).splitlines()), type(error).__name__)}"
+        ) from error
     if not isinstance(content, dict) or not {"command", "task", "state"} <= content.keys():
         raise ValueError(f"{path} is not a checkpoint of this command line")
     return content
