@@ -72,7 +72,7 @@ help:
 	@sed -n '/^# [A-Z_]*=/,/^$$/s/^# //p' Makefile
 
 demo: $(STAMPS)/installed.demo
-	$(PY) -m fisher_kernels compare digits --seeds 2 --epochs 4 --out $(OUT) $(ARGS)
+	$(PY) -m fisher_kernels compare digits --seeds 2 --epochs 4 --force --out $(OUT) $(ARGS)
 
 # A process for each core, each on one thread; tests of threads set their number.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal
@@ -98,7 +98,7 @@ gpu-sanitize:
 	$(or $(PYTHON),python3) -m bench.gpu.sanitize $(ARGS)
 
 results: build
-	set -e; for task in $(TASKS); do $(PY) -m fisher_kernels compare $$task --out docs/results/$$task $(ARGS); done
+	set -e; for task in $(TASKS); do $(PY) -m fisher_kernels compare $$task --force --out docs/results/$$task $(ARGS); done
 	$(PY) -m bench.tables
 
 inspect:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-NEEDED = ("numpy", "rich", "typer")
+NEEDED = ("rich", "typer")
 
 
 def main() -> None:

@@ -16,14 +16,17 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fisher_kernels._library import INSTALL_AGAIN, native_module, native_reason, runs_cuda_on_host
 
-NAMES = ("reference", "cpu", "cuda", "triton")
+Name = Literal["reference", "cpu", "cuda", "triton"]
+"""A backend."""
+
+NAMES: tuple[Name, ...] = get_args(Name)
 
 
 def is_interpreted() -> bool:
@@ -143,7 +146,7 @@ def _reason(name: str) -> str | None:
     return _REASONS[name] or (_why_not_these_gpus() if name == "cuda" else None)
 
 
-def available() -> list[str]:
+def available() -> list[Name]:
     """Names of the backends that can run here, the reference first."""
     return [name for name in NAMES if _reason(name) is None]
 
@@ -158,7 +161,13 @@ def device_type(name: str) -> str:
     return _DEVICES[name]
 
 
-def _check(name: str) -> None:
+def require(name: str) -> None:
+    """Check that ``use_backend`` would take a name.
+
+    Raises:
+        ValueError: it is unknown.
+        RuntimeError: the backend is not available here.
+    """
     if name != "auto" and name not in NAMES:
         raise ValueError(f"backend is {name!r}, expected one of 'auto', {', '.join(map(repr, NAMES))}")
     if name != "auto" and (reason := _reason(name)) is not None:
@@ -166,7 +175,7 @@ def _check(name: str) -> None:
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: Name | Literal["auto"]) -> Iterator[None]:
     """Run every op of this process on the named backend inside a ``with`` block.
 
     Args:
@@ -177,7 +186,7 @@ def use_backend(name: str) -> Iterator[None]:
         RuntimeError: the backend is not available here; the message says why.
     """
     global _selected
-    _check(name)
+    require(name)
     previous, _selected = _selected, name
     try:
         yield
@@ -186,7 +195,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def assumed(name: str, device: str) -> Iterator[None]:
+def assumed(name: Name, device: str) -> Iterator[None]:
     """Behave as if the named backend ran on a type of device and were selected; for recording its launches."""
     kept = _REASONS[name], _DEVICES[name]
     _REASONS[name], _DEVICES[name] = None, device
@@ -253,7 +262,7 @@ def choose(op: str, device: str, implemented: Iterable[str], argument: Any = Non
             if _reason(fast) is None and _DEVICES[fast] == device and fast in implemented:
                 return fast
         return "reference"
-    _check(_selected)
+    require(_selected)
     if _selected not in implemented:
         raise RuntimeError(f"{op}: backend {_selected!r} does not implement this op")
     if _selected != "reference" and _DEVICES[_selected] != device:

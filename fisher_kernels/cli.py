@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fisher_kernels import __version__, backends, tasks
-from fisher_kernels.tasks import report
+from fisher_kernels import __version__, backends, tasks, terminal
+from fisher_kernels.runs import Run
+from fisher_kernels.tasks import files
+from fisher_kernels.tasks.files import Destination
 from fisher_kernels.tasks.optimizers import Recipe
 from fisher_kernels.tasks.task import Task
-from fisher_kernels.tasks.training import Record, Settings, Training
+from fisher_kernels.tasks.training import Settings
 from fisher_kernels.tools import environment, inspection, selftest
 
 app = typer.Typer(
     name="fisher-kernels",
+    cls=terminal.Program,
     help="Fisher-information optimizers on fast kernels: what is installed, self-test, training tasks.",
     no_args_is_help=True,
     add_completion=False,
@@ -36,13 +38,22 @@ _OPTIMIZERS = ", ".join(
     name + "".join(f", {name}:{variant}" for variant in entry.variants[1:]) for name, entry in tasks.OPTIMIZERS.items()
 )
 
-TaskName = Annotated[str, typer.Argument(metavar="TASK", help=f"One of: {_TASKS}.", show_default=False)]
+_MOST_SEEDS = 1000
+
+TaskName = Annotated[str | None, typer.Argument(metavar="TASK", help=f"One of: {_TASKS}.", show_default=False)]
 Epochs = Annotated[int | None, typer.Option(min=1, help="Epochs to train.", show_default="the task's")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Samples per iteration.", show_default="the task's")]
 MaxSteps = Annotated[int | None, typer.Option(min=1, help="Stop every epoch after so many iterations.")]
 Schedule = Annotated[str, typer.Option(help="Learning rate over the run: cosine (to zero) or constant.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads.", show_default="the task's")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the files.", show_default="results/TASK")]
+Force = Annotated[bool, typer.Option("--force", help="Replace files of that name; by default new ones get a number.")]
+Resume = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER", help="Go on with what was interrupted, and has its files there.", show_default=False
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -66,7 +77,7 @@ def info(as_json: Json = False) -> None:
     """Show versions, the processor, and which backends are available."""
     facts = environment.describe()
     if as_json:
-        _print_json(facts)
+        terminal.show_json(facts)
         return
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
@@ -75,7 +86,7 @@ def info(as_json: Json = False) -> None:
     availability = Table("backend", "available", title="backends", title_justify="left")
     for name, reason in facts["backends"].items():
         availability.add_row(name, "[green]yes[/green]" if reason is None else f"[yellow]no:[/yellow] {escape(reason)}")
-    Console().print(table, "", availability)
+    terminal.show(table, "", availability)
 
 
 def _fact(value: Any) -> str:
@@ -88,8 +99,9 @@ def _fact(value: Any) -> str:
 
 @app.command()
 def train(
-    task: TaskName,
-    optimizer: Annotated[str, typer.Option(help=f"One of: {_OPTIMIZERS}.", show_default=False)],
+    context: typer.Context,
+    task: TaskName = None,
+    optimizer: Annotated[str | None, typer.Option(help=f"One of: {_OPTIMIZERS}.", show_default=False)] = None,
     variant: Annotated[str | None, typer.Option(help="The same as --optimizer NAME:VARIANT.")] = None,
     lr: Annotated[float | None, typer.Option(min=0, help="Learning rate.", show_default="tuned")] = None,
     weight_decay: Annotated[float | None, typer.Option(min=0, help="Weight decay.", show_default="tuned")] = None,
@@ -97,38 +109,49 @@ def train(
     damping: Annotated[float | None, typer.Option(min=0, help="Constant added to the curvature.")] = None,
     rho: Annotated[float | None, typer.Option(min=0, help="Regularisation of SOFIM's matrix.")] = None,
     epochs: Epochs = None,
-    seed: Annotated[int, typer.Option(min=0, help="Fixes the initial model and the order of the batches.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=tasks.LARGEST_SEED, help="Fixes the initial model and the order of the batches."),
+    ] = 0,
     batch_size: BatchSize = None,
     max_steps: MaxSteps = None,
     schedule: Schedule = "cosine",
     threads: Threads = None,
     out: Out = None,
+    force: Force = False,
+    resume: Resume = None,
     as_json: Json = False,
 ) -> None:
-    """Train one optimizer on a task. Exits with 1 if training diverges."""
-    given = {
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "update_interval": update_interval,
-        "damping": damping,
-        "rho": rho,
-    }
-    overrides = {name: value for name, value in given.items() if value is not None}
-    name = optimizer if variant is None else f"{optimizer}:{variant}"
-    with _usage_errors():
-        chosen = tasks.find_task(task)
-        recipes = [tasks.recipe(chosen, name, overrides)]
+    """Train one optimizer on a task. Exits with 1 if training diverges, with 130 if Ctrl-C ends it."""
+    if resume is not None:
+        run = _resumed(context, resume, task)
+    else:
+        given = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "update_interval": update_interval,
+            "damping": damping,
+            "rho": rho,
+        }
+        overrides = {name: value for name, value in given.items() if value is not None}
+        chosen = _task(task)
+        if optimizer is None:
+            terminal.refuse("--optimizer", f"is missing, expected one of {_OPTIMIZERS}")
+        name = optimizer if variant is None else f"{optimizer}:{variant}"
+        with terminal.refusing("--optimizer"):
+            recipe = tasks.recipe(chosen, name, overrides)
         settings = _settings(chosen, epochs, batch_size, max_steps, schedule)
-    _set_threads(threads or chosen.threads)
-    stem = recipes[0].name.replace(":", "-")
-    records = _run(chosen, recipes, [seed], settings, out, stem, as_json)
+        stem = recipe.name.replace(":", "-")
+        run = _run("train", chosen, [recipe], [seed], settings, threads, out, stem, force)
+    records = run.carry_out(as_json)
     if records[0].diverged:
         raise typer.Exit(1)
 
 
 @app.command()
 def compare(
-    task: TaskName,
+    context: typer.Context,
+    task: TaskName = None,
     optimizers: Annotated[str, typer.Option(help=f"Comma-separated, of: {_OPTIMIZERS}.")] = ",".join(tasks.OPTIMIZERS),
     epochs: Epochs = None,
     seeds: Annotated[str, typer.Option(help="How many seeds (3 means 0, 1, 2), or a list such as 4,7 or 4,.")] = "3",
@@ -137,45 +160,62 @@ def compare(
     schedule: Schedule = "cosine",
     threads: Threads = None,
     out: Out = None,
+    force: Force = False,
+    resume: Resume = None,
     as_json: Json = False,
 ) -> None:
     """Train several optimizers side by side on a task, from the same initial models and batches.
 
     Shows how far each has come after each epoch and after equal training time, and what its steps cost.
 
-    A run that diverges is reported as such and does not stop the others.
+    A run that diverges is reported as such and does not stop the others. Exits with 130 if Ctrl-C ends it.
     """
-    with _usage_errors():
-        chosen = tasks.find_task(task)
-        names = dict.fromkeys(name.strip() for name in optimizers.split(","))
-        recipes = [tasks.recipe(chosen, name) for name in names]
+    if resume is not None:
+        run = _resumed(context, resume, task)
+    else:
+        chosen = _task(task)
+        with terminal.refusing("--optimizers"):
+            names = dict.fromkeys(name.strip() for name in optimizers.split(",") if name.strip())
+            if not names:
+                raise ValueError(f"is {optimizers!r}, expected names with commas between them, of {_OPTIMIZERS}")
+            recipes = {(recipe := tasks.recipe(chosen, name)).name: recipe for name in names}
         settings = _settings(chosen, epochs, batch_size, max_steps, schedule)
-        numbers = _seeds(seeds)
-    _set_threads(threads or chosen.threads)
-    _run(chosen, recipes, numbers, settings, out, "compare", as_json)
+        run = _run("compare", chosen, [*recipes.values()], _seeds(seeds), settings, threads, out, "compare", force)
+    run.carry_out(as_json)
 
 
 @app.command("selftest")
 def self_test(as_json: Json = False) -> None:
     """Check every op on every available backend against the reference in float64. Exits with 1 on any failure."""
-    results = list(selftest.run())
+    results: list[selftest.Result] = []
+    interrupted = False
+    try:
+        for result in selftest.run():
+            results.append(result)  # noqa: PERF402  one by one: what came before an interruption is kept
+    except KeyboardInterrupt:
+        interrupted = True
     failures = [result for result in results if not result.passed]
     if as_json:
         checks = [dataclasses.asdict(result) for result in results]
-        _print_json({"passed": not failures, "environment": environment.describe(), "checks": checks})
+        passed = not failures and not interrupted
+        terminal.show_json({"passed": passed, "environment": environment.describe(), "checks": checks})
     else:
-        console = Console()
-        console.print(_selftest_table(results))
+        terminal.show(_selftest_table(results))
         for failed in failures:
             where = f"{failed.op}, {failed.case}, {failed.dtype} on {failed.backend} ({failed.device})"
-            console.print(
-                f"[red]failed:[/red] {where}: {escape(failed.message or '')}", highlight=False, soft_wrap=True
-            )
+            _show_line(f"[red]failed:[/red] {where}: {escape(failed.message or '')}")
         for backend, reason in backends.reasons().items():
             if reason is not None:
-                console.print(f"not tested: {backend}: {escape(reason)}", highlight=False, soft_wrap=True)
+                _show_line(f"not tested: {backend}: {escape(reason)}")
+    if interrupted:
+        terminal.note(f"interrupted after {len(results)} checks")
+        raise typer.Exit(terminal.INTERRUPTED)
     if failures:
         raise typer.Exit(1)
+
+
+def _show_line(text: str) -> None:
+    terminal.show(text, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -198,41 +238,45 @@ def inspect(
     """
     reasons = {name: part.why_not() for name, part in inspection.BACKENDS.items()}
     chosen = backend or [name for name, reason in reasons.items() if reason is None] or list(reasons)
+    with terminal.refusing("--kernels"):
+        try:
+            re.compile(kernels)
+        except re.error as error:
+            raise ValueError(f"is {kernels!r}, expected a regular expression: {error}") from error
+    rows: list[inspection.Row] = []
+    interrupted = False
+    columns = (TextColumn("{task.description}"), TextColumn("{task.completed} variants"), TimeElapsedColumn())
     try:
-        with _usage_errors(), _inspection_progress() as watch:
-            rows = list(watch(inspection.run(target or inspection.TARGETS, kernels, sample, chosen)))
+        with terminal.refusing("--target, --backend or --kernels"), terminal.progress(columns) as progress:
+            bar = progress.add_task("inspecting", total=None)
+            for row in inspection.run(target or inspection.TARGETS, kernels, sample, chosen):
+                rows.append(row)
+                progress.update(bar, advance=1)
+    except typer.Exit:  # a RuntimeError too
+        raise
     except RuntimeError as error:
-        _fail(str(error))
+        terminal.fail(str(error))
+    except KeyboardInterrupt:
+        interrupted = True
     faults = [(row, fault) for row in rows for fault in row.faults]
     if as_json:
-        _print_json({"passed": bool(rows) and not faults, "variants": [dataclasses.asdict(row) for row in rows]})
+        passed = bool(rows) and not faults and not interrupted
+        terminal.show_json({"passed": passed, "variants": [dataclasses.asdict(row) for row in rows]})
     else:
-        console = Console()
-        Console(width=max(console.width, 140)).print(_inspection_table(rows))
+        terminal.show(_inspection_table(rows), width=max(Console().width, 140))
         for name, reason in reasons.items():
             if name not in chosen:
-                console.print(f"not inspected: {name}: {escape(str(reason))}", highlight=False, soft_wrap=True)
-        for name, note in sorted({(row.kernel, row.note) for row in rows if row.note}):
-            console.print(f"accepted: {name}: {note}", highlight=False, soft_wrap=True)
+                _show_line(f"not inspected: {name}: {escape(str(reason))}")
+        for name, remark in sorted({(row.kernel, row.note) for row in rows if row.note}):
+            _show_line(f"accepted: {name}: {remark}")
         for row, fault in faults:
             where = f"{row.backend}, {row.target}, {row.kernel}, {row.arguments}"
-            console.print(f"[red]failed:[/red] {escape(where)}: {escape(fault)}", highlight=False, soft_wrap=True)
+            _show_line(f"[red]failed:[/red] {escape(where)}: {escape(fault)}")
+    if interrupted:
+        terminal.note(f"interrupted after {len(rows)} variants")
+        raise typer.Exit(terminal.INTERRUPTED)
     if faults or not rows:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _inspection_progress() -> Iterator[Callable[[Iterator[inspection.Row]], Iterator[inspection.Row]]]:
-    columns = (TextColumn("{task.description}"), TextColumn("{task.completed} variants"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("inspecting", total=None)
-
-        def watch(rows: Iterator[inspection.Row]) -> Iterator[inspection.Row]:
-            for row in rows:
-                progress.update(bar, advance=1)
-                yield row
-
-        yield watch
 
 
 def _inspection_table(rows: Sequence[inspection.Row]) -> Table:
@@ -285,24 +329,17 @@ def _selftest_table(results: Sequence[selftest.Result]) -> Table:
     return table
 
 
-@contextmanager
-def _usage_errors() -> Iterator[None]:
-    """Turns a ValueError into a message and the exit status of wrong usage."""
-    try:
-        yield
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+def _task(name: str | None) -> Task:
+    with terminal.refusing("TASK"):
+        if name is None:
+            raise ValueError(f"is missing, expected one of {_TASKS}")
+        return tasks.find_task(name)
 
 
 def _settings(task: Task, epochs: int | None, batch_size: int | None, max_steps: int | None, schedule: str) -> Settings:
     if schedule not in ("cosine", "constant"):
-        raise ValueError(f"unknown schedule {schedule!r}: choose from cosine, constant")
+        terminal.refuse("--schedule", f"unknown schedule {schedule!r}: choose from cosine, constant")
     return Settings(epochs or task.epochs, batch_size or task.batch_size, schedule == "cosine", max_steps)
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        torch.set_num_threads(threads)
 
 
 def _seeds(text: str) -> list[int]:
@@ -310,87 +347,55 @@ def _seeds(text: str) -> list[int]:
         numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         numbers = []
-    if "," not in text:
-        numbers = [seed for count in numbers for seed in range(count)]
-    if not numbers or min(numbers) < 0:
-        raise ValueError(f"seeds is {text!r}, expected how many (3) or a list (4,7)")
+    if "," not in text and numbers:
+        numbers = [*range(min(numbers[0], _MOST_SEEDS + 1))]
+    if not numbers or min(numbers) < 0 or max(numbers) > tasks.LARGEST_SEED or len(numbers) > _MOST_SEEDS:
+        terminal.refuse(
+            "--seeds",
+            f"seeds is {text!r}, expected how many (3) or a list (4,7): at most {_MOST_SEEDS}, each from 0 to "
+            f"{tasks.LARGEST_SEED}",
+        )
     return list(dict.fromkeys(numbers))
 
 
 def _run(
+    command: str,
     task: Task,
     recipes: Sequence[Recipe],
     seeds: Sequence[int],
     settings: Settings,
+    threads: int | None,
     out: Path | None,
     stem: str,
-    as_json: bool,
-) -> list[Record]:
-    """Trains, prints tables or JSON, and writes ``stem``.json, ``stem``.md and ``stem``.png."""
-    folder = out or Path("results") / task.name
-    try:
-        _require_backend()
-        report.require_plotting()
-        folder.mkdir(parents=True, exist_ok=True)
-        with _progress(task, recipes, seeds, settings) as on_step:
-            records = tasks.compare(task, recipes, seeds, settings, on_step)
-    except (tasks.MissingExtraError, OSError) as error:
-        _fail(str(error))
-    data = report.document(task, settings, records)
-    summaries = tasks.summarize(records, settings.epochs)
-    tables = report.tables(task, settings, summaries, tasks.at_equal_time(records, settings.epochs))
-    report.write_json(folder / f"{stem}.json", data)
-    (folder / f"{stem}.md").write_text(report.markdown(tables))
-    report.draw(folder / f"{stem}.png", task, summaries)
-    if as_json:
-        _print_json(data)
-    else:
-        console = Console()
-        console.print(tables)
-        for record in records:
-            if record.diverged:
-                console.print(f"[red]{record.title}, seed {record.seed}, diverged: {record.diverged}[/red]")
-        console.print(f"files: {folder / stem}.png, .md and .json", soft_wrap=True)
-    return records
+    force: bool,
+) -> Run:
+    _require_backend()
+    threads = threads or task.threads
+    if threads is not None:
+        torch.set_num_threads(threads)
+    comparison = tasks.Comparison(task, recipes, seeds, settings)
+    return Run(command, comparison, Destination(out or Path("results") / task.name, stem), force)
+
+
+def _resumed(context: typer.Context, place: Path, task: str | None) -> Run:
+    """What was interrupted, with the settings that it began with."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in ("context", "task", "threads", "resume", "as_json") and source and source.name == "COMMANDLINE":
+            option = name.replace("_", "-")
+            terminal.refuse("--resume", f"goes on with the settings that the run began with: leave out --{option}")
+    with terminal.refusing("--resume"):
+        restored = files.restore(str(context.info_name), place)
+        if task is not None and task != restored.comparison.task.name:
+            raise ValueError(f"{place} has a run of {restored.comparison.task.name}, not of {task}")
+    _require_backend()
+    torch.set_num_threads(context.params["threads"] or restored.threads)
+    return Run(str(context.info_name), restored.comparison, restored.destination, force=True)
 
 
 def _require_backend() -> None:
     """Fails early, with the reason, if ``FISHER_KERNELS_BACKEND`` names a backend that cannot run here."""
     try:
-        with backends.use_backend(environment.default_backend()):
-            pass
+        backends.require(environment.default_backend())
     except (ValueError, RuntimeError) as error:
-        _fail(f"FISHER_KERNELS_BACKEND: {error}")
-
-
-@contextmanager
-def _progress(
-    task: Task, recipes: Sequence[Recipe], seeds: Sequence[int], settings: Settings
-) -> Iterator[Callable[[Training], None]]:
-    """One bar per optimizer on standard error; yields what to call after every iteration."""
-    total = len(seeds) * settings.epochs * settings.steps_per_epoch(task)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[status]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bars = {recipe.name: progress.add_task(recipe.title, total=total, status="") for recipe in recipes}
-
-        def on_step(training: Training) -> None:
-            record = training.record
-            status = f"seed {record.seed}, epoch {len(record.metric)}, {task.metric.name} "
-            progress.update(bars[record.optimizer], advance=1, status=status + task.metric.format(record.metric[-1]))
-
-        yield on_step
-
-
-def _print_json(data: dict[str, Any]) -> None:
-    print(json.dumps(data, indent=2, allow_nan=False))
-
-
-def _fail(message: str) -> NoReturn:
-    Console(stderr=True).print(f"[red]error:[/red] {escape(message)}", soft_wrap=True, highlight=False)
-    raise typer.Exit(1)
+        terminal.fail(f"FISHER_KERNELS_BACKEND: {error}")

@@ -27,6 +27,7 @@ import pytest
 
 from fisher_kernels import backends
 from fisher_kernels._library import native_module
+from fisher_kernels.optim import warn
 from tests import covering, launches, no_hypothesis
 from tests.checkout import nest_triton_kernels
 from tests.round_trip import through
@@ -51,6 +52,12 @@ else:
         )
 
 _BEGAN = time.monotonic()
+
+
+@pytest.fixture(autouse=True)
+def warnings_come_again() -> None:
+    """What is said once in a process is said once in a test."""
+    warn.forget()
 
 
 def _backends() -> list[str]:

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import matplotlib.image
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
 import fisher_kernels
+from fisher_kernels import runs, terminal
 from fisher_kernels.cli import app
 from fisher_kernels.ops import ACCUMULATOR
-from fisher_kernels.tasks import digit_images
+from fisher_kernels.tasks import Comparison, Settings, digit_images, find_task, recipe
+from fisher_kernels.tasks.training import WARM_UP_STEPS, Record, Training
 from fisher_kernels.tools import selftest
 
 ROOT = Path(fisher_kernels.__file__).parent.parent
@@ -38,11 +45,18 @@ def invoke(*arguments: str, **environment: str) -> Result:
     return CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "NO_COLOR": "1", **environment})
 
 
-def run_python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_python(folder: Path, *arguments: str, output: str | None = None) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    with nullcontext(subprocess.PIPE) if output is None else open(output, "w") as stdout:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=folder,
+            env=environment,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
 
 
 def assert_picture(path: Path) -> None:
@@ -196,7 +210,7 @@ def test_compare_writes_tables_a_picture_and_json(tmp_path: Path) -> None:
         "AdamW epoch",
         "step ms",
         "state B/param",
-        "compare.png, .md and .json",
+        "compare.json, .md and .png",
     ):
         assert word in result.stdout
     assert "| AdamW epoch | AdamW | SGD |\n" in (tmp_path / "compare.md").read_text()
@@ -309,6 +323,14 @@ def test_a_diverging_training_is_reported_and_fails(tmp_path: Path) -> None:
         (("train", "digits", "--optimizer", "sgd", "--schedule", "step"), "choose from cosine, constant"),
         (("compare", "digits", "--seeds", "many"), "seeds is 'many', expected how many (3) or a list (4,7)"),
         (("compare", "digits", "--seeds", "0"), "seeds is '0'"),
+        (("compare", "digits", "--seeds", "3,18446744073709551616"), "--seeds: seeds is '3,18446744073709551616'"),
+        (("compare", "digits", "--seeds", "1000000000"), "at most 1000"),
+        (("compare", "digits", "--optimizers", ","), "--optimizers: is ',', expected names"),
+        (("compare",), "TASK: is missing, expected one of digits, autoencoder, text"),
+        (("train", "digits", "--optimizer", "sgd", "--seed", "99999999999999"), "--seed"),
+        (("train", "digits", "--optimizer", "sgd", "--lr", "much"), "--lr"),
+        (("inspect", "--kernels", "("), "--kernels: is '(', expected a regular expression"),
+        (("prove",), "No such command 'prove'"),
         (("train", "digits", "--optimizer", "sgd", "--epochs", "0"), "epochs"),
         (("train", "digits"), "optimizer"),
     ],
@@ -316,7 +338,9 @@ def test_a_diverging_training_is_reported_and_fails(tmp_path: Path) -> None:
 def test_wrong_usage_is_explained(arguments: tuple[str, ...], message: str) -> None:
     result = invoke(*arguments)
     assert result.exit_code == 2
-    assert message in result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
 
 
 def test_a_backend_that_cannot_run_is_explained() -> None:
@@ -325,13 +349,273 @@ def test_a_backend_that_cannot_run_is_explained() -> None:
     assert "FISHER_KERNELS_BACKEND: backend is 'fpga', expected one of 'auto', 'reference'" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("module", "name"), [("sklearn.datasets", "scikit-learn"), ("matplotlib.figure", "matplotlib")]
-)
-def test_a_missing_extra_is_named(module: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
+def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     digit_images.load.cache_clear()
     result = invoke("train", "digits", "--optimizer", "sgd", *SHORT, "--out", str(tmp_path))
     assert result.exit_code == 1
-    assert name in result.stderr
+    assert "scikit-learn" in result.stderr
     assert "pip install 'fisher_kernels[demo]'" in result.stderr
+
+
+def test_without_matplotlib_all_but_the_picture_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = invoke("train", "digits", "--optimizer", "sgd", *SHORT, "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "files: " + str(tmp_path / "sgd") + ".json and .md\n" in result.stdout
+    (line,) = [line for line in result.stderr.splitlines() if "matplotlib" in line]
+    assert line.startswith("no picture: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sgd.json", "sgd.md"]
+
+
+# What may be wrong with the place of the files, or with the output.
+
+
+def lines_of(result: Result) -> list[str]:
+    """The lines on standard error, without those of the progress display."""
+    return [line for line in result.stderr.splitlines() if "%" not in line and "━" not in line]
+
+
+def test_a_file_in_place_of_the_folder_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Training, "iterate", None)  # nobody trains
+    place = tmp_path / "taken"
+    place.touch()
+    for out, reason in ((place, "is a file, expected a folder"), (place / "below", "Not a directory")):
+        result = invoke("train", "digits", "--optimizer", "sgd", *SHORT, "--out", str(out))
+        assert result.exit_code == 1
+        (line,) = lines_of(result)
+        assert line.startswith("error: --out: ")
+        assert reason in line
+
+
+def test_results_that_are_there_are_kept_unless_forced(tmp_path: Path) -> None:
+    arguments = ("train", "digits", "--optimizer", "sgd", *SHORT, "--out", str(tmp_path))
+    assert invoke(*arguments).exit_code == 0
+    first = (tmp_path / "sgd.json").read_bytes()
+    assert f"{tmp_path / 'sgd'}-2.json, .md and .png" in invoke(*arguments).stdout
+    assert (tmp_path / "sgd.json").read_bytes() == first
+    assert invoke(*arguments, "--force").exit_code == 0
+    assert (tmp_path / "sgd.json").read_bytes() != first
+    assert len([*tmp_path.iterdir()]) == 6
+
+
+def test_a_write_that_fails_names_the_file_and_loses_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_bytes
+
+    def full(self: Path, content: bytes) -> int:
+        if ".md" in self.name:
+            write(self, content[:10])
+            raise OSError(errno.ENOSPC, "No space left on device", str(self))
+        return write(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    result = invoke("train", "digits", "--optimizer", "sgd", *SHORT, "--out", str(tmp_path))
+    assert result.exit_code == 1
+    assert "step ms" in result.stdout
+    assert f"error: {tmp_path / 'sgd.md'} cannot be written: No space left on device" in lines_of(result)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sgd.json", "sgd.png"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_an_output_that_is_full_is_told_in_one_line_and_files_are_written(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("-m", "fisher_kernels", "train", "digits", "--optimizer", "sgd", *SHORT, "--out", str(out))
+    result = run_python(tmp_path, *arguments, output="/dev/full")
+    assert result.returncode == 1
+    errors = [line for line in result.stderr.splitlines() if "%" not in line]
+    assert errors == ["error: standard output: No space left on device"]
+    assert (out / "sgd.json").stat().st_size > 0
+
+
+# Interruption.
+
+
+@pytest.fixture
+def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Lets Ctrl-C come in the iteration of that number."""
+    right = Training.iterate
+
+    def interrupt(number: int) -> None:
+        made = 0
+
+        def iterate(self: Training, batch: Any) -> float:
+            nonlocal made
+            made += 1
+            if made == number:
+                signal.raise_signal(signal.SIGINT)
+            return right(self, batch)
+
+        monkeypatch.setattr(Training, "iterate", iterate)
+
+    return interrupt
+
+
+WARM_UP = 2 * WARM_UP_STEPS  # of two optimizers
+PAIR = ("digits", "--optimizers", "adamw,adafisher", "--seeds", "2", *SHORT)
+
+
+def runs_of(path: Path) -> list[dict[str, Any]]:
+    """What does not depend on time."""
+    kept = ("optimizer", "seed", "metric", "training_loss", "hyperparameters")
+    return [{name: run[name] for name in kept} for run in json.loads(path.read_text())["runs"]]
+
+
+@pytest.mark.parametrize("iteration", [4, 5, 8, 11], ids=["between epochs", "in epoch", "between seeds", "next seed"])
+def test_an_interrupted_comparison_goes_on_as_if_nothing_had_happened(
+    iteration: int, tmp_path: Path, interrupted_at: Callable[[int], None]
+) -> None:
+    interrupted_at(WARM_UP + iteration)
+    result = invoke("compare", *PAIR, "--out", str(tmp_path))
+    assert result.exit_code == 130, result.output
+    assert "Partial results: interrupted" in result.stdout
+    (line,) = lines_of(result)
+    assert f"to go on: fisher-kernels compare --resume {tmp_path / 'compare.resume.pt'}" in line
+    data = json.loads((tmp_path / "compare.json").read_text())
+    assert data["partial"].startswith("interrupted")
+    assert data["summary"][0]["seeds"] == [0]
+    assert len(data["summary"][0]["metric"]) == (2 if iteration < 8 else 3)
+    assert (tmp_path / "compare.md").read_text().startswith("Partial results: interrupted")
+    assert_picture(tmp_path / "compare.png")
+
+    interrupted_at(0)
+    result = invoke("compare", "--resume", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "Partial" not in result.stdout
+    whole = invoke("compare", *PAIR, "--out", str(tmp_path / "whole"))
+    assert whole.exit_code == 0
+    assert runs_of(tmp_path / "compare.json") == runs_of(tmp_path / "whole" / "compare.json")
+    assert json.loads((tmp_path / "compare.json").read_text())["partial"] is None
+    assert sorted(path.name for path in tmp_path.glob("compare*")) == ["compare.json", "compare.md", "compare.png"]
+
+
+def test_a_run_interrupted_before_its_first_epoch_has_no_results_and_can_go_on(
+    tmp_path: Path, interrupted_at: Callable[[int], None]
+) -> None:
+    interrupted_at(WARM_UP_STEPS + 1)
+    result = invoke("train", "digits", "--optimizer", "mbf", "--lr", "0.001", *SHORT, "--out", str(tmp_path))
+    assert result.exit_code == 130
+    assert result.stdout == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["mbf.resume.pt"]
+    interrupted_at(0)
+    assert invoke("train", "digits", "--resume", str(tmp_path)).exit_code == 0
+    (run,) = runs_of(tmp_path / "mbf.json")
+    assert run["hyperparameters"]["lr"] == 0.001
+    assert len(run["metric"]) == 3
+
+
+def test_what_an_exception_ends_is_shown_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, calls = Training.run_epoch, []
+
+    def breaks(self: Training, *rest: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        right(self, *rest)
+
+    monkeypatch.setattr(Training, "run_epoch", breaks)
+    result = invoke("compare", *PAIR, "--out", str(tmp_path))
+    assert isinstance(result.exception, RuntimeError)
+    assert "Partial results: ended by RuntimeError in epoch 2 of 2, seed 0 (1 of 2)." in result.stdout
+    assert (tmp_path / "compare.json").exists()
+
+
+def test_a_signal_to_the_process_ends_it_cleanly(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from fisher_kernels.tasks.training import Training\n"
+        "from fisher_kernels.__main__ import main\n"
+        "right, made = Training.iterate, []\n"
+        "def iterate(self, batch):\n"
+        "    made.append(1)\n"
+        "    if len(made) == 9: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return right(self, batch)\n"
+        "Training.iterate = iterate\n"
+        "main()\n"
+    )
+    arguments = ("train", "digits", "--optimizer", "sgd", *SHORT, "--out", str(tmp_path))
+    result = run_python(tmp_path, "-c", code, *arguments)
+    assert result.returncode == 130, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Partial results: interrupted in epoch 2 of 2, seed 0" in result.stdout
+
+
+@pytest.mark.usefixtures("few_samples")
+def test_an_interrupted_selftest_shows_its_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, made = selftest.check, []
+
+    def check(*arguments: Any) -> selftest.Result:
+        made.append(1)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return right(*arguments)
+
+    monkeypatch.setattr(selftest, "check", check)
+    result = invoke("selftest")
+    assert result.exit_code == 130
+    assert "minmax" in result.stdout
+    assert result.stderr == "interrupted after 2 checks\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is nothing in"),
+        (b"nonsense", "cannot be read"),
+        ({"a": 1}, "is not a checkpoint of this command line"),
+        ({"command": "train", "task": "digits", "state": {}}, "there is nothing in"),
+    ],
+)
+def test_what_cannot_be_resumed_is_explained(content: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "compare.resume.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    result = invoke("compare", "--resume", str(tmp_path))
+    assert result.exit_code == 2
+    (line,) = lines_of(result)
+    assert line.startswith("error: --resume: ")
+    assert message in line
+
+
+def test_settings_are_not_given_again_on_resuming(tmp_path: Path) -> None:
+    result = invoke("compare", "--resume", str(tmp_path), "--batch-size", "8")
+    assert result.exit_code == 2
+    assert "leave out --batch-size" in result.stderr
+
+
+# Progress.
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_progress_shows_the_figure_of_the_epoch_it_names_in_60_columns(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    display = terminal.training_progress(width)
+    monkeypatch.setattr(terminal, "training_progress", lambda: display)
+    task = find_task("text")
+    recipes = [recipe(task, name) for name in ("adamw", "adafisherw:relative")]
+    comparison = Comparison(task, recipes, [0], Settings(epochs=2, batch_size=8, max_steps=1))
+    seen: list[str] = []
+    with runs._progress(comparison) as (on_step, on_epoch):
+        for epoch, figure in ((1, 2.5), (2, 1.9375)):
+            for chosen in recipes:
+                record = Record(chosen.name, chosen.title, 4294967295, {}, [5.0, *[figure] * epoch])
+                record.training_loss = [0.0] * epoch
+                training = cast(Training, SimpleNamespace(record=record))
+                on_step(training)
+                on_epoch(training)
+            console = Console(width=width, no_color=True)
+            with console.capture() as capture:
+                console.print(display.get_renderable())
+            seen.append(capture.get())
+    for text, status in zip(seen, ("epoch 1: 2.500", "epoch 2: 1.938"), strict=True):
+        lines = text.rstrip("\n").split("\n")
+        assert len(lines) == 2
+        assert all(len(line) <= width for line in lines)
+        assert all(line.count(status) == 1 for line in lines)
+    assert all("100%" in line or "2/2" in line for line in lines)

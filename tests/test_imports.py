@@ -26,7 +26,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("",),
     ("tools", "tools.environment", "tools.samples"),
     ("tools.selftest",),
-    ("tools.inspection", "tasks"),
+    ("tools.inspection", "tasks", "terminal"),
+    ("runs",),
     ("cli",),
     ("__main__",),
 )

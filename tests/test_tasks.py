@@ -470,7 +470,9 @@ def test_the_table_of_equal_time() -> None:
 
 
 def test_document_is_plain_json_without_nan() -> None:
-    record = Record("sgd", "SGD", 0, {"lr": 0.1, "betas": (0.9, 0.99)}, metric=[math.inf, math.nan])
+    record = Record(
+        "sgd", "SGD", 0, {"lr": 0.1, "betas": (0.9, 0.99)}, metric=[math.inf, math.nan], training_loss=[0.0]
+    )
     data = document(LINE, replace(SETTINGS, epochs=1), [record])
     assert data["runs"][0]["metric"] == [None, None]
     assert data["runs"][0]["hyperparameters"]["betas"] == [0.9, 0.99]

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 CODE = '''
@@ -83,3 +85,32 @@ def test_the_library_trains_with_torch_alone() -> None:
     assert "trained" in result.stdout, result.stderr
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == "the command line needs typer: pip install 'fisher_kernels[cli]'"
+
+
+WITHOUT_NUMPY = (
+    CODE.partition("import warnings")[0].replace('("numpy", "rich", "typer", "click", ', '("numpy", ')
+    + """
+import sys
+import warnings
+
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+from fisher_kernels.__main__ import main
+from fisher_kernels.tools import selftest
+
+selftest.SAMPLES = selftest.SAMPLES[:1]
+sys.argv[0] = "fisher-kernels"
+main()
+"""
+)
+
+
+@pytest.mark.parametrize("arguments", [["selftest"], ["train", "text", "--optimizer", "sgd", "--max-steps", "1"]])
+def test_the_command_line_works_without_numpy(arguments: list[str], tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FISHER_KERNELS_BACKEND": "auto", "TRITON_INTERPRET": "0"}
+    short = ["--epochs", "1", "--batch-size", "2"] if arguments[0] == "train" else []
+    command = [sys.executable, "-c", WITHOUT_NUMPY, *arguments, *short]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert ("no picture: " in result.stderr) == (arguments[0] == "train")

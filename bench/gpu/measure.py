@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -135,7 +135,7 @@ def measure(case: Case, clock: Clock, rates: dict[str, float], names: Iterable[s
         )  # fmt: skip
         if failure is None:
             try:
-                with use_backend(name):
+                with use_backend(cast(backends.Name, name)):
                     with backends.recorded() as called:
                         works[0].run()
                     row.size = next((size for op, size in called if op == case.op), None)

@@ -127,6 +127,13 @@ def find_layers(
 
 
 _numbers = itertools.count()
+_attached = 0
+_readers: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Statistics[Any]]] = weakref.WeakKeyDictionary()
+
+
+def times_attached() -> int:
+    """How often anything was attached to the layers of a model."""
+    return _attached
 
 
 class Statistics(Generic[R]):
@@ -164,12 +171,21 @@ class Statistics(Generic[R]):
                 hook = _ForwardHook(layer, (number, index, use), weakref.ref(self))
                 handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
                 self._hooks.setdefault(index, []).append(hook)
+                _readers.setdefault(layer.module, weakref.WeakSet()).add(self)
         self._detach = weakref.finalize(self, _remove, handles)
+        global _attached
+        _attached += 1
 
     @property
     def open(self) -> bool:
         """Whether the hooks are still on the layers."""
         return self._detach.alive
+
+    def other_readers(self) -> list[Statistics[Any]]:
+        """Others whose hooks are on some of the same layers."""
+        layers = (layer.module for site in self.sites for layer in site.layers)
+        found = {id(reader): reader for layer in layers for reader in _readers.get(layer, ())}
+        return [reader for reader in found.values() if reader is not self and reader.open]
 
     def close(self) -> None:
         """Remove the hooks; what is pending is dropped."""

@@ -6,19 +6,19 @@ Source: AdaFisher, arXiv 2405.16397 (ICLR 2025), Eq. 3, Eq. 4 and Algorithm 1; t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.optim.optimizer import ParamsT
 
 from fisher_kernels.curvature.diagonal_rules import DiagonalRule, rule_for
 from fisher_kernels.curvature.hooks import Layer
 from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.ops import ACCUMULATOR, adafisher_step_
-from fisher_kernels.optim.base import Batch, Plan, count, totals
+from fisher_kernels.optim.base import Batch, Plan, count, require_numbers, totals
 from fisher_kernels.optim.diagonal_factors import VARIANTS, DiagonalFactors, Place
 from fisher_kernels.optim.layerwise import LayerwiseOptimizer
 
@@ -89,12 +89,12 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
         beta: float = 0.9,
         gamma: float = 0.8,
         damping: float | None = None,
-        variant: str = "paper",
+        variant: Literal["paper", "release", "relative"] = "paper",
         update_interval: int | None = None,
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         maximize: bool = False,
-        params: Iterable[Any] | None = None,
+        params: ParamsT | None = None,
         grad_scaler: Any = None,
         fallback_curvature: float | None = None,
         process_group: dist.ProcessGroup | None = None,
@@ -123,6 +123,9 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
             if group[name] is None:
                 group[name] = getattr(variant, name)
         super()._check_group(group)
+        require_numbers(group, ("beta", "gamma", "damping", "eps", "weight_decay"))
+        if group["fallback_curvature"] is not None:
+            require_numbers(group, ("fallback_curvature",), "a positive number or None")
         if group["fallback_curvature"] is not None and not 0 < group["fallback_curvature"] < math.inf:
             raise ValueError(f"fallback_curvature is {group['fallback_curvature']}, expected a positive number or None")
         interval = group["update_interval"]

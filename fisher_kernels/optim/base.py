@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 import textwrap
-import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import _DisableAutocast
 from torch._compile import _disable_dynamo
 from torch.nn import Parameter
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from fisher_kernels.ops import ACCUMULATOR
+from fisher_kernels.optim.warn import warn
 
 _WIDTH = 120
 """Columns of what is printed."""
@@ -78,7 +81,16 @@ class FisherOptimizer(Optimizer):
     moment: ClassVar[str]
     """State: the moment of a parameter, of its shape."""
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+    _turn = 0  # of the last step, counted over all optimizers
+    _rivals: tuple[weakref.ref[FisherOptimizer], ...] = ()  # those that hold some of the same parameters,
+    _rivals_of = -1  # as of this change of anybody's groups
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        if isinstance(params, nn.Module):
+            raise TypeError(
+                f"params is a {type(params).__name__}, expected its parameters: pass model.parameters() to "
+                f"{type(self).__name__}, or groups of them"
+            )
         self._groups: dict[Parameter, dict[str, Any]] = {}
         self._skipped: Counters = {}
         self._warned: set[str] = set()
@@ -111,6 +123,9 @@ class FisherOptimizer(Optimizer):
 
     def _find_groups(self) -> None:
         self._groups = {p: group for group in self.param_groups for p in group["params"]}
+        _living.add(self)
+        global _changes
+        _changes += 1
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; a group that is refused changes nothing."""
@@ -127,6 +142,7 @@ class FisherOptimizer(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Check the hyperparameters of a group that is added, and again at each step: a schedule may have set them."""
+        require_numbers(group, ("lr",), "a number or a tensor of one element")
         lr = group["lr"]
         if isinstance(lr, Tensor):
             if lr.numel() != 1:
@@ -146,9 +162,15 @@ class FisherOptimizer(Optimizer):
 
     # Step.
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @_disable_dynamo  # torch.compiler.disable would import the whole compiler along with this module
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient; optimizers that read layers first average new statistics in.
 
         Under ``torch.compile`` the step stays outside the graph; it is one kernel for each parameter group already.
@@ -159,6 +181,7 @@ class FisherOptimizer(Optimizer):
         Returns:
             What the closure returned, or None.
         """
+        self._take_turn()
         loss = evaluate_closure(closure)
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
@@ -171,6 +194,23 @@ class FisherOptimizer(Optimizer):
         with _DisableAutocast():  # its products keep the precision of the state
             self._advance(grad_scale, found_inf)
         return loss
+
+    def _take_turn(self) -> None:
+        """Say once if another optimizer has stepped some of the parameters since the last step of this one."""
+        if self._rivals_of != _changes:
+            others = [other for other in _living if other is not self]
+            self._rivals = tuple(weakref.ref(o) for o in others if not o._groups.keys().isdisjoint(self._groups))
+            self._rivals_of = _changes
+        for reference in self._rivals:
+            rival = reference()
+            if rival is not None and rival._turn > self._turn > 0 and "rival" not in self._warned | rival._warned:
+                self._warned.add("rival")
+                warn(
+                    f"{type(self).__name__}: another optimizer, {type(rival).__name__}, steps some of the same "
+                    "parameters in turn with this one, and each moves them away from where the other believes them to "
+                    "be: give each parameter to one of them, and close() or delete an optimizer that is no longer used"
+                )
+        self._turn = next(_turns)
 
     def _check_not_moved(self, group: dict[str, Any]) -> None:
         """Refuse a model that has changed its dtype or device since its state was made; checks one parameter."""
@@ -196,11 +236,6 @@ class FisherOptimizer(Optimizer):
                 )
         return stepped
 
-    def _warn_once(self, what: str, message: str) -> None:
-        if what not in self._warned:
-            self._warned.add(what)
-            warnings.warn(f"{type(self).__name__}: {message}", stacklevel=7)
-
     # State.
 
     def _dtype_of(self, p: Parameter, name: str) -> torch.dtype:
@@ -217,6 +252,7 @@ class FisherOptimizer(Optimizer):
 
         def last_seen(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
             nonlocal loaded
+            self._check_shapes(state_dict)
             loaded = state_dict
 
         # Behind the hooks of others, which may have put another state in place.
@@ -234,6 +270,17 @@ class FisherOptimizer(Optimizer):
                     self.state[p][name] = value.detach().to(p.device, dtype, copy=True)
         self._find_groups()
         self._reloaded()
+
+    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
+        """Refuse the state of a model of other widths, before anything is changed."""
+        ids = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for number, (name, p) in zip(ids, self._names(), strict=False):  # torch refuses other groups
+            moment = state_dict["state"].get(number, {}).get(self.moment)
+            if isinstance(moment, Tensor) and moment.shape != p.shape:
+                raise ValueError(
+                    f"the state of parameter {name!r} is that of another model: its {self.moment} has shape "
+                    f"{tuple(moment.shape)}, expected {tuple(p.shape)}, the parameter's"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("_skipped", "_warned")
@@ -271,6 +318,19 @@ class FisherOptimizer(Optimizer):
             group = group_index[id(self._groups[p])]
             rows.append(Explanation(name, tuple(p.shape), group, rule, detail, size, not p.requires_grad))
         return Explanations(rows)
+
+
+_living: weakref.WeakSet[FisherOptimizer] = weakref.WeakSet()
+_changes = 0  # of the groups of any optimizer
+_turns = itertools.count(1)
+
+
+def require_numbers(group: dict[str, Any], names: Iterable[str], expected: str = "a number") -> None:
+    """Refuse hyperparameters that are no numbers, by name."""
+    for name in names:
+        value = group[name]
+        if type(value) is not float and not isinstance(value, numbers.Real | Tensor):
+            raise TypeError(f"{name} is {value!r}, expected {expected}")
 
 
 Counters = dict[tuple[int, ...], Tensor]
@@ -338,7 +398,7 @@ class Plan(Generic[B]):
         return found  # type: ignore[return-value]
 
 
-def evaluate_closure(closure: Callable[[], Any] | None) -> Any:
+def evaluate_closure(closure: Callable[[], float] | None) -> float | None:
     """The loss of a step's closure, with gradients on; None without one."""
     if closure is None:
         return None

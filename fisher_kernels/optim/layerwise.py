@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+import gc
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any, Generic
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.optim.optimizer import ParamsT
 
-from fisher_kernels.curvature.hooks import Layer, Statistics, find_layers
+from fisher_kernels.curvature.hooks import Layer, Statistics, find_layers, times_attached
 from fisher_kernels.curvature.rules import R, Sums
 from fisher_kernels.optim.base import Explanations, FisherOptimizer
+from fisher_kernels.optim.warn import warn, warn_once
 
 FALLBACK_SHARE = 0.01
 """Share of the trained parameters above which fallbacks are worth a warning."""
+
+# What each model has been warned of. Not kept by the optimizers: a notebook makes one after the other for a model.
+_told: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
 class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
@@ -29,10 +35,12 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         process_group: over which statistics are added up; None takes the default group where there is one.
     """
 
+    _looked_at = -1  # so many optimizers had been attached to models when others were looked for
+
     def __init__(
         self,
         model: nn.Module,
-        params: Iterable[Any] | None,
+        params: ParamsT | None,
         defaults: dict[str, Any],
         grad_scaler: Any,
         process_group: dist.ProcessGroup | None,
@@ -122,7 +130,30 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
     def _refused(self) -> None:
         self.statistics.clear()  # a skipped step leaves nothing behind, and the refresh that was due is still due
 
+    def _warn_once(self, what: str, message: str) -> None:
+        """Once for each model and kind of optimizer."""
+        if not self._has_told(what):
+            _told.setdefault(self._model, set()).add(f"{type(self).__name__} {what}")
+            warn(f"{type(self).__name__}: {message}")
+
+    def _has_told(self, what: str) -> bool:
+        return f"{type(self).__name__} {what}" in _told.get(self._model, ())
+
+    def _look_for_other_readers(self) -> None:
+        """Say once if other optimizers read the same layers; not at construction, when an old one is still around."""
+        self._looked_at = times_attached()
+        if not self._has_told("readers") and self.statistics.other_readers():
+            gc.collect()  # what only cycles keep alive costs nothing after this
+            if others := self.statistics.other_readers():
+                self._warn_once(
+                    "readers",
+                    f"{len(others) + 1} living optimizers read layers of this model, and each makes every iteration "
+                    "slower: close() those that are no longer used",
+                )
+
     def _advance(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        if self._looked_at != times_attached():
+            self._look_for_other_readers()
         self._prepare()
         taken = self.statistics.take(grad_scale)
         if not taken:
@@ -143,7 +174,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _warn_if_silent(self) -> None:
         """Say once that a refresh step had gradients and no statistics."""
-        if "silent" in self._warned:
+        if self._has_told("silent"):
             return
         waiting = [site.owner.grad for site in self.statistics.sites if is_due(self._groups[site.owner])]
         # Whether a gradient is all zeros is read on the CPU alone: elsewhere the step would wait for the device.
@@ -204,10 +235,9 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         share = sum(sizes[name] for name in fallbacks) / max(sum(sizes.values()), 1)
         if share > FALLBACK_SHARE:
             shown = ", ".join(fallbacks[:5]) + (", ..." if len(fallbacks) > 5 else "")
-            warnings.warn(
+            warn_once(
                 f"{type(self).__name__}: {share:.0%} of the trained parameters have no layer rule and take a fallback "
-                f"({shown}); print(optimizer.explain()) shows each",
-                stacklevel=4,
+                f"({shown}); print(optimizer.explain()) shows each"
             )
 
 

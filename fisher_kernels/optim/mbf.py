@@ -8,19 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.optim.optimizer import ParamsT
 
 from fisher_kernels.curvature.block_rules import BlockRule, BlockRules, Blocks, Sharing
 from fisher_kernels.curvature.hooks import Layer
 from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.ops import ACCUMULATOR, mbf_step_
 from fisher_kernels.ops._blocks import unpack
-from fisher_kernels.optim.base import count, totals
+from fisher_kernels.optim.base import count, require_numbers, totals
 from fisher_kernels.optim.fisher_blocks import STORAGES, FisherBlocks, New, Unit
 from fisher_kernels.optim.layerwise import LayerwiseOptimizer, is_due
 
@@ -110,15 +111,15 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         beta2: float = 0.9,
         update_interval: int = 1,
         inverse_interval: int = 10,
-        linear_blocks: str | int = "shared",
-        sequence: str = "expand",
-        loss_reduction: str = "mean",
+        linear_blocks: Literal["shared", "per_output"] | int = "shared",
+        sequence: Literal["expand", "reduce"] = "expand",
+        loss_reduction: Literal["mean", "sum"] = "mean",
         weight_decay: float = 0.0,
         decoupled: bool = True,
         maximize: bool = False,
-        params: Iterable[Any] | None = None,
+        params: ParamsT | None = None,
         grad_scaler: Any = None,
-        inverse_storage: str = "full",
+        inverse_storage: Literal["full", "packed", "bfloat16"] = "full",
         capturable: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -147,6 +148,9 @@ class MBF(LayerwiseOptimizer[BlockRule]):
     def _check_group(self, group: dict[str, Any]) -> None:
         group.setdefault("capturable", False)  # which states saved by earlier versions lack
         super()._check_group(group)
+        require_numbers(group, ("momentum", "beta2", "damping", "weight_decay"))
+        if group["kl_clip"] is not None:
+            require_numbers(group, ("kl_clip",), "a number or None")
         for name in ("update_interval", "inverse_interval"):
             if not isinstance(group[name], int) or group[name] < 1:
                 raise ValueError(f"{name} is {group[name]!r}, expected an integer of at least 1")

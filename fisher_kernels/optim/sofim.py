@@ -6,16 +6,17 @@ Source: SOFIM, arXiv 2403.02833, Algorithm 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim.optimizer import ParamsT
 
 from fisher_kernels.ops import ACCUMULATOR, sofim_step_
 from fisher_kernels.ops.sofim_step import DIRECTIONS, SCOPES
-from fisher_kernels.optim.base import Batch, FisherOptimizer, Plan, count, totals
+from fisher_kernels.optim.base import Batch, FisherOptimizer, Plan, count, require_numbers, totals
 
 SHARED = ("rho", "beta", "direction", "decoupled", "maximize")
 """Hyperparameters on which all groups of scope ``"global"`` agree: they have one Fisher matrix."""
@@ -73,7 +74,7 @@ class SOFIM(FisherOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         lr: float | Tensor = 0.1,
         *,
         rho: float = 0.01,
@@ -101,6 +102,7 @@ class SOFIM(FisherOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        require_numbers(group, ("rho", "beta", "weight_decay"))
         if not 0 <= group["weight_decay"] < math.inf:
             raise ValueError(f"weight_decay is {group['weight_decay']}, expected a finite number of at least 0")
         if not 0 < group["rho"] < math.inf:

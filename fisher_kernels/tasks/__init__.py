@@ -9,20 +9,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fisher_kernels.tasks import autoencoder, digits, text
-from fisher_kernels.tasks.comparison import at_equal_time, compare, summarize
+from fisher_kernels.tasks.comparison import Comparison, at_equal_time, compare, presentable, summarize
 from fisher_kernels.tasks.optimizers import OPTIMIZERS, recipe
-from fisher_kernels.tasks.task import MissingExtraError, Task
-from fisher_kernels.tasks.training import Settings
+from fisher_kernels.tasks.task import LARGEST_SEED, MissingExtraError, Task
+from fisher_kernels.tasks.training import Interrupted, Settings
 
 __all__ = [
+    "LARGEST_SEED",
     "OPTIMIZERS",
     "TASKS",
+    "Comparison",
+    "Interrupted",
     "MissingExtraError",
     "Settings",
     "Task",
     "at_equal_time",
     "compare",
     "find_task",
+    "presentable",
     "recipe",
     "summarize",
 ]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby, islice
+from typing import Any
 
 from fisher_kernels.tasks.optimizers import Recipe
 from fisher_kernels.tasks.task import Hyperparameters, Task
@@ -25,17 +26,123 @@ def compare(
     seeds: Sequence[int],
     settings: Settings,
     on_step: OnStep | None = None,
+    on_epoch: OnStep | None = None,
 ) -> list[Record]:
-    """Trains every recipe from every seed and returns the records, recipe by recipe.
+    """Trains every recipe from every seed and returns the records, recipe by recipe."""
+    comparison = Comparison(task, recipes, seeds, settings)
+    comparison.run(on_step, on_epoch)
+    return comparison.records
+
+
+class Comparison:
+    """Every recipe trained from every seed; it can be stopped after any iteration, and go on in another process.
 
     The recipes take turns epoch by epoch, in an order that rotates, so that whatever else the machine is doing slows
     all of them alike and timings can be compared.
     """
-    for recipe in recipes:
-        _warm_up(task, recipe, settings)
-    records = [record for seed in seeds for record in _race(task, recipes, seed, settings, on_step)]
-    order = [recipe.name for recipe in recipes]
-    return sorted(records, key=lambda record: order.index(record.optimizer))
+
+    def __init__(self, task: Task, recipes: Sequence[Recipe], seeds: Sequence[int], settings: Settings) -> None:
+        self.task, self.recipes, self.seeds, self.settings = task, recipes, seeds, settings
+        self._done: list[Record] = []
+        self._running: list[Training] = []
+
+    def run(self, on_step: OnStep | None = None, on_epoch: OnStep | None = None) -> None:
+        """Trains what is left to train.
+
+        Args:
+            on_step: called after every iteration; what it raises stops the comparison, which ``run`` takes up again.
+            on_epoch: called after every epoch, when its figures are in the record.
+        """
+        for recipe in self.recipes:
+            _warm_up(self.task, recipe, self.settings)
+        done = {record.seed for record in self._done}
+        for seed in self.seeds:
+            if seed not in done:
+                if not self._running:
+                    self._running = self._start(seed)
+                self._race(on_step, on_epoch)
+
+    @property
+    def records(self) -> list[Record]:
+        """Those of all runs that have begun, recipe by recipe."""
+        for training in self._running:
+            training.measure()
+        order = [recipe.name for recipe in self.recipes]
+        records = [*self._done, *(training.record for training in self._running)]
+        return sorted(records, key=lambda record: order.index(record.optimizer))
+
+    @property
+    def iterations(self) -> dict[str, int]:
+        """How many iterations each optimizer has made."""
+        steps = self.settings.steps_per_epoch(self.task)
+        made = {recipe.name: 0 for recipe in self.recipes}
+        for record in self._done:
+            made[record.optimizer] += steps * record.epochs
+        for training in self._running:
+            made[training.record.optimizer] += training.iterations
+        return made
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that ``load_state_dict`` needs to go on from here; numbers, names and tensors."""
+        return {
+            "done": [asdict(record) for record in self._done],
+            "running": [training.state_dict() for training in self._running],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts a comparison of the same task, recipes, seeds and settings where another left off."""
+        self._done = [Record.of(plain) for plain in state["done"]]
+        self._running = []
+        for recipe, saved in zip(self.recipes, state["running"], strict=False):  # none between two seeds
+            training = Training(self.task, recipe, saved["record"]["seed"], self.settings)
+            training.load_state_dict(saved)
+            self._running.append(training)
+
+    def _start(self, seed: int) -> list[Training]:
+        trainings = [Training(self.task, recipe, seed, self.settings) for recipe in self.recipes]
+        for training in trainings:
+            training.evaluate()
+        return trainings
+
+    def _race(self, on_step: OnStep | None, on_epoch: OnStep | None) -> None:
+        """Trains the runs of one seed to their ends."""
+        trainings = self._running
+        for epoch in range(self.settings.epochs):
+            first = epoch % len(trainings)
+            for training in trainings[first:] + trainings[:first]:
+                if not training.finished and training.record.epochs == epoch:
+                    training.run_epoch(on_step)
+                    if on_epoch is not None:
+                        on_epoch(training)
+        for training in trainings:
+            training.close()
+        self._done += [training.record for training in trainings]
+        self._running = []
+
+
+@dataclass(frozen=True)
+class Part:
+    """What can be shown of a comparison that was stopped.
+
+    Attributes:
+        records: of the seeds all of whose runs have ended; where there are none, of the one that has begun.
+        epochs: how many of them there are to show.
+    """
+
+    records: list[Record]
+    epochs: int
+
+
+def presentable(records: Sequence[Record], epochs: int) -> Part:
+    """The records that can be compared with one another: all of them, where all runs of ``epochs`` epochs have ended.
+
+    A mean over the seeds that an optimizer happened to get to would be one of other things than its neighbour's.
+    """
+    unfinished = {record.seed for record in records if record.diverged is None and record.epochs < epochs}
+    finished = [record for record in records if record.seed not in unfinished]
+    if finished:
+        return Part(finished, epochs)
+    return Part([*records], max((record.epochs for record in records), default=0))
 
 
 @dataclass(frozen=True)
@@ -164,19 +271,3 @@ def _warm_up(task: Task, recipe: Recipe, settings: Settings) -> None:
     with closing(Training(task, recipe, 0, settings)) as training:
         for batch in islice(task.batches(0, 0, settings.batch_size), WARM_UP_STEPS):
             training.iterate(batch)
-
-
-def _race(
-    task: Task, recipes: Sequence[Recipe], seed: int, settings: Settings, on_step: OnStep | None
-) -> Iterator[Record]:
-    trainings = [Training(task, recipe, seed, settings) for recipe in recipes]
-    for training in trainings:
-        training.evaluate()
-    for epoch in range(settings.epochs):
-        first = epoch % len(trainings)
-        for training in trainings[first:] + trainings[:first]:
-            if not training.finished:
-                training.run_epoch(on_step)
-    for training in trainings:
-        training.close()
-        yield training.record

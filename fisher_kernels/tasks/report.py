@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import io
 import json
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fisher_kernels.tasks.comparison import EqualTime, Spread, Summary, at_equal_time, summarize
+from fisher_kernels.tasks.comparison import EqualTime, Spread, Summary, at_equal_time, presentable, summarize
 from fisher_kernels.tasks.task import Metric, Task, require
 from fisher_kernels.tasks.training import Record, Settings
 from fisher_kernels.tools import environment
@@ -32,13 +31,23 @@ _DOTS_PER_INCH = 150
 _LINE = 120  # of prose in a Markdown file
 
 
-def tables(task: Task, settings: Settings, summaries: Sequence[Summary], equal_time: EqualTime | None) -> Group:
-    """The metric epoch by epoch and, of several optimizers, at equal training times; what the steps cost."""
+def tables(
+    task: Task,
+    settings: Settings,
+    summaries: Sequence[Summary],
+    equal_time: EqualTime | None,
+    partial: str | None = None,
+) -> Group:
+    """The metric epoch by epoch and, of several optimizers, at equal training times; what the steps cost.
+
+    ``partial`` says why there is not all that was asked for.
+    """
     seeds = len(summaries[0].seeds)
     over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else f"seed {summaries[0].seeds[0]}"
     schedule = "cosine" if settings.cosine else "constant"
     metric = f"{task.metric.name} in {task.metric.unit}"
-    parts: list[str | Table] = [
+    parts: list[str | Table] = [f"Partial results: {partial}."] if partial else []
+    parts += [
         f"{task.name}: {task.summary}; {settings.epochs} epochs, batch size {settings.batch_size}, "
         f"{schedule} learning rate",
         f"{metric} per epoch, {over}",
@@ -101,7 +110,8 @@ def _cell(metric: Metric, spread: Spread | None, summary: Summary, missing: str)
 
 
 def _diverged(summary: Summary) -> str:
-    return f"[red]diverged ({len(summary.diverged)} of {len(summary.seeds)})[/red]"
+    """What stands where a figure is missing: of a run that has not come so far, nothing is known."""
+    return f"[red]diverged ({len(summary.diverged)} of {len(summary.seeds)})[/red]" if summary.diverged else "-"
 
 
 def _cost_table(summaries: Sequence[Summary]) -> Table:
@@ -152,16 +162,22 @@ def _markdown_table(shown: Table) -> str:
     return markdown_table(plain(column.header for column in shown.columns), map(plain, rows), right).rstrip()
 
 
-def document(task: Task, settings: Settings, records: Sequence[Record]) -> dict[str, Any]:
-    """Everything that is known about a comparison, as plain JSON types; figures that are not finite become null."""
+def document(task: Task, settings: Settings, records: Sequence[Record], partial: str | None = None) -> dict[str, Any]:
+    """Everything that is known about a comparison, as plain JSON types; figures that are not finite become null.
+
+    ``partial`` says why there is not all that was asked for. ``runs`` then has every run that has begun, the summary
+    those that can be compared.
+    """
+    part = presentable(records, settings.epochs)
     parts = {
         "task": task.name,
+        "partial": partial,
         "metric": task.metric,
         "also": task.also,
         "settings": settings,
         "environment": environment.describe(),
-        "summary": summarize(records, settings.epochs),
-        "equal_time": at_equal_time(records, settings.epochs),
+        "summary": summarize(part.records, part.epochs),
+        "equal_time": at_equal_time(part.records, part.epochs),
         "runs": records,
     }
     return {name: _plain(part) for name, part in parts.items()}
@@ -179,18 +195,17 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Writes standard JSON: a figure that is not finite is an error here, see ``document``."""
-    path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
+def as_json(data: dict[str, Any]) -> str:
+    """Standard JSON: a figure that is not finite is an error here, see ``document``."""
+    return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
 
-def require_plotting() -> None:
-    """Raises ``MissingExtraError`` where ``draw`` would."""
-    require("matplotlib.figure", "matplotlib", "the picture of the curves")
+def picture(task: Task, summaries: Sequence[Summary], partial: str | None = None) -> bytes:
+    """A PNG: the metric after each epoch, against epochs and against training time, one line per optimizer.
 
-
-def draw(path: Path, task: Task, summaries: Sequence[Summary]) -> None:
-    """Writes a PNG: the metric after each epoch, against epochs and against training time, one line per optimizer."""
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
     # A Figure of its own: no pyplot, so no global state and no display.
     figure = require("matplotlib.figure", "matplotlib", "the picture of the curves").Figure(
         figsize=(12, 5.4), dpi=_DOTS_PER_INCH, layout="constrained"
@@ -203,7 +218,9 @@ def draw(path: Path, task: Task, summaries: Sequence[Summary]) -> None:
         _draw_curve(by_time, [summary.seconds[epoch] or 0.0 for epoch in curve], list(curve.values()), summary, index)
     seeds = len(summaries[0].seeds)
     figure.suptitle(
-        f"{task.name}: {task.metric.name}" + (f" (mean and deviation over {seeds} seeds)" if seeds > 1 else ""),
+        f"{task.name}: {task.metric.name}"
+        + (f" (mean and deviation over {seeds} seeds)" if seeds > 1 else "")
+        + (", partial results" if partial else ""),
         fontsize="x-large",
     )
     by_epoch.set(xlabel="epoch", ylabel=f"{task.metric.name} ({task.metric.unit})", title="per epoch")
@@ -216,7 +233,9 @@ def draw(path: Path, task: Task, summaries: Sequence[Summary]) -> None:
         axes.grid(alpha=0.3)
     # Beside the axes: within them it would hide a point sooner or later.
     figure.legend(*by_epoch.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(summaries), 6))
-    figure.savefig(path)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def _draw_curve(axes: Axes, x: Sequence[float], curve: Sequence[Spread], summary: Summary, index: int) -> None:
@@ -239,6 +258,8 @@ def _draw_curve(axes: Axes, x: Sequence[float], curve: Sequence[Spread], summary
 
 def _stretch_towards_100(axes: Axes) -> None:
     """Gives 98 to 99 % as much room as 80 to 90 %: a logarithmic axis of what is missing to 101 %."""
+    import numpy as np  # which matplotlib brings, and nothing else here needs
+
     axes.set_yscale(
         "function",
         functions=(

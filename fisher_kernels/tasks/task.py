@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+# A multiple of a seed is what torch is seeded with, in 64 bits.
+LARGEST_SEED = 2**32 - 1
+
 Batch = tuple[Tensor, Tensor]
 Hyperparameters = Mapping[str, Any]
 

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -21,6 +21,10 @@ WARM_UP_STEPS = 5
 
 
 OnStep = Callable[["Training"], None]
+
+
+class Interrupted(Exception):  # noqa: N818  nothing is wrong
+    """Raised by a caller's ``OnStep``: training stops after a whole iteration, and can go on from there."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,17 @@ class Record:
     state_bytes_per_parameter: float | None = None
     diverged: str | None = None
 
+    @property
+    def epochs(self) -> int:
+        """How many epochs were trained and evaluated."""
+        return len(self.training_loss)
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> Record:
+        """The record that ``dataclasses.asdict`` made plain."""
+        timings = {name: plain[name] and Timing(**plain[name]) for name in ("step_ms", "iteration_ms")}
+        return cls(**{**plain, **timings})
+
 
 class Training:
     """Trains one model with one recipe from one seed: ``evaluate`` once, then ``run_epoch`` until ``finished``."""
@@ -97,6 +112,7 @@ class Training:
         self.record = Record(recipe.name, recipe.title, seed, _hyperparameters(self.optimizer))
         total = settings.epochs * settings.steps_per_epoch(task)
         self.schedule = LambdaLR(self.optimizer, lambda step: cosine(step, total) if settings.cosine else 1.0)
+        self._losses: list[float] = []  # of the epoch that has begun
         self._step_seconds: list[float] = []
         self._iteration_seconds: list[float] = []
         self.record.parameters = sum(p.numel() for p in self.model.parameters())
@@ -104,26 +120,35 @@ class Training:
     @property
     def finished(self) -> bool:
         """Whether all epochs are done or the run has diverged."""
-        return self.record.diverged is not None or len(self.record.training_loss) >= self.settings.epochs
+        return self.record.diverged is not None or self.record.epochs >= self.settings.epochs
+
+    @property
+    def iterations(self) -> int:
+        """How many there were."""
+        return len(self._iteration_seconds)
 
     def run_epoch(self, on_step: OnStep | None = None) -> None:
-        """Trains one epoch and evaluates; a run that diverges stops where it is and says so in its record."""
-        epoch = len(self.record.training_loss) + 1
+        """Trains one epoch and evaluates; a run that diverges stops where it is and says so in its record.
+
+        An epoch that ``on_step`` has left with an exception goes on after its last iteration.
+        """
+        epoch = self.record.epochs + 1
         batches = self.task.batches(self.seed, epoch, self.settings.batch_size)
-        losses: list[float] = []
-        for batch in islice(batches, self.settings.max_steps):
-            losses.append(self.iterate(batch))
-            if not math.isfinite(losses[-1]):
-                self.record.diverged = f"loss {losses[-1]} in epoch {epoch}, step {len(losses)}"
-                return self._measure()
+        for batch in islice(batches, len(self._losses), self.settings.max_steps):
+            loss = self.iterate(batch)
+            self._losses.append(loss)
+            if not math.isfinite(loss):
+                self.record.diverged = f"loss {loss} in epoch {epoch}, step {len(self._losses)}"
+                return self.measure()
             if on_step is not None:
                 on_step(self)
         if not all(p.isfinite().all() for p in self.model.parameters()):
             self.record.diverged = f"parameters not finite after epoch {epoch}"
-            return self._measure()
-        self.record.training_loss.append(statistics.fmean(losses))
+            return self.measure()
+        mean, self._losses = statistics.fmean(self._losses), []
         self.evaluate()
-        self._measure()
+        self.record.training_loss.append(mean)
+        self.measure()
 
     def evaluate(self) -> None:
         """Records the task's figures, and the seconds that training has taken so far."""
@@ -147,10 +172,33 @@ class Training:
         self.schedule.step()
         return loss.item()
 
-    def _measure(self) -> None:
+    def measure(self) -> None:
+        """Records what the iterations so far have cost."""
         self.record.step_ms = Timing.of(self._step_seconds)
         self.record.iteration_ms = Timing.of(self._iteration_seconds)
         self.record.state_bytes_per_parameter = state_bytes(self.optimizer) / self.record.parameters
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that ``load_state_dict`` needs to go on from here, as if nothing had happened; numbers and tensors."""
+        return {
+            "record": asdict(self.record),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "losses": self._losses,
+            "step_seconds": self._step_seconds,
+            "iteration_seconds": self._iteration_seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts a run of the same task, recipe, seed and settings where another left off."""
+        self.record = Record.of(state["record"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self._losses = [*state["losses"]]
+        self._step_seconds = [*state["step_seconds"]]
+        self._iteration_seconds = [*state["iteration_seconds"]]
 
     def close(self) -> None:
         """Removes the hooks of an optimizer that has any."""

@@ -44,7 +44,7 @@ def run(only: str | None = None) -> Iterator[Result]:
                 yield check(sample, dtype, backend, device)
 
 
-def _places() -> list[tuple[str, torch.device]]:
+def _places() -> list[tuple[backends.Name, torch.device]]:
     """Backends and the devices they run on."""
     kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     return [
@@ -54,7 +54,7 @@ def _places() -> list[tuple[str, torch.device]]:
     ]
 
 
-def check(sample: Sample, dtype: torch.dtype, backend: str, device: torch.device) -> Result:
+def check(sample: Sample, dtype: torch.dtype, backend: backends.Name, device: torch.device) -> Result:
     """A sample in one dtype on one backend."""
 
     def result(passed: bool, worst: float | None, message: str | None) -> Result:

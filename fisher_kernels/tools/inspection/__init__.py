@@ -5,6 +5,7 @@ Triton's kernels are compiled for it; those in CUDA are read from the native mod
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from fisher_kernels.tools.inspection import cuda, triton
@@ -31,7 +32,7 @@ def run(
 
     Raises:
         RuntimeError: a backend has no kernels that could be inspected here.
-        ValueError: a target or backend is unknown.
+        ValueError: a target or backend is unknown, or the pattern matches no kernel.
     """
     for name, values, known in (("target", targets, TARGETS), ("backend", backends, tuple(BACKENDS))):
         for value in values:
@@ -40,5 +41,9 @@ def run(
     for backend in backends:
         if reason := BACKENDS[backend].why_not():
             raise RuntimeError(f"kernels of {backend} cannot be inspected here: {reason}")
+    names = {name for backend in backends for name in BACKENDS[backend].names()}
+    if not any(re.search(pattern, name) for name in names):
+        stems = sorted({name.partition(".")[0] for name in names if name[0] != "_" and name[:5] != "cuda."})
+        raise ValueError(f"{pattern!r} matches no kernel; their names begin with {', '.join(stems)}")
     for backend in backends:
         yield from BACKENDS[backend].run(targets, pattern, sample)

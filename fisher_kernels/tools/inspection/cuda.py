@@ -51,6 +51,15 @@ def why_not() -> str | None:
     return backends.why_no_triton()  # whose copy of cuobjdump is used
 
 
+def names() -> set[str]:
+    """Those of all kernels, and of other functions: the module has their symbols beside the packed code."""
+    module = native_module()
+    assert module is not None
+    assert module.__file__ is not None
+    symbols = set(re.findall(rb"_Z\w*_GLOBAL__N__\w+", Path(module.__file__).read_bytes()))
+    return {name for symbol in symbols if "." in (name := _kernel(symbol.decode()))}
+
+
 def run(targets: Sequence[str], pattern: str, sample: bool) -> Iterator[Row]:
     """Read the code for those targets that are NVIDIA's."""
     module = native_module()

@@ -7,8 +7,11 @@ alignments and compile-time arguments, in every configuration that the table lis
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
+import pkgutil
 import re
+import signal
 import tempfile
 import time
 from collections import Counter
@@ -62,13 +65,28 @@ def why_not() -> str | None:
     return backends.why_no_triton()
 
 
+def names() -> set[str]:
+    """Those of all functions that Triton compiles, the ones that kernels call among them."""
+    from triton.runtime.jit import KernelInterface
+
+    from fisher_kernels import triton_kernels
+
+    found = set()
+    for module in pkgutil.iter_modules(triton_kernels.__path__, f"{triton_kernels.__name__}."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            function = getattr(value, "fn", None)
+            if isinstance(value, KernelInterface) and getattr(function, "__module__", None) == module.name:
+                found.add(f"{module.name.rpartition('.')[2]}.{name}")
+    return found
+
+
 def run(targets: Sequence[str], pattern: str, sample: bool) -> Iterator[Row]:
     """Compile and inspect, several kernels at a time."""
     work = [(target, pattern, sample, i) for target in targets for i in range(len(variants(target, pattern, sample)))]
     # Processes of their own: Triton's compiler uses one core, and a process that has compiled can crash.
     workers = min(len(work), len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if work:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
             yield from pool.map(_inspect_one, work, chunksize=4)
 
 
