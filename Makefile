@@ -50,12 +50,13 @@ EVERYTHING = FISHER_KERNELS_CPU=$(or $(FISHER_KERNELS_CPU),all) FISHER_KERNELS_C
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all mutants bench gpu gpu-sanitize results inspect docs lint build dist wheels clean FORCE
+.PHONY: help demo test test-all fuzz mutants bench gpu gpu-sanitize results inspect docs lint build dist wheels clean FORCE
 
 help:
 	@echo 'make demo    trains a CNN with AdamW, SGD, AdaFisher, AdaFisherW, MBF and SOFIM, side by side'
 	@echo 'make test    runs the tests'
 	@echo 'make test-all  runs every case of every test, some under sanitizers'
+	@echo 'make fuzz    draws 10,000 calls of each op at random, next to definitions of their own'
 	@echo 'make mutants puts deliberate faults in a copy, and shows that the tests catch each of them'
 	@echo 'make bench   measures the kernels against their baselines'
 	@echo 'make gpu     proves and measures the kernels on a CUDA GPU, in ten minutes; installs nothing'
@@ -82,6 +83,10 @@ test: $(STAMPS)/installed.test $(STAMPS)/cuda-on-host.ON
 
 test-all: build $(STAMPS)/cuda-on-host.sanitized
 	$(PYTEST) --all $(ARGS)
+
+# Fewer on what is slow here; a failure is printed as a small call. ARGS="--fuzz 500" draws others than 10,000.
+fuzz: build $(STAMPS)/cuda-on-host.ON
+	$(PYTEST) tests/fuzz --fuzz 10000 --timeout=0 $(ARGS)
 
 # Goes on where it was interrupted; ARGS=name runs the faults with that in their names.
 mutants: build

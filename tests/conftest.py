@@ -99,6 +99,9 @@ launches.record()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run every case, not the fast tier's alone")
     parser.addoption("--large", action="store_true", help="run the tests that need more than 14 GB of memory too")
+    parser.addoption(
+        "--fuzz", type=int, metavar="N", help="draw N calls of each op at random, not a few hundred chosen ones"
+    )
     parser.addoption("--seconds", type=float, help="skip what has not begun after so many seconds")
 
 

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import torch
+
+from tests.fuzz import steps
+from tests.fuzz.calls import Call, Fuzz, surroundings, threads
+from tests.fuzz.closeness import assert_close, largest, least, storing, unit
+from tests.fuzz.operands import Array, Draw, Operand, accumulator, contiguous_layouts, numbers, wide
+
+NAMES = ("params", "grads", "momentum_buffers")
+
+
+def dense(values: Array) -> Array:
+    """Blocks of lower triangles, row after row."""
+    n = math.isqrt(2 * values.shape[-1])
+    rows, columns = np.tril_indices(n)
+    result = np.zeros((len(values), n, n), values.dtype)
+    result[:, rows, columns] = result[:, columns, rows] = values
+    return result
+
+
+@st.composite
+def inverses(draw: Draw, shape: tuple[int, ...], dtype: torch.dtype, salt: int) -> Operand:
+    """Symmetric to the bit; the last two dimensions are a block, or the last one a packed block."""
+    storage = accumulator(dtype) if draw(st.integers(0, 3)) else torch.bfloat16
+    x = draw(numbers(("normal", "whole", "wide"), specials=False)).fill(shape, storage, salt)
+    if len(shape) > 2:
+        x = x.tril() + x.tril(-1).mT
+    return Operand(x, draw(contiguous_layouts()))
+
+
+@st.composite
+def calls(draw: Draw, tiny: bool) -> Call:
+    lists: dict[str, list[Any]] = {name: [] for name in (*NAMES, "inverses")}
+    for salt, dtype in enumerate(steps.dtypes(draw, draw(st.integers(0, 2)))):
+        shape = draw(steps.shapes(tiny))
+        rows, numel = shape[0] if shape else 1, math.prod(shape)
+        columns = math.prod(shape[1:])
+        biased = bool(shape) and draw(st.booleans())
+        kind = draw(st.sampled_from(("blocks", "packed", "shared")))
+        width = columns + biased
+        if kind == "shared":
+            n = draw(st.sampled_from([n for n in (1, 2, 3, 4, 5, 9, 16, 33, width) if 0 < n <= max(1, width)]))
+            blocks: tuple[int, ...] = (1, -(-width // n), n, n)
+        else:
+            parts = [n for n in (1, 2, 3, 4, 5, 8, 9, 16, 17) if numel % n == 0]
+            n = width if biased else draw(st.sampled_from(parts))
+            count = rows if biased else numel // n
+            blocks = (count, n, n) if kind == "blocks" else (count, n * (n + 1) // 2)
+        if n > 80:  # a block of that size is slow to draw, and no other code
+            continue
+        given = [draw(steps.tensors(shape, dtype))]
+        if biased:
+            given.append(draw(steps.tensors([rows], dtype)))
+        for tensors in given:
+            for name, x in zip(NAMES, tensors.values(), strict=True):
+                lists[name].append(x)
+        lists["inverses"] += [draw(inverses(blocks, dtype, salt)), *[None] * biased]
+    arguments: dict[str, Any] = {
+        **lists,
+        "lr": draw(steps.rates),
+        "momentum": draw(st.sampled_from((0.9, 0.0, 0.5, 1 - 1e-9))),
+        "weight_decay": draw(st.sampled_from(steps.DECAYS)),
+        **draw(steps.options()),
+        "kl_clip": draw(st.sampled_from((None, 1e-3, 1e-30, 1e30))),
+    }
+    return Call("mbf_step_", arguments, frozenset((NAMES[0], NAMES[2])), draw(surroundings), draw(threads))
+
+
+class _Layer:
+    """A parameter with its bias, as one vector; which of its elements, or none (-1), each block acts on."""
+
+    def __init__(self, a: dict[str, Any], i: int) -> None:
+        self.first = i
+        self.members = [i, i + 1] if i + 1 < len(a["params"]) and a["inverses"][i + 1] is None else [i]
+        self.dtype = a["params"][i].values.dtype
+        param, inverse = a["params"][i].values, a["inverses"][i].values
+        self.w, g, m = (np.concatenate([wide(a[name][k].values).ravel() for k in self.members]) for name in NAMES)
+        p = wide(inverse.to(accumulator(self.dtype)))
+        rows = param.shape[0] if param.dim() else 1
+        index = np.arange(param.numel()).reshape(rows, param.numel() // max(1, rows))
+        if len(self.members) == 2:
+            index = np.hstack([index, param.numel() + np.arange(rows)[:, None]])
+        if p.ndim == 4:
+            blocks, n = p.shape[1:3]
+            index = np.pad(index, [(0, 0), (0, blocks * n - index.shape[1])], constant_values=-1)
+            self.index, p = index.reshape(rows * blocks, n), np.tile(p[0], (rows, 1, 1))
+        else:
+            p = p if p.ndim == 3 else dense(p)
+            self.index = index.reshape(p.shape[:2])
+        self.there = self.index >= 0
+        decay = 0 if a["decoupled"] else a["weight_decay"]
+        g = g / steps.number(a.get("grad_scale", 1.0)) * (-1 if a["maximize"] else 1)
+        self.size_g = np.abs(g) + (decay * np.abs(self.w) if decay else 0)
+        self.g = g + decay * self.w if decay else g
+        self.old, self.new = m, a["momentum"] * m + self.g
+        self.size = a["momentum"] * np.abs(m) + self.size_g
+        self.d = np.where(self.there, (p * self._in_blocks(self.new)[:, None, :]).sum(-1), 0)
+        reach = (np.abs(p) * self._in_blocks(self.size)[:, None, :]).sum(-1)
+        u, n, tiny = unit(self.dtype), p.shape[-1], least(self.dtype)
+        self.error = (n + 6) * u * reach + tiny * (n + 4 * np.abs(p).sum(-1))
+        half = largest(self.dtype)
+        top = np.maximum(np.where(self.there, reach, 0), self._in_blocks(self.size))
+        finite = np.isfinite(self.d).all(-1)
+        self.skipped = ~finite | (np.abs(self.d) > 2 * half).any(-1)
+        self.vague = finite & (top > half / 4).any(-1)  # perhaps left out, perhaps not
+
+    def _in_blocks(self, x: Array) -> Array:
+        return np.where(self.there, x[self.index], 0) if x.size else np.zeros(self.index.shape)
+
+    def spread(self, by_block: Array) -> Array:
+        """What holds for a block for each of its elements."""
+        result = np.zeros(len(self.w), by_block.dtype)
+        full = np.broadcast_to(by_block, self.index.shape)
+        result[self.index[self.there]] = full[self.there]
+        return result
+
+    def product(self) -> tuple[Any, Any]:
+        """Part of the sum of <d, g>, and how far rounding may take it."""
+        kept = ~self.skipped[:, None] & self.there
+        g, size = self._in_blocks(self.g), self._in_blocks(self.size_g)
+        off = self.error * size + 4 * unit(self.dtype) * np.abs(self.d) * size + 1e-15 * np.abs(self.d * g)
+        return np.where(kept, self.d * g, 0).sum(), np.where(kept, off + 2.0**-1074, 0).sum()
+
+
+def check(implementation: str, call: Call) -> None:
+    # Products with shared inverses are the vendor's, which may divide them among threads.
+    shared = any(x is not None and x.values.dim() == 4 for x in call.arguments["inverses"])
+    outcome = call.run() if implementation == "reference" or shared else call.run_repeatably()
+    if outcome is None:
+        return
+    a, (skipped, scale) = call.arguments, outcome.result
+    if steps.does_nothing(a):
+        assert not skipped.any()
+        assert scale == 1
+        steps.assert_untouched(outcome, a, (NAMES[0], NAMES[2]))
+        return
+    with np.errstate(all="ignore"):
+        compare(call, outcome)
+
+
+def compare(call: Call, outcome: Any) -> None:
+    a, (skipped, found_scale) = call.arguments, outcome.result
+    layers = [_Layer(a, i) for i, inverse in enumerate(a["inverses"]) if inverse is not None]
+    lr, decay, clip = steps.number(a["lr"]), a["weight_decay"], a["kl_clip"]
+    total, off = (sum(parts) for parts in zip(*(x.product() for x in layers), strict=True)) if layers else (0, 0)
+    scale, vary = np.longdouble(1), np.longdouble(0)
+    known = not any(x.vague.any() for x in layers)
+    if clip is not None and lr:
+        low, high = (max(abs(total) - off, 0) * lr * lr / clip, (abs(total) + off) * lr * lr / clip)
+        known = known and high < 1e290 and not 0 < high < 1e-290
+        scale = min(scale, 1 / np.sqrt(abs(total) * lr * lr / clip)) if total else scale
+        vary = max(scale - 1 / np.sqrt(max(high, 1)), 1 / np.sqrt(max(low, 1)) - scale) + 1e-14 * scale
+    if known:
+        assert_close("scale", found_scale, np.asarray(scale), vary + 1e-15)
+    by_first = {x.first: x for x in layers}
+    for i in range(len(a["params"])):
+        layer = by_first.get(i)
+        sure, most = (
+            (int((layer.skipped & ~layer.vague).sum()), int((layer.skipped | layer.vague).sum())) if layer else (0, 0)
+        )
+        steps.skipped_within(f"skipped[{i}]", skipped[i], sure, most)
+    for x in layers:
+        u, tiny, half = unit(x.dtype), least(x.dtype), largest(x.dtype) / 4
+        skip, vague = x.spread(x.skipped[:, None]), x.spread(x.vague[:, None])
+        moment = np.where(skip, x.old, x.new)
+        off_moment = np.where(skip, 0, 6 * u * np.nan_to_num(x.size) + 3 * tiny)
+        d, error = x.spread(x.d), x.spread(x.error)
+        step = scale * d + (decay * x.w if a["decoupled"] and decay else 0)
+        size = np.abs(scale * d) + (decay * np.abs(x.w) if a["decoupled"] and decay else 0)
+        expected = np.where(skip, x.w, x.w - lr * step)
+        bound = lr * (scale * error + vary * np.abs(d)) + 8 * u * (np.abs(x.w) + lr * size)
+        bound = bound + tiny * (4 + np.abs(d) + lr * (1 + np.abs(x.w))) + storing(expected, x.dtype)
+        bound = np.where(skip, 0, np.nan_to_num(bound, nan=0, posinf=0))
+        hard = ~(lr * size < half) | (lr * decay > half) | (lr > half) | ~(bound < half)
+        hard |= ~np.isfinite(expected) | (not known)
+        hard = vague | hard & ~skip
+        begin = 0
+        for k in x.members:
+            shape = tuple(a["params"][k].values.shape)
+            part = slice(begin, begin + math.prod(shape))
+            begin = part.stop
+            for name, want, give, odd in (
+                ("momentum_buffers", moment, off_moment, vague),
+                ("params", expected, bound, hard),
+            ):
+                want, give, odd = (v[part].reshape(shape) for v in (want, give, odd))
+                assert_close(f"{name}[{k}]", outcome[name][k], want, give, unknown=odd)
+
+
+def test_mbf_step(implementation: str, fuzz: Fuzz) -> None:
+    fuzz(calls, partial(check, implementation))
