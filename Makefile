@@ -49,8 +49,14 @@ EVERYTHING = FISHER_KERNELS_CPU=$(or $(FISHER_KERNELS_CPU),all) FISHER_KERNELS_C
   FISHER_KERNELS_CUDA_ARCHS=$(or $(FISHER_KERNELS_CUDA_ARCHS),$(ARCHS))
 
 .DELETE_ON_ERROR:
+ifndef AT_ONCE
 .NOTPARALLEL:
+<<<<<<< HEAD
 .PHONY: help demo test test-all fuzz mutants bench gpu gpu-sanitize results inspect docs lint build dist wheels clean FORCE
+=======
+endif
+.PHONY: help demo test test-all mutants bench gpu gpu-sanitize results inspect docs lint build dist wheels clean FORCE
+>>>>>>> 0da3884ecbd62ebb5c6043fc66a7c11d434480ec
 
 help:
 	@echo 'make demo    trains a CNN with AdamW, SGD, AdaFisher, AdaFisherW, MBF and SOFIM, side by side'
@@ -72,13 +78,18 @@ help:
 	@echo
 	@sed -n '/^# [A-Z_]*=/,/^$$/s/^# //p' Makefile
 
+<<<<<<< HEAD
 demo: $(STAMPS)/installed.demo
 	$(PY) -m fisher_kernels compare digits --seeds 2 --epochs 4 --force --out $(OUT) $(ARGS)
+=======
+demo: environment.demo
+	$(PY) -m fisher_kernels compare digits --seeds 2 --epochs 4 --out $(OUT) $(ARGS)
+>>>>>>> 0da3884ecbd62ebb5c6043fc66a7c11d434480ec
 
 # A process for each core, each on one thread; tests of threads set their number.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal
 
-test: $(STAMPS)/installed.test $(STAMPS)/cuda-on-host.ON
+test: environment.test
 	$(PYTEST) $(ARGS)
 
 test-all: build $(STAMPS)/cuda-on-host.sanitized
@@ -121,7 +132,7 @@ lint: build
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 
-build: $(STAMPS)/installed.dev
+build: environment.dev
 
 # The wheel is built from the sdist.
 dist: build
@@ -153,17 +164,29 @@ $(STAMPS)/settings.%: FORCE
 	@mkdir -p $(@D)
 	@$(if $(filter True,$(INSTALLED)),echo '$(SETTINGS.$*)' | cmp -s - $@ ||) echo '$(SETTINGS.$*)' > $@
 
-# torch alone and first: asked for by a package, it would be the newest, with gigabytes of CUDA libraries. The
-# constraint keeps what comes later from replacing it.
-$(STAMPS)/torch: $(STAMPS)/settings.torch | $(VENV)
+# The native module needs nothing of torch: it is compiled while pip installs that.
+environment.%: FORCE
+	@$(MAKE) --no-print-directory --jobs=2 AT_ONCE=yes $(STAMPS)/installed $(STAMPS)/requirements.$* $(AND.$*)
+AND.test = $(STAMPS)/cuda-on-host.ON
+
+# $(call requirements,EXTRA) installs what pyproject.toml asks for. The constraint keeps torch from being replaced.
+requirements = $(PY) cmake/requirements.py $1 > $@.txt && $(PY) -m pip install $2 --requirement $@.txt
+
+$(STAMPS)/build-tools: pyproject.toml cmake/requirements.py $(STAMPS)/settings.torch | $(VENV)
+	$(call requirements,build)
+	@touch $@
+
+# Before what depends on it: asked for by a package, it would be the newest, with gigabytes of CUDA libraries.
+$(STAMPS)/torch: $(STAMPS)/settings.torch | $(STAMPS)/build-tools
 	$(INSTALL_TORCH)
 	@$(PY) -I -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@
 
-$(STAMPS)/build-tools: pyproject.toml $(STAMPS)/torch
-	$(PY) -c 'import ast, re, subprocess, sys; text = open("pyproject.toml").read(); \
-	  requires = ast.literal_eval(re.search(r"requires = (\[.*?\])", text)[1]); \
-	  sys.exit(subprocess.call([sys.executable, "-m", "pip", "install", *requires]))'
-	@touch $@
+# Tests need all that the demo does, and development all that tests do.
+IMPLIED.dev := test demo
+IMPLIED.test := demo
+$(STAMPS)/requirements.%: pyproject.toml cmake/requirements.py $(STAMPS)/torch
+	$(call requirements,$*,--constraint $(STAMPS)/torch)
+	@touch $@ $(IMPLIED.$*:%=$(STAMPS)/requirements.%)
 
 # The stamp has the time the build began, so that no edit made meanwhile is missed. Without a module there is none:
 # what was missing may be there next time, and until then every run says what it is.
@@ -181,9 +204,8 @@ $(STAMPS)/cuda-on-host.%:
 	if [ -e $(STAMPS)/native ]; then FISHER_KERNELS_CUDA_ON_HOST=$* $(PY) setup.py --quiet build_ext --inplace; fi
 	@if ls fisher_kernels/_cuda_on_host.* >/dev/null 2>&1; then touch $@; fi
 
-# The demo needs a part of what tests do, and these of what development does.
-IMPLIED.dev := test demo
-IMPLIED.test := demo
-$(STAMPS)/installed.%: pyproject.toml setup.py $(STAMPS)/settings.native $(STAMPS)/build-tools | $(STAMPS)/native
-	$(PY) -m pip install --no-build-isolation --constraint $(STAMPS)/torch --editable '.[$*]'
-	@touch $@ $(IMPLIED.$*:%=$(STAMPS)/installed.%)
+# After all else that this call is for: it runs pip and asks CMake again whether anything is left to build.
+$(STAMPS)/installed: pyproject.toml setup.py $(STAMPS)/settings.native $(STAMPS)/build-tools $(STAMPS)/torch | \
+  $(STAMPS)/native $(filter-out $(STAMPS)/installed,$(filter $(STAMPS)/%,$(MAKECMDGOALS)))
+	$(PY) -m pip install --no-build-isolation --no-deps --editable .
+	@touch $@

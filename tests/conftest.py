@@ -18,6 +18,7 @@ else:
         os.environ.setdefault("FISHER_KERNELS_CUDA_ON_HOST", "1")
 
 import ctypes
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -134,6 +135,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.stash[_TIER] = (len(kept), len(items))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+# What is collected stays: tens of thousands of cases are not looked through whenever Python looks for garbage.
+def pytest_collection() -> None:
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 _TIER = pytest.StashKey[tuple[int, int]]()

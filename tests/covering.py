@@ -60,11 +60,12 @@ RUNNERS = ("implementation", "backend", "host_backend", "cuda_backend")
 
 
 _LEADING = ("cpu-avx512", "cpu-avx2", "cpu-baseline", "cpu", "reference", "cuda", "triton")
-"""The first of them that a test has takes all pairs: the CPU's best kernels, where it runs on them."""
-_EVERY_VALUE = ("cuda",)
-"""Of the others it takes every value: a kernel has ways by size and dtype. The rest take one case: the reference, which
-is the definition, older instruction sets, which are the same source, and Triton's interpreter, which takes long.
+"""The first of them that a test has takes all pairs: the CPU's best kernels, where it runs on them. The rest take one
+case: the reference, which is the definition, older instruction sets, which are the same source, and kernels for GPUs
+where there is none, which take long.
 """
+_EVERY_VALUE = {"cuda": "every_value_on_host"}
+"""The mark by which a test says that it takes every value of its parameters on this runner, if it does not lead."""
 _SLOW = {"triton": "slow_interpreted", "cuda": "slow_on_host"}
 """The mark by which a test says that it is not for this runner there."""
 
@@ -78,7 +79,8 @@ def fast(items: Sequence[pytest.Item]) -> set[pytest.Item]:
             # No two runners begin with the same case, where one of many will do.
             first = turn * len(cases) // len(runners)
             rotated = [*cases][first:] + [*cases][:first]
-            strength = 2 if name == lead else 1 if name in _EVERY_VALUE else 0
+            values = name in _EVERY_VALUE and cases[rotated[0]].get_closest_marker(_EVERY_VALUE[name])
+            strength = 2 if name == lead else 1 if values else 0
             if name != lead and name in _SLOW and cases[rotated[0]].get_closest_marker(_SLOW[name]):
                 continue
             chosen.update(cases[case] for case in covering(rotated, strength))

@@ -35,19 +35,18 @@ def missing() -> str:
     return " and ".join([*lacking, *([] if toolkit_include() else ["the headers of a CUDA toolkit"])])
 
 
-def compile_command(sources: Iterable[Path], *flags: str) -> list[str]:
-    """The command that compiles CUDA sources together with the stand-in."""
-    return [
+def build(output: Path, sources: Iterable[Path], *flags: str) -> Path:
+    """Compile CUDA sources as one, the stand-in as another, and link them: most of each is the toolkit's headers."""
+    parts = {"sources": sources, "stand_in": sorted(STAND_IN.glob("*.cpp"))}
+    for name, paths in parts.items():
+        output.with_name(f"{name}.cpp").write_text("".join(f'#include "{path}"\n' for path in paths))
+    command = [
         *("g++", "-std=c++17", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", *flags),
         *("-DFISHER_KERNELS_CUDA_ON_HOST", "-I", str(STAND_IN), "-I", str(STAND_IN.parent)),
         *("-isystem", str(toolkit_include())),
-        *("-x", "c++", *map(str, sources), *map(str, sorted(STAND_IN.glob("*.cpp")))),
+        *(str(output.with_name(f"{name}.cpp")) for name in parts),
     ]
-
-
-def build(output: Path, sources: Iterable[Path], *flags: str) -> Path:
-    """Compile and link CUDA sources together with the stand-in."""
-    subprocess.run([*compile_command(sources, *flags), "-o", str(output)], check=True)
+    subprocess.run([*command, "-o", str(output)], check=True)
     return output
 
 

@@ -206,9 +206,13 @@ def test_what_is_not_finite_stays_where_it_is(
             assert torch.equal(~scale.isfinite(), sample if given else channel)
             assert torch.equal(scale[scale.isfinite()], clean[0][scale.isfinite()])
             assert_same_bits(shift, clean[1])
-            for bad, good in zip(batch_norm_gradients(layout(x), layout(bad_grad), EPS, *given), clean, strict=True):
+            mean = given[0][1] if given else x[:, 1].mean()
+            results = value * (x[2, 1, -1] - mean).sign(), torch.tensor(value)  # an infinite one stays infinite
+            found = batch_norm_gradients(layout(x), layout(bad_grad), EPS, *given)
+            for bad, good, result in zip(found, clean, results, strict=True):
                 assert torch.equal(~bad.isfinite(), sample)
                 assert torch.equal(bad[~sample], good[~sample])
+                torch.testing.assert_close(bad[2, 1], result, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_constant_channel(implementation: str) -> None:

@@ -72,6 +72,7 @@ def good(count: int) -> Tensor:
 # Values.
 
 
+@pytest.mark.every_value_on_host
 @each_dtype
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("count", COUNTS)
@@ -106,6 +107,7 @@ def test_every_size_in_lanes(implementation: str, n: int, dtype: torch.dtype) ->
     check_solution(x, a, 0.1, rhs)
 
 
+@pytest.mark.every_value_on_host
 @each_dtype
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("count", COUNTS)

@@ -386,10 +386,10 @@ def test_a_compiler_cache_is_used_where_there_is_one(tmp_path: Path, cache: str 
 @pytest.mark.parametrize(
     ("target", "wanted", "unwanted"),
     [
-        ("demo", ("'.[demo]'", "compare digits"), ("[dev]", "CUDA_ON_HOST", "--all", "FISHER_KERNELS_CPU")),
-        ("build", ("'.[dev]'",), ("CUDA_ON_HOST", "FISHER_KERNELS_CPU")),
-        ("test", ("'.[test]'", "FISHER_KERNELS_CUDA_ON_HOST=ON"), ("=sanitized", "--all")),
-        ("test-all", ("'.[dev]'", "FISHER_KERNELS_CUDA_ON_HOST=sanitized", "pytest", "--all"), ()),
+        ("demo", ("requirements.py demo", "compare digits"), ("requirements.py dev", "CUDA_ON_HOST", "--all", "_CPU=")),
+        ("build", ("requirements.py dev", "--no-deps --editable"), ("CUDA_ON_HOST", "_CPU=")),
+        ("test", ("requirements.py test", "FISHER_KERNELS_CUDA_ON_HOST=ON"), ("=sanitized", "--all")),
+        ("test-all", ("requirements.py dev", "FISHER_KERNELS_CUDA_ON_HOST=sanitized", "pytest", "--all"), ()),
         ("dist", ("FISHER_KERNELS_CPU=all FISHER_KERNELS_CUDA=on", "FISHER_KERNELS_CUDA_ARCHS=80,90,100"), ()),
         ("inspect", ("FISHER_KERNELS_CPU=all FISHER_KERNELS_CUDA=on", "FISHER_KERNELS_CUDA_ARCHS=80,90,100"), ()),
     ],

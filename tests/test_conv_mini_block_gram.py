@@ -127,6 +127,17 @@ def test_no_samples_leave_the_decay(
         assert_same_bits(out, torch.full_like(out, decay))
 
 
+def test_every_axis_has_its_own_geometry(implementation: str) -> None:
+    for case in (
+        Convolution((3, 4, 5, 6), 6, (3, 2), (2, 1), (1, 2), (1, 2), groups=2),
+        Convolution((2, 3, 4, 5, 6), 2, (2, 1, 3), (1, 2, 3), (0, 1, 2), (2, 3, 1)),
+    ):
+        x, grad = inputs(case, torch.float64)
+        out = lost(case, torch.float64)
+        conv_mini_block_gram_(out, x, grad, *case.geometry)
+        assert_within(out, defined(case, x, grad), bound(case, x, grad))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
 @pytest.mark.parametrize(("decay", "gain"), [(2.5, 1.5), (0.9, 0.1), (1.0, 0.0)])

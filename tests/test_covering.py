@@ -72,6 +72,7 @@ def implementation(request):
 def layout(request):
     return request.param
 
+@pytest.mark.every_value
 @pytest.mark.parametrize("size", [Size(n) for n in (1, 2, 3, 5)])
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 2), (1, 2)])
 @pytest.mark.parametrize("flag", [False, True])
@@ -105,7 +106,7 @@ def test_alone():
 """
 
 
-INI = "[pytest]\nmarkers =\n    slow\n    slow_interpreted\n    pairs_interpreted"
+INI = "[pytest]\nmarkers =\n    slow\n    slow_interpreted\n    pairs_interpreted\n    every_value"
 
 
 @pytest.fixture
@@ -125,8 +126,8 @@ def pairs(cases: Iterable[dict[str, Any]]) -> set[frozenset[tuple[str, int]]]:
 
 
 def test_the_best_runner_takes_all_pairs(monkeypatch: pytest.MonkeyPatch, items: list[pytest.Item]) -> None:
-    """The others take every value, or one case."""
-    monkeypatch.setattr(covering, "_EVERY_VALUE", ("reference",))
+    """The others take one case, or every value where a test says so."""
+    monkeypatch.setattr(covering, "_EVERY_VALUE", {"reference": "every_value", "triton": "slow"})
     everything, chosen = (parameters(of, "test_stacked") for of in (items, covering.fast(items)))
     assert len(everything) == 4 * 3 * 4 * 3 * 2
     assert len(chosen) <= 12 + 4 + 4 + 2
@@ -141,10 +142,7 @@ def test_the_best_runner_takes_all_pairs(monkeypatch: pytest.MonkeyPatch, items:
             assert pairs(few) == pairs(every)
 
 
-def test_what_is_slow_in_the_interpreter_is_left_out_there(
-    monkeypatch: pytest.MonkeyPatch, pytester: pytest.Pytester
-) -> None:
-    monkeypatch.setattr(covering, "_EVERY_VALUE", ("reference",))
+def test_what_is_slow_in_the_interpreter_is_left_out_there(pytester: pytest.Pytester) -> None:
     pytester.makeini(INI)
     items = pytester.getitems("import pytest\npytestmark = pytest.mark.slow_interpreted\n" + MODULE)
     runners = {case["implementation"] for case in parameters(covering.fast(items), "test_stacked")}

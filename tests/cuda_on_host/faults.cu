@@ -103,8 +103,8 @@ struct TooLarge {
   char bytes[32765];
 };
 
-__global__ void table_kernel(Parameters) {}
-__global__ void large_table_kernel(TooLarge) {}
+__global__ void largest_table_kernel(Parameters) {}
+__global__ void too_large_table_kernel(TooLarge) {}
 __global__ void roomy_kernel() {}
 
 }  // namespace
@@ -129,8 +129,8 @@ EXPORTED int roomy(int allowed_bytes, size_t shared_bytes) {
   return launch(roomy_kernel, dim3(1), dim3(32), shared_bytes, nullptr);
 }
 
-EXPORTED int largest_table() { return launch(table_kernel, dim3(1), dim3(64), 0, nullptr, Parameters{}); }
-EXPORTED int too_large_table() { return launch(large_table_kernel, dim3(1), dim3(64), 0, nullptr, TooLarge{}); }
+EXPORTED int largest_table() { return launch(largest_table_kernel, dim3(1), dim3(64), 0, nullptr, Parameters{}); }
+EXPORTED int too_large_table() { return launch(too_large_table_kernel, dim3(1), dim3(64), 0, nullptr, TooLarge{}); }
 
 EXPORTED int last_error() { return cudaGetLastError(); }
 EXPORTED const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -43,9 +43,14 @@ def symmetric(shape: tuple[int, ...], dtype: torch.dtype, seed: int, device: Dev
     if len(shape) == 2:
         n = block_size(shape[1])
         return pack(symmetric((shape[0], n, n), dtype, seed, device))
+    return _symmetric(shape, seed, device).to(dtype, copy=True)
+
+
+@lru_cache(512)
+def _symmetric(shape: tuple[int, ...], seed: int, device: Device) -> Tensor:
     x = random(shape, torch.float64, seed, device)
     eye = torch.eye(shape[-1], dtype=torch.float64, device=device)
-    return (x @ x.mT / max(1, shape[-1]) + 0.1 * eye).to(dtype).contiguous()
+    return (x @ x.mT / max(1, shape[-1]) + 0.1 * eye).contiguous()
 
 
 def step(
