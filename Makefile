@@ -51,12 +51,8 @@ EVERYTHING = FISHER_KERNELS_CPU=$(or $(FISHER_KERNELS_CPU),all) FISHER_KERNELS_C
 .DELETE_ON_ERROR:
 ifndef AT_ONCE
 .NOTPARALLEL:
-<<<<<<< HEAD
-.PHONY: help demo test test-all fuzz mutants bench gpu gpu-sanitize results inspect docs lint build dist wheels clean FORCE
-=======
 endif
-.PHONY: help demo test test-all mutants bench gpu gpu-sanitize results inspect docs lint build dist wheels clean FORCE
->>>>>>> 0da3884ecbd62ebb5c6043fc66a7c11d434480ec
+.PHONY: help demo test test-all fuzz mutants bench gpu gpu-sanitize results inspect docs lint build dist wheels clean FORCE
 
 help:
 	@echo 'make demo    trains a CNN with AdamW, SGD, AdaFisher, AdaFisherW, MBF and SOFIM, side by side'
@@ -78,13 +74,8 @@ help:
 	@echo
 	@sed -n '/^# [A-Z_]*=/,/^$$/s/^# //p' Makefile
 
-<<<<<<< HEAD
-demo: $(STAMPS)/installed.demo
-	$(PY) -m fisher_kernels compare digits --seeds 2 --epochs 4 --force --out $(OUT) $(ARGS)
-=======
 demo: environment.demo
-	$(PY) -m fisher_kernels compare digits --seeds 2 --epochs 4 --out $(OUT) $(ARGS)
->>>>>>> 0da3884ecbd62ebb5c6043fc66a7c11d434480ec
+	$(PY) -m fisher_kernels compare digits --seeds 2 --epochs 4 --force --out $(OUT) $(ARGS)
 
 # A process for each core, each on one thread; tests of threads set their number.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal
