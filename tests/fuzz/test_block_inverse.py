@@ -85,8 +85,8 @@ def check(implementation: str, call: Call) -> None:
             good &= np.isfinite(rhs).all(1) & (size < largest(dtype) / 1e3) & (norms(rhs, (1,)) < largest(dtype) / 1e3)
             bad |= ~np.isfinite(rhs).all(1)
             good &= norms(rhs, (1,)) * condition < largest(dtype) / 1e3
-            # What of a number is lost where it is subnormal comes back amplified.
-            bound += least(dtype) * condition * n / np.where(good, low, 1)
+            # What of a number is lost where it is subnormal comes back amplified, and a result may be subnormal itself.
+            bound += least(dtype) * n * (1 + condition / np.where(good, low, 1))
     found = info.numpy()
     assert set(found.tolist()) <= {0, 1}
     assert not found[good].any(), f"info is {found.tolist()}, expected 0 for {good.tolist()}"
