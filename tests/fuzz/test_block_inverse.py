@@ -67,8 +67,8 @@ def check(implementation: str, call: Call) -> None:
     assert info.shape == given.shape[:1]
     with np.errstate(all="ignore"):
         full = wide(given)
-        # The damping is added in the dtype of the blocks.
-        damped = lower(full) + a["damping"] * np.eye(n)
+        # The damping is added in the dtype of the blocks, and this is what is inverted.
+        damped = lower(wide(given + a["damping"] * torch.eye(n, dtype=dtype)))
         values = eigenvalues(damped) if n else np.ones((len(full), 1))
         low, high = values[:, 0], values[:, -1]
         margin = 8 * (n + 2) * u * np.maximum(high, np.abs(damped).max((1, 2), initial=0))
