@@ -379,7 +379,7 @@ def test_whole_numbers_of_numpy(backend: str) -> None:
 WRITTEN_LISTS = [
     (name, argument)
     for name in MUTATES
-    for argument in MUTATES[name]
+    for argument in sorted(MUTATES[name])
     if isinstance(PUBLIC.get(name, [dict])[0]().get(argument), list)
 ]
 
