@@ -30,6 +30,7 @@ from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.tasks import Comparison, Settings, digit_images, find_task, recipe
 from fisher_kernels.tasks.training import WARM_UP_STEPS, Record, Training
 from fisher_kernels.tools import selftest
+from fisher_kernels.tools.samples.sample import Sample
 
 ROOT = Path(fisher_kernels.__file__).parent.parent
 SHORT = ("--epochs", "2", "--max-steps", "2")
@@ -547,16 +548,16 @@ def test_a_signal_to_the_process_ends_it_cleanly(tmp_path: Path) -> None:
 def test_an_interrupted_selftest_shows_its_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     right, made = selftest.check, []
 
-    def check(*arguments: Any) -> selftest.Result:
-        made.append(1)
+    def check(sample: Sample, *others: Any) -> selftest.Result:
+        made.append(sample.op)
         if len(made) == 3:
             raise KeyboardInterrupt
-        return right(*arguments)
+        return right(sample, *others)
 
     monkeypatch.setattr(selftest, "check", check)
     result = invoke("selftest")
     assert result.exit_code == 130
-    assert "minmax" in result.stdout
+    assert made[0] in result.stdout
     assert result.stderr == "interrupted after 2 checks\n"
 
 

@@ -6,6 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -132,6 +133,7 @@ def define(
     by_position = [i for i, a in enumerate(signature) if a.kind == "Tensor" and not a.by_name]
     by_name = [a.name for a in signature if a.kind == "Tensor" and a.by_name]
     options = [a.name for a in signature if a.by_name]
+    numbers = [a.name for a in signature if a.kind == "Float" and not a.is_list]
 
     def values_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return {**dict(zip(names, args, strict=False)), **kwargs}
@@ -148,6 +150,11 @@ def define(
             for a in signature:
                 if a.kind == "Tensor" and (reads_memory or a.written) and values.get(a.name) is not None:
                     check_memory(name, a, values[a.name], reads_memory)
+            if arguments is None and any(type(values.get(of)) not in (float, int, NoneType) for of in numbers):
+                # Of numpy, for example: the dispatcher and pybind11 take any real number for a float.
+                real = {of: float(values[of]) for of in numbers if values.get(of) is not None}
+                args = tuple(real.get(of, value) for of, value in zip(names, args, strict=False))
+                kwargs = {of: real.get(of, value) for of, value in kwargs.items()}
             return implementation(*args, **kwargs)
 
         return without_autocast(run)

@@ -142,7 +142,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
     def _look_for_other_readers(self) -> None:
         """Say once if other optimizers read the same layers; not at construction, when an old one is still around."""
         self._looked_at = times_attached()
-        if not self._has_told("readers") and self.statistics.other_readers():
+        if self.statistics.open and not self._has_told("readers") and self.statistics.other_readers():
             gc.collect()  # what only cycles keep alive costs nothing after this
             if others := self.statistics.other_readers():
                 self._warn_once(
