@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import fisher_kernels
 
@@ -26,3 +27,13 @@ def nest_triton_kernels(root: Path = ROOT) -> None:
     sys.modules[NESTED] = module
     spec.loader.exec_module(module)
     setattr(fisher_kernels, "triton_kernels", module)  # noqa: B010  (as an import does)
+
+
+def load_script(path: str) -> ModuleType:
+    """A Python file of the checkout that belongs to no package."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

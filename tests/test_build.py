@@ -7,7 +7,6 @@ what else is installed elsewhere.
 from __future__ import annotations
 
 import importlib.machinery
-import importlib.util
 import os
 import re
 import shutil
@@ -20,28 +19,7 @@ import pytest
 
 from fisher_kernels import _library
 from fisher_kernels._library import native_module
-
-ROOT = Path(__file__).parents[1]
-
-needs_cmake = pytest.mark.skipif(
-    importlib.util.find_spec("pybind11") is None or not all(map(shutil.which, ("cmake", "ninja", "c++"))),
-    reason="the build's own tools are missing",
-)
-
-
-def run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run it with no settings of the build but these. The output has its lines joined."""
-    ours = ("FISHER_KERNELS_", "CMAKE_", "MAKE", "MFLAGS", "CUDA", "CCACHE_")
-    env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    result = subprocess.run(command, cwd=ROOT, env={**env, **variables}, capture_output=True, text=True, check=False)
-    result.stderr, result.stdout = " ".join(result.stderr.split()), " ".join(result.stdout.split())
-    return result
-
-
-def configure(folder: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Configure a whole build."""
-    defines = [f"-DPython_EXECUTABLE={sys.executable}", *(f"-DFISHER_KERNELS_{option}" for option in options)]
-    return run(["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *defines], **variables)
+from tests.cmake_builds import PATH, ROOT, configure, needs_cmake, run
 
 
 def script(file: Path, part: str, *defines: str, **variables: str) -> list[str]:
@@ -92,7 +70,7 @@ def tools_without(folder: Path, *left_out: str) -> str:
     """A PATH that has what a build needs but for some tools."""
     folder.mkdir()
     for tool in {"cmake", "ninja", "c++", "g++", "cc", "ld", "as", "ar", "ranlib", "uname", "sh"} - set(left_out):
-        if found := shutil.which(tool):
+        if found := shutil.which(tool, path=PATH):
             (folder / tool).symlink_to(found)
     return str(folder)
 

@@ -5,7 +5,6 @@ The native wheel is built from the checkout, so it takes over what has been comp
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ from types import ModuleType
 import pytest
 
 from fisher_kernels._library import native_module, native_reason
+from tests.checkout import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTE = "fisher_kernels/_native_missing.txt"
@@ -231,12 +231,7 @@ def test_a_build_asks_for_no_torch() -> None:
 @pytest.fixture(scope="module")
 def wheels() -> ModuleType:
     """The script behind `make wheels`."""
-    spec = importlib.util.spec_from_file_location("wheels", ROOT / "cmake" / "wheels.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("cmake/wheels.py")
 
 
 def stand_in(file: Path, answer: str) -> Path:
