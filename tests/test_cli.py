@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -436,9 +436,10 @@ def test_an_output_that_is_full_is_told_in_one_line_and_files_are_written(tmp_pa
 
 
 @pytest.fixture
-def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Lets Ctrl-C come in the iteration of that number."""
+def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Lets Ctrl-C come in the iteration of that number, also where the tests run in the background."""
     right = Training.iterate
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt(number: int) -> None:
         made = 0
@@ -452,7 +453,8 @@ def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
         monkeypatch.setattr(Training, "iterate", iterate)
 
-    return interrupt
+    yield interrupt
+    signal.signal(signal.SIGINT, before)
 
 
 WARM_UP = 2 * WARM_UP_STEPS  # of two optimizers
@@ -529,6 +531,7 @@ def test_a_signal_to_the_process_ends_it_cleanly(tmp_path: Path) -> None:
         "import os, signal, sys\n"
         "from fisher_kernels.tasks.training import Training\n"
         "from fisher_kernels.__main__ import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "right, made = Training.iterate, []\n"
         "def iterate(self, batch):\n"
         "    made.append(1)\n"

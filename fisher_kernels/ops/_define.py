@@ -152,7 +152,7 @@ def define(
                     check_memory(name, a, values[a.name], reads_memory)
             if arguments is None and any(type(values.get(of)) not in (float, int, NoneType) for of in numbers):
                 # Of numpy, for example: the dispatcher and pybind11 take any real number for a float.
-                real = {of: float(values[of]) for of in numbers if values.get(of) is not None}
+                real = {of: float(values[of]) for of in numbers if hasattr(values.get(of), "__float__")}
                 args = tuple(real.get(of, value) for of, value in zip(names, args, strict=False))
                 kwargs = {of: real.get(of, value) for of, value in kwargs.items()}
             return implementation(*args, **kwargs)
