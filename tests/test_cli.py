@@ -421,6 +421,7 @@ def test_a_write_that_fails_names_the_file_and_loses_nothing_else(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sgd.json", "sgd.png"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_an_output_that_is_full_is_told_in_one_line_and_files_are_written(tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -526,6 +527,7 @@ def test_what_an_exception_ends_is_shown_as_well(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "compare.json").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_process_ends_it_cleanly(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys\n"

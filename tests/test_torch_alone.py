@@ -104,6 +104,7 @@ main()
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["selftest"], ["train", "text", "--optimizer", "sgd", "--max-steps", "1"]])
 def test_the_command_line_works_without_numpy(arguments: list[str], tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "FISHER_KERNELS_BACKEND": "auto", "TRITON_INTERPRET": "0"}
