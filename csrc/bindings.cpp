@@ -27,7 +27,7 @@ PYBIND11_MODULE(FISHER_KERNELS_MODULE, module) {
   module.doc() = "Kernels of fisher_kernels. Arguments go by position, outputs are allocated by the caller. The last "
       "argument is the place: a number of threads for tensors on the CPU, or (index of a CUDA device, address of its "
       "stream).";
-  load_exchange_api();
+  module.def("load_exchange_api", &load_exchange_api);
   module.def("set_key_bits", &set_key_bits);
   module.def("tensor_flags", &tensor_flags);
   py::register_local_exception<Unresolved>(module, "UnresolvedError", PyExc_ValueError);

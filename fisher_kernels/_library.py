@@ -20,11 +20,18 @@ INSTALL_AGAIN = "Install again on this machine (pip install --no-cache-dir --for
 LIBRARY = torch.library.Library("fisher_kernels", "DEF")
 
 
+def _import(name: str) -> ModuleType:
+    """A native module, which loads without torch, told how torch hands out its tensors."""
+    module = importlib.import_module(f"fisher_kernels.{name}")
+    module.load_exchange_api()
+    return module
+
+
 def _load() -> tuple[ModuleType | None, str | None]:
     if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
         return None, f"torch {torch.__version__} has no DLPack exchange API; torch >= 2.11 is needed"
     try:
-        return importlib.import_module("fisher_kernels._native"), None
+        return _import("_native"), None
     except ModuleNotFoundError:
         note = Path(__file__).with_name("_native_missing.txt")  # left by the build
         return None, note.read_text().strip() if note.exists() else "the native module was not built for this Python"
@@ -38,7 +45,7 @@ def _load_cuda_on_host() -> ModuleType | None:
     if chosen not in names:
         raise ValueError(f"FISHER_KERNELS_CUDA_ON_HOST is {chosen!r}, expected '0', '1' or 'sanitized'")
     name = names[chosen]
-    return None if name is None else importlib.import_module(f"fisher_kernels.{name}")
+    return None if name is None else _import(name)
 
 
 _NATIVE, _REASON = _load()

@@ -55,7 +55,7 @@ struct TensorView {
   std::string shape() const { return shape_text(sizes, dims); }
 };
 
-/// Finds torch's DLPack exchange interface; ImportError if torch has none. Called once, when the module is loaded.
+/// Finds torch's DLPack exchange interface; ImportError if torch has none. Called once, before anything reads a tensor.
 void load_exchange_api();
 
 /// Says where torch keeps the dispatch keys of a tensor: where the pointer is in the Python object, where the keys are in
