@@ -79,8 +79,10 @@ class BuildNative(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             *(f"-D{option}={os.environ.get(option) or default}" for option, default in OPTIONS.items()),
         ]
+        # Ninja would share the jobs of a make that runs this, through files that Python does not hand on.
+        env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS")}
         for command in (configure, ["cmake", "--build", str(folder)]):
-            if subprocess.call(command, env={**os.environ, "PATH": PATH}):
+            if subprocess.call(command, env={**env, "PATH": PATH}):
                 raise CompileError(f"{shlex.join(command)} failed; its messages are above")
         self.force = True  # copies even over a newer module, which another compiler may have made
         self.mkpath(str(Path(self.get_ext_fullpath(ext.name)).parent))
