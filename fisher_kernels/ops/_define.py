@@ -147,6 +147,8 @@ def define(
 
         def run(*args: Any, **kwargs: Any) -> Any:
             values = values_of(args if arguments is None else args[0], kwargs)
+            if any(x.layout is not torch.strided for a in signature for _, x in a.tensors(values.get(a.name))):
+                check_types(name, signature, values)
             for a in signature:
                 if a.kind == "Tensor" and (reads_memory or a.written) and values.get(a.name) is not None:
                     check_memory(name, a, values[a.name], reads_memory)
