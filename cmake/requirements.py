@@ -33,4 +33,7 @@ def requirements(extra: str) -> Iterator[str]:
 
 
 wanted = sys.argv[1]
-print(*(PYPROJECT["build-system"]["requires"] if wanted == "build" else requirements(wanted)), sep="\n")
+if wanted == "build":
+    print(*PYPROJECT["build-system"]["requires"], sep="\n")
+else:  # with what the package itself needs, which a torch that is too old does not meet
+    print(*PYPROJECT["project"]["dependencies"], *requirements(wanted), sep="\n")

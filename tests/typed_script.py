@@ -31,7 +31,7 @@ def train(model: nn.Module, x: Tensor, kind: Kind) -> float:
     def closure() -> float:
         optimizer.zero_grad()
         loss: Tensor = model(x).square().mean()
-        torch.autograd.backward(loss)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's own
         return loss.item()
 
     for _ in range(10):

@@ -130,7 +130,7 @@ def check_memory(op: str, argument: Argument, value: Any, is_read: bool) -> None
     if is_read and any(map(Tensor.is_neg, tensors)):
         name = next(name for name, x in argument.tensors(value) if x.is_neg())
         raise UnresolvedError(f"{op}: {name} is negated when it is read (is_neg()), expected memory with its numbers")
-    if is_read and any(map(Tensor._is_zerotensor, tensors)):
+    if any(map(Tensor._is_zerotensor, tensors)):  # of which torch itself does not keep the signs of zeros
         raise UnresolvedError(f"{op}: {argument.name} is or has zeros without memory")
     if is_read and not argument.is_list and _lacks_memory(value):
         raise UnresolvedError(f"{op}: {argument.name} has no memory to read, expected some for its shape")

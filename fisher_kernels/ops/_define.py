@@ -147,14 +147,16 @@ def define(
 
         def run(*args: Any, **kwargs: Any) -> Any:
             values = values_of(args if arguments is None else args[0], kwargs)
-            if any(x.layout is not torch.strided for a in signature for _, x in a.tensors(values.get(a.name))):
-                check_types(name, signature, values)
             for a in signature:
-                if a.kind == "Tensor" and (reads_memory or a.written) and values.get(a.name) is not None:
+                if a.kind == "Tensor" and values.get(a.name) is not None:
+                    if any(x.layout is not torch.strided for _, x in a.tensors(values[a.name])):
+                        check_types(name, signature, values)
                     check_memory(name, a, values[a.name], reads_memory)
-            if arguments is None and any(type(values.get(of)) not in (float, int, NoneType) for of in numbers):
-                # Of numpy, for example: the dispatcher and pybind11 take any real number for a float.
-                real = {of: float(values[of]) for of in numbers if hasattr(values.get(of), "__float__")}
+            # Of numpy, for example: the dispatcher and pybind11 take any real number for a float.
+            odd = [of for of in numbers if type(values.get(of)) not in (float, int, NoneType)]
+            if real := {of: float(values[of]) for of in odd if hasattr(values[of], "__float__")}:
+                if arguments is not None:
+                    return implementation(args[0]._replace(**real))
                 args = tuple(real.get(of, value) for of, value in zip(names, args, strict=False))
                 kwargs = {of: real.get(of, value) for of, value in kwargs.items()}
             return implementation(*args, **kwargs)

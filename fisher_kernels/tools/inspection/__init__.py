@@ -41,9 +41,10 @@ def run(
     for backend in backends:
         if reason := BACKENDS[backend].why_not():
             raise RuntimeError(f"kernels of {backend} cannot be inspected here: {reason}")
-    names = {name for backend in backends for name in BACKENDS[backend].names()} if pattern else set()
-    if pattern and not any(re.search(pattern, name) for name in names):
-        stems = sorted({name.partition(".")[0] for name in names if name[0] != "_" and name[:5] != "cuda."})
-        raise ValueError(f"{pattern!r} matches no kernel; their names begin with {', '.join(stems)}")
+    if pattern:
+        names = {name for backend in backends for name in BACKENDS[backend].names()}
+        if not any(re.search(pattern, name) for name in names):
+            stems = sorted({name.partition(".")[0] for name in names if name[0] != "_" and name[:5] != "cuda."})
+            raise ValueError(f"{pattern!r} matches no kernel; their names begin with {', '.join(stems)}")
     for backend in backends:
         yield from BACKENDS[backend].run(targets, pattern, sample)

@@ -48,6 +48,7 @@ def symmetric(shape: tuple[int, ...], dtype: torch.dtype, seed: int, device: Dev
 
 @lru_cache(512)
 def _symmetric(shape: tuple[int, ...], seed: int, device: Device) -> Tensor:
+    # Kept: tests ask for the same blocks thousands of times.
     x = random(shape, torch.float64, seed, device)
     eye = torch.eye(shape[-1], dtype=torch.float64, device=device)
     return (x @ x.mT / max(1, shape[-1]) + 0.1 * eye).contiguous()
