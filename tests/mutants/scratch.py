@@ -235,6 +235,7 @@ def _failed(report: Path) -> list[str]:
 
 
 def _node(dotted: str, name: str) -> str:
-    """What pytest calls a test, from its report: ``tests.test_a`` or ``tests.test_a.TestClass``, and a name."""
-    folder, module, *classes = dotted.split(".")
-    return "::".join([f"{folder}/{module}.py", *classes, name])
+    """What pytest calls a test, from its report: ``tests.test_a`` or ``tests.fuzz.test_a.TestClass``, and a name."""
+    parts = dotted.split(".")
+    module = next((i for i, part in enumerate(parts) if part.startswith("test_")), len(parts) - 1)
+    return "::".join(["/".join(parts[: module + 1]) + ".py", *parts[module + 1 :], name])
