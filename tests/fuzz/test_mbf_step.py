@@ -154,7 +154,8 @@ def compare(call: Call, outcome: Any) -> None:
     known = not any(x.vague.any() for x in layers)
     if clip is not None and lr:
         low, high = (max(abs(total) - off, 0) * lr * lr / clip, (abs(total) + off) * lr * lr / clip)
-        known = known and high < 1e290 and not 0 < high < 1e-290
+        # The sum, which is one in float64, may overflow though what becomes of it does not.
+        known = known and max(high, abs(total) + off) < 1e290 and not 0 < high < 1e-290
         scale = min(scale, 1 / np.sqrt(abs(total) * lr * lr / clip)) if total else scale
         vary = max(scale - 1 / np.sqrt(max(high, 1)), 1 / np.sqrt(max(low, 1)) - scale) + 1e-14 * scale
     if known:
