@@ -713,7 +713,8 @@ def test_no_search_finds_more_than_the_bound(implementation: str, n: int, k: int
     z = spread * torch.randn(128, len(spread), generator=generator, dtype=torch.float64)
     share = torch.full((0,), -1.0, dtype=torch.float64)
     kept = z[:0]
-    for _ in range(4 if implementation in ("cuda", "triton") else 12):
+    rounds = 4 if implementation in ("cuda", "triton") else 12
+    for _ in range(rounds):
         z, share = (
             torch.cat([z, kept]),
             torch.cat([share_of_bound(*decoded(z, n, k, torch.float32), decay, gain), share]),
@@ -723,7 +724,9 @@ def test_no_search_finds_more_than_the_bound(implementation: str, n: int, k: int
         steps = 10 ** (-3 * torch.rand(128, 1, generator=generator, dtype=torch.float64))
         z = kept.repeat(8, 1) + steps * torch.randn(128, len(spread), generator=generator, dtype=torch.float64)
     assert share[0] <= 1
-    assert n > 3 or share[0] > 1 / 100
+    # The search came near. Where it began, and what it found, differ with LAPACK's QR: of 20 seeds, the least for 3 x 3
+    # was 0.017 after 12 rounds, and 0.002 after 4.
+    assert n > 3 or share[0] > (1 / 100 if rounds == 12 else 1 / 1000)
 
 
 def test_conditions_before_and_after_are_no_bound(implementation: str) -> None:

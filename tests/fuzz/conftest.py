@@ -20,7 +20,13 @@ _EXAMPLES = 200
 
 
 @pytest.fixture
-def fuzz(implementation: str, request: pytest.FixtureRequest, poisoned_memory: None, one_thread: None) -> Fuzz:
+def fuzz(
+    implementation: str,
+    request: pytest.FixtureRequest,
+    poisoned_memory: None,
+    one_thread: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Fuzz:
     """Draws calls from a strategy, which takes whether they are to be tiny, and hands each to a check."""
     if getattr(hypothesis, "__file__", None) is None:
         pytest.skip("hypothesis is not installed")
@@ -46,9 +52,25 @@ def fuzz(implementation: str, request: pytest.FixtureRequest, poisoned_memory: N
 
         if examples is None:  # the same at every run, and others for each implementation
             fuzzed = hypothesis.seed(zlib.crc32(request.node.name.encode()))(fuzzed)
-        fuzzed()
+            with monkeypatch.context() as patch:
+                _without_numbers_of_imported_sources(patch)
+                fuzzed()
+        else:
+            fuzzed()
 
     return run
+
+
+def _without_numbers_of_imported_sources(patch: pytest.MonkeyPatch) -> None:
+    """Hypothesis draws numbers that the imported sources contain too: more imports, or a new number, other calls.
+
+    There is no setting for it. Where these names are others, calls are drawn that only a run of the same tests repeats.
+    """
+    from hypothesis.internal.conjecture import providers
+
+    if hasattr(providers, "_get_local_constants") and hasattr(providers, "CONSTANTS_CACHE"):
+        patch.setattr(providers, "_get_local_constants", providers.Constants)
+        patch.setattr(providers, "CONSTANTS_CACHE", type(providers.CONSTANTS_CACHE)(1024))
 
 
 def _best() -> str:
