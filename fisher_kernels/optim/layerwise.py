@@ -68,6 +68,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         self._statistics: Statistics[R] | None = None
         self._armed: list[bool] = []
         self._misfits: dict[nn.Module, str] = {}
+        self._unused: dict[Parameter, None] = {}
         super().__init__(model.parameters() if params is None else params, defaults)
         try:
             self._watch(grad_scaler, process_group)
@@ -179,6 +180,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         self._prepare()
         taken = self._leave_out_misfits(self.statistics.take(grad_scale))
         self._require_served()
+        self._note_unused({index for index, _ in taken})
         if not taken:
             self._warn_if_silent()
         self._fold(taken, grad_scale)
@@ -265,6 +267,32 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             for index, site in enumerate(self.statistics.sites):
                 self.statistics.arm(index, is_due(self._groups[site.owner]))
 
+    def _note_unused(self, taken: set[int]) -> None:
+        """Say once of each layer that a refresh found a gradient and no use; whether a call is seen again is noted.
+
+        Where no layer gave statistics the cause is a common one, of which one warning is enough.
+        """
+        for index in taken:
+            self._unused.pop(self.statistics.sites[index].owner, None)
+        if not taken:
+            return
+        new = []
+        for index, site in enumerate(self.statistics.sites):
+            if index in taken or site.owner in self._unused or not is_due(self._groups[site.owner]):
+                continue
+            grads = (p.grad for layer in site.layers for p in layer.parameters.values() if p.requires_grad)
+            if any(not grad.is_cpu or bool(grad.any()) for grad in grads if grad is not None):
+                self._unused[site.owner] = None
+                new += [layer.name or "model" for layer in site.layers]
+        if new:
+            shown = ", ".join(new[:5]) + (", ..." if len(new) > 5 else "")
+            self._warn_once(
+                f"unused {shown}",
+                f"layers got a gradient but were not called, so that a refresh has no statistics of them: {shown}. Is "
+                "a weight applied by a function instead, or was it reparametrised (pruned, for example)? They keep the "
+                "curvature they have (1 if there is none); print(optimizer.explain()) shows each",
+            )
+
     def _warn_if_silent(self) -> None:
         """Say once that a refresh step had gradients and no statistics."""
         if self._has_told("silent"):
@@ -293,6 +321,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _restored(self) -> None:
         self._read_misfits()
+        self._unused = {}
         self._rewatched()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -329,6 +358,8 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             uses = served.get(p, [])
             rule = " + ".join(dict.fromkeys(layer.rule.name for _, layer in uses)) or "fallback"
             details = [self._detail(role, layer) for role, layer in uses] or [self._fallback_detail(p)]
+            if any(layer.owner in self._unused for _, layer in uses):
+                details.append("no statistics in the last refresh, though it has a gradient")
             return rule, "; ".join(details + left_out.get(p, []))
 
         return by_rule
