@@ -92,6 +92,7 @@ def test_what_is_not_its_class_is_found(name: str) -> None:
     assert looked_at(make(), x()).reason is not None
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("name", LAYERS)
 def test_what_is_its_class_is_proven(name: str) -> None:
     torch.manual_seed(0)
@@ -101,7 +102,8 @@ def test_what_is_its_class_is_proven(name: str) -> None:
         pytest.skip("calls a layer with other arguments; the test of the whole optimizer has it")
     for p in module.parameters():
         nn.init.normal_(p)
-    found = looked_at(module, torch.randn(shape))
+    dtype = next(module.parameters()).dtype
+    found = looked_at(module, torch.randn(shape, dtype=dtype))
     assert found.reason is None
     assert found.proven or "-vector" in name
 
@@ -297,3 +299,43 @@ def test_trust_where_nothing_can_be_looked_at() -> None:
     assert found.trusts(own)
     own.register_forward_pre_hook(lambda *args: None)
     assert not found.trusts(own)
+
+
+@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+def test_a_layer_whose_weight_a_function_applies_is_named(optimizer: Any) -> None:
+    class ByFunction(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.called, self.applied = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.called(x), self.applied.weight, self.applied.bias)
+
+    model = ByFunction()
+    steps, x = optimizer(model), torch.randn(5, 4)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            steps.zero_grad()
+            model(x).square().mean().backward()
+            steps.step()
+    assert len(said) == 1
+    assert "statistics of them: applied." in str(said[0].message)
+    noted = "no statistics in the last refresh"
+    assert [noted in row.detail for row in steps.explain()] == [False, False, True, True]
+    model.applied(x).square().mean().backward()
+    model.called(x).square().mean().backward()
+    steps.step()
+    assert not any(noted in row.detail for row in steps.explain())
+
+
+def test_a_compiled_layer_is_served_only_if_it_is_trusted() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), OneRowOff(4, 4), nn.Linear(4, 2))
+    steps = AdaFisher(model)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.compile(model, backend="aot_eager")(torch.randn(5, 4)).square().mean().backward()
+        steps.step()
+    assert any("statistics of them: 1." in str(w.message) for w in said)
+    assert float(steps.state[model[0].weight]["factor_weight"]) > 0
+    assert float(steps.state[model[1].weight]["factor_weight"]) == 0
