@@ -16,7 +16,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -254,7 +254,7 @@ def _is_split(t: Tensor) -> bool:
 def _local(t: Tensor) -> Tensor | None:
     """The plain tensor that a tensor stands for, or the part of it that is here; None where there is none."""
     if _is_split(t):
-        return t.to_local()  # type: ignore[no-any-return, attr-defined, operator]
+        return cast(Any, t).to_local()
     if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return None  # without memory of its own, or with a meaning of its own
     return t
@@ -278,11 +278,11 @@ def _product_precision(module: nn.Module, device: str) -> str:
     convolves = isinstance(module, nn.modules.conv._ConvNd)
     if not convolves and not isinstance(module, nn.Linear) and not is_transposed_linear(module):
         return "float32"
-    backend: Any
+    backends: Any = torch.backends
     if device == "cuda":
-        backend = torch.backends.cudnn.conv if convolves else torch.backends.cuda.matmul
+        backend = backends.cudnn.conv if convolves else backends.cuda.matmul
     else:
-        backend = torch.backends.mkldnn.conv if convolves else torch.backends.mkldnn.matmul
+        backend = backends.mkldnn.conv if convolves else backends.mkldnn.matmul
     setting = backend.fp32_precision
     if setting == "bf16":
         return "bfloat16"
@@ -459,7 +459,10 @@ def _convolution(
     x, output = unsqueeze_batch(x, spatial), unsqueeze_batch(output, spatial)
     if x.dim() != spatial + 2 or output.dim() != spatial + 2:
         raise MisfitError(f"its input has {x.dim()} dimensions and its output {output.dim()}, expected {spatial + 2}")
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+    rest: Any
+    transposes = isinstance(module, nn.modules.conv._ConvTransposeNd)
+    module = cast(Any, module)
+    if transposes:
         extra = [
             output.shape[2 + d]
             - (x.shape[2 + d] - 1) * module.stride[d]
@@ -468,7 +471,7 @@ def _convolution(
             - 1
             for d in range(spatial)
         ]
-        transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
+        transposed: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
         rest = module.stride, module.padding, extra, module.groups, module.dilation
         return _of_samples(x, output, lambda x: transposed(x, weight, bias, *rest))
     convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
