@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("backends",),
     ("ops", "curvature", "curvature.tap"),
     ("curvature.rules",),
-    ("curvature.diagonal_rules", "curvature.block_rules"),
+    ("curvature.diagonal_rules", "curvature.block_rules", "curvature.proof"),
     ("curvature.hooks",),
     ("optim",),
     ("",),

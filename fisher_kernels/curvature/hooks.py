@@ -5,6 +5,8 @@ the derivative of the output into raw sums. They count only if the same backward
 layer's parameters: evaluation passes, ``autograd.grad`` and recomputation under activation checkpointing then count as
 they should, not at all or once. Pending sums live and die with ``p.grad``: they are dropped when a backward begins with
 ``p.grad`` None, by ``zero_grad`` and when the optimizer takes them in ``step()``.
+
+A layer is read only as long as it computes what its class documents (``curvature/proof.py``).
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
+from fisher_kernels.curvature.proof import Proof, drop_pending, settle
 from fisher_kernels.curvature.rules import R, Rule, Sums, Use
 from fisher_kernels.curvature.tap import register, tap
 from fisher_kernels.ops import ACCUMULATOR
@@ -46,10 +49,8 @@ class Layer(Generic[R]):
         """The parameter that keeps the layer's factors in its state and its settings in its group."""
         return next(iter(self.parameters.values()))
 
-    def capture(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> tuple[list[Tensor], list[int]] | None:
-        """What the forward keeps for its backward; None where that backward cannot count."""
+    def input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        """The input of a forward whose backward can count, else None."""
         if not isinstance(output, Tensor) or not output.requires_grad:
             return None
         trained = False
@@ -62,7 +63,7 @@ class Layer(Generic[R]):
         x = args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
         if not isinstance(x, Tensor) or x.layout != torch.strided:
             return None
-        return self.rule.capture(module, x.detach() if x.requires_grad else x)
+        return x.detach() if x.requires_grad else x
 
 
 @dataclass(eq=False)
@@ -143,6 +144,9 @@ class Statistics(Generic[R]):
         layers: the modules to watch.
         grad_scaler: its scale is divided out of every derivative as the backward delivers it.
         process_group: over which :meth:`take` adds sums; None takes the default group where there is one.
+
+    Attributes:
+        refresh: number of the refresh that is being collected, from 1.
     """
 
     def __init__(
@@ -150,6 +154,7 @@ class Statistics(Generic[R]):
     ) -> None:
         self.grad_scaler = grad_scaler
         self.process_group = process_group
+        self.refresh = 1
         self.sites: list[Site[R]] = []
         by_key: dict[tuple[Any, ...], Site[R]] = {}
         for layer in layers:
@@ -169,9 +174,11 @@ class Statistics(Generic[R]):
         for index, site in enumerate(self.sites):
             for use, layer in enumerate(site.layers):
                 hook = _ForwardHook(layer, (number, index, use), weakref.ref(self))
-                handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+                # First of all hooks: those of others may change the output, which is no doing of the layer.
+                handles.append(layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
                 self._hooks.setdefault(index, []).append(hook)
                 _readers.setdefault(layer.module, weakref.WeakSet()).add(self)
+        self._flat_hooks = [hook for hooks in self._hooks.values() for hook in hooks]
         self._detach = weakref.finalize(self, _remove, handles)
         global _attached
         _attached += 1
@@ -198,11 +205,13 @@ class Statistics(Generic[R]):
             "grad_scaler": self.grad_scaler,
             "armed": self._armed(),
             "open": self.open,
+            "refresh": self.refresh,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy watches the copied modules, with hooks of its own: those that came along with the modules are inert.
         self.sites, self.grad_scaler, self.process_group = state["sites"], state["grad_scaler"], None
+        self.refresh = state.get("refresh", 1)
         self._attach()
         for index, armed in enumerate(state["armed"]):
             self.arm(index, armed)
@@ -217,14 +226,27 @@ class Statistics(Generic[R]):
         for hook in self._hooks[index]:
             if hook.armed != armed:
                 hook.armed = armed
+            trusted = hook.is_trusted()
+            if hook.trusted != trusted:
+                hook.trusted = trusted
 
     def clear(self) -> None:
         """Drop what is pending."""
         for site in self.sites:
             site.clear()
+        drop_pending([hook.proof for hook in self._flat_hooks])
+
+    def misfits(self) -> list[tuple[Layer[R], str]]:
+        """The layers that were found not to compute what their class documents, with the reason."""
+        return [(h.layer, h.proof.reason) for h in self._flat_hooks if h.layer is not None and h.proof.reason]
 
     def adopt(self, other: Statistics[R]) -> None:
-        """Take over what another engine holds pending for the same weights."""
+        """Take over what another engine holds pending for the same weights, and what it knows of their layers."""
+        self.refresh = other.refresh
+        proofs = {hook.layer.module: hook.proof for hook in other._flat_hooks if hook.layer is not None}
+        for hook in self._flat_hooks:
+            if hook.layer is not None and (proof := proofs.get(hook.layer.module)) is not None:
+                hook.proof = proof
         pending = {(site.owner, site.rule.layout): site for site in other.sites}
         for site in self.sites:
             if (old := pending.get((site.owner, site.rule.layout))) is not None:
@@ -233,9 +255,12 @@ class Statistics(Generic[R]):
     def take(self, grad_scale: Tensor | None = None) -> list[tuple[int, Sums]]:
         """The pending sums of every site that has any, as (index, sums), over all processes; nothing stays pending.
 
+        Those of a layer that turns out not to compute what its class documents, in whatever process, are left out.
+
         Args:
             grad_scale: the loss scale that is still in the derivatives, where no ``grad_scaler`` was given.
         """
+        settle([(hook.layer.module, hook.proof) for hook in self._flat_hooks if hook.layer is not None])
         taken = {index: sums for index, site in enumerate(self.sites) if (sums := site.settle()) is not None}
         if grad_scale is not None and self.grad_scaler is None:
             for index, sums in taken.items():
@@ -243,14 +268,16 @@ class Statistics(Generic[R]):
         self.clear()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1:
             taken = self._reduce(taken)
-        return list(taken.items())
+        self.refresh += bool(taken)
+        misfits = {index for index, hooks in self._hooks.items() if any(hook.proof.reason for hook in hooks)}
+        return [(index, sums) for index, sums in taken.items() if index not in misfits]
 
     def _reduce(self, taken: dict[int, Sums]) -> dict[int, Sums]:
         """Add the sums of all processes in one flat all-reduce.
 
-        Every process lists every armed site, one that saw nothing as zeros, so that all agree on the layout. Data
-        parallel training averages gradients: a derivative of the global mean loss is the local one over the number of
-        processes.
+        Every process lists every armed site, one that saw nothing as zeros, so that all agree on the layout, and which
+        layers it found not to be what their class documents, so that all agree on which are served. Data parallel
+        training averages gradients: a derivative of the global mean loss is the local one over the number of processes.
         """
         armed = [index for index, on in enumerate(self._armed()) if on]
         if not armed:
@@ -266,9 +293,16 @@ class Statistics(Generic[R]):
                 flat.append(torch.tensor(counts, dtype=torch.float64, device=vectors[0].device))
             else:
                 flat.append(torch.zeros(sum(lengths[index]) + len(lengths[index]), dtype=torch.float64, device="cpu"))
+        hooks = self._flat_hooks
+        wrong = [float(hook.proof.reason is not None) for hook in hooks]
+        flat.append(torch.tensor(wrong, dtype=torch.float64, device="cpu"))
         device = self.sites[armed[0]].owner.device
         total = torch.cat([part.to(device) for part in flat])
         dist.all_reduce(total, group=self.process_group)
+        total, anywhere = total.split([len(total) - len(hooks), len(hooks)])
+        for hook, found in zip(hooks, anywhere.tolist(), strict=True):
+            if found and hook.proof.reason is None:
+                hook.proof.reason = "another process found that its output is not what its class computes"
         parts = iter(total.split([n for index in armed for n in (*lengths[index], len(lengths[index]))]))
         reduced = {}
         for index in armed:
@@ -378,6 +412,8 @@ class _ForwardHook:
     It refers to the engine weakly, because the model must not keep the optimizer's statistics alive.
     """
 
+    watches_layers = True
+
     def __init__(
         self,
         layer: Layer[Any] | None = None,
@@ -388,10 +424,20 @@ class _ForwardHook:
         self.address = address
         self.engine = engine
         self.armed = False
+        self.proof = Proof()
+        self.trusted = self.is_trusted()
         self.token = torch.zeros(1, dtype=torch.float32, device="cpu")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_ForwardHook, ())
+
+    def is_trusted(self) -> bool:
+        """Whether the layer is served where it cannot be looked at."""
+        return self.layer is not None and self.proof.trusts(self.layer.module)
+
+    def _holds(self, module: nn.Module, x: Tensor, output: Any) -> bool:
+        engine = self.engine()
+        return engine is not None and self.proof.holds(module, x, output, engine.refresh)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not self.armed or self.layer is None:
@@ -402,9 +448,10 @@ class _ForwardHook:
             return None
         if not compiling and peek_interpreter_stack() is not None:
             return None
-        kept = self.layer.capture(module, args, kwargs, output)
-        if kept is None:
+        x = self.layer.input(module, args, kwargs, output)
+        if x is None or not (self.trusted if compiling else self._holds(module, x, output)):
             return None
+        kept = self.layer.rule.capture(module, x)
         # What is as large as an input is kept as autograd keeps its own: checkpointing then recomputes it.
         if compiling or (self.layer.rule.keeps_input and _top_saved_tensors_default_hooks(True) is not None):
             captured, sizes = kept

@@ -71,6 +71,8 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
             damping``, or 1 for ``"release"``.
         process_group: over which statistics are added up, one all-reduce a refresh; None takes the default group where
             torch.distributed is initialised.
+        fallback: ``"warn"`` of parameters that no layer rule serves, or ``"error"``: refuse to start, or to go on,
+            training them.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
@@ -80,6 +82,11 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
 
     decoupled: ClassVar[bool] = False
     moment = "exp_avg"
+    statistics_state = tuple(
+        prefix + name
+        for prefix in ("", "tied_")
+        for name in ("input_factor", "output_factor", "bias_factor", "factor_weight")
+    )
 
     def __init__(
         self,
@@ -98,6 +105,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
         grad_scaler: Any = None,
         fallback_curvature: float | None = None,
         process_group: dist.ProcessGroup | None = None,
+        fallback: Literal["warn", "error"] = "warn",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -111,7 +119,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
             "maximize": maximize,
             "fallback_curvature": fallback_curvature,
         }
-        super().__init__(model, params, defaults, grad_scaler, process_group)
+        super().__init__(model, params, defaults, grad_scaler, process_group, fallback)
 
     # Groups.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Generic
+from typing import Any, ClassVar, Generic, Literal
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from fisher_kernels.optim.warn import warn, warn_once
 FALLBACK_SHARE = 0.01
 """Share of the trained parameters above which fallbacks are worth a warning."""
 
+MISFITS = "misfits"
+"""Key of parameter groups: name of each layer that does not compute what its class documents -> the reason."""
+
 # What each model has been warned of. Not kept by the optimizers: a notebook makes one after the other for a model.
 _told: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
@@ -33,7 +36,11 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         defaults: hyperparameters of groups that do not set them.
         grad_scaler: the ``torch.amp.GradScaler`` whose scale is in the derivatives.
         process_group: over which statistics are added up; None takes the default group where there is one.
+        fallback: ``"warn"`` of parameters that no layer serves, or ``"error"``: refuse to train them.
     """
+
+    statistics_state: ClassVar[tuple[str, ...]]
+    """State: what is averaged of a layer's statistics, and what is made of it."""
 
     _looked_at = -1  # so many optimizers had been attached to models when others were looked for
 
@@ -44,6 +51,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         defaults: dict[str, Any],
         grad_scaler: Any,
         process_group: dist.ProcessGroup | None,
+        fallback: Literal["warn", "error"] = "warn",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -53,11 +61,22 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         for name, parameter in model.named_parameters():
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 raise ValueError(f"parameter {name!r} is not initialised: run a forward pass of the lazy module first")
+        if fallback not in ("warn", "error"):
+            raise ValueError(f"fallback is {fallback!r}, expected 'warn' or 'error'")
         self._model = model
+        self._fallback = fallback
         self._statistics: Statistics[R] | None = None
         self._armed: list[bool] = []
+        self._misfits: dict[nn.Module, str] = {}
+        self._unused: dict[Parameter, None] = {}
         super().__init__(model.parameters() if params is None else params, defaults)
-        self._watch(grad_scaler, process_group)
+        try:
+            self._watch(grad_scaler, process_group)
+            self._require_rules()
+        except ValueError:
+            if self._statistics is not None:
+                self._statistics.close()
+            raise
         self._warn_of_fallbacks(self.explain())
 
     # What subclasses define.
@@ -97,9 +116,12 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         assert self._statistics is not None
         return self._statistics
 
+    def _rule_if_served(self, module: nn.Module, owner: Parameter) -> R | None:
+        return None if module in self._misfits else self._rule_for(module, owner)
+
     def _watch(self, grad_scaler: Any, process_group: dist.ProcessGroup | None) -> None:
         old = self._statistics
-        layers = find_layers(self._model, self._rule_for, self._groups)
+        layers = find_layers(self._model, self._rule_if_served, self._groups)
         self._statistics = Statistics(layers, grad_scaler, process_group)
         if old is not None:
             self._statistics.adopt(old)
@@ -111,6 +133,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
     def _regrouped(self) -> None:
         if self._statistics is not None:
             self._watch(self._statistics.grad_scaler, self._statistics.process_group)
+            self._require_rules()
 
     def _check_group(self, group: dict[str, Any]) -> None:
         group.setdefault("iteration", 0)
@@ -155,7 +178,9 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         if self._looked_at != times_attached():
             self._look_for_other_readers()
         self._prepare()
-        taken = self.statistics.take(grad_scale)
+        taken = self._leave_out_misfits(self.statistics.take(grad_scale))
+        self._require_served()
+        self._note_unused({index for index, _ in taken})
         if not taken:
             self._warn_if_silent()
         self._fold(taken, grad_scale)
@@ -164,6 +189,76 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             group["iteration"] += 1
         self._arm()
 
+    # Layers that are not what their class documents.
+
+    def _leave_out_misfits(self, taken: list[tuple[int, Sums]]) -> list[tuple[int, Sums]]:
+        """Let layers that were found out take a fallback from now on; returns what was taken of the others.
+
+        The choice is part of the parameter groups, so that a state that is loaded goes on as it was saved.
+        """
+        found = self.statistics.misfits()
+        if not found:
+            return taken
+        old = self.statistics.sites
+        for layer, reason in found:
+            self._misfits[layer.module] = reason
+            group = self._groups[layer.owner]
+            group[MISFITS] = {**group.get(MISFITS, {}), layer.name: reason}
+        keys = [(site.owner, site.rule.layout) for site in old]
+        left = find_layers(self._model, self._rule_if_served, self._groups)
+        still = {(layer.owner, layer.rule.layout) for layer in left}
+        for owner, layout in keys:
+            if (owner, layout) not in still:
+                for name in [name for name in self.state.get(owner, {}) if name in self.statistics_state]:
+                    del self.state[owner][name]
+        self._watch(self.statistics.grad_scaler, self.statistics.process_group)
+        self._prepare()
+        told = "; ".join(f"{layer.name or 'model'} ({reason})" for layer, reason in found)
+        if self._fallback == "warn":
+            warn(
+                f"{type(self).__name__}: {len(found)} layer{'s do' if len(found) > 1 else ' does'} not compute what "
+                f"{'their classes document' if len(found) > 1 else 'its class documents'} and cannot be served by a "
+                f"rule, so that their parameters take a fallback: {told}. print(optimizer.explain()) shows each"
+            )
+        places = {(site.owner, site.rule.layout): index for index, site in enumerate(self.statistics.sites)}
+        return [(places[keys[index]], sums) for index, sums in taken if keys[index] in places]
+
+    def _read_misfits(self) -> None:
+        """What the parameter groups say of the model's layers."""
+        named: dict[str, str] = {}
+        for group in self.param_groups:
+            named.update(group.get(MISFITS, {}))
+        modules = dict(self._model.named_modules()) if named else {}
+        self._misfits = {modules[name]: reason for name, reason in named.items() if name in modules}
+
+    def _unserved(self) -> list[Parameter]:
+        served = self._layers_of()
+        return [p for p in self._groups if p not in served]
+
+    def _refuse(self, names: list[str], kind: type[Exception]) -> None:
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        reasons = "".join(
+            f"; {name}: {reason}" for group in self.param_groups for name, reason in group.get(MISFITS, {}).items()
+        )
+        raise kind(
+            f"{len(names)} trained parameters have no layer rule ({shown}{reasons}), and fallback='error' refuses to "
+            "train them: leave them to another optimizer (params=), or take fallback='warn'"
+        )
+
+    def _require_rules(self) -> None:
+        """Refuse trained parameters without a rule, if so asked."""
+        if self._fallback == "error":
+            unserved = {p for p in self._unserved() if p.requires_grad}
+            if unserved:
+                self._refuse([name for name, p in self._names() if p in unserved], ValueError)
+
+    def _require_served(self) -> None:
+        """Refuse to step a parameter without a rule, if so asked."""
+        if self._fallback == "error":
+            unserved = {p for p in self._unserved() if p.grad is not None}
+            if unserved:
+                self._refuse([name for name, p in self._names() if p in unserved], RuntimeError)
+
     def _arm(self) -> None:
         """Let the layers whose next step refreshes their statistics collect them."""
         armed = [is_due(group) for group in self.param_groups]
@@ -171,6 +266,32 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             self._armed = armed
             for index, site in enumerate(self.statistics.sites):
                 self.statistics.arm(index, is_due(self._groups[site.owner]))
+
+    def _note_unused(self, taken: set[int]) -> None:
+        """Say once of each layer that a refresh found a gradient and no use; whether a call is seen again is noted.
+
+        Where no layer gave statistics the cause is a common one, of which one warning is enough.
+        """
+        for index in taken:
+            self._unused.pop(self.statistics.sites[index].owner, None)
+        if not taken:
+            return
+        new = []
+        for index, site in enumerate(self.statistics.sites):
+            if index in taken or site.owner in self._unused or not is_due(self._groups[site.owner]):
+                continue
+            grads = (p.grad for layer in site.layers for p in layer.parameters.values() if p.requires_grad)
+            if any(not grad.is_cpu or bool(grad.any()) for grad in grads if grad is not None):
+                self._unused[site.owner] = None
+                new += [layer.name or "model" for layer in site.layers]
+        if new:
+            shown = ", ".join(new[:5]) + (", ..." if len(new) > 5 else "")
+            self._warn_once(
+                f"unused {shown}",
+                f"layers got a gradient but were not called, so that a refresh has no statistics of them: {shown}. Is "
+                "a weight applied by a function instead, or was it reparametrised (pruned, for example)? They keep the "
+                "curvature they have (1 if there is none); print(optimizer.explain()) shows each",
+            )
 
     def _warn_if_silent(self) -> None:
         """Say once that a refresh step had gradients and no statistics."""
@@ -190,17 +311,22 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _reloaded(self) -> None:
         self.statistics.clear()
+        before = dict(self._misfits)
+        self._read_misfits()
         layers = [layer for site in self.statistics.sites for layer in site.layers]
-        if all(self._rule_for(layer.module, layer.owner) == layer.rule for layer in layers):
+        if before == self._misfits and all(self._rule_for(layer.module, layer.owner) == layer.rule for layer in layers):
             self._rewatched()
         else:  # the settings that came along have other rules
             self._watch(self.statistics.grad_scaler, self.statistics.process_group)
 
     def _restored(self) -> None:
+        self._read_misfits()
+        self._unused = {}
         self._rewatched()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_model": self._model, "_statistics": self._statistics}
+        kept = ("_model", "_statistics", "_fallback")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     # Reports.
 
@@ -221,11 +347,20 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _served(self) -> Callable[[Parameter], tuple[str, str]]:
         served = self._layers_of()
+        names = {module: name for name, module in self._model.named_modules()} if self._misfits else {}
+        left_out: dict[Parameter, list[str]] = {}
+        for module, reason in self._misfits.items():
+            for p in module._parameters.values():
+                if p is not None:
+                    left_out.setdefault(p, []).append(f"not served for {names.get(module) or 'model'}: {reason}")
 
         def by_rule(p: Parameter) -> tuple[str, str]:
             uses = served.get(p, [])
             rule = " + ".join(dict.fromkeys(layer.rule.name for _, layer in uses)) or "fallback"
-            return rule, "; ".join(self._detail(role, layer) for role, layer in uses) or self._fallback_detail(p)
+            details = [self._detail(role, layer) for role, layer in uses] or [self._fallback_detail(p)]
+            if any(layer.owner in self._unused for _, layer in uses):
+                details.append("no statistics in the last refresh, though it has a gradient")
+            return rule, "; ".join(details + left_out.get(p, []))
 
         return by_rule
 

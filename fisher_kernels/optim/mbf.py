@@ -90,6 +90,8 @@ class MBF(LayerwiseOptimizer[BlockRule]):
             them; it costs a copy of them and their memory. Other steps can be captured without it.
         process_group: over which statistics are added up, one all-reduce a refresh; None takes the default group where
             torch.distributed is initialised.
+        fallback: ``"warn"`` of parameters that no layer rule serves, or ``"error"``: refuse to start, or to go on,
+            training them.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
@@ -99,6 +101,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
     """
 
     moment = "momentum_buffer"
+    statistics_state = ("fisher_blocks", "inverse_blocks", "fisher_updates")
 
     def __init__(
         self,
@@ -122,6 +125,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         inverse_storage: Literal["full", "packed", "bfloat16"] = "full",
         capturable: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        fallback: Literal["warn", "error"] = "warn",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -141,7 +145,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
             "capturable": capturable,
         }
         self._scales: dict[int, Tensor] = {}
-        super().__init__(model, params, defaults, grad_scaler, process_group)
+        super().__init__(model, params, defaults, grad_scaler, process_group, fallback)
 
     # Groups.
 
