@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import sys
+import threading
 import warnings
 
 import pytest
@@ -273,6 +274,59 @@ class TestGraph:
         torch.autograd.grad(1000 * loss_of(model, batch(7)), list(model.parameters()))
         optimizer.step(), plain.step()
         assert_same(snapshot(optimizer), snapshot(plain))
+
+
+class TestSeveralBackwardPasses:
+    @pytest.mark.usefixtures("in_float64")
+    @pytest.mark.parametrize("sequence", ["expand", "reduce"])
+    def test_threads_lose_no_rows(self, make, sequence):
+        """The second backward begins and ends between a contribution of the first and the gradient that goes with it."""
+        settings = {"sequence": sequence} if make is MBF else {}
+        results = []
+        for threads in (False, True):
+            model = mlp()
+            optimizer = make(model, **settings)
+            losses = [loss_of(model, batch(t)) for t in range(2)]
+            if not threads:
+                for loss in losses:
+                    loss.backward()
+            else:
+                waiting, go = threading.Event(), threading.Event()
+                first = threading.Thread(target=losses[0].backward)
+
+                def pause(grad, first=first, waiting=waiting, go=go):
+                    if threading.current_thread() is first:
+                        waiting.set()
+                        assert go.wait(60)
+
+                model[3].weight.register_hook(pause)  # runs before the gradient is accumulated
+                first.start()
+                assert waiting.wait(60)
+                losses[1].backward()
+                go.set()
+                first.join(60)
+            optimizer.step()
+            results.append(snapshot(optimizer))
+        assert_same(results[1], results[0], rtol=1e-9)
+
+    def test_a_backward_that_fails_is_over(self, make):
+        """What it contributed ends with the gradient, not with a backward that is waited for in vain."""
+        plain, model = mlp(), mlp()
+        reference, optimizer = make(plain), make(model)
+
+        def fail(grad):
+            raise ArithmeticError
+
+        handle = model[0].weight.register_hook(fail)
+        with pytest.raises(ArithmeticError):
+            loss_of(model, batch(7)).backward()
+        handle.remove()
+        for p in model.parameters():
+            p.grad = None
+        for net, opt in ((plain, reference), (model, optimizer)):
+            loss_of(net, batch()).backward()
+            opt.step()
+        assert_same(snapshot(optimizer), snapshot(reference))
 
 
 class TestLayersThatComeAndGo:

@@ -392,6 +392,35 @@ def test_checkpointing_keeps_no_inputs(checkpointed: bool) -> None:
     assert float(ours.state[model[2].weight]["fisher_updates"]) == 1
 
 
+@pytest.mark.parametrize("sequence", ["expand", "reduce"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_inputs_are_freed_when_autograd_frees_its_own(sequence: Any, kept: bool) -> None:
+    """A loss that is still bound, as in ``total += loss``, keeps no activations once its graph has been freed."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    ours = MBF(model, sequence=sequence)
+    inputs: list[StorageWeakRef] = []
+    for layer in (model[3], model[5]):
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(StorageWeakRef(args[0].untyped_storage())))
+    loss = model(torch.randn(4, 1, 4, 4)).sum()
+    loss.backward(retain_graph=kept)
+    if kept:
+        assert not any(ref.expired() for ref in inputs)
+        loss.backward()
+    ours.step()
+    assert all(ref.expired() for ref in inputs)
+    assert float(ours.state[model[5].weight]["fisher_updates"]) == 1
+
+
+def test_inputs_outlive_a_backward_that_ends_above_their_layer() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    ours = MBF(model)
+    h = model[0](torch.randn(4, 8))
+    (derivative,) = torch.autograd.grad(model[2](h.tanh()).sum(), h)
+    h.backward(derivative)
+    ours.step()
+    assert float(ours.state[model[0].weight]["fisher_updates"]) == 1
+
+
 # Reports.
 
 

@@ -10,18 +10,20 @@ they should, not at all or once. Pending sums live and die with ``p.grad``: they
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Generic
+from typing import Any, Generic, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C import _current_graph_task_id, _will_engine_execute_node
-from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch._C._autograd import _get_current_graph_task_keep_graph, _top_saved_tensors_default_hooks
 from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import Variable
 from torch.autograd.graph import get_gradient_edge
 from torch.compiler import is_compiling
 from torch.nn import Parameter
@@ -65,6 +67,14 @@ class Layer(Generic[R]):
         return self.rule.capture(module, x.detach() if x.requires_grad else x)
 
 
+class _Kept(NamedTuple, Generic[R]):
+    """A use that waits for the others of its backward, its layer, and how often its tensors had been written to."""
+
+    use: Use[R]
+    layer: Layer[R]
+    versions: list[int]
+
+
 @dataclass(eq=False)
 class Site(Generic[R]):
     """Adds up the sums of all uses of one weight in one orientation, by one module or by several that share it."""
@@ -73,29 +83,30 @@ class Site(Generic[R]):
     rule: R
     layers: list[Layer[R]] = field(default_factory=list)
     sums: Sums | None = None
-    uses: list[Use[R]] = field(default_factory=list)  # of the last backward, where they contribute together
-    kept: list[tuple[Layer[R], list[int]]] = field(default_factory=list)  # for each: its layer, writes to its tensors
-    task: int = -1
+    uses: dict[int, list[_Kept[R]]] = field(default_factory=dict)  # of each backward, where they contribute together
+    tasks: set[int] = field(default_factory=set)  # the backward passes that have contributed
 
     @cached_property
     def module(self) -> nn.Module:
         """The module whose settings are used for the site: one with a bias if there is any."""
         return max(self.layers, key=lambda layer: getattr(layer.module, "bias", None) is not None).module
 
-    def settle(self) -> Sums | None:
-        """The pending sums, with what the uses of the last backward make together."""
-        if self.uses:
-            for use, (layer, versions) in zip(self.uses, self.kept, strict=True):
+    def settle(self, running: Callable[[int], bool] = lambda task: False) -> Sums | None:
+        """The pending sums, with what the uses of each backward that is not running any more make together."""
+        for task in [task for task in self.uses if not running(task)]:
+            kept = self.uses.pop(task)
+            for use, layer, versions in kept:
                 if _versions(use.captured) != versions:
                     self.clear()
                     raise _overwritten(layer, "the step")
-            sums = self.rule.contribute_together(self.uses)
-            self.uses, self.kept = [], []
-            self.sums = sums if self.sums is None else self.sums + sums
+            self.add(self.rule.contribute_together([use for use, _, _ in kept]))
         return self.sums
 
+    def add(self, sums: Sums) -> None:
+        self.sums = sums if self.sums is None else self.sums + sums
+
     def clear(self) -> None:
-        self.sums, self.uses, self.kept, self.task = None, [], [], -1
+        self.sums, self.uses, self.tasks = None, {}, set()
 
 
 def find_layers(
@@ -163,6 +174,8 @@ class Statistics(Generic[R]):
     def _attach(self) -> None:
         number = next(_numbers)
         register(number, self)
+        self._lock = threading.RLock()  # backward passes may run in several threads
+        self._running: weakref.WeakValueDictionary[int, _Running] = weakref.WeakValueDictionary()
         self._hooks: dict[int, list[_ForwardHook]] = {}
         self._nodes: dict[Parameter, Any] = {}
         handles = []
@@ -220,15 +233,16 @@ class Statistics(Generic[R]):
 
     def clear(self) -> None:
         """Drop what is pending."""
-        for site in self.sites:
-            site.clear()
+        with self._lock:
+            for site in self.sites:
+                site.clear()
 
     def adopt(self, other: Statistics[R]) -> None:
         """Take over what another engine holds pending for the same weights."""
         pending = {(site.owner, site.rule.layout): site for site in other.sites}
         for site in self.sites:
             if (old := pending.get((site.owner, site.rule.layout))) is not None:
-                site.sums, site.uses, site.kept, site.task = old.sums, old.uses, old.kept, old.task
+                site.sums, site.uses, site.tasks = old.sums, old.uses, old.tasks
 
     def take(self, grad_scale: Tensor | None = None) -> list[tuple[int, Sums]]:
         """The pending sums of every site that has any, as (index, sums), over all processes; nothing stays pending.
@@ -236,11 +250,12 @@ class Statistics(Generic[R]):
         Args:
             grad_scale: the loss scale that is still in the derivatives, where no ``grad_scaler`` was given.
         """
-        taken = {index: sums for index, site in enumerate(self.sites) if (sums := site.settle()) is not None}
+        with self._lock:
+            taken = {index: sums for index, site in enumerate(self.sites) if (sums := site.settle()) is not None}
+            self.clear()
         if grad_scale is not None and self.grad_scaler is None:
             for index, sums in taken.items():
                 _rescale(sums, self.sites[index].rule, grad_scale)
-        self.clear()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1:
             taken = self._reduce(taken)
         return list(taken.items())
@@ -303,25 +318,39 @@ class Statistics(Generic[R]):
         else:
             return
         task = _current_graph_task_id()
-        if site.task != task:
-            anchor = site.owner if site.owner.requires_grad else p
-            if anchor.grad is None:
-                site.clear()
-            site.settle()
-            site.task = task
+        with self._lock:
+            if task not in site.tasks:
+                anchor = site.owner if site.owner.requires_grad else p
+                # A backward in another thread, or around this one, may have contributed and not accumulated yet.
+                if anchor.grad is None and not any(map(self._runs, site.tasks)):
+                    site.clear()
+                site.settle(self._runs)
+                site.tasks = {*filter(self._runs, site.tasks), task}
+                self._begin(task)
         grad = grad.detach() if grad.requires_grad else grad
         scale = None
         if self.grad_scaler is not None and self.grad_scaler.is_enabled():
             scale = self.grad_scaler._get_scale_async()  # on the device, where get_scale() would wait for it
         if layer.rule.together:
             grad = grad if scale is None else grad.to(ACCUMULATOR[grad.dtype]) / scale.to(grad.device)
-            site.uses.append(Use(layer.module, layer.rule, captured, sizes, grad))
-            site.kept.append((layer, _versions(captured)))
+            kept = _Kept(Use(layer.module, layer.rule, captured, sizes, grad), layer, _versions(captured))
+            with self._lock:
+                site.uses.setdefault(task, []).append(kept)
             return
         sums = layer.rule.contribute(layer.module, captured, sizes, grad)
         if scale is not None:  # None before the first scale()
             _rescale(sums, layer.rule, scale)
-        site.sums = sums if site.sums is None else site.sums + sums
+        with self._lock:
+            site.add(sums)
+
+    def _begin(self, task: int) -> None:
+        """Know a backward for as long as it runs: it alone keeps its mark alive, also where it ends in an error."""
+        if task not in self._running:
+            mark = self._running[task] = _Running()
+            Variable._execution_engine.queue_callback(mark)
+
+    def _runs(self, task: int) -> bool:
+        return task in self._running
 
     def _accumulates(self, parameter: Parameter) -> bool:
         """Whether the backward that is running will add to ``parameter.grad``."""
@@ -372,6 +401,13 @@ def _rescale(sums: Sums, rule: Rule, scale: Tensor) -> None:
                 vector.div_(scale.to(vector.device))
 
 
+class _Running:
+    """The mark of a backward that is running: a callback of its end that has nothing to do."""
+
+    def __call__(self) -> None:
+        pass
+
+
 class _ForwardHook:
     """The forward hook of one layer. Copies and pickles of it, which come with copies of the model, do nothing.
 
@@ -409,7 +445,10 @@ class _ForwardHook:
         if compiling or (self.layer.rule.keeps_input and _top_saved_tensors_default_hooks(True) is not None):
             captured, sizes = kept
             return tap(output, captured, self.token, [*self.address, *sizes])
-        output.register_hook(_OutputHook(self.engine, self.address, *kept))
+        hook = _OutputHook(self.engine, self.address, *kept)
+        output.register_hook(hook)
+        if self.layer.rule.keeps_input and output.grad_fn is not None:
+            output.grad_fn.register_hook(hook.release)
         return None
 
 
@@ -423,13 +462,24 @@ class _OutputHook:
         captured: list[Tensor],
         sizes: list[int],
     ) -> None:
-        self.engine, self.address, self.captured, self.sizes = engine, address, captured, sizes
+        self.engine, self.address, self.sizes = engine, address, sizes
+        self.captured: list[Tensor] | None = captured
         self.versions = _versions(captured)
 
     def __call__(self, grad: Tensor) -> None:
         engine = self.engine()
         if engine is not None:
             _, index, use = self.address
+            if self.captured is None:
+                raise RuntimeError(
+                    f"a second backward runs through module {engine.sites[index].layers[use].name!r}, whose input was "
+                    "freed by the first: specify retain_graph=True for that one"
+                )
             if _versions(self.captured) != self.versions:
                 raise _overwritten(engine.sites[index].layers[use], "its backward")
             engine.commit(index, use, self.captured, self.sizes, grad)
+
+    def release(self, *_: Any) -> None:
+        """Let go of the input once the node of the layer has run, as autograd then lets go of what it saved."""
+        if not _get_current_graph_task_keep_graph():
+            self.captured = None
