@@ -217,19 +217,31 @@ class Statistics(Generic[R]):
         # A copy watches the copied modules, with hooks of its own: those that came along with the modules are inert.
         self.sites, self.grad_scaler, self.process_group = state["sites"], state["grad_scaler"], None
         self._attach()
-        for index, armed in enumerate(state["armed"]):
-            self.arm(index, armed)
+        self.arm({index for index, armed in enumerate(state["armed"]) if armed})
         if not state["open"]:
             self.close()
 
     def _armed(self) -> list[bool]:
-        return [any(hook.armed for hook in self._hooks[index]) for index in range(len(self.sites))]
+        return [self.collects(index) for index in range(len(self.sites))]
 
-    def arm(self, index: int, armed: bool) -> None:
-        """Whether the layers of a site collect from now on; outside that their hooks do nothing."""
-        for hook in self._hooks[index]:
-            if hook.armed != armed:
-                hook.armed = armed
+    def arm(self, sites: Collection[int]) -> None:
+        """Let the layers of these sites collect from now on, and the hooks of all others do nothing.
+
+        In a compiled model every hook looks at one flag, that any collects: there are two graphs, not one for every
+        combination. What the others send there is not added.
+        """
+        awake = bool(sites)
+        for index, hooks in self._hooks.items():
+            armed = index in sites
+            for hook in hooks:
+                if hook.armed != armed:
+                    hook.armed = armed
+                if hook.awake != awake:
+                    hook.awake = awake
+
+    def collects(self, index: int) -> bool:
+        """Whether the layers of a site collect."""
+        return self._hooks[index][0].armed
 
     def clear(self) -> None:
         """Drop what is pending."""
@@ -424,15 +436,18 @@ class _ForwardHook:
         self.address = address
         self.engine = engine
         self.armed = False
+        self.awake = False  # whether the hook of any layer is armed
         self.token = torch.zeros(1, dtype=torch.float32, device="cpu")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_ForwardHook, ())
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not self.armed or self.layer is None:
+        if not self.awake or self.layer is None:
             return None
         compiling = is_compiling()
+        if not compiling and not self.armed:
+            return None
         # The flag itself: to the compiler of torch 2.11 is_exporting() is always true.
         if compiling and torch.compiler._is_exporting_flag:
             return None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Generic
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -15,6 +16,7 @@ from torch.optim.optimizer import ParamsT
 from fisher_kernels.curvature.hooks import Layer, Statistics, find_layers, times_attached
 from fisher_kernels.curvature.rules import R, Sums
 from fisher_kernels.optim.base import Explanations, FisherOptimizer
+from fisher_kernels.optim.caller import calling
 from fisher_kernels.optim.warn import warn, warn_once
 
 FALLBACK_SHARE = 0.01
@@ -55,7 +57,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
                 raise ValueError(f"parameter {name!r} is not initialised: run a forward pass of the lazy module first")
         self._model = model
         self._statistics: Statistics[R] | None = None
-        self._armed: list[bool] = []
+        self._armed: tuple[Any, ...] | None = None
         super().__init__(model.parameters() if params is None else params, defaults)
         self._watch(grad_scaler, process_group)
         self._warn_of_fallbacks(self.explain())
@@ -72,6 +74,10 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _rewatched(self) -> None:
         """Called when the watched layers or the state have changed; ends with :meth:`_arm`."""
+        raise NotImplementedError
+
+    def _known_sites(self) -> Collection[int]:
+        """Indices of the sites that have statistics."""
         raise NotImplementedError
 
     def _prepare(self) -> None:
@@ -155,7 +161,10 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         if self._looked_at != times_attached():
             self._look_for_other_readers()
         self._prepare()
-        taken = self.statistics.take(grad_scale)
+        scale = grad_scale
+        if scale is None and found_inf is not None and self.statistics.grad_scaler is None:
+            scale = self._scale_of_caller()
+        taken = self.statistics.take(scale)
         if not taken:
             self._warn_if_silent()
         self._fold(taken, grad_scale)
@@ -164,13 +173,25 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             group["iteration"] += 1
         self._arm()
 
+    def _scale_of_caller(self) -> Tensor | None:
+        """The scale in the derivatives where a scaler calls this step after ``unscale_`` and was not told of."""
+        scaler = calling(torch.amp.GradScaler)
+        if scaler is None:
+            raise RuntimeError(
+                f"gradients were unscaled before the step, and {type(self).__name__} does not know the scale that is "
+                "still in its statistics: construct it with grad_scaler=, the scaler in use"
+            )
+        scale: Tensor | None = scaler._get_scale_async()  # since the last update(), so in all that is pending
+        return scale
+
     def _arm(self) -> None:
-        """Let the layers whose next step refreshes their statistics collect them."""
-        armed = [is_due(group) for group in self.param_groups]
+        """Let the layers whose next step refreshes their statistics collect them, and those that have none yet."""
+        known = self._known_sites()
+        armed = (len(known), *map(is_due, self.param_groups))
         if armed != self._armed:
             self._armed = armed
-            for index, site in enumerate(self.statistics.sites):
-                self.statistics.arm(index, is_due(self._groups[site.owner]))
+            sites = enumerate(self.statistics.sites)
+            self.statistics.arm({i for i, s in sites if i not in known or is_due(self._groups[s.owner])})
 
     def _warn_if_silent(self) -> None:
         """Say once that a refresh step had gradients and no statistics."""

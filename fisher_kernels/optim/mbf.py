@@ -6,7 +6,7 @@ Source: MBF, arXiv 2202.04124 (AISTATS 2023), Algorithm 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -99,6 +99,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
     """
 
     moment = "momentum_buffer"
+    later = ("capturable",)
 
     def __init__(
         self,
@@ -146,7 +147,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
     # Groups.
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        group.setdefault("capturable", False)  # which states saved by earlier versions lack
+        group.setdefault("capturable", False)
         super()._check_group(group)
         require_numbers(group, ("momentum", "beta2", "damping", "weight_decay"))
         if group["kl_clip"] is not None:
@@ -202,8 +203,11 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         self._numbers = {p: number for number, p in enumerate(self._groups)}
         self._plans: dict[int, _Plan] = {}
         self._blocks = FisherBlocks(self.statistics.sites, self.state, self._groups)
-        self._armed = []
+        self._armed = None
         self._arm()
+
+    def _known_sites(self) -> Collection[int]:
+        return self._blocks.known_sites
 
     def _dtype_of(self, p: Parameter, name: str) -> torch.dtype:
         if name == "inverse_blocks" and self._groups[p]["inverse_storage"] == "bfloat16":
@@ -320,8 +324,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         self.statistics.clear()
         sums: dict[int, tuple[Tensor, float]] = {}
         try:
-            for index in range(len(self.statistics.sites)):
-                self.statistics.arm(index, True)
+            self.statistics.arm(range(len(self.statistics.sites)))
             for batch in _with_progress(batches) if progress else batches:
                 for p in parameters:
                     p.grad = None
@@ -331,7 +334,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         finally:
             self.statistics.grad_scaler = grad_scaler
             self.statistics.clear()
-            self._armed = []
+            self._armed = None
             self._arm()
             for p, gradient in zip(parameters, gradients, strict=True):
                 p.grad = gradient
