@@ -280,7 +280,7 @@ class TestSeveralBackwardPasses:
     @pytest.mark.usefixtures("in_float64")
     @pytest.mark.parametrize("sequence", ["expand", "reduce"])
     def test_threads_lose_no_rows(self, make, sequence):
-        """The second backward begins and ends between a contribution of the first and the gradient that goes with it."""
+        """The second backward begins and ends between a contribution of the first and its gradient."""
         settings = {"sequence": sequence} if make is MBF else {}
         results = []
         for threads in (False, True):

@@ -9,6 +9,7 @@ they should, not at all or once. Pending sums live and die with ``p.grad``: they
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import weakref
@@ -181,6 +182,7 @@ class Statistics(Generic[R]):
         handles = []
         for index, site in enumerate(self.sites):
             for use, layer in enumerate(site.layers):
+                _drop_copies(layer.module)
                 hook = _ForwardHook(layer, (number, index, use), weakref.ref(self))
                 handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
                 self._hooks.setdefault(index, []).append(hook)
@@ -420,8 +422,19 @@ class _Running:
         pass
 
 
+def _drop_copies(module: nn.Module) -> None:
+    """Remove the hooks that came along with a copy of a model, or out of a pickle."""
+    for number, hook in list(module._forward_hooks.items()):
+        copied = isinstance(hook, _ForwardHook) and hook.layer is None
+        if copied or getattr(hook, "__func__", None) is contextlib.nullcontext.__exit__:
+            module._forward_hooks.pop(number, None)
+            module._forward_hooks_with_kwargs.pop(number, None)
+
+
 class _ForwardHook:
     """The forward hook of one layer. Copies and pickles of it, which come with copies of the model, do nothing.
+
+    A copy goes away when it is first called, or when another optimizer is made for its model.
 
     It refers to the engine weakly, because the model must not keep the optimizer's statistics alive.
     """
@@ -439,11 +452,17 @@ class _ForwardHook:
         self.awake = False  # whether the hook of any layer is armed
         self.token = torch.zeros(1, dtype=torch.float32, device="cpu")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardHook:
+        return _ForwardHook()
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_ForwardHook, ())
+        # Something of the standard library that takes any arguments and does nothing: a pickled model loads alone.
+        return (getattr, (contextlib.nullcontext(), "__exit__"))
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not self.awake or self.layer is None:
+            if self.layer is None and not is_compiling():
+                _drop_copies(module)
             return None
         compiling = is_compiling()
         if not compiling and not self.armed:
