@@ -444,6 +444,25 @@ class TestBadNumbers:
         # The scale is a power of two, so that scaling is exact.
         assert_same(snapshot(optimizer), snapshot(reference), rtol=1e-7)
 
+    def test_a_scaler_that_the_optimizer_was_not_told_of(self, make):
+        """Gradients are unscaled to be clipped: only the caller of the step still knows the scale."""
+        results = []
+        for told in (True, False):
+            model = mlp()
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+            optimizer = make(model, grad_scaler=scaler if told else None)
+            for t in range(4):
+                optimizer.zero_grad()
+                scaler.scale(loss_of(model, batch(t))).backward()
+                scaler.unscale_(optimizer)
+                scaler.step(optimizer)
+                scaler.update()
+            results.append(snapshot(optimizer))
+        assert_same(results[1], results[0], rtol=1e-7)
+        optimizer.found_inf = torch.zeros(())  # without a scaler that calls
+        with pytest.raises(RuntimeError, match="grad_scaler="):
+            optimizer.step()
+
     def test_a_refresh_that_a_scaler_skips_is_still_due(self, make):
         model = mlp()
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -612,6 +631,27 @@ def test_zero_gradients_without_statistics_use_curvature_one(make):
 
 
 class TestCopies:
+    def test_copies_of_copies_collect_no_hooks(self, make):
+        model = mlp()
+        for _ in range(3):
+            optimizer = make(model)
+            train(model, optimizer, steps=1)
+            model = copy.deepcopy(model)
+        model(batch()[0])
+        assert not any(m._forward_hooks or m._forward_hooks_with_kwargs for m in model.modules())
+
+    def test_scripting(self, make):
+        model = mlp()
+        optimizer = make(model)
+        with pytest.raises(AttributeError, match=r"close\(\) the optimizer first"):
+            torch.jit.script(model)
+        optimizer.close()
+        scripted = torch.jit.script(model)
+        with pytest.warns(UserWarning, match="no layer rule"):
+            optimizer = make(scripted)
+        train(scripted, optimizer, steps=1)
+        assert all(row.fallback for row in optimizer.explain())
+
     def test_deepcopy_of_the_model_is_inert(self, make):
         model = mlp()
         optimizer = make(model)

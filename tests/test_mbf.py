@@ -467,6 +467,30 @@ def test_metrics_are_figures_of_the_inverses() -> None:
     assert all(later[name].items() <= row.items() for name, row in report.items())
 
 
+def test_a_wide_linear_is_cut_and_named() -> None:
+    with pytest.warns(UserWarning, match=r"model\.weight has 10,001 columns.*400,080,004 bytes.*linear_blocks="):
+        ours = MBF(nn.Linear(10_000, 2, device="meta"))
+    assert "10 blocks of 1024 x 1024" in ours.explain()[0].detail
+
+
+def test_mask_zeros_keeps_pruned_weights() -> None:
+    model = nn.Linear(4, 3)
+    mask = torch.rand(3, 4) < 0.5
+    mask[0, 0] = True
+    with torch.no_grad():
+        model.weight.masked_fill_(mask, 0)
+    for kept in (False, True):
+        twin = copy.deepcopy(model)
+        ours = MBF(twin, mask_zeros=kept)
+        for _ in range(2):
+            ours.zero_grad()
+            twin(torch.randn(8, 4)).square().mean().backward()
+            assert twin.weight.grad is not None
+            twin.weight.grad.masked_fill_(mask, 0)
+            ours.step()
+        assert bool((twin.weight[mask] == 0).all()) is kept
+
+
 # The life of the hooks.
 
 

@@ -503,6 +503,8 @@ def _uses_of(model: nn.Module) -> dict[int, list[nn.Module]]:
     """The modules that hold each weight, by its identity."""
     uses: dict[int, list[nn.Module]] = {}
     for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         if (weight := module._parameters.get("weight")) is not None:
             uses.setdefault(id(weight), []).append(module)
     return uses

@@ -121,6 +121,8 @@ def find_layers(
     layers = []
     skipped = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # whose hooks are compiled along with it
+            continue
         parameters = {
             role: p for role in ("weight", "bias") if (p := module._parameters.get(role)) is not None and p in held
         }
@@ -452,6 +454,14 @@ class _ForwardHook:
         self.awake = False  # whether the hook of any layer is armed
         self.token = torch.zeros(1, dtype=torch.float32, device="cpu")
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "__name__":  # which torch.jit.script asks for, to compile the hook as a function
+            raise AttributeError(
+                "the hooks of an optimizer have no name; torch.jit.script cannot compile them: close() the optimizer "
+                "first, or script a copy.deepcopy(model) that has run once"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardHook:
         return _ForwardHook()
 
@@ -470,7 +480,7 @@ class _ForwardHook:
         # The flag itself: to the compiler of torch 2.11 is_exporting() is always true.
         if compiling and torch.compiler._is_exporting_flag:
             return None
-        if not compiling and peek_interpreter_stack() is not None:
+        if not compiling and (peek_interpreter_stack() is not None or torch.jit.is_tracing()):
             return None
         kept = self.layer.capture(module, args, kwargs, output)
         if kept is None:
