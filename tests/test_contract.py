@@ -1001,7 +1001,7 @@ def test_state_of_another_optimizer_is_refused_and_changes_nothing(make: Make) -
     before = copy.deepcopy(ours.state_dict())
     backward(model, 2)
     other.step()
-    with pytest.raises(ValueError, match="state of another optimizer|that of another optimizer"):
+    with pytest.raises(ValueError, match="that of another optimizer"):
         ours.load_state_dict(other.state_dict())
     assert_same_state(ours.state_dict(), before)
     train(model, ours, range(2, 3))
