@@ -640,6 +640,7 @@ class TestCopies:
         model(batch()[0])
         assert not any(m._forward_hooks or m._forward_hooks_with_kwargs for m in model.modules())
 
+    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:`torch.jit:DeprecationWarning")
     def test_scripting(self, make):
         model = mlp()
         optimizer = make(model)
