@@ -480,7 +480,7 @@ class _ForwardHook:
         # The flag itself: to the compiler of torch 2.11 is_exporting() is always true.
         if compiling and torch.compiler._is_exporting_flag:
             return None
-        if not compiling and (peek_interpreter_stack() is not None or torch.jit.is_tracing()):
+        if not compiling and (peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None):
             return None
         kept = self.layer.capture(module, args, kwargs, output)
         if kept is None:

@@ -304,7 +304,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         moments = [self.state[p][self.moment] for p in plan.params]
         zeros = []
         if group["mask_zeros"]:
-            zeros = [(p == 0).logical_and_(g == 0) for p, g in zip(params, gradients, strict=True)]
+            zeros = [p.eq(0) & g.eq(0) for p, g in zip(params, gradients, strict=True) if g is not None]
         for i in plan.transposed:  # a weight that lies the other way round
             params[i], moments[i] = params[i].t(), moments[i].t()
             gradients[i] = gradients[i].t()  # type: ignore[union-attr]
