@@ -52,6 +52,12 @@ CHUNK = 1 << 22
 """How many numbers of per-sample gradients are held at once."""
 
 
+WIDEST = 8192
+"""Columns up to which the rows of a Linear share one block by default: a wider one is cut."""
+
+CUT = 1024
+"""Columns of the shared blocks that it is cut into."""
+
 PIECE = 1 << 15
 """How many numbers of an activation are worked on at once, where that needs memory of its own."""
 
@@ -222,6 +228,8 @@ class LinearBlocks(BlockRule):
         columns = inputs + bias
         roles = ("weight", "bias") if bias else ("weight",)
         size = sharing.linear_blocks
+        if size == "shared" and columns > WIDEST:
+            size = CUT
         if size == "shared":
             blocks = Blocks(roles, 1, columns, outputs, columns, stored_transposed)
         elif size == "per_output":
@@ -495,6 +503,8 @@ def _uses_of(model: nn.Module) -> dict[int, list[nn.Module]]:
     """The modules that hold each weight, by its identity."""
     uses: dict[int, list[nn.Module]] = {}
     for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         if (weight := module._parameters.get("weight")) is not None:
             uses.setdefault(id(weight), []).append(module)
     return uses

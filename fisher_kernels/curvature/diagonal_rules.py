@@ -288,7 +288,8 @@ class Embedding(DiagonalRule):
         if len(captured) > 1:
             rows = rows.masked_fill(~captured[1].unsqueeze(1), 0.0)
         outputs = column_sum_of_squares(rows)
-        return Sums([captured[0].to(outputs.dtype), outputs], [1, 1])
+        used = float(len(rows) > 0)
+        return Sums([captured[0].to(outputs.dtype), outputs], [used, used])
 
     def shapes(self, module: Any) -> dict[str, int]:
         return {"input_factor": module.num_embeddings, "output_factor": module.embedding_dim}

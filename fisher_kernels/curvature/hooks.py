@@ -11,24 +11,27 @@ A layer is read only as long as it computes what its class documents (``curvatur
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Generic
+from typing import Any, Generic, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C import _current_graph_task_id, _will_engine_execute_node
-from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch._C._autograd import _get_current_graph_task_keep_graph, _top_saved_tensors_default_hooks
 from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import Variable
 from torch.autograd.graph import get_gradient_edge
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from fisher_kernels.curvature.proof import Proof, drop_pending, settle
+from fisher_kernels.curvature.proof import Proof, settle
 from fisher_kernels.curvature.rules import R, Rule, Sums, Use
 from fisher_kernels.curvature.tap import register, tap
 from fisher_kernels.ops import ACCUMULATOR
@@ -43,6 +46,7 @@ class Layer(Generic[R]):
     module: nn.Module
     rule: R
     parameters: dict[str, Parameter]  # role ("weight", "bias") -> parameter
+    proof: Proof = field(default_factory=Proof)
 
     @property
     def owner(self) -> Parameter:
@@ -66,6 +70,14 @@ class Layer(Generic[R]):
         return x.detach() if x.requires_grad else x
 
 
+class _Kept(NamedTuple, Generic[R]):
+    """A use that waits for the others of its backward, its layer, and how often its tensors had been written to."""
+
+    use: Use[R]
+    layer: Layer[R]
+    versions: list[int]
+
+
 @dataclass(eq=False)
 class Site(Generic[R]):
     """Adds up the sums of all uses of one weight in one orientation, by one module or by several that share it."""
@@ -74,29 +86,30 @@ class Site(Generic[R]):
     rule: R
     layers: list[Layer[R]] = field(default_factory=list)
     sums: Sums | None = None
-    uses: list[Use[R]] = field(default_factory=list)  # of the last backward, where they contribute together
-    kept: list[tuple[Layer[R], list[int]]] = field(default_factory=list)  # for each: its layer, writes to its tensors
-    task: int = -1
+    uses: dict[int, list[_Kept[R]]] = field(default_factory=dict)  # of each backward, where they contribute together
+    tasks: set[int] = field(default_factory=set)  # the backward passes that have contributed
 
     @cached_property
     def module(self) -> nn.Module:
         """The module whose settings are used for the site: one with a bias if there is any."""
         return max(self.layers, key=lambda layer: getattr(layer.module, "bias", None) is not None).module
 
-    def settle(self) -> Sums | None:
-        """The pending sums, with what the uses of the last backward make together."""
-        if self.uses:
-            for use, (layer, versions) in zip(self.uses, self.kept, strict=True):
+    def settle(self, running: Callable[[int], bool] = lambda task: False) -> Sums | None:
+        """The pending sums, with what the uses of each backward that is not running any more make together."""
+        for task in [task for task in self.uses if not running(task)]:
+            kept = self.uses.pop(task)
+            for use, layer, versions in kept:
                 if _versions(use.captured) != versions:
                     self.clear()
                     raise _overwritten(layer, "the step")
-            sums = self.rule.contribute_together(self.uses)
-            self.uses, self.kept = [], []
-            self.sums = sums if self.sums is None else self.sums + sums
+            self.add(self.rule.contribute_together([use for use, _, _ in kept]))
         return self.sums
 
+    def add(self, sums: Sums) -> None:
+        self.sums = sums if self.sums is None else self.sums + sums
+
     def clear(self) -> None:
-        self.sums, self.uses, self.kept, self.task = None, [], [], -1
+        self.sums, self.uses, self.tasks = None, {}, set()
 
 
 def find_layers(
@@ -110,6 +123,8 @@ def find_layers(
     layers = []
     skipped = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # whose hooks are compiled along with it
+            continue
         parameters = {
             role: p for role in ("weight", "bias") if (p := module._parameters.get(role)) is not None and p in held
         }
@@ -168,17 +183,19 @@ class Statistics(Generic[R]):
     def _attach(self) -> None:
         number = next(_numbers)
         register(number, self)
+        self._lock = threading.RLock()  # backward passes may run in several threads
+        self._running: weakref.WeakValueDictionary[int, _Running] = weakref.WeakValueDictionary()
         self._hooks: dict[int, list[_ForwardHook]] = {}
         self._nodes: dict[Parameter, Any] = {}
         handles = []
         for index, site in enumerate(self.sites):
             for use, layer in enumerate(site.layers):
+                _drop_copies(layer.module)
                 hook = _ForwardHook(layer, (number, index, use), weakref.ref(self))
                 # First of all hooks: those of others may change the output, which is no doing of the layer.
                 handles.append(layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
                 self._hooks.setdefault(index, []).append(hook)
                 _readers.setdefault(layer.module, weakref.WeakSet()).add(self)
-        self._flat_hooks = [hook for hooks in self._hooks.values() for hook in hooks]
         self._detach = weakref.finalize(self, _remove, handles)
         global _attached
         _attached += 1
@@ -190,8 +207,7 @@ class Statistics(Generic[R]):
 
     def other_readers(self) -> list[Statistics[Any]]:
         """Others whose hooks are on some of the same layers."""
-        layers = (layer.module for site in self.sites for layer in site.layers)
-        found = {id(reader): reader for layer in layers for reader in _readers.get(layer, ())}
+        found = {id(reader): reader for layer in self.layers() for reader in _readers.get(layer.module, ())}
         return [reader for reader in found.values() if reader is not self and reader.open]
 
     def close(self) -> None:
@@ -213,44 +229,55 @@ class Statistics(Generic[R]):
         self.sites, self.grad_scaler, self.process_group = state["sites"], state["grad_scaler"], None
         self.refresh = state.get("refresh", 1)
         self._attach()
-        for index, armed in enumerate(state["armed"]):
-            self.arm(index, armed)
+        self.arm({index for index, armed in enumerate(state["armed"]) if armed})
         if not state["open"]:
             self.close()
 
     def _armed(self) -> list[bool]:
-        return [any(hook.armed for hook in self._hooks[index]) for index in range(len(self.sites))]
+        return [self.collects(index) for index in range(len(self.sites))]
 
-    def arm(self, index: int, armed: bool) -> None:
-        """Whether the layers of a site collect from now on; outside that their hooks do nothing."""
-        for hook in self._hooks[index]:
-            if hook.armed != armed:
-                hook.armed = armed
-            trusted = hook.is_trusted()
-            if hook.trusted != trusted:
-                hook.trusted = trusted
+    def arm(self, sites: Collection[int]) -> None:
+        """Let the layers of these sites collect from now on, and the hooks of all others do nothing.
+
+        In a compiled model every hook looks at one flag, that any collects: there are two graphs, not one for every
+        combination. What the others send there is not added. Whether a layer is served there is decided now, as nothing
+        can be looked at while it is compiled.
+        """
+        awake = bool(sites)
+        for index, hooks in self._hooks.items():
+            armed = index in sites
+            for hook in hooks:
+                if hook.armed != armed:
+                    hook.armed = armed
+                if hook.awake != awake:
+                    hook.awake = awake
+                if hook.trusted != (trusted := hook.is_trusted()):
+                    hook.trusted = trusted
+
+    def collects(self, index: int) -> bool:
+        """Whether the layers of a site collect."""
+        return self._hooks[index][0].armed
 
     def clear(self) -> None:
         """Drop what is pending."""
-        for site in self.sites:
-            site.clear()
-        drop_pending([hook.proof for hook in self._flat_hooks])
+        with self._lock:
+            for site in self.sites:
+                site.clear()
 
-    def misfits(self) -> list[tuple[Layer[R], str]]:
-        """The layers that were found not to compute what their class documents, with the reason."""
-        return [(h.layer, h.proof.reason) for h in self._flat_hooks if h.layer is not None and h.proof.reason]
+    def layers(self) -> Iterator[Layer[R]]:
+        """The layers of all sites."""
+        return itertools.chain.from_iterable(site.layers for site in self.sites)
 
     def adopt(self, other: Statistics[R]) -> None:
         """Take over what another engine holds pending for the same weights, and what it knows of their layers."""
         self.refresh = other.refresh
-        proofs = {hook.layer.module: hook.proof for hook in other._flat_hooks if hook.layer is not None}
-        for hook in self._flat_hooks:
-            if hook.layer is not None and (proof := proofs.get(hook.layer.module)) is not None:
-                hook.proof = proof
+        proofs = {layer.module: layer.proof for layer in other.layers()}
+        for layer in self.layers():
+            layer.proof = proofs.get(layer.module, layer.proof)
         pending = {(site.owner, site.rule.layout): site for site in other.sites}
         for site in self.sites:
             if (old := pending.get((site.owner, site.rule.layout))) is not None:
-                site.sums, site.uses, site.kept, site.task = old.sums, old.uses, old.kept, old.task
+                site.sums, site.uses, site.tasks = old.sums, old.uses, old.tasks
 
     def take(self, grad_scale: Tensor | None = None) -> list[tuple[int, Sums]]:
         """The pending sums of every site that has any, as (index, sums), over all processes; nothing stays pending.
@@ -260,17 +287,17 @@ class Statistics(Generic[R]):
         Args:
             grad_scale: the loss scale that is still in the derivatives, where no ``grad_scaler`` was given.
         """
-        settle([(hook.layer.module, hook.proof) for hook in self._flat_hooks if hook.layer is not None])
-        taken = {index: sums for index, site in enumerate(self.sites) if (sums := site.settle()) is not None}
+        settle((layer.module, layer.proof) for layer in self.layers())
+        with self._lock:
+            taken = {index: sums for index, site in enumerate(self.sites) if (sums := site.settle()) is not None}
+            self.clear()
         if grad_scale is not None and self.grad_scaler is None:
             for index, sums in taken.items():
                 _rescale(sums, self.sites[index].rule, grad_scale)
-        self.clear()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1:
             taken = self._reduce(taken)
         self.refresh += bool(taken)
-        misfits = {index for index, hooks in self._hooks.items() if any(hook.proof.reason for hook in hooks)}
-        return [(index, sums) for index, sums in taken.items() if index not in misfits]
+        return [(i, sums) for i, sums in taken.items() if not any(layer.proof.reason for layer in self.sites[i].layers)]
 
     def _reduce(self, taken: dict[int, Sums]) -> dict[int, Sums]:
         """Add the sums of all processes in one flat all-reduce.
@@ -293,16 +320,15 @@ class Statistics(Generic[R]):
                 flat.append(torch.tensor(counts, dtype=torch.float64, device=vectors[0].device))
             else:
                 flat.append(torch.zeros(sum(lengths[index]) + len(lengths[index]), dtype=torch.float64, device="cpu"))
-        hooks = self._flat_hooks
-        wrong = [float(hook.proof.reason is not None) for hook in hooks]
-        flat.append(torch.tensor(wrong, dtype=torch.float64, device="cpu"))
+        proofs = [layer.proof for layer in self.layers()]
+        flat.append(torch.tensor([float(bool(p.reason)) for p in proofs], dtype=torch.float64, device="cpu"))
         device = self.sites[armed[0]].owner.device
         total = torch.cat([part.to(device) for part in flat])
         dist.all_reduce(total, group=self.process_group)
-        total, anywhere = total.split([len(total) - len(hooks), len(hooks)])
-        for hook, found in zip(hooks, anywhere.tolist(), strict=True):
-            if found and hook.proof.reason is None:
-                hook.proof.reason = "another process found that its output is not what its class computes"
+        total, anywhere = total.split([len(total) - len(proofs), len(proofs)])
+        for proof, found in zip(proofs, anywhere.tolist(), strict=True):
+            if found and proof.reason is None:
+                proof.reason = "another process found that its output is not what its class computes"
         parts = iter(total.split([n for index in armed for n in (*lengths[index], len(lengths[index]))]))
         reduced = {}
         for index in armed:
@@ -337,25 +363,39 @@ class Statistics(Generic[R]):
         else:
             return
         task = _current_graph_task_id()
-        if site.task != task:
-            anchor = site.owner if site.owner.requires_grad else p
-            if anchor.grad is None:
-                site.clear()
-            site.settle()
-            site.task = task
+        with self._lock:
+            if task not in site.tasks:
+                anchor = site.owner if site.owner.requires_grad else p
+                # A backward in another thread, or around this one, may have contributed and not accumulated yet.
+                if anchor.grad is None and not any(map(self._runs, site.tasks)):
+                    site.clear()
+                site.settle(self._runs)
+                site.tasks = {*filter(self._runs, site.tasks), task}
+                self._begin(task)
         grad = grad.detach() if grad.requires_grad else grad
         scale = None
         if self.grad_scaler is not None and self.grad_scaler.is_enabled():
             scale = self.grad_scaler._get_scale_async()  # on the device, where get_scale() would wait for it
         if layer.rule.together:
             grad = grad if scale is None else grad.to(ACCUMULATOR[grad.dtype]) / scale.to(grad.device)
-            site.uses.append(Use(layer.module, layer.rule, captured, sizes, grad))
-            site.kept.append((layer, _versions(captured)))
+            kept = _Kept(Use(layer.module, layer.rule, captured, sizes, grad), layer, _versions(captured))
+            with self._lock:
+                site.uses.setdefault(task, []).append(kept)
             return
         sums = layer.rule.contribute(layer.module, captured, sizes, grad)
         if scale is not None:  # None before the first scale()
             _rescale(sums, layer.rule, scale)
-        site.sums = sums if site.sums is None else site.sums + sums
+        with self._lock:
+            site.add(sums)
+
+    def _begin(self, task: int) -> None:
+        """Know a backward for as long as it runs: it alone keeps its mark alive, also where it ends in an error."""
+        if task not in self._running:
+            mark = self._running[task] = _Running()
+            Variable._execution_engine.queue_callback(mark)
+
+    def _runs(self, task: int) -> bool:
+        return task in self._running
 
     def _accumulates(self, parameter: Parameter) -> bool:
         """Whether the backward that is running will add to ``parameter.grad``."""
@@ -406,8 +446,26 @@ def _rescale(sums: Sums, rule: Rule, scale: Tensor) -> None:
                 vector.div_(scale.to(vector.device))
 
 
+class _Running:
+    """The mark of a backward that is running: a callback of its end that has nothing to do."""
+
+    def __call__(self) -> None:
+        pass
+
+
+def _drop_copies(module: nn.Module) -> None:
+    """Remove the hooks that came along with a copy of a model, or out of a pickle."""
+    for number, hook in list(module._forward_hooks.items()):
+        copied = isinstance(hook, _ForwardHook) and hook.layer is None
+        if copied or getattr(hook, "__func__", None) is contextlib.nullcontext.__exit__:
+            module._forward_hooks.pop(number, None)
+            module._forward_hooks_with_kwargs.pop(number, None)
+
+
 class _ForwardHook:
     """The forward hook of one layer. Copies and pickles of it, which come with copies of the model, do nothing.
+
+    A copy goes away when it is first called, or when another optimizer is made for its model.
 
     It refers to the engine weakly, because the model must not keep the optimizer's statistics alive.
     """
@@ -424,29 +482,48 @@ class _ForwardHook:
         self.address = address
         self.engine = engine
         self.armed = False
-        self.proof = Proof()
-        self.trusted = self.is_trusted()
+        self.awake = False  # whether that of any layer is
+        self.trusted = False  # whether the layer is served where it cannot be looked at
         self.token = torch.zeros(1, dtype=torch.float32, device="cpu")
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "__name__":  # which torch.jit.script asks for, to compile the hook as a function
+            raise AttributeError(
+                "the hooks of an optimizer have no name; torch.jit.script cannot compile them: close() the optimizer "
+                "first, or script a copy.deepcopy(model) that has run once"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardHook:
+        return _ForwardHook()
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_ForwardHook, ())
+        # Something of the standard library that takes any arguments and does nothing: a pickled model loads alone.
+        return (getattr, (contextlib.nullcontext(), "__exit__"))
 
     def is_trusted(self) -> bool:
         """Whether the layer is served where it cannot be looked at."""
-        return self.layer is not None and self.proof.trusts(self.layer.module)
+        return self.layer is not None and self.layer.proof.trusts(self.layer.module)
 
     def _holds(self, module: nn.Module, x: Tensor, output: Any) -> bool:
         engine = self.engine()
-        return engine is not None and self.proof.holds(module, x, output, engine.refresh)
+        assert self.layer is not None
+        return engine is not None and self.layer.proof.holds(module, x, output, engine.refresh)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not self.armed or self.layer is None:
+        if self.layer is None:
+            if not is_compiling():
+                _drop_copies(module)
+            return None
+        if not self.awake:  # the one flag that a compiled model looks at
             return None
         compiling = is_compiling()
+        if not compiling and not self.armed:
+            return None
         # The flag itself: to the compiler of torch 2.11 is_exporting() is always true.
         if compiling and torch.compiler._is_exporting_flag:
             return None
-        if not compiling and peek_interpreter_stack() is not None:
+        if not compiling and (peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None):
             return None
         x = self.layer.input(module, args, kwargs, output)
         if x is None or not (self.trusted if compiling else self._holds(module, x, output)):
@@ -456,7 +533,10 @@ class _ForwardHook:
         if compiling or (self.layer.rule.keeps_input and _top_saved_tensors_default_hooks(True) is not None):
             captured, sizes = kept
             return tap(output, captured, self.token, [*self.address, *sizes])
-        output.register_hook(_OutputHook(self.engine, self.address, *kept))
+        hook = _OutputHook(self.engine, self.address, *kept)
+        output.register_hook(hook)
+        if self.layer.rule.keeps_input and output.grad_fn is not None:
+            output.grad_fn.register_hook(hook.release)
         return None
 
 
@@ -470,13 +550,24 @@ class _OutputHook:
         captured: list[Tensor],
         sizes: list[int],
     ) -> None:
-        self.engine, self.address, self.captured, self.sizes = engine, address, captured, sizes
+        self.engine, self.address, self.sizes = engine, address, sizes
+        self.captured: list[Tensor] | None = captured
         self.versions = _versions(captured)
 
     def __call__(self, grad: Tensor) -> None:
         engine = self.engine()
         if engine is not None:
             _, index, use = self.address
+            if self.captured is None:
+                raise RuntimeError(
+                    f"a second backward runs through module {engine.sites[index].layers[use].name!r}, whose input was "
+                    "freed by the first: specify retain_graph=True for that one"
+                )
             if _versions(self.captured) != self.versions:
                 raise _overwritten(engine.sites[index].layers[use], "its backward")
             engine.commit(index, use, self.captured, self.sizes, grad)
+
+    def release(self, *_: Any) -> None:
+        """Let go of the input once the node of the layer has run, as autograd then lets go of what it saved."""
+        if not _get_current_graph_task_keep_graph():
+            self.captured = None

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -109,13 +109,15 @@ class Proof:
         return own if self.form is None else own or self.form == form(module)
 
 
-def settle(proofs: Sequence[tuple[nn.Module, Proof]]) -> None:
-    """Read verdicts, once for each device."""
+def settle(proofs: Iterable[tuple[nn.Module, Proof]]) -> None:
+    """Read verdicts, once for each device; none while a CUDA graph is captured, where nothing can be read."""
     waiting = [(module, proof, *found) for module, proof in proofs for found in proof.pending.items()]
     by_device: dict[torch.device, list[tuple[nn.Module, Proof, Key, tuple[int, Verdict]]]] = {}
     for entry in waiting:
         by_device.setdefault(entry[3][1].figures.device, []).append(entry)
-    for entries in by_device.values():
+    for device, entries in by_device.items():
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            continue
         figures = torch.stack([verdict.figures for *_, (_, verdict) in entries]).tolist()
         for (module, proof, key, (refresh, verdict)), (deviation, varies) in zip(entries, figures, strict=True):
             proof.pending.pop(key, None)
@@ -129,12 +131,6 @@ def settle(proofs: Sequence[tuple[nn.Module, Proof]]) -> None:
             elif varies:
                 proof.proven[key] = refresh
                 proof.form = form(module)
-
-
-def drop_pending(proofs: Sequence[Proof]) -> None:
-    """Forget verdicts that were not read, of a step that is skipped."""
-    for proof in proofs:
-        proof.pending.clear()
 
 
 def _key(module: nn.Module, x: Tensor) -> Key:

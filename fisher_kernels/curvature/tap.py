@@ -36,7 +36,7 @@ def _tap_fake(output: Tensor, captured: Sequence[Tensor], token: Tensor, address
 def _commit(grad: Tensor, captured: Sequence[Tensor], token: Tensor, address: Sequence[int]) -> None:
     number, index, use, *sizes = address
     engine = _ENGINES.get(number)
-    if engine is not None:
+    if engine is not None and engine.collects(index):
         engine.commit(index, use, captured, sizes, grad)
 
 

@@ -6,6 +6,7 @@ Source: AdaFisher, arXiv 2405.16397 (ICLR 2025), Eq. 3, Eq. 4 and Algorithm 1; t
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -168,8 +169,11 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
         self._numbers = {p: number for number, p in enumerate(self._groups)}
         self._plans: dict[int, _Plan] = {}
         self._factors = DiagonalFactors(self.statistics.sites, self.state, self._groups)
-        self._armed: list[bool] = []
+        self._armed = None
         self._arm()
+
+    def _known_sites(self) -> Collection[int]:
+        return self._factors.known
 
     # Step.
 

@@ -81,6 +81,9 @@ class FisherOptimizer(Optimizer):
     moment: ClassVar[str]
     """State: the moment of a parameter, of its shape."""
 
+    later: ClassVar[tuple[str, ...]] = ()
+    """Hyperparameters that states saved by earlier versions lack."""
+
     _turn = 0  # of the last step, counted over all optimizers
     _rivals: tuple[weakref.ref[FisherOptimizer], ...] = ()  # those that hold some of the same parameters,
     _rivals_of = -1  # as of this change of anybody's groups
@@ -252,6 +255,7 @@ class FisherOptimizer(Optimizer):
 
         def last_seen(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
             nonlocal loaded
+            self._check_kind(state_dict)
             self._check_shapes(state_dict)
             loaded = state_dict
 
@@ -270,6 +274,25 @@ class FisherOptimizer(Optimizer):
                     self.state[p][name] = value.detach().to(p.device, dtype, copy=True)
         self._find_groups()
         self._reloaded()
+
+    def _check_kind(self, state_dict: dict[str, Any]) -> None:
+        """Refuse the state of another optimizer, before anything is changed."""
+        if missing := {"state", "param_groups"} - state_dict.keys():
+            raise ValueError(f"state_dict lacks {missing.pop()!r}, expected what state_dict() returns")
+        for group in state_dict["param_groups"]:
+            lacking = [name for name in self.defaults if name not in group and name not in self.later]
+            if lacking:
+                raise ValueError(
+                    f"the state is that of another optimizer: its groups lack {', '.join(lacking)}, expected the state "
+                    f"of {type(self).__name__}"
+                )
+            self._check_group(dict(group))
+        for number, state in state_dict["state"].items():
+            if state and self.moment not in state:
+                raise ValueError(
+                    f"the state is that of another optimizer: that of parameter {number!r} has {', '.join(state)}, "
+                    f"expected {self.moment!r} among them"
+                )
 
     def _check_shapes(self, state_dict: dict[str, Any]) -> None:
         """Refuse the state of a model of other widths, before anything is changed."""

@@ -83,6 +83,7 @@ class DiagonalFactors:
     Attributes:
         placed: parameter -> its row and column factor, once its layer has statistics.
         version: counts the changes of ``placed`` and of what :meth:`constant` returns.
+        known: indices of the sites that have statistics.
         refused: indices of sites -> how often their statistics were refused as not finite, on the device.
     """
 
@@ -107,8 +108,8 @@ class DiagonalFactors:
         for index, site in enumerate(sites):
             self._orientations[site.owner].append(index)
         self._tied = {owner: indices for owner, indices in self._orientations.items() if len(indices) > 1}
-        self._known = {index for index in range(len(sites)) if self._has_statistics(index)}
-        self._form(self._batches(tuple(sorted(self._known))))
+        self.known = {index for index in range(len(sites)) if self._has_statistics(index)}
+        self._form(self._batches(tuple(sorted(self.known))))
 
     def _has_statistics(self, index: int) -> bool:
         weight = self.state.get(self.sites[index].owner, {}).get(self._prefix(index) + WEIGHT)
@@ -142,7 +143,7 @@ class DiagonalFactors:
 
     def fold(self, taken: Sequence[tuple[int, Sums]]) -> None:
         """Average new statistics in, one call for all sites that share coefficients, and form the curvature."""
-        sums_of = dict(taken)
+        sums_of = {index: sums for index, sums in taken if any(sums.counts)}  # the others are of empty batches
         batches = self._batches(tuple(sums_of))
         refused: set[int] = set()
         for batch in batches:
@@ -168,7 +169,7 @@ class DiagonalFactors:
         if refused:
             batches = self._batches(tuple(index for index in sums_of if index not in refused))
         for batch in batches:
-            self._known.update(batch.indices)
+            self.known.update(batch.indices)
         self._form(batches)
 
     def _batches(self, indices: tuple[int, ...]) -> list[_Batch]:
@@ -256,7 +257,7 @@ class DiagonalFactors:
         group = self.groups[owner]
         rows, columns = [], []
         for index in self._orientations[owner]:
-            if index in self._known:
+            if index in self.known:
                 *averages, (_, weight) = self.averages(index).items()
                 factors = {name: a if group["variant"] == "release" else a / weight for name, a in averages}
                 row, column = self.sites[index].rule.place(self.sites[index].module, factors)["weight"]
@@ -306,7 +307,7 @@ class DiagonalFactors:
 
     def _median(self, group: dict[str, Any]) -> Tensor | None:
         means = []
-        for index in sorted(self._known):
+        for index in sorted(self.known):
             if self.groups[self.sites[index].owner] is group:
                 factors = self._normal[index]
                 inputs = factors.get("input_factor")

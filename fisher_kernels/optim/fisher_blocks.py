@@ -82,6 +82,7 @@ class FisherBlocks:
     Attributes:
         parts: all of them; their positions are their numbers.
         version: counts the changes of what :meth:`units` returns.
+        known_sites: indices of the sites that have statistics.
         refused: part -> how often its statistics were refused as not finite, on the device.
         bad: part -> how many blocks kept an older inverse so far, on the device.
     """
@@ -107,6 +108,7 @@ class FisherBlocks:
         ]
         self._averaged = {part.number for part in self.parts if self._updates(part) > 0}
         self._inverted = set(self._averaged)
+        self.known_sites = {p.address[0] for p in self.parts if p.address and p.number in self._averaged}
         self._stale = set(self._averaged)  # they may have been saved after an update and before its inversion
         self._slices: dict[tuple[int, str], Tensor] = {}
         self._arrivals: dict[int, Tensor] = {}
@@ -213,6 +215,8 @@ class FisherBlocks:
         """Note that the average of a part has changed, or on a GPU that it may have."""
         self.averages(part)[2].add_(1 - refused)
         self._averaged.add(part.number)
+        if part.address is not None:
+            self.known_sites.add(part.address[0])
         self._stale.add(part.number)
         self._renew_slices(part, ("further bias",))
 

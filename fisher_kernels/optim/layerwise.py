@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, ClassVar, Generic, Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -15,6 +16,7 @@ from torch.optim.optimizer import ParamsT
 from fisher_kernels.curvature.hooks import Layer, Statistics, find_layers, times_attached
 from fisher_kernels.curvature.rules import R, Sums
 from fisher_kernels.optim.base import Explanations, FisherOptimizer
+from fisher_kernels.optim.caller import calling
 from fisher_kernels.optim.warn import warn, warn_once
 
 FALLBACK_SHARE = 0.01
@@ -66,7 +68,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         self._model = model
         self._fallback = fallback
         self._statistics: Statistics[R] | None = None
-        self._armed: list[bool] = []
+        self._armed: tuple[Any, ...] | None = None
         self._misfits: dict[nn.Module, str] = {}
         self._unused: dict[Parameter, None] = {}
         super().__init__(model.parameters() if params is None else params, defaults)
@@ -91,6 +93,10 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _rewatched(self) -> None:
         """Called when the watched layers or the state have changed; ends with :meth:`_arm`."""
+        raise NotImplementedError
+
+    def _known_sites(self) -> Collection[int]:
+        """Indices of the sites that have statistics."""
         raise NotImplementedError
 
     def _prepare(self) -> None:
@@ -178,7 +184,8 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         if self._looked_at != times_attached():
             self._look_for_other_readers()
         self._prepare()
-        taken = self._leave_out_misfits(self.statistics.take(grad_scale))
+        taken = self.statistics.take(self._loss_scale(grad_scale, found_inf))
+        taken = self._leave_out_misfits(taken)
         self._require_served()
         self._note_unused({index for index, _ in taken})
         if not taken:
@@ -189,6 +196,22 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             group["iteration"] += 1
         self._arm()
 
+    def _loss_scale(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor | None:
+        """The scale in the derivatives where no scaler was given: that of the one that calls this step, if there is one.
+
+        It passes the scale unless gradients were unscaled before.
+        """
+        if grad_scale is not None or found_inf is None or self.statistics.grad_scaler is not None:
+            return grad_scale
+        scaler = calling(torch.amp.GradScaler)
+        if scaler is None:
+            raise RuntimeError(
+                f"gradients were unscaled before the step, and {type(self).__name__} does not know the scale that is "
+                "still in its statistics: construct it with grad_scaler=, the scaler in use"
+            )
+        scale: Tensor | None = scaler._get_scale_async()  # since the last update(), so in all that is pending
+        return scale
+
     # Layers that are not what their class documents.
 
     def _leave_out_misfits(self, taken: list[tuple[int, Sums]]) -> list[tuple[int, Sums]]:
@@ -196,7 +219,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
         The choice is part of the parameter groups, so that a state that is loaded goes on as it was saved.
         """
-        found = self.statistics.misfits()
+        found = [(layer, reason) for layer in self.statistics.layers() if (reason := layer.proof.reason) is not None]
         if not found:
             return taken
         old = self.statistics.sites
@@ -260,12 +283,13 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
                 self._refuse([name for name, p in self._names() if p in unserved], RuntimeError)
 
     def _arm(self) -> None:
-        """Let the layers whose next step refreshes their statistics collect them."""
-        armed = [is_due(group) for group in self.param_groups]
+        """Let the layers whose next step refreshes their statistics collect them, and those that have none yet."""
+        known = self._known_sites()
+        armed = (len(known), *map(is_due, self.param_groups))
         if armed != self._armed:
             self._armed = armed
-            for index, site in enumerate(self.statistics.sites):
-                self.statistics.arm(index, is_due(self._groups[site.owner]))
+            sites = enumerate(self.statistics.sites)
+            self.statistics.arm({i for i, s in sites if i not in known or is_due(self._groups[s.owner])})
 
     def _note_unused(self, taken: set[int]) -> None:
         """Say once of each layer that a refresh found a gradient and no use; whether a call is seen again is noted.
