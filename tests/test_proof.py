@@ -288,19 +288,6 @@ def test_a_users_hook_on_the_output_does_not_make_a_misfit() -> None:
     assert not steps.explain()[0].fallback
 
 
-def test_trust_where_nothing_can_be_looked_at() -> None:
-    own, subclass = nn.Linear(4, 4), OneRowOff(4, 4)
-    assert Proof().trusts(own)
-    assert not Proof().trusts(subclass)
-    own.register_forward_hook(lambda *args: None)
-    assert not Proof().trusts(own)
-    x = torch.randn(5, 4)
-    found = looked_at(own, x)
-    assert found.trusts(own)
-    own.register_forward_pre_hook(lambda *args: None)
-    assert not found.trusts(own)
-
-
 @pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
 def test_a_layer_whose_weight_a_function_applies_is_named(optimizer: Any) -> None:
     class ByFunction(nn.Module):
@@ -320,22 +307,28 @@ def test_a_layer_whose_weight_a_function_applies_is_named(optimizer: Any) -> Non
             model(x).square().mean().backward()
             steps.step()
     assert len(said) == 1
-    assert "statistics of them: applied." in str(said[0].message)
+    assert "no use of them: applied." in str(said[0].message)
     noted = "no statistics in the last refresh"
     assert [noted in row.detail for row in steps.explain()] == [False, False, True, True]
+    assert [row.fallback for row in steps.explain()] == [False, False, True, True]
     model.applied(x).square().mean().backward()
     model.called(x).square().mean().backward()
     steps.step()
-    assert not any(noted in row.detail for row in steps.explain())
+    assert not any(noted in row.detail or row.fallback for row in steps.explain())
 
 
-def test_a_compiled_layer_is_served_only_if_it_is_trusted() -> None:
+@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+def test_layers_of_a_compiled_model_are_compared_too(optimizer: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 4), OneRowOff(4, 4), nn.Linear(4, 2))
-    steps = AdaFisher(model)
+    steps = optimizer(model)
+    compiled = torch.compile(model, backend="aot_eager")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        torch.compile(model, backend="aot_eager")(torch.randn(5, 4)).square().mean().backward()
-        steps.step()
-    assert any("statistics of them: 1." in str(w.message) for w in said)
-    assert float(steps.state[model[0].weight]["factor_weight"]) > 0
-    assert float(steps.state[model[1].weight]["factor_weight"]) == 0
+        for _ in range(2):
+            steps.zero_grad()
+            compiled(torch.randn(5, 4)).square().mean().backward()
+            steps.step()
+    assert any("take a fallback: 1 (its output is off" in str(w.message) for w in said)
+    assert [row.fallback for row in steps.explain()] == [False, False, True, True, False, False]
+    known = "factor_weight" if optimizer is AdaFisher else "fisher_updates"
+    assert float(steps.state[model[2].weight][known]) > 0

@@ -162,6 +162,9 @@ class Statistics(Generic[R]):
 
     Attributes:
         refresh: number of the refresh that is being collected, from 1.
+        armed: indices of the sites that collect.
+        awake: whether layers of a compiled model send anything.
+        late: indices of sites that may have been added after the forward whose statistics are taken next.
     """
 
     def __init__(
@@ -187,6 +190,9 @@ class Statistics(Generic[R]):
         self._running: weakref.WeakValueDictionary[int, _Running] = weakref.WeakValueDictionary()
         self._hooks: dict[int, list[_ForwardHook]] = {}
         self._nodes: dict[Parameter, Any] = {}
+        self.armed: frozenset[int] = frozenset()
+        self.awake = False
+        self.late: set[int] = set()
         handles = []
         for index, site in enumerate(self.sites):
             for use, layer in enumerate(site.layers):
@@ -219,7 +225,8 @@ class Statistics(Generic[R]):
         return {
             "sites": self.sites,
             "grad_scaler": self.grad_scaler,
-            "armed": self._armed(),
+            "armed": self.armed,
+            "awake": self.awake,
             "open": self.open,
             "refresh": self.refresh,
         }
@@ -229,34 +236,26 @@ class Statistics(Generic[R]):
         self.sites, self.grad_scaler, self.process_group = state["sites"], state["grad_scaler"], None
         self.refresh = state.get("refresh", 1)
         self._attach()
-        self.arm({index for index, armed in enumerate(state["armed"]) if armed})
+        self.arm(state["armed"], state["awake"])
         if not state["open"]:
             self.close()
 
-    def _armed(self) -> list[bool]:
-        return [self.collects(index) for index in range(len(self.sites))]
-
-    def arm(self, sites: Collection[int]) -> None:
+    def arm(self, sites: Iterable[int], awake: bool) -> None:
         """Let the layers of these sites collect from now on, and the hooks of all others do nothing.
 
-        In a compiled model every hook looks at one flag, that any collects: there are two graphs, not one for every
-        combination. What the others send there is not added. Whether a layer is served there is decided now, as nothing
-        can be looked at while it is compiled.
+        Args:
+            sites: their indices.
+            awake: whether layers of a compiled model send anything; what those send that do not collect is not added.
+                All look at this one flag, so that there are two graphs, not one for every combination of layers.
         """
-        awake = bool(sites)
+        self.armed, self.awake = frozenset(sites), awake
         for index, hooks in self._hooks.items():
-            armed = index in sites
+            armed = index in self.armed
             for hook in hooks:
                 if hook.armed != armed:
                     hook.armed = armed
                 if hook.awake != awake:
                     hook.awake = awake
-                if hook.trusted != (trusted := hook.is_trusted()):
-                    hook.trusted = trusted
-
-    def collects(self, index: int) -> bool:
-        """Whether the layers of a site collect."""
-        return self._hooks[index][0].armed
 
     def clear(self) -> None:
         """Drop what is pending."""
@@ -275,8 +274,10 @@ class Statistics(Generic[R]):
         for layer in self.layers():
             layer.proof = proofs.get(layer.module, layer.proof)
         pending = {(site.owner, site.rule.layout): site for site in other.sites}
-        for site in self.sites:
+        self.late = set(range(len(self.sites)))
+        for index, site in enumerate(self.sites):
             if (old := pending.get((site.owner, site.rule.layout))) is not None:
+                self.late.discard(index)
                 site.sums, site.uses, site.tasks = old.sums, old.uses, old.tasks
 
     def take(self, grad_scale: Tensor | None = None) -> list[tuple[int, Sums]]:
@@ -289,7 +290,7 @@ class Statistics(Generic[R]):
         """
         settle((layer.module, layer.proof) for layer in self.layers())
         with self._lock:
-            taken = {index: sums for index, site in enumerate(self.sites) if (sums := site.settle()) is not None}
+            taken = {index: sums for index, site in enumerate(self.sites) if (sums := self._settled(site)) is not None}
             self.clear()
         if grad_scale is not None and self.grad_scaler is None:
             for index, sums in taken.items():
@@ -299,6 +300,15 @@ class Statistics(Generic[R]):
         self.refresh += bool(taken)
         return [(i, sums) for i, sums in taken.items() if not any(layer.proof.reason for layer in self.sites[i].layers)]
 
+    def _settled(self, site: Site[R]) -> Sums | None:
+        """What is pending of a site; its layers fall back if that raises."""
+        try:
+            return site.settle()
+        except Exception as error:
+            for layer in site.layers:
+                layer.proof.fail(error)
+            return None
+
     def _reduce(self, taken: dict[int, Sums]) -> dict[int, Sums]:
         """Add the sums of all processes in one flat all-reduce.
 
@@ -306,7 +316,7 @@ class Statistics(Generic[R]):
         layers it found not to be what their class documents, so that all agree on which are served. Data parallel
         training averages gradients: a derivative of the global mean loss is the local one over the number of processes.
         """
-        armed = [index for index, on in enumerate(self._armed()) if on]
+        armed = sorted(self.armed)
         if not armed:
             return {}
         world = dist.get_world_size(self.process_group)
@@ -352,9 +362,25 @@ class Statistics(Generic[R]):
                 lengths[index] = [length if n is None else n for n in lengths[index]]
         return {index: [n for n in ns if n is not None] for index, ns in lengths.items()}
 
-    @without_autocast  # on where the backward pass runs within it
+    def look(self, index: int, use: int, x: Tensor, output: Tensor) -> bool:
+        """Whether nothing speaks against a layer, which is compared with what its class computes if that is due."""
+        layer = self.sites[index].layers[use]
+        return layer.proof.holds(layer.module, x, output, self.refresh)
+
     def commit(self, index: int, use: int, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor) -> None:
-        """Add the sums of one backward of one layer, if that backward also accumulates its gradients."""
+        """Add the sums of one backward of one layer, if that backward also accumulates its gradients.
+
+        A layer whose statistics raise falls back: they never end a backward.
+        """
+        proof = self.sites[index].layers[use].proof
+        if proof.reason is None:
+            try:
+                self._commit(index, use, captured, sizes, grad)
+            except Exception as error:
+                proof.fail(error)
+
+    @without_autocast  # on where the backward pass runs within it
+    def _commit(self, index: int, use: int, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor) -> None:
         site = self.sites[index]
         layer = site.layers[use]
         for p in layer.parameters.values():
@@ -462,6 +488,10 @@ def _drop_copies(module: nn.Module) -> None:
             module._forward_hooks_with_kwargs.pop(number, None)
 
 
+_Tapped = tuple[Tensor, list[Tensor], Tensor, list[int]]
+"""What :func:`tap` takes beside an output."""
+
+
 class _ForwardHook:
     """The forward hook of one layer. Copies and pickles of it, which come with copies of the model, do nothing.
 
@@ -469,8 +499,6 @@ class _ForwardHook:
 
     It refers to the engine weakly, because the model must not keep the optimizer's statistics alive.
     """
-
-    watches_layers = True
 
     def __init__(
         self,
@@ -482,8 +510,7 @@ class _ForwardHook:
         self.address = address
         self.engine = engine
         self.armed = False
-        self.awake = False  # whether that of any layer is
-        self.trusted = False  # whether the layer is served where it cannot be looked at
+        self.awake = False
         self.token = torch.zeros(1, dtype=torch.float32, device="cpu")
 
     def __getattr__(self, name: str) -> Any:
@@ -501,43 +528,48 @@ class _ForwardHook:
         # Something of the standard library that takes any arguments and does nothing: a pickled model loads alone.
         return (getattr, (contextlib.nullcontext(), "__exit__"))
 
-    def is_trusted(self) -> bool:
-        """Whether the layer is served where it cannot be looked at."""
-        return self.layer is not None and self.layer.proof.trusts(self.layer.module)
-
-    def _holds(self, module: nn.Module, x: Tensor, output: Any) -> bool:
-        engine = self.engine()
-        assert self.layer is not None
-        return engine is not None and self.layer.proof.holds(module, x, output, engine.refresh)
-
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        compiling = is_compiling()
         if self.layer is None:
-            if not is_compiling():
+            if not compiling:
                 _drop_copies(module)
             return None
-        if not self.awake:  # the one flag that a compiled model looks at
+        if not (self.awake if compiling else self.armed):
             return None
-        compiling = is_compiling()
-        if not compiling and not self.armed:
+        if compiling:
+            # The flag itself: to the compiler of torch 2.11 is_exporting() is always true.
+            if torch.compiler._is_exporting_flag or (x := self.layer.input(module, args, kwargs, output)) is None:
+                return None
+            return tap(output, *self._tapped(self.layer, x))
+        if peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
             return None
-        # The flag itself: to the compiler of torch 2.11 is_exporting() is always true.
-        if compiling and torch.compiler._is_exporting_flag:
+        try:
+            tapped = self._collect(self.layer, args, kwargs, output)
+        except Exception as error:
+            self.layer.proof.fail(error)
             return None
-        if not compiling and (peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None):
+        # Not within the above: whoever saves tensors in another way may raise, as checkpointing does once it has all.
+        return None if tapped is None else tap(output, *tapped)
+
+    def _collect(self, layer: Layer[Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> _Tapped | None:
+        """Put a hook on the output, or return what the output has to be tapped with."""
+        x, engine = layer.input(layer.module, args, kwargs, output), self.engine()
+        if x is None or engine is None:
             return None
-        x = self.layer.input(module, args, kwargs, output)
-        if x is None or not (self.trusted if compiling else self._holds(module, x, output)):
-            return None
-        kept = self.layer.rule.capture(module, x)
         # What is as large as an input is kept as autograd keeps its own: checkpointing then recomputes it.
-        if compiling or (self.layer.rule.keeps_input and _top_saved_tensors_default_hooks(True) is not None):
-            captured, sizes = kept
-            return tap(output, captured, self.token, [*self.address, *sizes])
-        hook = _OutputHook(self.engine, self.address, *kept)
-        output.register_hook(hook)
-        if self.layer.rule.keeps_input and output.grad_fn is not None:
-            output.grad_fn.register_hook(hook.release)
+        if layer.rule.keeps_input and _top_saved_tensors_default_hooks(True) is not None:
+            return self._tapped(layer, x)
+        _, index, use = self.address
+        if engine.look(index, use, x, output):
+            hook = _OutputHook(self.engine, self.address, *layer.rule.capture(layer.module, x))
+            output.register_hook(hook)
+            if layer.rule.keeps_input and output.grad_fn is not None:
+                output.grad_fn.register_hook(hook.release)
         return None
+
+    def _tapped(self, layer: Layer[Any], x: Tensor) -> _Tapped:
+        captured, sizes = layer.rule.capture(layer.module, x)
+        return x, captured, self.token, [*self.address, *sizes]
 
 
 class _OutputHook:
@@ -558,14 +590,22 @@ class _OutputHook:
         engine = self.engine()
         if engine is not None:
             _, index, use = self.address
-            if self.captured is None:
-                raise RuntimeError(
-                    f"a second backward runs through module {engine.sites[index].layers[use].name!r}, whose input was "
-                    "freed by the first: specify retain_graph=True for that one"
-                )
-            if _versions(self.captured) != self.versions:
-                raise _overwritten(engine.sites[index].layers[use], "its backward")
-            engine.commit(index, use, self.captured, self.sizes, grad)
+            try:
+                captured = self._unchanged(engine.sites[index].layers[use])
+            except RuntimeError as error:
+                engine.sites[index].layers[use].proof.fail(error)
+            else:
+                engine.commit(index, use, captured, self.sizes, grad)
+
+    def _unchanged(self, layer: Layer[Any]) -> list[Tensor]:
+        if self.captured is None:
+            raise RuntimeError(
+                f"a second backward runs through module {layer.name!r}, whose input was freed by the first: specify "
+                "retain_graph=True for that one"
+            )
+        if _versions(self.captured) != self.versions:
+            raise _overwritten(layer, "its backward")
+        return self.captured
 
     def release(self, *_: Any) -> None:
         """Let go of the input once the node of the layer has run, as autograd then lets go of what it saved."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -69,14 +70,12 @@ class Proof:
         reason: why the layer must not be served; None as long as nothing speaks against it.
         proven: state -> number of the refresh in which the layer was last found right in it.
         pending: verdicts that are still on the device.
-        form: what the layer looked like when it was last found right.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
         self.proven: dict[Key, int] = {}
         self.pending: dict[Key, tuple[int, Verdict]] = {}
-        self.form: tuple[Any, ...] | None = None
 
     def holds(self, module: nn.Module, x: Tensor, output: Tensor, refresh: int) -> bool:
         """Whether nothing speaks against the layer, which is looked at again if that is due.
@@ -101,12 +100,17 @@ class Proof:
                         settle([(module, self)])
         return self.reason is None
 
-    def trusts(self, module: nn.Module) -> bool:
-        """Whether the layer can be served where it cannot be looked at, because it is being compiled."""
-        if self.reason is not None:
-            return False
-        own = is_own(module)
-        return own if self.form is None else own or self.form == form(module)
+    def fail(self, error: Exception) -> None:
+        """Note that the layer must not be served, because its statistics raised an error.
+
+        Errors of memory are raised again, and with FISHER_KERNELS_RAISE=1 in the environment all are.
+        """
+        # On the CPU torch has no type of its own for the former.
+        exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if exhausted or os.environ.get("FISHER_KERNELS_RAISE") == "1":
+            raise error
+        if self.reason is None:
+            self.reason = f"its statistics raise {type(error).__name__}: {_first_line(error)}"
 
 
 def settle(proofs: Iterable[tuple[nn.Module, Proof]]) -> None:
@@ -130,29 +134,12 @@ def settle(proofs: Iterable[tuple[nn.Module, Proof]]) -> None:
                 )
             elif varies:
                 proof.proven[key] = refresh
-                proof.form = form(module)
 
 
 def _key(module: nn.Module, x: Tensor) -> Key:
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return module.training, x.dim(), x.dtype, autocast
-
-
-# What a module looks like.
-
-
-def form(module: nn.Module) -> tuple[Any, ...]:
-    """What decides how a module computes: its forward, and the hooks of others around it."""
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    others = tuple(hook for hook in hooks if not getattr(hook, "watches_layers", False))
-    return type(module).forward, module.__dict__.get("forward"), others
-
-
-def is_own(module: nn.Module) -> bool:
-    """Whether a module has torch's own forward and no hooks that may change what goes in and comes out."""
-    base = _base(module)
-    return base is not None and form(module) == (base.forward, None, ())
 
 
 _BASES: tuple[type[nn.Module], ...] = (

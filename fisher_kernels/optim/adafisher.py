@@ -165,12 +165,13 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
             return f"curvature {group['fallback_curvature']}"
         return "curvature 1" if group["variant"] == "release" else "median curvature of the group's layers"
 
-    def _rewatched(self) -> None:
+    def _rebuild(self) -> None:
         self._numbers = {p: number for number, p in enumerate(self._groups)}
         self._plans: dict[int, _Plan] = {}
         self._factors = DiagonalFactors(self.statistics.sites, self.state, self._groups)
-        self._armed = None
-        self._arm()
+
+    def _set_aside(self, params: Collection[Parameter]) -> None:
+        self._factors.set_aside(params)
 
     def _known_sites(self) -> Collection[int]:
         return self._factors.known
@@ -232,7 +233,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
         for p in group["params"]:
             if p.grad is None:
                 waiting.append(p)
-            elif (place := self._factors.placed.get(p)) is not None:
+            elif (place := self._factors.place_of(p)) is not None:
                 served.add(self._numbers[p], p, self.state[p], place)
             else:
                 constant.add(self._numbers[p], p, self.state[p], (self._factors.constant(p), None))
@@ -285,7 +286,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
     def _curvature(self, p: Parameter) -> tuple[Tensor, float]:
         """The curvature F of one parameter, which a step never forms, and the damping in it."""
         exp_avg = self.state[p]["exp_avg"]
-        place = self._factors.placed.get(p)
+        place = self._factors.place_of(p)
         if place is None:
             constant = self._factors.constant(p)
             return torch.ones_like(exp_avg) * (1.0 if constant is None else constant), 0.0

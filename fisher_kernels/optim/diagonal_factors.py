@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -82,7 +82,7 @@ class DiagonalFactors:
 
     Attributes:
         placed: parameter -> its row and column factor, once its layer has statistics.
-        version: counts the changes of ``placed`` and of what :meth:`constant` returns.
+        version: counts the changes of what :meth:`place_of` and :meth:`constant` return.
         known: indices of the sites that have statistics.
         refused: indices of sites -> how often their statistics were refused as not finite, on the device.
     """
@@ -96,6 +96,7 @@ class DiagonalFactors:
         self.sites, self.state, self.groups = sites, state, groups
         self.placed: dict[Parameter, Place] = {}
         self.version = 0
+        self._aside: frozenset[Parameter] = frozenset()
         self.refused: Counters = {}
         self._averages: dict[int, dict[str, Tensor]] = {}
         self._plans: dict[tuple[Any, ...], list[_Batch]] = {}
@@ -274,13 +275,23 @@ class DiagonalFactors:
             column = torch.where(mean > 0, column / mean, 1.0)
         return row, column
 
+    def set_aside(self, params: Collection[Parameter]) -> None:
+        """Let these parameters, and no others that a layer serves, have the curvature of a fallback."""
+        if self._aside != params:
+            self._aside = frozenset(params)
+            self.version += 1
+
+    def place_of(self, p: Parameter) -> Place | None:
+        """The row and column factor of a parameter, if its layer has statistics and it is not set aside."""
+        return None if p in self._aside else self.placed.get(p)
+
     def constant(self, p: Parameter) -> Tensor | None:
         """The curvature of a parameter that has no factors, as a factor of one element; None for 1.
 
         That is 1 where a layer serves it but has no statistics yet; for a fallback the group's ``fallback_curvature``,
         1 in the release, or else the median over the group's layers of ``mean(S') mean(H') + damping``.
         """
-        if p in self._served:
+        if p in self._served and p not in self._aside:
             return None
         group = self.groups[p]
         key = id(group), p.device, ACCUMULATOR[p.dtype]

@@ -13,17 +13,15 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim.optimizer import ParamsT
 
-from fisher_kernels.curvature.hooks import Layer, Statistics, find_layers, times_attached
+from fisher_kernels.curvature.hooks import Layer, Site, Statistics, find_layers, times_attached
 from fisher_kernels.curvature.rules import R, Sums
 from fisher_kernels.optim.base import Explanations, FisherOptimizer
 from fisher_kernels.optim.caller import calling
+from fisher_kernels.optim.unserved import UNSERVED, UNUSED, Unserved, has_gradient, shown
 from fisher_kernels.optim.warn import warn, warn_once
 
 FALLBACK_SHARE = 0.01
 """Share of the trained parameters above which fallbacks are worth a warning."""
-
-MISFITS = "misfits"
-"""Key of parameter groups: name of each layer that does not compute what its class documents -> the reason."""
 
 # What each model has been warned of. Not kept by the optimizers: a notebook makes one after the other for a model.
 _told: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
@@ -68,9 +66,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         self._model = model
         self._fallback = fallback
         self._statistics: Statistics[R] | None = None
-        self._armed: tuple[Any, ...] | None = None
-        self._misfits: dict[nn.Module, str] = {}
-        self._unused: dict[Parameter, None] = {}
+        self._unserved = Unserved()
         super().__init__(model.parameters() if params is None else params, defaults)
         try:
             self._watch(grad_scaler, process_group)
@@ -91,8 +87,12 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         """What happens to a parameter that no rule serves."""
         raise NotImplementedError
 
-    def _rewatched(self) -> None:
-        """Called when the watched layers or the state have changed; ends with :meth:`_arm`."""
+    def _rebuild(self) -> None:
+        """Make anew what is derived from the watched layers and the state, which have changed."""
+        raise NotImplementedError
+
+    def _set_aside(self, params: Collection[Parameter]) -> None:
+        """Let these parameters, whose layers were not used, take a fallback, and all others what their layers give."""
         raise NotImplementedError
 
     def _known_sites(self) -> Collection[int]:
@@ -123,7 +123,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         return self._statistics
 
     def _rule_if_served(self, module: nn.Module, owner: Parameter) -> R | None:
-        return None if module in self._misfits else self._rule_for(module, owner)
+        return None if self._unserved.is_misfit(module) else self._rule_for(module, owner)
 
     def _watch(self, grad_scaler: Any, process_group: dist.ProcessGroup | None) -> None:
         old = self._statistics
@@ -136,6 +136,13 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             old.close()
         self._rewatched()
 
+    def _rewatched(self) -> None:
+        self._rebuild()
+        self._set_aside(self._unserved.without_use(self.statistics.layers()))
+        self._armed: tuple[Any, ...] | None = None
+        self._missed: set[int] = set()  # sites that had a gradient while a compiled model was not asked for statistics
+        self._arm()
+
     def _regrouped(self) -> None:
         if self._statistics is not None:
             self._watch(self._statistics.grad_scaler, self._statistics.process_group)
@@ -143,6 +150,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         group.setdefault("iteration", 0)
+        group.setdefault(UNSERVED, {})
         super()._check_group(group)
 
     def close(self) -> None:
@@ -186,8 +194,8 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         self._prepare()
         taken = self.statistics.take(self._loss_scale(grad_scale, found_inf))
         taken = self._leave_out_misfits(taken)
-        self._require_served()
         self._note_unused({index for index, _ in taken})
+        self._require_served()
         if not taken:
             self._warn_if_silent()
         self._fold(taken, grad_scale)
@@ -197,7 +205,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         self._arm()
 
     def _loss_scale(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor | None:
-        """The scale in the derivatives where no scaler was given: that of the one that calls this step, if there is one.
+        """The scale in the derivatives where no scaler was given: that of the one that calls this step, if any does.
 
         It passes the scale unless gradients were unscaled before.
         """
@@ -212,109 +220,103 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         scale: Tensor | None = scaler._get_scale_async()  # since the last update(), so in all that is pending
         return scale
 
-    # Layers that are not what their class documents.
+    def _arm(self) -> None:
+        """Let the layers whose next step refreshes their statistics collect them, and those that have none yet."""
+        known = self._known_sites()
+        awake = bool(self._missed) or any(map(is_due, self.param_groups))
+        armed = (len(known), awake, *map(is_due, self.param_groups))
+        if armed != self._armed:
+            self._armed = armed
+            sites = enumerate(self.statistics.sites)
+            collecting = {i for i, s in sites if i not in known or is_due(self._groups[s.owner])}
+            self.statistics.arm(collecting, awake)
+
+    # Layers that are not served.
 
     def _leave_out_misfits(self, taken: list[tuple[int, Sums]]) -> list[tuple[int, Sums]]:
-        """Let layers that were found out take a fallback from now on; returns what was taken of the others.
-
-        The choice is part of the parameter groups, so that a state that is loaded goes on as it was saved.
-        """
+        """Let layers that were found out take a fallback from now on; returns what was taken of the others."""
         found = [(layer, reason) for layer in self.statistics.layers() if (reason := layer.proof.reason) is not None]
         if not found:
             return taken
-        old = self.statistics.sites
+        keys = [(site.owner, site.rule.layout) for site in self.statistics.sites]
         for layer, reason in found:
-            self._misfits[layer.module] = reason
-            group = self._groups[layer.owner]
-            group[MISFITS] = {**group.get(MISFITS, {}), layer.name: reason}
-        keys = [(site.owner, site.rule.layout) for site in old]
-        left = find_layers(self._model, self._rule_if_served, self._groups)
-        still = {(layer.owner, layer.rule.layout) for layer in left}
-        for owner, layout in keys:
-            if (owner, layout) not in still:
-                for name in [name for name in self.state.get(owner, {}) if name in self.statistics_state]:
-                    del self.state[owner][name]
+            self._unserved.add(layer, self._groups[layer.owner], reason)
+        self._drop_state_of_misfits()
         self._watch(self.statistics.grad_scaler, self.statistics.process_group)
         self._prepare()
-        told = "; ".join(f"{layer.name or 'model'} ({reason})" for layer, reason in found)
         if self._fallback == "warn":
+            told = "; ".join(f"{layer.name or 'model'} ({reason})" for layer, reason in found)
             warn(
-                f"{type(self).__name__}: {len(found)} layer{'s do' if len(found) > 1 else ' does'} not compute what "
-                f"{'their classes document' if len(found) > 1 else 'its class documents'} and cannot be served by a "
-                f"rule, so that their parameters take a fallback: {told}. print(optimizer.explain()) shows each"
+                f"{type(self).__name__}: {len(found)} {'layers' if len(found) > 1 else 'layer'} cannot be served by a "
+                f"rule and take a fallback: {told}. print(optimizer.explain()) shows each"
             )
         places = {(site.owner, site.rule.layout): index for index, site in enumerate(self.statistics.sites)}
         return [(places[keys[index]], sums) for index, sums in taken if keys[index] in places]
 
-    def _read_misfits(self) -> None:
-        """What the parameter groups say of the model's layers."""
-        named: dict[str, str] = {}
-        for group in self.param_groups:
-            named.update(group.get(MISFITS, {}))
-        modules = dict(self._model.named_modules()) if named else {}
-        self._misfits = {modules[name]: reason for name, reason in named.items() if name in modules}
+    def _drop_state_of_misfits(self) -> None:
+        """Forget the statistics of sites of which no layer is left."""
+        left = find_layers(self._model, self._rule_if_served, self._groups)
+        still = {(layer.owner, layer.rule.layout) for layer in left}
+        for site in self.statistics.sites:
+            if (site.owner, site.rule.layout) not in still:
+                state = self.state.get(site.owner, {})
+                for name in [name for name in state if name in self.statistics_state]:
+                    del state[name]
 
-    def _unserved(self) -> list[Parameter]:
-        served = self._layers_of()
-        return [p for p in self._groups if p not in served]
+    def _note_unused(self, taken: set[int]) -> None:
+        """Let layers that have a gradient and gave no statistics take a fallback, until they are used.
 
-    def _refuse(self, names: list[str], kind: type[Exception]) -> None:
-        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-        reasons = "".join(
-            f"; {name}: {reason}" for group in self.param_groups for name, reason in group.get(MISFITS, {}).items()
-        )
-        raise kind(
-            f"{len(names)} trained parameters have no layer rule ({shown}{reasons}), and fallback='error' refuses to "
-            "train them: leave them to another optimizer (params=), or take fallback='warn'"
-        )
+        Where no layer gave statistics the cause is a common one, of which one warning is enough. A model that is
+        compiled may not have been asked for any: the next step does.
+        """
+        sites = self.statistics.sites
+        again = [layer for i in taken for layer in sites[i].layers if self._unserved.is_unused(layer.module)]
+        for layer in again:
+            self._unserved.remove(layer, self._groups[layer.owner])
+        used = {p for i in taken for layer in sites[i].layers for p in layer.parameters.values()}
+        expected = self.statistics.armed - taken - self.statistics.late
+        self.statistics.late.clear()
+        lacking = {i for i in expected if self._has_other_gradients(sites[i], used)}
+        unused = lacking if taken and self.statistics.awake else set()
+        self._missed = (self._missed if self.statistics.awake else self._missed | lacking) - taken - unused
+        noted = [layer for i in sorted(unused) for layer in sites[i].layers]
+        for layer in noted:
+            self._unserved.add(layer, self._groups[layer.owner], UNUSED)
+        if noted or again:
+            self._set_aside(self._unserved.without_use(self.statistics.layers()))
+        if noted and self._fallback == "warn":
+            names = shown([layer.name or "model" for layer in noted])
+            self._warn_once(
+                f"unused {names}",
+                f"layers have a gradient, and a refresh saw no use of them: {names}. Is a weight applied by a function "
+                "instead, or was it reparametrised (pruned, for example)? They take a fallback until they are used; "
+                "print(optimizer.explain()) shows each",
+            )
+
+    def _has_other_gradients(self, site: Site[R], used: Collection[Parameter]) -> bool:
+        """Whether a site that is not known to be unused has gradients of parameters that are not used elsewhere."""
+        layers = (layer for layer in site.layers if not self._unserved.is_unused(layer.module))
+        return any(has_gradient(p) for layer in layers for p in layer.parameters.values() if p not in used)
 
     def _require_rules(self) -> None:
         """Refuse trained parameters without a rule, if so asked."""
         if self._fallback == "error":
-            unserved = {p for p in self._unserved() if p.requires_grad}
-            if unserved:
-                self._refuse([name for name, p in self._names() if p in unserved], ValueError)
+            self._refuse(lambda p: p.requires_grad, ValueError)
 
     def _require_served(self) -> None:
         """Refuse to step a parameter without a rule, if so asked."""
         if self._fallback == "error":
-            unserved = {p for p in self._unserved() if p.grad is not None}
-            if unserved:
-                self._refuse([name for name, p in self._names() if p in unserved], RuntimeError)
+            self._refuse(lambda p: p.grad is not None, RuntimeError)
 
-    def _arm(self) -> None:
-        """Let the layers whose next step refreshes their statistics collect them, and those that have none yet."""
-        known = self._known_sites()
-        armed = (len(known), *map(is_due, self.param_groups))
-        if armed != self._armed:
-            self._armed = armed
-            sites = enumerate(self.statistics.sites)
-            self.statistics.arm({i for i, s in sites if i not in known or is_due(self._groups[s.owner])})
-
-    def _note_unused(self, taken: set[int]) -> None:
-        """Say once of each layer that a refresh found a gradient and no use; whether a call is seen again is noted.
-
-        Where no layer gave statistics the cause is a common one, of which one warning is enough.
-        """
-        for index in taken:
-            self._unused.pop(self.statistics.sites[index].owner, None)
-        if not taken:
-            return
-        new = []
-        for index, site in enumerate(self.statistics.sites):
-            if index in taken or site.owner in self._unused or not is_due(self._groups[site.owner]):
-                continue
-            grads = (p.grad for layer in site.layers for p in layer.parameters.values() if p.requires_grad)
-            if any(not grad.is_cpu or bool(grad.any()) for grad in grads if grad is not None):
-                self._unused[site.owner] = None
-                new += [layer.name or "model" for layer in site.layers]
-        if new:
-            shown = ", ".join(new[:5]) + (", ..." if len(new) > 5 else "")
-            self._warn_once(
-                f"unused {shown}",
-                f"layers got a gradient but were not called, so that a refresh has no statistics of them: {shown}. Is "
-                "a weight applied by a function instead, or was it reparametrised (pruned, for example)? They keep the "
-                "curvature they have (1 if there is none); print(optimizer.explain()) shows each",
+    def _refuse(self, trains: Callable[[Parameter], bool], kind: type[Exception]) -> None:
+        served = self._layers_of().keys() - self._unserved.without_use(self.statistics.layers())
+        names = [name for name, p in self._names() if p not in served and trains(p)]
+        if names:
+            reasons = [f"; {name}: {reason}" for group in self.param_groups for name, reason in group[UNSERVED].items()]
+            raise kind(
+                f"{len(names)} trained parameters have no layer rule ({shown(names)}{''.join(reasons)}), and "
+                "fallback='error' refuses to train them: leave them to another optimizer (params=), or take "
+                "fallback='warn'"
             )
 
     def _warn_if_silent(self) -> None:
@@ -335,17 +337,17 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _reloaded(self) -> None:
         self.statistics.clear()
-        before = dict(self._misfits)
-        self._read_misfits()
-        layers = [layer for site in self.statistics.sites for layer in site.layers]
-        if before == self._misfits and all(self._rule_for(layer.module, layer.owner) == layer.rule for layer in layers):
+        misfits = self._unserved.misfits()
+        self._unserved.read(self.param_groups, self._model)
+        same = misfits == self._unserved.misfits()
+        if same and all(self._rule_for(la.module, la.owner) == la.rule for la in self.statistics.layers()):
             self._rewatched()
         else:  # the settings that came along have other rules
             self._watch(self.statistics.grad_scaler, self.statistics.process_group)
 
     def _restored(self) -> None:
-        self._read_misfits()
-        self._unused = {}
+        self._unserved = Unserved()
+        self._unserved.read(self.param_groups, self._model)
         self._rewatched()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -371,19 +373,13 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _served(self) -> Callable[[Parameter], tuple[str, str]]:
         served = self._layers_of()
-        names = {module: name for name, module in self._model.named_modules()} if self._misfits else {}
-        left_out: dict[Parameter, list[str]] = {}
-        for module, reason in self._misfits.items():
-            for p in module._parameters.values():
-                if p is not None:
-                    left_out.setdefault(p, []).append(f"not served for {names.get(module) or 'model'}: {reason}")
+        aside = self._unserved.without_use(self.statistics.layers())
+        left_out = self._unserved.of(self._model)
 
         def by_rule(p: Parameter) -> tuple[str, str]:
-            uses = served.get(p, [])
+            uses = [] if p in aside else served.get(p, [])
             rule = " + ".join(dict.fromkeys(layer.rule.name for _, layer in uses)) or "fallback"
             details = [self._detail(role, layer) for role, layer in uses] or [self._fallback_detail(p)]
-            if any(layer.owner in self._unused for _, layer in uses):
-                details.append("no statistics in the last refresh, though it has a gradient")
             return rule, "; ".join(details + left_out.get(p, []))
 
         return by_rule
@@ -393,10 +389,9 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         fallbacks = [row.name for row in rows if row.fallback and not row.frozen]
         share = sum(sizes[name] for name in fallbacks) / max(sum(sizes.values()), 1)
         if share > FALLBACK_SHARE:
-            shown = ", ".join(fallbacks[:5]) + (", ..." if len(fallbacks) > 5 else "")
             warn_once(
                 f"{type(self).__name__}: {share:.0%} of the trained parameters have no layer rule and take a fallback "
-                f"({shown}); print(optimizer.explain()) shows each"
+                f"({shown(fallbacks)}); print(optimizer.explain()) shows each"
             )
 
 

@@ -22,7 +22,7 @@ from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.ops import ACCUMULATOR, mbf_step_
 from fisher_kernels.ops._blocks import unpack
 from fisher_kernels.optim.base import count, require_numbers, totals
-from fisher_kernels.optim.fisher_blocks import STORAGES, FisherBlocks, New, Unit
+from fisher_kernels.optim.fisher_blocks import ASIDE, STATE, STORAGES, FisherBlocks, New, Unit
 from fisher_kernels.optim.layerwise import LayerwiseOptimizer, is_due
 from fisher_kernels.optim.warn import warn_once
 
@@ -108,7 +108,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
     """
 
     moment = "momentum_buffer"
-    statistics_state = ("fisher_blocks", "inverse_blocks", "fisher_updates")
+    statistics_state = tuple(prefix + name for prefix in ("", ASIDE) for name in STATE)
     later = ("capturable", "mask_zeros")
 
     def __init__(
@@ -219,7 +219,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         return self._rules(module, Sharing(group["linear_blocks"], group["sequence"], group["loss_reduction"]))
 
     def _layers_of(self) -> dict[Parameter, list[tuple[str, Layer[BlockRule]]]]:
-        fallbacks = {part.owner for part in self._blocks.fallbacks}
+        fallbacks = {part.owner for part in self._blocks.unruled}
         return {p: uses for p, uses in super()._layers_of().items() if p not in fallbacks}
 
     def _detail(self, role: str, layer: Layer[BlockRule]) -> str:
@@ -232,18 +232,21 @@ class MBF(LayerwiseOptimizer[BlockRule]):
     def _fallback_detail(self, parameter: Parameter) -> str:
         return "1 x 1 blocks from the squared gradient of the batch"
 
-    def _rewatched(self) -> None:
+    def _rebuild(self) -> None:
         self._rules = BlockRules(self._model)  # which know parameters by identity: a copy has others
         self._numbers = {p: number for number, p in enumerate(self._groups)}
         self._plans: dict[int, _Plan] = {}
         self._blocks = FisherBlocks(self.statistics.sites, self.state, self._groups)
-        self._armed = None
-        self._arm()
+
+    def _set_aside(self, params: Collection[Parameter]) -> None:
+        self._blocks.set_aside(params)
+        self._blocks.couple()
 
     def _known_sites(self) -> Collection[int]:
         return self._blocks.known_sites
 
     def _dtype_of(self, p: Parameter, name: str) -> torch.dtype:
+        name = name.removeprefix(ASIDE)
         if name == "inverse_blocks" and self._groups[p]["inverse_storage"] == "bfloat16":
             return torch.bfloat16
         return torch.float32 if name == "fisher_updates" else super()._dtype_of(p, name)
@@ -277,9 +280,10 @@ class MBF(LayerwiseOptimizer[BlockRule]):
     def _from_gradients(self, sums: list[Sums], grad_scale: Tensor | None) -> Iterator[New]:
         """Squared gradients of parameters without a rule, times N for a mean over N samples, as blocks are scaled."""
         samples = max([1, *(n for s in sums for n in s.counts)])
-        for part in self._blocks.fallbacks:
+        for part in self._blocks.fallbacks():
             group, gradient = self._groups[part.owner], part.owner.grad
-            if gradient is not None and is_due(group) and gradient.numel():
+            due = is_due(group) or not self._blocks.is_averaged(part)
+            if gradient is not None and due and gradient.numel():
                 wide = gradient.to(ACCUMULATOR[gradient.dtype])
                 if grad_scale is not None:
                     wide = wide / grad_scale.to(wide.device, wide.dtype)
@@ -363,7 +367,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         self.statistics.clear()
         sums: dict[int, tuple[Tensor, float]] = {}
         try:
-            self.statistics.arm(range(len(self.statistics.sites)))
+            self.statistics.arm(range(len(self.statistics.sites)), awake=True)
             for batch in _with_progress(batches) if progress else batches:
                 for p in parameters:
                     p.grad = None
