@@ -184,6 +184,7 @@ class FisherOptimizer(Optimizer):
         Returns:
             What the closure returned, or None.
         """
+        self._take_up_groups()
         self._take_turn()
         loss = evaluate_closure(closure)
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
@@ -197,6 +198,21 @@ class FisherOptimizer(Optimizer):
         with _DisableAutocast():  # its products keep the precision of the state
             self._advance(grad_scale, found_inf)
         return loss
+
+    def _take_up_groups(self) -> None:
+        """Go on with groups, or lists of parameters in them, that were put in place of those that were there."""
+        held = self._groups
+        if sum(len(group["params"]) for group in self.param_groups) == len(held) and all(
+            held.get(p) is group for group in self.param_groups for p in group["params"]
+        ):
+            return
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+            self._check_dtypes(group)
+            self._check_group(group)
+        self._find_groups()
+        self._regrouped()
 
     def _take_turn(self) -> None:
         """Say once if another optimizer has stepped some of the parameters since the last step of this one."""

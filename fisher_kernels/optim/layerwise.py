@@ -134,6 +134,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             if not old.open:
                 self._statistics.close()
             old.close()
+        self._note_places()
         self._rewatched()
 
     def _rewatched(self) -> None:
@@ -148,10 +149,70 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             self._watch(self._statistics.grad_scaler, self._statistics.process_group)
             self._require_rules()
 
+    def _note_places(self) -> None:
+        """Note where the model has its modules and the parameters that are held, and what these are called."""
+        self._named = {name: p for name, p in self._model.named_parameters(remove_duplicate=False) if p in self._groups}
+        self._places: list[tuple[dict[str, Any], str, Any]] = []
+        for module in self._model.modules():
+            if not isinstance(module, torch.jit.ScriptModule):  # whose modules and parameters are no dictionaries
+                self._places += [(module._modules, name, child) for name, child in module._modules.items()]
+                self._places += [(module._parameters, n, p) for n, p in module._parameters.items() if p in self._groups]
+
+    def _is_as_noted(self) -> bool:
+        for there, name, value in self._places:
+            found = there.get(name)
+            # What has no gradient may be there for a while, as in a functional call; None is no other parameter.
+            if found is not value and (isinstance(value, nn.Module) or getattr(found, "grad", None) is not None):
+                return False
+        return True
+
+    def _follow(self) -> None:
+        """Hold what the model has now under the names of parameters that it has no more, with the state of these.
+
+        ``load_state_dict(assign=True)``, ``to_empty()`` and a module in place of another bring new parameters.
+        """
+        now = dict(self._model.named_parameters(remove_duplicate=False))
+        there = set(now.values())
+        moved: dict[Parameter, Parameter] = {}
+        lost = []
+        for name, p in self._named.items():
+            q = now.get(name)
+            if q is p or p in there:
+                continue
+            if q is None or q.shape != p.shape or moved.get(p, q) is not q:
+                lost.append(name)
+            else:
+                moved[p] = q
+        taken = {p for p in self._groups if p not in moved}
+        for group in self.param_groups:
+            stay = [q for p in group["params"] if (q := moved.get(p, p)) is p or q not in taken]
+            group["params"] = list(dict.fromkeys(stay))
+            taken.update(stay)
+        self._find_groups()
+        for p, q in moved.items():
+            if (state := self.state.pop(p, None)) is not None and not p.is_meta and q not in self.state:
+                self.state[q] = {
+                    name: value.to(q.device, self._dtype_of(q, name) if value.is_floating_point() else value.dtype)
+                    for name, value in state.items()
+                }
+        self._regrouped()
+        if lost:
+            self._warn_once(
+                f"lost {shown(lost)}",
+                f"the model has no such parameters any more, or others of another shape, and they are not trained: "
+                f"{shown(lost)}. Make a new optimizer, or pass what took their place to add_param_group()",
+            )
+
     def _check_group(self, group: dict[str, Any]) -> None:
         group.setdefault("iteration", 0)
         group.setdefault(UNSERVED, {})
         super()._check_group(group)
+
+    def _take_up_groups(self) -> None:
+        before = self._groups
+        super()._take_up_groups()
+        if self._groups is not before:
+            self._warn_of_fallbacks(self.explain())
 
     def close(self) -> None:
         """Remove the hooks from the model. The optimizer can go on stepping with the curvature it has."""
@@ -191,13 +252,15 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
     def _advance(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         if self._looked_at != times_attached():
             self._look_for_other_readers()
+        if not self._is_as_noted():
+            self._follow()
         self._prepare()
         taken = self.statistics.take(self._loss_scale(grad_scale, found_inf))
         taken = self._leave_out_misfits(taken)
+        if not taken and not self.statistics.late:
+            self._warn_if_silent()
         self._note_unused({index for index, _ in taken})
         self._require_served()
-        if not taken:
-            self._warn_if_silent()
         self._fold(taken, grad_scale)
         for group in self.param_groups:
             self._update(group, grad_scale, found_inf)
@@ -348,6 +411,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
     def _restored(self) -> None:
         self._unserved = Unserved()
         self._unserved.read(self.param_groups, self._model)
+        self._note_places()
         self._rewatched()
 
     def __getstate__(self) -> dict[str, Any]:
