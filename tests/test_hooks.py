@@ -5,6 +5,7 @@ import functools
 import gc
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import warnings
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
@@ -578,6 +580,49 @@ class TestCompile:
         # Inductor fuses and reorders arithmetic.
         assert_same(results[1], results[0], rtol=1e-9)
 
+    def test_intervals_of_groups_make_two_graphs(self, make):
+        """One with statistics and one without, whichever layers are due."""
+        torch.manual_seed(0)
+        layers = [nn.Linear(FEATURES, FEATURES) for _ in range(4)]
+        model = nn.Sequential(*layers)
+        groups = [{"params": m.parameters(), "update_interval": k} for m, k in zip(layers, (2, 3, 5, 7), strict=True)]
+        optimizer = make(model, params=groups)
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+        twin, other = copy.deepcopy((model, optimizer))
+        for t in range(31):
+            for net, steps in ((compiled, optimizer), (twin, other)):
+                steps.zero_grad()
+                net(batch(t)[0]).square().mean().backward()
+                steps.step()
+        assert counter.frame_count == 2
+        assert_same(snapshot(optimizer), snapshot(other), rtol=1e-4)
+
+    @pytest.mark.parametrize("compiles", [False, True])
+    def test_heads_that_take_turns_are_all_served(self, make, compiles):
+        """Every refresh meets the same head: those without statistics collect them whenever they are used."""
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                torch.manual_seed(0)
+                self.body = nn.Linear(FEATURES, 8)
+                self.heads = nn.ModuleList(nn.Linear(8, CLASSES) for _ in range(3))
+
+            def forward(self, x, task):
+                return self.heads[task](self.body(x))
+
+        model = Net()
+        optimizer = make(model, update_interval=3)
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiles else model
+        for t in range(12 if compiles else 3):
+            x, y = batch(t)
+            optimizer.zero_grad()
+            F.cross_entropy(run(x, t % 3), y).backward()
+            optimizer.step()
+        assert all(updates(optimizer, head.weight) > 0 for head in model.heads)
+        assert not any(row.fallback for row in optimizer.explain())
+
     def test_model_compiled_before_the_optimizer_warns(self, make):
         model = mlp()
         compiled = torch.compile(model, backend="eager")
@@ -641,6 +686,24 @@ class TestCopies:
         assert not any(m._forward_hooks or m._forward_hooks_with_kwargs for m in model.modules())
 
     @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:`torch.jit:DeprecationWarning")
+    def test_a_pickled_model_loads_without_this_package(self, make, tmp_path):
+        model = nn.Sequential(nn.Linear(2, 2))
+        optimizer = make(model)
+        torch.save(model, tmp_path / "model.pt")
+        code = (
+            "import sys, torch; sys.modules['fisher_kernels'] = None\n"
+            f"model = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)\n"
+            "model(torch.ones(1, 2)).sum().backward()"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
+        loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+        del optimizer
+        train_one = make(loaded)
+        assert len(loaded[0]._forward_hooks) == 1, "what came along is dropped"
+        loaded(torch.ones(1, 2)).sum().backward()
+        train_one.step()
+        assert updates(train_one, loaded[0].weight) > 0
+
     def test_scripting(self, make):
         model = mlp()
         optimizer = make(model)

@@ -473,6 +473,11 @@ def test_a_wide_linear_is_cut_and_named() -> None:
     assert "10 blocks of 1024 x 1024" in ours.explain()[0].detail
 
 
+def test_blocks_that_take_much_memory_are_named() -> None:
+    with pytest.warns(UserWarning, match=r"the blocks of model\.weight take 4,202,500,000 bytes.*linear_blocks="):
+        MBF(nn.Linear(1024, 1000, device="meta"), linear_blocks="per_output")
+
+
 def test_mask_zeros_keeps_pruned_weights() -> None:
     model = nn.Linear(4, 3)
     mask = torch.rand(3, 4) < 0.5

@@ -332,3 +332,96 @@ def test_layers_of_a_compiled_model_are_compared_too(optimizer: Any) -> None:
     assert [row.fallback for row in steps.explain()] == [False, False, True, True, False, False]
     known = "factor_weight" if optimizer is AdaFisher else "fisher_updates"
     assert float(steps.state[model[2].weight][known]) > 0
+
+
+@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+def test_an_unused_layer_takes_the_fallback_as_named_and_resumes(optimizer: Any) -> None:
+    """Its curvature is that of the others for AdaFisher, its own squared gradient for MBF, and neither 1."""
+
+    class Either(nn.Module):
+        by_function = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return F.linear(h, self.last.weight, self.last.bias) if self.by_function else self.last(h)
+
+    def train(model: nn.Module, steps: Any, times: int) -> None:
+        for t in range(times):
+            steps.zero_grad()
+            x = torch.randn(6, 4, generator=torch.Generator().manual_seed(t))
+            model(x).square().mean().mul(1e-3).backward()
+            steps.step()
+
+    torch.manual_seed(0)
+    model = Either()
+    interval = {"update_interval": 3}
+    steps = optimizer(model, **interval)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(model, steps, 2)
+    served, unused = (steps.metrics()[name] for name in ("first.weight", "last.weight"))
+    if optimizer is AdaFisher:
+        assert unused["smallest_step"] == unused["largest_step"] != 1e-3
+        assert served["smallest_step"] < unused["largest_step"] < served["largest_step"]
+    else:
+        assert unused["smallest_step"] < unused["largest_step"]
+        assert model.last.weight.shape.numel() == steps.state[model.last.weight]["unused_fisher_blocks"].numel()
+    # A state that is loaded goes on to the bit, also before the next refresh.
+    other = copy.deepcopy(model)
+    resumed = optimizer(other, **interval)
+    resumed.load_state_dict(steps.state_dict())
+    train(model, steps, 2)
+    train(other, resumed, 2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert any(row.fallback for row in resumed.explain())
+    # Used again, it has blocks or factors of its own at once.
+    for net, o in ((model, steps), (other, resumed)):
+        net.by_function = False
+        train(net, o, 3)
+        assert not any(row.fallback for row in o.explain())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+def test_an_unused_layer_is_refused_if_so_asked(optimizer: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    steps = optimizer(model, fallback="error")
+    F.linear(model[0](torch.randn(5, 4)), model[1].weight).sum().backward()
+    with pytest.raises(RuntimeError, match=r"\(1\.weight; 1: no statistics"):
+        steps.step()
+
+
+@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+def test_an_error_of_a_layers_statistics_ends_no_backward(optimizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    steps, x = optimizer(model), torch.randn(5, 4)
+    rule = next(layer.rule for layer in steps.statistics.layers() if layer.module is model[2])
+
+    def fail(*args: Any) -> Any:
+        raise ArithmeticError("so be it")
+
+    for name in ("capture", "contribute"):
+        monkeypatch.setattr(type(rule), name, fail)
+        layers = list(steps.statistics.layers())
+        with monkeypatch.context() as debugging:
+            debugging.setenv("FISHER_KERNELS_RAISE", "1")
+            with pytest.raises(ArithmeticError, match="so be it"):
+                model(x).sum().backward()
+        model(x).sum().backward()
+        assert all(layer.proof.reason == "its statistics raise ArithmeticError: so be it" for layer in layers)
+        with pytest.warns(UserWarning, match=r"take a fallback: 0 \(its statistics raise ArithmeticError"):
+            steps.step()
+        assert all(row.fallback for row in steps.explain())
+        monkeypatch.undo()
+        steps = optimizer(model)
+
+    def exhaust(*args: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(type(rule), "contribute", exhaust)
+    with pytest.raises(MemoryError):
+        model(x).sum().backward()
