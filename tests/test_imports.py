@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_native", "_dispatch_keys", "triton_kernels"),
     ("_library",),
     ("backends",),
-    ("ops", "curvature", "curvature.tap"),
+    ("ops", "curvature", "curvature.tap", "curvature.broadcast"),
     ("curvature.rules",),
     ("curvature.diagonal_rules", "curvature.block_rules", "curvature.proof"),
     ("curvature.hooks",),

@@ -280,6 +280,7 @@ class EmbeddingRows(LinearBlocks):
     """An Embedding whose weight a Linear has too: it is that Linear, used in the other orientation on one-hot rows."""
 
     name: ClassVar[str] = "embedding"
+    reads_tokens = True
 
     def _one_hot(self, module: Any, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         hot = F.one_hot(tokens, module.num_embeddings).to(dtype)
@@ -452,6 +453,7 @@ class EmbeddingBlocks(BlockRule):
     """Embedding: 1 x 1 blocks, the mean square over samples of a sample's gradient; padding has none."""
 
     name: ClassVar[str] = "embedding"
+    reads_tokens = True
 
     def __init__(self, sharing: Sharing, shape: tuple[int, int]) -> None:
         super().__init__(sharing, (Blocks(("weight",), math.prod(shape), 1),))

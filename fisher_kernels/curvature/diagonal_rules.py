@@ -273,6 +273,7 @@ class Embedding(DiagonalRule):
 
     name = "embedding"
     rows_are_inputs = True
+    reads_tokens = True
 
     def capture(self, module: Any, x: Tensor) -> tuple[list[Tensor], list[int]]:
         tokens = x.flatten()

@@ -31,6 +31,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
+from fisher_kernels.curvature.broadcast import Broadcast, may_be_broadcast
 from fisher_kernels.curvature.proof import Proof, settle
 from fisher_kernels.curvature.rules import R, Rule, Sums, Use
 from fisher_kernels.curvature.tap import register, tap
@@ -64,10 +65,15 @@ class Layer(Generic[R]):
             trained = trained or p.requires_grad
         if not trained:
             return None
-        x = args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
+        x = _first(args, kwargs)
         if not isinstance(x, Tensor) or x.layout != torch.strided:
             return None
         return x.detach() if x.requires_grad else x
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The input of a layer among the arguments of its forward."""
+    return args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
 
 
 class _Kept(NamedTuple, Generic[R]):
@@ -193,6 +199,7 @@ class Statistics(Generic[R]):
         self.armed: frozenset[int] = frozenset()
         self.awake = False
         self.late: set[int] = set()
+        self._broadcasts: list[Broadcast] = []
         handles = []
         for index, site in enumerate(self.sites):
             for use, layer in enumerate(site.layers):
@@ -260,6 +267,7 @@ class Statistics(Generic[R]):
     def clear(self) -> None:
         """Drop what is pending."""
         with self._lock:
+            self._broadcasts = []
             for site in self.sites:
                 site.clear()
 
@@ -366,6 +374,17 @@ class Statistics(Generic[R]):
         """Whether nothing speaks against a layer, which is compared with what its class computes if that is due."""
         layer = self.sites[index].layers[use]
         return layer.proof.holds(layer.module, x, output, self.refresh)
+
+    def expect_rows(self, x: Tensor, output: Tensor) -> Broadcast:
+        """Look from now on for what broadcasts the output of a layer."""
+        found = Broadcast(x, output)
+        self._broadcasts.append(found)
+        return found
+
+    def look_behind(self, x: Any) -> None:
+        """Look for it behind the input of a layer."""
+        if self._broadcasts and isinstance(x, Tensor) and x.grad_fn is not None:
+            self._broadcasts = [waiting for waiting in self._broadcasts if not waiting.find(x)]
 
     def commit(self, index: int, use: int, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor) -> None:
         """Add the sums of one backward of one layer, if that backward also accumulates its gradients.
@@ -559,12 +578,15 @@ class _ForwardHook:
         # What is as large as an input is kept as autograd keeps its own: checkpointing then recomputes it.
         if layer.rule.keeps_input and _top_saved_tensors_default_hooks(True) is not None:
             return self._tapped(layer, x)
+        engine.look_behind(_first(args, kwargs))
         _, index, use = self.address
         if engine.look(index, use, x, output):
             hook = _OutputHook(self.engine, self.address, *layer.rule.capture(layer.module, x))
             output.register_hook(hook)
             if layer.rule.keeps_input and output.grad_fn is not None:
                 output.grad_fn.register_hook(hook.release)
+            if layer.rule.reads_tokens and may_be_broadcast(x):
+                hook.broadcast = engine.expect_rows(x, output)
         return None
 
     def _tapped(self, layer: Layer[Any], x: Tensor) -> _Tapped:
@@ -585,17 +607,22 @@ class _OutputHook:
         self.engine, self.address, self.sizes = engine, address, sizes
         self.captured: list[Tensor] | None = captured
         self.versions = _versions(captured)
+        self.broadcast: Broadcast | None = None
 
     def __call__(self, grad: Tensor) -> None:
         engine = self.engine()
         if engine is not None:
             _, index, use = self.address
+            layer = engine.sites[index].layers[use]
             try:
-                captured = self._unchanged(engine.sites[index].layers[use])
+                captured, sizes = self._unchanged(layer), self.sizes
             except RuntimeError as error:
-                engine.sites[index].layers[use].proof.fail(error)
-            else:
-                engine.commit(index, use, captured, self.sizes, grad)
+                layer.proof.fail(error)
+                return
+            if self.broadcast is not None and (by_row := self.broadcast.by_row(grad)) is not None:
+                x, grad = by_row
+                captured, sizes = layer.rule.capture(layer.module, x)
+            engine.commit(index, use, captured, sizes, grad)
 
     def _unchanged(self, layer: Layer[Any]) -> list[Tensor]:
         if self.captured is None:
