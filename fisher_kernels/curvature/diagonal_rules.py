@@ -289,7 +289,8 @@ class Embedding(DiagonalRule):
         if len(captured) > 1:
             rows = rows.masked_fill(~captured[1].unsqueeze(1), 0.0)
         outputs = column_sum_of_squares(rows)
-        used = float(len(rows) > 0)
+        # That there is nothing but padding is known without waiting on the CPU alone; elsewhere the average refuses it.
+        used = float(len(rows) > 0 and (len(captured) == 1 or not rows.is_cpu or bool(captured[1].any())))
         return Sums([captured[0].to(outputs.dtype), outputs], [used, used])
 
     def shapes(self, module: Any) -> dict[str, int]:

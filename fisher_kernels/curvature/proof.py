@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from fisher_kernels.curvature.rules import is_transposed_linear, unsqueeze_batch
 from fisher_kernels.ops import ACCUMULATOR
 
-SAMPLE_BYTES = 64 << 20
+SAMPLE_BYTES = 8 << 20
 """How much of a layer's input and output is compared, where one sample or channel is not more."""
 
 FLOOR = 0.01

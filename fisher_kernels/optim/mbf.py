@@ -75,9 +75,9 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         beta2: decay of the blocks, 0 <= beta2 < 1.
         update_interval: statistics are taken every so many steps; in between the hooks do nothing.
         inverse_interval: blocks that have changed are inverted every so many steps.
-        linear_blocks: ``"shared"``, one block for all outputs of a Linear, or if it has more than 8192 columns shared
-            blocks of 1024, with a warning; ``"per_output"``, one for each, (O, I + 1, I
-            + 1) numbers; or an integer: shared blocks of so many columns.
+        linear_blocks: ``"shared"``, one block for all outputs of a Linear, or, if it has more than 8192 columns, shared
+            blocks of 1024, with a warning; ``"per_output"``, one for each, (O, I + 1, I + 1) numbers; or an integer:
+            shared blocks of so many columns.
         sequence: what a sample is to a Linear on inputs of three dimensions or more, and to layers that are used
             several times: ``"expand"`` takes every row and every use as one; ``"reduce"`` adds up a sample's gradient
             over them first, which is exact, keeps inputs and derivatives until the step, and costs O(O I^2) a sample.
