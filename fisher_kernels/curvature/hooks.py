@@ -100,6 +100,10 @@ class Site(Generic[R]):
         """The module whose settings are used for the site: one with a bias if there is any."""
         return max(self.layers, key=lambda layer: getattr(layer.module, "bias", None) is not None).module
 
+    def is_trained(self) -> bool:
+        """Whether any parameter of its layers is."""
+        return any(p.requires_grad for layer in self.layers for p in layer.parameters.values())
+
     def settle(self, running: Callable[[int], bool] = lambda task: False) -> Sums | None:
         """The pending sums, with what the uses of each backward that is not running any more make together."""
         for task in [task for task in self.uses if not running(task)]:
@@ -169,6 +173,7 @@ class Statistics(Generic[R]):
     Attributes:
         refresh: number of the refresh that is being collected, from 1.
         armed: indices of the sites that collect.
+        waiting: of those among them that have no statistics yet, outside a refresh.
         awake: whether layers of a compiled model send anything.
         late: indices of sites that may have been added after the forward whose statistics are taken next.
     """
@@ -197,6 +202,7 @@ class Statistics(Generic[R]):
         self._hooks: dict[int, list[_ForwardHook]] = {}
         self._nodes: dict[Parameter, Any] = {}
         self.armed: frozenset[int] = frozenset()
+        self.waiting: frozenset[int] = frozenset()
         self.awake = False
         self.late: set[int] = set()
         self._broadcasts: list[Broadcast] = []
@@ -232,8 +238,7 @@ class Statistics(Generic[R]):
         return {
             "sites": self.sites,
             "grad_scaler": self.grad_scaler,
-            "armed": self.armed,
-            "awake": self.awake,
+            "armed": (self.armed - self.waiting, self.waiting, self.awake),
             "open": self.open,
             "refresh": self.refresh,
         }
@@ -243,19 +248,21 @@ class Statistics(Generic[R]):
         self.sites, self.grad_scaler, self.process_group = state["sites"], state["grad_scaler"], None
         self.refresh = state.get("refresh", 1)
         self._attach()
-        self.arm(state["armed"], state["awake"])
+        self.arm(*state["armed"])
         if not state["open"]:
             self.close()
 
-    def arm(self, sites: Iterable[int], awake: bool) -> None:
-        """Let the layers of these sites collect from now on, and the hooks of all others do nothing.
+    def arm(self, due: Iterable[int], waiting: Iterable[int] = (), awake: bool = True) -> None:
+        """Let the layers of some sites collect from now on, and the hooks of all others do nothing.
 
         Args:
-            sites: their indices.
+            due: indices of the sites whose statistics are to be refreshed.
+            waiting: of those that have none yet, and may not be used.
             awake: whether layers of a compiled model send anything; what those send that do not collect is not added.
                 All look at this one flag, so that there are two graphs, not one for every combination of layers.
         """
-        self.armed, self.awake = frozenset(sites), awake
+        self.waiting, self.awake = frozenset(waiting), awake
+        self.armed = self.waiting.union(due)
         for index, hooks in self._hooks.items():
             armed = index in self.armed
             for hook in hooks:
@@ -320,11 +327,11 @@ class Statistics(Generic[R]):
     def _reduce(self, taken: dict[int, Sums]) -> dict[int, Sums]:
         """Add the sums of all processes in one flat all-reduce.
 
-        Every process lists every armed site, one that saw nothing as zeros, so that all agree on the layout, and which
+        Every process lists the same sites, one that saw nothing as zeros, so that all agree on the layout, and which
         layers it found not to be what their class documents, so that all agree on which are served. Data parallel
         training averages gradients: a derivative of the global mean loss is the local one over the number of processes.
         """
-        armed = sorted(self.armed)
+        armed = sorted(self.armed - self._idle(taken))
         if not armed:
             return {}
         world = dist.get_world_size(self.process_group)
@@ -357,6 +364,16 @@ class Statistics(Generic[R]):
             if any(counts):
                 reduced[index] = Sums(vectors, counts)
         return reduced
+
+    def _idle(self, taken: Collection[int]) -> set[int]:
+        """The waiting sites that no process used, as most steps find: one number of each is sent for that."""
+        waiting = sorted(self.waiting)
+        if not waiting:
+            return set()
+        used = [i in taken or any(layer.proof.reason for layer in self.sites[i].layers) for i in waiting]
+        flags = torch.tensor(used, dtype=torch.int32, device=self.sites[waiting[0]].owner.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.process_group)
+        return {index for index, flag in zip(waiting, flags.tolist(), strict=True) if not flag}
 
     def _sum_lengths(self, armed: Sequence[int], taken: dict[int, Sums]) -> dict[int, list[int]]:
         """Lengths of the raw sums of each site, also of those that this process did not use."""

@@ -285,14 +285,17 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _arm(self) -> None:
         """Let the layers whose next step refreshes their statistics collect them, and those that have none yet."""
-        known = self._known_sites()
-        awake = bool(self._missed) or any(map(is_due, self.param_groups))
-        armed = (len(known), awake, *map(is_due, self.param_groups))
+        known, sites = self._known_sites(), self.statistics.sites
+        waiting: set[int] = set()
+        if len(known) < len(sites):
+            waiting = {i for i, site in enumerate(sites) if i not in known and site.is_trained()}
+        due = [is_due(group) for group in self.param_groups]
+        awake = bool(self._missed) or any(due)
+        armed = (waiting, awake, *due)
         if armed != self._armed:
             self._armed = armed
-            sites = enumerate(self.statistics.sites)
-            collecting = {i for i, s in sites if i not in known or is_due(self._groups[s.owner])}
-            self.statistics.arm(collecting, awake)
+            refreshed = {i for i, site in enumerate(sites) if is_due(self._groups[site.owner])}
+            self.statistics.arm(refreshed, waiting - refreshed, awake)
 
     # Layers that are not served.
 

@@ -367,7 +367,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         self.statistics.clear()
         sums: dict[int, tuple[Tensor, float]] = {}
         try:
-            self.statistics.arm(range(len(self.statistics.sites)), awake=True)
+            self.statistics.arm(range(len(self.statistics.sites)))
             for batch in _with_progress(batches) if progress else batches:
                 for p in parameters:
                     p.grad = None
