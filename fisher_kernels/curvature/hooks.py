@@ -390,7 +390,11 @@ class Statistics(Generic[R]):
     def look(self, index: int, use: int, x: Tensor, output: Tensor) -> bool:
         """Whether nothing speaks against a layer, which is compared with what its class computes if that is due."""
         layer = self.sites[index].layers[use]
-        return layer.proof.holds(layer.module, x, output, self.refresh)
+        try:
+            return layer.proof.holds(layer.module, x, output, self.refresh)
+        except Exception as error:
+            layer.proof.fail(error)
+            return False
 
     def expect_rows(self, x: Tensor, output: Tensor) -> Broadcast:
         """Look from now on for what broadcasts the output of a layer."""
