@@ -57,18 +57,24 @@ class Broadcast:
         self.rows += [grad.detach() for grad in grads if grad is not None]
 
     def by_row(self, grad: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Input and derivative of every row that was served, if they are known and add up to the derivative given."""
+        """Input and derivative of every row that was served, if they are known and add up to the derivative given.
+
+        They do not if something else reads the output too. Waits for a GPU.
+        """
         rows, self.rows = self.rows, []
-        if len(rows) != 1 or rows[0].numel() <= grad.numel():
+        if len(rows) != 1 or rows[0].numel() <= grad.numel() or not _add_up(rows[0], grad):
             return None
-        (each,) = rows
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        total = each.to(wide).sum_to_size(grad.shape)
-        # Not so if something else reads the output too.
-        size = float(torch.linalg.vector_norm(each.to(wide)))
-        if float((total - grad.to(wide)).norm()) > 8 * torch.finfo(grad.dtype).eps * size:
-            return None
-        return self.x.expand(each.shape[:-1]), each
+        return self.x.expand(rows[0].shape[:-1]), rows[0]
+
+
+def _add_up(rows: Tensor, total: Tensor) -> bool:
+    if rows.is_cuda and torch.cuda.is_current_stream_capturing():
+        return True  # nothing can be read now, and the steps before have found out
+    eps = torch.finfo(total.dtype).eps
+    wide = torch.promote_types(total.dtype, torch.float32)
+    rows, total = rows.to(wide), total.to(wide)
+    off = torch.linalg.vector_norm(rows.sum_to_size(total.shape) - total)
+    return bool(off <= 8 * eps * torch.linalg.vector_norm(rows))
 
 
 def may_be_broadcast(tokens: Tensor) -> bool:
