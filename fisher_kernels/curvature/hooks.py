@@ -636,14 +636,19 @@ class _OutputHook:
             _, index, use = self.address
             layer = engine.sites[index].layers[use]
             try:
-                captured, sizes = self._unchanged(layer), self.sizes
-            except RuntimeError as error:
+                captured, sizes, grad = self._of_rows(layer, grad)
+            except Exception as error:
                 layer.proof.fail(error)
-                return
-            if self.broadcast is not None and (by_row := self.broadcast.by_row(grad)) is not None:
-                x, grad = by_row
-                captured, sizes = layer.rule.capture(layer.module, x)
-            engine.commit(index, use, captured, sizes, grad)
+            else:
+                engine.commit(index, use, captured, sizes, grad)
+
+    def _of_rows(self, layer: Layer[Any], grad: Tensor) -> tuple[list[Tensor], list[int], Tensor]:
+        """What was captured and the derivative, of every row that was served where the output was broadcast."""
+        captured = self._unchanged(layer)
+        if self.broadcast is not None and (by_row := self.broadcast.by_row(grad)) is not None:
+            x, each = by_row
+            return *layer.rule.capture(layer.module, x), each
+        return captured, self.sizes, grad
 
     def _unchanged(self, layer: Layer[Any]) -> list[Tensor]:
         if self.captured is None:
