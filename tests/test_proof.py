@@ -334,6 +334,29 @@ def test_layers_of_a_compiled_model_are_compared_too(optimizer: Any) -> None:
     assert float(steps.state[model[2].weight][known]) > 0
 
 
+def test_layers_that_cannot_take_their_input_do_not_end_a_compilation() -> None:
+    class Tokens(nn.Embedding):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.long())
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.padded, self.tokens, self.head = ShiftedConv(3, 4, 3), Tokens(5, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+            out: Tensor = self.head(self.padded(x).mean((2, 3)) + self.tokens(ids))
+            return out
+
+    model = Net()
+    steps = AdaFisher(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(torch.randn(2, 3, 2, 2), torch.ones(2)).square().mean().backward()  # smaller than the kernel
+    with pytest.warns(UserWarning, match=r"no use of them: padded, tokens\."):
+        steps.step()
+    assert {row.name for row in steps.explain() if not row.fallback} == {"head.weight", "head.bias"}
+
+
 @pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
 def test_an_unused_layer_takes_the_fallback_as_named_and_resumes(optimizer: Any) -> None:
     """Its curvature is that of the others for AdaFisher, its own squared gradient for MBF, and neither 1."""

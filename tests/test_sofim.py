@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.func import functional_call
 
 from fisher_kernels import SOFIM
@@ -568,8 +567,10 @@ def test_squares_that_overflow_stop_the_step(direction: str) -> None:
     assert torch.equal(p, torch.ones(2, dtype=torch.float64))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:`torch.jit:DeprecationWarning")
 def test_a_share_of_the_parameters_is_refused_where_one_norm_is_meant() -> None:
     """ZeroRedundancyOptimizer makes the optimizer within itself, with the share of its process."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
 
     class Sharded(ZeroRedundancyOptimizer):
         def __init__(self, processes: int, scope: Any) -> None:

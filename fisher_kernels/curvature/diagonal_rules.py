@@ -116,6 +116,19 @@ class Conv(DiagonalRule):
 
     name = "conv"
 
+    def takes(self, module: Any, x: Tensor, output: Tensor) -> bool:
+        spatial = len(module.kernel_size)
+        x, output = unsqueeze_batch(x, spatial), unsqueeze_batch(output, spatial)
+        if not x.dim() == output.dim() == spatial + 2 or x.shape[1] != module.in_channels:
+            return False
+        for d in range(spatial):
+            last = spatial - 1 - d  # torch keeps (before, after) of the last dimension first
+            size = x.shape[2 + d] + sum(module._reversed_padding_repeated_twice[2 * last : 2 * last + 2])
+            extent = module.dilation[d] * (module.kernel_size[d] - 1) + 1
+            if (size - extent) // module.stride[d] + 1 != output.shape[2 + d]:
+                return False
+        return True
+
     def capture(self, module: Any, x: Tensor) -> tuple[list[Tensor], list[int]]:
         x, padding = padded_input(module, x)
         return [patch_sum_of_squares(x, module.kernel_size, module.stride, padding, module.dilation).flatten()], []
@@ -274,6 +287,9 @@ class Embedding(DiagonalRule):
     name = "embedding"
     rows_are_inputs = True
     reads_tokens = True
+
+    def takes(self, module: Any, x: Tensor, output: Tensor) -> bool:
+        return x.dtype in (torch.int64, torch.int32)
 
     def capture(self, module: Any, x: Tensor) -> tuple[list[Tensor], list[int]]:
         tokens = x.flatten()

@@ -580,6 +580,8 @@ class _ForwardHook:
             # The flag itself: to the compiler of torch 2.11 is_exporting() is always true.
             if torch.compiler._is_exporting_flag or (x := self.layer.input(module, args, kwargs, output)) is None:
                 return None
+            if not self.layer.rule.takes(module, x, output):
+                return None
             return tap(output, *self._tapped(self.layer, x))
         if peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
             return None

@@ -78,6 +78,10 @@ class Rule:
         """Sums of uses of one weight add up if their rules have the same layout."""
         return self.rows_are_inputs, type(self)
 
+    def takes(self, module: Any, x: Tensor, output: Tensor) -> bool:
+        """Whether ``capture`` can take an input. Asked while a model is compiled, where its error would end that."""
+        return True
+
     def capture(self, module: Any, x: Tensor) -> tuple[list[Tensor], list[int]]:
         """Tensors and sizes that the backward needs of the input x."""
         raise NotImplementedError
