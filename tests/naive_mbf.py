@@ -191,6 +191,11 @@ def matrix(tensor: Tensor, primary: Any) -> Tensor:
     return tensor.mT if is_conv1d(primary) else tensor
 
 
+def is_due(group: dict[str, Any], block: Block) -> bool:
+    """Whether a block is refreshed: by the interval of its group, and without one whenever it can be."""
+    return group["iteration"] % group["update_interval"] == 0 or block.average is None
+
+
 class NaiveMBF:
     """The optimizer; ``params`` and the hyperparameters as for the package's. Call ``backward_done`` after each."""
 
@@ -316,12 +321,12 @@ class NaiveMBF:
         for block in self.blocks:
             if block.family is not None:
                 group = self.group_of[id(block.family.owner)]
-                if group["iteration"] % group["update_interval"] == 0 and (found := self.samples(block.family)):
+                if is_due(group, block) and (found := self.samples(block.family)):
                     counts.append(sum(len(s["weight"]) for s in found))
                     ready.append((block, self.new_blocks(block, found)))
         for block in self.blocks:
             group = block.group
-            due = group["iteration"] % group["update_interval"] == 0 and (ready or not self.families)
+            due = is_due(group, block) and (ready or not self.families)
             if block.family is None and due and (g := block.owner.grad) is not None:
                 n = max(counts)
                 squares = n * g.square() if group["loss_reduction"] == "mean" else g.square() / n

@@ -260,11 +260,11 @@ def test_layer_unused_in_some_steps(variant: str, interval: int) -> None:
     follow(Branches(), batch_of(6, 4), steps=8, variant=variant, update_interval=interval, weight_decay=0.01)
 
 
-def test_layer_first_used_between_refreshes_has_curvature_1() -> None:
+def test_layer_first_used_between_refreshes_has_statistics_at_once() -> None:
     model = Branches().double()
     optimizer, _ = follow(model, batch_of(6, 4), steps=4, update_interval=4)
     metrics = optimizer.metrics()
-    assert metrics["right.weight"]["largest_step"] == metrics["right.weight"]["smallest_step"] == LR["paper"]
+    assert metrics["right.weight"]["largest_step"] > metrics["right.weight"]["smallest_step"]
     assert metrics["left.weight"]["largest_step"] > LR["paper"]
 
 
