@@ -437,6 +437,15 @@ class Free(nn.Module):
         return x * self.scale * self.scalar
 
 
+class Matrix(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("oi,...i->...o", self.matrix, x)
+
+
 class Bag(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -450,11 +459,7 @@ class Bag(nn.Module):
 FALLBACKS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor], Tensor], tuple[str, ...]]] = {
     "bilinear": (lambda: nn.Bilinear(6, 6, 6), lambda m, x: m(x, x), ("weight", "bias")),
     "embedding-bag": (Bag, lambda m, x: m(x), ("bag.weight",)),
-    "attention": (
-        lambda: nn.MultiheadAttention(6, 2),
-        lambda m, x: m(x, x, x)[0],
-        ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"),
-    ),
+    "matrix": (Matrix, lambda m, x: m(x), ("matrix",)),
     "lstm": (
         lambda: nn.LSTM(6, 6),
         lambda m, x: m(x)[0],

@@ -80,7 +80,8 @@ def assert_same_state(actual: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def hooks(model: nn.Module) -> int:
-    return sum(len(module._forward_hooks) for module in model.modules())
+    """How many hooks there are: one on each layer, and two of each optimizer on the model."""
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
 def only_tensors_and_numbers(value: Any) -> bool:

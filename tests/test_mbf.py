@@ -502,6 +502,6 @@ def test_mask_zeros_keeps_pruned_weights() -> None:
 def test_close_removes_the_hooks_for_good() -> None:
     model = network()
     ours = MBF(model)
-    assert hooks(model) == 5
+    assert hooks(model) == 5 + 2
     ours.close()
     assert hooks(model) == 0

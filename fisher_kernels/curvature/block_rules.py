@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
+from fisher_kernels.curvature.operations import Operations
 from fisher_kernels.curvature.rules import (
     NORMS,
     Rule,
@@ -115,6 +116,7 @@ class BlockRule(Rule):
     """Base of the rules of all layer types: per-sample gradients, and sums of their outer products."""
 
     keeps_input = True
+    sees_bias = True
 
     def __init__(self, sharing: Sharing, blocks: tuple[Blocks, ...]) -> None:
         self.sharing = sharing
@@ -240,6 +242,9 @@ class LinearBlocks(BlockRule):
             blocks = Blocks(roles, math.ceil(columns / size), size, outputs, columns, stored_transposed)
         super().__init__(sharing, (blocks,))
         self.bias, self.swapped = bias, swapped
+        # A part has the blocks of the whole where all outputs share them and every row is a sample.
+        by_output = not swapped and not blocks.transposed
+        self.takes_parts = sharing.sequence == "expand" and blocks.shared_by is not None and by_output
 
     def _rows(self, module: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """What runs over columns and what over rows of the weight; the columns with one more for the bias."""
@@ -501,14 +506,15 @@ def distinct_padded(keys: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(keys).scatter_(0, places, ordered), where
 
 
-def _uses_of(model: nn.Module) -> dict[int, list[nn.Module]]:
-    """The modules that hold each weight, by its identity."""
+def _uses_of(model: nn.Module, operations: Operations) -> dict[int, list[nn.Module]]:
+    """What the modules that hold each weight are taken for, by its identity."""
     uses: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
-        if (weight := module._parameters.get("weight")) is not None:
-            uses.setdefault(id(weight), []).append(module)
+        operation = operations.of(module)[0]
+        if (weight := operation._parameters.get("weight")) is not None:
+            uses.setdefault(id(weight), []).append(operation)
     return uses
 
 
@@ -519,16 +525,25 @@ class BlockRules:
     Linears in both orientations, has the blocks of the Linear, and the others add in its orientation.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._uses = _uses_of(model)
+    def __init__(self, model: nn.Module, operations: Operations) -> None:
+        self._uses = _uses_of(model, operations)
+
+    def add_uses(self, operations: Sequence[nn.Module]) -> None:
+        """Count functions that are applied to weights of modules among the uses of these weights."""
+        for operation in operations:
+            weight = operation._parameters["weight"]
+            if id(weight) in self._uses:
+                self._uses[id(weight)].append(operation)
 
     def __call__(self, module: Any, sharing: Sharing) -> BlockRule | None:
         """The rule that serves a module, or None."""
         weight = module._parameters.get("weight")
         if weight is None:
             return None
-        uses = self._uses.get(id(weight), [module])
-        matrices = [use for use in uses if isinstance(use, nn.Linear)]
+        uses = self._uses.get(id(weight), [])
+        if module not in uses:  # a function that is applied to it
+            uses = [*uses, module]
+        matrices: list[nn.Module] = [use for use in uses if isinstance(use, nn.Linear)]
         matrices += [use for use in uses if is_transposed_linear(use)]
         if matrices and (isinstance(module, (nn.Linear, nn.Embedding)) or is_transposed_linear(module)):
             transposed = is_transposed_linear(matrices[0])

@@ -60,6 +60,7 @@ class Linear(DiagonalRule):
     """``a = W h + b``: H is the mean over rows of h^2 with a 1 for the bias, S the mean over rows of s^2."""
 
     name = "linear"
+    takes_parts = True
 
     def _inputs(self, module: Any) -> int:
         return module.in_features
@@ -73,6 +74,16 @@ class Linear(DiagonalRule):
     def contribute(self, module: Any, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor) -> Sums:
         rows = grad.numel() // max(grad.shape[-1], 1)
         return Sums([captured[0], column_sum_of_squares(grad)], [rows, rows])
+
+    def contribute_part(
+        self, operation: Any, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor, start: int, whole: Any
+    ) -> Sums:
+        sums = self.contribute(operation, captured, sizes, grad)
+        along = 0 if self.rows_are_inputs else 1
+        used, rows = sums.vectors[along].numel(), self.sum_lengths(whole)[along]
+        if rows is not None and used < rows:
+            sums.vectors[along] = nn.functional.pad(sums.vectors[along], (start, rows - start - used))
+        return sums
 
     def shapes(self, module: Any) -> dict[str, int]:
         return {

@@ -32,8 +32,10 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from fisher_kernels.curvature.broadcast import Broadcast, may_be_broadcast
-from fisher_kernels.curvature.proof import Proof, settle
-from fisher_kernels.curvature.rules import R, Rule, Sums, Use
+from fisher_kernels.curvature.functions import Call, Spec, Watch, Watches
+from fisher_kernels.curvature.operations import Operations
+from fisher_kernels.curvature.proof import Proof, choose, settle
+from fisher_kernels.curvature.rules import R, Rule, Sums, Use, has_bias
 from fisher_kernels.curvature.tap import register, tap
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.ops._arguments import without_autocast
@@ -41,13 +43,31 @@ from fisher_kernels.ops._arguments import without_autocast
 
 @dataclass(eq=False)
 class Layer(Generic[R]):
-    """One supported module and those of its parameters that the optimizer holds."""
+    """One supported module and those of its parameters that the optimizer holds.
+
+    Attributes:
+        operation: what the module is taken for, as a layer of torch's own class: itself if it is one. The rule reads
+            this one.
+        parameters: role (``"weight"``, ``"bias"``) -> parameter.
+        candidates: what else it may be taken for, until a forward has told.
+        spec: of a function that is applied to a parameter outside of any module that has a rule; the module is then
+            the operation too, and the name that of the parameter.
+        start: where this is one call of a function: the first row of its part of the weight.
+    """
 
     name: str
     module: nn.Module
+    operation: nn.Module
     rule: R
-    parameters: dict[str, Parameter]  # role ("weight", "bias") -> parameter
+    parameters: dict[str, Parameter]
     proof: Proof = field(default_factory=Proof)
+    candidates: Sequence[nn.Module] = ()
+    spec: Spec | None = None
+    start: int | None = None
+
+    def place(self, role: str) -> str:
+        """How a parameter of the layer is called."""
+        return f"{self.name or 'model'}.{role}" if self.spec is None else f"{self.name}, by function"
 
     @property
     def owner(self) -> Parameter:
@@ -60,8 +80,8 @@ class Layer(Generic[R]):
             return None
         trained = False
         for role, p in self.parameters.items():
-            if module._parameters.get(role) is not p:  # swapped, as functional_call does
-                return None
+            if module._parameters.get(role) is not p and all(q is not p for q in module._parameters.values()):
+                return None  # swapped, as functional_call does
             trained = trained or p.requires_grad
         if not trained:
             return None
@@ -69,6 +89,14 @@ class Layer(Generic[R]):
         if not isinstance(x, Tensor) or x.layout != torch.strided:
             return None
         return x.detach() if x.requires_grad else x
+
+    def holds(self, x: Tensor, output: Tensor, refresh: int) -> bool:
+        """Whether nothing speaks against the layer, which is looked at if that is due."""
+        if self.candidates and (found := choose(self.candidates, x, output)) is not None:
+            self.operation, self.candidates = found, ()
+        if self.operation is not self.module:
+            self.operation.training = self.module.training
+        return self.proof.holds(self.module, x, output, refresh, self.operation)
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -94,11 +122,17 @@ class Site(Generic[R]):
     sums: Sums | None = None
     uses: dict[int, list[_Kept[R]]] = field(default_factory=dict)  # of each backward, where they contribute together
     tasks: set[int] = field(default_factory=set)  # the backward passes that have contributed
+    by_function: bool = False  # whether functions outside of modules that are served apply the weight
 
     @cached_property
     def module(self) -> nn.Module:
         """The module whose settings are used for the site: one with a bias if there is any."""
-        return max(self.layers, key=lambda layer: getattr(layer.module, "bias", None) is not None).module
+        return max((layer.operation for layer in self.layers), key=has_bias)
+
+    @property
+    def needs_functions(self) -> bool:
+        """Whether some statistics come from functions that were seen to apply the weight."""
+        return self.by_function or any(layer.proof.reason and layer.proof.inner for layer in self.layers)
 
     def is_trained(self) -> bool:
         """Whether any parameter of its layers is."""
@@ -123,9 +157,16 @@ class Site(Generic[R]):
 
 
 def find_layers(
-    model: nn.Module, rule_for: Callable[[nn.Module, Parameter], R | None], held: Collection[Parameter]
+    model: nn.Module,
+    rule_for: Callable[[nn.Module, nn.Module, Parameter], R | None],
+    held: Collection[Parameter],
+    operations: Operations,
 ) -> list[Layer[R]]:
     """The modules of a model that a rule serves, with the parameters that the optimizer holds.
+
+    Args:
+        rule_for: (module, operation, owner) -> rule.
+        operations: what each module is taken for.
 
     Raises:
         ValueError: an Embedding with ``sparse=True`` is among them: its gradient has no dense counterpart to step with.
@@ -135,20 +176,26 @@ def find_layers(
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):  # whose hooks are compiled along with it
             continue
-        parameters = {
-            role: p for role in ("weight", "bias") if (p := module._parameters.get(role)) is not None and p in held
-        }
-        if not parameters or id(module) in skipped:
+        if id(module) in skipped or not module._parameters:
             continue
-        rule = rule_for(module, next(iter(parameters.values())))
+        operation, *others = operations.of(module)
+        parameters = {
+            role: p for role in ("weight", "bias") if (p := operation._parameters.get(role)) is not None and p in held
+        }
+        if not parameters:
+            continue
+        rule = rule_for(module, operation, next(iter(parameters.values())))
         if rule is None:
             continue
-        if getattr(module, "sparse", False):
+        if getattr(operation, "sparse", False):
             raise ValueError(
                 f"module {name!r} is an Embedding with sparse=True, whose gradient is sparse; construct it with "
                 "sparse=False, or leave its weight to torch.optim.SparseAdam (params=)"
             )
-        layers.append(Layer(name, module, rule, parameters))
+        layers.append(
+            Layer(name, module, operation, rule, parameters, candidates=[operation, *others] if others else ())
+        )
+        layers[-1].proof.overridden = operations.choice(module) is not None
     return layers
 
 
@@ -176,6 +223,8 @@ class Statistics(Generic[R]):
         waiting: of those among them that have no statistics yet, outside a refresh.
         awake: whether layers of a compiled model send anything.
         late: indices of sites that may have been added after the forward whose statistics are taken next.
+        found: sites of functions on parameters that no site was known for; their one layer has the ``spec``.
+        obstacles: parameter -> why functions on it give no statistics.
     """
 
     def __init__(
@@ -184,6 +233,8 @@ class Statistics(Generic[R]):
         self.grad_scaler = grad_scaler
         self.process_group = process_group
         self.refresh = 1
+        self.found: list[Site[R]] = []
+        self.obstacles: dict[Parameter, str] = {}
         self.sites: list[Site[R]] = []
         by_key: dict[tuple[Any, ...], Site[R]] = {}
         for layer in layers:
@@ -192,6 +243,7 @@ class Statistics(Generic[R]):
                 by_key[key] = Site(layer.owner, layer.rule)
                 self.sites.append(by_key[key])
             by_key[key].layers.append(layer)
+            by_key[key].by_function |= layer.spec is not None
         self._attach()
 
     def _attach(self) -> None:
@@ -207,17 +259,129 @@ class Statistics(Generic[R]):
         self.late: set[int] = set()
         self._broadcasts: list[Broadcast] = []
         handles = []
+        self._watches: Watches | None = None
         for index, site in enumerate(self.sites):
             for use, layer in enumerate(site.layers):
+                if layer.spec is not None:
+                    continue
                 _drop_copies(layer.module)
                 hook = _ForwardHook(layer, (number, index, use), weakref.ref(self))
                 # First of all hooks: those of others may change the output, which is no doing of the layer.
                 handles.append(layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
                 self._hooks.setdefault(index, []).append(hook)
                 _readers.setdefault(layer.module, weakref.WeakSet()).add(self)
+        self._handles = handles
         self._detach = weakref.finalize(self, _remove, handles)
         global _attached
         _attached += 1
+
+    def watch_functions(
+        self,
+        model: nn.Module,
+        rule_for: Callable[[nn.Module, Parameter], R | None],
+        held: Collection[Parameter],
+    ) -> None:
+        """Take statistics of functions that forwards of a model apply to parameters as well.
+
+        Args:
+            rule_for: (operation, parameter) -> rule.
+            held: the parameters of the optimizer.
+        """
+        self._model, self._rule_for, self._held = weakref.ref(model), rule_for, held
+        if self._watches is None and self.open:
+            self._watches = Watches(_Weakly(self))
+            _drop_copies(model)
+            hook = _ModelHook(self._watches)
+            self._handles.append(model.register_forward_pre_hook(hook))
+            self._handles.append(model.register_forward_hook(_ModelHook(self._watches, ends=True), always_call=True))
+
+    @property
+    def looks(self) -> bool:
+        """Whether this refresh looks for functions on parameters that none was seen on before."""
+        return self.refresh & (self.refresh - 1) == 0
+
+    def _wanted(self) -> set[Parameter]:
+        """The parameters whose functions are to be seen in a forward that begins."""
+        collecting = [self.sites[index] for index in self.armed]
+        if not self.looks or not self.awake:
+            collecting = [site for site in collecting if site.needs_functions]
+        wanted = {p for site in collecting for layer in site.layers for p in layer.parameters.values()}
+        if self.looks and self.awake:
+            known = {p for layer in self.layers() for p in layer.parameters.values()}
+            wanted |= {p for p in self._held if p not in known and p.requires_grad}
+        wanted -= self.obstacles.keys()
+        model = self._model() if wanted else None
+        return set() if model is None or any(map(_is_compiled, model.modules())) else wanted
+
+    def _receive(self, watch: Watch) -> None:
+        """Take the calls of functions of a forward that has passed."""
+        for call in watch.calls:
+            if not call.unchanged():
+                watch.others.setdefault(call.weight, "a change of its input in place")
+        for call in watch.calls:
+            weight = call.weight
+            if weight not in watch.others:
+                try:
+                    self._take_call(call, watch.others)
+                except Exception as error:
+                    proof = Proof()
+                    proof.fail(error)
+                    self.obstacles[weight] = proof.reason or ""
+            elif weight not in self.obstacles:
+                self.obstacles[weight] = f"functions apply it, of which {watch.others[weight]} has no rule"
+        served = {p for layer in self.layers() for p in layer.parameters.values()}
+        for p, name in watch.others.items():
+            if p not in served:
+                self.obstacles.setdefault(p, f"functions apply it, of which {name} has no rule")
+        for layer in self.layers():
+            if any(p in self.obstacles for p in layer.parameters.values()):
+                layer.proof.inner = False
+
+    def _take_call(self, call: Call, others: Collection[Parameter]) -> None:
+        weight, whole = call.weight, call.whole
+        rule = self._rule_for(whole, weight)
+        if rule is None or not (call.is_whole or rule.takes_parts) or (rule.together and not call.by_sample):
+            self.obstacles.setdefault(weight, f"functions apply it in a way that has no rule ({call.spec.name})")
+            return
+        site = next((s for s in (*self.sites, *self.found) if s.owner is weight and s.rule.layout == rule.layout), None)
+        if site is None:
+            bias = {} if call.bias is None else {"bias": call.bias}
+            layer = Layer("", whole, whole, rule, {"weight": weight, **bias}, spec=call.spec)
+            site = Site(weight, rule, [layer])
+            self.found.append(site)
+        biases = [layer.parameters.get("bias") for layer in site.layers]
+        if rule.sees_bias and call.bias is None and any(p in others for p in biases if p is not None):
+            self.obstacles.setdefault(weight, "another function adds its bias")
+            return
+        site.by_function = True
+        for layer in site.layers:
+            layer.proof.inner = True
+        name, parameters = site.layers[0].name, site.layers[0].parameters
+        hooks = []
+        for operation, start, x in call.pieces():
+            use = Layer(name, whole, operation, rule, parameters, start=start)
+            hooks.append(_OutputHook(weakref.ref(self), site, use, *rule.capture(operation, x)))
+            hooks[-1].broadcast = call.broadcast if rule.reads_tokens else None
+            if rule.keeps_input:
+                call.node.register_hook(hooks[-1].release)
+        call.hook.use = hooks[0] if call.split is None else _StackHook(hooks, call)
+
+    def agree(self, found: dict[str, Any]) -> dict[str, Any]:
+        """What any process has found; all ask in the refreshes that look."""
+        group = self.process_group
+        if not (self.looks and self.awake and dist.is_available() and dist.is_initialized()):
+            return found
+        if dist.get_world_size(group) == 1:
+            return found
+        everywhere: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everywhere, found, group=group)
+        return dict(sorted({name: spec for one in everywhere for name, spec in one.items()}.items()))
+
+    def claim(self, layer: Layer[R], inputs: Iterable[Any], output: Tensor) -> None:
+        """Leave to a layer what functions did in its forward."""
+        watch = None if self._watches is None else self._watches.current()
+        if watch is not None and watch.claim(layer.parameters.values(), inputs, output):
+            layer.proof.inner = True
 
     @property
     def open(self) -> bool:
@@ -241,12 +405,13 @@ class Statistics(Generic[R]):
             "armed": (self.armed - self.waiting, self.waiting, self.awake),
             "open": self.open,
             "refresh": self.refresh,
+            "obstacles": self.obstacles,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy watches the copied modules, with hooks of its own: those that came along with the modules are inert.
         self.sites, self.grad_scaler, self.process_group = state["sites"], state["grad_scaler"], None
-        self.refresh = state.get("refresh", 1)
+        self.refresh, self.obstacles, self.found = state.get("refresh", 1), state.get("obstacles", {}), []
         self._attach()
         self.arm(*state["armed"])
         if not state["open"]:
@@ -273,9 +438,11 @@ class Statistics(Generic[R]):
 
     def clear(self) -> None:
         """Drop what is pending."""
+        if self._watches is not None and not is_compiling():
+            self._watches.abandon()
         with self._lock:
             self._broadcasts = []
-            for site in self.sites:
+            for site in (*self.sites, *self.found):
                 site.clear()
 
     def layers(self) -> Iterator[Layer[R]]:
@@ -286,14 +453,17 @@ class Statistics(Generic[R]):
         """Take over what another engine holds pending for the same weights, and what it knows of their layers."""
         self.refresh = other.refresh
         proofs = {layer.module: layer.proof for layer in other.layers()}
+        taken_for = {layer.module: (layer.operation, layer.candidates) for layer in other.layers()}
         for layer in self.layers():
             layer.proof = proofs.get(layer.module, layer.proof)
-        pending = {(site.owner, site.rule.layout): site for site in other.sites}
+            layer.operation, layer.candidates = taken_for.get(layer.module, (layer.operation, layer.candidates))
+        self.obstacles = other.obstacles
+        pending = {(site.owner, site.rule.layout): site for site in (*other.sites, *other.found)}
         self.late = set(range(len(self.sites)))
         for index, site in enumerate(self.sites):
             if (old := pending.get((site.owner, site.rule.layout))) is not None:
                 self.late.discard(index)
-                site.sums, site.uses, site.tasks = old.sums, old.uses, old.tasks
+                site.sums, site.uses, site.tasks, site.by_function = old.sums, old.uses, old.tasks, old.by_function
 
     def take(self, grad_scale: Tensor | None = None) -> list[tuple[int, Sums]]:
         """The pending sums of every site that has any, as (index, sums), over all processes; nothing stays pending.
@@ -303,7 +473,8 @@ class Statistics(Generic[R]):
         Args:
             grad_scale: the loss scale that is still in the derivatives, where no ``grad_scaler`` was given.
         """
-        settle((layer.module, layer.proof) for layer in self.layers())
+        before = {layer.proof for layer in self.layers() if layer.proof.reason}
+        settle(layer.proof for layer in self.layers())
         with self._lock:
             taken = {index: sums for index, site in enumerate(self.sites) if (sums := self._settled(site)) is not None}
             self.clear()
@@ -313,7 +484,15 @@ class Statistics(Generic[R]):
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1:
             taken = self._reduce(taken)
         self.refresh += bool(taken)
-        return [(i, sums) for i, sums in taken.items() if not any(layer.proof.reason for layer in self.sites[i].layers)]
+        return [(index, sums) for index, sums in taken.items() if not self._is_spoilt(self.sites[index], before)]
+
+    def _is_spoilt(self, site: Site[R], before: Collection[Proof]) -> bool:
+        """Whether a site has sums of a layer that is not what its class documents.
+
+        Those of a layer that was found out before come from the functions in it.
+        """
+        proofs = (layer.proof for layer in site.layers)
+        return any(proof.reason and not (proof.inner and proof in before) for proof in proofs)
 
     def _settled(self, site: Site[R]) -> Sums | None:
         """What is pending of a site; its layers fall back if that raises."""
@@ -346,12 +525,14 @@ class Statistics(Generic[R]):
             else:
                 flat.append(torch.zeros(sum(lengths[index]) + len(lengths[index]), dtype=torch.float64, device="cpu"))
         proofs = [layer.proof for layer in self.layers()]
-        flat.append(torch.tensor([float(bool(p.reason)) for p in proofs], dtype=torch.float64, device="cpu"))
+        flags = [float(bool(p.reason)) for p in proofs] + [float(p.inner) for p in proofs]
+        flat.append(torch.tensor(flags, dtype=torch.float64, device="cpu"))
         device = self.sites[armed[0]].owner.device
         total = torch.cat([part.to(device) for part in flat])
         dist.all_reduce(total, group=self.process_group)
-        total, anywhere = total.split([len(total) - len(proofs), len(proofs)])
-        for proof, found in zip(proofs, anywhere.tolist(), strict=True):
+        total, anywhere, inner = total.split([len(total) - 2 * len(proofs), len(proofs), len(proofs)])
+        for proof, found, seen in zip(proofs, anywhere.tolist(), inner.tolist(), strict=True):
+            proof.inner = bool(seen)
             if found and proof.reason is None:
                 proof.reason = "another process found that its output is not what its class computes"
         parts = iter(total.split([n for index in armed for n in (*lengths[index], len(lengths[index]))]))
@@ -391,7 +572,7 @@ class Statistics(Generic[R]):
         """Whether nothing speaks against a layer, which is compared with what its class computes if that is due."""
         layer = self.sites[index].layers[use]
         try:
-            return layer.proof.holds(layer.module, x, output, self.refresh)
+            return layer.holds(x, output, self.refresh)
         except Exception as error:
             layer.proof.fail(error)
             return False
@@ -412,17 +593,31 @@ class Statistics(Generic[R]):
 
         A layer whose statistics raise falls back: they never end a backward.
         """
-        proof = self.sites[index].layers[use].proof
-        if proof.reason is None:
+        site = self.sites[index]
+        self.add(site, site.layers[use], captured, sizes, grad)
+
+    def add(
+        self, site: Site[R], layer: Layer[R], captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor
+    ) -> None:
+        """The same for one use of the weight of a site."""
+        if layer.proof.reason is None:
             try:
-                self._commit(index, use, captured, sizes, grad)
+                self._commit(site, layer, captured, sizes, grad)
             except Exception as error:
-                proof.fail(error)
+                self.fail(site, layer, error)
+
+    def fail(self, site: Site[R], layer: Layer[R], error: Exception) -> None:
+        """Let a layer, or functions on its weight, fall back."""
+        layer.proof.fail(error)
+        if layer.start is not None:
+            self.obstacles[site.owner] = layer.proof.reason or ""
+            for other in site.layers:
+                other.proof.inner = False
 
     @without_autocast  # on where the backward pass runs within it
-    def _commit(self, index: int, use: int, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor) -> None:
-        site = self.sites[index]
-        layer = site.layers[use]
+    def _commit(
+        self, site: Site[R], layer: Layer[R], captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor
+    ) -> None:
         for p in layer.parameters.values():
             if p.requires_grad and self._accumulates(p):
                 break
@@ -444,11 +639,14 @@ class Statistics(Generic[R]):
             scale = self.grad_scaler._get_scale_async()  # on the device, where get_scale() would wait for it
         if layer.rule.together:
             grad = grad if scale is None else grad.to(ACCUMULATOR[grad.dtype]) / scale.to(grad.device)
-            kept = _Kept(Use(layer.module, layer.rule, captured, sizes, grad), layer, _versions(captured))
+            kept = _Kept(Use(layer.operation, layer.rule, captured, sizes, grad), layer, _versions(captured))
             with self._lock:
                 site.uses.setdefault(task, []).append(kept)
             return
-        sums = layer.rule.contribute(layer.module, captured, sizes, grad)
+        if layer.start is None:
+            sums = layer.rule.contribute(layer.operation, captured, sizes, grad)
+        else:
+            sums = layer.rule.contribute_part(layer.operation, captured, sizes, grad, layer.start, site.module)
         if scale is not None:  # None before the first scale()
             _rescale(sums, layer.rule, scale)
         with self._lock:
@@ -519,23 +717,77 @@ class _Running:
         pass
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether a module is compiled, so that a mode around it would make another graph."""
+    # By its name, as the compiler is not imported unless it is used.
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+
+
 def _drop_copies(module: nn.Module) -> None:
     """Remove the hooks that came along with a copy of a model, or out of a pickle."""
-    for number, hook in list(module._forward_hooks.items()):
-        copied = isinstance(hook, _ForwardHook) and hook.layer is None
-        if copied or getattr(hook, "__func__", None) is contextlib.nullcontext.__exit__:
-            module._forward_hooks.pop(number, None)
-            module._forward_hooks_with_kwargs.pop(number, None)
+    hooks = (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
+    pre_hooks = (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+    for kept, *others in (hooks, pre_hooks):
+        for number, hook in list(kept.items()):
+            copied = isinstance(hook, _Hook) and hook.is_copy()
+            if copied or getattr(hook, "__func__", None) is contextlib.nullcontext.__exit__:
+                for entries in (kept, *others):
+                    entries.pop(number, None)  # type: ignore[attr-defined]
 
 
 _Tapped = tuple[Tensor, list[Tensor], Tensor, list[int]]
 """What :func:`tap` takes beside an output."""
 
 
-class _ForwardHook:
-    """The forward hook of one layer. Copies and pickles of it, which come with copies of the model, do nothing.
+class _Hook:
+    """Base of the hooks on modules. Copies and pickles of them, which come with copies of the model, do nothing.
 
     A copy goes away when it is first called, or when another optimizer is made for its model.
+    """
+
+    def is_copy(self) -> bool:
+        """Whether this came along with a copy of a model."""
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__name__":  # which torch.jit.script asks for, to compile the hook as a function
+            raise AttributeError(
+                "the hooks of an optimizer have no name; torch.jit.script cannot compile them: close() the optimizer "
+                "first, or script a copy.deepcopy(model) that has run once"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return type(self)()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Something of the standard library that takes any arguments and does nothing: a pickled model loads alone.
+        return (getattr, (contextlib.nullcontext(), "__exit__"))
+
+
+class _ModelHook(_Hook):
+    """The hook that begins, or ends, to look for functions in a forward of the model."""
+
+    def __init__(self, watches: Watches | None = None, ends: bool = False) -> None:
+        self.watches, self.ends = watches, ends
+
+    def is_copy(self) -> bool:
+        return self.watches is None
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        if is_compiling():
+            return
+        if self.watches is None:
+            _drop_copies(module)
+        elif self.ends:
+            self.watches.end()
+        else:
+            traced = peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
+            self.watches.begin(torch.is_grad_enabled() and not traced)
+
+
+class _ForwardHook(_Hook):
+    """The forward hook of one layer.
 
     It refers to the engine weakly, because the model must not keep the optimizer's statistics alive.
     """
@@ -553,20 +805,8 @@ class _ForwardHook:
         self.awake = False
         self.token = torch.zeros(1, dtype=torch.float32, device="cpu")
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "__name__":  # which torch.jit.script asks for, to compile the hook as a function
-            raise AttributeError(
-                "the hooks of an optimizer have no name; torch.jit.script cannot compile them: close() the optimizer "
-                "first, or script a copy.deepcopy(model) that has run once"
-            )
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardHook:
-        return _ForwardHook()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Something of the standard library that takes any arguments and does nothing: a pickled model loads alone.
-        return (getattr, (contextlib.nullcontext(), "__exit__"))
+    def is_copy(self) -> bool:
+        return self.layer is None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         compiling = is_compiling()
@@ -596,15 +836,17 @@ class _ForwardHook:
     def _collect(self, layer: Layer[Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> _Tapped | None:
         """Put a hook on the output, or return what the output has to be tapped with."""
         x, engine = layer.input(layer.module, args, kwargs, output), self.engine()
-        if x is None or engine is None:
+        if x is None or engine is None or layer.proof.reason is not None:
             return None
+        _, index, use = self.address
         # What is as large as an input is kept as autograd keeps its own: checkpointing then recomputes it.
         if layer.rule.keeps_input and _top_saved_tensors_default_hooks(True) is not None:
+            engine.claim(layer, (*args, *kwargs.values()), output)
             return self._tapped(layer, x)
         engine.look_behind(_first(args, kwargs))
-        _, index, use = self.address
         if engine.look(index, use, x, output):
-            hook = _OutputHook(self.engine, self.address, *layer.rule.capture(layer.module, x))
+            engine.claim(layer, (*args, *kwargs.values()), output)
+            hook = _OutputHook(self.engine, engine.sites[index], layer, *layer.rule.capture(layer.operation, x))
             output.register_hook(hook)
             if layer.rule.keeps_input and output.grad_fn is not None:
                 output.grad_fn.register_hook(hook.release)
@@ -613,8 +855,39 @@ class _ForwardHook:
         return None
 
     def _tapped(self, layer: Layer[Any], x: Tensor) -> _Tapped:
-        captured, sizes = layer.rule.capture(layer.module, x)
+        captured, sizes = layer.rule.capture(layer.operation, x)
         return x, captured, self.token, [*self.address, *sizes]
+
+
+class _Weakly:
+    """An engine that looks for functions, for hooks on the model, which must not keep it alive."""
+
+    def __init__(self, engine: Statistics[Any]) -> None:
+        self._engine = weakref.ref(engine)
+
+    def wanted(self) -> Collection[Parameter]:
+        engine = self._engine()
+        return () if engine is None else engine._wanted()
+
+    def expect(self, x: Tensor, output: Tensor) -> Broadcast | None:
+        engine = self._engine()
+        return None if engine is None or not may_be_broadcast(x) else engine.expect_rows(x, output)
+
+    def receive(self, watch: Watch) -> None:
+        if (engine := self._engine()) is not None:
+            engine._receive(watch)
+
+
+class _StackHook:
+    """The hook on what a stack of matrices made: each matrix has a hook for its rows."""
+
+    def __init__(self, hooks: Sequence[_OutputHook], call: Call) -> None:
+        assert call.split is not None
+        self.hooks, self.split = hooks, call.split
+
+    def __call__(self, grad: Tensor) -> None:
+        for hook, part in zip(self.hooks, (part for part in self.split(grad) if part.numel()), strict=True):
+            hook(part)
 
 
 class _OutputHook:
@@ -623,11 +896,12 @@ class _OutputHook:
     def __init__(
         self,
         engine: Callable[[], Statistics[Any] | None],
-        address: tuple[int, int, int],
+        site: Site[Any],
+        layer: Layer[Any],
         captured: list[Tensor],
         sizes: list[int],
     ) -> None:
-        self.engine, self.address, self.sizes = engine, address, sizes
+        self.engine, self.site, self.layer, self.sizes = engine, site, layer, sizes
         self.captured: list[Tensor] | None = captured
         self.versions = _versions(captured)
         self.broadcast: Broadcast | None = None
@@ -635,21 +909,19 @@ class _OutputHook:
     def __call__(self, grad: Tensor) -> None:
         engine = self.engine()
         if engine is not None:
-            _, index, use = self.address
-            layer = engine.sites[index].layers[use]
             try:
-                captured, sizes, grad = self._of_rows(layer, grad)
+                captured, sizes, grad = self._of_rows(self.layer, grad)
             except Exception as error:
-                layer.proof.fail(error)
+                engine.fail(self.site, self.layer, error)
             else:
-                engine.commit(index, use, captured, sizes, grad)
+                engine.add(self.site, self.layer, captured, sizes, grad)
 
     def _of_rows(self, layer: Layer[Any], grad: Tensor) -> tuple[list[Tensor], list[int], Tensor]:
         """What was captured and the derivative, of every row that was served where the output was broadcast."""
         captured = self._unchanged(layer)
         if self.broadcast is not None and (by_row := self.broadcast.by_row(grad)) is not None:
             x, each = by_row
-            return *layer.rule.capture(layer.module, x), each
+            return *layer.rule.capture(layer.operation, x), each
         return captured, self.sizes, grad
 
     def _unchanged(self, layer: Layer[Any]) -> list[Tensor]:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fisher_kernels.curvature.rules import is_transposed_linear, unsqueeze_batch
+from fisher_kernels.curvature.rules import Product, is_transposed_linear, unsqueeze_batch
 from fisher_kernels.ops import ACCUMULATOR
 
 SAMPLE_BYTES = 8 << 20
@@ -57,10 +57,17 @@ class Verdict(NamedTuple):
     Attributes:
         figures: the largest relative deviation, and 1 if the output differs from row to row, else 0.
         precision: that was worked in, a key of ``TOLERANCES``.
+        name: of the class whose operation was done again.
     """
 
     figures: Tensor
     precision: str
+    name: str = ""
+
+    def agrees(self) -> bool | None:
+        """Whether they agree, which waits for the device; None where that proves nothing."""
+        deviation, varies = self.figures.tolist()
+        return None if not varies or math.isnan(deviation) else deviation <= TOLERANCES[self.precision]
 
 
 class Proof:
@@ -68,20 +75,30 @@ class Proof:
 
     Attributes:
         reason: why the layer must not be served; None as long as nothing speaks against it.
+        overridden: that it is what the user says whatever is found; a deviation is then noted and nothing else.
+        deviation: what was found and overridden.
         proven: state -> number of the refresh in which the layer was last found right in it.
         pending: verdicts that are still on the device.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self.overridden = False
+        self.deviation: str | None = None
+        self._inner = self._failed = False
         self.proven: dict[Key, int] = {}
         self.pending: dict[Key, tuple[int, Verdict]] = {}
 
-    def holds(self, module: nn.Module, x: Tensor, output: Tensor, refresh: int) -> bool:
+    def holds(
+        self, module: nn.Module, x: Tensor, output: Tensor, refresh: int, operation: nn.Module | None = None
+    ) -> bool:
         """Whether nothing speaks against the layer, which is looked at again if that is due.
 
         It is due in a state in which the layer was not found right yet, and once in refreshes 1, 2, 4, 8 and so on:
         gates, adapters and observers may change what a layer does.
+
+        Args:
+            operation: what the layer is taken for, as a layer of torch's own class; None for itself.
         """
         key = _key(module, x)
         if (
@@ -90,15 +107,34 @@ class Proof:
             and key not in self.pending
         ):
             try:
-                verdict = compare(module, x, output)
+                verdict = compare(module if operation is None else operation, x, output)
             except MisfitError as error:
-                self.reason = str(error)
+                self.object(str(error))
             else:
                 if verdict is not None:
                     self.pending[key] = refresh, verdict
                     if verdict.figures.is_cpu:
-                        settle([(module, self)])
+                        settle([self])
         return self.reason is None
+
+    @property
+    def inner(self) -> bool:
+        """Whether functions were seen to apply the layer's weight: they serve it if something speaks against it.
+
+        Not where statistics failed, as theirs would too.
+        """
+        return self._inner and not self._failed
+
+    @inner.setter
+    def inner(self, seen: bool) -> None:
+        self._inner = seen
+
+    def object(self, reason: str) -> None:
+        """Note what speaks against the layer."""
+        if self.overridden:
+            self.deviation = self.deviation or reason
+        else:
+            self.reason = self.reason or reason
 
     def fail(self, error: Exception) -> None:
         """Note that the layer must not be served, because its statistics raised an error.
@@ -111,29 +147,42 @@ class Proof:
             raise error
         if self.reason is None:
             self.reason = f"its statistics raise {type(error).__name__}: {_first_line(error)}"
+        self._failed = True
 
 
-def settle(proofs: Iterable[tuple[nn.Module, Proof]]) -> None:
+def settle(proofs: Iterable[Proof]) -> None:
     """Read verdicts, once for each device; none while a CUDA graph is captured, where nothing can be read."""
-    waiting = [(module, proof, *found) for module, proof in proofs for found in proof.pending.items()]
-    by_device: dict[torch.device, list[tuple[nn.Module, Proof, Key, tuple[int, Verdict]]]] = {}
+    waiting = [(proof, *found) for proof in proofs for found in proof.pending.items()]
+    by_device: dict[torch.device, list[tuple[Proof, Key, tuple[int, Verdict]]]] = {}
     for entry in waiting:
-        by_device.setdefault(entry[3][1].figures.device, []).append(entry)
+        by_device.setdefault(entry[2][1].figures.device, []).append(entry)
     for device, entries in by_device.items():
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             continue
         figures = torch.stack([verdict.figures for *_, (_, verdict) in entries]).tolist()
-        for (module, proof, key, (refresh, verdict)), (deviation, varies) in zip(entries, figures, strict=True):
+        for (proof, key, (refresh, verdict)), (deviation, varies) in zip(entries, figures, strict=True):
             proof.pending.pop(key, None)
             if math.isnan(deviation):
                 continue
             if deviation > TOLERANCES[verdict.precision]:
-                proof.reason = proof.reason or (
-                    f"its output is off by {deviation:.2g} from what {_class_name(module)} computes "
+                proof.object(
+                    f"its output is off by {deviation:.2g} from what {verdict.name} computes "
                     f"(tolerance {TOLERANCES[verdict.precision]:g}, {verdict.precision})"
                 )
             elif varies:
                 proof.proven[key] = refresh
+
+
+def choose(candidates: Sequence[nn.Module], x: Tensor, output: Tensor) -> nn.Module | None:
+    """The first of several operations that agrees with what a layer made of its input; None where none does."""
+    for candidate in candidates:
+        try:
+            verdict = compare(candidate, x, output)
+        except MisfitError:
+            continue
+        if verdict is not None and verdict.agrees():
+            return candidate
+    return None
 
 
 def _key(module: nn.Module, x: Tensor) -> Key:
@@ -157,16 +206,17 @@ _BASES: tuple[type[nn.Module], ...] = (
     nn.GroupNorm,
     nn.RMSNorm,
     nn.Embedding,
+    Product,
 )
 
 
-def _base(module: nn.Module) -> type[nn.Module] | None:
+def class_of_torch(module: nn.Module) -> type[nn.Module] | None:
     """The class of torch whose operation a module is taken for."""
     return next((base for base in _BASES if isinstance(module, base)), None)
 
 
 def _class_name(module: nn.Module) -> str:
-    base = _base(module)
+    base = class_of_torch(module)
     if base is None:
         return type(module).__name__
     # Families have private bases; the public class is the one of torch that the module's class derives from.
@@ -201,6 +251,8 @@ def compare(module: nn.Module, x: Tensor, output: Tensor) -> Verdict | None:
     x, output = plain.pop("x"), plain.pop("output")
     weight, bias = plain.get("weight"), plain.get("bias")
     with _unseen():
+        if weight is not None and (offset := getattr(module, "weight_offset", 0.0)):
+            weight = weight + offset
         precision = _precision(module, x, weight, output)
         try:
             found = _expected(module, x, output, weight, bias)
@@ -216,7 +268,7 @@ def compare(module: nn.Module, x: Tensor, output: Tensor) -> Verdict | None:
             raise MisfitError(f"{_class_name(module)} cannot take its input: {_first_line(error)}") from error
         if found is None:
             return None
-        verdict = Verdict(_figures(found, precision), precision)
+        verdict = Verdict(_figures(found, precision), precision, _class_name(module))
     if parts and not _agrees(verdict):
         return None
     return verdict
@@ -329,7 +381,8 @@ def _expected(module: Any, x: Tensor, output: Tensor, weight: Tensor | None, bia
         def normalise(x: Tensor) -> Tensor:
             x = x.unflatten(-1, shape)
             if isinstance(module, nn.RMSNorm):
-                return F.rms_norm(x, shape, weight, module.eps).flatten(-len(shape))
+                scaled = F.rms_norm(x, shape, weight, module.eps)
+                return (scaled if bias is None else scaled + bias).flatten(-len(shape))
             return F.layer_norm(x, shape, weight, bias, module.eps).flatten(-len(shape))
 
         size = math.prod(shape)

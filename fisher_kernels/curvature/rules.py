@@ -65,6 +65,10 @@ class Rule:
     """Whether what is captured is as large as the layer's input."""
     reads_tokens: ClassVar[bool] = False
     """Whether the input are tokens, of which one row may serve many."""
+    sees_bias: ClassVar[bool] = False
+    """Whether what it gives to a bias is wrong for a function without one, if another function adds the bias."""
+    takes_parts: bool = False
+    """Whether a function that is applied to some rows of a weight makes a contribution, by :meth:`contribute_part`."""
     together: bool = False
     """Whether all uses of a layer in one backward make one contribution, by :meth:`contribute_together`."""
 
@@ -90,6 +94,18 @@ class Rule:
         """Raw sums of one backward; grad is the derivative of the loss by the layer's output."""
         raise NotImplementedError
 
+    def contribute_part(
+        self, operation: Any, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor, start: int, whole: Any
+    ) -> Sums:
+        """Raw sums of a function on some rows of a weight, as if all rows had been used, and the others without effect.
+
+        Args:
+            operation: with the rows that were used.
+            start: the first of them.
+            whole: the operation on all rows.
+        """
+        return self.contribute(operation, captured, sizes, grad)
+
     def contribute_together(self, uses: Sequence[Use[Any]]) -> Sums:
         """Raw sums of all uses of a layer in one backward."""
         raise NotImplementedError
@@ -108,8 +124,17 @@ NORMS = (
 )
 
 
+class Product(nn.Module):
+    """A Linear with a transposed weight: ``x @ weight + bias``, the weight being (inputs, outputs)."""
+
+
 def is_transposed_linear(module: Any) -> bool:
-    """Whether a module is Hugging Face's Conv1D, by its name and shape, so that transformers need not be imported."""
+    """Whether a module is a :class:`Product`.
+
+    So is Hugging Face's Conv1D, known by its name and shape, so that transformers need not be imported.
+    """
+    if isinstance(module, Product):
+        return True
     weight = module._parameters.get("weight")
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and weight is not None and weight.dim() == 2
 

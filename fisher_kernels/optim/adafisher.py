@@ -6,7 +6,7 @@ Source: AdaFisher, arXiv 2405.16397 (ICLR 2025), Eq. 3, Eq. 4 and Algorithm 1; t
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,6 +17,7 @@ from torch.optim.optimizer import ParamsT
 
 from fisher_kernels.curvature.diagonal_rules import DiagonalRule, rule_for
 from fisher_kernels.curvature.hooks import Layer
+from fisher_kernels.curvature.operations import Choice
 from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.ops import ACCUMULATOR, adafisher_step_
 from fisher_kernels.optim.base import Batch, Plan, count, require_numbers, totals
@@ -74,6 +75,8 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
             torch.distributed is initialised.
         fallback: ``"warn"`` of parameters that no layer rule serves, or ``"error"``: refuse to start, or to go on,
             training them.
+        rules: class of a layer -> the name of the operation it computes, ``"rms_norm"`` for example, or a function that
+            takes the layer and returns a layer of torch that computes the same, or a rule. It overrides the proof.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
@@ -82,6 +85,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
     """
 
     decoupled: ClassVar[bool] = False
+    rule_kind = DiagonalRule
     moment = "exp_avg"
     statistics_state = tuple(
         prefix + name
@@ -107,6 +111,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
         fallback_curvature: float | None = None,
         process_group: dist.ProcessGroup | None = None,
         fallback: Literal["warn", "error"] = "warn",
+        rules: Mapping[type, Choice] | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -120,7 +125,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
             "maximize": maximize,
             "fallback_curvature": fallback_curvature,
         }
-        super().__init__(model, params, defaults, grad_scaler, process_group, fallback)
+        super().__init__(model, params, defaults, grad_scaler, process_group, fallback, rules)
 
     # Groups.
 
@@ -153,11 +158,11 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
         return rule_for(module, self._groups[owner]["variant"])
 
     def _detail(self, role: str, layer: Layer[DiagonalRule]) -> str:
-        shapes = layer.rule.shapes(layer.module)
+        shapes = layer.rule.shapes(layer.operation)
         if role == "bias":
-            return f"{layer.name or 'model'}.bias: output factor"
+            return f"{layer.place(role)}: output factor"
         factors = " and ".join(f"{name.replace('_', ' ')} ({length})" for name, length in shapes.items())
-        return f"{layer.name or 'model'}.{role}: {factors}"
+        return f"{layer.place(role)}: {factors}"
 
     def _fallback_detail(self, parameter: Parameter) -> str:
         group = self._groups[parameter]

@@ -70,6 +70,11 @@ class Unit:
     transposed: bool = False
     part: Part | None = None
 
+    @property
+    def is_stack(self) -> bool:
+        """Whether a stack of matrices is stepped as one matrix of all their rows, which share blocks."""
+        return self.inverse.dim() == 4 and self.params[0].dim() == 3
+
 
 New = tuple[Part, Tensor, float, float]
 """A part, raw sums of its blocks, end to end, what they are divided by to be a mean, and over how many samples."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Generic, Literal
 
 import torch
@@ -13,15 +13,20 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim.optimizer import ParamsT
 
+from fisher_kernels.curvature.functions import Spec
 from fisher_kernels.curvature.hooks import Layer, Site, Statistics, find_layers, times_attached
-from fisher_kernels.curvature.rules import R, Sums
-from fisher_kernels.optim.base import Explanations, FisherOptimizer
+from fisher_kernels.curvature.operations import MATRICES, Choice, Operations, flattened
+from fisher_kernels.curvature.rules import R, Rule, Sums
+from fisher_kernels.optim.base import Explanation, FisherOptimizer
 from fisher_kernels.optim.caller import calling
 from fisher_kernels.optim.unserved import UNSERVED, UNUSED, Unserved, has_gradient, shown
 from fisher_kernels.optim.warn import warn, warn_once
 
 FALLBACK_SHARE = 0.01
 """Share of the trained parameters above which fallbacks are worth a warning."""
+
+FUNCTIONS = "functions"
+"""Key of parameter groups: name of each parameter that functions are served on -> operation, bias, settings."""
 
 # What each model has been warned of. Not kept by the optimizers: a notebook makes one after the other for a model.
 _told: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
@@ -37,11 +42,16 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         grad_scaler: the ``torch.amp.GradScaler`` whose scale is in the derivatives.
         process_group: over which statistics are added up; None takes the default group where there is one.
         fallback: ``"warn"`` of parameters that no layer serves, or ``"error"``: refuse to train them.
+        rules: class of a layer -> how it is served.
     """
+
+    rule_kind: ClassVar[type[Rule]]
+    """The base of the rules that it reads."""
 
     statistics_state: ClassVar[tuple[str, ...]]
     """State: what is averaged of a layer's statistics, and what is made of it."""
 
+    _unknown: Collection[str] = ()  # parameters that functions may be seen on in the first refresh
     _looked_at = -1  # so many optimizers had been attached to models when others were looked for
 
     def __init__(
@@ -52,6 +62,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         grad_scaler: Any,
         process_group: dist.ProcessGroup | None,
         fallback: Literal["warn", "error"] = "warn",
+        rules: Mapping[type, Choice] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -67,6 +78,8 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         self._fallback = fallback
         self._statistics: Statistics[R] | None = None
         self._unserved = Unserved()
+        self._made: dict[str, tuple[Parameter, nn.Module]] = {}  # by name a parameter, and the function on it
+        self._operations = Operations(rules, self.rule_kind)
         super().__init__(model.parameters() if params is None else params, defaults)
         try:
             self._watch(grad_scaler, process_group)
@@ -75,7 +88,9 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             if self._statistics is not None:
                 self._statistics.close()
             raise
-        self._warn_of_fallbacks(self.explain())
+        applied = self._may_be_applied()
+        self._unknown = {name for name, p in self._names() if p in applied}
+        self._warn_of_fallbacks(row for row in self.explain() if row.name not in self._unknown)
 
     # What subclasses define.
 
@@ -122,13 +137,82 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         assert self._statistics is not None
         return self._statistics
 
-    def _rule_if_served(self, module: nn.Module, owner: Parameter) -> R | None:
-        return None if self._unserved.is_misfit(module) else self._rule_for(module, owner)
+    def _rule_if_served(self, module: nn.Module, operation: nn.Module, owner: Parameter) -> R | None:
+        if self._unserved.is_misfit(module):
+            return None
+        own: R | None = self._operations.rule(module)
+        return own or self._rule_for(operation, owner)
+
+    def _find_layers(self) -> list[Layer[R]]:
+        layers = find_layers(self._model, self._rule_if_served, self._groups, self._operations)
+        return layers + list(self._function_layers())
+
+    # Functions on parameters.
+
+    def _functions(self) -> Iterator[tuple[str, nn.Module, dict[str, Parameter], Spec]]:
+        """The functions that forwards were seen to apply to parameters, by the name of the parameter."""
+        named: dict[str, Parameter] = dict(self._names()) if any(g.get(FUNCTIONS) for g in self.param_groups) else {}
+        for group in self.param_groups:
+            for name, (operation, bias_name, settings) in group.get(FUNCTIONS, {}).items():
+                if (weight := named.get(name)) is None:
+                    continue
+                bias, spec = named.get(bias_name or ""), Spec(operation, settings)
+                if name not in self._made or self._made[name][0] is not weight:
+                    made = spec.on(weight if spec.name not in MATRICES else flattened(weight), bias)
+                    self._made[name] = weight, made
+                parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+                yield name, self._made[name][1], parameters, spec
+
+    def _function_layers(self) -> Iterator[Layer[R]]:
+        for name, made, parameters, spec in self._functions():
+            if (rule := self._rule_for(made, parameters["weight"])) is not None:
+                yield Layer(name, made, made, rule, parameters, spec=spec)
+
+    def _named_layers(self) -> dict[str, nn.Module]:
+        """What the parameter groups may speak of."""
+        return {**dict(self._model.named_modules()), **{name: made for name, made, _, _ in self._functions()}}
+
+    def _serve_functions(self) -> None:
+        """Let functions that the last forwards applied to parameters be served from now on.
+
+        The choice is part of the parameter groups, so that a state that is loaded goes on as it was saved.
+        """
+        names = {p: name for name, p in self._names()} if self.statistics.found else {}
+        found: dict[str, Any] = {}
+        for site in self.statistics.found:
+            (layer,) = site.layers
+            assert layer.spec is not None
+            bias = layer.parameters.get("bias")
+            found[names[site.owner]] = [layer.spec.name, None if bias is None else names[bias], layer.spec.settings]
+        found = self.statistics.agree(found)
+        if not found:
+            return
+        old = {(id(site.owner), site.rule.layout): site.owner for site in self.statistics.sites}
+        params = dict(self._names())
+        for name, (operation, bias, settings) in found.items():
+            group = self._groups[params[name]]
+            group[FUNCTIONS] = {**group.get(FUNCTIONS, {}), name: [operation, bias, settings]}
+            self._forget(p for n in (name, bias) if (p := params.get(n)) is not None and p not in self._layers_of())
+        self._watch(self.statistics.grad_scaler, self.statistics.process_group)
+        left = {(id(site.owner), site.rule.layout) for site in self.statistics.sites}
+        if gone := [owner for key, owner in old.items() if key not in left]:
+            self._forget(gone)
+            self._rewatched()
+            for index, site in enumerate(self.statistics.sites):
+                if any(site.owner is owner for owner in gone):
+                    site.clear()  # it has what some of its uses gave
+                    self.statistics.late.add(index)
+
+    def _forget(self, params: Iterable[Parameter]) -> None:
+        """Drop the statistics of parameters whose rule is another one now."""
+        for p in params:
+            state = self.state.get(p, {})
+            for name in [name for name in state if name in self.statistics_state]:
+                del state[name]
 
     def _watch(self, grad_scaler: Any, process_group: dist.ProcessGroup | None) -> None:
         old = self._statistics
-        layers = find_layers(self._model, self._rule_if_served, self._groups)
-        self._statistics = Statistics(layers, grad_scaler, process_group)
+        self._statistics = Statistics(self._find_layers(), grad_scaler, process_group)
         if old is not None:
             self._statistics.adopt(old)
             if not old.open:
@@ -138,6 +222,11 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         self._rewatched()
 
     def _rewatched(self) -> None:
+        self.statistics.watch_functions(self._model, self._rule_for, self._groups)
+        for module in self._unserved.misfits():
+            for p in module._parameters.values():
+                if p is not None:
+                    self.statistics.obstacles.setdefault(p, "a layer that has it and is not served")
         self._rebuild()
         self._set_aside(self._unserved.without_use(self.statistics.layers()))
         self._armed: tuple[Any, ...] | None = None
@@ -254,6 +343,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             self._look_for_other_readers()
         if not self._is_as_noted():
             self._follow()
+        self._serve_functions()
         self._prepare()
         taken = self.statistics.take(self._loss_scale(grad_scale, found_inf))
         taken = self._leave_out_misfits(taken)
@@ -266,6 +356,10 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             self._update(group, grad_scale, found_inf)
             group["iteration"] += 1
         self._arm()
+        if self._unknown and (taken or not self.statistics.sites):
+            if self._fallback == "warn":
+                self._warn_of_fallbacks(row for row in self.explain() if row.name in self._unknown)
+            self._unknown = set()
 
     def _loss_scale(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor | None:
         """The scale in the derivatives where no scaler was given: that of the one that calls this step, if any does.
@@ -301,7 +395,14 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _leave_out_misfits(self, taken: list[tuple[int, Sums]]) -> list[tuple[int, Sums]]:
         """Let layers that were found out take a fallback from now on; returns what was taken of the others."""
-        found = [(layer, reason) for layer in self.statistics.layers() if (reason := layer.proof.reason) is not None]
+        for layer in self.statistics.layers():
+            if layer.proof.deviation is not None:
+                name = layer.name or "model"
+                self._warn_once(
+                    f"deviation {name}", f"rules= says how to serve {name}, which it is, though {layer.proof.deviation}"
+                )
+        proofs = [(layer, layer.proof) for layer in self.statistics.layers() if not layer.proof.inner]
+        found = [(layer, proof.reason) for layer, proof in proofs if proof.reason is not None]
         if not found:
             return taken
         keys = [(site.owner, site.rule.layout) for site in self.statistics.sites]
@@ -321,13 +422,9 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _drop_state_of_misfits(self) -> None:
         """Forget the statistics of sites of which no layer is left."""
-        left = find_layers(self._model, self._rule_if_served, self._groups)
-        still = {(layer.owner, layer.rule.layout) for layer in left}
-        for site in self.statistics.sites:
-            if (site.owner, site.rule.layout) not in still:
-                state = self.state.get(site.owner, {})
-                for name in [name for name in state if name in self.statistics_state]:
-                    del state[name]
+        still = {(layer.owner, layer.rule.layout) for layer in self._find_layers()}
+        sites = self.statistics.sites
+        self._forget(site.owner for site in sites if (site.owner, site.rule.layout) not in still)
 
     def _note_unused(self, taken: set[int]) -> None:
         """Let layers that have a gradient and gave no statistics take a fallback, until they are used.
@@ -367,7 +464,8 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
     def _require_rules(self) -> None:
         """Refuse trained parameters without a rule, if so asked."""
         if self._fallback == "error":
-            self._refuse(lambda p: p.requires_grad, ValueError)
+            applied = self._may_be_applied()
+            self._refuse(lambda p: p.requires_grad and p not in applied, ValueError)
 
     def _require_served(self) -> None:
         """Refuse to step a parameter without a rule, if so asked."""
@@ -404,21 +502,27 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
     def _reloaded(self) -> None:
         self.statistics.clear()
         misfits = self._unserved.misfits()
-        self._unserved.read(self.param_groups, self._model)
-        same = misfits == self._unserved.misfits()
-        if same and all(self._rule_for(la.module, la.owner) == la.rule for la in self.statistics.layers()):
+        self._unserved.read(self.param_groups, self._named_layers())
+        known = {layer.name for layer in self.statistics.layers() if layer.spec is not None}
+        same = misfits == self._unserved.misfits() and known == {
+            name for group in self.param_groups for name in group.get(FUNCTIONS, {})
+        }
+        layers = self.statistics.layers()
+        if same and all(self._rule_if_served(la.module, la.operation, la.owner) == la.rule for la in layers):
             self._rewatched()
         else:  # the settings that came along have other rules
             self._watch(self.statistics.grad_scaler, self.statistics.process_group)
 
     def _restored(self) -> None:
         self._unserved = Unserved()
-        self._unserved.read(self.param_groups, self._model)
+        layers = [layer for layer in self.statistics.layers() if layer.spec is not None]
+        self._made = {layer.name: (layer.parameters["weight"], layer.module) for layer in layers}
+        self._unserved.read(self.param_groups, self._named_layers())
         self._note_places()
         self._rewatched()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_model", "_statistics", "_fallback")
+        kept = ("_model", "_statistics", "_fallback", "_operations")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     # Reports.
@@ -441,17 +545,36 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
     def _served(self) -> Callable[[Parameter], tuple[str, str]]:
         served = self._layers_of()
         aside = self._unserved.without_use(self.statistics.layers())
-        left_out = self._unserved.of(self._model)
+        left_out = self._unserved.of(self._named_layers())
 
         def by_rule(p: Parameter) -> tuple[str, str]:
             uses = [] if p in aside else served.get(p, [])
             rule = " + ".join(dict.fromkeys(layer.rule.name for _, layer in uses)) or "fallback"
             details = [self._detail(role, layer) for role, layer in uses] or [self._fallback_detail(p)]
+            details += [
+                f"served by the functions inside {layer.name or 'the model'}, as {layer.proof.reason}"
+                for _, layer in uses
+                if layer.proof.reason is not None
+            ]
+            if p not in left_out and (reason := self.statistics.obstacles.get(p)) is not None:
+                details.append(f"uses by functions are left out: {reason}" if uses else f"not served for {reason}")
             return rule, "; ".join(details + left_out.get(p, []))
 
         return by_rule
 
-    def _warn_of_fallbacks(self, rows: Explanations) -> None:
+    def _may_be_applied(self) -> set[Parameter]:
+        """Parameters without a rule that functions may be seen on in the first refresh."""
+        served = self._layers_of()
+        found: set[Parameter] = set()
+        for module in self._model.modules():
+            own = module.__class__.__module__.startswith("torch.nn") and not isinstance(module, nn.MultiheadAttention)
+            for p in module._parameters.values():
+                if p is not None and p not in served and (not own or isinstance(module, nn.Linear)):
+                    # A vector that a user's module has is hardly applied by a function that has a rule.
+                    found |= {p} if p.dim() > 1 or isinstance(module, nn.MultiheadAttention | nn.Linear) else set()
+        return found
+
+    def _warn_of_fallbacks(self, rows: Iterable[Explanation]) -> None:
         sizes = {name: p.numel() for name, p in self._names() if p.requires_grad}
         fallbacks = [row.name for row in rows if row.fallback and not row.frozen]
         share = sum(sizes[name] for name in fallbacks) / max(sum(sizes.values()), 1)

@@ -6,7 +6,7 @@ Source: MBF, arXiv 2202.04124 (AISTATS 2023), Algorithm 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch.optim.optimizer import ParamsT
 
 from fisher_kernels.curvature.block_rules import WIDEST, BlockRule, BlockRules, Blocks, LinearBlocks, Sharing
 from fisher_kernels.curvature.hooks import Layer
+from fisher_kernels.curvature.operations import Choice, flattened
 from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.ops import ACCUMULATOR, mbf_step_
 from fisher_kernels.ops._blocks import unpack
@@ -99,6 +100,8 @@ class MBF(LayerwiseOptimizer[BlockRule]):
             torch.distributed is initialised.
         fallback: ``"warn"`` of parameters that no layer rule serves, or ``"error"``: refuse to start, or to go on,
             training them.
+        rules: class of a layer -> the name of the operation it computes, ``"rms_norm"`` for example, or a function that
+            takes the layer and returns a layer of torch that computes the same, or a rule. It overrides the proof.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
@@ -107,6 +110,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
     that of Kronecker-factored methods, arXiv 1705.09319 and others.
     """
 
+    rule_kind = BlockRule
     moment = "momentum_buffer"
     statistics_state = tuple(prefix + name for prefix in ("", ASIDE) for name in STATE)
     later = ("capturable", "mask_zeros")
@@ -135,6 +139,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         capturable: bool = False,
         process_group: dist.ProcessGroup | None = None,
         fallback: Literal["warn", "error"] = "warn",
+        rules: Mapping[type, Choice] | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -155,7 +160,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
             "capturable": capturable,
         }
         self._scales: dict[int, Tensor] = {}
-        super().__init__(model, params, defaults, grad_scaler, process_group, fallback)
+        super().__init__(model, params, defaults, grad_scaler, process_group, fallback, rules)
         self._warn_of_wide()
 
     def _warn_of_wide(self) -> None:
@@ -211,8 +216,13 @@ class MBF(LayerwiseOptimizer[BlockRule]):
     # Layers.
 
     def _watch(self, grad_scaler: Any, process_group: dist.ProcessGroup | None) -> None:
-        self._rules = BlockRules(self._model)
+        self._rules = self._new_rules()
         super()._watch(grad_scaler, process_group)
+
+    def _new_rules(self) -> BlockRules:
+        self._rules = BlockRules(self._model, self._operations)
+        self._rules.add_uses([made for _, made, _, _ in self._functions()])
+        return self._rules
 
     def _rule_for(self, module: nn.Module, owner: Parameter) -> BlockRule | None:
         group = self._groups[owner]
@@ -223,7 +233,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         return {p: uses for p, uses in super()._layers_of().items() if p not in fallbacks}
 
     def _detail(self, role: str, layer: Layer[BlockRule]) -> str:
-        where = f"{layer.name or 'model'}.{role}"
+        where = layer.place(role)
         for blocks in layer.rule.blocks:
             if role in blocks.roles:
                 return f"{where}: {_joint(role, blocks)}{blocks}"
@@ -233,7 +243,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         return "1 x 1 blocks from the squared gradient of the batch"
 
     def _rebuild(self) -> None:
-        self._rules = BlockRules(self._model)  # which know parameters by identity: a copy has others
+        self._rules = self._new_rules()  # which know parameters by identity: a copy has others
         self._numbers = {p: number for number, p in enumerate(self._groups)}
         self._plans: dict[int, _Plan] = {}
         self._blocks = FisherBlocks(self.statistics.sites, self.state, self._groups)
@@ -316,6 +326,9 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         for i in plan.transposed:  # a weight that lies the other way round
             params[i], moments[i] = params[i].t(), moments[i].t()
             gradients[i] = gradients[i].t()  # type: ignore[union-attr]
+        for i in plan.stacks:
+            params[i], moments[i] = flattened(params[i]), flattened(moments[i])
+            gradients[i] = gradients[i].flatten(0, 1)  # type: ignore[union-attr]
         skipped, self._scales[id(group)] = mbf_step_(
             params,
             gradients,  # type: ignore[arg-type]
@@ -453,6 +466,8 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         moments = [self.state[p][self.moment] for p in unit.params]
         if unit.transposed:
             moments[0] = moments[0].t()
+        if unit.is_stack:
+            moments[0] = flattened(moments[0])
         # A step without momentum whose gradient is the momentum leaves the negative of the direction.
         moved, buffers = ([torch.zeros_like(m) for m in moments] for _ in range(2))
         inverses = [unit.inverse, *[None] * (len(moments) - 1)]
@@ -476,11 +491,14 @@ class _Plan:
     params: list[Parameter] = field(default_factory=list)
     inverses: list[Tensor | None] = field(default_factory=list)
     transposed: list[int] = field(default_factory=list)
+    stacks: list[int] = field(default_factory=list)
     waiting: list[Parameter] = field(default_factory=list)
 
     def add(self, unit: Unit, numbers: dict[Parameter, int]) -> None:
         if unit.transposed:
             self.transposed.append(len(self.params))
+        if unit.is_stack:
+            self.stacks.append(len(self.params))
         self.params += unit.params
         self.inverses += [unit.inverse, *[None] * (len(unit.params) - 1)]
         self.numbers += tuple(numbers[p] for p in unit.params)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,10 +27,9 @@ class Unserved:
     def __init__(self) -> None:
         self._reasons: dict[nn.Module, str] = {}
 
-    def read(self, groups: Iterable[dict[str, Any]], model: nn.Module) -> None:
-        """Take over what the parameter groups say of the layers of a model."""
+    def read(self, groups: Iterable[dict[str, Any]], modules: Mapping[str, nn.Module]) -> None:
+        """Take over what the parameter groups say of the layers of a model, and of functions on its parameters."""
         named = {name: reason for group in groups for name, reason in group.get(UNSERVED, {}).items()}
-        modules = dict(model.named_modules()) if named else {}
         self._reasons = {modules[name]: reason for name, reason in named.items() if name in modules}
 
     def add(self, layer: Layer[Any], group: dict[str, Any], reason: str) -> None:
@@ -60,9 +59,9 @@ class Unserved:
             (unused if self.is_unused(layer.module) else served).update(layer.parameters.values())
         return unused - served
 
-    def of(self, model: nn.Module) -> dict[Parameter, list[str]]:
+    def of(self, modules: Mapping[str, nn.Module]) -> dict[Parameter, list[str]]:
         """What is to be said of each parameter of the layers that are not served."""
-        names = {module: name for name, module in model.named_modules()} if self._reasons else {}
+        names = {module: name for name, module in modules.items()} if self._reasons else {}
         said: dict[Parameter, list[str]] = {}
         for module, reason in self._reasons.items():
             for p in module._parameters.values():
