@@ -366,13 +366,17 @@ class Statistics(Generic[R]):
                 call.node.register_hook(hooks[-1].release)
         call.hook.use = hooks[0] if call.split is None else _StackHook(hooks, call)
 
-    def agree(self, found: dict[str, Any]) -> dict[str, Any]:
-        """What any process has found; all ask in the refreshes that look."""
+    def agree(self, found: dict[str, Any], due: bool) -> dict[str, Any]:
+        """What any process has found; all ask in the refreshes that look, and wait for one until then.
+
+        Args:
+            due: whether this step refreshes any statistics, which is the same everywhere.
+        """
         group = self.process_group
-        if not (self.looks and self.awake and dist.is_available() and dist.is_initialized()):
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
             return found
-        if dist.get_world_size(group) == 1:
-            return found
+        if not (self.looks and due):
+            return {}
         everywhere: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everywhere, found, group=group)
         return dict(sorted({name: spec for one in everywhere for name, spec in one.items()}.items()))

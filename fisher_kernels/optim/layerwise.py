@@ -184,7 +184,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             assert layer.spec is not None
             bias = layer.parameters.get("bias")
             found[names[site.owner]] = [layer.spec.name, None if bias is None else names[bias], layer.spec.settings]
-        found = self.statistics.agree(found)
+        found = self.statistics.agree(found, any(map(is_due, self.param_groups)))
         if not found:
             return
         old = {(id(site.owner), site.rule.layout): site.owner for site in self.statistics.sites}
