@@ -468,9 +468,24 @@ def runs_of(path: Path) -> list[dict[str, Any]]:
     return [{name: run[name] for name in kept} for run in json.loads(path.read_text())["runs"]]
 
 
-@pytest.mark.parametrize("iteration", [4, 5, 8, 11], ids=["between epochs", "in epoch", "between seeds", "next seed"])
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("whole")
+    assert invoke("compare", *PAIR, "--out", str(folder)).exit_code == 0
+    return runs_of(folder / "compare.json")
+
+
+@pytest.mark.parametrize(
+    "iteration",
+    [
+        pytest.param(4, id="between epochs", marks=pytest.mark.slow),
+        pytest.param(5, id="in epoch"),
+        pytest.param(8, id="between seeds", marks=pytest.mark.slow),
+        pytest.param(11, id="next seed"),
+    ],
+)
 def test_an_interrupted_comparison_goes_on_as_if_nothing_had_happened(
-    iteration: int, tmp_path: Path, interrupted_at: Callable[[int], None]
+    iteration: int, tmp_path: Path, interrupted_at: Callable[[int], None], uninterrupted: list[dict[str, Any]]
 ) -> None:
     interrupted_at(WARM_UP + iteration)
     result = invoke("compare", *PAIR, "--out", str(tmp_path))
@@ -489,9 +504,7 @@ def test_an_interrupted_comparison_goes_on_as_if_nothing_had_happened(
     result = invoke("compare", "--resume", str(tmp_path))
     assert result.exit_code == 0, result.output
     assert "Partial" not in result.stdout
-    whole = invoke("compare", *PAIR, "--out", str(tmp_path / "whole"))
-    assert whole.exit_code == 0
-    assert runs_of(tmp_path / "compare.json") == runs_of(tmp_path / "whole" / "compare.json")
+    assert runs_of(tmp_path / "compare.json") == uninterrupted
     assert json.loads((tmp_path / "compare.json").read_text())["partial"] is None
     assert sorted(path.name for path in tmp_path.glob("compare*")) == ["compare.json", "compare.md", "compare.png"]
 

@@ -48,12 +48,15 @@ def convolutions(draw: Draw, tiny: bool) -> Call:
         max(0, (w - 1) * s + d * (k - 1) + 1 - a - b)
         for w, s, d, k, (a, b) in zip(windows, stride, dilation, kernel, padding, strict=True)
     ]
-    # Without samples a kernel may leave what its scratch memory held. Many channels are cheap then, and these numbers
-    # of groups make its units of work differ in size.
     samples = 0 if draw(st.integers(0, 4)) == 4 else draw(sizes(tiny, most=33))
-    groups = draw(sizes(tiny, most=33, least=1) if samples else st.sampled_from((17, 9, 5, 1)))
-    most = 17 // min(groups, 5) if samples else 9
-    inputs, outputs = draw(sizes(tiny, most=most)), draw(sizes(tiny, most=most))
+    if samples:
+        groups = draw(sizes(tiny, most=33, least=1))
+        inputs, outputs = draw(sizes(tiny, most=17 // min(groups, 5))), draw(sizes(tiny, most=17 // min(groups, 5)))
+    else:
+        # A kernel may leave what its scratch memory held. Many channels are cheap without samples, and with these
+        # numbers the units of work that kernels cut them into differ in size.
+        groups, outputs = draw(st.sampled_from((17, 17, 5))), draw(st.sampled_from((5, 5, 9)))
+        inputs = draw(st.integers(1, 5))
     left_out = [draw(st.sampled_from((0, 0, 0, 1))) for _ in range(spatial)]  # windows without a derivative
     refused = draw(st.integers(0, 24)) == 24
     if refused:
