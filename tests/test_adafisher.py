@@ -70,6 +70,30 @@ def test_defaults_of_each_group_follow_its_variant() -> None:
 # Groups.
 
 
+def test_layers_without_tokens_are_not_refused() -> None:
+    """A router sends an expert nothing, or nothing but padding."""
+
+    class Expert(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.norm, self.out = nn.Embedding(5, 3, padding_idx=0), nn.LayerNorm(3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.out(self.norm(self.embed(x)))
+            return out
+
+    model = nn.ModuleList(Expert() for _ in range(3))
+    optimizer = AdaFisher(model)
+    for tokens in (torch.randint(1, 5, (6,)), torch.randint(1, 5, (4,))):
+        optimizer.zero_grad()
+        parts = (tokens, tokens[:0], torch.zeros_like(tokens))
+        sum(expert(part).sum() for expert, part in zip(model, parts, strict=True)).backward()
+        optimizer.step()
+    assert all(row["refused_statistics"] == 0 for row in optimizer.metrics().values())
+    known = [float(optimizer.state[expert.embed.weight]["factor_weight"]) > 0 for expert in model]
+    assert known == [True, False, False]
+
+
 def test_group_added_between_backward_and_step_keeps_what_was_collected() -> None:
     """A Linear of its own, so that nothing that is added can touch it."""
 

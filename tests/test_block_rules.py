@@ -437,8 +437,11 @@ def test_frozen_layers_cost_nothing() -> None:
 
 @pytest.mark.parametrize("sequence", ["expand", "reduce"])
 @pytest.mark.parametrize(("layer", "autocast"), [("linear", True), ("conv2d", True), ("conv2d-circular", False)])
-def test_input_written_to_before_the_backward_is_refused(layer: str, autocast: bool, sequence: str) -> None:
+def test_input_written_to_before_the_backward_is_refused(
+    layer: str, autocast: bool, sequence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Autograd notices by itself, unless it keeps a copy of the input, cast or padded."""
+    monkeypatch.setenv("FISHER_KERNELS_RAISE", "1")
     build, shape = LAYERS[layer]
     model = build()
     optimizer = MBF(model, sequence=sequence)
@@ -451,8 +454,9 @@ def test_input_written_to_before_the_backward_is_refused(layer: str, autocast: b
     assert optimizer.statistics.take() == []
 
 
-def test_input_written_to_before_the_step_is_refused() -> None:
+def test_input_written_to_before_the_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where all uses of a sample are waited for, as between micro-batches that are read into one place."""
+    monkeypatch.setenv("FISHER_KERNELS_RAISE", "1")
     model = nn.Sequential(nn.Linear(5, 4))
     optimizer = MBF(model, sequence="reduce")
     before = copy.deepcopy(model)
@@ -463,6 +467,12 @@ def test_input_written_to_before_the_step_is_refused() -> None:
         optimizer.step()
     for p, q in zip(model.parameters(), before.parameters(), strict=True):
         assert torch.equal(p, q)
+    monkeypatch.delenv("FISHER_KERNELS_RAISE")
+    model(x).sum().backward()
+    x.mul_(2)
+    with pytest.warns(UserWarning, match=r"take a fallback: 0 \(its statistics raise RuntimeError: the input"):
+        optimizer.step()
+    assert all(row.fallback for row in optimizer.explain())
     optimizer = MBF(model)
     model(x).sum().backward()
     x.mul_(2)

@@ -994,6 +994,19 @@ def test_load_hooks_may_put_another_state_in_place(make: Make) -> None:
         assert torch.equal(resumed.state[q][ours.moment], 2 * ours.state[p][ours.moment])
 
 
+def test_state_of_another_optimizer_is_refused_and_changes_nothing(make: Make) -> None:
+    model = network()
+    ours, other = make(model), torch.optim.AdamW(model.parameters())
+    train(model, ours, range(2))
+    before = copy.deepcopy(ours.state_dict())
+    backward(model, 2)
+    other.step()
+    with pytest.raises(ValueError, match="that of another optimizer"):
+        ours.load_state_dict(other.state_dict())
+    assert_same_state(ours.state_dict(), before)
+    train(model, ours, range(2, 3))
+
+
 def test_state_of_other_groups_is_refused(make: Make) -> None:
     state = make(nn.Linear(2, 2)).state_dict()
     other = nn.Linear(2, 2, bias=False)

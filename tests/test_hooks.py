@@ -5,13 +5,16 @@ import functools
 import gc
 import os
 import shutil
+import subprocess
 import sys
+import threading
 import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
@@ -275,6 +278,59 @@ class TestGraph:
         assert_same(snapshot(optimizer), snapshot(plain))
 
 
+class TestSeveralBackwardPasses:
+    @pytest.mark.usefixtures("in_float64")
+    @pytest.mark.parametrize("sequence", ["expand", "reduce"])
+    def test_threads_lose_no_rows(self, make, sequence):
+        """The second backward begins and ends between a contribution of the first and its gradient."""
+        settings = {"sequence": sequence} if make is MBF else {}
+        results = []
+        for threads in (False, True):
+            model = mlp()
+            optimizer = make(model, **settings)
+            losses = [loss_of(model, batch(t)) for t in range(2)]
+            if not threads:
+                for loss in losses:
+                    loss.backward()
+            else:
+                waiting, go = threading.Event(), threading.Event()
+                first = threading.Thread(target=losses[0].backward)
+
+                def pause(grad, first=first, waiting=waiting, go=go):
+                    if threading.current_thread() is first:
+                        waiting.set()
+                        assert go.wait(60)
+
+                model[3].weight.register_hook(pause)  # runs before the gradient is accumulated
+                first.start()
+                assert waiting.wait(60)
+                losses[1].backward()
+                go.set()
+                first.join(60)
+            optimizer.step()
+            results.append(snapshot(optimizer))
+        assert_same(results[1], results[0], rtol=1e-9)
+
+    def test_a_backward_that_fails_is_over(self, make):
+        """What it contributed ends with the gradient, not with a backward that is waited for in vain."""
+        plain, model = mlp(), mlp()
+        reference, optimizer = make(plain), make(model)
+
+        def fail(grad):
+            raise ArithmeticError
+
+        handle = model[0].weight.register_hook(fail)
+        with pytest.raises(ArithmeticError):
+            loss_of(model, batch(7)).backward()
+        handle.remove()
+        for p in model.parameters():
+            p.grad = None
+        for net, opt in ((plain, reference), (model, optimizer)):
+            loss_of(net, batch()).backward()
+            opt.step()
+        assert_same(snapshot(optimizer), snapshot(reference))
+
+
 class TestLayersThatComeAndGo:
     def test_a_layer_unused_in_some_steps_keeps_its_factors(self, make):
         model = nn.ModuleList([nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES)])
@@ -389,6 +445,25 @@ class TestBadNumbers:
                 reference.step()
         # The scale is a power of two, so that scaling is exact.
         assert_same(snapshot(optimizer), snapshot(reference), rtol=1e-7)
+
+    def test_a_scaler_that_the_optimizer_was_not_told_of(self, make):
+        """Gradients are unscaled to be clipped: only the caller of the step still knows the scale."""
+        results = []
+        for told in (True, False):
+            model = mlp()
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+            optimizer = make(model, grad_scaler=scaler if told else None)
+            for t in range(4):
+                optimizer.zero_grad()
+                scaler.scale(loss_of(model, batch(t))).backward()
+                scaler.unscale_(optimizer)
+                scaler.step(optimizer)
+                scaler.update()
+            results.append(snapshot(optimizer))
+        assert_same(results[1], results[0], rtol=1e-7)
+        optimizer.found_inf = torch.zeros(())  # without a scaler that calls
+        with pytest.raises(RuntimeError, match="grad_scaler="):
+            optimizer.step()
 
     def test_a_refresh_that_a_scaler_skips_is_still_due(self, make):
         model = mlp()
@@ -505,6 +580,49 @@ class TestCompile:
         # Inductor fuses and reorders arithmetic.
         assert_same(results[1], results[0], rtol=1e-9)
 
+    def test_intervals_of_groups_make_two_graphs(self, make):
+        """One with statistics and one without, whichever layers are due."""
+        torch.manual_seed(0)
+        layers = [nn.Linear(FEATURES, FEATURES) for _ in range(4)]
+        model = nn.Sequential(*layers)
+        groups = [{"params": m.parameters(), "update_interval": k} for m, k in zip(layers, (2, 3, 5, 7), strict=True)]
+        optimizer = make(model, params=groups)
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+        twin, other = copy.deepcopy((model, optimizer))
+        for t in range(31):
+            for net, steps in ((compiled, optimizer), (twin, other)):
+                steps.zero_grad()
+                net(batch(t)[0]).square().mean().backward()
+                steps.step()
+        assert counter.frame_count == 2
+        assert_same(snapshot(optimizer), snapshot(other), rtol=1e-4)
+
+    @pytest.mark.parametrize("compiles", [False, True])
+    def test_heads_that_take_turns_are_all_served(self, make, compiles):
+        """Every refresh meets the same head: those without statistics collect them whenever they are used."""
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                torch.manual_seed(0)
+                self.body = nn.Linear(FEATURES, 8)
+                self.heads = nn.ModuleList(nn.Linear(8, CLASSES) for _ in range(3))
+
+            def forward(self, x, task):
+                return self.heads[task](self.body(x))
+
+        model = Net()
+        optimizer = make(model, update_interval=3)
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiles else model
+        for t in range(12 if compiles else 3):
+            x, y = batch(t)
+            optimizer.zero_grad()
+            F.cross_entropy(run(x, t % 3), y).backward()
+            optimizer.step()
+        assert all(updates(optimizer, head.weight) > 0 for head in model.heads)
+        assert not any(row.fallback for row in optimizer.explain())
+
     def test_model_compiled_before_the_optimizer_warns(self, make):
         model = mlp()
         compiled = torch.compile(model, backend="eager")
@@ -558,6 +676,46 @@ def test_zero_gradients_without_statistics_use_curvature_one(make):
 
 
 class TestCopies:
+    def test_copies_of_copies_collect_no_hooks(self, make):
+        model = mlp()
+        for _ in range(3):
+            optimizer = make(model)
+            train(model, optimizer, steps=1)
+            model = copy.deepcopy(model)
+        model(batch()[0])
+        assert not any(m._forward_hooks or m._forward_hooks_with_kwargs for m in model.modules())
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:`torch.jit:DeprecationWarning")
+    def test_a_pickled_model_loads_without_this_package(self, make, tmp_path):
+        model = nn.Sequential(nn.Linear(2, 2))
+        optimizer = make(model)
+        torch.save(model, tmp_path / "model.pt")
+        code = (
+            "import sys, torch; sys.modules['fisher_kernels'] = None\n"
+            f"model = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)\n"
+            "model(torch.ones(1, 2)).sum().backward()"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
+        loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+        del optimizer
+        train_one = make(loaded)
+        assert len(loaded[0]._forward_hooks) == 1, "what came along is dropped"
+        loaded(torch.ones(1, 2)).sum().backward()
+        train_one.step()
+        assert updates(train_one, loaded[0].weight) > 0
+
+    def test_scripting(self, make):
+        model = mlp()
+        optimizer = make(model)
+        with pytest.raises(AttributeError, match=r"close\(\) the optimizer first"):
+            torch.jit.script(model)
+        optimizer.close()
+        scripted = torch.jit.script(model)
+        with pytest.warns(UserWarning, match="no layer rule"):
+            optimizer = make(scripted)
+        train(scripted, optimizer, steps=1)
+        assert all(row.fallback for row in optimizer.explain())
+
     def test_deepcopy_of_the_model_is_inert(self, make):
         model = mlp()
         optimizer = make(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -392,6 +393,35 @@ def test_checkpointing_keeps_no_inputs(checkpointed: bool) -> None:
     assert float(ours.state[model[2].weight]["fisher_updates"]) == 1
 
 
+@pytest.mark.parametrize("sequence", ["expand", "reduce"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_inputs_are_freed_when_autograd_frees_its_own(sequence: Any, kept: bool) -> None:
+    """A loss that is still bound, as in ``total += loss``, keeps no activations once its graph has been freed."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    ours = MBF(model, sequence=sequence)
+    inputs: list[StorageWeakRef] = []
+    for layer in (model[3], model[5]):
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(StorageWeakRef(args[0].untyped_storage())))
+    loss = model(torch.randn(4, 1, 4, 4)).sum()
+    loss.backward(retain_graph=kept)
+    if kept:
+        assert not any(ref.expired() for ref in inputs)
+        loss.backward()
+    ours.step()
+    assert all(ref.expired() for ref in inputs)
+    assert float(ours.state[model[5].weight]["fisher_updates"]) == 1
+
+
+def test_inputs_outlive_a_backward_that_ends_above_their_layer() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    ours = MBF(model)
+    h = model[0](torch.randn(4, 8))
+    (derivative,) = torch.autograd.grad(model[2](h.tanh()).sum(), h)
+    h.backward(derivative)
+    ours.step()
+    assert float(ours.state[model[0].weight]["fisher_updates"]) == 1
+
+
 # Reports.
 
 
@@ -435,6 +465,35 @@ def test_metrics_are_figures_of_the_inverses() -> None:
     assert list(later) == list(report)
     assert all(math.isnan(row.pop("cosine_with_sgd")) for row in later.values())
     assert all(later[name].items() <= row.items() for name, row in report.items())
+
+
+def test_a_wide_linear_is_cut_and_named() -> None:
+    with pytest.warns(UserWarning, match=r"model\.weight has 10,001 columns.*400,080,004 bytes.*linear_blocks="):
+        ours = MBF(nn.Linear(10_000, 2, device="meta"))
+    assert "10 blocks of 1024 x 1024" in ours.explain()[0].detail
+
+
+def test_blocks_that_take_much_memory_are_named() -> None:
+    with pytest.warns(UserWarning, match=r"the blocks of model\.weight take 4,202,500,000 bytes.*linear_blocks="):
+        MBF(nn.Linear(1024, 1000, device="meta"), linear_blocks="per_output")
+
+
+def test_mask_zeros_keeps_pruned_weights() -> None:
+    model = nn.Linear(4, 3)
+    mask = torch.rand(3, 4) < 0.5
+    mask[0, 0] = True
+    with torch.no_grad():
+        model.weight.masked_fill_(mask, 0)
+    for kept in (False, True):
+        twin = copy.deepcopy(model)
+        ours = MBF(twin, mask_zeros=kept)
+        for _ in range(2):
+            ours.zero_grad()
+            twin(torch.randn(8, 4)).square().mean().backward()
+            assert twin.weight.grad is not None
+            twin.weight.grad.masked_fill_(mask, 0)
+            ours.step()
+        assert bool((twin.weight[mask] == 0).all()) is kept
 
 
 # The life of the hooks.

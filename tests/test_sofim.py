@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.func import functional_call
 
 from fisher_kernels import SOFIM
@@ -565,3 +566,17 @@ def test_squares_that_overflow_stop_the_step(direction: str) -> None:
     p.grad = torch.tensor([1e200, 1.0], dtype=torch.float64)
     ours.step()
     assert torch.equal(p, torch.ones(2, dtype=torch.float64))
+
+
+def test_a_share_of_the_parameters_is_refused_where_one_norm_is_meant() -> None:
+    """ZeroRedundancyOptimizer makes the optimizer within itself, with the share of its process."""
+
+    class Sharded(ZeroRedundancyOptimizer):
+        def __init__(self, processes: int, scope: Any) -> None:
+            self.world_size = processes
+            self.optim = SOFIM(nn.Linear(2, 2).parameters(), scope=scope)
+
+    with pytest.raises(ValueError, match="ZeroRedundancyOptimizer gives each process a share"):
+        Sharded(2, "global")
+    Sharded(2, "tensor")
+    Sharded(1, "global")

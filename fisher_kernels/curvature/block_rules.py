@@ -52,6 +52,12 @@ CHUNK = 1 << 22
 """How many numbers of per-sample gradients are held at once."""
 
 
+WIDEST = 8192
+"""Columns up to which the rows of a Linear share one block by default: a wider one is cut."""
+
+CUT = 1024
+"""Columns of the shared blocks that it is cut into."""
+
 PIECE = 1 << 15
 """How many numbers of an activation are worked on at once, where that needs memory of its own."""
 
@@ -222,6 +228,8 @@ class LinearBlocks(BlockRule):
         columns = inputs + bias
         roles = ("weight", "bias") if bias else ("weight",)
         size = sharing.linear_blocks
+        if size == "shared" and columns > WIDEST:
+            size = CUT
         if size == "shared":
             blocks = Blocks(roles, 1, columns, outputs, columns, stored_transposed)
         elif size == "per_output":
@@ -272,6 +280,7 @@ class EmbeddingRows(LinearBlocks):
     """An Embedding whose weight a Linear has too: it is that Linear, used in the other orientation on one-hot rows."""
 
     name: ClassVar[str] = "embedding"
+    reads_tokens = True
 
     def _one_hot(self, module: Any, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         hot = F.one_hot(tokens, module.num_embeddings).to(dtype)
@@ -444,6 +453,7 @@ class EmbeddingBlocks(BlockRule):
     """Embedding: 1 x 1 blocks, the mean square over samples of a sample's gradient; padding has none."""
 
     name: ClassVar[str] = "embedding"
+    reads_tokens = True
 
     def __init__(self, sharing: Sharing, shape: tuple[int, int]) -> None:
         super().__init__(sharing, (Blocks(("weight",), math.prod(shape), 1),))
@@ -495,6 +505,8 @@ def _uses_of(model: nn.Module) -> dict[int, list[nn.Module]]:
     """The modules that hold each weight, by its identity."""
     uses: dict[int, list[nn.Module]] = {}
     for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         if (weight := module._parameters.get("weight")) is not None:
             uses.setdefault(id(weight), []).append(module)
     return uses

@@ -273,6 +273,7 @@ class Embedding(DiagonalRule):
 
     name = "embedding"
     rows_are_inputs = True
+    reads_tokens = True
 
     def capture(self, module: Any, x: Tensor) -> tuple[list[Tensor], list[int]]:
         tokens = x.flatten()
@@ -288,7 +289,9 @@ class Embedding(DiagonalRule):
         if len(captured) > 1:
             rows = rows.masked_fill(~captured[1].unsqueeze(1), 0.0)
         outputs = column_sum_of_squares(rows)
-        return Sums([captured[0].to(outputs.dtype), outputs], [1, 1])
+        # That there is nothing but padding is known without waiting on the CPU alone; elsewhere the average refuses it.
+        used = float(len(rows) > 0 and (len(captured) == 1 or not rows.is_cpu or bool(captured[1].any())))
+        return Sums([captured[0].to(outputs.dtype), outputs], [used, used])
 
     def shapes(self, module: Any) -> dict[str, int]:
         return {"input_factor": module.num_embeddings, "output_factor": module.embedding_dim}

@@ -5,27 +5,34 @@ the derivative of the output into raw sums. They count only if the same backward
 layer's parameters: evaluation passes, ``autograd.grad`` and recomputation under activation checkpointing then count as
 they should, not at all or once. Pending sums live and die with ``p.grad``: they are dropped when a backward begins with
 ``p.grad`` None, by ``zero_grad`` and when the optimizer takes them in ``step()``.
+
+A layer is read only as long as it computes what its class documents (``curvature/proof.py``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Generic
+from typing import Any, Generic, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C import _current_graph_task_id, _will_engine_execute_node
-from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch._C._autograd import _get_current_graph_task_keep_graph, _top_saved_tensors_default_hooks
 from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import Variable
 from torch.autograd.graph import get_gradient_edge
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
+from fisher_kernels.curvature.broadcast import Broadcast, may_be_broadcast
+from fisher_kernels.curvature.proof import Proof, settle
 from fisher_kernels.curvature.rules import R, Rule, Sums, Use
 from fisher_kernels.curvature.tap import register, tap
 from fisher_kernels.ops import ACCUMULATOR
@@ -40,16 +47,15 @@ class Layer(Generic[R]):
     module: nn.Module
     rule: R
     parameters: dict[str, Parameter]  # role ("weight", "bias") -> parameter
+    proof: Proof = field(default_factory=Proof)
 
     @property
     def owner(self) -> Parameter:
         """The parameter that keeps the layer's factors in its state and its settings in its group."""
         return next(iter(self.parameters.values()))
 
-    def capture(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> tuple[list[Tensor], list[int]] | None:
-        """What the forward keeps for its backward; None where that backward cannot count."""
+    def input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        """The input of a forward whose backward can count, else None."""
         if not isinstance(output, Tensor) or not output.requires_grad:
             return None
         trained = False
@@ -59,10 +65,23 @@ class Layer(Generic[R]):
             trained = trained or p.requires_grad
         if not trained:
             return None
-        x = args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
+        x = _first(args, kwargs)
         if not isinstance(x, Tensor) or x.layout != torch.strided:
             return None
-        return self.rule.capture(module, x.detach() if x.requires_grad else x)
+        return x.detach() if x.requires_grad else x
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The input of a layer among the arguments of its forward."""
+    return args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
+
+
+class _Kept(NamedTuple, Generic[R]):
+    """A use that waits for the others of its backward, its layer, and how often its tensors had been written to."""
+
+    use: Use[R]
+    layer: Layer[R]
+    versions: list[int]
 
 
 @dataclass(eq=False)
@@ -73,29 +92,30 @@ class Site(Generic[R]):
     rule: R
     layers: list[Layer[R]] = field(default_factory=list)
     sums: Sums | None = None
-    uses: list[Use[R]] = field(default_factory=list)  # of the last backward, where they contribute together
-    kept: list[tuple[Layer[R], list[int]]] = field(default_factory=list)  # for each: its layer, writes to its tensors
-    task: int = -1
+    uses: dict[int, list[_Kept[R]]] = field(default_factory=dict)  # of each backward, where they contribute together
+    tasks: set[int] = field(default_factory=set)  # the backward passes that have contributed
 
     @cached_property
     def module(self) -> nn.Module:
         """The module whose settings are used for the site: one with a bias if there is any."""
         return max(self.layers, key=lambda layer: getattr(layer.module, "bias", None) is not None).module
 
-    def settle(self) -> Sums | None:
-        """The pending sums, with what the uses of the last backward make together."""
-        if self.uses:
-            for use, (layer, versions) in zip(self.uses, self.kept, strict=True):
+    def settle(self, running: Callable[[int], bool] = lambda task: False) -> Sums | None:
+        """The pending sums, with what the uses of each backward that is not running any more make together."""
+        for task in [task for task in self.uses if not running(task)]:
+            kept = self.uses.pop(task)
+            for use, layer, versions in kept:
                 if _versions(use.captured) != versions:
                     self.clear()
                     raise _overwritten(layer, "the step")
-            sums = self.rule.contribute_together(self.uses)
-            self.uses, self.kept = [], []
-            self.sums = sums if self.sums is None else self.sums + sums
+            self.add(self.rule.contribute_together([use for use, _, _ in kept]))
         return self.sums
 
+    def add(self, sums: Sums) -> None:
+        self.sums = sums if self.sums is None else self.sums + sums
+
     def clear(self) -> None:
-        self.sums, self.uses, self.kept, self.task = None, [], [], -1
+        self.sums, self.uses, self.tasks = None, {}, set()
 
 
 def find_layers(
@@ -109,6 +129,8 @@ def find_layers(
     layers = []
     skipped = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # whose hooks are compiled along with it
+            continue
         parameters = {
             role: p for role in ("weight", "bias") if (p := module._parameters.get(role)) is not None and p in held
         }
@@ -143,6 +165,12 @@ class Statistics(Generic[R]):
         layers: the modules to watch.
         grad_scaler: its scale is divided out of every derivative as the backward delivers it.
         process_group: over which :meth:`take` adds sums; None takes the default group where there is one.
+
+    Attributes:
+        refresh: number of the refresh that is being collected, from 1.
+        armed: indices of the sites that collect.
+        awake: whether layers of a compiled model send anything.
+        late: indices of sites that may have been added after the forward whose statistics are taken next.
     """
 
     def __init__(
@@ -150,6 +178,7 @@ class Statistics(Generic[R]):
     ) -> None:
         self.grad_scaler = grad_scaler
         self.process_group = process_group
+        self.refresh = 1
         self.sites: list[Site[R]] = []
         by_key: dict[tuple[Any, ...], Site[R]] = {}
         for layer in layers:
@@ -163,13 +192,21 @@ class Statistics(Generic[R]):
     def _attach(self) -> None:
         number = next(_numbers)
         register(number, self)
+        self._lock = threading.RLock()  # backward passes may run in several threads
+        self._running: weakref.WeakValueDictionary[int, _Running] = weakref.WeakValueDictionary()
         self._hooks: dict[int, list[_ForwardHook]] = {}
         self._nodes: dict[Parameter, Any] = {}
+        self.armed: frozenset[int] = frozenset()
+        self.awake = False
+        self.late: set[int] = set()
+        self._broadcasts: list[Broadcast] = []
         handles = []
         for index, site in enumerate(self.sites):
             for use, layer in enumerate(site.layers):
+                _drop_copies(layer.module)
                 hook = _ForwardHook(layer, (number, index, use), weakref.ref(self))
-                handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+                # First of all hooks: those of others may change the output, which is no doing of the layer.
+                handles.append(layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
                 self._hooks.setdefault(index, []).append(hook)
                 _readers.setdefault(layer.module, weakref.WeakSet()).add(self)
         self._detach = weakref.finalize(self, _remove, handles)
@@ -183,8 +220,7 @@ class Statistics(Generic[R]):
 
     def other_readers(self) -> list[Statistics[Any]]:
         """Others whose hooks are on some of the same layers."""
-        layers = (layer.module for site in self.sites for layer in site.layers)
-        found = {id(reader): reader for layer in layers for reader in _readers.get(layer, ())}
+        found = {id(reader): reader for layer in self.layers() for reader in _readers.get(layer.module, ())}
         return [reader for reader in found.values() if reader is not self and reader.open]
 
     def close(self) -> None:
@@ -196,63 +232,99 @@ class Statistics(Generic[R]):
         return {
             "sites": self.sites,
             "grad_scaler": self.grad_scaler,
-            "armed": self._armed(),
+            "armed": self.armed,
+            "awake": self.awake,
             "open": self.open,
+            "refresh": self.refresh,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy watches the copied modules, with hooks of its own: those that came along with the modules are inert.
         self.sites, self.grad_scaler, self.process_group = state["sites"], state["grad_scaler"], None
+        self.refresh = state.get("refresh", 1)
         self._attach()
-        for index, armed in enumerate(state["armed"]):
-            self.arm(index, armed)
+        self.arm(state["armed"], state["awake"])
         if not state["open"]:
             self.close()
 
-    def _armed(self) -> list[bool]:
-        return [any(hook.armed for hook in self._hooks[index]) for index in range(len(self.sites))]
+    def arm(self, sites: Iterable[int], awake: bool) -> None:
+        """Let the layers of these sites collect from now on, and the hooks of all others do nothing.
 
-    def arm(self, index: int, armed: bool) -> None:
-        """Whether the layers of a site collect from now on; outside that their hooks do nothing."""
-        for hook in self._hooks[index]:
-            if hook.armed != armed:
-                hook.armed = armed
+        Args:
+            sites: their indices.
+            awake: whether layers of a compiled model send anything; what those send that do not collect is not added.
+                All look at this one flag, so that there are two graphs, not one for every combination of layers.
+        """
+        self.armed, self.awake = frozenset(sites), awake
+        for index, hooks in self._hooks.items():
+            armed = index in self.armed
+            for hook in hooks:
+                if hook.armed != armed:
+                    hook.armed = armed
+                if hook.awake != awake:
+                    hook.awake = awake
 
     def clear(self) -> None:
         """Drop what is pending."""
-        for site in self.sites:
-            site.clear()
+        with self._lock:
+            self._broadcasts = []
+            for site in self.sites:
+                site.clear()
+
+    def layers(self) -> Iterator[Layer[R]]:
+        """The layers of all sites."""
+        return itertools.chain.from_iterable(site.layers for site in self.sites)
 
     def adopt(self, other: Statistics[R]) -> None:
-        """Take over what another engine holds pending for the same weights."""
+        """Take over what another engine holds pending for the same weights, and what it knows of their layers."""
+        self.refresh = other.refresh
+        proofs = {layer.module: layer.proof for layer in other.layers()}
+        for layer in self.layers():
+            layer.proof = proofs.get(layer.module, layer.proof)
         pending = {(site.owner, site.rule.layout): site for site in other.sites}
-        for site in self.sites:
+        self.late = set(range(len(self.sites)))
+        for index, site in enumerate(self.sites):
             if (old := pending.get((site.owner, site.rule.layout))) is not None:
-                site.sums, site.uses, site.kept, site.task = old.sums, old.uses, old.kept, old.task
+                self.late.discard(index)
+                site.sums, site.uses, site.tasks = old.sums, old.uses, old.tasks
 
     def take(self, grad_scale: Tensor | None = None) -> list[tuple[int, Sums]]:
         """The pending sums of every site that has any, as (index, sums), over all processes; nothing stays pending.
 
+        Those of a layer that turns out not to compute what its class documents, in whatever process, are left out.
+
         Args:
             grad_scale: the loss scale that is still in the derivatives, where no ``grad_scaler`` was given.
         """
-        taken = {index: sums for index, site in enumerate(self.sites) if (sums := site.settle()) is not None}
+        settle((layer.module, layer.proof) for layer in self.layers())
+        with self._lock:
+            taken = {index: sums for index, site in enumerate(self.sites) if (sums := self._settled(site)) is not None}
+            self.clear()
         if grad_scale is not None and self.grad_scaler is None:
             for index, sums in taken.items():
                 _rescale(sums, self.sites[index].rule, grad_scale)
-        self.clear()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1:
             taken = self._reduce(taken)
-        return list(taken.items())
+        self.refresh += bool(taken)
+        return [(i, sums) for i, sums in taken.items() if not any(layer.proof.reason for layer in self.sites[i].layers)]
+
+    def _settled(self, site: Site[R]) -> Sums | None:
+        """What is pending of a site; its layers fall back if that raises."""
+        try:
+            return site.settle()
+        except Exception as error:
+            for layer in site.layers:
+                layer.proof.fail(error)
+            return None
 
     def _reduce(self, taken: dict[int, Sums]) -> dict[int, Sums]:
         """Add the sums of all processes in one flat all-reduce.
 
-        Every process lists every armed site, one that saw nothing as zeros, so that all agree on the layout. Data
-        parallel training averages gradients: a derivative of the global mean loss is the local one over the number of
-        processes.
+        Every process lists every armed site, one that saw nothing as zeros, so that all agree on the layout, and which
+        layers it found not to be what their class documents, so that all agree on which are served. Data parallel
+        training averages gradients: a derivative of the global mean loss is the local one over the number of processes.
         """
-        armed = [index for index, on in enumerate(self._armed()) if on]
+        armed = sorted(self.armed)
         if not armed:
             return {}
         world = dist.get_world_size(self.process_group)
@@ -266,9 +338,15 @@ class Statistics(Generic[R]):
                 flat.append(torch.tensor(counts, dtype=torch.float64, device=vectors[0].device))
             else:
                 flat.append(torch.zeros(sum(lengths[index]) + len(lengths[index]), dtype=torch.float64, device="cpu"))
+        proofs = [layer.proof for layer in self.layers()]
+        flat.append(torch.tensor([float(bool(p.reason)) for p in proofs], dtype=torch.float64, device="cpu"))
         device = self.sites[armed[0]].owner.device
         total = torch.cat([part.to(device) for part in flat])
         dist.all_reduce(total, group=self.process_group)
+        total, anywhere = total.split([len(total) - len(proofs), len(proofs)])
+        for proof, found in zip(proofs, anywhere.tolist(), strict=True):
+            if found and proof.reason is None:
+                proof.reason = "another process found that its output is not what its class computes"
         parts = iter(total.split([n for index in armed for n in (*lengths[index], len(lengths[index]))]))
         reduced = {}
         for index in armed:
@@ -292,9 +370,36 @@ class Statistics(Generic[R]):
                 lengths[index] = [length if n is None else n for n in lengths[index]]
         return {index: [n for n in ns if n is not None] for index, ns in lengths.items()}
 
-    @without_autocast  # on where the backward pass runs within it
+    def look(self, index: int, use: int, x: Tensor, output: Tensor) -> bool:
+        """Whether nothing speaks against a layer, which is compared with what its class computes if that is due."""
+        layer = self.sites[index].layers[use]
+        return layer.proof.holds(layer.module, x, output, self.refresh)
+
+    def expect_rows(self, x: Tensor, output: Tensor) -> Broadcast:
+        """Look from now on for what broadcasts the output of a layer."""
+        found = Broadcast(x, output)
+        self._broadcasts.append(found)
+        return found
+
+    def look_behind(self, x: Any) -> None:
+        """Look for it behind the input of a layer."""
+        if self._broadcasts and isinstance(x, Tensor) and x.grad_fn is not None:
+            self._broadcasts = [waiting for waiting in self._broadcasts if not waiting.find(x)]
+
     def commit(self, index: int, use: int, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor) -> None:
-        """Add the sums of one backward of one layer, if that backward also accumulates its gradients."""
+        """Add the sums of one backward of one layer, if that backward also accumulates its gradients.
+
+        A layer whose statistics raise falls back: they never end a backward.
+        """
+        proof = self.sites[index].layers[use].proof
+        if proof.reason is None:
+            try:
+                self._commit(index, use, captured, sizes, grad)
+            except Exception as error:
+                proof.fail(error)
+
+    @without_autocast  # on where the backward pass runs within it
+    def _commit(self, index: int, use: int, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor) -> None:
         site = self.sites[index]
         layer = site.layers[use]
         for p in layer.parameters.values():
@@ -303,25 +408,39 @@ class Statistics(Generic[R]):
         else:
             return
         task = _current_graph_task_id()
-        if site.task != task:
-            anchor = site.owner if site.owner.requires_grad else p
-            if anchor.grad is None:
-                site.clear()
-            site.settle()
-            site.task = task
+        with self._lock:
+            if task not in site.tasks:
+                anchor = site.owner if site.owner.requires_grad else p
+                # A backward in another thread, or around this one, may have contributed and not accumulated yet.
+                if anchor.grad is None and not any(map(self._runs, site.tasks)):
+                    site.clear()
+                site.settle(self._runs)
+                site.tasks = {*filter(self._runs, site.tasks), task}
+                self._begin(task)
         grad = grad.detach() if grad.requires_grad else grad
         scale = None
         if self.grad_scaler is not None and self.grad_scaler.is_enabled():
             scale = self.grad_scaler._get_scale_async()  # on the device, where get_scale() would wait for it
         if layer.rule.together:
             grad = grad if scale is None else grad.to(ACCUMULATOR[grad.dtype]) / scale.to(grad.device)
-            site.uses.append(Use(layer.module, layer.rule, captured, sizes, grad))
-            site.kept.append((layer, _versions(captured)))
+            kept = _Kept(Use(layer.module, layer.rule, captured, sizes, grad), layer, _versions(captured))
+            with self._lock:
+                site.uses.setdefault(task, []).append(kept)
             return
         sums = layer.rule.contribute(layer.module, captured, sizes, grad)
         if scale is not None:  # None before the first scale()
             _rescale(sums, layer.rule, scale)
-        site.sums = sums if site.sums is None else site.sums + sums
+        with self._lock:
+            site.add(sums)
+
+    def _begin(self, task: int) -> None:
+        """Know a backward for as long as it runs: it alone keeps its mark alive, also where it ends in an error."""
+        if task not in self._running:
+            mark = self._running[task] = _Running()
+            Variable._execution_engine.queue_callback(mark)
+
+    def _runs(self, task: int) -> bool:
+        return task in self._running
 
     def _accumulates(self, parameter: Parameter) -> bool:
         """Whether the backward that is running will add to ``parameter.grad``."""
@@ -372,8 +491,30 @@ def _rescale(sums: Sums, rule: Rule, scale: Tensor) -> None:
                 vector.div_(scale.to(vector.device))
 
 
+class _Running:
+    """The mark of a backward that is running: a callback of its end that has nothing to do."""
+
+    def __call__(self) -> None:
+        pass
+
+
+def _drop_copies(module: nn.Module) -> None:
+    """Remove the hooks that came along with a copy of a model, or out of a pickle."""
+    for number, hook in list(module._forward_hooks.items()):
+        copied = isinstance(hook, _ForwardHook) and hook.layer is None
+        if copied or getattr(hook, "__func__", None) is contextlib.nullcontext.__exit__:
+            module._forward_hooks.pop(number, None)
+            module._forward_hooks_with_kwargs.pop(number, None)
+
+
+_Tapped = tuple[Tensor, list[Tensor], Tensor, list[int]]
+"""What :func:`tap` takes beside an output."""
+
+
 class _ForwardHook:
     """The forward hook of one layer. Copies and pickles of it, which come with copies of the model, do nothing.
+
+    A copy goes away when it is first called, or when another optimizer is made for its model.
 
     It refers to the engine weakly, because the model must not keep the optimizer's statistics alive.
     """
@@ -388,29 +529,69 @@ class _ForwardHook:
         self.address = address
         self.engine = engine
         self.armed = False
+        self.awake = False
         self.token = torch.zeros(1, dtype=torch.float32, device="cpu")
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "__name__":  # which torch.jit.script asks for, to compile the hook as a function
+            raise AttributeError(
+                "the hooks of an optimizer have no name; torch.jit.script cannot compile them: close() the optimizer "
+                "first, or script a copy.deepcopy(model) that has run once"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardHook:
+        return _ForwardHook()
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_ForwardHook, ())
+        # Something of the standard library that takes any arguments and does nothing: a pickled model loads alone.
+        return (getattr, (contextlib.nullcontext(), "__exit__"))
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not self.armed or self.layer is None:
-            return None
         compiling = is_compiling()
-        # The flag itself: to the compiler of torch 2.11 is_exporting() is always true.
-        if compiling and torch.compiler._is_exporting_flag:
+        if self.layer is None:
+            if not compiling:
+                _drop_copies(module)
             return None
-        if not compiling and peek_interpreter_stack() is not None:
+        if not (self.awake if compiling else self.armed):
             return None
-        kept = self.layer.capture(module, args, kwargs, output)
-        if kept is None:
+        if compiling:
+            # The flag itself: to the compiler of torch 2.11 is_exporting() is always true.
+            if torch.compiler._is_exporting_flag or (x := self.layer.input(module, args, kwargs, output)) is None:
+                return None
+            return tap(output, *self._tapped(self.layer, x))
+        if peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
+            return None
+        try:
+            tapped = self._collect(self.layer, args, kwargs, output)
+        except Exception as error:
+            self.layer.proof.fail(error)
+            return None
+        # Not within the above: whoever saves tensors in another way may raise, as checkpointing does once it has all.
+        return None if tapped is None else tap(output, *tapped)
+
+    def _collect(self, layer: Layer[Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> _Tapped | None:
+        """Put a hook on the output, or return what the output has to be tapped with."""
+        x, engine = layer.input(layer.module, args, kwargs, output), self.engine()
+        if x is None or engine is None:
             return None
         # What is as large as an input is kept as autograd keeps its own: checkpointing then recomputes it.
-        if compiling or (self.layer.rule.keeps_input and _top_saved_tensors_default_hooks(True) is not None):
-            captured, sizes = kept
-            return tap(output, captured, self.token, [*self.address, *sizes])
-        output.register_hook(_OutputHook(self.engine, self.address, *kept))
+        if layer.rule.keeps_input and _top_saved_tensors_default_hooks(True) is not None:
+            return self._tapped(layer, x)
+        engine.look_behind(_first(args, kwargs))
+        _, index, use = self.address
+        if engine.look(index, use, x, output):
+            hook = _OutputHook(self.engine, self.address, *layer.rule.capture(layer.module, x))
+            output.register_hook(hook)
+            if layer.rule.keeps_input and output.grad_fn is not None:
+                output.grad_fn.register_hook(hook.release)
+            if layer.rule.reads_tokens and may_be_broadcast(x):
+                hook.broadcast = engine.expect_rows(x, output)
         return None
+
+    def _tapped(self, layer: Layer[Any], x: Tensor) -> _Tapped:
+        captured, sizes = layer.rule.capture(layer.module, x)
+        return x, captured, self.token, [*self.address, *sizes]
 
 
 class _OutputHook:
@@ -423,13 +604,37 @@ class _OutputHook:
         captured: list[Tensor],
         sizes: list[int],
     ) -> None:
-        self.engine, self.address, self.captured, self.sizes = engine, address, captured, sizes
+        self.engine, self.address, self.sizes = engine, address, sizes
+        self.captured: list[Tensor] | None = captured
         self.versions = _versions(captured)
+        self.broadcast: Broadcast | None = None
 
     def __call__(self, grad: Tensor) -> None:
         engine = self.engine()
         if engine is not None:
             _, index, use = self.address
-            if _versions(self.captured) != self.versions:
-                raise _overwritten(engine.sites[index].layers[use], "its backward")
-            engine.commit(index, use, self.captured, self.sizes, grad)
+            layer = engine.sites[index].layers[use]
+            try:
+                captured, sizes = self._unchanged(layer), self.sizes
+            except RuntimeError as error:
+                layer.proof.fail(error)
+                return
+            if self.broadcast is not None and (by_row := self.broadcast.by_row(grad)) is not None:
+                x, grad = by_row
+                captured, sizes = layer.rule.capture(layer.module, x)
+            engine.commit(index, use, captured, sizes, grad)
+
+    def _unchanged(self, layer: Layer[Any]) -> list[Tensor]:
+        if self.captured is None:
+            raise RuntimeError(
+                f"a second backward runs through module {layer.name!r}, whose input was freed by the first: specify "
+                "retain_graph=True for that one"
+            )
+        if _versions(self.captured) != self.versions:
+            raise _overwritten(layer, "its backward")
+        return self.captured
+
+    def release(self, *_: Any) -> None:
+        """Let go of the input once the node of the layer has run, as autograd then lets go of what it saved."""
+        if not _get_current_graph_task_keep_graph():
+            self.captured = None

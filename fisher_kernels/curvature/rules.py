@@ -63,6 +63,8 @@ class Rule:
     """Whether the weight's rows run over inputs, as in an Embedding, rather than over outputs."""
     keeps_input: ClassVar[bool] = False
     """Whether what is captured is as large as the layer's input."""
+    reads_tokens: ClassVar[bool] = False
+    """Whether the input are tokens, of which one row may serve many."""
     together: bool = False
     """Whether all uses of a layer in one backward make one contribution, by :meth:`contribute_together`."""
 

@@ -25,34 +25,38 @@ def register(number: int, engine: Any) -> None:
     _ENGINES[number] = engine
 
 
-def _tap(output: Tensor, captured: Sequence[Tensor], token: Tensor, address: Sequence[int]) -> Tensor:
+def _tap(output: Tensor, x: Tensor, captured: Sequence[Tensor], token: Tensor, address: Sequence[int]) -> Tensor:
+    number, index, use, *_ = address
+    engine = _ENGINES.get(number)
+    if engine is not None and index in engine.armed:
+        engine.look(index, use, x, output)
     return output.clone()
 
 
-def _tap_fake(output: Tensor, captured: Sequence[Tensor], token: Tensor, address: Sequence[int]) -> Tensor:
+def _tap_fake(output: Tensor, x: Tensor, captured: Sequence[Tensor], token: Tensor, address: Sequence[int]) -> Tensor:
     return torch.empty_like(output)
 
 
 def _commit(grad: Tensor, captured: Sequence[Tensor], token: Tensor, address: Sequence[int]) -> None:
     number, index, use, *sizes = address
     engine = _ENGINES.get(number)
-    if engine is not None:
+    if engine is not None and index in engine.armed:
         engine.commit(index, use, captured, sizes, grad)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, captured, token, ctx.address = inputs
+    _, _, captured, token, ctx.address = inputs
     ctx.save_for_backward(token, *captured)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None], None, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, list[None], None, None]:
     token, *captured = ctx.saved_tensors
     torch.ops.fisher_kernels.commit_(grad, captured, token, ctx.address)
-    return grad, [None] * len(captured), None, None
+    return grad, None, [None] * len(captured), None, None
 
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
-LIBRARY.define("tap(Tensor output, Tensor[] captured, Tensor token, SymInt[] address) -> Tensor", tags=_TAGS)
+LIBRARY.define("tap(Tensor output, Tensor x, Tensor[] captured, Tensor token, SymInt[] address) -> Tensor", tags=_TAGS)
 LIBRARY.impl("tap", _tap, "CompositeExplicitAutograd")
 torch.library.register_fake("fisher_kernels::tap", _tap_fake, lib=LIBRARY)
 # The token is what the op says it changes, so that no compiler drops a call without results.
@@ -62,13 +66,16 @@ torch.library.register_fake("fisher_kernels::commit_", lambda *args: None, lib=L
 torch.library.register_autograd("fisher_kernels::tap", _backward, setup_context=_keep, lib=LIBRARY)
 
 
-def tap(output: Tensor, captured: Sequence[Tensor], token: Tensor, address: Sequence[int]) -> Tensor:
+def tap(output: Tensor, x: Tensor, captured: Sequence[Tensor], token: Tensor, address: Sequence[int]) -> Tensor:
     """Returns the output unchanged; in the backward pass its derivative is also handed to an engine.
+
+    The engine looks at input and output as they are computed, because nothing can be looked at while it is compiled.
 
     Args:
         output: of a layer.
+        x: its input.
         captured: what the engine needs of the forward.
         token: a tensor that makes the compiler believe that the backward changes something.
         address: number of the engine, index of the site, number of the layer in it, and what sizes the rule captured.
     """
-    return torch.ops.fisher_kernels.tap(output, captured, token, address)
+    return torch.ops.fisher_kernels.tap(output, x, captured, token, address)

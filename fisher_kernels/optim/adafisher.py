@@ -6,6 +6,7 @@ Source: AdaFisher, arXiv 2405.16397 (ICLR 2025), Eq. 3, Eq. 4 and Algorithm 1; t
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -71,6 +72,8 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
             damping``, or 1 for ``"release"``.
         process_group: over which statistics are added up, one all-reduce a refresh; None takes the default group where
             torch.distributed is initialised.
+        fallback: ``"warn"`` of parameters that no layer rule serves, or ``"error"``: refuse to start, or to go on,
+            training them.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
@@ -80,6 +83,11 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
 
     decoupled: ClassVar[bool] = False
     moment = "exp_avg"
+    statistics_state = tuple(
+        prefix + name
+        for prefix in ("", "tied_")
+        for name in ("input_factor", "output_factor", "bias_factor", "factor_weight")
+    )
 
     def __init__(
         self,
@@ -98,6 +106,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
         grad_scaler: Any = None,
         fallback_curvature: float | None = None,
         process_group: dist.ProcessGroup | None = None,
+        fallback: Literal["warn", "error"] = "warn",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -111,7 +120,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
             "maximize": maximize,
             "fallback_curvature": fallback_curvature,
         }
-        super().__init__(model, params, defaults, grad_scaler, process_group)
+        super().__init__(model, params, defaults, grad_scaler, process_group, fallback)
 
     # Groups.
 
@@ -156,12 +165,16 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
             return f"curvature {group['fallback_curvature']}"
         return "curvature 1" if group["variant"] == "release" else "median curvature of the group's layers"
 
-    def _rewatched(self) -> None:
+    def _rebuild(self) -> None:
         self._numbers = {p: number for number, p in enumerate(self._groups)}
         self._plans: dict[int, _Plan] = {}
         self._factors = DiagonalFactors(self.statistics.sites, self.state, self._groups)
-        self._armed: list[bool] = []
-        self._arm()
+
+    def _set_aside(self, params: Collection[Parameter]) -> None:
+        self._factors.set_aside(params)
+
+    def _known_sites(self) -> Collection[int]:
+        return self._factors.known
 
     # Step.
 
@@ -220,7 +233,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
         for p in group["params"]:
             if p.grad is None:
                 waiting.append(p)
-            elif (place := self._factors.placed.get(p)) is not None:
+            elif (place := self._factors.place_of(p)) is not None:
                 served.add(self._numbers[p], p, self.state[p], place)
             else:
                 constant.add(self._numbers[p], p, self.state[p], (self._factors.constant(p), None))
@@ -273,7 +286,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
     def _curvature(self, p: Parameter) -> tuple[Tensor, float]:
         """The curvature F of one parameter, which a step never forms, and the damping in it."""
         exp_avg = self.state[p]["exp_avg"]
-        place = self._factors.placed.get(p)
+        place = self._factors.place_of(p)
         if place is None:
             constant = self._factors.constant(p)
             return torch.ones_like(exp_avg) * (1.0 if constant is None else constant), 0.0

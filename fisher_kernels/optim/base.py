@@ -81,6 +81,9 @@ class FisherOptimizer(Optimizer):
     moment: ClassVar[str]
     """State: the moment of a parameter, of its shape."""
 
+    later: ClassVar[tuple[str, ...]] = ()
+    """Hyperparameters that states saved by earlier versions lack."""
+
     _turn = 0  # of the last step, counted over all optimizers
     _rivals: tuple[weakref.ref[FisherOptimizer], ...] = ()  # those that hold some of the same parameters,
     _rivals_of = -1  # as of this change of anybody's groups
@@ -181,6 +184,7 @@ class FisherOptimizer(Optimizer):
         Returns:
             What the closure returned, or None.
         """
+        self._take_up_groups()
         self._take_turn()
         loss = evaluate_closure(closure)
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
@@ -194,6 +198,21 @@ class FisherOptimizer(Optimizer):
         with _DisableAutocast():  # its products keep the precision of the state
             self._advance(grad_scale, found_inf)
         return loss
+
+    def _take_up_groups(self) -> None:
+        """Go on with groups, or lists of parameters in them, that were put in place of those that were there."""
+        held = self._groups
+        if sum(len(group["params"]) for group in self.param_groups) == len(held) and all(
+            held.get(p) is group for group in self.param_groups for p in group["params"]
+        ):
+            return
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+            self._check_dtypes(group)
+            self._check_group(group)
+        self._find_groups()
+        self._regrouped()
 
     def _take_turn(self) -> None:
         """Say once if another optimizer has stepped some of the parameters since the last step of this one."""
@@ -252,6 +271,7 @@ class FisherOptimizer(Optimizer):
 
         def last_seen(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
             nonlocal loaded
+            self._check_kind(state_dict)
             self._check_shapes(state_dict)
             loaded = state_dict
 
@@ -270,6 +290,25 @@ class FisherOptimizer(Optimizer):
                     self.state[p][name] = value.detach().to(p.device, dtype, copy=True)
         self._find_groups()
         self._reloaded()
+
+    def _check_kind(self, state_dict: dict[str, Any]) -> None:
+        """Refuse the state of another optimizer, before anything is changed."""
+        if missing := {"state", "param_groups"} - state_dict.keys():
+            raise ValueError(f"state_dict lacks {missing.pop()!r}, expected what state_dict() returns")
+        for group in state_dict["param_groups"]:
+            lacking = [name for name in self.defaults if name not in group and name not in self.later]
+            if lacking:
+                raise ValueError(
+                    f"the state is that of another optimizer: its groups lack {', '.join(lacking)}, expected the state "
+                    f"of {type(self).__name__}"
+                )
+            self._check_group(dict(group))
+        for number, state in state_dict["state"].items():
+            if state and self.moment not in state:
+                raise ValueError(
+                    f"the state is that of another optimizer: that of parameter {number!r} has {', '.join(state)}, "
+                    f"expected {self.moment!r} among them"
+                )
 
     def _check_shapes(self, state_dict: dict[str, Any]) -> None:
         """Refuse the state of a model of other widths, before anything is changed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -82,7 +82,8 @@ class DiagonalFactors:
 
     Attributes:
         placed: parameter -> its row and column factor, once its layer has statistics.
-        version: counts the changes of ``placed`` and of what :meth:`constant` returns.
+        version: counts the changes of what :meth:`place_of` and :meth:`constant` return.
+        known: indices of the sites that have statistics.
         refused: indices of sites -> how often their statistics were refused as not finite, on the device.
     """
 
@@ -95,6 +96,7 @@ class DiagonalFactors:
         self.sites, self.state, self.groups = sites, state, groups
         self.placed: dict[Parameter, Place] = {}
         self.version = 0
+        self._aside: frozenset[Parameter] = frozenset()
         self.refused: Counters = {}
         self._averages: dict[int, dict[str, Tensor]] = {}
         self._plans: dict[tuple[Any, ...], list[_Batch]] = {}
@@ -107,8 +109,8 @@ class DiagonalFactors:
         for index, site in enumerate(sites):
             self._orientations[site.owner].append(index)
         self._tied = {owner: indices for owner, indices in self._orientations.items() if len(indices) > 1}
-        self._known = {index for index in range(len(sites)) if self._has_statistics(index)}
-        self._form(self._batches(tuple(sorted(self._known))))
+        self.known = {index for index in range(len(sites)) if self._has_statistics(index)}
+        self._form(self._batches(tuple(sorted(self.known))))
 
     def _has_statistics(self, index: int) -> bool:
         weight = self.state.get(self.sites[index].owner, {}).get(self._prefix(index) + WEIGHT)
@@ -142,7 +144,7 @@ class DiagonalFactors:
 
     def fold(self, taken: Sequence[tuple[int, Sums]]) -> None:
         """Average new statistics in, one call for all sites that share coefficients, and form the curvature."""
-        sums_of = dict(taken)
+        sums_of = {index: sums for index, sums in taken if any(sums.counts)}  # the others are of empty batches
         batches = self._batches(tuple(sums_of))
         refused: set[int] = set()
         for batch in batches:
@@ -168,7 +170,7 @@ class DiagonalFactors:
         if refused:
             batches = self._batches(tuple(index for index in sums_of if index not in refused))
         for batch in batches:
-            self._known.update(batch.indices)
+            self.known.update(batch.indices)
         self._form(batches)
 
     def _batches(self, indices: tuple[int, ...]) -> list[_Batch]:
@@ -256,7 +258,7 @@ class DiagonalFactors:
         group = self.groups[owner]
         rows, columns = [], []
         for index in self._orientations[owner]:
-            if index in self._known:
+            if index in self.known:
                 *averages, (_, weight) = self.averages(index).items()
                 factors = {name: a if group["variant"] == "release" else a / weight for name, a in averages}
                 row, column = self.sites[index].rule.place(self.sites[index].module, factors)["weight"]
@@ -273,13 +275,23 @@ class DiagonalFactors:
             column = torch.where(mean > 0, column / mean, 1.0)
         return row, column
 
+    def set_aside(self, params: Collection[Parameter]) -> None:
+        """Let these parameters, and no others that a layer serves, have the curvature of a fallback."""
+        if self._aside != params:
+            self._aside = frozenset(params)
+            self.version += 1
+
+    def place_of(self, p: Parameter) -> Place | None:
+        """The row and column factor of a parameter, if its layer has statistics and it is not set aside."""
+        return None if p in self._aside else self.placed.get(p)
+
     def constant(self, p: Parameter) -> Tensor | None:
         """The curvature of a parameter that has no factors, as a factor of one element; None for 1.
 
         That is 1 where a layer serves it but has no statistics yet; for a fallback the group's ``fallback_curvature``,
         1 in the release, or else the median over the group's layers of ``mean(S') mean(H') + damping``.
         """
-        if p in self._served:
+        if p in self._served and p not in self._aside:
             return None
         group = self.groups[p]
         key = id(group), p.device, ACCUMULATOR[p.dtype]
@@ -306,7 +318,7 @@ class DiagonalFactors:
 
     def _median(self, group: dict[str, Any]) -> Tensor | None:
         means = []
-        for index in sorted(self._known):
+        for index in sorted(self.known):
             if self.groups[self.sites[index].owner] is group:
                 factors = self._normal[index]
                 inputs = factors.get("input_factor")

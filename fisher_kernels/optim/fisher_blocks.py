@@ -21,6 +21,12 @@ from fisher_kernels.optim.base import Counters, count
 STORAGES = ("full", "packed", "bfloat16")
 """How inverses are stored: as they are, one triangle of each where there are many small ones, or in 16 bits."""
 
+STATE = ("fisher_blocks", "inverse_blocks", "fisher_updates")
+"""State: averaged blocks, their inverses, how many batches were averaged."""
+
+ASIDE = "unused_"
+"""Prefix of the same where a layer was not used, beside those of the layer."""
+
 CHUNK = 1 << 20
 """How many numbers of inverses are held on their way into another form of storage."""
 
@@ -34,6 +40,7 @@ class Part:
         weight, biases: the two columns of joint blocks; the first bias lies beside the weight, the others alone.
         alone: parameters that have all of the blocks to themselves, one by one.
         address: site and position of the raw sum among its sums; None for a fallback.
+        prefix: of the names of its state.
         coupled: whether weight and bias are stepped together. If not, the inverse is that of the blocks without the
             entries in which they meet; None before it is known.
     """
@@ -46,6 +53,7 @@ class Part:
     alone: tuple[Parameter, ...] = ()
     address: tuple[int, int] | None = None
     coupled: bool | None = None
+    prefix: str = ""
 
     @property
     def params(self) -> tuple[Parameter, ...]:
@@ -82,6 +90,7 @@ class FisherBlocks:
     Attributes:
         parts: all of them; their positions are their numbers.
         version: counts the changes of what :meth:`units` returns.
+        known_sites: indices of the sites that have statistics.
         refused: part -> how often its statistics were refused as not finite, on the device.
         bad: part -> how many blocks kept an older inverse so far, on the device.
     """
@@ -102,11 +111,12 @@ class FisherBlocks:
         for index, site in enumerate(sites):
             for part in self._parts_of(index, site, served):
                 self._of_site[index].append(part)
-        self.fallbacks = [
-            self._add(p, Blocks(("weight",), p.numel(), 1), alone=(p,)) for p in groups if p not in served
-        ]
+        self.unruled = [self._add_single(p) for p in groups if p not in served]
+        self._aside: dict[Parameter, Part] = {}  # parts of parameters whose layers are not used now
+        self._all_aside: dict[Parameter, Part] = {}  # or were not at some time
         self._averaged = {part.number for part in self.parts if self._updates(part) > 0}
         self._inverted = set(self._averaged)
+        self.known_sites = {p.address[0] for p in self.parts if p.address and p.number in self._averaged}
         self._stale = set(self._averaged)  # they may have been saved after an update and before its inversion
         self._slices: dict[tuple[int, str], Tensor] = {}
         self._arrivals: dict[int, Tensor] = {}
@@ -114,6 +124,33 @@ class FisherBlocks:
     def _add(self, owner: Parameter, blocks: Blocks, **kept: Any) -> Part:
         self.parts.append(Part(len(self.parts), owner, blocks, **kept))
         return self.parts[-1]
+
+    def _add_single(self, p: Parameter, prefix: str = "") -> Part:
+        return self._add(p, Blocks(("weight",), p.numel(), 1), alone=(p,), prefix=prefix)
+
+    def set_aside(self, params: Collection[Parameter]) -> None:
+        """Let these parameters, and no others that a layer serves, have 1 x 1 blocks of their own."""
+        if self._aside.keys() != set(params):
+            for p in params:
+                if p not in self._all_aside:
+                    part = self._all_aside[p] = self._add_single(p, ASIDE)
+                    if self._updates(part) > 0:
+                        for numbers in (self._averaged, self._inverted, self._stale):
+                            numbers.add(part.number)
+            self._aside = {p: self._all_aside[p] for p in params}
+            self.version += 1
+
+    def fallbacks(self) -> list[Part]:
+        """The parts that take their blocks from gradients."""
+        return [*self.unruled, *self._aside.values()]
+
+    def is_averaged(self, part: Part) -> bool:
+        """Whether a part has statistics."""
+        return part.number in self._averaged
+
+    def _acts(self, part: Part, p: Parameter) -> bool:
+        """Whether a parameter is stepped with a part."""
+        return self._aside.get(p, part) is part and (not part.prefix or p in self._aside)
 
     def _parts_of(self, index: int, site: Site[BlockRule], served: set[Parameter]) -> Iterator[Part]:
         """The parts of one site. A parameter that another site serves already is not served twice."""
@@ -137,27 +174,29 @@ class FisherBlocks:
     # State.
 
     def _updates(self, part: Part) -> int:
-        updates = self.state.get(part.owner, {}).get("fisher_updates")
+        updates = self.state.get(part.owner, {}).get(part.prefix + "fisher_updates")
         return 0 if updates is None else int(updates)
 
     def averages(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
         """The averaged blocks of a part, their inverses and the number of updates; made on first use."""
         state = self.state[part.owner]
-        if "fisher_blocks" not in state:
-            blocks, owner = part.blocks, part.owner
-            wide = ACCUMULATOR[owner.dtype]
-            shape = (blocks.count, blocks.size, blocks.size)
-            state["fisher_blocks"] = torch.zeros(shape, dtype=wide, device=owner.device)
-            storage = self.groups[owner]["inverse_storage"]
-            identity = torch.eye(
-                blocks.size, dtype=torch.bfloat16 if storage == "bfloat16" else wide, device=owner.device
-            ).unsqueeze(0)
-            if storage == "packed" and packs(blocks):
-                state["inverse_blocks"] = pack(identity).repeat(blocks.count, 1)
-            else:
-                state["inverse_blocks"] = identity.repeat(blocks.count, 1, 1)
-            state["fisher_updates"] = torch.zeros((), dtype=torch.float32, device=owner.device)
-        return state["fisher_blocks"], state["inverse_blocks"], state["fisher_updates"]
+        blocks, inverses, updates = (part.prefix + name for name in STATE)
+        if blocks not in state:
+            state[blocks], state[inverses] = self._new_averages(part)
+            state[updates] = torch.zeros((), dtype=torch.float32, device=part.owner.device)
+        return state[blocks], state[inverses], state[updates]
+
+    def _new_averages(self, part: Part) -> tuple[Tensor, Tensor]:
+        blocks, owner = part.blocks, part.owner
+        wide = ACCUMULATOR[owner.dtype]
+        averages = torch.zeros((blocks.count, blocks.size, blocks.size), dtype=wide, device=owner.device)
+        storage = self.groups[owner]["inverse_storage"]
+        identity = torch.eye(
+            blocks.size, dtype=torch.bfloat16 if storage == "bfloat16" else wide, device=owner.device
+        ).unsqueeze(0)
+        if storage == "packed" and packs(blocks):
+            return averages, pack(identity).repeat(blocks.count, 1)
+        return averages, identity.repeat(blocks.count, 1, 1)
 
     # Averages.
 
@@ -213,6 +252,8 @@ class FisherBlocks:
         """Note that the average of a part has changed, or on a GPU that it may have."""
         self.averages(part)[2].add_(1 - refused)
         self._averaged.add(part.number)
+        if part.address is not None:
+            self.known_sites.add(part.address[0])
         self._stale.add(part.number)
         self._renew_slices(part, ("further bias",))
 
@@ -223,7 +264,7 @@ class FisherBlocks:
         for part in self.parts:
             if len(part.blocks.roles) == 2:
                 both = (part.weight, *part.biases[:1])
-                live = [p for p in both if p is not None and p.grad is not None]
+                live = [p for p in both if p is not None and p.grad is not None and self._acts(part, p)]
                 coupled = len(live) == 2 and self.groups[live[0]] is self.groups[live[1]]
                 if live and part.coupled is not coupled:
                     if part.coupled is not None and part.number in self._averaged:
@@ -282,8 +323,12 @@ class FisherBlocks:
 
     # What the step reads.
 
-    def units(self, part: Part, steps: Callable[[Parameter], bool]) -> Iterator[Unit]:
-        """The entries of the step for those parameters of a part of which ``steps`` is true."""
+    def units(self, part: Part, wanted: Callable[[Parameter], bool]) -> Iterator[Unit]:
+        """The entries of the step for those parameters of a part of which ``wanted`` is true."""
+
+        def steps(p: Parameter) -> bool:
+            return self._acts(part, p) and wanted(p)
+
         if not any(map(steps, part.params)) or (len(part.blocks.roles) == 2 and part.coupled is None):
             return  # the latter before the first step of a state that was loaded
         inverse = self.averages(part)[1]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any, Generic
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, ClassVar, Generic, Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim.optimizer import ParamsT
 
-from fisher_kernels.curvature.hooks import Layer, Statistics, find_layers, times_attached
+from fisher_kernels.curvature.hooks import Layer, Site, Statistics, find_layers, times_attached
 from fisher_kernels.curvature.rules import R, Sums
 from fisher_kernels.optim.base import Explanations, FisherOptimizer
+from fisher_kernels.optim.caller import calling
+from fisher_kernels.optim.unserved import UNSERVED, UNUSED, Unserved, has_gradient, shown
 from fisher_kernels.optim.warn import warn, warn_once
 
 FALLBACK_SHARE = 0.01
@@ -33,7 +36,11 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         defaults: hyperparameters of groups that do not set them.
         grad_scaler: the ``torch.amp.GradScaler`` whose scale is in the derivatives.
         process_group: over which statistics are added up; None takes the default group where there is one.
+        fallback: ``"warn"`` of parameters that no layer serves, or ``"error"``: refuse to train them.
     """
+
+    statistics_state: ClassVar[tuple[str, ...]]
+    """State: what is averaged of a layer's statistics, and what is made of it."""
 
     _looked_at = -1  # so many optimizers had been attached to models when others were looked for
 
@@ -44,6 +51,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         defaults: dict[str, Any],
         grad_scaler: Any,
         process_group: dist.ProcessGroup | None,
+        fallback: Literal["warn", "error"] = "warn",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -53,11 +61,20 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         for name, parameter in model.named_parameters():
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 raise ValueError(f"parameter {name!r} is not initialised: run a forward pass of the lazy module first")
+        if fallback not in ("warn", "error"):
+            raise ValueError(f"fallback is {fallback!r}, expected 'warn' or 'error'")
         self._model = model
+        self._fallback = fallback
         self._statistics: Statistics[R] | None = None
-        self._armed: list[bool] = []
+        self._unserved = Unserved()
         super().__init__(model.parameters() if params is None else params, defaults)
-        self._watch(grad_scaler, process_group)
+        try:
+            self._watch(grad_scaler, process_group)
+            self._require_rules()
+        except ValueError:
+            if self._statistics is not None:
+                self._statistics.close()
+            raise
         self._warn_of_fallbacks(self.explain())
 
     # What subclasses define.
@@ -70,8 +87,16 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         """What happens to a parameter that no rule serves."""
         raise NotImplementedError
 
-    def _rewatched(self) -> None:
-        """Called when the watched layers or the state have changed; ends with :meth:`_arm`."""
+    def _rebuild(self) -> None:
+        """Make anew what is derived from the watched layers and the state, which have changed."""
+        raise NotImplementedError
+
+    def _set_aside(self, params: Collection[Parameter]) -> None:
+        """Let these parameters, whose layers were not used, take a fallback, and all others what their layers give."""
+        raise NotImplementedError
+
+    def _known_sites(self) -> Collection[int]:
+        """Indices of the sites that have statistics."""
         raise NotImplementedError
 
     def _prepare(self) -> None:
@@ -97,24 +122,97 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         assert self._statistics is not None
         return self._statistics
 
+    def _rule_if_served(self, module: nn.Module, owner: Parameter) -> R | None:
+        return None if self._unserved.is_misfit(module) else self._rule_for(module, owner)
+
     def _watch(self, grad_scaler: Any, process_group: dist.ProcessGroup | None) -> None:
         old = self._statistics
-        layers = find_layers(self._model, self._rule_for, self._groups)
+        layers = find_layers(self._model, self._rule_if_served, self._groups)
         self._statistics = Statistics(layers, grad_scaler, process_group)
         if old is not None:
             self._statistics.adopt(old)
             if not old.open:
                 self._statistics.close()
             old.close()
+        self._note_places()
         self._rewatched()
+
+    def _rewatched(self) -> None:
+        self._rebuild()
+        self._set_aside(self._unserved.without_use(self.statistics.layers()))
+        self._armed: tuple[Any, ...] | None = None
+        self._missed: set[int] = set()  # sites that had a gradient while a compiled model was not asked for statistics
+        self._arm()
 
     def _regrouped(self) -> None:
         if self._statistics is not None:
             self._watch(self._statistics.grad_scaler, self._statistics.process_group)
+            self._require_rules()
+
+    def _note_places(self) -> None:
+        """Note where the model has its modules and the parameters that are held, and what these are called."""
+        self._named = {name: p for name, p in self._model.named_parameters(remove_duplicate=False) if p in self._groups}
+        self._places: list[tuple[dict[str, Any], str, Any]] = []
+        for module in self._model.modules():
+            if not isinstance(module, torch.jit.ScriptModule):  # whose modules and parameters are no dictionaries
+                self._places += [(module._modules, name, child) for name, child in module._modules.items()]
+                self._places += [(module._parameters, n, p) for n, p in module._parameters.items() if p in self._groups]
+
+    def _is_as_noted(self) -> bool:
+        for there, name, value in self._places:
+            found = there.get(name)
+            # What has no gradient may be there for a while, as in a functional call; None is no other parameter.
+            if found is not value and (isinstance(value, nn.Module) or getattr(found, "grad", None) is not None):
+                return False
+        return True
+
+    def _follow(self) -> None:
+        """Hold what the model has now under the names of parameters that it has no more, with the state of these.
+
+        ``load_state_dict(assign=True)``, ``to_empty()`` and a module in place of another bring new parameters.
+        """
+        now = dict(self._model.named_parameters(remove_duplicate=False))
+        there = set(now.values())
+        moved: dict[Parameter, Parameter] = {}
+        lost = []
+        for name, p in self._named.items():
+            q = now.get(name)
+            if q is p or p in there:
+                continue
+            if q is None or q.shape != p.shape or moved.get(p, q) is not q:
+                lost.append(name)
+            else:
+                moved[p] = q
+        taken = {p for p in self._groups if p not in moved}
+        for group in self.param_groups:
+            stay = [q for p in group["params"] if (q := moved.get(p, p)) is p or q not in taken]
+            group["params"] = list(dict.fromkeys(stay))
+            taken.update(stay)
+        self._find_groups()
+        for p, q in moved.items():
+            if (state := self.state.pop(p, None)) is not None and not p.is_meta and q not in self.state:
+                self.state[q] = {
+                    name: value.to(q.device, self._dtype_of(q, name) if value.is_floating_point() else value.dtype)
+                    for name, value in state.items()
+                }
+        self._regrouped()
+        if lost:
+            self._warn_once(
+                f"lost {shown(lost)}",
+                f"the model has no such parameters any more, or others of another shape, and they are not trained: "
+                f"{shown(lost)}. Make a new optimizer, or pass what took their place to add_param_group()",
+            )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         group.setdefault("iteration", 0)
+        group.setdefault(UNSERVED, {})
         super()._check_group(group)
+
+    def _take_up_groups(self) -> None:
+        before = self._groups
+        super()._take_up_groups()
+        if self._groups is not before:
+            self._warn_of_fallbacks(self.explain())
 
     def close(self) -> None:
         """Remove the hooks from the model. The optimizer can go on stepping with the curvature it has."""
@@ -154,23 +252,135 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
     def _advance(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         if self._looked_at != times_attached():
             self._look_for_other_readers()
+        if not self._is_as_noted():
+            self._follow()
         self._prepare()
-        taken = self.statistics.take(grad_scale)
-        if not taken:
+        taken = self.statistics.take(self._loss_scale(grad_scale, found_inf))
+        taken = self._leave_out_misfits(taken)
+        if not taken and not self.statistics.late:
             self._warn_if_silent()
+        self._note_unused({index for index, _ in taken})
+        self._require_served()
         self._fold(taken, grad_scale)
         for group in self.param_groups:
             self._update(group, grad_scale, found_inf)
             group["iteration"] += 1
         self._arm()
 
+    def _loss_scale(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor | None:
+        """The scale in the derivatives where no scaler was given: that of the one that calls this step, if any does.
+
+        It passes the scale unless gradients were unscaled before.
+        """
+        if grad_scale is not None or found_inf is None or self.statistics.grad_scaler is not None:
+            return grad_scale
+        scaler = calling(torch.amp.GradScaler)
+        if scaler is None:
+            raise RuntimeError(
+                f"gradients were unscaled before the step, and {type(self).__name__} does not know the scale that is "
+                "still in its statistics: construct it with grad_scaler=, the scaler in use"
+            )
+        scale: Tensor | None = scaler._get_scale_async()  # since the last update(), so in all that is pending
+        return scale
+
     def _arm(self) -> None:
-        """Let the layers whose next step refreshes their statistics collect them."""
-        armed = [is_due(group) for group in self.param_groups]
+        """Let the layers whose next step refreshes their statistics collect them, and those that have none yet."""
+        known = self._known_sites()
+        awake = bool(self._missed) or any(map(is_due, self.param_groups))
+        armed = (len(known), awake, *map(is_due, self.param_groups))
         if armed != self._armed:
             self._armed = armed
-            for index, site in enumerate(self.statistics.sites):
-                self.statistics.arm(index, is_due(self._groups[site.owner]))
+            sites = enumerate(self.statistics.sites)
+            collecting = {i for i, s in sites if i not in known or is_due(self._groups[s.owner])}
+            self.statistics.arm(collecting, awake)
+
+    # Layers that are not served.
+
+    def _leave_out_misfits(self, taken: list[tuple[int, Sums]]) -> list[tuple[int, Sums]]:
+        """Let layers that were found out take a fallback from now on; returns what was taken of the others."""
+        found = [(layer, reason) for layer in self.statistics.layers() if (reason := layer.proof.reason) is not None]
+        if not found:
+            return taken
+        keys = [(site.owner, site.rule.layout) for site in self.statistics.sites]
+        for layer, reason in found:
+            self._unserved.add(layer, self._groups[layer.owner], reason)
+        self._drop_state_of_misfits()
+        self._watch(self.statistics.grad_scaler, self.statistics.process_group)
+        self._prepare()
+        if self._fallback == "warn":
+            told = "; ".join(f"{layer.name or 'model'} ({reason})" for layer, reason in found)
+            warn(
+                f"{type(self).__name__}: {len(found)} {'layers' if len(found) > 1 else 'layer'} cannot be served by a "
+                f"rule and take a fallback: {told}. print(optimizer.explain()) shows each"
+            )
+        places = {(site.owner, site.rule.layout): index for index, site in enumerate(self.statistics.sites)}
+        return [(places[keys[index]], sums) for index, sums in taken if keys[index] in places]
+
+    def _drop_state_of_misfits(self) -> None:
+        """Forget the statistics of sites of which no layer is left."""
+        left = find_layers(self._model, self._rule_if_served, self._groups)
+        still = {(layer.owner, layer.rule.layout) for layer in left}
+        for site in self.statistics.sites:
+            if (site.owner, site.rule.layout) not in still:
+                state = self.state.get(site.owner, {})
+                for name in [name for name in state if name in self.statistics_state]:
+                    del state[name]
+
+    def _note_unused(self, taken: set[int]) -> None:
+        """Let layers that have a gradient and gave no statistics take a fallback, until they are used.
+
+        Where no layer gave statistics the cause is a common one, of which one warning is enough. A model that is
+        compiled may not have been asked for any: the next step does.
+        """
+        sites = self.statistics.sites
+        again = [layer for i in taken for layer in sites[i].layers if self._unserved.is_unused(layer.module)]
+        for layer in again:
+            self._unserved.remove(layer, self._groups[layer.owner])
+        used = {p for i in taken for layer in sites[i].layers for p in layer.parameters.values()}
+        expected = self.statistics.armed - taken - self.statistics.late
+        self.statistics.late.clear()
+        lacking = {i for i in expected if self._has_other_gradients(sites[i], used)}
+        unused = lacking if taken and self.statistics.awake else set()
+        self._missed = (self._missed if self.statistics.awake else self._missed | lacking) - taken - unused
+        noted = [layer for i in sorted(unused) for layer in sites[i].layers]
+        for layer in noted:
+            self._unserved.add(layer, self._groups[layer.owner], UNUSED)
+        if noted or again:
+            self._set_aside(self._unserved.without_use(self.statistics.layers()))
+        if noted and self._fallback == "warn":
+            names = shown([layer.name or "model" for layer in noted])
+            self._warn_once(
+                f"unused {names}",
+                f"layers have a gradient, and a refresh saw no use of them: {names}. Is a weight applied by a function "
+                "instead, or was it reparametrised (pruned, for example)? They take a fallback until they are used; "
+                "print(optimizer.explain()) shows each",
+            )
+
+    def _has_other_gradients(self, site: Site[R], used: Collection[Parameter]) -> bool:
+        """Whether a site that is not known to be unused has gradients of parameters that are not used elsewhere."""
+        layers = (layer for layer in site.layers if not self._unserved.is_unused(layer.module))
+        return any(has_gradient(p) for layer in layers for p in layer.parameters.values() if p not in used)
+
+    def _require_rules(self) -> None:
+        """Refuse trained parameters without a rule, if so asked."""
+        if self._fallback == "error":
+            self._refuse(lambda p: p.requires_grad, ValueError)
+
+    def _require_served(self) -> None:
+        """Refuse to step a parameter without a rule, if so asked."""
+        if self._fallback == "error":
+            self._refuse(lambda p: p.grad is not None, RuntimeError)
+
+    def _refuse(self, trains: Callable[[Parameter], bool], kind: type[Exception]) -> None:
+        served = self._layers_of().keys() - self._unserved.without_use(self.statistics.layers())
+        names = [name for name, p in self._names() if p not in served and trains(p)]
+        if names:
+            reasons = [f"; {name}: {reason}" for group in self.param_groups for name, reason in group[UNSERVED].items()]
+            raise kind(
+                f"{len(names)} trained parameters have no layer rule ({shown(names)}{''.join(reasons)}), and "
+                "fallback='error' refuses to train them: leave them to another optimizer (params=), or take "
+                "fallback='warn'"
+            )
 
     def _warn_if_silent(self) -> None:
         """Say once that a refresh step had gradients and no statistics."""
@@ -190,17 +400,23 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _reloaded(self) -> None:
         self.statistics.clear()
-        layers = [layer for site in self.statistics.sites for layer in site.layers]
-        if all(self._rule_for(layer.module, layer.owner) == layer.rule for layer in layers):
+        misfits = self._unserved.misfits()
+        self._unserved.read(self.param_groups, self._model)
+        same = misfits == self._unserved.misfits()
+        if same and all(self._rule_for(la.module, la.owner) == la.rule for la in self.statistics.layers()):
             self._rewatched()
         else:  # the settings that came along have other rules
             self._watch(self.statistics.grad_scaler, self.statistics.process_group)
 
     def _restored(self) -> None:
+        self._unserved = Unserved()
+        self._unserved.read(self.param_groups, self._model)
+        self._note_places()
         self._rewatched()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_model": self._model, "_statistics": self._statistics}
+        kept = ("_model", "_statistics", "_fallback")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     # Reports.
 
@@ -221,11 +437,14 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _served(self) -> Callable[[Parameter], tuple[str, str]]:
         served = self._layers_of()
+        aside = self._unserved.without_use(self.statistics.layers())
+        left_out = self._unserved.of(self._model)
 
         def by_rule(p: Parameter) -> tuple[str, str]:
-            uses = served.get(p, [])
+            uses = [] if p in aside else served.get(p, [])
             rule = " + ".join(dict.fromkeys(layer.rule.name for _, layer in uses)) or "fallback"
-            return rule, "; ".join(self._detail(role, layer) for role, layer in uses) or self._fallback_detail(p)
+            details = [self._detail(role, layer) for role, layer in uses] or [self._fallback_detail(p)]
+            return rule, "; ".join(details + left_out.get(p, []))
 
         return by_rule
 
@@ -234,10 +453,9 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         fallbacks = [row.name for row in rows if row.fallback and not row.frozen]
         share = sum(sizes[name] for name in fallbacks) / max(sum(sizes.values()), 1)
         if share > FALLBACK_SHARE:
-            shown = ", ".join(fallbacks[:5]) + (", ..." if len(fallbacks) > 5 else "")
             warn_once(
                 f"{type(self).__name__}: {share:.0%} of the trained parameters have no layer rule and take a fallback "
-                f"({shown}); print(optimizer.explain()) shows each"
+                f"({shown(fallbacks)}); print(optimizer.explain()) shows each"
             )
 
 

@@ -6,7 +6,7 @@ Source: MBF, arXiv 2202.04124 (AISTATS 2023), Algorithm 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,14 +16,18 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim.optimizer import ParamsT
 
-from fisher_kernels.curvature.block_rules import BlockRule, BlockRules, Blocks, Sharing
+from fisher_kernels.curvature.block_rules import WIDEST, BlockRule, BlockRules, Blocks, LinearBlocks, Sharing
 from fisher_kernels.curvature.hooks import Layer
 from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.ops import ACCUMULATOR, mbf_step_
 from fisher_kernels.ops._blocks import unpack
 from fisher_kernels.optim.base import count, require_numbers, totals
-from fisher_kernels.optim.fisher_blocks import STORAGES, FisherBlocks, New, Unit
+from fisher_kernels.optim.fisher_blocks import ASIDE, STATE, STORAGES, FisherBlocks, New, Unit
 from fisher_kernels.optim.layerwise import LayerwiseOptimizer, is_due
+from fisher_kernels.optim.warn import warn_once
+
+MUCH = 1 << 30
+"""Bytes of the blocks of one layer above which they are worth a warning."""
 
 
 class MBF(LayerwiseOptimizer[BlockRule]):
@@ -71,14 +75,17 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         beta2: decay of the blocks, 0 <= beta2 < 1.
         update_interval: statistics are taken every so many steps; in between the hooks do nothing.
         inverse_interval: blocks that have changed are inverted every so many steps.
-        linear_blocks: ``"shared"``, one block for all outputs of a Linear; ``"per_output"``, one for each, (O, I + 1, I
-            + 1) numbers; or an integer: shared blocks of so many columns.
+        linear_blocks: ``"shared"``, one block for all outputs of a Linear, or, if it has more than 8192 columns, shared
+            blocks of 1024, with a warning; ``"per_output"``, one for each, (O, I + 1, I + 1) numbers; or an integer:
+            shared blocks of so many columns.
         sequence: what a sample is to a Linear on inputs of three dimensions or more, and to layers that are used
             several times: ``"expand"`` takes every row and every use as one; ``"reduce"`` adds up a sample's gradient
             over them first, which is exact, keeps inputs and derivatives until the step, and costs O(O I^2) a sample.
         loss_reduction: ``"mean"`` or ``"sum"``: how the loss makes one number of the samples'.
         weight_decay: at least 0.
         decoupled: decay the weights rather than add the decay to the gradient.
+        mask_zeros: a weight that is 0 and whose gradient is 0 stays 0. Without it the other weights of its block move
+            it, also where a pruning mask has set its gradient to 0.
         maximize: ascend.
         params: parameter groups, each with any of these hyperparameters; None takes all parameters of the model. The
             settings of a layer's blocks are those of its weight's group. A bias whose weight is in another group has
@@ -90,6 +97,8 @@ class MBF(LayerwiseOptimizer[BlockRule]):
             them; it costs a copy of them and their memory. Other steps can be captured without it.
         process_group: over which statistics are added up, one all-reduce a refresh; None takes the default group where
             torch.distributed is initialised.
+        fallback: ``"warn"`` of parameters that no layer rule serves, or ``"error"``: refuse to start, or to go on,
+            training them.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
@@ -99,6 +108,8 @@ class MBF(LayerwiseOptimizer[BlockRule]):
     """
 
     moment = "momentum_buffer"
+    statistics_state = tuple(prefix + name for prefix in ("", ASIDE) for name in STATE)
+    later = ("capturable", "mask_zeros")
 
     def __init__(
         self,
@@ -116,12 +127,14 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         loss_reduction: Literal["mean", "sum"] = "mean",
         weight_decay: float = 0.0,
         decoupled: bool = True,
+        mask_zeros: bool = False,
         maximize: bool = False,
         params: ParamsT | None = None,
         grad_scaler: Any = None,
         inverse_storage: Literal["full", "packed", "bfloat16"] = "full",
         capturable: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        fallback: Literal["warn", "error"] = "warn",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -136,17 +149,39 @@ class MBF(LayerwiseOptimizer[BlockRule]):
             "loss_reduction": loss_reduction,
             "weight_decay": weight_decay,
             "decoupled": decoupled,
+            "mask_zeros": mask_zeros,
             "maximize": maximize,
             "inverse_storage": inverse_storage,
             "capturable": capturable,
         }
         self._scales: dict[int, Tensor] = {}
-        super().__init__(model, params, defaults, grad_scaler, process_group)
+        super().__init__(model, params, defaults, grad_scaler, process_group, fallback)
+        self._warn_of_wide()
+
+    def _warn_of_wide(self) -> None:
+        """Say which Linear layers are cut because they are wide, and which have blocks that take much memory."""
+        for site in self.statistics.sites:
+            if not isinstance(site.rule, LinearBlocks):
+                continue
+            (blocks,), name = site.rule.blocks, f"{site.layers[0].name or 'model'}.weight"
+            wide = ACCUMULATOR[site.owner.dtype].itemsize
+            if self._groups[site.owner]["linear_blocks"] == "shared" and blocks.columns > WIDEST:
+                warn_once(
+                    f"MBF: {name} has {blocks.columns:,} columns. One block for all of them would take "
+                    f"{wide * blocks.columns**2:,} bytes, several times over, so it is cut into {blocks.count:,} of "
+                    f"{blocks.size:,} columns. linear_blocks= takes another number of columns"
+                )
+            elif blocks.numel * wide > MUCH:
+                warn_once(
+                    f"MBF: the blocks of {name} take {blocks.numel * wide:,} bytes, several times over; a number of "
+                    "columns as linear_blocks= makes them smaller"
+                )
 
     # Groups.
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        group.setdefault("capturable", False)  # which states saved by earlier versions lack
+        for name in self.later:
+            group.setdefault(name, False)
         super()._check_group(group)
         require_numbers(group, ("momentum", "beta2", "damping", "weight_decay"))
         if group["kl_clip"] is not None:
@@ -184,7 +219,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         return self._rules(module, Sharing(group["linear_blocks"], group["sequence"], group["loss_reduction"]))
 
     def _layers_of(self) -> dict[Parameter, list[tuple[str, Layer[BlockRule]]]]:
-        fallbacks = {part.owner for part in self._blocks.fallbacks}
+        fallbacks = {part.owner for part in self._blocks.unruled}
         return {p: uses for p, uses in super()._layers_of().items() if p not in fallbacks}
 
     def _detail(self, role: str, layer: Layer[BlockRule]) -> str:
@@ -197,15 +232,21 @@ class MBF(LayerwiseOptimizer[BlockRule]):
     def _fallback_detail(self, parameter: Parameter) -> str:
         return "1 x 1 blocks from the squared gradient of the batch"
 
-    def _rewatched(self) -> None:
+    def _rebuild(self) -> None:
         self._rules = BlockRules(self._model)  # which know parameters by identity: a copy has others
         self._numbers = {p: number for number, p in enumerate(self._groups)}
         self._plans: dict[int, _Plan] = {}
         self._blocks = FisherBlocks(self.statistics.sites, self.state, self._groups)
-        self._armed = []
-        self._arm()
+
+    def _set_aside(self, params: Collection[Parameter]) -> None:
+        self._blocks.set_aside(params)
+        self._blocks.couple()
+
+    def _known_sites(self) -> Collection[int]:
+        return self._blocks.known_sites
 
     def _dtype_of(self, p: Parameter, name: str) -> torch.dtype:
+        name = name.removeprefix(ASIDE)
         if name == "inverse_blocks" and self._groups[p]["inverse_storage"] == "bfloat16":
             return torch.bfloat16
         return torch.float32 if name == "fisher_updates" else super()._dtype_of(p, name)
@@ -239,9 +280,10 @@ class MBF(LayerwiseOptimizer[BlockRule]):
     def _from_gradients(self, sums: list[Sums], grad_scale: Tensor | None) -> Iterator[New]:
         """Squared gradients of parameters without a rule, times N for a mean over N samples, as blocks are scaled."""
         samples = max([1, *(n for s in sums for n in s.counts)])
-        for part in self._blocks.fallbacks:
+        for part in self._blocks.fallbacks():
             group, gradient = self._groups[part.owner], part.owner.grad
-            if gradient is not None and is_due(group) and gradient.numel():
+            due = is_due(group) or not self._blocks.is_averaged(part)
+            if gradient is not None and due and gradient.numel():
                 wide = gradient.to(ACCUMULATOR[gradient.dtype])
                 if grad_scale is not None:
                     wide = wide / grad_scale.to(wide.device, wide.dtype)
@@ -268,6 +310,9 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         params: list[Tensor] = list(plan.params)
         gradients = [p.grad for p in params]
         moments = [self.state[p][self.moment] for p in plan.params]
+        zeros = []
+        if group["mask_zeros"]:
+            zeros = [p.eq(0) & g.eq(0) for p, g in zip(params, gradients, strict=True) if g is not None]
         for i in plan.transposed:  # a weight that lies the other way round
             params[i], moments[i] = params[i].t(), moments[i].t()
             gradients[i] = gradients[i].t()  # type: ignore[union-attr]
@@ -285,6 +330,8 @@ class MBF(LayerwiseOptimizer[BlockRule]):
             grad_scale=grad_scale,
             found_inf=found_inf,
         )
+        for p, mask in zip(plan.params, zeros, strict=False):  # none unless they are kept
+            p.masked_fill_(mask, 0)
         count(self._skipped, plan.numbers, skipped)
 
     def _plan(self, group: dict[str, Any]) -> _Plan:
@@ -320,8 +367,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         self.statistics.clear()
         sums: dict[int, tuple[Tensor, float]] = {}
         try:
-            for index in range(len(self.statistics.sites)):
-                self.statistics.arm(index, True)
+            self.statistics.arm(range(len(self.statistics.sites)), awake=True)
             for batch in _with_progress(batches) if progress else batches:
                 for p in parameters:
                     p.grad = None
@@ -331,7 +377,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         finally:
             self.statistics.grad_scaler = grad_scaler
             self.statistics.clear()
-            self._armed = []
+            self._armed = None
             self._arm()
             for p, gradient in zip(parameters, gradients, strict=True):
                 p.grad = gradient

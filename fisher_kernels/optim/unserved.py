@@ -1,0 +1,85 @@
+"""Layers that have a rule and are not served by it: which they are, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+from fisher_kernels.curvature.hooks import Layer
+
+UNSERVED = "unserved"
+"""Key of parameter groups: name of each layer that is not served -> the reason."""
+
+UNUSED = "no statistics in the last refresh, though it has a gradient"
+"""The reason of a layer that is served again as soon as it is used."""
+
+
+class Unserved:
+    """The layers of a model that are not served, with the reason of each.
+
+    They are part of the parameter groups, so that a state that is loaded goes on as it was saved.
+    """
+
+    def __init__(self) -> None:
+        self._reasons: dict[nn.Module, str] = {}
+
+    def read(self, groups: Iterable[dict[str, Any]], model: nn.Module) -> None:
+        """Take over what the parameter groups say of the layers of a model."""
+        named = {name: reason for group in groups for name, reason in group.get(UNSERVED, {}).items()}
+        modules = dict(model.named_modules()) if named else {}
+        self._reasons = {modules[name]: reason for name, reason in named.items() if name in modules}
+
+    def add(self, layer: Layer[Any], group: dict[str, Any], reason: str) -> None:
+        self._reasons[layer.module] = reason
+        group[UNSERVED] = {**group[UNSERVED], layer.name: reason}
+
+    def remove(self, layer: Layer[Any], group: dict[str, Any]) -> None:
+        del self._reasons[layer.module]
+        group[UNSERVED] = {name: reason for name, reason in group[UNSERVED].items() if name != layer.name}
+
+    def is_misfit(self, module: nn.Module) -> bool:
+        """Whether a layer cannot be served by a rule, and is not looked at any more."""
+        return self._reasons.get(module, UNUSED) != UNUSED
+
+    def is_unused(self, module: nn.Module) -> bool:
+        """Whether a refresh found a gradient of a layer and no use."""
+        return self._reasons.get(module) == UNUSED
+
+    def misfits(self) -> set[nn.Module]:
+        return {module for module in self._reasons if self.is_misfit(module)}
+
+    def without_use(self, layers: Iterable[Layer[Any]]) -> set[Parameter]:
+        """The parameters of unused layers that no other layer serves."""
+        unused: set[Parameter] = set()
+        served: set[Parameter] = set()
+        for layer in layers:
+            (unused if self.is_unused(layer.module) else served).update(layer.parameters.values())
+        return unused - served
+
+    def of(self, model: nn.Module) -> dict[Parameter, list[str]]:
+        """What is to be said of each parameter of the layers that are not served."""
+        names = {module: name for name, module in model.named_modules()} if self._reasons else {}
+        said: dict[Parameter, list[str]] = {}
+        for module, reason in self._reasons.items():
+            for p in module._parameters.values():
+                if p is not None:
+                    said.setdefault(p, []).append(f"not served for {names.get(module) or 'model'}: {reason}")
+        return said
+
+
+def has_gradient(p: Parameter) -> bool:
+    """Whether a parameter has a gradient that is not all zeros; waits for a GPU, unless a graph is being captured."""
+    if p.grad is None or not p.requires_grad:
+        return False
+    if p.grad.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return bool(p.grad.any())
+
+
+def shown(names: list[str]) -> str:
+    """A few of many names."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
