@@ -314,7 +314,7 @@ class NaiveAdaFisher:
 
     def _refresh(self, site: Site, uses: Sequence[Use]) -> None:
         group = self.group_of[id(site.owner)]
-        if group["iteration"] % group["update_interval"] or not uses:
+        if (group["iteration"] % group["update_interval"] and site.refreshes) or not uses:
             return
         total: Sums = {}
         for _, module, x, grad in uses:

@@ -685,7 +685,6 @@ class TestCopies:
         model(batch()[0])
         assert not any(m._forward_hooks or m._forward_hooks_with_kwargs for m in model.modules())
 
-    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:`torch.jit:DeprecationWarning")
     def test_a_pickled_model_loads_without_this_package(self, make, tmp_path):
         model = nn.Sequential(nn.Linear(2, 2))
         optimizer = make(model)
@@ -704,6 +703,7 @@ class TestCopies:
         train_one.step()
         assert updates(train_one, loaded[0].weight) > 0
 
+    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:`torch.jit:DeprecationWarning")
     def test_scripting(self, make):
         model = mlp()
         optimizer = make(model)

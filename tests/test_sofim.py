@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,6 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.func import functional_call
 
 from fisher_kernels import SOFIM
@@ -570,6 +570,9 @@ def test_squares_that_overflow_stop_the_step(direction: str) -> None:
 
 def test_a_share_of_the_parameters_is_refused_where_one_norm_is_meant() -> None:
     """ZeroRedundancyOptimizer makes the optimizer within itself, with the share of its process."""
+    with warnings.catch_warnings():  # torch scripts functions where it is imported
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from torch.distributed.optim import ZeroRedundancyOptimizer
 
     class Sharded(ZeroRedundancyOptimizer):
         def __init__(self, processes: int, scope: Any) -> None:
