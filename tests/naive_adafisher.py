@@ -314,10 +314,8 @@ class NaiveAdaFisher:
 
     def _refresh(self, site: Site, uses: Sequence[Use]) -> None:
         group = self.group_of[id(site.owner)]
-        between = (
-            group["iteration"] % group["update_interval"] and site.refreshes
-        )  # without statistics it waits for none
-        if between or not uses:
+        # Without statistics it waits for no refresh.
+        if (group["iteration"] % group["update_interval"] and site.refreshes) or not uses:
             return
         total: Sums = {}
         for _, module, x, grad in uses:

@@ -58,6 +58,11 @@ def token_arguments() -> Arguments:
     return (random((3, 4), torch.float32), [random((3, 2), torch.float32)], torch.zeros(1), [0, 0, 0, 1]), {}
 
 
+def tap_arguments() -> Arguments:
+    (output, *rest), _ = token_arguments()
+    return (output, random((3, 5), torch.float32), *rest), {}
+
+
 def small_samples() -> dict[str, list[Sample]]:
     """What the ops are called with here, by op: the samples of at most 9,000 numbers."""
 
@@ -92,7 +97,7 @@ ARGUMENTS: dict[str, list[Callable[[], Arguments]]] = {
         name: [lambda name=name, inputs=inputs: op_arguments(name, inputs()) for inputs in calls]
         for name, calls in PUBLIC.items()
     },
-    "tap": [token_arguments],
+    "tap": [tap_arguments],
     "commit_": [token_arguments],
 }
 CALLS = [
