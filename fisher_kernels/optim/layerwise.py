@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from fisher_kernels.curvature.hooks import Layer, Site, Statistics, find_layers, times_attached
 from fisher_kernels.curvature.rules import R, Sums
-from fisher_kernels.optim.base import Explanations, FisherOptimizer
+from fisher_kernels.optim.base import Explanations, FisherOptimizer, require_memory
 from fisher_kernels.optim.caller import calling
 from fisher_kernels.optim.unserved import UNSERVED, UNUSED, Unserved, has_gradient, shown
 from fisher_kernels.optim.warn import warn, warn_once
@@ -63,11 +63,17 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
                 raise ValueError(f"parameter {name!r} is not initialised: run a forward pass of the lazy module first")
         if fallback not in ("warn", "error"):
             raise ValueError(f"fallback is {fallback!r}, expected 'warn' or 'error'")
+        _check_kinds(grad_scaler, process_group)
         self._model = model
         self._fallback = fallback
         self._statistics: Statistics[R] | None = None
         self._unserved = Unserved()
         super().__init__(model.parameters() if params is None else params, defaults)
+        if self._groups.keys().isdisjoint(model.parameters()):
+            raise ValueError(
+                f"params has no parameter of model: none of these {len(self._groups)} is in the {type(model).__name__} "
+                "whose layers are read, expected those of one model"
+            )
         try:
             self._watch(grad_scaler, process_group)
             self._require_rules()
@@ -352,7 +358,8 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             self._warn_once(
                 f"unused {names}",
                 f"layers have a gradient, and a refresh saw no use of them: {names}. Is a weight applied by a function "
-                "instead, or was it reparametrised (pruned, for example)? They take a fallback until they are used; "
+                "instead, was it reparametrised (pruned, for example), or is the input a nested or sparse tensor? They "
+                "take a fallback until they are used; "
                 "print(optimizer.explain()) shows each",
             )
 
@@ -387,13 +394,17 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         if self._has_told("silent"):
             return
         waiting = [site.owner.grad for site in self.statistics.sites if is_due(self._groups[site.owner])]
+        for grad in waiting:
+            require_memory("a gradient", grad)
         # Whether a gradient is all zeros is read on the CPU alone: elsewhere the step would wait for the device.
         if any(not grad.is_cpu or bool(grad.any()) for grad in waiting if grad is not None):
             self._warn_once(
                 "silent",
-                "a refresh step has gradients but saw no statistics of any layer. Was the model compiled and run "
-                "before the optimizer was constructed, were the gradients set by hand, or was the optimizer closed? "
-                "The step goes on with the statistics it has (curvature 1 if there are none)",
+                "a refresh step has gradients but saw no statistics of any layer. Was this model, or another one of "
+                "its class, compiled and run before the optimizer was constructed (torch.compile then goes on with "
+                "what it compiled, without the hooks: call torch._dynamo.reset() after the constructor and compile "
+                "again)? Were the gradients set by hand, are the inputs nested or sparse tensors, or was the optimizer "
+                "closed? The step goes on with the statistics it has (curvature 1 if there are none)",
             )
 
     # State.
@@ -457,6 +468,19 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
                 f"{type(self).__name__}: {share:.0%} of the trained parameters have no layer rule and take a fallback "
                 f"({shown(fallbacks)}); print(optimizer.explain()) shows each"
             )
+
+
+def _check_kinds(grad_scaler: Any, process_group: Any) -> None:
+    """Refuse what is no scaler and no group; a scaler is known by what is asked of it."""
+    asked = ("is_enabled", "_get_scale_async")
+    if grad_scaler is not None and (
+        isinstance(grad_scaler, type) or not all(callable(getattr(grad_scaler, name, None)) for name in asked)
+    ):
+        raise TypeError(f"grad_scaler is {grad_scaler!r}, expected a torch.amp.GradScaler or None")
+    if process_group is None or (dist.is_available() and process_group is dist.GroupMember.NON_GROUP_MEMBER):
+        return
+    if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(f"process_group is {process_group!r}, expected a torch.distributed.ProcessGroup or None")
 
 
 def is_due(group: dict[str, Any]) -> bool:
