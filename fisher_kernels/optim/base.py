@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import textwrap
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -168,6 +169,11 @@ class FisherOptimizer(Optimizer):
             if p.is_nested or p.layout != torch.strided:
                 kind = "a nested tensor" if p.is_nested else f"of layout {p.layout}"
                 raise TypeError(f"params[{i}] is {kind}, expected a strided tensor with a shape")
+            if _is_distributed(p):
+                raise TypeError(
+                    f"params[{i}] is a DTensor, of which each process has a part, as in FSDP and tensor parallel "
+                    f"training: {type(self).__name__} needs whole parameters, as in DistributedDataParallel"
+                )
             if p.dtype not in ACCUMULATOR:
                 raise TypeError(
                     f"params[{i}] has dtype {p.dtype}, expected float32, float64, bfloat16 or float16: "
@@ -375,6 +381,11 @@ class FisherOptimizer(Optimizer):
 _living: weakref.WeakSet[FisherOptimizer] = weakref.WeakSet()
 _changes = 0  # of the groups of any optimizer
 _turns = itertools.count(1)
+
+
+def _is_distributed(p: Parameter) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # which takes its time to import
+    return module is not None and isinstance(p, module.DTensor)
 
 
 def require_memory(name: str, x: Tensor | None) -> None:

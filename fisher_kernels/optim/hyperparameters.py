@@ -28,7 +28,7 @@ def require_numbers(group: dict[str, Any], names: Iterable[str], expected: str =
                 number = float(value)
             except OverflowError:
                 raise ValueError(f"{name} is beyond the range of float64, expected {expected} within it") from None
-            group[name] = value if type(value) is int else number
+            group[name] = int(value) if isinstance(value, numbers.Integral) else number
 
 
 def _require_scalar(name: str, value: Tensor, expected: str) -> None:
