@@ -305,7 +305,7 @@ def test_freed_memory_is_refused(make: Make, freed: str, first: bool) -> None:
     if not first:
         train(model, optimizer, range(1))
     model.zero_grad()
-    backward(model)
+    backward(model, 1)
     weight = model[0].weight
     tensor = weight.grad if freed == "gradient" else weight
     assert tensor is not None

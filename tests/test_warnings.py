@@ -200,6 +200,13 @@ def test_parameters_of_another_model_are_refused() -> None:
         AdaFisher(network(), params=network().parameters())
 
 
+def test_parameters_that_the_model_lacks_are_told_as_such() -> None:
+    model, other = network(), nn.Linear(64, 64)
+    with pytest.warns(UserWarning, match=r"no layer rule .*, of which 2 are not in the model; print"):
+        optimizer = AdaFisher(model, params=[*model.parameters(), *other.parameters()])
+    assert [row.detail.startswith("not in the model; ") for row in optimizer.explain()] == [False] * 4 + [True] * 2
+
+
 def test_a_sparse_embedding_that_is_the_model_is_named_so() -> None:
     with pytest.raises(ValueError, match=r"^the model is an Embedding with sparse=True"):
         AdaFisher(nn.Embedding(3, 2, sparse=True))

@@ -359,8 +359,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
                 f"unused {names}",
                 f"layers have a gradient, and a refresh saw no use of them: {names}. Is a weight applied by a function "
                 "instead, was it reparametrised (pruned, for example), or is the input a nested or sparse tensor? They "
-                "take a fallback until they are used; "
-                "print(optimizer.explain()) shows each",
+                "take a fallback until they are used; print(optimizer.explain()) shows each",
             )
 
     def _has_other_gradients(self, site: Site[R], used: Collection[Parameter]) -> bool:
@@ -450,11 +449,14 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         served = self._layers_of()
         aside = self._unserved.without_use(self.statistics.layers())
         left_out = self._unserved.of(self._model)
+        there = set(self._model.parameters())
 
         def by_rule(p: Parameter) -> tuple[str, str]:
             uses = [] if p in aside else served.get(p, [])
             rule = " + ".join(dict.fromkeys(layer.rule.name for _, layer in uses)) or "fallback"
             details = [self._detail(role, layer) for role, layer in uses] or [self._fallback_detail(p)]
+            if p not in there:
+                details.insert(0, "not in the model")
             return rule, "; ".join(details + left_out.get(p, []))
 
         return by_rule
@@ -464,9 +466,11 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         fallbacks = [row.name for row in rows if row.fallback and not row.frozen]
         share = sum(sizes[name] for name in fallbacks) / max(sum(sizes.values()), 1)
         if share > FALLBACK_SHARE:
+            strangers = self._groups.keys() - set(self._model.parameters())
+            where = f", of which {len(strangers)} are not in the model" if strangers else ""
             warn_once(
                 f"{type(self).__name__}: {share:.0%} of the trained parameters have no layer rule and take a fallback "
-                f"({shown(fallbacks)}); print(optimizer.explain()) shows each"
+                f"({shown(fallbacks)}){where}; print(optimizer.explain()) shows each"
             )
 
 
