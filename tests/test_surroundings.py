@@ -118,7 +118,7 @@ def test_memory_that_was_freed_under_a_shared_inverse(backend: str, name: str) -
         "inverses": [torch.eye(4).expand(1, 1, 4, 4).contiguous()],
     }
     lists[name][0].untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match=rf"^mbf_step_: {name}\[0\] has no memory to read"):
+    with pytest.raises(ValueError, match=rf"^mbf_step_: ({name}\[0\]|a tensor of shape .*) has no memory"):
         ops.mbf_step_(**lists, lr=0.1, momentum=0.9, weight_decay=0.0, decoupled=True, maximize=False)
 
 
