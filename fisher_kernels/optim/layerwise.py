@@ -17,7 +17,7 @@ from fisher_kernels.curvature.functions import Spec
 from fisher_kernels.curvature.hooks import Layer, Site, Statistics, find_layers, times_attached
 from fisher_kernels.curvature.operations import MATRICES, Choice, Operations, flattened
 from fisher_kernels.curvature.rules import R, Rule, Sums
-from fisher_kernels.optim.base import Explanation, FisherOptimizer
+from fisher_kernels.optim.base import Explanation, FisherOptimizer, require_memory
 from fisher_kernels.optim.caller import calling
 from fisher_kernels.optim.unserved import UNSERVED, UNUSED, Unserved, has_gradient, shown
 from fisher_kernels.optim.warn import warn, warn_once
@@ -74,6 +74,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
                 raise ValueError(f"parameter {name!r} is not initialised: run a forward pass of the lazy module first")
         if fallback not in ("warn", "error"):
             raise ValueError(f"fallback is {fallback!r}, expected 'warn' or 'error'")
+        _check_kinds(grad_scaler, process_group)
         self._model = model
         self._fallback = fallback
         self._statistics: Statistics[R] | None = None
@@ -81,6 +82,11 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         self._made: dict[str, tuple[Parameter, nn.Module]] = {}  # by name a parameter, and the function on it
         self._operations = Operations(rules, self.rule_kind)
         super().__init__(model.parameters() if params is None else params, defaults)
+        if self._groups.keys().isdisjoint(model.parameters()):
+            raise ValueError(
+                f"params has no parameter of model: none of these {len(self._groups)} is in the {type(model).__name__} "
+                "whose layers are read, expected those of one model"
+            )
         try:
             self._watch(grad_scaler, process_group)
             self._require_rules()
@@ -452,8 +458,8 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             self._warn_once(
                 f"unused {names}",
                 f"layers have a gradient, and a refresh saw no use of them: {names}. Is a weight applied by a function "
-                "instead, or was it reparametrised (pruned, for example)? They take a fallback until they are used; "
-                "print(optimizer.explain()) shows each",
+                "instead, was it reparametrised (pruned, for example), or is the input a nested or sparse tensor? They "
+                "take a fallback until they are used; print(optimizer.explain()) shows each",
             )
 
     def _has_other_gradients(self, site: Site[R], used: Collection[Parameter]) -> bool:
@@ -488,13 +494,17 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         if self._has_told("silent"):
             return
         waiting = [site.owner.grad for site in self.statistics.sites if is_due(self._groups[site.owner])]
+        for grad in waiting:
+            require_memory("a gradient", grad)
         # Whether a gradient is all zeros is read on the CPU alone: elsewhere the step would wait for the device.
         if any(not grad.is_cpu or bool(grad.any()) for grad in waiting if grad is not None):
             self._warn_once(
                 "silent",
-                "a refresh step has gradients but saw no statistics of any layer. Was the model compiled and run "
-                "before the optimizer was constructed, were the gradients set by hand, or was the optimizer closed? "
-                "The step goes on with the statistics it has (curvature 1 if there are none)",
+                "a refresh step has gradients but saw no statistics of any layer. Was this model, or another one of "
+                "its class, compiled and run before the optimizer was constructed (torch.compile then goes on with "
+                "what it compiled, without the hooks: call torch._dynamo.reset() after the constructor and compile "
+                "again)? Were the gradients set by hand, are the inputs nested or sparse tensors, or was the optimizer "
+                "closed? The step goes on with the statistics it has (curvature 1 if there are none)",
             )
 
     # State.
@@ -546,6 +556,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         served = self._layers_of()
         aside = self._unserved.without_use(self.statistics.layers())
         left_out = self._unserved.of(self._named_layers())
+        there = set(self._model.parameters())
 
         def by_rule(p: Parameter) -> tuple[str, str]:
             uses = [] if p in aside else served.get(p, [])
@@ -558,6 +569,8 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             ]
             if p not in left_out and (reason := self.statistics.obstacles.get(p)) is not None:
                 details.append(f"uses by functions are left out: {reason}" if uses else f"not served for {reason}")
+            if p not in there:
+                details.insert(0, "not in the model")
             return rule, "; ".join(details + left_out.get(p, []))
 
         return by_rule
@@ -579,10 +592,25 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         fallbacks = [row.name for row in rows if row.fallback and not row.frozen]
         share = sum(sizes[name] for name in fallbacks) / max(sum(sizes.values()), 1)
         if share > FALLBACK_SHARE:
+            strangers = self._groups.keys() - set(self._model.parameters())
+            where = f", of which {len(strangers)} are not in the model" if strangers else ""
             warn_once(
                 f"{type(self).__name__}: {share:.0%} of the trained parameters have no layer rule and take a fallback "
-                f"({shown(fallbacks)}); print(optimizer.explain()) shows each"
+                f"({shown(fallbacks)}){where}; print(optimizer.explain()) shows each"
             )
+
+
+def _check_kinds(grad_scaler: Any, process_group: Any) -> None:
+    """Refuse what is no scaler and no group; a scaler is known by what is asked of it."""
+    asked = ("is_enabled", "_get_scale_async")
+    if grad_scaler is not None and (
+        isinstance(grad_scaler, type) or not all(callable(getattr(grad_scaler, name, None)) for name in asked)
+    ):
+        raise TypeError(f"grad_scaler is {grad_scaler!r}, expected a torch.amp.GradScaler or None")
+    if process_group is None or (dist.is_available() and process_group is dist.GroupMember.NON_GROUP_MEMBER):
+        return
+    if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(f"process_group is {process_group!r}, expected a torch.distributed.ProcessGroup or None")
 
 
 def is_due(group: dict[str, Any]) -> bool:

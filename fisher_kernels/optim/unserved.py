@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from fisher_kernels.curvature.hooks import Layer
+from fisher_kernels.optim.base import require_memory
 
 UNSERVED = "unserved"
 """Key of parameter groups: name of each layer that is not served -> the reason."""
@@ -74,6 +75,7 @@ def has_gradient(p: Parameter) -> bool:
     """Whether a parameter has a gradient that is not all zeros; waits for a GPU, unless a graph is being captured."""
     if p.grad is None or not p.requires_grad:
         return False
+    require_memory(f"the gradient of a parameter of shape {tuple(p.shape)}", p.grad)
     if p.grad.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     return bool(p.grad.any())
