@@ -1,0 +1,60 @@
+"""The optimizers on architectures that people train, each group of them in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.zoo import GROUPS, MODELS
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "tests.zoo", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def assert_all_pass(names: list[str], *options: str) -> None:
+    result = run(*names, *options)
+    found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    faults = [f"{r['architecture']}, {r['optimizer']}, {r['check']}: {r['fault']}" for r in found if r["fault"]]
+    assert not faults, "\n".join(faults)
+    assert result.returncode == 0, result.stderr
+    assert {r["architecture"] for r in found} == set(names)
+
+
+def require(group: str) -> None:
+    if group != "torch" and importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is missing (pip install 'fisher_kernels[zoo]')")
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_each_architecture_with_one_of_the_optimizers(group: str) -> None:
+    require(group)
+    assert_all_pass(list(GROUPS[group]), "--one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_each_architecture_with_every_optimizer(name: str) -> None:
+    require(next(group for group, entries in GROUPS.items() if name in entries))
+    assert_all_pass([name])
+
+
+@pytest.mark.slow
+def test_the_page_of_models_is_what_a_run_writes() -> None:
+    require("language")
+    result = run("--page")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_there_are_enough_architectures() -> None:
+    assert len(MODELS) >= 25
