@@ -159,8 +159,9 @@ class Result:
     seconds: float
 
 
-def examine(name: str, architecture: Architecture, optimizer: str, kinds: dict[str, list[Kind]]) -> Iterator[Result]:
-    """All checks of one architecture with one optimizer; how its parameters are served is left in ``kinds``."""
+def examine(name: str, architecture: Architecture, optimizer: str) -> Iterator[Result]:
+    """All checks of one architecture with one optimizer."""
+    kinds: list[Kind] = []
 
     def checked(check: str, run: Callable[[], Any]) -> Result:
         began, fault = time.process_time(), None
@@ -174,14 +175,10 @@ def examine(name: str, architecture: Architecture, optimizer: str, kinds: dict[s
                 fault = traceback.format_exc(limit=-4)
         return Result(name, optimizer, check, fault, time.process_time() - began)
 
-    def first() -> None:
-        kinds[name] = trains(architecture, optimizer)
-
-    kinds.pop(name, None)
-    yield checked("trains", first)
-    if name not in kinds:
+    yield checked("trains", lambda: kinds.extend(trains(architecture, optimizer)))
+    if not kinds:
         return
     if optimizer != "SOFIM":
         yield checked("statistics", lambda: statistics(architecture, optimizer))
     yield checked("resumes", lambda: resumes(architecture, optimizer))
-    yield checked("autocasts", lambda: autocasts(architecture, optimizer, kinds[name]))
+    yield checked("autocasts", lambda: autocasts(architecture, optimizer, kinds))

@@ -20,6 +20,8 @@ from tests.zoo.shares import published_sizes, transfer
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 READERS = ("AdaFisher", "MBF")
 WIDTH = 120
+GOAL = 0.95
+"""Share of the parameters that rules serve of an architecture without an exemption."""
 
 HEAD = """# Models
 
@@ -64,6 +66,18 @@ def count(architecture: Architecture) -> Counted:
         warnings.simplefilter("ignore")
         kinds = {name: transfer(trains(architecture, name), sizes) for name in READERS}
     return Counted(architecture, kinds)
+
+
+def faults(counted: Counted) -> list[str]:
+    """Where rules serve less of the published model than they should, or where an exemption is no longer needed."""
+    architecture, found = counted.architecture, []
+    for name in READERS:
+        share = share_served(counted.kinds[name])
+        if share < architecture.expected:
+            found.append(f"{name} serves {percent(share)}, expected {percent(architecture.expected)} at least")
+    if architecture.exempt and min(share_served(kinds) for kinds in counted.kinds.values()) >= GOAL:
+        found.append(f"needs no exemption any more: {architecture.exempt}")
+    return found
 
 
 def percent(share: float) -> str:

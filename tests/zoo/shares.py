@@ -12,40 +12,44 @@ from fisher_kernels.tools.served import Kind
 from tests.zoo.architecture import Architecture
 
 
-def pattern(name: str) -> str:
-    """The name of a parameter without the numbers of its layers."""
-    return re.sub(r"\d+", "*", name)
+Place = tuple[str, str]
+"""A parameter's name without the numbers of its layers, and the class of the module that has it."""
 
 
-def published_sizes(architecture: Architecture) -> dict[str, int]:
-    """Numbers of the published model by the pattern of the parameter that has them; without memory for them."""
+def place_of(name: str, layer: str) -> Place:
+    return re.sub(r"\d+", "*", name), layer
+
+
+def published_sizes(architecture: Architecture) -> dict[Place, int]:
+    """Numbers of the published model in each place, without memory for them."""
     with torch.device("meta"):
         model = architecture.build(False)
-    sizes: dict[str, int] = defaultdict(int)
+    sizes: dict[Place, int] = defaultdict(int)
+    layers = {p: type(module).__name__ for module in reversed([*model.modules()]) for p in module._parameters.values()}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            sizes[pattern(name)] += p.numel()
+            sizes[place_of(name, layers[p])] += p.numel()
     return dict(sizes)
 
 
-def transfer(kinds: Sequence[Kind], sizes: dict[str, int]) -> list[Kind]:
+def transfer(kinds: Sequence[Kind], sizes: dict[Place, int]) -> list[Kind]:
     """The kinds of a small model with the numbers of the published one.
 
     Raises:
         ValueError: the models have other parameters, or the layers of one place are not treated alike.
     """
-    places: dict[str, Kind] = {}
+    places: dict[Place, Kind] = {}
     for kind in kinds:
         for name in kind.names:
-            if places.setdefault(pattern(name), kind) is not kind:
-                raise ValueError(f"{pattern(name)} is served here and not there: {kind.reason or kind.rule}")
+            place = place_of(name, kind.layer)
+            if places.setdefault(place, kind).rule != kind.rule:
+                raise ValueError(f"{place} is served by {places[place].rule} here and by {kind.rule} there")
     if places.keys() != sizes.keys():
         raise ValueError(f"the published model has other parameters: {sorted(places.keys() ^ sizes.keys())}")
-    counted = [
-        Kind(kind.rule, kind.layer, kind.reason, tuple(names), sum(sizes[name] for name in names))
-        for kind in kinds
-        if (names := [place for place, own in places.items() if own is kind])
-    ]
+    counted = []
+    for kind in kinds:
+        mine = [place for place, own in places.items() if own is kind]
+        if mine:
+            names = tuple(name for name, _ in mine)
+            counted.append(Kind(kind.rule, kind.layer, kind.reason, names, sum(sizes[place] for place in mine)))
     return sorted(counted, key=lambda kind: -kind.parameters)
-
-

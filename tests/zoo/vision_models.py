@@ -165,8 +165,8 @@ MODELS: dict[str, Architecture] = {
             "ForImageClassification",
             {"width_coefficient": 1.0, "depth_coefficient": 1.0, "image_size": 224, "dropout_rate": 0.2}
             | {"hidden_dim": 1280, "drop_connect_rate": 0.0, **CLASSES},
-            {"in_channels": [32, 8, 8], "out_channels": [8, 8, 16], "kernel_sizes": [3, 3, 5], "strides": [1, 2, 2]}
-            | {"num_block_repeats": [1, 2, 2], "expand_ratios": [1, 6, 6], "hidden_dim": 24, "num_labels": 5},
+            {"width_coefficient": 0.25, "in_channels": [32, 8, 8], "out_channels": [8, 8, 16], "kernel_sizes": [3, 3, 5], "strides": [1, 2, 2]}
+            | {"num_block_repeats": [1, 2, 2], "expand_ratios": [1, 6, 6], "hidden_dim": 320, "num_labels": 5},
         ),
         _pictures(size=40, count=4),
     ),
