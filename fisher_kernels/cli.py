@@ -277,7 +277,9 @@ def _served_table(kinds: Sequence[served.Kind]) -> Table:
     total = sum(kind.parameters for kind in kinds)
     for kind in kinds:
         colour = "green" if kind.served else "yellow"
-        why = "" if kind.served else f"{kind.reason} ({', '.join(kind.names[:2])}{', ...' if len(kind.names) > 2 else ''})"
+        names = ", ".join(kind.names[:2]) + (", ..." if len(kind.names) > 2 else "")
+        why = "" if kind.served else f"{kind.reason} ({names})"
+        why = why or kind.remark
         share = _percent(kind.parameters / max(total, 1))
         cells = (str(len(kind.names)), f"{kind.parameters:,}", share, escape(why))
         table.add_row(f"[{colour}]{kind.rule}[/{colour}]", escape(kind.layer), *cells)

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn import Parameter
 
 from fisher_kernels.optim import MBF, AdaFisher
 from fisher_kernels.optim.base import Explanation, FisherOptimizer
+from fisher_kernels.optim.unserved import UNUSED
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], FisherOptimizer]] = {
     "adafisher": lambda model: AdaFisher(model, lr=0.0),
@@ -19,8 +21,8 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], FisherOptimizer]] = {
 }
 """Those that read layers, so that a step leaves a model as it is."""
 
-_FOUND_OUT = re.compile(r"not served for (\S+): (.*)")
-_UNUSED = "no statistics in the last refresh"
+_FOUND_OUT = re.compile(r"not served for (\S+): (.*?)(?=; not served for|$)")
+_OFF = re.compile(r"its output is off by \S+ from what (\S+) computes.*")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Kind:
         rule: what serves them; ``"fallback"`` if nothing does.
         layer: class of the modules that have them.
         reason: why no rule serves them; empty if one does.
+        remark: what one of several layers that share them does not serve, and why.
         names: of the parameters.
         parameters: how many numbers they have together.
     """
@@ -38,6 +41,7 @@ class Kind:
     rule: str
     layer: str
     reason: str
+    remark: str
     names: tuple[str, ...]
     parameters: int
 
@@ -52,19 +56,19 @@ def kinds_of(model: nn.Module, optimizer: FisherOptimizer) -> list[Kind]:
     Frozen parameters are left out. Of an optimizer that has stepped, layers that turned out not to compute what their
     class documents, and those that were never called, count as fallbacks.
     """
-    parameters = {name: p for name, p in optimizer._names()}
+    parameters = dict(optimizer._names())
     homes = _homes(model)
-    found: dict[tuple[str, str, str], list[str]] = {}
+    found: dict[tuple[str, str, str, str], list[str]] = {}
     for row in optimizer.explain():
         if row.frozen:
             continue
         home = homes.get(parameters[row.name])
         reason = _reason(row, home)
-        rule = "fallback" if reason else row.rule
-        found.setdefault((rule, home.layer if home else "", reason), []).append(row.name)
+        remark = "" if row.fallback else _remark(row)
+        found.setdefault((row.rule, home.layer if home else "", reason, remark), []).append(row.name)
     kinds = [
-        Kind(rule, layer, reason, tuple(names), sum(parameters[name].numel() for name in names))
-        for (rule, layer, reason), names in found.items()
+        Kind(*treated, tuple(names), sum(parameters[name].numel() for name in names))
+        for treated, names in found.items()
     ]
     return sorted(kinds, key=lambda kind: -kind.parameters)
 
@@ -106,13 +110,10 @@ def _modules(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 def _reason(row: Explanation, home: _Home | None) -> str:
     """Why no rule serves a parameter; empty if one does."""
-    found_out = _FOUND_OUT.search(row.detail)
-    if _UNUSED in row.detail:
-        return "the layer is not called, a function takes its parameters"
     if not row.fallback:
         return ""
-    if found_out:
-        return found_out[2]
+    if found_out := _FOUND_OUT.search(row.detail):
+        return _in_short(found_out[2])
     if home is None:
         return "no module of the model has it"
     if home.around:
@@ -120,6 +121,18 @@ def _reason(row: Explanation, home: _Home | None) -> str:
     if home.role in ("weight", "bias"):
         return f"there is no rule for {home.layer}"
     return f"a parameter of {home.layer} beside its layers"
+
+
+def _remark(row: Explanation) -> str:
+    """Which layers do not serve a parameter that another one serves."""
+    return "; ".join(f"not as {name}: {_in_short(why)}" for name, why in _FOUND_OUT.findall(row.detail))
+
+
+def _in_short(why: str) -> str:
+    """A reason without the figures of one layer."""
+    if why == UNUSED:
+        return "its layer is not called: a function takes it, or what is computed from it"
+    return _OFF.sub(r"its output is not what \1 computes", why)
 
 
 def run_once(model: nn.Module, optimizer: FisherOptimizer, inputs: Any) -> None:
@@ -146,7 +159,7 @@ def loss_of(outputs: Any) -> Any:
     own = outputs.get("loss") if isinstance(outputs, dict) else getattr(outputs, "loss", None)
     if own is not None:
         return own
-    total = [t.float().square().sum() for t in _with_derivative(outputs)]
+    total = [t.to(torch.promote_types(t.dtype, torch.float32)).square().sum() for t in _with_derivative(outputs)]
     if not total:
         raise ValueError("its outputs have no tensor with a derivative")
     return sum(total[1:], total[0])

@@ -48,7 +48,7 @@ def load(target: str) -> UserModel:
             raise ValueError(f"is {target!r}, and {name} has no {path}")
         found = getattr(found, part)
     if not callable(found):
-        raise ValueError(f"is {target!r}, and {path} is a {type(found).__name__}, expected a function")
+        raise ValueError(f"is {target!r}, and {path} is {_described(found)}, expected a function")
     try:
         made = found()
     except Exception as error:
@@ -64,7 +64,8 @@ def load(target: str) -> UserModel:
 def _described(value: Any) -> str:
     if isinstance(value, tuple):
         return f"a tuple of {len(value)}, the first a {type(value[0]).__name__}" if value else "an empty tuple"
-    return f"a {type(value).__name__}"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def said(error: Exception) -> str:

@@ -60,10 +60,10 @@ class Trial:
         return {p: name for name, p in self.model.named_parameters()}
 
 
-def trains(architecture: Architecture, optimizer: str, autocast: bool = False) -> list[Kind]:
-    """Five steps are finite, and leave no parameter out silently."""
+def trains(architecture: Architecture, optimizer: str, steps: int = 5, autocast: bool = False) -> list[Kind]:
+    """Steps are finite, and leave no parameter out silently."""
     trial = Trial(architecture, optimizer)
-    for step in range(5):
+    for step in range(steps):
         loss = trial.iterate(step, autocast)
         assert math.isfinite(loss), f"the loss of step {step} is {loss}"
     for name, p in trial.model.named_parameters():
@@ -136,14 +136,14 @@ def resumes(architecture: Architecture, optimizer: str) -> None:
         trial.iterate(step)
     twin.model.load_state_dict(saved_and_loaded(trial.model.state_dict()))
     twin.optimizer.load_state_dict(saved_and_loaded(trial.optimizer.state_dict()))
-    for step in range(2, 4):
+    for step in range(2, 4 if optimizer == "MBF" else 3):  # which inverts at every other
         assert trial.iterate(step) == twin.iterate(step)
     assert_same_parameters(trial.model, twin.model)
 
 
 def autocasts(architecture: Architecture, optimizer: str, expected: list[Kind]) -> None:
     """Under bfloat16 autocast it trains, and the same layers are served."""
-    found = trains(architecture, optimizer, autocast=True)
+    found = trains(architecture, optimizer, steps=2, autocast=True)
     served, wanted = ({name for kind in kinds if kind.served for name in kind.names} for kinds in (found, expected))
     assert served == wanted, f"served under autocast alone: {served - wanted}, and not: {wanted - served}"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,6 @@ from tests.zoo.architecture import Architecture
 from tests.zoo.checks import trains
 from tests.zoo.shares import published_sizes, transfer
 
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 READERS = ("AdaFisher", "MBF")
 WIDTH = 120
 GOAL = 0.95
@@ -33,7 +31,7 @@ those that a small model with random weights showed after five steps of training
 in their forward passes that they compute what their class documents. The shares are counted at the published size.
 SOFIM needs no rules and serves every parameter.
 
-Each of these architectures is trained in the tests by AdaFisher, AdaFisherW, MBF and SOFIM, in float32 and under bfloat16
+The tests train each of these architectures with AdaFisher, AdaFisherW, MBF and SOFIM, in float32 and under bfloat16
 autocast. The statistics of every layer that is served are compared with those of a plain rewriting of the model, which
 must have the model's gradients, and a checkpoint must go on to the same bits.
 
@@ -82,6 +80,8 @@ def faults(counted: Counted) -> list[str]:
 
 def percent(share: float) -> str:
     """Rounded down: 100 % is all."""
+    if 0 < share < 0.001:
+        return "< 0.1 %"
     return "100 %" if share >= 1 else f"{int(share * 1000) / 10:.1f} %"
 
 
@@ -112,14 +112,12 @@ def page(counted: Sequence[Counted]) -> str:
 
 
 def _why() -> str:
-    return (
-        textwrap.fill(
-            "Everything that no rule of AdaFisher serves, by the class of the module that has it; `*` stands for the "
-            "number of a layer. What MBF alone leaves out is marked.",
-            WIDTH,
-        )
-        + "\n"
+    text = (
+        "Everything that no rule of AdaFisher serves, by the class of the module that has it; `*` stands for a number. "
+        "What MBF alone leaves out is marked. Of a weight that several layers share one may be served and "
+        "another not, which is said too."
     )
+    return textwrap.fill(text, WIDTH) + "\n"
 
 
 def _by_rule(kinds: Iterable[Kind], total: int) -> str:
@@ -132,7 +130,7 @@ def _by_rule(kinds: Iterable[Kind], total: int) -> str:
 
 
 def _left(kinds: dict[str, list[Kind]], total: int) -> list[tuple[str, str, str, str]]:
-    rows = [_row(kind, total, "") for kind in kinds["AdaFisher"] if not kind.served]
+    rows = [_row(kind, total, "") for kind in kinds["AdaFisher"] if kind.reason or kind.remark]
     without = {name for kind in kinds["AdaFisher"] if not kind.served for name in kind.names}
     rows += [_row(kind, total, "MBF: ") for kind in kinds["MBF"] if not kind.served and not without & {*kind.names}]
     return rows
@@ -140,7 +138,8 @@ def _left(kinds: dict[str, list[Kind]], total: int) -> list[tuple[str, str, str,
 
 def _row(kind: Kind, total: int, mark: str) -> tuple[str, str, str, str]:
     names = ", ".join(f"`{name}`" for name in kind.names[:3]) + (", ..." if len(kind.names) > 3 else "")
-    return kind.layer, percent(kind.parameters / total), names, mark + kind.reason.replace("|", "\\|")
+    why = kind.reason or f"served, but {kind.remark}"
+    return kind.layer, percent(kind.parameters / total), names, mark + why.replace("|", "\\|")
 
 
 def _size(parameters: int) -> str:

@@ -13,6 +13,7 @@ import torch
 from tests.zoo.architecture import Architecture, Batch
 from tests.zoo.configured import model_of
 
+
 def _language(vocabulary: int = 40, shape: tuple[int, int] = (2, 7), **more: Any) -> Callable[[torch.Generator], Batch]:
     """Tokens that are their own labels, from 3 on: lower ones may be padding, or begin and end a text."""
 

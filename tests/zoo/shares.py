@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from fisher_kernels.tools.served import Kind
 from tests.zoo.architecture import Architecture
-
 
 Place = tuple[str, str]
 """A parameter's name without the numbers of its layers, and the class of the module that has it."""
@@ -51,5 +51,5 @@ def transfer(kinds: Sequence[Kind], sizes: dict[Place, int]) -> list[Kind]:
         mine = [place for place, own in places.items() if own is kind]
         if mine:
             names = tuple(name for name, _ in mine)
-            counted.append(Kind(kind.rule, kind.layer, kind.reason, names, sum(sizes[place] for place in mine)))
+            counted.append(replace(kind, names=names, parameters=sum(sizes[place] for place in mine)))
     return sorted(counted, key=lambda kind: -kind.parameters)

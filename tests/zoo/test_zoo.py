@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,10 @@ def require(group: str) -> None:
         pytest.skip("transformers is missing (pip install 'fisher_kernels[zoo]')")
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_each_architecture_with_one_of_the_optimizers(group: str) -> None:
-    require(group)
-    assert_all_pass(list(GROUPS[group]), "--one")
+@pytest.mark.parametrize("groups", [("torch",), ("language", "vision")], ids="-".join)
+def test_each_architecture_with_one_of_the_optimizers(groups: tuple[str, ...]) -> None:
+    require(groups[0])
+    assert_all_pass([name for group in groups for name in GROUPS[group]], "--one")
 
 
 @pytest.mark.slow
@@ -50,10 +51,14 @@ def test_each_architecture_with_every_optimizer(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_page_of_models_is_what_a_run_writes() -> None:
+def test_the_page_of_models_is_what_a_run_writes(tmp_path: Path) -> None:
     require("language")
-    result = run("--page")
+    result = run("--page", str(tmp_path / "models.md"))
     assert result.returncode == 0, result.stdout + result.stderr
+    written = (tmp_path / "models.md").read_text()
+    if f"transformers {version('transformers')}." not in (page := (ROOT / "docs" / "models.md").read_text()):
+        pytest.skip("docs/models.md is of another version of transformers")
+    assert written == page, "make models"
 
 
 def test_there_are_enough_architectures() -> None:

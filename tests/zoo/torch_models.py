@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,9 @@ from tests.zoo.architecture import Architecture, Batch
 class Tagger(nn.Module):
     """A recurrent layer between word embeddings and one label for each word."""
 
-    def __init__(self, layer: type[nn.LSTM] | type[nn.GRU], vocabulary: int, width: int, hidden: int, tags: int) -> None:
+    def __init__(
+        self, layer: type[nn.LSTM] | type[nn.GRU], vocabulary: int, width: int, hidden: int, tags: int
+    ) -> None:
         super().__init__()
         self.words = nn.Embedding(vocabulary, width, padding_idx=0)
         self.recurrent = layer(width, hidden, batch_first=True, bidirectional=True)
@@ -141,7 +144,7 @@ class TemporalNetwork(nn.Module):
         super().__init__()
         self.characters = nn.Embedding(vocabulary, width)
         widths = (width, *[hidden] * (layers - 1), width)
-        pairs = zip(widths[:-1], widths[1:], strict=True)
+        pairs = itertools.pairwise(widths)
         self.blocks = nn.Sequential(*(CausalBlock(a, b, kernel, 2**i) for i, (a, b) in enumerate(pairs)))
         self.output = nn.Linear(width, vocabulary)
         self.output.weight = self.characters.weight
@@ -158,7 +161,7 @@ class Generator(nn.Module):
         super().__init__()
         widths = [width << (doublings - i) for i in range(doublings + 1)]
         layers: list[nn.Module] = [nn.ConvTranspose2d(latent, widths[0], 4, bias=False)]
-        for a, b in zip(widths[:-1], widths[1:], strict=True):
+        for a, b in itertools.pairwise(widths):
             layers += [nn.BatchNorm2d(a), nn.ReLU(True), nn.ConvTranspose2d(a, b, 4, 2, 1, bias=False)]
         layers += [nn.BatchNorm2d(width), nn.ReLU(True), nn.ConvTranspose2d(width, 3, 4, 2, 1, bias=False), nn.Tanh()]
         self.layers = nn.Sequential(*layers)

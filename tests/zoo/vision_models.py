@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tests.zoo.architecture import Architecture, Batch
 from tests.zoo.configured import Configuration, configuration, make, model_of
 
+
 def _pictures(classes: int = 5, size: int = 32, count: int = 2) -> Callable[[torch.Generator], Batch]:
     def batch(generator: torch.Generator) -> Batch:
         pixels = torch.randn(count, 3, size, size, generator=generator)
@@ -44,13 +45,18 @@ def _clip(small: bool) -> nn.Module:
     vision |= {"num_attention_heads": 12, "image_size": 224, "patch_size": 32, "projection_dim": 512}
     if small:
         sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-        text |= {**sizes, "vocab_size": 40, "max_position_embeddings": 10, "projection_dim": 12, "bos_token_id": 1, "eos_token_id": 2}
+        text |= {
+            **sizes,
+            "vocab_size": 40,
+            "max_position_embeddings": 10,
+            "projection_dim": 12,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
         vision |= {**sizes, "image_size": 32, "patch_size": 16, "projection_dim": 12}
     return make(
         "CLIPModel",
-        configuration(
-            "CLIPConfig", text_config=text, vision_config=vision, projection_dim=text["projection_dim"]
-        ),
+        configuration("CLIPConfig", text_config=text, vision_config=vision, projection_dim=text["projection_dim"]),
     )
 
 
@@ -60,8 +66,8 @@ def _detr(small: bool) -> nn.Module:
     detr |= {"decoder_attention_heads": 8, "encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048}
     detr |= {"num_queries": 100, "num_labels": 91, "auxiliary_loss": False}
     if small:
-        backbone |= {"embedding_size": 6, "hidden_sizes": [8, 12, 16, 20], "depths": [2, 2, 2, 2]}
-        detr |= {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2}
+        backbone |= {"embedding_size": 6, "hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1]}
+        detr |= {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
         detr |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
         detr |= {"num_queries": 5, "num_labels": 4}
     resnet = configuration("ResNetConfig", **backbone)
@@ -103,10 +109,10 @@ MODELS: dict[str, Architecture] = {
             "ForImageClassification",
             {"image_size": 224, "patch_size": 4, "embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]}
             | {"window_size": 7, **CLASSES},
-            {"image_size": 64, "patch_size": 4, "embed_dim": 8, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 2, 4]}
+            {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2]}
             | {"window_size": 2, "num_labels": 5, "drop_path_rate": 0.0},
         ),
-        _pictures(size=64),
+        _pictures(),
     ),
     "convnext": Architecture(
         "ConvNeXt-T",
@@ -153,7 +159,7 @@ MODELS: dict[str, Architecture] = {
             "ResNet",
             "ForImageClassification",
             {"embedding_size": 64, "hidden_sizes": [256, 512, 1024, 2048], "depths": [3, 4, 6, 3], **CLASSES},
-            {"embedding_size": 6, "hidden_sizes": [8, 12, 16, 20], "depths": [2, 2, 2, 2], "num_labels": 5},
+            {"embedding_size": 6, "hidden_sizes": [8, 12], "depths": [2, 1], "num_labels": 5},
         ),
         _pictures(size=40, count=4),
     ),
@@ -165,7 +171,13 @@ MODELS: dict[str, Architecture] = {
             "ForImageClassification",
             {"width_coefficient": 1.0, "depth_coefficient": 1.0, "image_size": 224, "dropout_rate": 0.2}
             | {"hidden_dim": 1280, "drop_connect_rate": 0.0, **CLASSES},
-            {"width_coefficient": 0.25, "in_channels": [32, 8, 8], "out_channels": [8, 8, 16], "kernel_sizes": [3, 3, 5], "strides": [1, 2, 2]}
+            {
+                "width_coefficient": 0.25,
+                "in_channels": [32, 8, 8],
+                "out_channels": [8, 8, 16],
+                "kernel_sizes": [3, 3, 5],
+                "strides": [1, 2, 2],
+            }
             | {"num_block_repeats": [1, 2, 2], "expand_ratios": [1, 6, 6], "hidden_dim": 320, "num_labels": 5},
         ),
         _pictures(size=40, count=4),
@@ -191,7 +203,7 @@ MODELS: dict[str, Architecture] = {
             | {"num_attention_heads": [1, 2, 5, 8], "decoder_hidden_size": 256, "drop_path_rate": 0.0}
             | {"num_labels": 150},
             {"hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1, 2, 2, 4], "decoder_hidden_size": 16}
-            | {"num_labels": 5},
+            | {"depths": [1, 1, 1, 1], "num_labels": 5},
         ),
         _segmentation,
     ),

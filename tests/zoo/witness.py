@@ -9,7 +9,6 @@ the gradients that the model's backward pass left. Statistics made from it by th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,7 +51,9 @@ class Call:
     parameters: dict[str, Parameter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.parameters = {role: p for role in ("weight", "bias") if (p := self.plain._parameters.get(role)) is not None}
+        self.parameters = {
+            role: p for role in ("weight", "bias") if (p := self.plain._parameters.get(role)) is not None
+        }
 
     @property
     def is_transposed(self) -> bool:
@@ -83,7 +84,9 @@ def _transposed_linear(bias: Tensor, x: Tensor, weight: Tensor) -> tuple[Any, Te
     return _holding(Conv1D(weight.shape[1], weight.shape[0]), weight, bias), x
 
 
-def _embedding(x: Tensor, weight: Tensor, padding_idx: int | None = None, *rest: Any, **more: Any) -> tuple[Any, Tensor]:
+def _embedding(
+    x: Tensor, weight: Tensor, padding_idx: int | None = None, *rest: Any, **more: Any
+) -> tuple[Any, Tensor]:
     plain = nn.Embedding(*weight.shape, padding_idx=padding_idx, device="meta")
     return _holding(plain, weight, None), x
 
@@ -99,7 +102,9 @@ def _conv(
 ) -> tuple[Any, Tensor]:
     kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[weight.dim() - 3]
     channels = weight.shape[1] * groups, weight.shape[0]
-    plain = kind(*channels, tuple(weight.shape[2:]), _flat(stride), _flat(padding), _flat(dilation), groups, device="meta")
+    plain = kind(
+        *channels, tuple(weight.shape[2:]), _flat(stride), _flat(padding), _flat(dilation), groups, device="meta"
+    )
     return _holding(plain, weight, bias), x
 
 
@@ -158,7 +163,8 @@ def _batch_norm(
     kind: Any = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}.get(x.dim(), nn.BatchNorm1d)
     plain = kind(x.shape[1], eps, track_running_stats=False, device="meta").train(training)
     if not training:
-        assert mean is not None and variance is not None
+        assert mean is not None
+        assert variance is not None
         plain.running_mean, plain.running_var = mean.clone(), variance.clone()
     return _holding(plain, weight, bias), x
 
