@@ -10,8 +10,8 @@ the gradients that the model's backward pass left. Statistics made from it by th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,17 +43,28 @@ class Output:
 
 @dataclass
 class Call:
-    """One use of parameters, as a module of torch that computes the same."""
+    """One use of parameters, as a module of torch that computes the same.
+
+    Attributes:
+        plain: the module.
+        x: its input.
+        out: what the model's function made.
+        parameters: of the model, by role. The module has the same, but for a stack of matrices: its weight is one
+            matrix then, with the rows of all.
+        turn: what makes the derivative by the module's output of that by ``out``.
+    """
 
     plain: Any
     x: Tensor
     out: Output
-    parameters: dict[str, Parameter] = field(default_factory=dict)
+    parameters: dict[str, Parameter]
+    turn: Callable[[Tensor], Tensor] = lambda grad: grad
 
-    def __post_init__(self) -> None:
-        self.parameters = {
-            role: p for role in ("weight", "bias") if (p := self.plain._parameters.get(role)) is not None
-        }
+    @property
+    def grad(self) -> Tensor:
+        """The derivative of the loss by the module's output."""
+        assert self.out.grad is not None
+        return self.turn(self.out.grad)
 
     @property
     def is_transposed(self) -> bool:
@@ -62,10 +73,12 @@ class Call:
 
     def gradients(self) -> dict[Parameter, Tensor]:
         """What this use adds to the gradients of its parameters."""
+        roles = [role for role, p in self.parameters.items() if p.requires_grad]
         with torch.enable_grad():
-            wanted = [p for p in self.parameters.values() if p.requires_grad]
-            found = torch.autograd.grad(self.plain(self.x), wanted, self.out.grad, allow_unused=True)
-        return {p: g for p, g in zip(wanted, found, strict=True) if g is not None}
+            wanted = [self.plain._parameters[role] for role in roles]
+            found = torch.autograd.grad(self.plain(self.x), wanted, self.grad, allow_unused=True)
+        pairs = zip([self.parameters[role] for role in roles], found, strict=True)
+        return {p: g.reshape(p.shape) for p, g in pairs if g is not None}
 
 
 def _holding(module: nn.Module, weight: Tensor | None, bias: Tensor | None) -> nn.Module:
@@ -76,11 +89,11 @@ def _holding(module: nn.Module, weight: Tensor | None, bias: Tensor | None) -> n
     return module
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Any = None) -> tuple[Any, Tensor]:
+def _linear(x: Tensor, weight: Any, bias: Any = None) -> tuple[Any, Tensor]:
     return _holding(nn.Linear(weight.shape[1], weight.shape[0], device="meta"), weight, bias), x
 
 
-def _transposed_linear(bias: Tensor, x: Tensor, weight: Tensor) -> tuple[Any, Tensor]:
+def _transposed_linear(bias: Tensor | None, x: Tensor, weight: Tensor) -> tuple[Any, Tensor]:
     return _holding(Conv1D(weight.shape[1], weight.shape[0]), weight, bias), x
 
 
@@ -186,7 +199,12 @@ FUNCTIONS: dict[Any, Callable[..., tuple[Any, Tensor]]] = {
     F.batch_norm: _batch_norm,
 }
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
-TRANSPOSES = (Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t)  # type: ignore[attr-defined]
+
+
+class Derivative(NamedTuple):
+    """Stands for an output of which only the derivative by it is known."""
+
+    grad: Tensor
 
 
 class Witness(TorchFunctionMode):
@@ -200,7 +218,8 @@ class Witness(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self._transposed: dict[int, tuple[Tensor, Parameter]] = {}
+        self._stacks: dict[Parameter, Parameter] = {}
+        self._tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
         self._open: list[tuple[nn.Module, int]] = []
         self._handles = []
         for module in model.modules():
@@ -224,33 +243,72 @@ class Witness(TorchFunctionMode):
         eps = next((v for name in ("eps", "variance_epsilon", "epsilon") if (v := getattr(module, name, None))), 1e-5)
         weight, bias = module._parameters["weight"], module._parameters.get("bias")
         norm: Any = nn.RMSNorm if bias is None else nn.LayerNorm
-        plain = _holding(norm(len(weight), eps, device="meta"), weight, bias)
-        self.calls.append(Call(plain, args[0].detach(), Output(out)))
+        self._add(_holding(norm(len(weight), eps, device="meta"), weight, bias), args[0], out)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if not torch.is_grad_enabled() or not isinstance(out, Tensor):
-            return out
-        if func in TRANSPOSES and isinstance(args[0], Parameter):
-            self._transposed[id(out)] = out, args[0]
-        elif func in PRODUCTS and id(args[1]) in self._transposed:
-            self._note(_linear, out, args[0], self._transposed[id(args[1])][1])
-        elif func in FUNCTIONS and any(isinstance(a, Parameter) for a in (*args, *kwargs.values())):
-            self._note(FUNCTIONS[func], out, *args, **{"x" if n == "input" else n: v for n, v in kwargs.items()})
+        if torch.is_grad_enabled() and isinstance(out, Tensor) and out.requires_grad:
+            self._note(func, out, args, {"x" if name == "input" else name: value for name, value in kwargs.items()})
         return out
 
-    def _note(self, rewrite: Callable[..., tuple[Any, Tensor]], out: Tensor, *args: Any, **kwargs: Any) -> None:
-        if not out.requires_grad:
-            return
-        plain, x = rewrite(*args, **kwargs)
-        if any(p.requires_grad for p in plain.parameters()):
+    def _note(self, func: Any, out: Tensor, args: Any, kwargs: Any) -> None:
+        if func is F.linear and _part(args[1]) is not None:
+            self._part(args[1], args[0], out)
+        elif func in PRODUCTS:
+            left, right = args
+            if right.dim() > 1 and (weight := _matrix(right.mT)) is not None:
+                self._add(*_linear(left, weight), out)
+            elif (weight := _matrix(right)) is not None:
+                self._add(*_transposed_linear(None, left, weight), out)
+            elif right.dim() > 1 and (weight := _matrix(left)) is not None:
+                self._add(*_linear(right.mT, weight), out, lambda grad: grad.mT)
+        elif func is Tensor.__getitem__ and {args[0]} & self._tables and not isinstance(args[1], tuple):
+            self._add(*_embedding(torch.arange(len(args[0]))[args[1]], args[0]), out)
+        elif func in FUNCTIONS:
+            self._add(*FUNCTIONS[func](*args, **kwargs), out)
+
+    def _part(self, weight: Tensor, x: Tensor, out: Tensor) -> None:
+        """Some rows of a stack of matrices are all rows, of which the others have no effect."""
+        stack, first = _part(weight)  # type: ignore[misc]
+        if stack not in self._stacks:
+            self._stacks[stack] = Parameter(stack.detach().reshape(-1, stack.shape[-1]))
+        whole = self._stacks[stack]
+        around = first, len(whole) - first - len(weight)
+        self._add(*_linear(x, whole), out, lambda grad: F.pad(grad, around), {"weight": stack})
+
+    def _add(
+        self,
+        plain: Any,
+        x: Tensor,
+        out: Tensor,
+        turn: Callable[[Tensor], Tensor] = lambda grad: grad,
+        parameters: dict[str, Parameter] | None = None,
+    ) -> None:
+        if parameters is None:
+            parameters = {role: p for role, p in plain._parameters.items() if p is not None}
+        if any(p.requires_grad for p in parameters.values()):
             # A copy: what is written to the input later is not what was read.
-            self.calls.append(Call(plain, x.detach().clone(), Output(out)))
+            self.calls.append(Call(plain, x.detach().clone(), Output(out), parameters, turn))
 
     def seen(self) -> list[Call]:
         """The calls that the backward pass came to."""
         return [call for call in self.calls if call.out.grad is not None]
+
+
+def _part(weight: Tensor) -> tuple[Parameter, int] | None:
+    """The stack of matrices in which a matrix lies as rows, and the first of them."""
+    stack = weight._base
+    if not isinstance(stack, Parameter) or stack.dim() != 3 or weight.stride() != (stack.shape[-1], 1):
+        return None
+    return stack, weight.storage_offset() // stack.shape[-1]
+
+
+def _matrix(weight: Tensor) -> Parameter | None:
+    """The parameter that a matrix is, or is a view of as a whole."""
+    p = weight if isinstance(weight, Parameter) else weight._base
+    same = isinstance(p, Parameter) and p.dim() == 2 and p.shape == weight.shape and p.stride() == weight.stride()
+    return p if same else None  # type: ignore[return-value]
 
 
 # Gradients.
@@ -327,12 +385,11 @@ def check_factors(optimizer: AdaFisher, calls: Sequence[Call], names: dict[Param
         total: naive_adafisher.Sums = {}
         floor = 0.0
         for call in mine:
-            assert call.out.grad is not None
-            for key, (new, count) in naive_adafisher.sums_of(call.plain, call.x, call.out.grad, "paper").items():
+            for key, (new, count) in naive_adafisher.sums_of(call.plain, call.x, call.grad, "paper").items():
                 old, old_count = total.get(key, (torch.zeros_like(new), 0.0))
                 total[key] = old + new, old_count + count
             if naive_adafisher.kind_of(call.plain) == "norm":  # a sum of both signs
-                floor += float(call.out.grad.abs().sum()) / call.plain.weight.numel()
+                floor += float(call.grad.abs().sum()) / call.plain.weight.numel()
         expected = naive_adafisher.factors_of(plain, total, "paper")
         for key, average in averages.items():
             what = f"{key} of {name}"
@@ -346,19 +403,22 @@ def check_blocks(optimizer: MBF, calls: Sequence[Call], names: dict[Parameter, s
     account, compared = Account(calls, names), 0
     served = {p for site in optimizer.statistics.sites for layer in site.layers for p in layer.parameters.values()}
     mine = [call for call in calls if served & {*call.parameters.values()}]
-    held = list(dict.fromkeys(p for call in mine for p in call.parameters.values() if p.requires_grad))
+    # The naive implementation knows the parameters of the plain modules, of which a stack of matrices is another.
+    models = {call.plain._parameters[role]: p for call in mine for role, p in call.parameters.items()}
+    held = [own for own, p in models.items() if p.requires_grad]
     naive = naive_mbf.NaiveMBF(nn.ModuleList(call.plain for call in mine), params=[{"params": held}], **settings)
     naive.listening = False
-    naive.uses = [naive_mbf.Use(call.plain, call.x, {}, call.out, 0) for call in mine]  # type: ignore[arg-type]
+    naive.uses = [naive_mbf.Use(call.plain, call.x, {}, Derivative(call.grad), 0) for call in mine]  # type: ignore[arg-type]
     for block in naive.blocks:
-        state = optimizer.state[block.owner]
-        if block.family is None or block.owner not in served or float(state.get("fisher_updates", 0)) == 0:
+        owner = models[block.owner]  # type: ignore[index]
+        state = optimizer.state[owner]
+        if block.family is None or owner not in served or float(state.get("fisher_updates", 0)) == 0:
             continue
-        near = [call for call in mine if {block.owner} & {*call.parameters.values()}]
+        near = [call for call in mine if {owner} & {*call.parameters.values()}]
         tolerance = tolerance_of(near)
         account.require({p for call in near for p in call.parameters.values()}, tolerance)
         expected = naive.new_blocks(block, naive.samples(block.family))
         ours = state["fisher_blocks"]
-        require_close(f"blocks of {names[block.owner]}", ours, expected.reshape(ours.shape), tolerance)
+        require_close(f"blocks of {names[owner]}", ours, expected.reshape(ours.shape), tolerance)
         compared += 1
     return compared
