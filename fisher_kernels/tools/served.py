@@ -159,18 +159,19 @@ def loss_of(outputs: Any) -> Any:
     own = outputs.get("loss") if isinstance(outputs, dict) else getattr(outputs, "loss", None)
     if own is not None:
         return own
-    total = [t.to(torch.promote_types(t.dtype, torch.float32)).square().sum() for t in _with_derivative(outputs)]
+    total = [t.to(torch.promote_types(t.dtype, torch.float32)).square().sum() for t in differentiable(outputs)]
     if not total:
         raise ValueError("its outputs have no tensor with a derivative")
     return sum(total[1:], total[0])
 
 
-def _with_derivative(value: Any) -> Iterator[Any]:
+def differentiable(value: Any) -> Iterator[Any]:
+    """The tensors with a derivative in what a model returns."""
     if getattr(value, "requires_grad", False):
         yield value
     elif isinstance(value, dict):
         for entry in value.values():
-            yield from _with_derivative(entry)
+            yield from differentiable(entry)
     elif isinstance(value, (tuple, list)):
         for entry in value:
-            yield from _with_derivative(entry)
+            yield from differentiable(entry)

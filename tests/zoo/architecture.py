@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fisher_kernels.tools.served import differentiable
 
 Batch = Mapping[str, Any]
 """Arguments of the model's forward by name."""
@@ -18,26 +20,13 @@ def loss_of_outputs(outputs: Any) -> Tensor:
     if (own := getattr(outputs, "loss", None)) is not None:
         loss: Tensor = own
         return loss
-    return torch.stack([_fit(t) for t in tensors_of(outputs)]).sum()
+    return torch.stack([_fit(t) for t in differentiable(outputs)]).sum()
 
 
 def _fit(output: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(output.numel())
     target = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
     return (output - target).square().mean()
-
-
-def tensors_of(value: Any) -> Iterable[Tensor]:
-    """The tensors with a derivative in what a model returns."""
-    if isinstance(value, Tensor):
-        if value.requires_grad:
-            yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from tensors_of(entry)
-    elif isinstance(value, (tuple, list)):
-        for entry in value:
-            yield from tensors_of(entry)
 
 
 @dataclass(frozen=True)
