@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -247,6 +248,9 @@ class Witness(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:  # made of others, where it does not ask for modes
+            with self, mock.patch.object(F, "has_torch_function", lambda tensors: False):
+                return func(*args, **kwargs)
         out = func(*args, **kwargs)
         if torch.is_grad_enabled() and isinstance(out, Tensor) and out.requires_grad:
             self._note(func, out, args, {"x" if name == "input" else name: value for name, value in kwargs.items()})
@@ -254,7 +258,7 @@ class Witness(TorchFunctionMode):
 
     def _note(self, func: Any, out: Tensor, args: Any, kwargs: Any) -> None:
         if func is F.linear and _part(args[1]) is not None:
-            self._part(args[1], args[0], out)
+            self._part(out, *args)
         elif func in PRODUCTS:
             left, right = args
             if right.dim() > 1 and (weight := _matrix(right.mT)) is not None:
@@ -268,14 +272,18 @@ class Witness(TorchFunctionMode):
         elif func in FUNCTIONS:
             self._add(*FUNCTIONS[func](*args, **kwargs), out)
 
-    def _part(self, weight: Tensor, x: Tensor, out: Tensor) -> None:
-        """Some rows of a stack of matrices are all rows, of which the others have no effect."""
+    def _part(self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Some rows of a matrix, or of a stack of matrices, are all rows, of which the others have no effect."""
         stack, first = _part(weight)  # type: ignore[misc]
         if stack not in self._stacks:
-            self._stacks[stack] = Parameter(stack.detach().reshape(-1, stack.shape[-1]))
+            flat = Parameter(stack.detach().reshape(-1, stack.shape[-1]))
+            self._stacks[stack] = stack if stack.dim() == 2 else flat
         whole = self._stacks[stack]
         around = first, len(whole) - first - len(weight)
-        self._add(*_linear(x, whole), out, lambda grad: F.pad(grad, around), {"weight": stack})
+        parameters = {"weight": stack}
+        if bias is not None and isinstance(bias._base, Parameter):
+            parameters["bias"] = bias = bias._base
+        self._add(*_linear(x, whole, bias), out, lambda grad: F.pad(grad, around), parameters)
 
     def _add(
         self,
@@ -297,9 +305,9 @@ class Witness(TorchFunctionMode):
 
 
 def _part(weight: Tensor) -> tuple[Parameter, int] | None:
-    """The stack of matrices in which a matrix lies as rows, and the first of them."""
+    """The matrix, or the stack of matrices, in which a matrix lies as rows, and the first of them."""
     stack = weight._base
-    if not isinstance(stack, Parameter) or stack.dim() != 3 or weight.stride() != (stack.shape[-1], 1):
+    if not isinstance(stack, Parameter) or stack.dim() < 2 or weight.stride() != (stack.shape[-1], 1):
         return None
     return stack, weight.storage_offset() // stack.shape[-1]
 
