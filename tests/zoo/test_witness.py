@@ -11,8 +11,45 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fisher_kernels import MBF, AdaFisher
-from tests.layer_cases import Conv1D
-from tests.zoo.witness import Call, Witness, check_blocks, check_factors
+from tests.zoo.witness import Call, Witness, check_blocks, check_factors, explained
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of layers that take a fallback
+
+
+class Conv1D(nn.Module):
+    """A Linear with a transposed weight, by the function that Hugging Face's takes."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.weight, self.bias = nf, nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).unflatten(0, x.shape[:-1])
+        return out
+
+
+class Attention(nn.Module):
+    """nn.MultiheadAttention of one sequence to another."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inside = nn.MultiheadAttention(width, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inside(x, x[:, :3], x[:, :3], need_weights=False)[0]
+        return out
+
+
+class Experts(nn.Module):
+    """Two matrices in one parameter, each on a part of the rows."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(2, width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([F.linear(x[:, :2], self.stack[0]), F.linear(x[:, 2:], self.stack[1])], 1)
 
 
 class RootMeanSquare(nn.Module):
@@ -68,6 +105,18 @@ def adafisher(model: nn.Module) -> AdaFisher:
 
 def mbf(model: nn.Module) -> MBF:
     return MBF(model, lr=0.0, linear_blocks=4)
+
+
+@pytest.mark.parametrize("layer", [Attention, Experts])
+def test_parts_of_a_parameter_explain_its_gradient(layer: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = layer(4).double()
+    with Witness(model) as witness:
+        model(torch.randn(2, 5, 4).double()).square().sum().backward()
+    witness.close()
+    found = explained(witness.seen())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[p], p.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_every_call_is_seen_and_explains_the_gradients() -> None:

@@ -249,7 +249,7 @@ class Witness(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:  # made of others, where it does not ask for modes
-            with self, mock.patch.object(F, "has_torch_function", lambda tensors: False):
+            with self, mock.patch.object(F, "has_torch_function", return_value=False):
                 return func(*args, **kwargs)
         out = func(*args, **kwargs)
         if torch.is_grad_enabled() and isinstance(out, Tensor) and out.requires_grad:
