@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from fisher_kernels import MBF, AdaFisher
 from tests.zoo.witness import Call, Witness, check_blocks, check_factors, explained
 
-
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of layers that take a fallback
 
 
