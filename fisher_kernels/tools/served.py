@@ -21,7 +21,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], FisherOptimizer]] = {
 }
 """Those that read layers, so that a step leaves a model as it is."""
 
-_FOUND_OUT = re.compile(r"not served for (\S+): (.*?)(?=; not served for|$)")
+_FOUND_OUT = re.compile(r"not served for (?:(\S+): )?(.*?)(?=; not served for|$)")
 _OFF = re.compile(r"its output is off by \S+ from what (\S+) computes.*")
 
 
