@@ -200,6 +200,7 @@ FUNCTIONS: dict[Any, Callable[..., tuple[Any, Tensor]]] = {
     F.batch_norm: _batch_norm,
 }
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+SUMS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 
 
 class Derivative(NamedTuple):
@@ -220,6 +221,7 @@ class Witness(TorchFunctionMode):
         super().__init__()
         self.calls: list[Call] = []
         self._stacks: dict[Parameter, Parameter] = {}
+        self._picked: dict[int, tuple[Tensor, Call]] = {}  # what embeddings made, by its identity
         self._tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
         self._open: list[tuple[nn.Module, int]] = []
         self._handles = []
@@ -269,8 +271,20 @@ class Witness(TorchFunctionMode):
                 self._add(*_linear(right.mT, weight), out, lambda grad: grad.mT)
         elif func is Tensor.__getitem__ and {args[0]} & self._tables and not isinstance(args[1], tuple):
             self._add(*_embedding(torch.arange(len(args[0]))[args[1]], args[0]), out)
+        elif func in SUMS:
+            for term in args[:2]:
+                self._broadcast(term, out)
         elif func in FUNCTIONS:
             self._add(*FUNCTIONS[func](*args, **kwargs), out)
+            if func is F.embedding and self.calls:
+                self._picked[id(out)] = out, self.calls[-1]
+
+    def _broadcast(self, term: Any, total: Tensor) -> None:
+        """An embedding that is added to every sample of a batch is one use for each, of the same token."""
+        kept, call = self._picked.pop(id(term), (None, None))
+        if call is not None and kept is term and total.shape != term.shape:
+            call.x = call.x.expand(total.shape[:-1])
+            call.out = Output(total)
 
     def _part(self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         """Some rows of a matrix, or of a stack of matrices, are all rows, of which the others have no effect."""
