@@ -379,15 +379,32 @@ class Account:
 
 # Statistics.
 
+
+def _add_biases(optimizer: AdaFisher | MBF, calls: Sequence[Call]) -> None:
+    """Give a call the bias that its layer is served with and that no call takes: something else adds it.
+
+    Then the gradients tell whether that is so, as the bias must have the sum of the call's derivatives.
+    """
+    taken = {p for call in calls for p in call.parameters.values()}
+    for layer in optimizer.statistics.layers():
+        weight, bias = layer.parameters.get("weight"), layer.parameters.get("bias")
+        if weight is not None and bias is not None and bias not in taken:
+            for call in calls:
+                if call.parameters.get("weight") is weight:
+                    call.parameters["bias"] = bias
+                    call.plain.register_parameter("bias", bias)
+
+
 FACTORS = {"input_factor": "H", "output_factor": "S", "bias_factor": "B"}
 """Names of the optimizer's factors -> of the naive implementation's."""
 
 
 def check_factors(optimizer: AdaFisher, calls: Sequence[Call], names: dict[Parameter, str]) -> int:
-    """Compare the factors of every site that has any with those of the calls; returns how many were compared.
+    """Compare the factors of every site that has any with those of the calls; returns how many there are.
 
     The optimizer has taken one step, so that its averages are those of one batch times their weight.
     """
+    _add_biases(optimizer, calls)
     account, compared = Account(calls, names), 0
     for index, site in enumerate(optimizer.statistics.sites):
         averages = dict(optimizer._factors.averages(index))
@@ -421,9 +438,12 @@ def check_factors(optimizer: AdaFisher, calls: Sequence[Call], names: dict[Param
 
 
 def check_blocks(optimizer: MBF, calls: Sequence[Call], names: dict[Parameter, str], **settings: Any) -> int:
-    """Compare the averaged blocks after one step with those of the calls; returns how many were compared."""
-    account, compared = Account(calls, names), 0
+    """Compare all averaged blocks after one step with those of the calls; returns how many there are."""
+    _add_biases(optimizer, calls)
+    account = Account(calls, names)
     served = {p for site in optimizer.statistics.sites for layer in site.layers for p in layer.parameters.values()}
+    waiting = {p for p in served if float(optimizer.state.get(p, {}).get("fisher_updates", 0)) > 0}
+    count = len(waiting)
     mine = [call for call in calls if served & {*call.parameters.values()}]
     # The naive implementation knows the parameters of the plain modules, of which a stack of matrices is another.
     models = {call.plain._parameters[role]: p for call in mine for role, p in call.parameters.items()}
@@ -433,14 +453,14 @@ def check_blocks(optimizer: MBF, calls: Sequence[Call], names: dict[Parameter, s
     naive.uses = [naive_mbf.Use(call.plain, call.x, {}, Derivative(call.grad), 0) for call in mine]  # type: ignore[arg-type]
     for block in naive.blocks:
         owner = models[block.owner]  # type: ignore[index]
-        state = optimizer.state[owner]
-        if block.family is None or owner not in served or float(state.get("fisher_updates", 0)) == 0:
+        if block.family is None or owner not in waiting:
             continue
         near = [call for call in mine if {owner} & {*call.parameters.values()}]
         tolerance = tolerance_of(near)
         account.require({p for call in near for p in call.parameters.values()}, tolerance)
         expected = naive.new_blocks(block, naive.samples(block.family))
-        ours = state["fisher_blocks"]
+        ours = optimizer.state[owner]["fisher_blocks"]
         require_close(f"blocks of {names[owner]}", ours, expected.reshape(ours.shape), tolerance)
-        compared += 1
-    return compared
+        waiting.remove(owner)
+    assert not waiting, f"there are blocks of {names[waiting.pop()]}, but no function of the model took it"
+    return count
