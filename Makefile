@@ -52,7 +52,7 @@ EVERYTHING = FISHER_KERNELS_CPU=$(or $(FISHER_KERNELS_CPU),all) FISHER_KERNELS_C
 ifndef AT_ONCE
 .NOTPARALLEL:
 endif
-.PHONY: help demo test test-all fuzz mutants bench gpu gpu-sanitize results inspect docs lint build dist wheels clean FORCE
+.PHONY: help demo test test-all fuzz mutants bench gpu gpu-sanitize results models inspect docs lint build dist wheels clean FORCE
 
 help:
 	@echo 'make demo    trains a CNN with AdamW, SGD, AdaFisher, AdaFisherW, MBF and SOFIM, side by side'
@@ -64,6 +64,7 @@ help:
 	@echo 'make gpu     proves and measures the kernels on a CUDA GPU, in ten minutes; installs nothing'
 	@echo 'make gpu-sanitize  runs the self-test of the CUDA kernels under compute-sanitizer, on a CUDA GPU'
 	@echo 'make results compares the optimizers on every task, into docs/results.md (half an hour)'
+	@echo 'make models  counts what of published models has a rule, into docs/models.md'
 	@echo 'make inspect compiles every GPU kernel for GPUs that need not be here, and reads its code (ten minutes)'
 	@echo 'make docs    builds the documentation as a site, in build/site, and checks its links'
 	@echo 'make lint    ruff and mypy'
@@ -107,6 +108,9 @@ gpu-sanitize:
 results: build
 	set -e; for task in $(TASKS); do $(PY) -m fisher_kernels compare $$task --force --out docs/results/$$task $(ARGS); done
 	$(PY) -m bench.tables
+
+models: build
+	$(PY) -m tests.zoo --page docs/models.md $(ARGS)
 
 inspect:
 	$(MAKE) build $(EVERYTHING) FISHER_KERNELS_WERROR=ON

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +24,7 @@ from fisher_kernels.tasks.files import Destination
 from fisher_kernels.tasks.optimizers import Recipe
 from fisher_kernels.tasks.task import Task
 from fisher_kernels.tasks.training import Settings
-from fisher_kernels.tools import environment, inspection, selftest
+from fisher_kernels.tools import environment, inspection, selftest, served, user_model
 
 app = typer.Typer(
     name="fisher-kernels",
@@ -218,6 +219,77 @@ def self_test(as_json: Json = False) -> None:
 
 def _show_line(text: str) -> None:
     terminal.show(text, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def check(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="PACKAGE.MODULE:FUNCTION",
+            help="A function without arguments that returns a model, or a model and example inputs.",
+        ),
+    ],
+    optimizer: Annotated[str, typer.Option(help=f"One of: {', '.join(served.OPTIMIZERS)}.")] = "adafisher",
+    at_least: Annotated[
+        float, typer.Option(min=0, max=1, help="Exit with 1 where rules serve less than this share of the parameters.")
+    ] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Show how much of your own model is served by a rule of an optimizer, and why the rest is not.
+
+    With example inputs (a dict by name, a tuple by position, or one tensor) the model makes one forward and backward
+    pass, in which every layer proves that it computes what its class documents.
+    """
+    if optimizer not in served.OPTIMIZERS:
+        terminal.refuse("--optimizer", f"is {optimizer!r}, expected one of {', '.join(served.OPTIMIZERS)}")
+    with terminal.refusing("PACKAGE.MODULE:FUNCTION"):
+        model, inputs = user_model.load(target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the table says all that they do
+        try:
+            reader = served.OPTIMIZERS[optimizer](model)
+            if inputs is not None:
+                served.run_once(model, reader, inputs)
+        except Exception as error:
+            terminal.fail(f"{target}: {user_model.said(error)}")
+    kinds = served.kinds_of(model, reader)
+    share = served.share_served(kinds)
+    if as_json:
+        rows = [dataclasses.asdict(kind) for kind in kinds]
+        terminal.show_json({"optimizer": optimizer, "proven": inputs is not None, "share": share, "kinds": rows})
+    else:
+        terminal.show(_served_table(kinds), width=max(Console().width, 100))
+        total = sum(kind.parameters for kind in kinds)
+        _show_line(f"{type(reader).__name__} serves {_percent(share)} of {total:,} trained parameters by a rule")
+        if inputs is None:
+            _show_line("by the classes of the layers alone: return (model, example inputs) to see what they compute")
+    if share < at_least:
+        raise typer.Exit(1)
+
+
+def _served_table(kinds: Sequence[served.Kind]) -> Table:
+    table = Table()
+    for name in ("rule", "layer"):
+        table.add_column(name)
+    for name in ("tensors", "parameters", "share"):
+        table.add_column(name, justify="right")
+    table.add_column("why not")
+    total = sum(kind.parameters for kind in kinds)
+    for kind in kinds:
+        colour = "green" if kind.served else "yellow"
+        names = ", ".join(kind.names[:2]) + (", ..." if len(kind.names) > 2 else "")
+        why = "" if kind.served else f"{kind.reason} ({names})"
+        why = why or kind.remark
+        share = _percent(kind.parameters / max(total, 1))
+        cells = (str(len(kind.names)), f"{kind.parameters:,}", share, escape(why))
+        table.add_row(f"[{colour}]{kind.rule}[/{colour}]", escape(kind.layer), *cells)
+    return table
+
+
+def _percent(share: float) -> str:
+    """Rounded down, so that only what is complete is 100 %."""
+    return f"{math.floor(1000 * share) / 10:.1f} %"
 
 
 @app.command()
