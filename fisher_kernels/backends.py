@@ -68,7 +68,7 @@ def _why_no_cuda() -> str | None:
     if toolkit is None:
         return (
             f"the native module was built without CUDA kernels: {module.why_no_cuda()}. "
-            "FISHER_KERNELS_CUDA=on when it is built insists on them"
+            "Built with FISHER_KERNELS_CUDA=on it has them, or the build says what it lacks"
         )
     _, runtime, driver = toolkit
     if not torch.cuda.is_available():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -140,6 +141,7 @@ def train(
         name = optimizer if variant is None else f"{optimizer}:{variant}"
         with terminal.refusing("--optimizer"):
             recipe = tasks.recipe(chosen, name, overrides)
+        _require_values(recipe, overrides)
         settings = _settings(chosen, epochs, batch_size, max_steps, schedule)
         stem = recipe.name.replace(":", "-")
         run = _run("train", chosen, [recipe], [seed], settings, threads, out, stem, force)
@@ -336,6 +338,24 @@ def _task(name: str | None) -> Task:
         return tasks.find_task(name)
 
 
+def _require_values(recipe: Recipe, overrides: Mapping[str, Any]) -> None:
+    """Refuse, by its option, a hyperparameter that the optimizer does not take; it knows best what that is."""
+    for name, value in overrides.items():
+        if not math.isfinite(value):
+            terminal.refuse(_option(name), f"is {value}, expected a finite number")
+    try:
+        recipe.build(torch.nn.Linear(1, 1))
+    except (TypeError, ValueError) as error:
+        name, _, rest = str(error).partition(" ")
+        if name not in overrides:
+            terminal.refuse("--optimizer", str(error))
+        terminal.refuse(_option(name), rest)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _settings(task: Task, epochs: int | None, batch_size: int | None, max_steps: int | None, schedule: str) -> Settings:
     if schedule not in ("cosine", "constant"):
         terminal.refuse("--schedule", f"unknown schedule {schedule!r}: choose from cosine, constant")
@@ -382,8 +402,7 @@ def _resumed(context: typer.Context, place: Path, task: str | None) -> Run:
     for name in context.params:
         source = context.get_parameter_source(name)
         if name not in ("context", "task", "threads", "resume", "as_json") and source and source.name == "COMMANDLINE":
-            option = name.replace("_", "-")
-            terminal.refuse("--resume", f"goes on with the settings that the run began with: leave out --{option}")
+            terminal.refuse("--resume", f"goes on with the settings that the run began with: leave out {_option(name)}")
     with terminal.refusing("--resume"):
         restored = files.restore(str(context.info_name), place)
         if task is not None and task != restored.comparison.task.name:

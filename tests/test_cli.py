@@ -330,6 +330,8 @@ def test_a_diverging_training_is_reported_and_fails(tmp_path: Path) -> None:
         (("compare",), "TASK: is missing, expected one of digits, autoencoder, text"),
         (("train", "digits", "--optimizer", "sgd", "--seed", "99999999999999"), "--seed"),
         (("train", "digits", "--optimizer", "sgd", "--lr", "much"), "--lr"),
+        (("train", "digits", "--optimizer", "sofim", "--rho", "0"), "--rho: is 0.0, expected a finite number above 0"),
+        (("train", "digits", "--optimizer", "adamw", "--lr", "inf"), "--lr: is inf, expected a finite number"),
         (("inspect", "--kernels", "("), "--kernels: is '(', expected a regular expression"),
         (("prove",), "No such command 'prove'"),
         (("train", "digits", "--optimizer", "sgd", "--epochs", "0"), "epochs"),

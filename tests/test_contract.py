@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -226,6 +227,91 @@ def test_bad_argument_is_named(make: Make, argument: str, value: Any) -> None:
         make(model, **{argument: value})
     with pytest.raises(ValueError, match=rf"^{argument} (is|has) .*expected"):
         make(model, params=[{"params": model.parameters(), argument: value}])
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error"),
+    [
+        ("maximize", "False", TypeError),
+        ("maximize", 2, TypeError),
+        ("maximize", None, TypeError),
+        ("lr", True, TypeError),
+        ("lr", 1j, TypeError),
+        ("lr", 10**400, ValueError),
+        ("lr", torch.tensor(1), TypeError),
+        ("lr", torch.tensor(True), TypeError),
+        ("lr", torch.tensor(1j), TypeError),
+        ("weight_decay", torch.zeros(2), ValueError),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_an_argument_of_another_kind_is_named(make: Make, argument: str, value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=rf"^{argument} (is|has) .*expected"):
+        make(nn.Linear(2, 2), **{argument: value})
+
+
+def test_every_switch_takes_bools_alone(make: Make) -> None:
+    switches = [name for name, value in make(nn.Linear(2, 2)).defaults.items() if isinstance(value, bool)]
+    assert "maximize" in switches
+    for name in switches:
+        with pytest.raises(TypeError, match=rf"^{name} is 'no', expected True or False"):
+            make(nn.Linear(2, 2), **{name: "no"})
+
+
+def test_every_word_is_one_of_those_there_are(make: Make) -> None:
+    words = [name for name, value in make(nn.Linear(2, 2)).defaults.items() if isinstance(value, str)]
+    for name in words:
+        with pytest.raises(ValueError, match=rf"^{name} is \['a word'\], expected one of"):
+            make(nn.Linear(2, 2), **{name: ["a word"]})
+
+
+def test_numbers_of_numpy_are_kept_as_those_of_python(make: Make) -> None:
+    model = network()
+    settings = {name: np.int64(2) for name in make.every(2)}
+    optimizer = make(model, lr=np.float64(1e-3), weight_decay=np.float32(0.5), **settings)
+    train(model, optimizer, range(1))
+    optimizer.param_groups[0]["lr"] = np.float32(0.25)  # as a schedule may
+    train(model, optimizer, range(1))
+    (group,) = saved_and_loaded(optimizer.state_dict())["param_groups"]
+    assert type(group["lr"]) is type(group["weight_decay"]) is float
+    assert (group["lr"], group["weight_decay"]) == (0.25, 0.5)
+    assert all(type(group[name]) is int for name in settings)
+
+
+def test_a_parameter_that_is_twice_in_a_group_is_refused(make: Make) -> None:
+    model = nn.Linear(2, 2)
+    with (
+        pytest.raises(ValueError, match=r"^params\[2\] is the same parameter as params\[0\]"),
+        pytest.warns(UserWarning, match="duplicate parameters"),  # torch's
+    ):
+        make(model, params=[model.weight, model.bias, model.weight])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_parameters_are_refused(make: Make, layout: torch.layout) -> None:
+    model = nn.Linear(2, 2)
+    model.nested = nn.Parameter(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout))
+    with pytest.raises(TypeError, match=r"^params\[2\] is a nested tensor, expected"):
+        make(model)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("freed", ["gradient", "parameter"])
+def test_freed_memory_is_refused(make: Make, freed: str, first: bool) -> None:
+    """Functions of torch read it all the same, and crash the process."""
+    model = network()
+    optimizer = make(model)
+    if not first:
+        train(model, optimizer, range(1))
+    model.zero_grad()
+    backward(model, 1)
+    weight = model[0].weight
+    tensor = weight.grad if freed == "gradient" else weight
+    assert tensor is not None
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="no memory to read"):
+        optimizer.step()
 
 
 def test_empty_model_is_refused_as_torch_does(make: Make) -> None:

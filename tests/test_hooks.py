@@ -518,6 +518,25 @@ class TestCompile:
         else:  # this torch notices hooks that come late: then there is nothing to warn of
             optimizer.step()
 
+    def test_a_model_whose_class_was_compiled_before_warns_and_a_reset_helps(self, make):
+        def backward_of(model):
+            loss_of(torch.compile(model, backend="eager"), batch()).backward()
+
+        class Twin(nn.Sequential):
+            """Of a class that nothing else compiles."""
+
+        backward_of(Twin(*mlp()))
+        model = Twin(*mlp())
+        optimizer = make(model)
+        backward_of(model)
+        if all(site.sums is None for site in optimizer.statistics.sites):
+            with pytest.warns(UserWarning, match=r"another one of its class, compiled.* torch\._dynamo\.reset\(\)"):
+                optimizer.step()
+        torch._dynamo.reset()
+        optimizer.zero_grad()
+        backward_of(model)
+        assert all(site.sums is not None for site in optimizer.statistics.sites)
+
     def test_export_ignores_the_hooks(self, make):
         model = mlp()
         optimizer = make(model)

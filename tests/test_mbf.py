@@ -297,6 +297,12 @@ def test_warm_start_counts_the_samples_of_each_layer() -> None:
     )
 
 
+def test_warm_start_names_a_loss_function_that_returns_none() -> None:
+    ours = MBF(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"^loss_fn returned None, expected a loss"):
+        ours.warm_start([torch.ones(3, 2)], lambda x: None, progress=False)  # type: ignore[arg-type,return-value]
+
+
 def test_warm_start_leaves_all_else_alone(capsys: pytest.CaptureFixture[str]) -> None:
     model = network()
     ours = MBF(model, update_interval=5)

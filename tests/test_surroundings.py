@@ -98,16 +98,28 @@ def test_zeros_without_memory(backend: str, name: str) -> None:
 
 
 def test_tensors_whose_memory_was_freed(backend: str) -> None:
-    if backend == "reference":
-        pytest.skip("PyTorch's own functions read them")
     x = torch.ones(3, 4)
     x.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match=r"^column_sum_of_squares: x .*memory"):
         ops.column_sum_of_squares(x)
     call = PUBLIC["sofim_step_"][0]()
     call["grads"][0].untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match=r"^sofim_step_: .* no memory to read"):
+    with pytest.raises(ValueError, match=r"^sofim_step_: .* no memory to read") as raised:
         ops.sofim_step_(**call)
+    assert raised.type is ValueError  # not the one by which a kernel asks for tensors that are resolved
+
+
+@pytest.mark.parametrize("name", ["params", "grads", "momentum_buffers", "inverses"])
+def test_memory_that_was_freed_under_a_shared_inverse(backend: str, name: str) -> None:
+    lists = {
+        "params": [torch.ones(3, 4)],
+        "grads": [torch.ones(3, 4)],
+        "momentum_buffers": [torch.ones(3, 4)],
+        "inverses": [torch.eye(4).expand(1, 1, 4, 4).contiguous()],
+    }
+    lists[name][0].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=rf"^mbf_step_: ({name}\[0\]|a tensor of shape .*) has no memory"):
+        ops.mbf_step_(**lists, lr=0.1, momentum=0.9, weight_decay=0.0, decoupled=True, maximize=False)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

@@ -348,6 +348,24 @@ def _rendered(task: Task, records: list[Record], settings: Settings) -> str:
     return capture.get()
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_tables_of_six_optimizers_have_whole_names_and_whole_cells(width: int) -> None:
+    titles = ("AdamW", "SGD", "AdaFisher", "AdaFisherW", "MBF", "SOFIM")
+    recipes = [replace(_sgd_from(title.lower(), 0.01 * i), title=title) for i, title in enumerate(titles)]
+    records = compare(LINE, recipes, [0, 1], SETTINGS)
+    console = Console(width=width, no_color=True)
+    with console.capture() as capture:
+        summaries = summarize(records, SETTINGS.epochs)
+        console.print(tables(LINE, SETTINGS, summaries, at_equal_time(records, SETTINGS.epochs)))
+    lines = capture.get().splitlines()
+    assert max(map(len, lines)) <= width
+    assert "…" not in capture.get()
+    for title in titles:
+        assert sum(f" {title} " in line for line in lines) >= 3
+    cells = [cell.strip() for line in lines if line.startswith("│") for cell in line.split("│")]
+    assert not any(cell.endswith(("±", "(")) for cell in cells)
+
+
 def test_markdown_has_the_cells_of_the_tables_and_fits_on_lines() -> None:
     records = compare(LINE, [_sgd_from("wild", 1e30), _sgd_from("tame", 0.1)], [0, 1], SETTINGS)
     summaries = summarize(records, SETTINGS.epochs)

@@ -183,6 +183,35 @@ def test_an_lr_that_is_no_number_is_named() -> None:
         AdaFisher(network(), lr="1e-3")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("scaler", [1024.0, True, "x", torch.amp.GradScaler])
+def test_what_is_no_scaler_is_named(scaler: Any) -> None:
+    with pytest.raises(TypeError, match=r"^grad_scaler is .*, expected a torch\.amp\.GradScaler or None"):
+        AdaFisher(network(), grad_scaler=scaler)
+
+
+@pytest.mark.parametrize("group", [0, True, "world"])
+def test_what_is_no_process_group_is_named(group: Any) -> None:
+    with pytest.raises(TypeError, match=r"^process_group is .*, expected a torch\.distributed\.ProcessGroup or None"):
+        MBF(network(), process_group=group)
+
+
+def test_parameters_of_another_model_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^params has no parameter of model: none of these 4 is in the Sequential"):
+        AdaFisher(network(), params=network().parameters())
+
+
+def test_parameters_that_the_model_lacks_are_told_as_such() -> None:
+    model, other = network(), nn.Linear(64, 64)
+    with pytest.warns(UserWarning, match=r"no layer rule .*, of which 2 are not in the model; print"):
+        optimizer = AdaFisher(model, params=[*model.parameters(), *other.parameters()])
+    assert [row.detail.startswith("not in the model; ") for row in optimizer.explain()] == [False] * 4 + [True] * 2
+
+
+def test_a_sparse_embedding_that_is_the_model_is_named_so() -> None:
+    with pytest.raises(ValueError, match=r"^the model is an Embedding with sparse=True"):
+        AdaFisher(nn.Embedding(3, 2, sparse=True))
+
+
 def test_a_model_in_place_of_its_parameters_is_told_what_to_write() -> None:
     with pytest.raises(TypeError, match=r"^params is a Sequential, expected .* pass model\.parameters\(\)"):
         SOFIM(network())  # type: ignore[arg-type]

@@ -118,9 +118,10 @@ def find_layers(
         if rule is None:
             continue
         if getattr(module, "sparse", False):
+            which = f"module {name!r}" if name else "the model"
             raise ValueError(
-                f"module {name!r} is an Embedding with sparse=True, whose gradient is sparse; construct it with "
-                "sparse=False, or leave its weight to torch.optim.SparseAdam (params=)"
+                f"{which} is an Embedding with sparse=True, whose gradient is sparse; construct it with sparse=False, "
+                "or leave its weight to torch.optim.SparseAdam (params=)"
             )
         layers.append(Layer(name, module, rule, parameters))
     return layers

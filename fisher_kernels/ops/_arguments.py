@@ -121,7 +121,7 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_memory(op: str, argument: Argument, value: Any, is_read: bool) -> None:
-    """What the native entry points see to themselves: the memory of a tensor holds its numbers, and may be written.
+    """What the native entry points see to themselves: a tensor has memory, which holds its numbers and may be written.
 
     What was made in inference mode may not be written outside it, as torch has it. Where lists of tensors begin is
     known to those who read it.
@@ -132,8 +132,10 @@ def check_memory(op: str, argument: Argument, value: Any, is_read: bool) -> None
         raise UnresolvedError(f"{op}: {name} is negated when it is read (is_neg()), expected memory with its numbers")
     if any(map(Tensor._is_zerotensor, tensors)):  # of which torch itself does not keep the signs of zeros
         raise UnresolvedError(f"{op}: {argument.name} is or has zeros without memory")
-    if is_read and not argument.is_list and _lacks_memory(value):
-        raise UnresolvedError(f"{op}: {argument.name} has no memory to read, expected some for its shape")
+    if not is_read or not argument.is_list:
+        for name, x in argument.tensors(value):
+            if lacks_memory(x):
+                raise UnresolvedError(f"{op}: {name} has no memory to read, expected some for its shape")
     if argument.written and any(map(Tensor.is_inference, tensors)) and not torch.is_inference_mode_enabled():
         name = next(name for name, x in argument.tensors(value) if x.is_inference())
         raise RuntimeError(
@@ -142,8 +144,9 @@ def check_memory(op: str, argument: Argument, value: Any, is_read: bool) -> None
         )
 
 
-def _lacks_memory(x: Tensor) -> bool:
-    return type(x) in _PLAIN and not x.is_meta and x.data_ptr() == 0 and x.numel() > 0
+def lacks_memory(x: Tensor) -> bool:
+    """Whether the storage of a tensor was freed. Functions of torch then read from address 0, and crash."""
+    return type(x) in _PLAIN and not x.is_meta and x.numel() > 0 and not x._is_zerotensor() and x.data_ptr() == 0
 
 
 def check_no_derivative(op: str, arguments: Sequence[Argument], values: Mapping[str, Any]) -> None:

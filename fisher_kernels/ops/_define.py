@@ -216,10 +216,13 @@ def define(
         def is_written(i: int) -> bool:
             return signature[i].written
 
-        results = op(
-            *(resolve(x, is_written(i)) for i, x in enumerate(args)),
-            **{key: resolve(x, is_written(names.index(key))) for key, x in kwargs.items()},
-        )
+        try:
+            results = op(
+                *(resolve(x, is_written(i)) for i, x in enumerate(args)),
+                **{key: resolve(x, is_written(names.index(key))) for key, x in kwargs.items()},
+            )
+        except UNRESOLVED as error:  # there is nothing to resolve: it has no memory
+            raise ValueError(str(error)) from None
         for value, resolved in kept.values():
             value.copy_(resolved)
         return results
@@ -237,6 +240,8 @@ def define(
             if dispatched_by_all:
                 return op(*args, **kwargs)
             return run_underived(lambda: op(*args, **kwargs), args, kwargs)
+        except UNRESOLVED as error:
+            raise ValueError(str(error)) from None
         except Exception:
             check_types(name, signature, values_of(args, kwargs))
             raise

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import Native
-from fisher_kernels.ops._arguments import without_autocast
+from fisher_kernels.ops._arguments import lacks_memory, without_autocast
 from fisher_kernels.ops._blocks import unpack
 from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define, device_of
 from fisher_kernels.ops._step import (
@@ -282,6 +282,10 @@ def _directions(s: _Step) -> list[Tensor | None]:
     for i in shared:
         for k in range(i, i + 1 + s.is_biased(i)):
             s.check_parameter(k)
+            for name, tensors in zip(s._fields[:4], s[:4], strict=True):
+                x = tensors[k]
+                if x is not None and lacks_memory(x):
+                    raise ValueError(f"{_OP}: {name}[{k}] has no memory to read, expected some for its shape")
         directions[i] = s.multiply_shared(i).contiguous()
     return directions
 

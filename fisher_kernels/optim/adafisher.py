@@ -18,8 +18,9 @@ from fisher_kernels.curvature.diagonal_rules import DiagonalRule, rule_for
 from fisher_kernels.curvature.hooks import Layer
 from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.ops import ACCUMULATOR, adafisher_step_
-from fisher_kernels.optim.base import Batch, Plan, count, require_numbers, totals
+from fisher_kernels.optim.base import Batch, Plan, count, require_memory, totals
 from fisher_kernels.optim.diagonal_factors import VARIANTS, DiagonalFactors, Place
+from fisher_kernels.optim.hyperparameters import require_choice, require_counts, require_numbers
 from fisher_kernels.optim.layerwise import LayerwiseOptimizer
 
 
@@ -116,8 +117,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
     # Groups.
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        if group["variant"] not in VARIANTS:
-            raise ValueError(f"variant is {group['variant']!r}, expected one of {', '.join(map(repr, VARIANTS))}")
+        require_choice(group, "variant", VARIANTS)
         variant = VARIANTS[group["variant"]]
         for name in ("lr", "damping", "update_interval"):
             if group[name] is None:
@@ -128,9 +128,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
             require_numbers(group, ("fallback_curvature",), "a positive number or None")
         if group["fallback_curvature"] is not None and not 0 < group["fallback_curvature"] < math.inf:
             raise ValueError(f"fallback_curvature is {group['fallback_curvature']}, expected a positive number or None")
-        interval = group["update_interval"]
-        if not isinstance(interval, int) or interval < 1:
-            raise ValueError(f"update_interval is {interval!r}, expected an integer of at least 1")
+        require_counts(group, ("update_interval",))
         for name in ("beta", "gamma"):
             if not 0 <= group[name] < 1:
                 raise ValueError(f"{name} is {group[name]}, expected 0 <= {name} < 1")
@@ -256,6 +254,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
             direction = state["exp_avg"] / curvature
             cosine = math.nan
             if p.grad is not None:
+                require_memory("a gradient", p.grad)
                 gradient = p.grad.to(direction)
                 # Norms below eps count as eps: its default of 1e-8 is no small gradient.
                 eps = torch.finfo(direction.dtype).tiny

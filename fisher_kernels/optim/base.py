@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-import numbers
+import sys
 import textwrap
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar, overload
 
@@ -20,6 +20,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from fisher_kernels.ops import ACCUMULATOR
+from fisher_kernels.ops._arguments import lacks_memory
+from fisher_kernels.optim.hyperparameters import require_bools, require_numbers
 from fisher_kernels.optim.warn import warn
 
 _WIDTH = 120
@@ -131,7 +133,7 @@ class FisherOptimizer(Optimizer):
         """Add a parameter group; a group that is refused changes nothing."""
         super().add_param_group(param_group)
         try:
-            self._check_dtypes(self.param_groups[-1])
+            self._check_params(self.param_groups[-1])
             self._check_group(self.param_groups[-1])
             self._find_groups()
             self._regrouped()
@@ -143,17 +145,32 @@ class FisherOptimizer(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         """Check the hyperparameters of a group that is added, and again at each step: a schedule may have set them."""
         require_numbers(group, ("lr",), "a number or a tensor of one element")
+        require_bools(group, ("maximize",))
         lr = group["lr"]
         if isinstance(lr, Tensor):
-            if lr.numel() != 1:
-                raise ValueError(f"lr has shape {tuple(lr.shape)}, expected a number or a tensor of one element")
             if not lr.is_cpu:
                 return  # reading it would wait for all the work queued there
+            require_memory("lr", lr)
         if not 0 <= lr < math.inf:
             raise ValueError(f"lr is {float(lr)}, expected a finite number of at least 0")
 
-    def _check_dtypes(self, group: dict[str, Any]) -> None:
+    def _check_params(self, group: dict[str, Any]) -> None:
+        """Refuse parameters that no step takes, and one that is there twice: it would be stepped twice, or once."""
+        places: dict[Parameter, int] = {}
         for i, p in enumerate(group["params"]):
+            if (first := places.setdefault(p, i)) != i:
+                name = next(name for name, q in self._names() if q is p)
+                raise ValueError(
+                    f"params[{i}] is the same parameter as params[{first}] ({name}), expected each to be there once"
+                )
+            if p.is_nested or p.layout != torch.strided:
+                kind = "a nested tensor" if p.is_nested else f"of layout {p.layout}"
+                raise TypeError(f"params[{i}] is {kind}, expected a strided tensor with a shape")
+            if _is_distributed(p):
+                raise TypeError(
+                    f"params[{i}] is a DTensor, of which each process has a part, as in FSDP and tensor parallel "
+                    f"training: {type(self).__name__} needs whole parameters, as in DistributedDataParallel"
+                )
             if p.dtype not in ACCUMULATOR:
                 raise TypeError(
                     f"params[{i}] has dtype {p.dtype}, expected float32, float64, bfloat16 or float16: "
@@ -234,6 +251,8 @@ class FisherOptimizer(Optimizer):
                     f"a parameter of shape {tuple(p.shape)} has a sparse gradient, expected a dense one: leave it to "
                     "torch.optim.SparseAdam (params=)"
                 )
+            require_memory(f"a parameter of shape {tuple(p.shape)}", p)
+            require_memory(f"the gradient of a parameter of shape {tuple(p.shape)}", p.grad)
         return stepped
 
     # State.
@@ -325,12 +344,15 @@ _changes = 0  # of the groups of any optimizer
 _turns = itertools.count(1)
 
 
-def require_numbers(group: dict[str, Any], names: Iterable[str], expected: str = "a number") -> None:
-    """Refuse hyperparameters that are no numbers, by name."""
-    for name in names:
-        value = group[name]
-        if type(value) is not float and not isinstance(value, numbers.Real | Tensor):
-            raise TypeError(f"{name} is {value!r}, expected {expected}")
+def _is_distributed(p: Parameter) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # which takes its time to import
+    return module is not None and isinstance(p, module.DTensor)
+
+
+def require_memory(name: str, x: Tensor | None) -> None:
+    """Refuse a tensor whose storage was freed: functions of torch would read from address 0."""
+    if x is not None and lacks_memory(x):
+        raise ValueError(f"{name} has no memory to read, expected some for its shape: its storage was freed")
 
 
 Counters = dict[tuple[int, ...], Tensor]

@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from fisher_kernels.curvature.hooks import Layer, Statistics, find_layers, times_attached
 from fisher_kernels.curvature.rules import R, Sums
-from fisher_kernels.optim.base import Explanations, FisherOptimizer
+from fisher_kernels.optim.base import Explanations, FisherOptimizer, require_memory
 from fisher_kernels.optim.warn import warn, warn_once
 
 FALLBACK_SHARE = 0.01
@@ -53,10 +53,16 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         for name, parameter in model.named_parameters():
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 raise ValueError(f"parameter {name!r} is not initialised: run a forward pass of the lazy module first")
+        _check_kinds(grad_scaler, process_group)
         self._model = model
         self._statistics: Statistics[R] | None = None
         self._armed: list[bool] = []
         super().__init__(model.parameters() if params is None else params, defaults)
+        if self._groups.keys().isdisjoint(model.parameters()):
+            raise ValueError(
+                f"params has no parameter of model: none of these {len(self._groups)} is in the {type(model).__name__} "
+                "whose layers are read, expected those of one model"
+            )
         self._watch(grad_scaler, process_group)
         self._warn_of_fallbacks(self.explain())
 
@@ -177,13 +183,17 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         if self._has_told("silent"):
             return
         waiting = [site.owner.grad for site in self.statistics.sites if is_due(self._groups[site.owner])]
+        for grad in waiting:
+            require_memory("a gradient", grad)
         # Whether a gradient is all zeros is read on the CPU alone: elsewhere the step would wait for the device.
         if any(not grad.is_cpu or bool(grad.any()) for grad in waiting if grad is not None):
             self._warn_once(
                 "silent",
-                "a refresh step has gradients but saw no statistics of any layer. Was the model compiled and run "
-                "before the optimizer was constructed, were the gradients set by hand, or was the optimizer closed? "
-                "The step goes on with the statistics it has (curvature 1 if there are none)",
+                "a refresh step has gradients but saw no statistics of any layer. Was this model, or another one of "
+                "its class, compiled and run before the optimizer was constructed (torch.compile then goes on with "
+                "what it compiled, without the hooks: call torch._dynamo.reset() after the constructor and compile "
+                "again)? Were the gradients set by hand, are the inputs nested or sparse tensors, or was the optimizer "
+                "closed? The step goes on with the statistics it has (curvature 1 if there are none)",
             )
 
     # State.
@@ -221,11 +231,15 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _served(self) -> Callable[[Parameter], tuple[str, str]]:
         served = self._layers_of()
+        there = set(self._model.parameters())
 
         def by_rule(p: Parameter) -> tuple[str, str]:
             uses = served.get(p, [])
             rule = " + ".join(dict.fromkeys(layer.rule.name for _, layer in uses)) or "fallback"
-            return rule, "; ".join(self._detail(role, layer) for role, layer in uses) or self._fallback_detail(p)
+            details = [self._detail(role, layer) for role, layer in uses] or [self._fallback_detail(p)]
+            if p not in there:
+                details.insert(0, "not in the model")
+            return rule, "; ".join(details)
 
         return by_rule
 
@@ -235,10 +249,25 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         share = sum(sizes[name] for name in fallbacks) / max(sum(sizes.values()), 1)
         if share > FALLBACK_SHARE:
             shown = ", ".join(fallbacks[:5]) + (", ..." if len(fallbacks) > 5 else "")
+            strangers = self._groups.keys() - set(self._model.parameters())
+            where = f", of which {len(strangers)} are not in the model" if strangers else ""
             warn_once(
                 f"{type(self).__name__}: {share:.0%} of the trained parameters have no layer rule and take a fallback "
-                f"({shown}); print(optimizer.explain()) shows each"
+                f"({shown}){where}; print(optimizer.explain()) shows each"
             )
+
+
+def _check_kinds(grad_scaler: Any, process_group: Any) -> None:
+    """Refuse what is no scaler and no group; a scaler is known by what is asked of it."""
+    asked = ("is_enabled", "_get_scale_async")
+    if grad_scaler is not None and (
+        isinstance(grad_scaler, type) or not all(callable(getattr(grad_scaler, name, None)) for name in asked)
+    ):
+        raise TypeError(f"grad_scaler is {grad_scaler!r}, expected a torch.amp.GradScaler or None")
+    if process_group is None or (dist.is_available() and process_group is dist.GroupMember.NON_GROUP_MEMBER):
+        return
+    if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(f"process_group is {process_group!r}, expected a torch.distributed.ProcessGroup or None")
 
 
 def is_due(group: dict[str, Any]) -> bool:

@@ -6,6 +6,7 @@ Source: MBF, arXiv 2202.04124 (AISTATS 2023), Algorithm 1.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,8 +22,9 @@ from fisher_kernels.curvature.hooks import Layer
 from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.ops import ACCUMULATOR, mbf_step_
 from fisher_kernels.ops._blocks import unpack
-from fisher_kernels.optim.base import count, require_numbers, totals
+from fisher_kernels.optim.base import count, require_memory, totals
 from fisher_kernels.optim.fisher_blocks import STORAGES, FisherBlocks, New, Unit
+from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
 from fisher_kernels.optim.layerwise import LayerwiseOptimizer, is_due
 
 
@@ -151,9 +153,8 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         require_numbers(group, ("momentum", "beta2", "damping", "weight_decay"))
         if group["kl_clip"] is not None:
             require_numbers(group, ("kl_clip",), "a number or None")
-        for name in ("update_interval", "inverse_interval"):
-            if not isinstance(group[name], int) or group[name] < 1:
-                raise ValueError(f"{name} is {group[name]!r}, expected an integer of at least 1")
+        require_counts(group, ("update_interval", "inverse_interval"))
+        require_bools(group, ("decoupled", "capturable"))
         for name in ("momentum", "beta2"):
             if not 0 <= group[name] < 1:
                 raise ValueError(f"{name} is {group[name]}, expected 0 <= {name} < 1")
@@ -163,15 +164,15 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         if group["kl_clip"] is not None and not 0 < group["kl_clip"] < math.inf:
             raise ValueError(f"kl_clip is {group['kl_clip']}, expected a finite number above 0, or None")
         blocks = group["linear_blocks"]
-        if blocks not in ("shared", "per_output") and not (type(blocks) is int and blocks >= 1):
-            raise ValueError(f"linear_blocks is {blocks!r}, expected 'shared', 'per_output' or a positive integer")
-        for name, choices in (
-            ("sequence", ("expand", "reduce")),
-            ("loss_reduction", ("mean", "sum")),
-            ("inverse_storage", STORAGES),
-        ):
-            if group[name] not in choices:
-                raise ValueError(f"{name} is {group[name]!r}, expected one of {', '.join(map(repr, choices))}")
+        if isinstance(blocks, numbers.Integral):
+            if isinstance(blocks, bool) or blocks < 1:
+                raise ValueError(f"linear_blocks is {blocks!r}, expected 'shared', 'per_output' or a positive integer")
+            group["linear_blocks"] = int(blocks)
+        else:
+            require_choice(group, "linear_blocks", ("shared", "per_output"), "or a positive integer")
+        require_choice(group, "sequence", ("expand", "reduce"))
+        require_choice(group, "loss_reduction", ("mean", "sum"))
+        require_choice(group, "inverse_storage", STORAGES)
 
     # Layers.
 
@@ -326,7 +327,10 @@ class MBF(LayerwiseOptimizer[BlockRule]):
                 for p in parameters:
                     p.grad = None
                 with torch.enable_grad():
-                    loss_fn(batch).backward()
+                    loss = loss_fn(batch)
+                    if not isinstance(loss, Tensor):
+                        raise TypeError(f"loss_fn returned {loss!r}, expected a loss: a tensor of one element")
+                    loss.backward()
                 self._add_batch(sums)
         finally:
             self.statistics.grad_scaler = grad_scaler
@@ -404,6 +408,8 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         """Between the direction of a unit and its gradient."""
         if any(p.grad is None for p in unit.params):
             return math.nan
+        for p in unit.params:
+            require_memory("a gradient", p.grad)
         moments = [self.state[p][self.moment] for p in unit.params]
         if unit.transposed:
             moments[0] = moments[0].t()
@@ -473,7 +479,7 @@ def _with_progress(batches: Iterable[Any]) -> Iterable[Any]:
     except ModuleNotFoundError:
         number = 0
         for batch in batches:
-            number += 1  # noqa: SIM113: the line below needs it
+            number += 1
             yield batch
         print(f"Fisher blocks: {number} batches")
     else:

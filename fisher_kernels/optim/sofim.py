@@ -16,7 +16,8 @@ from torch.optim.optimizer import ParamsT
 
 from fisher_kernels.ops import ACCUMULATOR, sofim_step_
 from fisher_kernels.ops.sofim_step import DIRECTIONS, SCOPES
-from fisher_kernels.optim.base import Batch, FisherOptimizer, Plan, count, require_numbers, totals
+from fisher_kernels.optim.base import Batch, FisherOptimizer, Plan, count, require_memory, totals
+from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_numbers
 
 SHARED = ("rho", "beta", "direction", "decoupled", "maximize")
 """Hyperparameters on which all groups of scope ``"global"`` agree: they have one Fisher matrix."""
@@ -103,15 +104,15 @@ class SOFIM(FisherOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         require_numbers(group, ("rho", "beta", "weight_decay"))
+        require_bools(group, ("decoupled",))
         if not 0 <= group["weight_decay"] < math.inf:
             raise ValueError(f"weight_decay is {group['weight_decay']}, expected a finite number of at least 0")
         if not 0 < group["rho"] < math.inf:
             raise ValueError(f"rho is {group['rho']}, expected a finite number above 0")
         if not 0 <= group["beta"] < 1:
             raise ValueError(f"beta is {group['beta']}, expected 0 <= beta < 1")
-        for name, choices in (("direction", DIRECTIONS), ("scope", SCOPES)):
-            if group[name] not in choices:
-                raise ValueError(f"{name} is {group[name]!r}, expected one of {', '.join(map(repr, choices))}")
+        require_choice(group, "direction", DIRECTIONS)
+        require_choice(group, "scope", SCOPES)
 
     def _regrouped(self) -> None:
         self._check_shared()
@@ -224,6 +225,7 @@ class SOFIM(FisherOptimizer):
             if p.grad is None:
                 return math.nan
             state = self.state[p]
+            require_memory("a gradient", p.grad)
             g = p.grad.double()
             u = state["exp_avg"].double() / (1 - group["beta"] ** state["step"].double())
             gg, ug, uu = gg + float(g.square().sum()), ug + float((u * g).sum()), uu + float(u.square().sum())

@@ -11,7 +11,8 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -69,11 +70,34 @@ def tables(
     return Group(*parts)
 
 
+class _Pair:
+    """A cell of two parts, side by side where the column is wide enough, else below each other."""
+
+    def __init__(self, first: str, second: str) -> None:
+        self.first, self.second = first, second
+
+    def __str__(self) -> str:
+        return f"{self.first} {self.second}"
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        narrow = max(len(self.first), len(self.second))
+        return Measurement(narrow, len(str(self)) if len(str(self)) <= options.max_width else narrow)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        fits = len(str(self)) <= options.max_width
+        yield Text(str(self) if fits else f"{self.first}\n{self.second}")
+
+
+def _add_columns(table: Table, summaries: Sequence[Summary]) -> None:
+    """One for each optimizer, wide enough for every word of its name."""
+    for summary in summaries:
+        table.add_column(summary.title, justify="right", min_width=max(map(len, summary.title.split())))
+
+
 def _metric_table(task: Task, summaries: Sequence[Summary]) -> Table:
     table = Table()
     table.add_column("epoch", justify="right")
-    for summary in summaries:
-        table.add_column(summary.title, justify="right")
+    _add_columns(table, summaries)
     epochs = len(summaries[0].metric)
     for epoch in range(1, epochs):
         cells = [_cell(task.metric, summary.metric[epoch], summary, _diverged(summary)) for summary in summaries]
@@ -89,12 +113,13 @@ def _metric_table(task: Task, summaries: Sequence[Summary]) -> Table:
 def _time_table(task: Task, summaries: Sequence[Summary], equal_time: EqualTime) -> Table:
     table = Table()
     table.add_column(f"{_title(equal_time.baseline, summaries)} epoch", justify="right")
-    for summary in summaries:
-        table.add_column(summary.title, justify="right")
+    _add_columns(table, summaries)
     for row, (epoch, seconds) in enumerate(zip(equal_time.epochs, equal_time.seconds, strict=True)):
         standings = ((equal_time.metric[summary.optimizer][row], summary) for summary in summaries)
         cells = [_cell(task.metric, spread, summary, "-") for spread, summary in standings]
-        table.add_row(f"{epoch} ({seconds:.2f} s)", *cells, style="bold" if epoch == equal_time.epochs[-1] else None)
+        table.add_row(
+            _Pair(str(epoch), f"({seconds:.2f} s)"), *cells, style="bold" if epoch == equal_time.epochs[-1] else None
+        )
     return table
 
 
@@ -102,11 +127,11 @@ def _title(name: str, summaries: Sequence[Summary]) -> str:
     return next(summary.title for summary in summaries if summary.optimizer == name)
 
 
-def _cell(metric: Metric, spread: Spread | None, summary: Summary, missing: str) -> str:
+def _cell(metric: Metric, spread: Spread | None, summary: Summary, missing: str) -> str | _Pair:
     if spread is None:
         return missing
     mean = metric.format(spread.mean)
-    return f"{mean} ± {metric.format(spread.deviation)}" if len(summary.seeds) > 1 else mean
+    return _Pair(mean, f"± {metric.format(spread.deviation)}") if len(summary.seeds) > 1 else mean
 
 
 def _diverged(summary: Summary) -> str:
