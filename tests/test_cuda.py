@@ -113,7 +113,11 @@ class Module:
 @pytest.mark.parametrize(
     ("built", "capability", "reason"),
     [
-        ((), (9, 0), "built without CUDA kernels: there was no NVIDIA GPU at build time. FISHER_KERNELS_CUDA=on"),
+        (
+            (),
+            (9, 0),
+            "built without CUDA kernels: there was no NVIDIA GPU at build time. Built with FISHER_KERNELS_CUDA=on",
+        ),
         (("80,90", 13000, 13000), (9, 0), None),
         (("80,90", 13000, 13010), (8, 6), None),
         (("80,90", 13000, 13000), (12, 0), None),  # from PTX

@@ -543,7 +543,7 @@ def _with_progress(batches: Iterable[Any]) -> Iterable[Any]:
     except ModuleNotFoundError:
         number = 0
         for batch in batches:
-            number += 1  # noqa: SIM113: the line below needs it
+            number += 1
             yield batch
         print(f"Fisher blocks: {number} batches")
     else:
