@@ -37,7 +37,7 @@ class Net(nn.Module):
 
 class Scaled(nn.Linear):
     def forward(self, x):
-        return 3 * super().forward(x)
+        return F.linear(x, 3 * self.weight, self.bias)
 
 
 def make():

@@ -289,7 +289,8 @@ class Statistics(Generic[R]):
             held: the parameters of the optimizer.
         """
         self._model, self._rule_for, self._held = weakref.ref(model), rule_for, held
-        if self._watches is None and self.open:
+        # A scripted model runs as a whole, and takes no hook of this kind.
+        if self._watches is None and self.open and not isinstance(model, torch.jit.ScriptModule):
             self._watches = Watches(_Weakly(self))
             _drop_copies(model)
             hook = _ModelHook(self._watches)
