@@ -23,7 +23,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("curvature.proof",),
     ("curvature.operations",),
     ("curvature.diagonal_rules", "curvature.block_rules", "curvature.functions"),
+    ("curvature.sites",),
     ("curvature.hooks",),
+    ("curvature.statistics",),
     ("optim",),
     ("",),
     ("tools", "tools.environment", "tools.samples"),
@@ -113,7 +115,7 @@ def test_kernels_import_nothing_of_the_package() -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("ops/sum_of_squares.py", "from fisher_kernels.curvature.hooks import Statistics"),
+        ("ops/sum_of_squares.py", "from fisher_kernels.curvature.statistics import Statistics"),
         ("ops/sum_of_squares.py", "import fisher_kernels.optim.adafisher"),
         ("ops/_define.py", "from fisher_kernels import use_backend"),
         ("ops/_define.py", "import fisher_kernels"),

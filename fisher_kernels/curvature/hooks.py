@@ -1,735 +1,55 @@
-"""Collects the raw sums of layers during forward and backward, and hands them to the optimizer's step.
+"""The hooks on a model: what they keep of a forward, and what they hand over in the backward.
 
-A forward hook captures what it needs of a layer's input and puts a hook on the layer's output tensor; that one turns
-the derivative of the output into raw sums. They count only if the same backward also accumulates the gradient of the
-layer's parameters: evaluation passes, ``autograd.grad`` and recomputation under activation checkpointing then count as
-they should, not at all or once. Pending sums live and die with ``p.grad``: they are dropped when a backward begins with
-``p.grad`` None, by ``zero_grad`` and when the optimizer takes them in ``step()``.
-
-A layer is read only as long as it computes what its class documents (``curvature/proof.py``).
+The forward hook of a layer captures what its rule needs of the input and puts a hook on the output tensor; that one
+hands the derivative of the output over. Hooks refer weakly to the statistics that they collect for, and copies of them,
+which come with copies of a model, do nothing and go away.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-import threading
-import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Generic, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C import _current_graph_task_id, _will_engine_execute_node
 from torch._C._autograd import _get_current_graph_task_keep_graph, _top_saved_tensors_default_hooks
 from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import Variable
-from torch.autograd.graph import get_gradient_edge
 from torch.compiler import is_compiling
-from torch.nn import Parameter
 
 from fisher_kernels.curvature.broadcast import Broadcast, may_be_broadcast
-from fisher_kernels.curvature.functions import Call, Spec, Watch, Watches
-from fisher_kernels.curvature.operations import Operations
-from fisher_kernels.curvature.proof import Proof, choose, settle
-from fisher_kernels.curvature.rules import R, Rule, Sums, Use, has_bias
-from fisher_kernels.curvature.tap import register, tap
-from fisher_kernels.ops import ACCUMULATOR
-from fisher_kernels.ops._arguments import without_autocast
+from fisher_kernels.curvature.functions import Call, Watches
+from fisher_kernels.curvature.sites import Layer, Site, first_input, overwritten, versions_of
+from fisher_kernels.curvature.tap import tap
 
 
-@dataclass(eq=False)
-class Layer(Generic[R]):
-    """One supported module and those of its parameters that the optimizer holds.
+class Engine(Protocol):
+    """What hooks ask of the statistics that they collect for."""
 
-    Attributes:
-        operation: what the module is taken for, as a layer of torch's own class: itself if it is one. The rule reads
-            this one.
-        parameters: role (``"weight"``, ``"bias"``) -> parameter.
-        candidates: what else it may be taken for, until a forward has told.
-        spec: of a function that is applied to a parameter outside of any module that has a rule; the module is then
-            the operation too, and the name that of the parameter.
-        start: where this is one call of a function: the first row of its part of the weight.
-    """
-
-    name: str
-    module: nn.Module
-    operation: nn.Module
-    rule: R
-    parameters: dict[str, Parameter]
-    proof: Proof = field(default_factory=Proof)
-    candidates: Sequence[nn.Module] = ()
-    spec: Spec | None = None
-    start: int | None = None
-
-    def place(self, role: str) -> str:
-        """How a parameter of the layer is called."""
-        return f"{self.name or 'model'}.{role}" if self.spec is None else f"{self.name}, by function"
-
-    @property
-    def owner(self) -> Parameter:
-        """The parameter that keeps the layer's factors in its state and its settings in its group."""
-        return next(iter(self.parameters.values()))
-
-    def input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
-        """The input of a forward whose backward can count, else None."""
-        if not isinstance(output, Tensor) or not output.requires_grad:
-            return None
-        trained = False
-        for role, p in self.parameters.items():
-            if module._parameters.get(role) is not p and all(q is not p for q in module._parameters.values()):
-                return None  # swapped, as functional_call does
-            trained = trained or p.requires_grad
-        if not trained:
-            return None
-        x = _first(args, kwargs)
-        if not isinstance(x, Tensor) or x.layout != torch.strided:
-            return None
-        return x.detach() if x.requires_grad else x
-
-    def holds(self, x: Tensor, output: Tensor, refresh: int) -> bool:
-        """Whether nothing speaks against the layer, which is looked at if that is due."""
-        if self.candidates and (found := choose(self.candidates, x, output)) is not None:
-            self.operation, self.candidates = found, ()
-        if self.operation is not self.module:
-            self.operation.training = self.module.training
-        return self.proof.holds(self.module, x, output, refresh, self.operation)
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The input of a layer among the arguments of its forward."""
-    return args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
-
-
-class _Kept(NamedTuple, Generic[R]):
-    """A use that waits for the others of its backward, its layer, and how often its tensors had been written to."""
-
-    use: Use[R]
-    layer: Layer[R]
-    versions: list[int]
-
-
-@dataclass(eq=False)
-class Site(Generic[R]):
-    """Adds up the sums of all uses of one weight in one orientation, by one module or by several that share it."""
-
-    owner: Parameter
-    rule: R
-    layers: list[Layer[R]] = field(default_factory=list)
-    sums: Sums | None = None
-    uses: dict[int, list[_Kept[R]]] = field(default_factory=dict)  # of each backward, where they contribute together
-    tasks: set[int] = field(default_factory=set)  # the backward passes that have contributed
-    by_function: bool = False  # whether functions outside of modules that are served apply the weight
-
-    @cached_property
-    def module(self) -> nn.Module:
-        """The module whose settings are used for the site: one with a bias if there is any."""
-        return max((layer.operation for layer in self.layers), key=has_bias)
-
-    @property
-    def needs_functions(self) -> bool:
-        """Whether some statistics come from functions that were seen to apply the weight."""
-        return self.by_function or any(layer.proof.reason and layer.proof.inner for layer in self.layers)
-
-    def is_trained(self) -> bool:
-        """Whether any parameter of its layers is."""
-        return any(p.requires_grad for layer in self.layers for p in layer.parameters.values())
-
-    def settle(self, running: Callable[[int], bool] = lambda task: False) -> Sums | None:
-        """The pending sums, with what the uses of each backward that is not running any more make together."""
-        for task in [task for task in self.uses if not running(task)]:
-            kept = self.uses.pop(task)
-            for use, layer, versions in kept:
-                if _versions(use.captured) != versions:
-                    self.clear()
-                    raise _overwritten(layer, "the step")
-            self.add(self.rule.contribute_together([use for use, _, _ in kept]))
-        return self.sums
-
-    def add(self, sums: Sums) -> None:
-        self.sums = sums if self.sums is None else self.sums + sums
-
-    def clear(self) -> None:
-        self.sums, self.uses, self.tasks = None, {}, set()
-
-
-def find_layers(
-    model: nn.Module,
-    rule_for: Callable[[nn.Module, nn.Module, Parameter], R | None],
-    held: Collection[Parameter],
-    operations: Operations,
-) -> list[Layer[R]]:
-    """The modules of a model that a rule serves, with the parameters that the optimizer holds.
-
-    Args:
-        rule_for: (module, operation, owner) -> rule.
-        operations: what each module is taken for.
-
-    Raises:
-        ValueError: an Embedding with ``sparse=True`` is among them: its gradient has no dense counterpart to step with.
-    """
-    layers = []
-    skipped = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):  # whose hooks are compiled along with it
-            continue
-        if id(module) in skipped or not module._parameters:
-            continue
-        operation, *others = operations.of(module)
-        parameters = {
-            role: p for role in ("weight", "bias") if (p := operation._parameters.get(role)) is not None and p in held
-        }
-        if not parameters:
-            continue
-        rule = rule_for(module, operation, next(iter(parameters.values())))
-        if rule is None:
-            continue
-        if getattr(operation, "sparse", False):
-            which = f"module {name!r}" if name else "the model"
-            raise ValueError(
-                f"{which} is an Embedding with sparse=True, whose gradient is sparse; construct it with sparse=False, "
-                "or leave its weight to torch.optim.SparseAdam (params=)"
-            )
-        layers.append(
-            Layer(name, module, operation, rule, parameters, candidates=[operation, *others] if others else ())
-        )
-        layers[-1].proof.overridden = operations.choice(module) is not None
-    return layers
-
-
-_numbers = itertools.count()
-_attached = 0
-_readers: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Statistics[Any]]] = weakref.WeakKeyDictionary()
-
-
-def times_attached() -> int:
-    """How often anything was attached to the layers of a model."""
-    return _attached
-
-
-class Statistics(Generic[R]):
-    """The hooks of one optimizer on the layers of one model, and the sums they have collected.
-
-    Args:
-        layers: the modules to watch.
-        grad_scaler: its scale is divided out of every derivative as the backward delivers it.
-        process_group: over which :meth:`take` adds sums; None takes the default group where there is one.
-
-    Attributes:
-        refresh: number of the refresh that is being collected, from 1.
-        armed: indices of the sites that collect.
-        waiting: of those among them that have no statistics yet, outside a refresh.
-        awake: whether layers of a compiled model send anything.
-        late: indices of sites that may have been added after the forward whose statistics are taken next.
-        found: sites of functions on parameters that no site was known for; their one layer has the ``spec``.
-        obstacles: parameter -> why functions on it give no statistics.
-    """
-
-    def __init__(
-        self, layers: Iterable[Layer[R]], grad_scaler: Any = None, process_group: dist.ProcessGroup | None = None
-    ) -> None:
-        self.grad_scaler = grad_scaler
-        self.process_group = process_group
-        self.refresh = 1
-        self.found: list[Site[R]] = []
-        self.obstacles: dict[Parameter, str] = {}
-        self.sites: list[Site[R]] = []
-        by_key: dict[tuple[Any, ...], Site[R]] = {}
-        for layer in layers:
-            key = (id(layer.owner), layer.rule.layout)
-            if key not in by_key:
-                by_key[key] = Site(layer.owner, layer.rule)
-                self.sites.append(by_key[key])
-            by_key[key].layers.append(layer)
-            by_key[key].by_function |= layer.spec is not None
-        self._attach()
-
-    def _attach(self) -> None:
-        number = next(_numbers)
-        register(number, self)
-        self._lock = threading.RLock()  # backward passes may run in several threads
-        self._running: weakref.WeakValueDictionary[int, _Running] = weakref.WeakValueDictionary()
-        self._hooks: dict[int, list[_ForwardHook]] = {}
-        self._nodes: dict[Parameter, Any] = {}
-        self.armed: frozenset[int] = frozenset()
-        self.waiting: frozenset[int] = frozenset()
-        self.awake = False
-        self.late: set[int] = set()
-        self._broadcasts: list[Broadcast] = []
-        handles = []
-        self._watches: Watches | None = None
-        for index, site in enumerate(self.sites):
-            for use, layer in enumerate(site.layers):
-                if layer.spec is not None:
-                    continue
-                _drop_copies(layer.module)
-                hook = _ForwardHook(layer, (number, index, use), weakref.ref(self))
-                # First of all hooks: those of others may change the output, which is no doing of the layer.
-                handles.append(layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
-                self._hooks.setdefault(index, []).append(hook)
-                _readers.setdefault(layer.module, weakref.WeakSet()).add(self)
-        self._handles = handles
-        self._detach = weakref.finalize(self, _remove, handles)
-        global _attached
-        _attached += 1
-
-    def watch_functions(
-        self,
-        model: nn.Module,
-        rule_for: Callable[[nn.Module, Parameter], R | None],
-        held: Collection[Parameter],
-    ) -> None:
-        """Take statistics of functions that forwards of a model apply to parameters as well.
-
-        Args:
-            rule_for: (operation, parameter) -> rule.
-            held: the parameters of the optimizer.
-        """
-        self._model, self._rule_for, self._held = weakref.ref(model), rule_for, held
-        # A scripted model runs as a whole, and takes no hook of this kind.
-        if self._watches is None and self.open and not isinstance(model, torch.jit.ScriptModule):
-            self._watches = Watches(_Weakly(self))
-            _drop_copies(model)
-            hook = _ModelHook(self._watches)
-            self._handles.append(model.register_forward_pre_hook(hook))
-            self._handles.append(model.register_forward_hook(_ModelHook(self._watches, ends=True), always_call=True))
-
-    @property
-    def looks(self) -> bool:
-        """Whether this refresh looks for functions on parameters that none was seen on before."""
-        return self.refresh & (self.refresh - 1) == 0
-
-    def _wanted(self) -> set[Parameter]:
-        """The parameters whose functions are to be seen in a forward that begins."""
-        collecting = [self.sites[index] for index in self.armed]
-        if not self.looks or not self.awake:
-            collecting = [site for site in collecting if site.needs_functions]
-        wanted = {p for site in collecting for layer in site.layers for p in layer.parameters.values()}
-        if self.looks and self.awake:
-            known = {p for layer in self.layers() for p in layer.parameters.values()}
-            wanted |= {p for p in self._held if p not in known and p.requires_grad}
-        wanted -= self.obstacles.keys()
-        model = self._model() if wanted else None
-        return set() if model is None or any(map(_is_compiled, model.modules())) else wanted
-
-    def _receive(self, watch: Watch) -> None:
-        """Take the calls of functions of a forward that has passed."""
-        for call in watch.calls:
-            if not call.unchanged():
-                watch.others.setdefault(call.weight, "a change of its input in place")
-        for call in watch.calls:
-            weight = call.weight
-            if weight not in watch.others:
-                try:
-                    self._take_call(call, watch.others)
-                except Exception as error:
-                    proof = Proof()
-                    proof.fail(error)
-                    self.obstacles[weight] = proof.reason or ""
-            elif weight not in self.obstacles:
-                self.obstacles[weight] = f"functions apply it, of which {watch.others[weight]} has no rule"
-        served = {p for layer in self.layers() for p in layer.parameters.values()}
-        for p, name in watch.others.items():
-            if p not in served:
-                self.obstacles.setdefault(p, f"functions apply it, of which {name} has no rule")
-        for layer in self.layers():
-            if any(p in self.obstacles for p in layer.parameters.values()):
-                layer.proof.inner = False
-
-    def _take_call(self, call: Call, others: Collection[Parameter]) -> None:
-        weight, whole = call.weight, call.whole
-        rule = self._rule_for(whole, weight)
-        if rule is None or not (call.is_whole or rule.takes_parts) or (rule.together and not call.by_sample):
-            self.obstacles.setdefault(weight, f"functions apply it in a way that has no rule ({call.spec.name})")
-            return
-        site = next((s for s in (*self.sites, *self.found) if s.owner is weight and s.rule.layout == rule.layout), None)
-        if site is None:
-            bias = {} if call.bias is None else {"bias": call.bias}
-            layer = Layer("", whole, whole, rule, {"weight": weight, **bias}, spec=call.spec)
-            site = Site(weight, rule, [layer])
-            self.found.append(site)
-        biases = [layer.parameters.get("bias") for layer in site.layers]
-        if rule.sees_bias and call.bias is None and any(p in others for p in biases if p is not None):
-            self.obstacles.setdefault(weight, "another function adds its bias")
-            return
-        site.by_function = True
-        for layer in site.layers:
-            layer.proof.inner = True
-        name, parameters = site.layers[0].name, site.layers[0].parameters
-        hooks = []
-        for operation, start, x in call.pieces():
-            use = Layer(name, whole, operation, rule, parameters, start=start)
-            hooks.append(_OutputHook(weakref.ref(self), site, use, *rule.capture(operation, x)))
-            hooks[-1].broadcast = call.broadcast if rule.reads_tokens else None
-            if rule.keeps_input:
-                call.node.register_hook(hooks[-1].release)
-        call.hook.use = hooks[0] if call.split is None else _StackHook(hooks, call)
-
-    def agree(self, found: dict[str, Any], due: bool) -> dict[str, Any]:
-        """What any process has found; all ask in the refreshes that look, and wait for one until then.
-
-        Args:
-            due: whether this step refreshes any statistics, which is the same everywhere.
-        """
-        group = self.process_group
-        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
-            return found
-        if not (self.looks and due):
-            return {}
-        everywhere: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everywhere, found, group=group)
-        return dict(sorted({name: spec for one in everywhere for name, spec in one.items()}.items()))
-
-    def claim(self, layer: Layer[R], inputs: Iterable[Any], output: Tensor) -> None:
-        """Leave to a layer what functions did in its forward."""
-        watch = None if self._watches is None else self._watches.current()
-        if watch is not None and watch.claim(layer.parameters.values(), inputs, output):
-            layer.proof.inner = True
-
-    @property
-    def open(self) -> bool:
-        """Whether the hooks are still on the layers."""
-        return self._detach.alive
-
-    def other_readers(self) -> list[Statistics[Any]]:
-        """Others whose hooks are on some of the same layers."""
-        found = {id(reader): reader for layer in self.layers() for reader in _readers.get(layer.module, ())}
-        return [reader for reader in found.values() if reader is not self and reader.open]
-
-    def close(self) -> None:
-        """Remove the hooks; what is pending is dropped."""
-        self._detach()
-        self.clear()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            "sites": self.sites,
-            "grad_scaler": self.grad_scaler,
-            "armed": (self.armed - self.waiting, self.waiting, self.awake),
-            "open": self.open,
-            "refresh": self.refresh,
-            "obstacles": self.obstacles,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy watches the copied modules, with hooks of its own: those that came along with the modules are inert.
-        self.sites, self.grad_scaler, self.process_group = state["sites"], state["grad_scaler"], None
-        self.refresh, self.obstacles, self.found = state.get("refresh", 1), state.get("obstacles", {}), []
-        self._attach()
-        self.arm(*state["armed"])
-        if not state["open"]:
-            self.close()
-
-    def arm(self, due: Iterable[int], waiting: Iterable[int] = (), awake: bool = True) -> None:
-        """Let the layers of some sites collect from now on, and the hooks of all others do nothing.
-
-        Args:
-            due: indices of the sites whose statistics are to be refreshed.
-            waiting: of those that have none yet, and may not be used.
-            awake: whether layers of a compiled model send anything; what those send that do not collect is not added.
-                All look at this one flag, so that there are two graphs, not one for every combination of layers.
-        """
-        self.waiting, self.awake = frozenset(waiting), awake
-        self.armed = self.waiting.union(due)
-        for index, hooks in self._hooks.items():
-            armed = index in self.armed
-            for hook in hooks:
-                if hook.armed != armed:
-                    hook.armed = armed
-                if hook.awake != awake:
-                    hook.awake = awake
-
-    def clear(self) -> None:
-        """Drop what is pending."""
-        if self._watches is not None and not is_compiling():
-            self._watches.abandon()
-        with self._lock:
-            self._broadcasts = []
-            for site in (*self.sites, *self.found):
-                site.clear()
-
-    def layers(self) -> Iterator[Layer[R]]:
-        """The layers of all sites."""
-        return itertools.chain.from_iterable(site.layers for site in self.sites)
-
-    def adopt(self, other: Statistics[R]) -> None:
-        """Take over what another engine holds pending for the same weights, and what it knows of their layers."""
-        self.refresh = other.refresh
-        proofs = {layer.module: layer.proof for layer in other.layers()}
-        taken_for = {layer.module: (layer.operation, layer.candidates) for layer in other.layers()}
-        for layer in self.layers():
-            layer.proof = proofs.get(layer.module, layer.proof)
-            layer.operation, layer.candidates = taken_for.get(layer.module, (layer.operation, layer.candidates))
-        self.obstacles = other.obstacles
-        pending = {(site.owner, site.rule.layout): site for site in (*other.sites, *other.found)}
-        self.late = set(range(len(self.sites)))
-        for index, site in enumerate(self.sites):
-            if (old := pending.get((site.owner, site.rule.layout))) is not None:
-                self.late.discard(index)
-                site.sums, site.uses, site.tasks, site.by_function = old.sums, old.uses, old.tasks, old.by_function
-
-    def take(self, grad_scale: Tensor | None = None) -> list[tuple[int, Sums]]:
-        """The pending sums of every site that has any, as (index, sums), over all processes; nothing stays pending.
-
-        Those of a layer that turns out not to compute what its class documents, in whatever process, are left out.
-
-        Args:
-            grad_scale: the loss scale that is still in the derivatives, where no ``grad_scaler`` was given.
-        """
-        before = {layer.proof for layer in self.layers() if layer.proof.reason}
-        settle(layer.proof for layer in self.layers())
-        with self._lock:
-            taken = {index: sums for index, site in enumerate(self.sites) if (sums := self._settled(site)) is not None}
-            self.clear()
-        if grad_scale is not None and self.grad_scaler is None:
-            for index, sums in taken.items():
-                _rescale(sums, self.sites[index].rule, grad_scale)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1:
-            taken = self._reduce(taken)
-        self.refresh += bool(taken)
-        return [(index, sums) for index, sums in taken.items() if not self._is_spoilt(self.sites[index], before)]
-
-    def _is_spoilt(self, site: Site[R], before: Collection[Proof]) -> bool:
-        """Whether a site has sums of a layer that is not what its class documents.
-
-        Those of a layer that was found out before come from the functions in it.
-        """
-        proofs = (layer.proof for layer in site.layers)
-        return any(proof.reason and not (proof.inner and proof in before) for proof in proofs)
-
-    def _settled(self, site: Site[R]) -> Sums | None:
-        """What is pending of a site; its layers fall back if that raises."""
-        try:
-            return site.settle()
-        except Exception as error:
-            for layer in site.layers:
-                layer.proof.fail(error)
-            return None
-
-    def _reduce(self, taken: dict[int, Sums]) -> dict[int, Sums]:
-        """Add the sums of all processes in one flat all-reduce.
-
-        Every process lists the same sites, one that saw nothing as zeros, so that all agree on the layout, and which
-        layers it found not to be what their class documents, so that all agree on which are served. Data parallel
-        training averages gradients: a derivative of the global mean loss is the local one over the number of processes.
-        """
-        armed = sorted(self.armed - self._idle(taken))
-        if not armed:
-            return {}
-        world = dist.get_world_size(self.process_group)
-        lengths = self._sum_lengths(armed, taken)
-        flat = []
-        for index in armed:
-            site = self.sites[index]
-            if index in taken:
-                vectors, counts = taken[index].padded(lengths[index]), taken[index].counts
-                flat += [v.double() / world**power for v, power in zip(vectors, site.rule.powers, strict=True)]
-                flat.append(torch.tensor(counts, dtype=torch.float64, device=vectors[0].device))
-            else:
-                flat.append(torch.zeros(sum(lengths[index]) + len(lengths[index]), dtype=torch.float64, device="cpu"))
-        proofs = [layer.proof for layer in self.layers()]
-        flags = [float(bool(p.reason)) for p in proofs] + [float(p.inner) for p in proofs]
-        flat.append(torch.tensor(flags, dtype=torch.float64, device="cpu"))
-        device = self.sites[armed[0]].owner.device
-        total = torch.cat([part.to(device) for part in flat])
-        dist.all_reduce(total, group=self.process_group)
-        total, anywhere, inner = total.split([len(total) - 2 * len(proofs), len(proofs), len(proofs)])
-        for proof, found, seen in zip(proofs, anywhere.tolist(), inner.tolist(), strict=True):
-            proof.inner = bool(seen)
-            if found and proof.reason is None:
-                proof.reason = "another process found that its output is not what its class computes"
-        parts = iter(total.split([n for index in armed for n in (*lengths[index], len(lengths[index]))]))
-        reduced = {}
-        for index in armed:
-            owner = self.sites[index].owner
-            wide = torch.promote_types(owner.dtype, torch.float32)
-            vectors = [next(parts).to(owner.device, wide) for _ in lengths[index]]
-            counts = next(parts).tolist()
-            if any(counts):
-                reduced[index] = Sums(vectors, counts)
-        return reduced
-
-    def _idle(self, taken: Collection[int]) -> set[int]:
-        """The waiting sites that no process used, as most steps find: one number of each is sent for that."""
-        waiting = sorted(self.waiting)
-        if not waiting:
-            return set()
-        used = [i in taken or any(layer.proof.reason for layer in self.sites[i].layers) for i in waiting]
-        flags = torch.tensor(used, dtype=torch.int32, device=self.sites[waiting[0]].owner.device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.process_group)
-        return {index for index, flag in zip(waiting, flags.tolist(), strict=True) if not flag}
-
-    def _sum_lengths(self, armed: Sequence[int], taken: dict[int, Sums]) -> dict[int, list[int]]:
-        """Lengths of the raw sums of each site, also of those that this process did not use."""
-        lengths = {index: self.sites[index].rule.sum_lengths(self.sites[index].module) for index in armed}
-        unknown = [index for index in armed if None in lengths[index]]
-        if unknown:  # a length that only the data tell: whoever has seen them says
-            seen = [taken[i].vectors[lengths[i].index(None)].numel() if i in taken else 0 for i in unknown]
-            longest = torch.tensor(seen, dtype=torch.int64, device=self.sites[armed[0]].owner.device)
-            dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=self.process_group)
-            for index, length in zip(unknown, longest.tolist(), strict=True):
-                lengths[index] = [length if n is None else n for n in lengths[index]]
-        return {index: [n for n in ns if n is not None] for index, ns in lengths.items()}
+    sites: list[Site[Any]]
 
     def look(self, index: int, use: int, x: Tensor, output: Tensor) -> bool:
-        """Whether nothing speaks against a layer, which is compared with what its class computes if that is due."""
-        layer = self.sites[index].layers[use]
-        try:
-            return layer.holds(x, output, self.refresh)
-        except Exception as error:
-            layer.proof.fail(error)
-            return False
+        """Whether nothing speaks against a layer, by its site and its place there."""
+
+    def look_behind(self, x: Any) -> None:
+        """Look behind the input of a layer for what broadcasts the output of another."""
 
     def expect_rows(self, x: Tensor, output: Tensor) -> Broadcast:
         """Look from now on for what broadcasts the output of a layer."""
-        found = Broadcast(x, output)
-        self._broadcasts.append(found)
-        return found
 
-    def look_behind(self, x: Any) -> None:
-        """Look for it behind the input of a layer."""
-        if self._broadcasts and isinstance(x, Tensor) and x.grad_fn is not None:
-            self._broadcasts = [waiting for waiting in self._broadcasts if not waiting.find(x)]
-
-    def commit(self, index: int, use: int, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor) -> None:
-        """Add the sums of one backward of one layer, if that backward also accumulates its gradients.
-
-        A layer whose statistics raise falls back: they never end a backward.
-        """
-        site = self.sites[index]
-        self.add(site, site.layers[use], captured, sizes, grad)
+    def claim(self, layer: Layer[Any], inputs: Iterable[Any], output: Tensor) -> None:
+        """Leave to a layer what functions did in its forward."""
 
     def add(
-        self, site: Site[R], layer: Layer[R], captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor
+        self, site: Site[Any], layer: Layer[Any], captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor
     ) -> None:
-        """The same for one use of the weight of a site."""
-        if layer.proof.reason is None:
-            try:
-                self._commit(site, layer, captured, sizes, grad)
-            except Exception as error:
-                self.fail(site, layer, error)
+        """Take the derivative of one use."""
 
-    def fail(self, site: Site[R], layer: Layer[R], error: Exception) -> None:
-        """Let a layer, or functions on its weight, fall back."""
-        layer.proof.fail(error)
-        if layer.start is not None:
-            self.obstacles[site.owner] = layer.proof.reason or ""
-            for other in site.layers:
-                other.proof.inner = False
-
-    @without_autocast  # on where the backward pass runs within it
-    def _commit(
-        self, site: Site[R], layer: Layer[R], captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor
-    ) -> None:
-        for p in layer.parameters.values():
-            if p.requires_grad and self._accumulates(p):
-                break
-        else:
-            return
-        task = _current_graph_task_id()
-        with self._lock:
-            if task not in site.tasks:
-                anchor = site.owner if site.owner.requires_grad else p
-                # A backward in another thread, or around this one, may have contributed and not accumulated yet.
-                if anchor.grad is None and not any(map(self._runs, site.tasks)):
-                    site.clear()
-                site.settle(self._runs)
-                site.tasks = {*filter(self._runs, site.tasks), task}
-                self._begin(task)
-        grad = grad.detach() if grad.requires_grad else grad
-        scale = None
-        if self.grad_scaler is not None and self.grad_scaler.is_enabled():
-            scale = self.grad_scaler._get_scale_async()  # on the device, where get_scale() would wait for it
-        if layer.rule.together:
-            grad = grad if scale is None else grad.to(ACCUMULATOR[grad.dtype]) / scale.to(grad.device)
-            kept = _Kept(Use(layer.operation, layer.rule, captured, sizes, grad), layer, _versions(captured))
-            with self._lock:
-                site.uses.setdefault(task, []).append(kept)
-            return
-        if layer.start is None:
-            sums = layer.rule.contribute(layer.operation, captured, sizes, grad)
-        else:
-            sums = layer.rule.contribute_part(layer.operation, captured, sizes, grad, layer.start, site.module)
-        if scale is not None:  # None before the first scale()
-            _rescale(sums, layer.rule, scale)
-        with self._lock:
-            site.add(sums)
-
-    def _begin(self, task: int) -> None:
-        """Know a backward for as long as it runs: it alone keeps its mark alive, also where it ends in an error."""
-        if task not in self._running:
-            mark = self._running[task] = _Running()
-            Variable._execution_engine.queue_callback(mark)
-
-    def _runs(self, task: int) -> bool:
-        return task in self._running
-
-    def _accumulates(self, parameter: Parameter) -> bool:
-        """Whether the backward that is running will add to ``parameter.grad``."""
-        node = self._nodes.get(parameter)
-        if node is not None and _executes(node):
-            return True
-        # Not known yet, or replaced because the parameter was moved. Not kept on a GPU, where it remembers a stream.
-        current = get_gradient_edge(parameter).node
-        if current is node:
-            return False
-        if parameter.is_cpu:
-            self._nodes[parameter] = current
-        return _executes(current)
+    def fail(self, site: Site[Any], layer: Layer[Any], error: Exception) -> None:
+        """Let a layer fall back."""
 
 
-def _executes(node: Any) -> bool:
-    """Whether the backward that is running will execute a node that accumulates a gradient."""
-    try:
-        return _will_engine_execute_node(node)
-    except RuntimeError:
-        return False  # autograd.grad with respect to the parameter itself: it returns gradients, it accumulates none
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    """How often each tensor has been written to. A rule that keeps an input needs it unchanged until it is read."""
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-
-
-def _overwritten(layer: Layer[Any], until: str) -> RuntimeError:
-    # Autograd tells in most cases, but it keeps a copy of its own under autocast and of an input that is padded.
-    return RuntimeError(
-        f"the input of module {layer.name!r} was modified in place before {until}, where its statistics need it as it "
-        "was: modify a copy"
-    )
-
-
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
-
-
-def _rescale(sums: Sums, rule: Rule, scale: Tensor) -> None:
-    """Divide the scale of the loss out of raw sums."""
-    for vector, power in zip(sums.vectors, rule.powers, strict=True):
-        if power:
-            # Twice by the scale, not once by its square, which may overflow.
-            for _ in range(power):
-                vector.div_(scale.to(vector.device))
-
-
-class _Running:
-    """The mark of a backward that is running: a callback of its end that has nothing to do."""
-
-    def __call__(self) -> None:
-        pass
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether a module is compiled, so that a mode around it would make another graph."""
-    # By its name, as the compiler is not imported unless it is used.
-    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
-
-
-def _drop_copies(module: nn.Module) -> None:
+def drop_copies(module: nn.Module) -> None:
     """Remove the hooks that came along with a copy of a model, or out of a pickle."""
     hooks = (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
     pre_hooks = (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
@@ -771,7 +91,7 @@ class _Hook:
         return (getattr, (contextlib.nullcontext(), "__exit__"))
 
 
-class _ModelHook(_Hook):
+class ModelHook(_Hook):
     """The hook that begins, or ends, to look for functions in a forward of the model."""
 
     def __init__(self, watches: Watches | None = None, ends: bool = False) -> None:
@@ -784,7 +104,7 @@ class _ModelHook(_Hook):
         if is_compiling():
             return
         if self.watches is None:
-            _drop_copies(module)
+            drop_copies(module)
         elif self.ends:
             self.watches.end()
         else:
@@ -792,7 +112,7 @@ class _ModelHook(_Hook):
             self.watches.begin(torch.is_grad_enabled() and not traced)
 
 
-class _ForwardHook(_Hook):
+class ForwardHook(_Hook):
     """The forward hook of one layer.
 
     It refers to the engine weakly, because the model must not keep the optimizer's statistics alive.
@@ -802,7 +122,7 @@ class _ForwardHook(_Hook):
         self,
         layer: Layer[Any] | None = None,
         address: tuple[int, int, int] = (-1, -1, -1),
-        engine: Callable[[], Statistics[Any] | None] = lambda: None,
+        engine: Callable[[], Engine | None] = lambda: None,
     ) -> None:
         self.layer = layer
         self.address = address
@@ -818,7 +138,7 @@ class _ForwardHook(_Hook):
         compiling = is_compiling()
         if self.layer is None:
             if not compiling:
-                _drop_copies(module)
+                drop_copies(module)
             return None
         if not (self.awake if compiling else self.armed):
             return None
@@ -849,10 +169,10 @@ class _ForwardHook(_Hook):
         if layer.rule.keeps_input and _top_saved_tensors_default_hooks(True) is not None:
             engine.claim(layer, (*args, *kwargs.values()), output)
             return self._tapped(layer, x)
-        engine.look_behind(_first(args, kwargs))
+        engine.look_behind(first_input(args, kwargs))
         if engine.look(index, use, x, output):
             engine.claim(layer, (*args, *kwargs.values()), output)
-            hook = _OutputHook(self.engine, engine.sites[index], layer, *layer.rule.capture(layer.operation, x))
+            hook = OutputHook(self.engine, engine.sites[index], layer, *layer.rule.capture(layer.operation, x))
             output.register_hook(hook)
             if layer.rule.keeps_input and output.grad_fn is not None:
                 output.grad_fn.register_hook(hook.release)
@@ -865,29 +185,10 @@ class _ForwardHook(_Hook):
         return x, captured, self.token, [*self.address, *sizes]
 
 
-class _Weakly:
-    """An engine that looks for functions, for hooks on the model, which must not keep it alive."""
-
-    def __init__(self, engine: Statistics[Any]) -> None:
-        self._engine = weakref.ref(engine)
-
-    def wanted(self) -> Collection[Parameter]:
-        engine = self._engine()
-        return () if engine is None else engine._wanted()
-
-    def expect(self, x: Tensor, output: Tensor) -> Broadcast | None:
-        engine = self._engine()
-        return None if engine is None or not may_be_broadcast(x) else engine.expect_rows(x, output)
-
-    def receive(self, watch: Watch) -> None:
-        if (engine := self._engine()) is not None:
-            engine._receive(watch)
-
-
-class _StackHook:
+class StackHook:
     """The hook on what a stack of matrices made: each matrix has a hook for its rows."""
 
-    def __init__(self, hooks: Sequence[_OutputHook], call: Call) -> None:
+    def __init__(self, hooks: Sequence[OutputHook], call: Call) -> None:
         assert call.split is not None
         self.hooks, self.split = hooks, call.split
 
@@ -896,12 +197,12 @@ class _StackHook:
             hook(part)
 
 
-class _OutputHook:
+class OutputHook:
     """The hook on one output of one layer. The autograd graph keeps it alive, so it refers to the engine weakly."""
 
     def __init__(
         self,
-        engine: Callable[[], Statistics[Any] | None],
+        engine: Callable[[], Engine | None],
         site: Site[Any],
         layer: Layer[Any],
         captured: list[Tensor],
@@ -909,7 +210,7 @@ class _OutputHook:
     ) -> None:
         self.engine, self.site, self.layer, self.sizes = engine, site, layer, sizes
         self.captured: list[Tensor] | None = captured
-        self.versions = _versions(captured)
+        self.versions = versions_of(captured)
         self.broadcast: Broadcast | None = None
 
     def __call__(self, grad: Tensor) -> None:
@@ -936,8 +237,8 @@ class _OutputHook:
                 f"a second backward runs through module {layer.name!r}, whose input was freed by the first: specify "
                 "retain_graph=True for that one"
             )
-        if _versions(self.captured) != self.versions:
-            raise _overwritten(layer, "its backward")
+        if versions_of(self.captured) != self.versions:
+            raise overwritten(layer, "its backward")
         return self.captured
 
     def release(self, *_: Any) -> None:

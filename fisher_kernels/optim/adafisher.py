@@ -16,9 +16,9 @@ from torch.nn import Parameter
 from torch.optim.optimizer import ParamsT
 
 from fisher_kernels.curvature.diagonal_rules import DiagonalRule, rule_for
-from fisher_kernels.curvature.hooks import Layer
 from fisher_kernels.curvature.operations import Choice
 from fisher_kernels.curvature.rules import Sums
+from fisher_kernels.curvature.sites import Layer
 from fisher_kernels.ops import ACCUMULATOR, adafisher_step_
 from fisher_kernels.optim.base import Batch, Plan, count, require_memory, totals
 from fisher_kernels.optim.diagonal_factors import VARIANTS, DiagonalFactors, Place

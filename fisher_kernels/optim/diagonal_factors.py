@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fisher_kernels.curvature.diagonal_rules import DiagonalRule, Factors
-from fisher_kernels.curvature.hooks import Site
 from fisher_kernels.curvature.rules import Sums
+from fisher_kernels.curvature.sites import Site
 from fisher_kernels.ops import ACCUMULATOR, factor_ema_, minmax, minmax_
 from fisher_kernels.optim.base import Counters, count
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fisher_kernels.curvature.block_rules import BlockRule, Blocks
-from fisher_kernels.curvature.hooks import Site
 from fisher_kernels.curvature.rules import Sums
+from fisher_kernels.curvature.sites import Site
 from fisher_kernels.ops import ACCUMULATOR, block_inverse, block_inverse_, factor_ema_
 from fisher_kernels.ops._blocks import pack, unpack
 from fisher_kernels.optim.base import Counters, count

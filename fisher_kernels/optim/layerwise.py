@@ -14,9 +14,10 @@ from torch.nn import Parameter
 from torch.optim.optimizer import ParamsT
 
 from fisher_kernels.curvature.functions import Spec
-from fisher_kernels.curvature.hooks import Layer, Site, Statistics, find_layers, times_attached
 from fisher_kernels.curvature.operations import MATRICES, Choice, Operations, flattened
 from fisher_kernels.curvature.rules import R, Rule, Sums
+from fisher_kernels.curvature.sites import Layer, Site, find_layers
+from fisher_kernels.curvature.statistics import Statistics, times_attached
 from fisher_kernels.optim.base import Explanation, FisherOptimizer, require_memory
 from fisher_kernels.optim.caller import calling
 from fisher_kernels.optim.unserved import UNSERVED, UNUSED, Unserved, has_gradient, shown

@@ -18,9 +18,9 @@ from torch.nn import Parameter
 from torch.optim.optimizer import ParamsT
 
 from fisher_kernels.curvature.block_rules import WIDEST, BlockRule, BlockRules, Blocks, LinearBlocks, Sharing
-from fisher_kernels.curvature.hooks import Layer
 from fisher_kernels.curvature.operations import Choice, flattened
 from fisher_kernels.curvature.rules import Sums
+from fisher_kernels.curvature.sites import Layer
 from fisher_kernels.ops import ACCUMULATOR, mbf_step_
 from fisher_kernels.ops._blocks import unpack
 from fisher_kernels.optim.base import count, require_memory, totals

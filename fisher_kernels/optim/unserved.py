@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from fisher_kernels.curvature.hooks import Layer
+from fisher_kernels.curvature.sites import Layer
 from fisher_kernels.optim.base import require_memory
 
 UNSERVED = "unserved"
