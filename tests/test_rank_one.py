@@ -714,7 +714,10 @@ def test_no_search_finds_more_than_the_bound(implementation: str, n: int, k: int
     share = torch.full((0,), -1.0, dtype=torch.float64)
     kept = z[:0]
     rounds = 4 if implementation in ("cuda", "triton") else 12
-    for _ in range(rounds):
+    for turn in range(12):
+        # Where it begins differs with LAPACK's QR, so a short search goes on until it has come near.
+        if turn >= rounds and (n > 3 or share[0] > 1 / 100):
+            break
         z, share = (
             torch.cat([z, kept]),
             torch.cat([share_of_bound(*decoded(z, n, k, torch.float32), decay, gain), share]),
@@ -724,9 +727,7 @@ def test_no_search_finds_more_than_the_bound(implementation: str, n: int, k: int
         steps = 10 ** (-3 * torch.rand(128, 1, generator=generator, dtype=torch.float64))
         z = kept.repeat(8, 1) + steps * torch.randn(128, len(spread), generator=generator, dtype=torch.float64)
     assert share[0] <= 1
-    # The search came near. Where it began, and what it found, differ with LAPACK's QR: of 20 seeds, the least for 3 x 3
-    # was 0.017 after 12 rounds, and 0.002 after 4.
-    assert n > 3 or share[0] > (1 / 100 if rounds == 12 else 1 / 1000)
+    assert n > 3 or share[0] > 1 / 100
 
 
 def test_conditions_before_and_after_are_no_bound(implementation: str) -> None:

@@ -49,7 +49,7 @@ def convolutions(draw: Draw, tiny: bool) -> Call:
         for w, s, d, k, (a, b) in zip(windows, stride, dilation, kernel, padding, strict=True)
     ]
     samples = 0 if draw(st.integers(0, 4)) == 4 else draw(sizes(tiny, most=33))
-    if samples:
+    if samples or tiny or draw(st.integers(0, 3)) == 3:
         groups = draw(sizes(tiny, most=33, least=1))
         inputs, outputs = draw(sizes(tiny, most=17 // min(groups, 5))), draw(sizes(tiny, most=17 // min(groups, 5)))
     else:
