@@ -257,8 +257,11 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
     def _is_as_noted(self) -> bool:
         for there, name, value in self._places:
             found = there.get(name)
-            # What has no gradient may be there for a while, as in a functional call; None is no other parameter.
+            # What has no gradient may be there for a while, as in a functional call.
             if found is not value and (isinstance(value, nn.Module) or getattr(found, "grad", None) is not None):
+                return False
+            # It may be there under another name, as pruning has it.
+            if found is None and all(p is not value for p in self._model.parameters()):
                 return False
         return True
 
