@@ -734,6 +734,58 @@ class BiasApart(nn.Module):
         return self.last(F.linear(x, self.layer.weight) + self.layer.bias)
 
 
+class ScaledBias(BiasApart):
+    """The derivative of the bias is not that of what the weight makes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.linear(x, self.layer.weight) + 10 * self.layer.bias)
+
+
+class LateBias(BiasApart):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.linear(x, self.layer.weight).tanh() + self.layer.bias)
+
+
+@pytest.mark.parametrize("kind", [ScaledBias, LateBias])
+@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+def test_a_bias_is_not_served_by_a_function_that_it_is_not_added_to(optimizer: Any, kind: Any) -> None:
+    model = kind()
+    with silent() as said:
+        steps = optimizer(model)
+        train(model, steps, torch.randn(5, 4))
+    assert len(said) == 1
+    assert "no use of them: layer" in str(said[0].message)
+    assert fallbacks(steps) == ["layer.weight", "layer.bias"]
+
+
+class Score(nn.Module):
+    """A vector that scores rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.score = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * (x @ self.score).softmax(0).unsqueeze(1)
+
+
+@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+def test_a_vector_that_is_multiplied_by_is_named_and_resumes(optimizer: Any) -> None:
+    model, x = Score(), torch.randn(5, 4)
+    with silent() as said:
+        steps = optimizer(model)
+        train(model, steps, x)
+        other = copy.deepcopy(model)
+        resumed = optimizer(other)
+        resumed.load_state_dict(steps.state_dict())
+        for net, o in ((model, steps), (other, resumed)):
+            train(net, o, x)
+    assert len(said) == 1
+    assert "fallback (score)" in str(said[0].message)
+    assert any("matmul" in row.detail for row in steps.explain() if row.name == "score")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
 def test_a_bias_that_another_function_adds(optimizer: Any) -> None:
     """AdaFisher gives it the factor of the output, whoever adds it; blocks of both would have nothing of it."""

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from fisher_kernels.curvature.broadcast import Broadcast
-from fisher_kernels.curvature.operations import NAMES, flattened, part_of, stack_of
+from fisher_kernels.curvature.operations import MATRICES, NAMES, flattened, part_of, stack_of
 
 FAR = 64
 """How many nodes of the graph are walked from the output of a layer to a call of a function inside it."""
@@ -71,6 +71,7 @@ class Call:
         broadcast: what is known of an output of which one row may serve many.
         split: cuts input and output into what meets each matrix of a stack; None where there is one matrix.
         is_turned: whether the weight stands on the left, so that the columns of input and output are the rows.
+        added: parameters that another function adds to the output, as a bias.
     """
 
     def __init__(self, weight: Parameter, bias: Parameter | None, spec: Spec, operation: Any, start: int) -> None:
@@ -83,6 +84,7 @@ class Call:
         self.split: Callable[[Tensor], Sequence[Tensor]] | None = None
         self.broadcast: Broadcast | None = None
         self.is_turned = False
+        self.added: set[Parameter] = set()
 
     def pieces(self) -> list[tuple[Any, int, Tensor]]:
         """For each matrix that rows meet the operation, its first row in the parameter, and the input."""
@@ -109,11 +111,28 @@ class Call:
         """Keep the input, and put a hook on the output: what is written into it later is not the function's doing."""
         self.x, self.node = x.detach(), output.grad_fn
         self.version = 0 if x.is_inference() else x._version
-        output.register_hook(self.hook)
+        take_derivative(output, self.hook)
 
     def unchanged(self) -> bool:
         """Whether the input is as it was."""
         return self.x is not None and (self.x.is_inference() or self.x._version == self.version)
+
+
+def take_derivative(output: Tensor, hook: Callable[[Tensor], None]) -> None:
+    """Let a hook have the derivative by an output that the backward pass goes on with.
+
+    That is what hooks on the tensor make of it, whenever they are put there: clipping it, for example.
+    """
+    node, number = output.grad_fn, output.output_nr
+    if node is None:
+        output.register_hook(hook)
+        return
+
+    def take(grads: tuple[Tensor | None, ...]) -> None:
+        if (grad := grads[number]) is not None:
+            hook(grad)
+
+    node.register_prehook(take)
 
 
 class _GradHook:
@@ -290,6 +309,18 @@ class Watch(TorchFunctionMode):
                 touched[call[0].weight] = None
         for p in touched:
             self.others.setdefault(p, name)
+            if not known and any(t is p for t in args):
+                self._note_addition(p, output)
+
+    def _note_addition(self, p: Parameter, total: Any) -> None:
+        """Note with a product that a parameter is added to what it made, row by row."""
+        node = total.grad_fn if isinstance(total, Tensor) else None
+        if node is None or node.name() != "AddBackward0" or getattr(node, "_saved_alpha", 1) != 1:
+            return
+        terms = [term for term, _ in node.next_functions]
+        for call in self.calls:
+            if call.spec.name in MATRICES and p.dim() == 1 and any(term is call.node for term in terms):
+                call.added.add(p)
 
     def _read(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Call, Any] | None:
         names, reader = _READERS[func]

@@ -18,7 +18,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.compiler import is_compiling
 
 from fisher_kernels.curvature.broadcast import Broadcast, may_be_broadcast
-from fisher_kernels.curvature.functions import Call, Watches
+from fisher_kernels.curvature.functions import Call, Watches, take_derivative
 from fisher_kernels.curvature.sites import Layer, Site, first_input, overwritten, versions_of
 from fisher_kernels.curvature.tap import tap
 
@@ -173,7 +173,7 @@ class ForwardHook(_Hook):
         if engine.look(index, use, x, output):
             engine.claim(layer, (*args, *kwargs.values()), output)
             hook = OutputHook(self.engine, engine.sites[index], layer, *layer.rule.capture(layer.operation, x))
-            output.register_hook(hook)
+            take_derivative(output, hook)
             if layer.rule.keeps_input and output.grad_fn is not None:
                 output.grad_fn.register_hook(hook.release)
             if layer.rule.reads_tokens and may_be_broadcast(x):

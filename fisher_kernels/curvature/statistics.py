@@ -182,18 +182,15 @@ class Statistics(Generic[R]):
             self.obstacles.setdefault(weight, f"functions apply it in a way that has no rule ({call.spec.name})")
             return
         site = next((s for s in (*self.sites, *self.found) if s.owner is weight and s.rule.layout == rule.layout), None)
+        is_new = site is None
         if site is None:
             bias = {} if call.bias is None else {"bias": call.bias}
             layer = Layer("", whole, whole, rule, {"weight": weight, **bias}, spec=call.spec)
             site = Site(weight, rule, [layer])
-            self.found.append(site)
-        biases = [layer.parameters.get("bias") for layer in site.layers]
-        if rule.sees_bias and call.bias is None and any(p in others for p in biases if p is not None):
-            self.obstacles.setdefault(weight, "another function adds its bias")
+        biases = [p for layer in site.layers if (p := layer.parameters.get("bias")) is not None and p in others]
+        if call.bias is None and any(rule.sees_bias or p not in call.added for p in biases):
+            self.obstacles.setdefault(weight, "another function takes its bias")
             return
-        site.by_function = True
-        for layer in site.layers:
-            layer.proof.inner = True
         name, parameters = site.layers[0].name, site.layers[0].parameters
         hooks = []
         for operation, start, x in call.pieces():
@@ -202,6 +199,11 @@ class Statistics(Generic[R]):
             hooks[-1].broadcast = call.broadcast if rule.reads_tokens else None
             if rule.keeps_input:
                 call.node.register_hook(hooks[-1].release)
+        if is_new:  # not before, as what has raised cannot be served
+            self.found.append(site)
+        site.by_function = True
+        for layer in site.layers:
+            layer.proof.inner = True
         call.hook.use = hooks[0] if call.split is None else StackHook(hooks, call)
 
     def agree(self, found: dict[str, Any], due: bool) -> dict[str, Any]:
