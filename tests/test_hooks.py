@@ -504,6 +504,38 @@ class TestBadNumbers:
             net.factors = factors(optimizer, net[0].weight)
         assert_same(list(model.factors.values()), list(plain.factors.values()))
 
+    @pytest.mark.parametrize("called", [True, False])
+    def test_a_hook_on_an_output_changes_the_derivative_that_is_read(self, make, called):
+        """As the backward pass goes on with it: the gradient of the weight is that of the clipped one."""
+
+        class Clip(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx, grad):
+                return grad.clamp(-1e-3, 1e-3)
+
+        class Net(nn.Module):
+            def __init__(self, hooked):
+                super().__init__()
+                torch.manual_seed(0)
+                self.hooked = hooked
+                self.first, self.last = nn.Linear(FEATURES, 8), nn.Linear(8, CLASSES)
+
+            def forward(self, x):
+                h = self.first(x) if called else F.linear(x, self.first.weight, self.first.bias)
+                if self.hooked:
+                    h.register_hook(lambda grad: grad.clamp(-1e-3, 1e-3))
+                return self.last((h if self.hooked else Clip.apply(h)).tanh())
+
+        hooked, plain = Net(True), Net(False)
+        optimizer, reference = make(hooked), make(plain)
+        train(hooked, optimizer), train(plain, reference)
+        assert float(reference.state[plain.first.weight]["step" if make is AdaFisher else "fisher_updates"]) == 3
+        assert_same(snapshot(optimizer), snapshot(reference), rtol=1e-6)
+
 
 class TestPrecision:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
