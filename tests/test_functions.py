@@ -808,6 +808,29 @@ def test_the_forwards_of_several_optimizers_end() -> None:
                 optimizer.step()
 
 
+class MergedAdapter(nn.Module):
+    """A product of two parameters is added to a weight: neither of them meets samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.last = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 2)
+        self.a, self.b = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.linear(x, self.weight + self.b @ self.a))
+
+
+@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+def test_products_of_two_parameters_are_named(optimizer: Any) -> None:
+    model = MergedAdapter()
+    with silent() as said:
+        steps = optimizer(model)
+        train(model, steps, torch.randn(5, 4))
+    assert len(said) == 1
+    assert fallbacks(steps) == ["weight", "a", "b"]
+    assert all("of two parameters" in row.detail for row in steps.explain() if row.name in "ab")
+
+
 class BiasApart(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -301,6 +301,8 @@ class Watch(TorchFunctionMode):
             return
         call = self._read(func, args, kwargs) if known else None
         x = None if call is None else call[1]
+        if call is not None and call[0].spec.name in MATRICES and _is_weights(x):
+            call, name = None, f"{name} of two parameters"
         if call is not None and isinstance(x, Tensor) and isinstance(output, Tensor) and output.grad_fn is not None:
             call[0].watch(x, output)
             call[0].by_sample = not self.inside
@@ -434,6 +436,14 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, list | tuple):
             yield from (t for t in value if isinstance(t, Tensor))
+
+
+def _is_weights(x: Any) -> bool:
+    """Whether a matrix is a parameter, or one transposed: a product with it makes weights, and its rows are no samples.
+
+    Learned queries that are expanded to a batch have three dimensions.
+    """
+    return isinstance(x, Tensor) and x.dim() == 2 and (isinstance(x, Parameter) or isinstance(x._base, Parameter))
 
 
 def _leaves(output: Any, parameters: Collection[Parameter]) -> bool:
