@@ -695,6 +695,18 @@ class TestCompile:
         assert "fisher_kernels" not in str(exported.graph)
         assert optimizer is not None
 
+    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:`torch.jit:DeprecationWarning")
+    @pytest.mark.parametrize("trace", [lambda model: torch.jit.trace(model, batch()[0]), torch.fx.symbolic_trace])
+    def test_tracing_in_the_middle_of_training_leaves_nothing_behind(self, make, trace):
+        plain, model = mlp(), mlp()
+        expected = train(plain, make(plain), steps=3)
+        optimizer = make(model)
+        traced = trace(model)
+        x = batch()[0]
+        assert torch.equal(traced(x), model(x))
+        assert_same(train(model, optimizer, steps=3), expected)
+        assert "fisher_kernels" not in str(traced.graph)
+
 
 def test_gradients_set_by_hand_warn_once(make):
     model = mlp()
