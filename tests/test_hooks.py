@@ -389,6 +389,19 @@ class TestLayersThatComeAndGo:
             torch.testing.assert_close(model[3].bias, expected, rtol=1e-6, atol=0)
         assert torch.equal(model[3].weight, mlp()[3].weight)
 
+    @pytest.mark.parametrize("held", ["all", "bias only"])
+    def test_a_frozen_weight_with_a_trained_bias_goes_on_from_a_checkpoint(self, make, held):
+        model = mlp()
+        model[3].weight.requires_grad_(False)
+        optimizer = make(model, params=None if held == "all" else [model[3].bias])
+        train(model, optimizer, steps=2)
+        twin = copy.deepcopy(model)
+        resumed = make(twin, params=None if held == "all" else [twin[3].bias])
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for net, opt in ((model, optimizer), (twin, resumed)):
+            train(net, opt, steps=2)
+        assert_same(snapshot(resumed), snapshot(optimizer))
+
 
 class TestBadNumbers:
     @pytest.mark.parametrize("set_to_none", [True, False])

@@ -49,9 +49,6 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
     rule_kind: ClassVar[type[Rule]]
     """The base of the rules that it reads."""
 
-    statistics_state: ClassVar[tuple[str, ...]]
-    """State: what is averaged of a layer's statistics, and what is made of it."""
-
     _unknown: Collection[str] = ()  # parameters that functions may be seen on in the first refresh
     _looked_at = -1  # so many optimizers had been attached to models when others were looked for
 
