@@ -141,14 +141,24 @@ _KINDS = tl.constexpr(3)
 
 
 @triton.jit
+def _or_zero(pointer, mask):
+    """What lies there in float64, and 0 where the mask is not set."""
+    if mask is None:
+        x = tl.load(pointer)
+    else:
+        x = tl.load(pointer, mask, 0.0)
+    return x.to(tl.float64)
+
+
+@triton.jit
 def _add_up(weight, buffer, along, mask, product, square, norm, PRODUCTS: tl.constexpr, WEIGHTS: tl.constexpr):
     """Add the products at some addresses to what the lanes have so far."""
-    d = tl.load(along, mask, 0.0).to(tl.float64)
+    d = _or_zero(along, mask)
     square = tl.fma(d, d, square)
     if PRODUCTS:
-        product = tl.fma(d, tl.load(buffer, mask, 0.0).to(tl.float64), product)
+        product = tl.fma(d, _or_zero(buffer, mask), product)
     if WEIGHTS:
-        w = tl.load(weight, mask, 0.0).to(tl.float64)
+        w = _or_zero(weight, mask)
         norm = tl.fma(w, w, norm)
     return product, square, norm
 

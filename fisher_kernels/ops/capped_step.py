@@ -195,18 +195,18 @@ class _Sums(NamedTuple):
     products: bool = True
     weights: bool = True
 
-    def check_lists(self) -> None:
+    def check_lengths(self) -> None:
         lists = {"directions": self.directions, "momentum_buffers": self.momentum_buffers}
         check_lengths(_SUMS, self.params, lists)
+        if self.skipped is not None:
+            check_result(_SUMS, "skipped", self.skipped, torch.int64, (len(self.params),), device_of(self.params))
+
+    def check_lists(self) -> None:
         check_one_device(_SUMS, self.params)
         for i, (p, d, m) in enumerate(zip(*self[:3], strict=True)):
             check_floating(_SUMS, f"params[{i}]", p.dtype)
             check_like(_SUMS, f"directions[{i}]", d, ACCUMULATOR[p.dtype], i, p)
             check_like(_SUMS, f"momentum_buffers[{i}]", m, ACCUMULATOR[p.dtype], i, p)
-
-    def check_skipped(self) -> None:
-        if self.skipped is not None:
-            check_result(_SUMS, "skipped", self.skipped, torch.int64, (len(self.params),), device_of(self.params))
 
 
 def _new_sums(s: _Sums) -> Tensor:
@@ -214,8 +214,8 @@ def _new_sums(s: _Sums) -> Tensor:
 
 
 def _sums_fake(s: _Sums) -> Tensor:
+    s.check_lengths()
     s.check_lists()
-    s.check_skipped()
     return _new_sums(s)
 
 
@@ -242,7 +242,7 @@ def _sums_native(on: Native, s: _Sums) -> Tensor:
 def _sums_triton(s: _Sums) -> Tensor:
     from fisher_kernels.triton_kernels import capped_step
 
-    s.check_skipped()
+    s.check_lengths()
     if not s.params:
         return _sums_fake(s)
     return capped_step.add_up(s, _new_sums(s))
