@@ -86,6 +86,23 @@ def check_one_or_each(op: str, name: str, values: Sequence[object], params: Sequ
         raise ValueError(f"{op}: {name} has {len(values)} entries, expected 1 or {len(params)}, the length of params")
 
 
+def check_beside(op: str, name: str, x: Tensor, dtype: torch.dtype, i: int, param: Tensor) -> None:
+    """A tensor is on the device of parameter i and has the dtype that goes with it."""
+    if x.dtype != dtype:
+        raise TypeError(f"{op}: {name} has dtype {x.dtype}, expected {dtype} beside params[{i}] of dtype {param.dtype}")
+    if x.device != param.device:
+        raise ValueError(f"{op}: {name} is on {x.device}, expected {param.device}, the device of params[{i}]")
+
+
+def check_like(op: str, name: str, x: Tensor, dtype: torch.dtype, i: int, param: Tensor) -> None:
+    """As ``check_beside``, and of the shape of the parameter."""
+    if x.shape != param.shape:
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(x.shape)}, expected {tuple(param.shape)}, the shape of params[{i}]"
+        )
+    check_beside(op, name, x, dtype, i, param)
+
+
 def check_one_device(op: str, params: Sequence[Tensor]) -> None:
     """All parameters are where the first one is."""
     for i, p in enumerate(params):
@@ -107,23 +124,6 @@ def check_result(
         raise ValueError(f"{op}: {name} is on {x.device}, expected {device}, the device of the parameters")
     if not x.is_contiguous():
         raise ValueError(f"{op}: {name} is not contiguous: shape {tuple(x.shape)}, strides {x.stride()}")
-
-
-def check_beside(op: str, name: str, x: Tensor, dtype: torch.dtype, i: int, param: Tensor) -> None:
-    """A tensor is on the device of parameter i and has the dtype that goes with it."""
-    if x.dtype != dtype:
-        raise TypeError(f"{op}: {name} has dtype {x.dtype}, expected {dtype} beside params[{i}] of dtype {param.dtype}")
-    if x.device != param.device:
-        raise ValueError(f"{op}: {name} is on {x.device}, expected {param.device}, the device of params[{i}]")
-
-
-def check_like(op: str, name: str, x: Tensor, dtype: torch.dtype, i: int, param: Tensor) -> None:
-    """As ``check_beside``, and of the shape of the parameter."""
-    if x.shape != param.shape:
-        raise ValueError(
-            f"{op}: {name} has shape {tuple(x.shape)}, expected {tuple(param.shape)}, the shape of params[{i}]"
-        )
-    check_beside(op, name, x, dtype, i, param)
 
 
 def check_one_element(op: str, name: str, x: Tensor | None, device: torch.device | None) -> None:
