@@ -36,6 +36,23 @@ def one_or_each(value: Any) -> list[Any]:
     return list(value)
 
 
+def rates_of(op: str, lr: Any) -> list[Tensor]:
+    """One tensor for each of the learning rates that differ, so that none is read twice."""
+    made: dict[Any, Tensor] = {}
+    return [
+        x if isinstance(x, Tensor) else made[x] if x in made else made.setdefault(x, rate_of(op, x, f"lr[{i}]"))
+        for i, x in enumerate(one_or_each(lr))
+    ]
+
+
+def decays_of(op: str, weight_decay: Any) -> list[float]:
+    """Weight decays as floats: one for all parameters, or one for each."""
+    return [
+        x if isinstance(x, (float, int)) else real(op, f"weight_decay[{i}]", x)
+        for i, x in enumerate(one_or_each(weight_decay))
+    ]
+
+
 def check_lists(op: str, lists: Mapping[str, Any]) -> None:
     """Refuse, by name, what is no list; for calls that have failed to make one."""
     for name, value in lists.items():
@@ -63,6 +80,12 @@ def check_lengths(op: str, params: Sequence[Tensor], lists: Mapping[str, Sequenc
             raise ValueError(f"{op}: {name} has {len(values)} tensors, expected {len(params)}, the length of params")
 
 
+def check_one_or_each(op: str, name: str, values: Sequence[object], params: Sequence[Tensor]) -> None:
+    """There is one of a setting for all parameters, or one for each."""
+    if len(values) not in (1, len(params)):
+        raise ValueError(f"{op}: {name} has {len(values)} entries, expected 1 or {len(params)}, the length of params")
+
+
 def check_beside(op: str, name: str, x: Tensor, dtype: torch.dtype, i: int, param: Tensor) -> None:
     """A tensor is on the device of parameter i and has the dtype that goes with it."""
     if x.dtype != dtype:
@@ -78,6 +101,29 @@ def check_like(op: str, name: str, x: Tensor, dtype: torch.dtype, i: int, param:
             f"{op}: {name} has shape {tuple(x.shape)}, expected {tuple(param.shape)}, the shape of params[{i}]"
         )
     check_beside(op, name, x, dtype, i, param)
+
+
+def check_one_device(op: str, params: Sequence[Tensor]) -> None:
+    """All parameters are where the first one is."""
+    for i, p in enumerate(params):
+        if p.device != params[0].device:
+            raise ValueError(
+                f"{op}: params[{i}] is on {p.device}, expected {params[0].device}, the device of params[0]"
+            )
+
+
+def check_result(
+    op: str, name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device | None
+) -> None:
+    """What another op returned: contiguous, on the device of the parameters."""
+    if x.dtype != dtype:
+        raise TypeError(f"{op}: {name} has dtype {x.dtype}, expected {dtype}")
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected {shape}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{op}: {name} is on {x.device}, expected {device}, the device of the parameters")
+    if not x.is_contiguous():
+        raise ValueError(f"{op}: {name} is not contiguous: shape {tuple(x.shape)}, strides {x.stride()}")
 
 
 def check_one_element(op: str, name: str, x: Tensor | None, device: torch.device | None) -> None:
@@ -111,6 +157,13 @@ def check_rate(op: str, lr: Tensor, name: str = "lr") -> None:
     # Not on another device: reading it would wait for all the work queued there.
     if lr.device.type == "cpu" and not 0 <= lr.item() < math.inf:
         raise ValueError(f"{op}: {name} is {lr.item()}, expected a finite number of at least 0")
+
+
+def check_rates(op: str, rates: Sequence[Tensor]) -> None:
+    """The same of several; what is the same tensor as the one before is not read again."""
+    for i, rate in enumerate(rates):
+        if i == 0 or rate is not rates[i - 1]:
+            check_rate(op, rate, f"lr[{i}]")
 
 
 def check_written(op: str, name: str, x: Tensor) -> None:
