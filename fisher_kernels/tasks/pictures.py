@@ -18,6 +18,7 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _MARKERS = "osD^vPX"
 _GREY = "#5f6670"
 _DOTS_PER_INCH = 150
+_NAMED_TIMES = 3  # more would stand in one another's way
 
 
 def picture(task: Task, settings: Settings, summaries: Sequence[Summary], partial: str | None = None) -> bytes:
@@ -100,15 +101,24 @@ def _by_clock(figure: Any, task: Task, settings: Settings, summaries: Sequence[S
     _frame(axes, task.metric, [curve for curve in curves.values() if curve[0]])
     goal = reached(task.metric, summaries)
     if goal is not None and len(summaries) > 1:
-        _draw_goal(axes, goal, summaries, colors)
+        _draw_goal(axes, task.metric, goal, summaries, colors)
     _name(axes, task.metric, summaries, curves, colors)
     seeds = len(summaries[0].seeds)
-    batch = f"batches of {settings.batch_size}"
     over = f"mean and deviation over {seeds} seeds" if seeds > 1 else f"seed {summaries[0].seeds[0]}"
-    figure.suptitle(
-        f"{task.name}: {task.metric.name} against the clock{remark}", x=0.012, ha="left", fontsize=16, weight="bold"
+    axes.set_title(
+        f"{task.name}: {task.metric.name} against the clock{remark}", loc="left", fontsize=16, weight="bold", pad=40
     )
-    axes.set_title(f"{task.summary}; {batch}; {over}", loc="left", fontsize=10.5, color=_GREY, pad=10)
+    axes.annotate(
+        f"{task.summary}\nbatches of {settings.batch_size}; {over}",
+        (0, 1),
+        (0, 6),
+        "axes fraction",
+        "offset points",
+        fontsize=10.5,
+        color=_GREY,
+        linespacing=1.3,
+        annotation_clip=False,
+    )
     axes.set_ylabel(f"{task.metric.name} ({task.metric.unit})", fontsize=12)
     axes.set_xlabel("training time (seconds of processor time)", fontsize=12)
     axes.grid(color="#e8eaed", linewidth=0.8)
@@ -146,34 +156,24 @@ def _frame(axes: Axes, metric: Metric, curves: Sequence[Curve]) -> None:
     axes.set_ylim(min(edges), max(edges))
 
 
-def _draw_goal(axes: Axes, goal: Reached, summaries: Sequence[Summary], colors: dict[str, str]) -> None:
-    """Where the baseline ends, and when the others came to it."""
-    axes.axhline(goal.value, color=_GREY, linewidth=1.1, linestyle=(0, (2, 3)), zorder=2)
-    base = goal.seconds[goal.baseline]
-    bottom, top = axes.get_ylim()
-    places = sorted((s, name) for name, s in goal.seconds.items() if s is not None and name != goal.baseline)
-    for index, (seconds, name) in enumerate(places):
-        axes.plot(seconds, goal.value, "o", color=colors[name], markersize=8, markeredgecolor="white", zorder=4)
-        share = f"{seconds / base:.2f} of the time" if base else ""
-        axes.annotate(
-            f"{seconds:.2g} s\n{share}",
-            (seconds, goal.value),
-            (0, 12 + 34 * index),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            fontsize=10.5,
-            color=colors[name],
-            bbox={"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
-            arrowprops={"arrowstyle": "-", "color": colors[name], "linewidth": 1},
-            zorder=5,
-        )
+def _draw_goal(axes: Axes, metric: Metric, goal: Reached, summaries: Sequence[Summary], colors: dict[str, str]) -> None:
+    """Where the baseline ends, and when the others came to it: what is beyond lies to the right of each point."""
     title = next(summary.title for summary in summaries if summary.optimizer == goal.baseline)
+    down = 1 if metric.higher_is_better else -1
+    side = "bottom" if metric.higher_is_better else "top"
+    axes.axhline(goal.value, color=_GREY, linewidth=1.1, linestyle=(0, (2, 3)), zorder=2)
+    style = {"textcoords": "offset points", "va": side, "fontsize": 10.5, "zorder": 5}
     axes.annotate(
-        f"where {title} ends", (0.006, goal.value), (0, -4), ("axes fraction", "data"), "offset points",
-        va="top", fontsize=10, color=_GREY,
-    )  # fmt: skip
-    axes.set_ylim(bottom, top)
+        f"where {title} ends", (0, goal.value), (5, 4 * down), xycoords=("axes fraction", "data"), color=_GREY, **style
+    )
+    base = goal.seconds[goal.baseline]
+    others = sorted((s, name) for name, s in goal.seconds.items() if s is not None and name != goal.baseline)
+    for index, (seconds, name) in enumerate(others):
+        axes.plot(seconds, goal.value, "o", color=colors[name], markersize=8, markeredgecolor="white", zorder=4)
+        if base and index < _NAMED_TIMES:
+            text = f"{seconds / base:.2f} of\n{title}'s time"
+            place = (-7, 20 * down)
+            axes.annotate(text, (seconds, goal.value), place, ha="right", color=colors[name], linespacing=1.2, **style)
 
 
 def _name(
