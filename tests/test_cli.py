@@ -605,7 +605,7 @@ def test_an_interrupted_budget_goes_on_with_what_is_left_of_it(
     interrupted_at(WARM_UP_STEPS + 10)
     result = invoke(*arguments, "--out", str(tmp_path))
     assert result.exit_code == 130, result.output
-    assert "Partial results: interrupted after 10 of 24 s, seed 0." in result.stdout
+    assert "Partial results: interrupted after 9 of 24 s, seed 0." in result.stdout
     assert_picture(tmp_path / "sgd.png")
     interrupted_at(0)
     assert invoke("train", "--resume", str(tmp_path)).exit_code == 0
