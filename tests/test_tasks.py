@@ -102,6 +102,7 @@ LINE = Task(
     make_model=lambda seed: seeded(seed, lambda: nn.Linear(1, 1)),
     batches=_line,
     criterion=F.mse_loss,
+    distribution="bernoulli",
     evaluate=_evaluate_line,
     steps_per_epoch=lambda batch_size: math.ceil(SAMPLES / batch_size),
     hyperparameters={"sgd": {"lr": 0.1}, "adamw": {"lr": 0.1}},
@@ -655,6 +656,20 @@ def test_the_table_of_equal_time() -> None:
     assert "equal training time" not in _rendered(LINE, records[:1], settings)
     lost = [replace(record, diverged="loss nan", seconds=[0.0], metric=[9.0]) for record in records]
     assert "equal training time" not in _rendered(LINE, lost, settings)
+
+
+def test_an_optimizer_that_draws_labels_is_given_the_output_before_the_backward() -> None:
+    seen: list[tuple[torch.Size, str, bool]] = []
+
+    class Drawing(torch.optim.SGD):
+        def sample(self, output: torch.Tensor, distribution: str) -> None:
+            gradients = any(p.grad is not None for group in self.param_groups for p in group["params"])
+            seen.append((output.shape, distribution, gradients))
+            assert output.requires_grad
+
+    chosen = replace(recipe(LINE, "sgd"), build=lambda model: Drawing(model.parameters(), lr=0.1))
+    compare(LINE, [chosen], [0], replace(SETTINGS, epochs=1))
+    assert seen[-3:] == 3 * [(torch.Size((8, 1)), "bernoulli", False)]
 
 
 # Budgets.

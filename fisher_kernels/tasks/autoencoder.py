@@ -47,6 +47,7 @@ TASK = Task(
     batches=_batches,
     steps_per_epoch=digit_images.steps_per_epoch,
     criterion=pixels.cross_entropy,
+    distribution="bernoulli",
     evaluate=lambda model: pixels.evaluate(model, digit_images.load()[1][0].flatten(1)),
     hyperparameters=HYPERPARAMETERS,
     # As for the other task on these images.

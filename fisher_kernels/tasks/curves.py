@@ -89,6 +89,7 @@ TASK = Task(
     batches=_batches,
     steps_per_epoch=lambda batch_size: math.ceil(TRAINING_IMAGES / batch_size),
     criterion=pixels.cross_entropy,
+    distribution="bernoulli",
     evaluate=lambda model: pixels.evaluate(model, load()[1]),
     hyperparameters=HYPERPARAMETERS,
     # So that processor time is the time that passes.

@@ -64,6 +64,7 @@ TASK = Task(
     batches=digit_images.batches,
     steps_per_epoch=digit_images.steps_per_epoch,
     criterion=F.cross_entropy,
+    distribution="categorical",
     evaluate=_evaluate,
     hyperparameters=HYPERPARAMETERS,
     # Layers this small gain little from a second thread, and wait for it long where other work shares the processor.

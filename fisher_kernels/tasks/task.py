@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,8 @@ class Task:
         make_model: seed -> a model in training mode.
         batches: (seed, epoch, batch_size) -> the (inputs, targets) of one epoch.
         criterion: (output of the model, targets) -> the mean training loss, a scalar tensor.
+        distribution: of the targets, whose parameters the output has: ``"categorical"`` or ``"bernoulli"``. Optimizers
+            that estimate the Fisher from drawn labels draw from it.
         evaluate: model -> its figures; leaves the model as it was.
         steps_per_epoch: batch_size -> the number of batches of an epoch.
         hyperparameters: what each optimizer (``"name"`` or ``"name:variant"``) uses unless told otherwise.
@@ -82,6 +84,7 @@ class Task:
     make_model: Callable[[int], nn.Module]
     batches: Callable[[int, int, int], Iterator[Batch]]
     criterion: Callable[[Tensor, Tensor], Tensor]
+    distribution: Literal["categorical", "bernoulli"]
     evaluate: Callable[[nn.Module], Figures]
     steps_per_epoch: Callable[[int], int]
     hyperparameters: Mapping[str, Hyperparameters]

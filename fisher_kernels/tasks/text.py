@@ -158,6 +158,7 @@ TASK = Task(
     batches=_batches,
     steps_per_epoch=_steps_per_epoch,
     criterion=_cross_entropy,
+    distribution="categorical",
     evaluate=_evaluate,
     hyperparameters=HYPERPARAMETERS,
 )

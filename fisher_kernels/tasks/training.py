@@ -152,6 +152,8 @@ class Training:
         self.optimizer = recipe.build(self.model)
         hyperparameters = {**recipe.hyperparameters, **_hyperparameters(self.optimizer)}
         self.record = Record(recipe.name, recipe.title, seed, hyperparameters, recipe.overrides)
+        # Of optimizers that draw labels from the output, in the iterations in which they want any.
+        self._sample: Callable[..., None] | None = getattr(self.optimizer, "sample", None)
         self._length = settings.length(task)
         self._losses: list[float] = []  # of the lap that has begun
         self._step_seconds: list[float] = []
@@ -228,8 +230,12 @@ class Training:
     def iterate(self, batch: Batch) -> float:
         """One iteration, timed; returns the training loss before it."""
         processor, begin = time.process_time(), time.perf_counter()
+        inputs, targets = batch
         self.optimizer.zero_grad()
-        loss = self.task.loss(self.model, batch)
+        output = self.model(inputs)
+        loss = self.task.criterion(output, targets)
+        if self._sample is not None:
+            self._sample(output, self.task.distribution)
         loss.backward()
         before_step = time.perf_counter()
         self.optimizer.step()
