@@ -114,6 +114,7 @@ def _by_clock(figure: Any, task: Task, settings: Settings, summaries: Sequence[S
         (0, 6),
         "axes fraction",
         "offset points",
+        va="bottom",
         fontsize=10.5,
         color=_GREY,
         linespacing=1.3,
@@ -134,7 +135,7 @@ def _curve(summary: Summary) -> Curve:
     """Seconds, means and deviations after each lap, without the untrained model."""
     points = zip(summary.processor_seconds, summary.metric, strict=True)
     known = [(s, spread.mean, spread.deviation) for s, spread in points if s is not None and spread is not None]
-    seconds, means, deviations = map(list, zip(*known[1:], strict=True)) if len(known) > 1 else ([], [], [])
+    seconds, means, deviations = ([point[i] for point in known[1:]] for i in range(3))
     return seconds, means, deviations
 
 
