@@ -253,8 +253,9 @@ def test_curves_are_generated_once_and_never_in_both_parts() -> None:
     assert (len(training), len(test)) == (200, 50)
     assert len(torch.unique(torch.cat([training, test]), dim=0)) == 250
     assert curves.load()[0] is training
-    assert torch.equal(curves.draw(7, seed=0), training[:7])
-    assert not torch.equal(curves.draw(7, seed=1), training[:7])
+    # A product of matrices may round in another way in a smaller batch: coordinates up to 27 by 2e-6 or so.
+    assert (curves.draw(7, seed=0) - training[:7]).abs().max() < 1e-4
+    assert (curves.draw(7, seed=1) - training[:7]).abs().max() > 0.5
     batch, targets = next(find_task("curves").batches(0, 1, 20))
     assert targets is batch
     assert {tuple(row.tolist()) for row in batch} <= {tuple(row.tolist()) for row in training}
