@@ -163,7 +163,7 @@ def _draw_goal(axes: Axes, metric: Metric, goal: Reached, summaries: Sequence[Su
     down = 1 if metric.higher_is_better else -1
     side = "bottom" if metric.higher_is_better else "top"
     axes.axhline(goal.value, color=_GREY, linewidth=1.1, linestyle=(0, (2, 3)), zorder=2)
-    style = {"textcoords": "offset points", "va": side, "fontsize": 10.5, "zorder": 5}
+    style: dict[str, Any] = {"textcoords": "offset points", "va": side, "fontsize": 10.5, "zorder": 5}
     axes.annotate(
         f"where {title} ends", (0, goal.value), (5, 4 * down), xycoords=("axes fraction", "data"), color=_GREY, **style
     )
