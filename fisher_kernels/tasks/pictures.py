@@ -149,10 +149,10 @@ def _frame(axes: Axes, metric: Metric, curves: Sequence[Curve]) -> None:
     sign = 1 if metric.higher_is_better else -1
     ends = [curve[1][-1] for curve in curves]
     best = max(ends, key=lambda end: sign * end)
-    # What the best has come from after an eighth of the time, with as much again for those behind it.
+    # What the best has come from after an eighth of the time, and the ends of all that are not far off.
     early = next(curve[1][min(2, len(curve[1]) - 1)] for curve in curves if curve[1][-1] == best)
-    usual = sorted(abs(end - best) for end in ends)[len(ends) // 2]
-    room = max(1.15 * abs(early - best), 1.6 * usual, 1e-12)
+    come = max(abs(early - best), 1e-12)
+    room = max(1.15 * come, *(1.6 * abs(end - best) for end in ends if abs(end - best) < 3 * come))
     edges = best + sign * 0.1 * room, best - sign * room
     axes.set_ylim(min(edges), max(edges))
 
