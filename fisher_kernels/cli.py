@@ -21,7 +21,7 @@ from fisher_kernels import __version__, backends, tasks, terminal
 from fisher_kernels.runs import Run
 from fisher_kernels.tasks import files
 from fisher_kernels.tasks.files import Destination
-from fisher_kernels.tasks.optimizers import Recipe
+from fisher_kernels.tasks.optimizers import Recipe, hyperparameter
 from fisher_kernels.tasks.task import Task
 from fisher_kernels.tasks.training import Settings
 from fisher_kernels.tools import environment, inspection, selftest, served, user_model
@@ -44,6 +44,14 @@ _MOST_SEEDS = 1000
 
 TaskName = Annotated[str | None, typer.Argument(metavar="TASK", help=f"One of: {_TASKS}.", show_default=False)]
 Epochs = Annotated[int | None, typer.Option(min=1, help="Epochs to train.", show_default="the task's")]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        help="Train each run for so much processor time, for which the learning rate is planned; instead of --epochs.",
+        show_default=False,
+    ),
+]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Samples per iteration.", show_default="the task's")]
 MaxSteps = Annotated[int | None, typer.Option(min=1, help="Stop every epoch after so many iterations.")]
 Schedule = Annotated[str, typer.Option(help="Learning rate over the run: cosine (to zero) or constant.")]
@@ -110,7 +118,18 @@ def train(
     update_interval: Annotated[int | None, typer.Option(min=1, help="Steps between refreshes of the factors.")] = None,
     damping: Annotated[float | None, typer.Option(min=0, help="Constant added to the curvature.")] = None,
     rho: Annotated[float | None, typer.Option(min=0, help="Regularisation of SOFIM's matrix.")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option",
+            "-o",
+            metavar="NAME=VALUE",
+            help="Any hyperparameter of the optimizer, instead of the tuned value or its default.",
+            show_default=False,
+        ),
+    ] = None,
     epochs: Epochs = None,
+    budget: Budget = None,
     seed: Annotated[
         int,
         typer.Option(min=0, max=tasks.LARGEST_SEED, help="Fixes the initial model and the order of the batches."),
@@ -141,9 +160,19 @@ def train(
             terminal.refuse("--optimizer", f"is missing, expected one of {_OPTIMIZERS}")
         name = optimizer if variant is None else f"{optimizer}:{variant}"
         with terminal.refusing("--optimizer"):
+            tasks.recipe(chosen, name, overrides)
+        says = {given_name: _option(given_name) for given_name in overrides}
+        for text in option or []:
+            key, value = _setting(text, "NAME=VALUE")
+            with terminal.refusing(f"-o {key}"):
+                if key in overrides:
+                    raise ValueError("is given twice")
+                overrides[key] = hyperparameter(name, key, value)
+            says[key] = f"-o {key}"
+        with terminal.refusing("--optimizer"):
             recipe = tasks.recipe(chosen, name, overrides)
-        _require_values(recipe, overrides)
-        settings = _settings(chosen, epochs, batch_size, max_steps, schedule)
+        _require_values(recipe, overrides, says, "--optimizer")
+        settings = _settings(chosen, epochs, budget, batch_size, max_steps, schedule)
         stem = recipe.name.replace(":", "-")
         run = _run("train", chosen, [recipe], [seed], settings, threads, out, stem, force)
     records = run.carry_out(as_json)
@@ -156,7 +185,18 @@ def compare(
     context: typer.Context,
     task: TaskName = None,
     optimizers: Annotated[str, typer.Option(help=f"Comma-separated, of: {_OPTIMIZERS}.")] = ",".join(tasks.OPTIMIZERS),
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option",
+            "-o",
+            metavar="OPTIMIZER.NAME=VALUE",
+            help="Any hyperparameter of one of them, instead of the tuned value or its default.",
+            show_default=False,
+        ),
+    ] = None,
     epochs: Epochs = None,
+    budget: Budget = None,
     seeds: Annotated[str, typer.Option(help="How many seeds (3 means 0, 1, 2), or a list such as 4,7 or 4,.")] = "3",
     batch_size: BatchSize = None,
     max_steps: MaxSteps = None,
@@ -169,7 +209,8 @@ def compare(
 ) -> None:
     """Train several optimizers side by side on a task, from the same initial models and batches.
 
-    Shows how far each has come after each epoch and after equal training time, and what its steps cost.
+    Shows how far each has come after each epoch and after equal training time, and what its steps cost; with --budget
+    how far each comes in that time, for which its learning rate is planned.
 
     A run that diverges is reported as such and does not stop the others. Exits with 130 if Ctrl-C ends it.
     """
@@ -182,7 +223,8 @@ def compare(
             if not names:
                 raise ValueError(f"is {optimizers!r}, expected names with commas between them, of {_OPTIMIZERS}")
             recipes = {(recipe := tasks.recipe(chosen, name)).name: recipe for name in names}
-        settings = _settings(chosen, epochs, batch_size, max_steps, schedule)
+        recipes = _with_options(chosen, recipes, option or [])
+        settings = _settings(chosen, epochs, budget, batch_size, max_steps, schedule)
         run = _run("compare", chosen, [*recipes.values()], _seeds(seeds), settings, threads, out, "compare", force)
     run.carry_out(as_json)
 
@@ -410,28 +452,69 @@ def _task(name: str | None) -> Task:
         return tasks.find_task(name)
 
 
-def _require_values(recipe: Recipe, overrides: Mapping[str, Any]) -> None:
-    """Refuse, by its option, a hyperparameter that the optimizer does not take; it knows best what that is."""
+def _with_options(task: Task, recipes: Mapping[str, Recipe], texts: Sequence[str]) -> dict[str, Recipe]:
+    """The recipes, with the hyperparameters that ``-o OPTIMIZER.NAME=VALUE`` gives to some of them."""
+    given: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        key, value = _setting(text, "OPTIMIZER.NAME=VALUE")
+        with terminal.refusing(f"-o {key}"):
+            optimizer, point, name = key.rpartition(".")
+            if not point:
+                raise ValueError("is of no optimizer, expected OPTIMIZER.NAME=VALUE")
+            optimizer = tasks.recipe(task, optimizer).name
+            if optimizer not in recipes:
+                raise ValueError(f"is not of an optimizer that is compared: {', '.join(recipes)}")
+            if name == "variant":
+                raise ValueError(f"goes into the name of the optimizer, as {optimizer.partition(':')[0]}:{value}")
+            if name in given.setdefault(optimizer, {}):
+                raise ValueError("is given twice")
+            given[optimizer][name] = hyperparameter(optimizer, name, value)
+    changed = {name: tasks.recipe(task, name, overrides) for name, overrides in given.items()}
+    for name, overrides in given.items():
+        says = {option: f"-o {name}.{option}" for option in overrides}
+        _require_values(changed[name], overrides, says, f"-o {name}")
+    return {**recipes, **changed}
+
+
+def _setting(text: str, form: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        terminal.refuse("-o", f"is {text!r}, expected {form}")
+    return key.strip(), value.strip()
+
+
+def _require_values(recipe: Recipe, overrides: Mapping[str, Any], says: Mapping[str, str], otherwise: str) -> None:
+    """Refuse, as it was said, a hyperparameter that the optimizer does not take; it knows best what that is."""
     for name, value in overrides.items():
-        if not math.isfinite(value):
-            terminal.refuse(_option(name), f"is {value}, expected a finite number")
+        if isinstance(value, float) and not math.isfinite(value):
+            terminal.refuse(says[name], f"is {value}, expected a finite number")
     try:
-        recipe.build(torch.nn.Linear(1, 1))
-    except (TypeError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the model that is trained brings them
+            recipe.build(torch.nn.Linear(1, 1))
+    except (TypeError, ValueError, RuntimeError) as error:
         name, _, rest = str(error).partition(" ")
-        if name not in overrides:
-            terminal.refuse("--optimizer", str(error))
-        terminal.refuse(_option(name), rest)
+        if name in overrides:
+            terminal.refuse(says[name], rest)
+        terminal.refuse(otherwise, str(error))
+
+
+def _settings(
+    task: Task, epochs: int | None, budget: float | None, batch_size: int | None, max_steps: int | None, schedule: str
+) -> Settings:
+    if schedule not in ("cosine", "constant"):
+        terminal.refuse("--schedule", f"unknown schedule {schedule!r}: choose from cosine, constant")
+    if budget is None:
+        epochs = epochs or task.epochs
+    elif epochs is not None:
+        terminal.refuse("--budget", "goes without --epochs: a run lasts for the one or for the other")
+    elif not 0 < budget < math.inf:
+        terminal.refuse("--budget", f"is {budget}, expected seconds above 0")
+    return Settings(epochs, batch_size or task.batch_size, schedule == "cosine", max_steps, budget)
 
 
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
-
-
-def _settings(task: Task, epochs: int | None, batch_size: int | None, max_steps: int | None, schedule: str) -> Settings:
-    if schedule not in ("cosine", "constant"):
-        terminal.refuse("--schedule", f"unknown schedule {schedule!r}: choose from cosine, constant")
-    return Settings(epochs or task.epochs, batch_size or task.batch_size, schedule == "cosine", max_steps)
 
 
 def _seeds(text: str) -> list[int]:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.markup import escape
 
 from fisher_kernels import tasks, terminal
-from fisher_kernels.tasks import files, report
+from fisher_kernels.tasks import files, pictures, report
 from fisher_kernels.tasks.files import CHECKPOINT, Destination
 from fisher_kernels.tasks.training import OnStep, Record, Training
 
@@ -63,14 +64,14 @@ class Run:
     def _train(self, stopped: Callable[[], bool]) -> BaseException | None:
         """Trains to the end, or returns what came in between."""
         try:
-            with _progress(self.comparison) as (on_step, on_epoch):
+            with _progress(self.comparison) as (on_step, on_lap):
 
                 def watch(training: Training) -> None:
                     on_step(training)
                     if stopped():
                         raise tasks.Interrupted
 
-                self.comparison.run(watch, on_epoch)
+                self.comparison.run(watch, on_lap)
         except tasks.MissingExtraError as error:
             terminal.fail(str(error))
         except (KeyboardInterrupt, Exception) as error:
@@ -81,13 +82,13 @@ class Run:
         """Prints and writes what there is; returns what went wrong in doing so."""
         task, settings = self.comparison.task, self.comparison.settings
         destination = self.destination if self.force else self.destination.free()
-        part = tasks.presentable(records, settings.epochs)
+        part = tasks.presentable(records, settings.laps)
         contents: dict[str, Callable[[], bytes]] = {}
         complaints: list[str] = []
-        if part.epochs:
+        if part.laps:
             data = report.document(task, settings, records, partial)
-            summaries = tasks.summarize(part.records, part.epochs)
-            equal_time = tasks.at_equal_time(part.records, part.epochs)
+            summaries = tasks.summarize(part.records, part.laps)
+            equal_time = None if settings.epochs is None else tasks.at_equal_time(part.records, part.laps)
             tables = report.tables(task, settings, summaries, equal_time, partial)
             try:
                 if as_json:
@@ -103,7 +104,7 @@ class Run:
             contents = {
                 ".json": lambda: report.as_json(data).encode(),
                 ".md": lambda: report.markdown(tables).encode(),
-                ".png": lambda: report.picture(task, summaries, partial),
+                ".png": lambda: pictures.picture(task, settings, summaries, partial),
             }
         unheard = bool(complaints)
         if resumable:
@@ -143,34 +144,47 @@ def _partial(comparison: tasks.Comparison, records: list[Record], failure: BaseE
     """What came in between, and how far training had got by then."""
     interrupted = isinstance(failure, tasks.Interrupted | KeyboardInterrupt)
     why = "interrupted" if interrupted else f"ended by {type(failure).__name__}"
-    epochs, seeds = comparison.settings.epochs, comparison.seeds
-    open_ones = [record for record in records if record.diverged is None and record.epochs < epochs]
+    settings, seeds = comparison.settings, comparison.seeds
+    open_ones = [record for record in records if record.diverged is None and record.laps < settings.laps]
     if not open_ones:
         return f"{why} between two runs" if records else f"{why} before the first run began"
-    least = min(record.epochs for record in open_ones)
-    where = f"{why} in epoch {least + 1} of {epochs}, seed {open_ones[0].seed}"
+    least = min(record.laps for record in open_ones)
+    if settings.budget is None:
+        place = f"in epoch {least + 1} of {settings.epochs}"
+    else:
+        place = f"after {settings.budget * least / settings.laps:.3g} of {settings.budget:g} s"
+    where = f"{why} {place}, seed {open_ones[0].seed}"
     return where if len(seeds) == 1 else f"{where} ({seeds.index(open_ones[0].seed) + 1} of {len(seeds)})"
 
 
 @contextmanager
 def _progress(comparison: tasks.Comparison) -> Iterator[tuple[OnStep, OnStep]]:
-    """A line for each optimizer; yields what to call after every iteration, and after every epoch."""
+    """A line for each optimizer; yields what to call after every iteration, and after every lap."""
     task, settings = comparison.task, comparison.settings
-    total = len(comparison.seeds) * settings.epochs * settings.steps_per_epoch(task)
-    made = comparison.iterations
+    total = len(comparison.seeds) * settings.length(task)
+    form = "{:.0f}/{:.0f}" if settings.budget is None else "{:.1f}/{:.1f} s"
+
+    def standing(name: str) -> dict[str, Any]:
+        done = min(comparison.done[name], total)  # the last iteration ends after the budget
+        return {"completed": done, "count": form.format(done, total)}
+
     with terminal.training_progress() as progress:
         bars = {
-            recipe.name: progress.add_task(recipe.title, total=total, completed=made[recipe.name], status="")
+            recipe.name: progress.add_task(recipe.title, total=total, status="", **standing(recipe.name))
             for recipe in comparison.recipes
         }
 
         def on_step(training: Training) -> None:
-            progress.update(bars[training.record.optimizer], advance=1)
+            name = training.record.optimizer
+            progress.update(bars[name], **standing(name))
 
-        def on_epoch(training: Training) -> None:
+        def on_lap(training: Training) -> None:
             record = training.record
-            figure = f"epoch {record.epochs}: {task.metric.format(record.metric[-1])}"
-            status = f"seed {record.seed}, {'diverged' if record.diverged else figure}"
-            progress.update(bars[record.optimizer], status=status)
+            if record.diverged:
+                state = "diverged"
+            else:
+                lap = f"epoch {record.laps}" if settings.budget is None else f"{record.processor_seconds[-1]:.2f} s"
+                state = f"{lap}: {task.metric.format(record.metric[-1])}"
+            progress.update(bars[record.optimizer], status=f"seed {record.seed}, {state}")
 
-        yield on_step, on_epoch
+        yield on_step, on_lap

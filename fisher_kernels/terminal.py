@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from typer.core import TyperGroup
 
 INTERRUPTED = 130
@@ -192,9 +192,11 @@ def progress(columns: Sequence[ProgressColumn]) -> Progress:
 
 
 def training_progress(width: int | None = None) -> Progress:
-    """A line for each optimizer, with a field ``status``; in fewer columns there is no room for a bar."""
+    """A line for each optimizer, with fields ``count`` and ``status``; in few columns there is no room for a bar."""
     console = Console(file=_Lossy(), stderr=True, width=width)
     name, status = TextColumn("{task.description}"), TextColumn("{task.fields[status]}")
     if console.width >= _WIDE:
-        return Progress(name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), status, console=console)
+        return Progress(
+            name, BarColumn(), TextColumn("{task.fields[count]}"), TimeElapsedColumn(), status, console=console
+        )
     return Progress(name, TextColumn("{task.percentage:3.0f}%"), status, console=console)

@@ -364,7 +364,11 @@ def test_a_compiler_cache_is_used_where_there_is_one(tmp_path: Path, cache: str 
 @pytest.mark.parametrize(
     ("target", "wanted", "unwanted"),
     [
-        ("demo", ("requirements.py demo", "compare digits"), ("requirements.py dev", "CUDA_ON_HOST", "--all", "_CPU=")),
+        (
+            "demo",
+            ("requirements.py demo", "compare autoencoder"),
+            ("requirements.py dev", "CUDA_ON_HOST", "--all", "_CPU="),
+        ),
         ("build", ("requirements.py dev", "--no-deps --editable"), ("CUDA_ON_HOST", "_CPU=")),
         ("test", ("requirements.py test", "FISHER_KERNELS_CUDA_ON_HOST=ON"), ("=sanitized", "--all")),
         ("test-all", ("requirements.py dev", "FISHER_KERNELS_CUDA_ON_HOST=sanitized", "pytest", "--all"), ()),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -27,8 +29,8 @@ import fisher_kernels
 from fisher_kernels import runs, terminal
 from fisher_kernels.cli import app
 from fisher_kernels.ops import ACCUMULATOR
-from fisher_kernels.tasks import Comparison, Settings, digit_images, find_task, recipe
-from fisher_kernels.tasks.training import WARM_UP_STEPS, Record, Training
+from fisher_kernels.tasks import Comparison, Settings, digit_images, find_task, recipe, training
+from fisher_kernels.tasks.training import LAPS, WARM_UP_STEPS, Record, Training
 from fisher_kernels.tools import selftest
 from fisher_kernels.tools.samples.sample import Sample
 
@@ -196,7 +198,7 @@ def test_help_lists_commands_tasks_and_optimizers() -> None:
     for command in ("info", "train", "compare", "selftest"):
         assert command in top
     text = invoke("compare", "--help").stdout
-    for name in ("digits", "autoencoder", "text", "adamw", "adafisherw", "adafisher:relative"):
+    for name in ("digits", "autoencoder", "curves", "text", "adamw", "adafisherw", "adafisher:relative", "--budget"):
         assert name in text
 
 
@@ -218,7 +220,8 @@ def test_compare_writes_tables_a_picture_and_json(tmp_path: Path) -> None:
     data = json.loads((tmp_path / "compare.json").read_text())
     assert data["task"] == "digits"
     assert data["metric"]["unit"] == "%"
-    assert data["settings"] == {"epochs": 2, "batch_size": 64, "cosine": True, "max_steps": 2}
+    assert data["settings"] == {"epochs": 2, "batch_size": 64, "cosine": True, "max_steps": 2, "budget": None}
+    assert data["reached"] is None
     assert data["environment"]["threads"] == 1
     assert [(run["optimizer"], run["seed"]) for run in data["runs"]] == [
         ("adamw", 0),
@@ -277,6 +280,34 @@ def test_train_adafisher(optimizer: str, tmp_path: Path) -> None:
     assert_picture(tmp_path / f"{optimizer}-relative.png")
 
 
+def test_compare_with_a_budget(tmp_path: Path) -> None:
+    result = invoke(
+        "compare", "autoencoder", "--optimizers", "adamw,sgd", "--seeds", "2", "--budget", "0.06", "--batch-size", "16",
+        "-o", "adamw.betas=0.8,0.99", "-o", "sgd.nesterov=true", "--out", str(tmp_path),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for words in (
+        "0.06 s of processor time for each run, batch size 16, cosine learning rate planned for that time",
+        "Set by hand: AdamW betas=(0.8, 0.99); SGD nesterov=True.",
+        "test loss in nats/image at equal training time",
+        "reached after",
+        "epochs within the budget: AdamW ",
+    ):
+        assert words in result.stdout
+    assert "| seconds | AdamW | SGD |\n" in (tmp_path / "compare.md").read_text()
+    data = json.loads((tmp_path / "compare.json").read_text())
+    assert data["settings"] == {"epochs": None, "batch_size": 16, "cosine": True, "max_steps": None, "budget": 0.06}
+    assert data["equal_time"] is None
+    assert set(data["reached"]["seconds"]) == {"adamw", "sgd"}
+    for run in data["runs"]:
+        assert len(run["metric"]) == len(run["processor_seconds"]) == len(run["iterations"]) == LAPS + 1
+        assert run["processor_seconds"][-1] >= 0.06
+        assert run["metric"][-1] < run["metric"][0]
+    assert data["runs"][0]["hyperparameters"]["betas"] == [0.8, 0.99]
+    assert data["runs"][-1]["overrides"] == {"nesterov": True}
+    assert_picture(tmp_path / "compare.png")
+
+
 def test_train_text_prints_json_alone(tmp_path: Path) -> None:
     result = invoke(
         "train", "text", "--optimizer", "sgd", "--epochs", "1", "--max-steps", "1", "--batch-size", "2", "--seed", "7",
@@ -317,7 +348,7 @@ def test_a_diverging_training_is_reported_and_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("compare", "mnist"), "unknown task 'mnist': choose from digits, autoencoder, text"),
+        (("compare", "mnist"), "unknown task 'mnist': choose from digits, autoencoder, curves, text"),
         (("compare", "digits", "--optimizers", "adamw,lion"), "unknown optimizer 'lion': choose from adamw, sgd"),
         (("train", "digits", "--optimizer", "adafisher:fast"), "unknown variant 'fast' of adafisher"),
         (("train", "digits", "--optimizer", "sgd", "--damping", "1"), "sgd has no hyperparameter 'damping'"),
@@ -327,11 +358,44 @@ def test_a_diverging_training_is_reported_and_fails(tmp_path: Path) -> None:
         (("compare", "digits", "--seeds", "3,18446744073709551616"), "--seeds: seeds is '3,18446744073709551616'"),
         (("compare", "digits", "--seeds", "1000000000"), "at most 1000"),
         (("compare", "digits", "--optimizers", ","), "--optimizers: is ',', expected names"),
-        (("compare",), "TASK: is missing, expected one of digits, autoencoder, text"),
+        (("compare",), "TASK: is missing, expected one of digits, autoencoder, curves, text"),
         (("train", "digits", "--optimizer", "sgd", "--seed", "99999999999999"), "--seed"),
         (("train", "digits", "--optimizer", "sgd", "--lr", "much"), "--lr"),
         (("train", "digits", "--optimizer", "sofim", "--rho", "0"), "--rho: is 0.0, expected a finite number above 0"),
         (("train", "digits", "--optimizer", "adamw", "--lr", "inf"), "--lr: is inf, expected a finite number"),
+        (
+            ("train", "digits", "--optimizer", "mbf", "-o", "beta1=1"),
+            "-o beta1: mbf has no hyperparameter 'beta1': it takes",
+        ),
+        (
+            ("train", "digits", "--optimizer", "mbf", "-o", "kl_clip=off"),
+            "-o kl_clip: is 'off', expected none or a finite",
+        ),
+        (("train", "digits", "--optimizer", "mbf", "-o", "beta2=2"), "-o beta2: is 2.0, expected 0 <= beta2 < 1"),
+        (("train", "digits", "--optimizer", "mbf", "-o", "lr"), "-o: is 'lr', expected NAME=VALUE"),
+        (("train", "digits", "--optimizer", "mbf", "-o", "lr=1", "--lr", "1"), "-o lr: is given twice"),
+        (
+            ("train", "digits", "--optimizer", "adamw", "-o", "foreach=true"),
+            "--optimizer: `fused` and `foreach` cannot",
+        ),
+        (("compare", "digits", "-o", "lr=1"), "-o lr: is of no optimizer, expected OPTIMIZER.NAME=VALUE"),
+        (("compare", "digits", "-o", "lion.lr=1"), "-o lion.lr: unknown optimizer 'lion': choose from adamw"),
+        (
+            ("compare", "digits", "--optimizers", "sgd", "-o", "mbf.lr=1"),
+            "-o mbf.lr: is not of an optimizer that is compar",
+        ),
+        (
+            ("compare", "digits", "-o", "mbf.beta1=1"),
+            "-o mbf.beta1: mbf has no hyperparameter 'beta1': it takes lr, mom",
+        ),
+        (("compare", "digits", "-o", "mbf.damping=-1"), "-o mbf.damping: is -1.0, expected"),
+        (("compare", "digits", "-o", "mbf.lr=1", "-o", "mbf.lr=2"), "-o mbf.lr: is given twice"),
+        (
+            ("compare", "digits", "-o", "adafisher.variant=relative"),
+            "goes into the name of the optimizer, as adafisher:r",
+        ),
+        (("compare", "digits", "--budget", "3", "--epochs", "2"), "--budget: goes without --epochs"),
+        (("train", "digits", "--optimizer", "sgd", "--budget", "0"), "--budget: is 0.0, expected seconds above 0"),
         (("inspect", "--kernels", "("), "--kernels: is '(', expected a regular expression"),
         (("prove",), "No such command 'prove'"),
         (("train", "digits", "--optimizer", "sgd", "--epochs", "0"), "epochs"),
@@ -515,7 +579,8 @@ def test_a_run_interrupted_before_its_first_epoch_has_no_results_and_can_go_on(
     tmp_path: Path, interrupted_at: Callable[[int], None]
 ) -> None:
     interrupted_at(WARM_UP_STEPS + 1)
-    result = invoke("train", "digits", "--optimizer", "mbf", "--lr", "0.001", *SHORT, "--out", str(tmp_path))
+    chosen = ("--optimizer", "mbf", "--lr", "0.001", "-o", "linear_blocks=64", "-o", "kl_clip=none")
+    result = invoke("train", "digits", *chosen, *SHORT, "--out", str(tmp_path))
     assert result.exit_code == 130
     assert result.stdout == ""
     assert [path.name for path in tmp_path.iterdir()] == ["mbf.resume.pt"]
@@ -523,11 +588,36 @@ def test_a_run_interrupted_before_its_first_epoch_has_no_results_and_can_go_on(
     assert invoke("train", "digits", "--resume", str(tmp_path)).exit_code == 0
     (run,) = runs_of(tmp_path / "mbf.json")
     assert run["hyperparameters"]["lr"] == 0.001
+    assert run["hyperparameters"]["linear_blocks"] == 64
+    assert run["hyperparameters"]["kl_clip"] is None
     assert len(run["metric"]) == 3
 
 
+def test_an_interrupted_budget_goes_on_with_what_is_left_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted_at: Callable[[int], None]
+) -> None:
+    ticks = itertools.count()  # a second for each iteration
+    monkeypatch.setattr(
+        training, "time", SimpleNamespace(process_time=lambda: next(ticks), perf_counter=time.perf_counter)
+    )
+    arguments = ("train", "autoencoder", "--optimizer", "sgd", "--budget", "24")
+    assert invoke(*arguments, "--out", str(tmp_path / "whole")).exit_code == 0
+    interrupted_at(WARM_UP_STEPS + 10)
+    result = invoke(*arguments, "--out", str(tmp_path))
+    assert result.exit_code == 130, result.output
+    assert "Partial results: interrupted after 9 of 24 s, seed 0." in result.stdout
+    assert_picture(tmp_path / "sgd.png")
+    interrupted_at(0)
+    assert invoke("train", "--resume", str(tmp_path)).exit_code == 0
+    whole, resumed = (json.loads((folder / "sgd.json").read_text()) for folder in (tmp_path / "whole", tmp_path))
+    assert resumed["settings"] == whole["settings"]
+    for name in ("metric", "training_loss", "processor_seconds", "iterations"):
+        assert resumed["runs"][0][name] == whole["runs"][0][name]
+    assert resumed["runs"][0]["iterations"][-1] == 24
+
+
 def test_what_an_exception_ends_is_shown_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right, calls = Training.run_epoch, []
+    right, calls = Training.run_lap, []
 
     def breaks(self: Training, *rest: Any) -> None:
         calls.append(1)
@@ -535,7 +625,7 @@ def test_what_an_exception_ends_is_shown_as_well(tmp_path: Path, monkeypatch: py
             raise RuntimeError("out of memory")
         right(self, *rest)
 
-    monkeypatch.setattr(Training, "run_epoch", breaks)
+    monkeypatch.setattr(Training, "run_lap", breaks)
     result = invoke("compare", *PAIR, "--out", str(tmp_path))
     assert isinstance(result.exception, RuntimeError)
     assert "Partial results: ended by RuntimeError in epoch 2 of 2, seed 0 (1 of 2)." in result.stdout
@@ -622,14 +712,16 @@ def test_progress_shows_the_figure_of_the_epoch_it_names_in_60_columns(
     recipes = [recipe(task, name) for name in ("adamw", "adafisherw:relative")]
     comparison = Comparison(task, recipes, [0], Settings(epochs=2, batch_size=8, max_steps=1))
     seen: list[str] = []
-    with runs._progress(comparison) as (on_step, on_epoch):
+    with runs._progress(comparison) as (on_step, on_lap):
         for epoch, figure in ((1, 2.5), (2, 1.9375)):
             for chosen in recipes:
-                record = Record(chosen.name, chosen.title, 4294967295, {}, [5.0, *[figure] * epoch])
+                record = Record(chosen.name, chosen.title, 4294967295, {}, metric=[5.0, *[figure] * epoch])
                 record.training_loss = [0.0] * epoch
-                training = cast(Training, SimpleNamespace(record=record))
-                on_step(training)
-                on_epoch(training)
+                state = cast(Training, SimpleNamespace(record=record, done=epoch))
+                others = [other for other in comparison._running if other.record.optimizer != chosen.name]
+                comparison._running = [*others, state]
+                on_step(state)
+                on_lap(state)
             console = Console(width=width, no_color=True)
             with console.capture() as capture:
                 console.print(display.get_renderable())

@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 import math
+import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
+from torch.nn import functional as F
 
 from fisher_kernels.tasks import (
     OPTIMIZERS,
     TASKS,
+    Comparison,
+    Interrupted,
     Settings,
     Task,
     at_equal_time,
     compare,
+    curves,
     digit_images,
     find_task,
     recipe,
     summarize,
 )
 from fisher_kernels.tasks import text as text_task
-from fisher_kernels.tasks.comparison import EqualTime, Spread
-from fisher_kernels.tasks.optimizers import Recipe
+from fisher_kernels.tasks import training as training_module
+from fisher_kernels.tasks.comparison import EqualTime, Reached, Spread, Summary, reached
+from fisher_kernels.tasks.optimizers import Recipe, hyperparameter
+from fisher_kernels.tasks.options import options
 from fisher_kernels.tasks.report import document, markdown, tables
 from fisher_kernels.tasks.task import Batch, Figures, Metric, evaluation, seeded, shuffled
-from fisher_kernels.tasks.training import Record, Timing, Training, cosine, state_bytes
+from fisher_kernels.tasks.training import LAPS, Record, Timing, Training, cosine, state_bytes
+
+if TYPE_CHECKING:
+    from numbers import Rational
 
 SAMPLES = 24
 
@@ -40,19 +53,44 @@ def one_thread(set_threads: Callable[[int], None]) -> None:
     set_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def few_curves(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All of them take a second."""
+    monkeypatch.setattr(curves, "TRAINING_IMAGES", 200)
+    monkeypatch.setattr(curves, "TEST_IMAGES", 50)
+    curves.load.cache_clear()
+    yield
+    curves.load.cache_clear()
+
+
+class Clock:
+    """Processor time that passes in iterations alone, ``cost`` seconds in each."""
+
+    def __init__(self) -> None:
+        self.now, self.cost = 0.0, 1.0
+
+    def process_time(self) -> float:
+        self.now += self.cost
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    both = SimpleNamespace(process_time=clock.process_time, perf_counter=time.perf_counter)
+    monkeypatch.setattr(training_module, "time", both)
+    return clock
+
+
 def _line(seed: int, epoch: int, batch_size: int) -> Iterator[Batch]:
     x = torch.linspace(-1, 1, SAMPLES).unsqueeze(1)
     for indices in torch.split(shuffled(SAMPLES, seed, epoch), batch_size):
         yield x[indices], 2 * x[indices] + 1
 
 
-def _squared_error(model: nn.Module, batch: Batch) -> Tensor:
-    difference: Tensor = model(batch[0]) - batch[1]
-    return difference.square().mean()
-
-
 def _evaluate_line(model: nn.Module) -> Figures:
-    return Figures(_squared_error(model, next(_line(0, 0, SAMPLES))).item())
+    x, y = next(_line(0, 0, SAMPLES))
+    return Figures(F.mse_loss(model(x), y).item())
 
 
 LINE = Task(
@@ -63,7 +101,8 @@ LINE = Task(
     batch_size=8,
     make_model=lambda seed: seeded(seed, lambda: nn.Linear(1, 1)),
     batches=_line,
-    loss=_squared_error,
+    criterion=F.mse_loss,
+    distribution="bernoulli",
     evaluate=_evaluate_line,
     steps_per_epoch=lambda batch_size: math.ceil(SAMPLES / batch_size),
     hyperparameters={"sgd": {"lr": 0.1}, "adamw": {"lr": 0.1}},
@@ -157,12 +196,16 @@ def test_autoencoder_sees_the_images_of_digits_in_the_same_order() -> None:
         assert torch.equal(batch[1], batch[0])
 
 
-def test_autoencoder_is_deep_and_linear_at_its_code_and_at_its_end() -> None:
-    layers = list(find_task("autoencoder").make_model(0).children())
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [("autoencoder", [64, 500, 250, 30]), ("curves", [784, 400, 200, 100, 50, 25, 6])],
+)
+def test_autoencoders_are_deep_and_linear_at_the_code_and_at_the_end(name: str, widths: list[int]) -> None:
+    layers = list(find_task(name).make_model(0).children())
     linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
-    widths = [layer.in_features for layer in linear] + [linear[-1].out_features]
-    assert widths == [64, 500, 250, 30, 250, 500, 64]
-    after = ["Linear" if layer in (linear[2], linear[5]) else "Linear, ReLU" for layer in linear]
+    assert [layer.in_features for layer in linear] + [linear[-1].out_features] == widths + widths[-2::-1]
+    bare = (linear[len(widths) - 2], linear[-1])
+    after = ["Linear" if layer in bare else "Linear, ReLU" for layer in linear]
     assert ", ".join(type(layer).__name__ for layer in layers) == ", ".join(after)
 
 
@@ -185,6 +228,44 @@ def test_autoencoder_learns() -> None:
     assert record.metric[0] > 40
     assert record.metric[1] < 30
     assert record.also[1] < 0.6 * record.also[0]
+
+
+def test_curves_go_through_three_points_in_gaussian_ink() -> None:
+    images = curves.draw(3, seed=5)
+    points = 3 + 21 * torch.rand(3, 3, 2, generator=torch.Generator().manual_seed(5))
+    for image, (p, q, r) in zip(images.view(3, 28, 28), points.double(), strict=True):
+        t = torch.linspace(0, 1, 20_000, dtype=torch.float64).unsqueeze(1)
+        # Newton's form of the same quadratic.
+        curve = (p + 2 * t * (q - p) + 2 * t * (t - 0.5) * (p - 2 * q + r)).clamp(0, 27)
+        grid = torch.cartesian_prod(torch.arange(28.0), torch.arange(28.0)).double()
+        distance = torch.stack([(curve - pixel).norm(dim=1).min() for pixel in grid]).view(28, 28)
+        ink = (-(distance**2) / (2 * curves.INK**2)).exp()
+        # The points that stand for the curve are on it, so never nearer, and up to 1.25 pixels apart where it runs
+        # fast. Midway between two of them exp(-0.63^2 / (2 * 0.9^2)) = 0.78 of the ink is left.
+        assert (image <= ink + 1e-5).all()
+        assert (ink - image).max() < 0.22
+        assert (ink - image).mean() < 2e-3
+        assert image.max() > 0.99
+
+
+def test_curves_are_generated_once_and_never_in_both_parts() -> None:
+    training, test = curves.load()
+    assert (len(training), len(test)) == (200, 50)
+    assert len(torch.unique(torch.cat([training, test]), dim=0)) == 250
+    assert curves.load()[0] is training
+    # A product of matrices may round in another way in a smaller batch: coordinates up to 27 by 2e-6 or so.
+    assert (curves.draw(7, seed=0) - training[:7]).abs().max() < 1e-4
+    assert (curves.draw(7, seed=1) - training[:7]).abs().max() > 0.5
+    batch, targets = next(find_task("curves").batches(0, 1, 20))
+    assert targets is batch
+    assert {tuple(row.tolist()) for row in batch} <= {tuple(row.tolist()) for row in training}
+
+
+def test_curves_learn() -> None:
+    task = find_task("curves")
+    (record,) = compare(task, [recipe(task, "adamw")], [0], Settings(epochs=5, batch_size=20))
+    assert record.metric[0] > 500
+    assert record.metric[-1] < 0.6 * record.metric[0]
 
 
 def test_text_targets_are_the_next_bytes() -> None:
@@ -217,7 +298,12 @@ def test_text_model_is_causal() -> None:
         ("adam", {}, "unknown optimizer 'adam': choose from adamw, sgd, adafisher, adafisherw, mbf, sofim"),
         ("adafisher:fast", {}, "unknown variant 'fast' of adafisher: choose from paper, release, relative"),
         ("sgd:paper", {}, "unknown variant 'paper' of sgd: it has none"),
-        ("sgd", {"damping": 1.0}, "sgd has no hyperparameter 'damping': it takes lr, weight_decay"),
+        (
+            "sgd",
+            {"damping": 1.0},
+            "sgd has no hyperparameter 'damping': it takes lr, momentum, dampening, weight_decay",
+        ),
+        ("adafisher:release", {"variant": "paper"}, "variant is 'paper', and 'release' in the name: give one of them"),
     ],
 )
 def test_recipe_names_the_alternatives(name: str, overrides: dict[str, float], message: str) -> None:
@@ -231,11 +317,97 @@ def test_recipe_puts_overrides_before_the_table() -> None:
     assert recipe(LINE, "adafisher:paper").name == "adafisher"
     assert recipe(LINE, "adafisher:relative").hyperparameters["variant"] == "relative"
     assert recipe(LINE, "adafisher:relative").title == "AdaFisher (relative)"
+    assert recipe(LINE, "adafisher", {"variant": "relative"}).name == "adafisher:relative"
+    assert recipe(LINE, "sgd", {"nesterov": True}).overrides == {"nesterov": True}
+    group = recipe(LINE, "sgd", {"nesterov": True}).build(nn.Linear(1, 1)).param_groups[0]
+    assert (group["lr"], group["momentum"], group["nesterov"], group["fused"]) == (0.1, 0.9, True, True)
 
 
 def test_find_task_names_the_alternatives() -> None:
-    with pytest.raises(ValueError, match="unknown task 'mnist': choose from digits, autoencoder, text"):
+    with pytest.raises(ValueError, match="unknown task 'mnist': choose from digits, autoencoder, curves, text"):
         find_task("mnist")
+
+
+# Hyperparameters as text.
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "name", "text", "value"),
+    [
+        ("adamw", "lr", "3e-3", 3e-3),
+        ("adamw", "betas", "0.8,0.95", (0.8, 0.95)),
+        ("adamw", "betas", "(0.8, 0.95)", (0.8, 0.95)),
+        ("adamw", "amsgrad", "True", True),
+        ("adamw", "foreach", "none", None),
+        ("sgd", "momentum", "0", 0.0),
+        ("mbf", "update_interval", "5", 5),
+        ("mbf", "kl_clip", "None", None),
+        ("mbf", "kl_clip", "1e-2", 1e-2),
+        ("mbf", "linear_blocks", "64", 64),
+        ("mbf", "linear_blocks", "per_output", "per_output"),
+        ("mbf", "decoupled", "false", False),
+        ("adafisher:relative", "fallback_curvature", "2", 2.0),
+        ("sofim", "scope", "tensor", "tensor"),
+    ],
+)
+def test_a_text_is_read_as_the_constructor_says(optimizer: str, name: str, text: str, value: Any) -> None:
+    found = hyperparameter(optimizer, name, text)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "name", "text", "message"),
+    [
+        ("adamw", "lr", "much", "is 'much', expected a finite number"),
+        ("adamw", "lr", "nan", "is 'nan', expected a finite number"),
+        ("adamw", "betas", "0.9", "is '0.9', expected 2 values with a comma between"),
+        ("adamw", "amsgrad", "1", "is '1', expected true or false"),
+        ("mbf", "update_interval", "2.5", "is '2.5', expected an integer"),
+        ("mbf", "kl_clip", "off", "is 'off', expected none or a finite number"),
+        ("mbf", "linear_blocks", "all", "is 'all', expected shared, per_output or an integer"),
+        ("mbf", "betas", "1", "mbf has no hyperparameter 'betas': it takes lr, momentum, damping, kl_clip, beta2"),
+        ("mbf", "params", "1", "mbf has no hyperparameter 'params'"),
+        ("lion", "lr", "1", "unknown optimizer 'lion': choose from adamw, sgd"),
+    ],
+)
+def test_a_text_that_means_nothing_is_explained(optimizer: str, name: str, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        hyperparameter(optimizer, name, text)
+
+
+def test_what_a_text_cannot_stand_for_is_no_option() -> None:
+    for name in ("mbf", "adafisher"):
+        assert not {"model", "params", "grad_scaler", "process_group", "rules"} & set(OPTIMIZERS[name].options)
+        assert {"lr", "fallback", "maximize"} <= set(OPTIMIZERS[name].options)
+    assert "params" not in OPTIMIZERS["adamw"].options
+
+
+def test_options_come_from_defaults_where_there_is_no_annotation_to_read() -> None:
+    def build(
+        model: nn.Module,
+        rate=0.5,  # type: ignore[no-untyped-def]
+        count=3,  # type: ignore[no-untyped-def]
+        unknown: Rational = 0.25,  # type: ignore[assignment]  # a name that only type checkers import
+        pair: tuple[int, Literal["a"] | None] = (1, "a"),
+        many: tuple[float, ...] = (),
+        word: str = "x",
+        other=None,  # type: ignore[no-untyped-def]
+    ) -> None: ...
+
+    found = options(build)
+    assert [*found] == ["rate", "count", "unknown", "pair", "many", "word"]
+    texts = {"rate": "2", "count": "4", "unknown": "1e-2", "pair": "2,none", "many": "1,2,3", "word": "none"}
+    assert [found[name].parse(text) for name, text in texts.items()] == [
+        2.0,
+        4,
+        0.01,
+        (2, None),
+        (1.0, 2.0, 3.0),
+        "none",
+    ]
+    assert found["count"].parse("0.5") == 0.5
+    assert found["many"].parse("()") == ()
 
 
 def test_compare_starts_everyone_alike_and_repeats_itself() -> None:
@@ -287,7 +459,7 @@ def test_a_diverging_run_is_recorded_and_stops_nobody() -> None:
 def test_parameters_that_end_non_finite_count_as_diverged() -> None:
     settings = Settings(epochs=1, batch_size=SAMPLES)
     (record,) = compare(LINE, [_sgd_from("wild", math.inf)], [0], settings)
-    assert record.diverged == "parameters not finite after epoch 1"
+    assert record.diverged == "parameters not finite after epoch 1, step 1"
     assert record.training_loss == []
 
 
@@ -487,6 +659,170 @@ def test_the_table_of_equal_time() -> None:
     assert "equal training time" not in _rendered(LINE, lost, settings)
 
 
+def test_an_optimizer_that_draws_labels_is_given_the_output_before_the_backward() -> None:
+    seen: list[tuple[torch.Size, str, bool]] = []
+
+    class Drawing(torch.optim.SGD):
+        def sample(self, output: torch.Tensor, distribution: str) -> None:
+            gradients = any(p.grad is not None for group in self.param_groups for p in group["params"])
+            seen.append((output.shape, distribution, gradients))
+            assert output.requires_grad
+
+    chosen = replace(recipe(LINE, "sgd"), build=lambda model: Drawing(model.parameters(), lr=0.1))
+    compare(LINE, [chosen], [0], replace(SETTINGS, epochs=1))
+    assert seen[-3:] == 3 * [(torch.Size((8, 1)), "bernoulli", False)]
+
+
+# Budgets.
+
+
+def _budget(seconds: float, cosine: bool = True) -> Settings:
+    return Settings(epochs=None, batch_size=8, budget=seconds, cosine=cosine)
+
+
+def test_settings_are_epochs_or_a_budget() -> None:
+    for epochs, budget in ((3, 1.0), (None, None)):
+        with pytest.raises(ValueError, match="expected one of them"):
+            Settings(epochs, 8, budget=budget)
+
+
+@pytest.mark.parametrize("is_cosine", [True, False])
+def test_the_learning_rate_is_planned_for_the_budget(is_cosine: bool, clock: Clock) -> None:
+    settings = _budget(2.0 * LAPS, is_cosine)
+    rates: list[float] = []
+
+    def look(training: Training) -> None:
+        rates.append(training.optimizer.param_groups[0]["lr"])
+
+    (record,) = compare(LINE, [recipe(LINE, "sgd")], [0], settings, look)
+    # The rate after each iteration, with which the next one steps.
+    expected = [cosine(k, 2 * LAPS) if is_cosine else 1.0 for k in range(1, 2 * LAPS + 1)]
+    assert rates == pytest.approx([0.1 * factor for factor in expected], abs=1e-12)
+    assert record.iterations == [2 * lap for lap in range(LAPS + 1)]
+    assert record.processor_seconds == [2.0 * lap for lap in range(LAPS + 1)]
+    assert len(record.metric) == len(record.seconds) == LAPS + 1
+    assert record.laps == LAPS
+    assert record.hyperparameters["lr"] == 0.1
+
+
+@pytest.mark.parametrize("cost", [0.7, 1.0, 5.0, 30.0])
+def test_a_run_ends_with_the_iteration_in_which_its_budget_ends(cost: float, clock: Clock) -> None:
+    clock.cost = cost
+    (record,) = compare(LINE, [recipe(LINE, "sgd")], [0], _budget(12.0))
+    assert 12 <= record.processor_seconds[-1] < 12 + cost
+    assert record.iterations[-1] == math.ceil(12 / cost)
+    # Whatever an iteration costs, there are as many evaluations, each at its part of the budget or at the end of the
+    # iteration that went beyond.
+    assert len(record.metric) == len(record.training_loss) + 1 == LAPS + 1
+    for lap, seconds in enumerate(record.processor_seconds):
+        assert 12 * lap / LAPS - 1e-9 <= seconds < 12 * lap / LAPS + cost
+    for before, after in zip(range(LAPS), range(1, LAPS + 1), strict=True):
+        if record.iterations[before] == record.iterations[after]:
+            assert record.metric[before] == record.metric[after]
+
+
+def test_a_budget_sees_the_batches_that_epochs_see(clock: Clock) -> None:
+    long = compare(LINE, [recipe(LINE, "sgd")], [3], Settings(epochs=8, batch_size=8, cosine=False))
+    timed = compare(LINE, [recipe(LINE, "sgd")], [3], _budget(24.0, cosine=False))
+    assert timed[0].metric[3::3] == long[0].metric[1:]  # an epoch has three batches
+    assert timed[0].iterations[-1] == long[0].iterations[-1] == 24
+
+
+def test_only_iterations_are_in_the_budget(clock: Clock) -> None:
+    def slow(model: nn.Module) -> Figures:
+        clock.now += 100
+        return _evaluate_line(model)
+
+    def slow_batches(seed: int, epoch: int, batch_size: int) -> Iterator[Batch]:
+        for batch in _line(seed, epoch, batch_size):
+            clock.now += 10
+            yield batch
+
+    (record,) = compare(replace(LINE, evaluate=slow, batches=slow_batches), [recipe(LINE, "sgd")], [0], _budget(24.0))
+    assert record.iterations[-1] == record.processor_seconds[-1] == 24
+
+
+def test_a_comparison_with_a_budget_goes_on_as_if_nothing_had_happened(clock: Clock) -> None:
+    recipes = [recipe(LINE, "adamw"), recipe(LINE, "sgd")]
+    settings = _budget(36.0)
+    whole = compare(LINE, recipes, [0, 5], settings)
+
+    first = Comparison(LINE, recipes, [0, 5], settings)
+    made: list[Training] = []
+
+    def stop(training: Training) -> None:
+        made.append(training)
+        if len(made) == 101:  # in a lap of the second seed
+            raise Interrupted
+
+    with suppress(Interrupted):
+        first.run(stop)
+    assert sum(first.done.values()) == 101
+    second = Comparison(LINE, recipes, [0, 5], settings)
+    second.load_state_dict(first.state_dict())
+    assert second.done == first.done
+    second.run()
+    assert second.done == {"adamw": 72, "sgd": 72}
+    for record, again in zip(whole, second.records, strict=True):
+        assert record.metric == again.metric
+        assert record.training_loss == again.training_loss
+        assert record.processor_seconds == again.processor_seconds
+
+
+def _summary(name: str, metric: list[float], seconds: list[float], diverged: bool = False) -> Summary:
+    records = [
+        replace(_run(name, 0, seconds, metric), processor_seconds=[0.0, *seconds], iterations=[*range(len(metric) + 1)])
+    ]
+    records[0].diverged = "loss nan" if diverged else None
+    return summarize(records, 3)[0]
+
+
+def test_reached_is_when_a_mean_first_comes_to_where_the_baseline_ends() -> None:
+    summaries = [
+        _summary("fast", [5.0, 3.0, 1.0], [1.0, 2.0, 3.0]),
+        _summary("adamw", [8.0, 6.0, 4.0], [1.0, 2.0, 3.5]),
+        _summary("slow", [8.5, 8.0, 7.0], [1.0, 2.0, 3.0]),
+        _summary("lost", [1.0], [1.0], diverged=True),
+    ]
+    seconds = {"fast": 1.5, "adamw": 3.5, "slow": None, "lost": None}
+    assert reached(LINE.metric, summaries) == Reached("adamw", 4.0, seconds)
+    # Of accuracies, which start from 9 here.
+    better = Metric("accuracy", "%", higher_is_better=True, decimals=1)
+    found = reached(
+        better, [_summary("adamw", [10.0, 12.0, 12.0], [1.0, 2.0, 3.0]), _summary("mbf", [15.0] * 3, [1, 2, 3])]
+    )
+    assert found == Reached("adamw", 12.0, {"adamw": 2.0, "mbf": 0.5})
+    assert reached(LINE.metric, summaries[-1:]) is None
+    assert (without := reached(LINE.metric, summaries[2:])) is not None
+    assert without.baseline == "slow"
+
+
+def test_tables_of_a_budget_are_at_its_eighths(clock: Clock) -> None:
+    recipes = [recipe(LINE, "adamw"), recipe(LINE, "sgd", {"lr": 0.2, "nesterov": True})]
+    settings = _budget(24.0)
+    records = compare(LINE, recipes, [0, 1], settings)
+    for width in (80, 120):
+        console = Console(width=width, no_color=True)
+        with console.capture() as capture:
+            console.print(tables(LINE, settings, summarize(records, LAPS), None))
+        text = capture.get()
+        assert "…" not in text
+        assert max(map(len, text.splitlines())) <= width
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    assert [row[0] for row in rows[:8]] == [f"{3 * k:.2f}" for k in range(1, 9)]
+    assert "24 s of processor time for each run, batch size 8, cosine learning rate planned for that time" in text
+    assert "Set by hand: SGD lr=0.2, nesterov=True." in text
+    assert rows[8][:2] == ["reached after", "24.00"]
+    (cost,) = (row for row in rows if row[0] == "SGD")
+    assert cost[5] == "24"
+    assert "epochs within the budget: AdamW 8.0, SGD 8.0" in text
+    data = document(LINE, settings, records)
+    assert data["equal_time"] is None
+    assert data["reached"]["baseline"] == "adamw"
+    assert data["settings"]["budget"] == 24.0
+    assert data["runs"][3]["overrides"] == {"lr": 0.2, "nesterov": True}
+
+
 def test_document_is_plain_json_without_nan() -> None:
     record = Record(
         "sgd", "SGD", 0, {"lr": 0.1, "betas": (0.9, 0.99)}, metric=[math.inf, math.nan], training_loss=[0.0]
@@ -516,7 +852,7 @@ def test_schedule_reaches_the_optimizer() -> None:
         training = Training(LINE, recipe(LINE, "sgd"), 0, replace(SETTINGS, cosine=is_cosine))
         training.evaluate()
         while not training.finished:
-            training.run_epoch()
+            training.run_lap()
         assert training.optimizer.param_groups[0]["lr"] == pytest.approx(last)
         assert training.record.hyperparameters["lr"] == 0.1
 

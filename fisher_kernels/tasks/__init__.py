@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fisher_kernels.tasks import autoencoder, digits, text
+from fisher_kernels.tasks import autoencoder, curves, digits, text
 from fisher_kernels.tasks.comparison import Comparison, at_equal_time, compare, presentable, summarize
 from fisher_kernels.tasks.optimizers import OPTIMIZERS, recipe
 from fisher_kernels.tasks.task import LARGEST_SEED, MissingExtraError, Task
@@ -31,7 +31,7 @@ __all__ = [
     "summarize",
 ]
 
-TASKS: Mapping[str, Task] = {task.name: task for task in (digits.TASK, autoencoder.TASK, text.TASK)}
+TASKS: Mapping[str, Task] = {task.name: task for task in (digits.TASK, autoencoder.TASK, curves.TASK, text.TASK)}
 
 
 def find_task(name: str) -> Task:

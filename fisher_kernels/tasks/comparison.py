@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from itertools import groupby, islice
+from itertools import groupby, islice, pairwise
 from typing import Any
 
 from fisher_kernels.tasks.optimizers import Recipe
-from fisher_kernels.tasks.task import Hyperparameters, Task
+from fisher_kernels.tasks.task import Hyperparameters, Metric, Task
 from fisher_kernels.tasks.training import WARM_UP_STEPS, OnStep, Record, Settings, Training
 
 # The optimizer that others are measured against, and how many of its epochs mark equal training times.
@@ -26,19 +26,19 @@ def compare(
     seeds: Sequence[int],
     settings: Settings,
     on_step: OnStep | None = None,
-    on_epoch: OnStep | None = None,
+    on_lap: OnStep | None = None,
 ) -> list[Record]:
     """Trains every recipe from every seed and returns the records, recipe by recipe."""
     comparison = Comparison(task, recipes, seeds, settings)
-    comparison.run(on_step, on_epoch)
+    comparison.run(on_step, on_lap)
     return comparison.records
 
 
 class Comparison:
     """Every recipe trained from every seed; it can be stopped after any iteration, and go on in another process.
 
-    The recipes take turns epoch by epoch, in an order that rotates, so that whatever else the machine is doing slows
-    all of them alike and timings can be compared.
+    The recipes take turns lap by lap, in an order that rotates, so that whatever else the machine is doing slows all of
+    them alike and timings can be compared.
     """
 
     def __init__(self, task: Task, recipes: Sequence[Recipe], seeds: Sequence[int], settings: Settings) -> None:
@@ -46,12 +46,12 @@ class Comparison:
         self._done: list[Record] = []
         self._running: list[Training] = []
 
-    def run(self, on_step: OnStep | None = None, on_epoch: OnStep | None = None) -> None:
+    def run(self, on_step: OnStep | None = None, on_lap: OnStep | None = None) -> None:
         """Trains what is left to train.
 
         Args:
             on_step: called after every iteration; what it raises stops the comparison, which ``run`` takes up again.
-            on_epoch: called after every epoch, when its figures are in the record.
+            on_lap: called after every lap, when its figures are in the record.
         """
         for recipe in self.recipes:
             _warm_up(self.task, recipe, self.settings)
@@ -60,7 +60,7 @@ class Comparison:
             if seed not in done:
                 if not self._running:
                     self._running = self._start(seed)
-                self._race(on_step, on_epoch)
+                self._race(on_step, on_lap)
 
     @property
     def records(self) -> list[Record]:
@@ -72,15 +72,14 @@ class Comparison:
         return sorted(records, key=lambda record: order.index(record.optimizer))
 
     @property
-    def iterations(self) -> dict[str, int]:
-        """How many iterations each optimizer has made."""
-        steps = self.settings.steps_per_epoch(self.task)
-        made = {recipe.name: 0 for recipe in self.recipes}
+    def done(self) -> dict[str, float]:
+        """How much of ``Settings.length`` each optimizer has behind it, all seeds together."""
+        done = {recipe.name: 0.0 for recipe in self.recipes}
         for record in self._done:
-            made[record.optimizer] += steps * record.epochs
+            done[record.optimizer] += self.settings.length(self.task)  # one that diverged has nothing left to do either
         for training in self._running:
-            made[training.record.optimizer] += training.iterations
-        return made
+            done[training.record.optimizer] += training.done
+        return done
 
     def state_dict(self) -> dict[str, Any]:
         """All that ``load_state_dict`` needs to go on from here; numbers, names and tensors."""
@@ -104,16 +103,16 @@ class Comparison:
             training.evaluate()
         return trainings
 
-    def _race(self, on_step: OnStep | None, on_epoch: OnStep | None) -> None:
+    def _race(self, on_step: OnStep | None, on_lap: OnStep | None) -> None:
         """Trains the runs of one seed to their ends."""
         trainings = self._running
-        for epoch in range(self.settings.epochs):
-            first = epoch % len(trainings)
+        for lap in range(self.settings.laps):
+            first = lap % len(trainings)
             for training in trainings[first:] + trainings[:first]:
-                if not training.finished and training.record.epochs == epoch:
-                    training.run_epoch(on_step)
-                    if on_epoch is not None:
-                        on_epoch(training)
+                if not training.finished and training.record.laps == lap:
+                    training.run_lap(on_step)
+                    if on_lap is not None:
+                        on_lap(training)
         for training in trainings:
             training.close()
         self._done += [training.record for training in trainings]
@@ -126,23 +125,23 @@ class Part:
 
     Attributes:
         records: of the seeds all of whose runs have ended; where there are none, of the one that has begun.
-        epochs: how many of them there are to show.
+        laps: how many of them there are to show.
     """
 
     records: list[Record]
-    epochs: int
+    laps: int
 
 
-def presentable(records: Sequence[Record], epochs: int) -> Part:
-    """The records that can be compared with one another: all of them, where all runs of ``epochs`` epochs have ended.
+def presentable(records: Sequence[Record], laps: int) -> Part:
+    """The records that can be compared with one another: all of them, where all runs of so many laps have ended.
 
     A mean over the seeds that an optimizer happened to get to would be one of other things than its neighbour's.
     """
-    unfinished = {record.seed for record in records if record.diverged is None and record.epochs < epochs}
+    unfinished = {record.seed for record in records if record.diverged is None and record.laps < laps}
     finished = [record for record in records if record.seed not in unfinished]
     if finished:
-        return Part(finished, epochs)
-    return Part([*records], max((record.epochs for record in records), default=0))
+        return Part(finished, laps)
+    return Part([*records], max((record.laps for record in records), default=0))
 
 
 @dataclass(frozen=True)
@@ -162,37 +161,43 @@ class Spread:
 class Summary:
     """What the runs of one optimizer amount to. Figures of cost are medians over seeds.
 
-    ``metric[e]``, ``also[e]`` and ``seconds[e]``, after e epochs, are None where a run had diverged by then: a mean
+    Lists have an entry for each lap, after those before the first; it is None where a run had diverged by then: a mean
     over the survivors would flatter the optimizer. ``also`` is empty for a task without a second figure.
     """
 
     optimizer: str
     title: str
     hyperparameters: Hyperparameters
+    overrides: Hyperparameters
     seeds: list[int]
     diverged: list[int]
     metric: list[Spread | None]
     also: list[Spread | None]
     seconds: list[float | None]
+    processor_seconds: list[float | None]
+    iterations: list[float | None]
     step_ms: float | None
     iteration_ms: float | None
     state_bytes_per_parameter: float | None
 
 
-def summarize(records: Sequence[Record], epochs: int) -> list[Summary]:
+def summarize(records: Sequence[Record], laps: int) -> list[Summary]:
     """One summary per optimizer, in the order of the records, which are grouped by optimizer."""
-    return [_summary(list(runs), epochs) for _, runs in groupby(records, key=lambda record: record.optimizer)]
+    return [_summary(list(runs), laps) for _, runs in groupby(records, key=lambda record: record.optimizer)]
 
 
-def _summary(runs: Sequence[Record], epochs: int) -> Summary:
-    def after(epoch: int, curves: Sequence[Sequence[float]]) -> list[float]:
-        return [curve[epoch] for curve in curves] if all(len(curve) > epoch for curve in curves) else []
+def _summary(runs: Sequence[Record], laps: int) -> Summary:
+    def after(lap: int, curves: Sequence[Sequence[float]]) -> list[float]:
+        return [curve[lap] for curve in curves] if all(len(curve) > lap for curve in curves) else []
 
     def median(values: Sequence[float]) -> float | None:
         return statistics.median(values) if values else None
 
+    def medians(curves: Sequence[Sequence[float]]) -> list[float | None]:
+        return [median(after(lap, curves)) for lap in range(laps + 1)]
+
     def spreads(curves: Sequence[Sequence[float]]) -> list[Spread | None]:
-        values = [after(epoch, curves) for epoch in range(epochs + 1)]
+        values = [after(lap, curves) for lap in range(laps + 1)]
         return [Spread.of(value) if value else None for value in values]
 
     also = [run.also for run in runs]
@@ -200,11 +205,14 @@ def _summary(runs: Sequence[Record], epochs: int) -> Summary:
         optimizer=runs[0].optimizer,
         title=runs[0].title,
         hyperparameters=runs[0].hyperparameters,
+        overrides=runs[0].overrides,
         seeds=[run.seed for run in runs],
         diverged=[run.seed for run in runs if run.diverged is not None],
         metric=spreads([run.metric for run in runs]),
         also=spreads(also) if any(also) else [],
-        seconds=[median(after(epoch, [run.seconds for run in runs])) for epoch in range(epochs + 1)],
+        seconds=medians([run.seconds for run in runs]),
+        processor_seconds=medians([run.processor_seconds for run in runs]),
+        iterations=medians([run.iterations for run in runs]),
         step_ms=median([run.step_ms.median for run in runs if run.step_ms]),
         iteration_ms=median([run.iteration_ms.median for run in runs if run.iteration_ms]),
         state_bytes_per_parameter=median(
@@ -264,6 +272,55 @@ def _metric_by(seconds: float, run: Record) -> float | None:
     finished = bisect_right(run.seconds, seconds) - 1
     has_diverged = run.diverged is not None and finished == len(run.metric) - 1
     return None if finished == 0 or has_diverged else run.metric[finished]
+
+
+@dataclass(frozen=True)
+class Reached:
+    """When each optimizer was as good as the baseline is at its end, in runs planned for the same budget.
+
+    Attributes:
+        baseline: AdamW, or the first that did not diverge.
+        value: its metric at its end, mean over seeds.
+        seconds: processor time at which the mean over the seeds of an optimizer came to that value for the first time,
+            on straight lines between the evaluations; None where it did not, or a run of it diverged.
+    """
+
+    baseline: str
+    value: float
+    seconds: dict[str, float | None]
+
+
+def reached(metric: Metric, summaries: Sequence[Summary]) -> Reached | None:
+    """Of runs with a budget; None if all have diverged."""
+    complete = [summary for summary in summaries if summary.metric[-1] is not None]
+    if not complete:
+        return None
+    baseline = next((summary for summary in complete if summary.optimizer == BASELINE), complete[0])
+    (*_, last) = _points(baseline)
+    return Reached(
+        baseline=baseline.optimizer,
+        value=last[1],
+        seconds={
+            summary.optimizer: _first_at(last[1], metric, [*_points(summary)]) if summary in complete else None
+            for summary in summaries
+        },
+    )
+
+
+def _points(summary: Summary) -> Iterator[tuple[float, float]]:
+    """(seconds, metric) after each lap."""
+    for seconds, spread in zip(summary.processor_seconds, summary.metric, strict=True):
+        if seconds is not None and spread is not None:
+            yield seconds, spread.mean
+
+
+def _first_at(value: float, metric: Metric, points: Sequence[tuple[float, float]]) -> float | None:
+    sign = 1 if metric.higher_is_better else -1
+    for (before, low), (after, high) in pairwise(points):
+        if sign * high >= sign * value:
+            part = 1.0 if high == low else (value - low) / (high - low)
+            return before + max(part, 0.0) * (after - before)
+    return None
 
 
 def _warm_up(task: Task, recipe: Recipe, settings: Settings) -> None:

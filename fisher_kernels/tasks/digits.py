@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fisher_kernels.tasks import digit_images
-from fisher_kernels.tasks.task import Batch, Figures, Metric, Task, evaluation, seeded
+from fisher_kernels.tasks.task import Figures, Metric, Task, evaluation, seeded
 
 HYPERPARAMETERS = {
     "adamw": {"lr": 3e-3, "weight_decay": 1e-2},
@@ -46,11 +46,6 @@ def _make_model(seed: int) -> nn.Module:
     )
 
 
-def _loss(model: nn.Module, batch: Batch) -> Tensor:
-    images, labels = batch
-    return F.cross_entropy(model(images), labels)
-
-
 def _evaluate(model: nn.Module) -> Figures:
     """Share of the test images that are recognised, in per cent."""
     images, labels = digit_images.load()[1]
@@ -68,7 +63,8 @@ TASK = Task(
     make_model=_make_model,
     batches=digit_images.batches,
     steps_per_epoch=digit_images.steps_per_epoch,
-    loss=_loss,
+    criterion=F.cross_entropy,
+    distribution="categorical",
     evaluate=_evaluate,
     hyperparameters=HYPERPARAMETERS,
     # Layers this small gain little from a second thread, and wait for it long where other work shares the processor.

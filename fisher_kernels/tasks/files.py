@@ -6,7 +6,7 @@ import io
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from fisher_kernels.tasks import find_task
 from fisher_kernels.tasks.comparison import Comparison
-from fisher_kernels.tasks.optimizers import recipe
+from fisher_kernels.tasks.optimizers import Recipe, recipe
 from fisher_kernels.tasks.training import Settings
 
 CHECKPOINT = ".resume.pt"
@@ -75,7 +75,7 @@ def checkpoint(command: str, comparison: Comparison) -> bytes:
         "task": comparison.task.name,
         "settings": asdict(comparison.settings),
         "seeds": [*comparison.seeds],
-        "recipes": [{"name": recipe.name, **_overrides(recipe.hyperparameters)} for recipe in comparison.recipes],
+        "recipes": [_plain(recipe) for recipe in comparison.recipes],
         "threads": torch.get_num_threads(),
         "state": comparison.state_dict(),
     }
@@ -105,18 +105,20 @@ def restore(command: str, place: Path) -> Restored:
     if content["command"] != command:
         raise ValueError(f"{path} is of `fisher-kernels {content['command']}`, which takes it up again")
     task = find_task(content["task"])
-    recipes = []
-    for saved in content["recipes"]:
-        name = saved.pop("name")
-        recipes.append(recipe(task, name, saved))
+    recipes = [
+        replace(recipe(task, saved["name"], saved["hyperparameters"]), overrides=saved["overrides"])
+        for saved in content["recipes"]
+    ]
     comparison = Comparison(task, recipes, content["seeds"], Settings(**content["settings"]))
     comparison.load_state_dict(content["state"])
     destination = Destination(path.parent, path.name.removesuffix(CHECKPOINT))
     return Restored(comparison, content["threads"], destination)
 
 
-def _overrides(hyperparameters: Any) -> dict[str, Any]:
-    return {name: value for name, value in hyperparameters.items() if name != "variant"}  # which is in the name
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    """All that it takes, so that another table of the task's hyperparameters changes nothing."""
+    hyperparameters = {name: value for name, value in recipe.hyperparameters.items() if name != "variant"}
+    return {"name": recipe.name, "hyperparameters": hyperparameters, "overrides": {**recipe.overrides}}
 
 
 def _find(command: str, folder: Path) -> Path:

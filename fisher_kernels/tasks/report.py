@@ -1,34 +1,35 @@
-"""The output of a comparison: tables for the terminal, a JSON file, a picture."""
+"""The output of a comparison: tables for the terminal, Markdown, a JSON file."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import io
 import json
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from fisher_kernels.tasks.comparison import EqualTime, Spread, Summary, at_equal_time, presentable, summarize
-from fisher_kernels.tasks.task import Metric, Task, require
-from fisher_kernels.tasks.training import Record, Settings
+from fisher_kernels.tasks.comparison import (
+    TIME_POINTS,
+    EqualTime,
+    Spread,
+    Summary,
+    at_equal_time,
+    presentable,
+    reached,
+    summarize,
+)
+from fisher_kernels.tasks.task import Metric, Task
+from fisher_kernels.tasks.training import LAPS, Record, Settings
 from fisher_kernels.tools import environment
 from fisher_kernels.tools.markdown import markdown_table
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-# Okabe and Ito's palette: told apart by colour-blind readers too. Lines also differ in their markers.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = "osD^vPX"
-_DOTS_PER_INCH = 150
 _LINE = 120  # of prose in a Markdown file
 
 
@@ -39,7 +40,7 @@ def tables(
     equal_time: EqualTime | None,
     partial: str | None = None,
 ) -> Group:
-    """The metric epoch by epoch and, of several optimizers, at equal training times; what the steps cost.
+    """The metric lap by lap and, of several optimizers, at equal training times; what the steps cost.
 
     ``partial`` says why there is not all that was asked for.
     """
@@ -48,12 +49,22 @@ def tables(
     schedule = "cosine" if settings.cosine else "constant"
     metric = f"{task.metric.name} in {task.metric.unit}"
     parts: list[str | Table] = [f"Partial results: {partial}."] if partial else []
-    parts += [
-        f"{task.name}: {task.summary}; {settings.epochs} epochs, batch size {settings.batch_size}, "
-        f"{schedule} learning rate",
-        f"{metric} per epoch, {over}",
-        _metric_table(task, summaries),
-    ]
+    if settings.budget is None:
+        parts += [
+            f"{task.name}: {task.summary}; {settings.epochs} epochs, batch size {settings.batch_size}, "
+            f"{schedule} learning rate",
+            *_overrides(summaries),
+            f"{metric} per epoch, {over}",
+            _metric_table(task, summaries),
+        ]
+    else:
+        parts += [
+            f"{task.name}: {task.summary}; {settings.budget:g} s of processor time for each run, batch size "
+            f"{settings.batch_size}, {schedule} learning rate" + (" planned for that time" if settings.cosine else ""),
+            *_overrides(summaries),
+            f"{metric} at equal training time, {over}",
+            _budget_table(task, settings.budget, summaries),
+        ]
     if equal_time is not None and len(summaries) > 1:
         baseline = _title(equal_time.baseline, summaries)
         parts += [
@@ -65,9 +76,20 @@ def tables(
     parts += [
         "Cost, medians over iterations and seeds. Step: optimizer.step() alone. Iteration: zero_grad, forward, "
         "backward and step. Training: all iterations of a run, without evaluation.",
-        _cost_table(summaries),
+        _cost_table(task, settings, summaries),
     ]
     return Group(*parts)
+
+
+def _overrides(summaries: Sequence[Summary]) -> list[str]:
+    """What was asked for, in place of the task's own hyperparameters."""
+    asked = [f"{s.title} {', '.join(map(_setting, s.overrides.items()))}" for s in summaries if s.overrides]
+    return [f"Set by hand: {'; '.join(asked)}."] if asked else []
+
+
+def _setting(item: tuple[str, Any]) -> str:
+    name, value = item
+    return f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
 
 
 class _Pair:
@@ -105,8 +127,38 @@ def _metric_table(task: Task, summaries: Sequence[Summary]) -> Table:
     if task.also is not None:
         table.caption = f"last row: {task.also.name} ({task.also.unit}) after the last epoch"
         table.add_section()
-        cells = [_cell(task.also, summary.also[-1], summary, _diverged(summary)) for summary in summaries]
-        table.add_row(task.also.name, *cells)
+        _add_also(table, task.also, summaries)
+    return table
+
+
+def _add_also(table: Table, also: Metric, summaries: Sequence[Summary]) -> None:
+    cells = [_cell(also, summary.also[-1], summary, _diverged(summary)) for summary in summaries]
+    table.add_row(also.name, *cells)
+
+
+def _budget_table(task: Task, budget: float, summaries: Sequence[Summary]) -> Table:
+    """At the eighths of the budget; of several optimizers, when each had come as far as the baseline comes."""
+    table = Table()
+    table.add_column("seconds", justify="right")
+    _add_columns(table, summaries)
+    laps = len(summaries[0].metric) - 1  # fewer where the runs were stopped
+    shown = [lap for lap in range(1, laps + 1) if lap % (LAPS // TIME_POINTS) == 0] or [laps]
+    for lap in shown:
+        cells = [_cell(task.metric, summary.metric[lap], summary, _diverged(summary)) for summary in summaries]
+        table.add_row(f"{budget * lap / LAPS:.2f}", *cells, style="bold" if lap == laps == LAPS else None)
+    captions = []
+    if task.also is not None:
+        captions.append(f"{task.also.name} ({task.also.unit}) at the end")
+        table.add_section()
+        _add_also(table, task.also, summaries)
+    goal = reached(task.metric, summaries)
+    if goal is not None and len(summaries) > 1:
+        captions.append(f"seconds until {_title(goal.baseline, summaries)}'s last {task.metric.name} was reached")
+        table.add_section()
+        times = (goal.seconds[summary.optimizer] for summary in summaries)
+        table.add_row("reached after", *(_number(seconds, ".2f") for seconds in times))
+    if captions:
+        table.caption = f"last row{'s' * (len(captions) > 1)}: {'; '.join(captions)}"
     return table
 
 
@@ -139,21 +191,29 @@ def _diverged(summary: Summary) -> str:
     return f"[red]diverged ({len(summary.diverged)} of {len(summary.seeds)})[/red]" if summary.diverged else "-"
 
 
-def _cost_table(summaries: Sequence[Summary]) -> Table:
+def _cost_table(task: Task, settings: Settings, summaries: Sequence[Summary]) -> Table:
     table = Table()
     table.add_column("optimizer", no_wrap=True)
-    for name in ("lr", "weight decay", "step ms", "iteration ms", "training s", "state B/param"):
-        table.add_column(name, justify="right")
+    made = () if settings.budget is None else ("steps",)
+    for name in ("lr", "weight decay", "step ms", "iteration ms", *made, "training s", "state B/param"):
+        table.add_column(name, justify="right", min_width=max(map(len, name.split())))
+    epochs = []
     for summary in summaries:
+        iterations = summary.iterations[-1]
+        if iterations is not None:
+            epochs.append(f"{summary.title} {iterations / settings.steps_per_epoch(task):.1f}")
         table.add_row(
             summary.title,
             _number(summary.hyperparameters.get("lr"), "g"),
             _number(summary.hyperparameters.get("weight_decay"), "g"),
             _number(summary.step_ms, ".3f"),
             _number(summary.iteration_ms, ".2f"),
+            *([_number(iterations, ".0f")] if made else []),
             _number(summary.seconds[-1], ".2f"),
             _number(summary.state_bytes_per_parameter, ".2f"),
         )
+    if made and epochs:
+        table.caption = f"epochs within the budget: {', '.join(epochs)}"
     return table
 
 
@@ -193,16 +253,19 @@ def document(task: Task, settings: Settings, records: Sequence[Record], partial:
     ``partial`` says why there is not all that was asked for. ``runs`` then has every run that has begun, the summary
     those that can be compared.
     """
-    part = presentable(records, settings.epochs)
-    parts = {
+    part = presentable(records, settings.laps)
+    summaries = summarize(part.records, part.laps)
+    budget = settings.budget is not None
+    parts: dict[str, Any] = {
         "task": task.name,
         "partial": partial,
         "metric": task.metric,
         "also": task.also,
         "settings": settings,
         "environment": environment.describe(),
-        "summary": summarize(part.records, part.epochs),
-        "equal_time": at_equal_time(part.records, part.epochs),
+        "summary": summaries,
+        "equal_time": None if budget else at_equal_time(part.records, part.laps),
+        "reached": reached(task.metric, summaries) if budget else None,
         "runs": records,
     }
     return {name: _plain(part) for name, part in parts.items()}
@@ -223,76 +286,3 @@ def _plain(value: Any) -> Any:
 def as_json(data: dict[str, Any]) -> str:
     """Standard JSON: a figure that is not finite is an error here, see ``document``."""
     return json.dumps(data, indent=2, allow_nan=False) + "\n"
-
-
-def picture(task: Task, summaries: Sequence[Summary], partial: str | None = None) -> bytes:
-    """A PNG: the metric after each epoch, against epochs and against training time, one line per optimizer.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    # A Figure of its own: no pyplot, so no global state and no display.
-    figure = require("matplotlib.figure", "matplotlib", "the picture of the curves").Figure(
-        figsize=(12, 5.4), dpi=_DOTS_PER_INCH, layout="constrained"
-    )
-    by_epoch, by_time = figure.subplots(1, 2, sharey=True)
-    for index, summary in enumerate(summaries):
-        # The untrained model, epoch 0, is left out: it would squeeze everything else into a corner.
-        curve = {epoch: spread for epoch, spread in enumerate(summary.metric) if epoch and spread is not None}
-        _draw_curve(by_epoch, list(curve), list(curve.values()), summary, index)
-        _draw_curve(by_time, [summary.seconds[epoch] or 0.0 for epoch in curve], list(curve.values()), summary, index)
-    seeds = len(summaries[0].seeds)
-    figure.suptitle(
-        f"{task.name}: {task.metric.name}"
-        + (f" (mean and deviation over {seeds} seeds)" if seeds > 1 else "")
-        + (", partial results" if partial else ""),
-        fontsize="x-large",
-    )
-    by_epoch.set(xlabel="epoch", ylabel=f"{task.metric.name} ({task.metric.unit})", title="per epoch")
-    by_time.set(xlabel="training time (s)", title="against training time")
-    by_time.set_xlim(left=0)
-    by_epoch.xaxis.get_major_locator().set_params(integer=True)
-    if task.metric.unit == "%" and task.metric.higher_is_better:
-        _stretch_towards_100(by_epoch)
-    for axes in (by_epoch, by_time):
-        axes.grid(alpha=0.3)
-    # Beside the axes: within them it would hide a point sooner or later.
-    figure.legend(*by_epoch.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(summaries), 6))
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()
-
-
-def _draw_curve(axes: Axes, x: Sequence[float], curve: Sequence[Spread], summary: Summary, index: int) -> None:
-    lost = len(summary.diverged)
-    label = summary.title + (f" (diverged: {lost} of {len(summary.seeds)})" if lost else "")
-    mean = [spread.mean for spread in curve]
-    deviation = [spread.deviation for spread in curve]
-    axes.errorbar(
-        x,
-        mean,
-        yerr=deviation,
-        label=label,
-        color=_COLORS[index % len(_COLORS)],
-        marker=_MARKERS[index % len(_MARKERS)],
-        markersize=5,
-        elinewidth=1,
-        capsize=3,
-    )
-
-
-def _stretch_towards_100(axes: Axes) -> None:
-    """Gives 98 to 99 % as much room as 80 to 90 %: a logarithmic axis of what is missing to 101 %."""
-    import numpy as np  # which matplotlib brings, and nothing else here needs
-
-    axes.set_yscale(
-        "function",
-        functions=(
-            lambda accuracy: -np.log10(np.maximum(101 - accuracy, 1e-3)),
-            lambda position: 101 - 10 ** (-position),
-        ),
-    )
-    low = axes.get_ylim()[0]
-    axes.set_ylim(low, 100.2)
-    axes.set_yticks([tick for tick in (10, 30, 50, 70, 80, 90, 95, 97, 98, 99, 99.5, 100) if tick >= low])
-    axes.yaxis.set_major_formatter("{x:g}")

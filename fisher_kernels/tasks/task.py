@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,9 @@ class Task:
         also: a second figure that is reported too; None if there is none.
         make_model: seed -> a model in training mode.
         batches: (seed, epoch, batch_size) -> the (inputs, targets) of one epoch.
-        loss: (model, batch) -> the mean training loss, a scalar tensor.
+        criterion: (output of the model, targets) -> the mean training loss, a scalar tensor.
+        distribution: of the targets, whose parameters the output has: ``"categorical"`` or ``"bernoulli"``. Optimizers
+            that estimate the Fisher from drawn labels draw from it.
         evaluate: model -> its figures; leaves the model as it was.
         steps_per_epoch: batch_size -> the number of batches of an epoch.
         hyperparameters: what each optimizer (``"name"`` or ``"name:variant"``) uses unless told otherwise.
@@ -81,12 +83,18 @@ class Task:
     batch_size: int
     make_model: Callable[[int], nn.Module]
     batches: Callable[[int, int, int], Iterator[Batch]]
-    loss: Callable[[nn.Module, Batch], Tensor]
+    criterion: Callable[[Tensor, Tensor], Tensor]
+    distribution: Literal["categorical", "bernoulli"]
     evaluate: Callable[[nn.Module], Figures]
     steps_per_epoch: Callable[[int], int]
     hyperparameters: Mapping[str, Hyperparameters]
     also: Metric | None = None
     threads: int | None = None
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean training loss of a batch."""
+        inputs, targets = batch
+        return self.criterion(model(inputs), targets)
 
 
 def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:

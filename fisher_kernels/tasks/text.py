@@ -135,9 +135,8 @@ def _steps_per_epoch(batch_size: int) -> int:
     return math.ceil(_training_windows() / batch_size)
 
 
-def _loss(model: nn.Module, batch: Batch) -> Tensor:
-    inputs, targets = batch
-    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def _evaluate(model: nn.Module) -> Figures:
@@ -145,7 +144,7 @@ def _evaluate(model: nn.Module) -> Figures:
     inputs, targets = _windows(_load()[1])
     parts = zip(torch.split(inputs, 64), torch.split(targets, 64), strict=True)
     with evaluation(model):
-        total = sum(_loss(model, batch).item() * len(batch[0]) for batch in parts)
+        total = sum(_cross_entropy(model(x), y).item() * len(x) for x, y in parts)
     return Figures(total / len(inputs))
 
 
@@ -158,7 +157,8 @@ TASK = Task(
     make_model=_make_model,
     batches=_batches,
     steps_per_epoch=_steps_per_epoch,
-    loss=_loss,
+    criterion=_cross_entropy,
+    distribution="categorical",
     evaluate=_evaluate,
     hyperparameters=HYPERPARAMETERS,
 )

@@ -1,11 +1,22 @@
-"""One training run, advanced epoch by epoch, with its timings and its record."""
+"""One training run, advanced lap by lap, with its timings and its record.
+
+A run lasts for so many epochs, or for a budget of processor time. A lap is what lies between two evaluations: an epoch,
+or an equal part of the budget.
+
+The budget is processor time, of all threads, and not time on the wall: what else runs on the machine then takes no step
+from one run and gives it to another, a run that was interrupted goes on as if it had not been, and an optimizer that
+works in a second thread pays for it. On one thread of an idle machine the two are the same. Only iterations count: no
+evaluation and no loading of data. They count from the first one on, in which an optimizer allocates its state and makes
+its first inverses; what a process does only once was done before, by iterations of every optimizer on models that are
+thrown away (``comparison``).
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
@@ -19,6 +30,8 @@ from fisher_kernels.tasks.task import Batch, Hyperparameters, Task
 # The first iterations of a run allocate memory and build plans; they are left out of the timings.
 WARM_UP_STEPS = 5
 
+# Evaluations within a budget, at equal distances; the tables show a third of them, at its eighths.
+LAPS = 24
 
 OnStep = Callable[["Training"], None]
 
@@ -29,17 +42,40 @@ class Interrupted(Exception):  # noqa: N818  nothing is wrong
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs of a comparison have in common."""
+    """What all runs of a comparison have in common: they last for so many epochs, or for a budget.
 
-    epochs: int
+    Attributes:
+        epochs: None where there is a budget.
+        cosine: whether the learning rate falls to zero over the run, or stays.
+        max_steps: iterations after which every epoch ends; None for all of them.
+        budget: seconds of processor time; None where there are epochs.
+    """
+
+    epochs: int | None
     batch_size: int
     cosine: bool = True
     max_steps: int | None = None
+    budget: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.budget is None):
+            raise ValueError(f"epochs is {self.epochs} and budget {self.budget}, expected one of them")
+
+    @property
+    def laps(self) -> int:
+        """How often a run is evaluated."""
+        return LAPS if self.epochs is None else self.epochs
 
     def steps_per_epoch(self, task: Task) -> int:
         """Iterations of one epoch."""
         steps = task.steps_per_epoch(self.batch_size)
         return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def length(self, task: Task) -> float:
+        """Of a run: iterations of all epochs, or the seconds of the budget."""
+        if self.epochs is None:
+            return self.budget or 0.0  # __post_init__ has made sure that there is one
+        return self.epochs * self.steps_per_epoch(task)
 
 
 @dataclass(frozen=True)
@@ -68,20 +104,25 @@ class Timing:
 
 @dataclass
 class Record:
-    """The record of a run. Lists have one entry per epoch; all but ``training_loss`` start before the first.
+    """The record of a run. Lists have one entry per lap; all but ``training_loss`` start before the first.
 
-    ``also`` is empty for a task without a second figure. ``seconds`` counts training iterations alone: no evaluation
-    and no loading of data.
+    ``also`` is empty for a task without a second figure. ``iterations`` are those made by then, ``seconds`` and
+    ``processor_seconds`` what they took: no evaluation and no loading of data.
+
+    ``hyperparameters`` are all that the optimizer has, ``overrides`` those that were asked for.
     """
 
     optimizer: str
     title: str
     seed: int
     hyperparameters: Hyperparameters
+    overrides: Hyperparameters = field(default_factory=dict)
     metric: list[float] = field(default_factory=list)
     also: list[float] = field(default_factory=list)
     training_loss: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    processor_seconds: list[float] = field(default_factory=list)
+    iterations: list[int] = field(default_factory=list)
     step_ms: Timing | None = None
     iteration_ms: Timing | None = None
     parameters: int = 0
@@ -89,8 +130,8 @@ class Record:
     diverged: str | None = None
 
     @property
-    def epochs(self) -> int:
-        """How many epochs were trained and evaluated."""
+    def laps(self) -> int:
+        """How many were trained and evaluated."""
         return len(self.training_loss)
 
     @classmethod
@@ -101,7 +142,7 @@ class Record:
 
 
 class Training:
-    """Trains one model with one recipe from one seed: ``evaluate`` once, then ``run_epoch`` until ``finished``."""
+    """Trains one model with one recipe from one seed: ``evaluate`` once, then ``run_lap`` until ``finished``."""
 
     def __init__(self, task: Task, recipe: Recipe, seed: int, settings: Settings) -> None:
         self.task = task
@@ -109,64 +150,97 @@ class Training:
         self.seed = seed
         self.model = task.make_model(seed)
         self.optimizer = recipe.build(self.model)
-        self.record = Record(recipe.name, recipe.title, seed, _hyperparameters(self.optimizer))
-        total = settings.epochs * settings.steps_per_epoch(task)
-        self.schedule = LambdaLR(self.optimizer, lambda step: cosine(step, total) if settings.cosine else 1.0)
-        self._losses: list[float] = []  # of the epoch that has begun
+        hyperparameters = {**recipe.hyperparameters, **_hyperparameters(self.optimizer)}
+        self.record = Record(recipe.name, recipe.title, seed, hyperparameters, recipe.overrides)
+        # Of optimizers that draw labels from the output, in the iterations in which they want any.
+        self._sample: Callable[..., None] | None = getattr(self.optimizer, "sample", None)
+        self._length = settings.length(task)
+        self._losses: list[float] = []  # of the lap that has begun
         self._step_seconds: list[float] = []
         self._iteration_seconds: list[float] = []
+        self._processor_seconds = 0.0
+        self.schedule = LambdaLR(self.optimizer, lambda _: cosine(self.done, self._length) if settings.cosine else 1.0)
         self.record.parameters = sum(p.numel() for p in self.model.parameters())
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done or the run has diverged."""
-        return self.record.diverged is not None or self.record.epochs >= self.settings.epochs
+        """Whether all laps are done or the run has diverged."""
+        return self.record.diverged is not None or self.record.laps >= self.settings.laps
 
     @property
     def iterations(self) -> int:
         """How many there were."""
         return len(self._iteration_seconds)
 
-    def run_epoch(self, on_step: OnStep | None = None) -> None:
-        """Trains one epoch and evaluates; a run that diverges stops where it is and says so in its record.
+    @property
+    def done(self) -> float:
+        """How much of ``Settings.length`` is behind."""
+        return self.iterations if self.settings.budget is None else self._processor_seconds
 
-        An epoch that ``on_step`` has left with an exception goes on after its last iteration.
+    def run_lap(self, on_step: OnStep | None = None) -> None:
+        """Trains one lap and evaluates; a run that diverges stops where it is and says so in its record.
+
+        The lap ends with the iteration in which its time is up. A lap that ``on_step`` has left with an exception goes
+        on after its last iteration.
         """
-        epoch = self.record.epochs + 1
-        batches = self.task.batches(self.seed, epoch, self.settings.batch_size)
-        for batch in islice(batches, len(self._losses), self.settings.max_steps):
-            loss = self.iterate(batch)
+        end = self._length * (self.record.laps + 1) / self.settings.laps
+        batches = self._batches()
+        while self.done < end:
+            loss = self.iterate(next(batches))
             self._losses.append(loss)
             if not math.isfinite(loss):
-                self.record.diverged = f"loss {loss} in epoch {epoch}, step {len(self._losses)}"
+                self.record.diverged = f"loss {loss} in {self._where()}"
                 return self.measure()
             if on_step is not None:
                 on_step(self)
         if not all(p.isfinite().all() for p in self.model.parameters()):
-            self.record.diverged = f"parameters not finite after epoch {epoch}"
+            self.record.diverged = f"parameters not finite after {self._where()}"
             return self.measure()
-        mean, self._losses = statistics.fmean(self._losses), []
+        # An iteration may last longer than a lap, and leave nothing to do in the next one.
+        mean = statistics.fmean(self._losses) if self._losses else self.record.training_loss[-1]
+        self._losses = []
         self.evaluate()
         self.record.training_loss.append(mean)
         self.measure()
 
+    def _batches(self) -> Iterator[Batch]:
+        """Those after the last iteration, epoch after epoch without end."""
+        steps = self.settings.steps_per_epoch(self.task)
+        epoch, made = divmod(self.iterations, steps)
+        while True:
+            epoch += 1
+            yield from islice(self.task.batches(self.seed, epoch, self.settings.batch_size), made, steps)
+            made = 0
+
+    def _where(self) -> str:
+        """The last iteration, for a person."""
+        epoch, step = divmod(self.iterations - 1, self.settings.steps_per_epoch(self.task))
+        return f"epoch {epoch + 1}, step {step + 1}"
+
     def evaluate(self) -> None:
-        """Records the task's figures, and the seconds that training has taken so far."""
+        """Records the task's figures, and what training has taken so far."""
         figures = self.task.evaluate(self.model)
         self.record.metric.append(figures.metric)
         if figures.also is not None:
             self.record.also.append(figures.also)
         self.record.seconds.append(sum(self._iteration_seconds))
+        self.record.processor_seconds.append(self._processor_seconds)
+        self.record.iterations.append(self.iterations)
 
     def iterate(self, batch: Batch) -> float:
         """One iteration, timed; returns the training loss before it."""
-        begin = time.perf_counter()
+        processor, begin = time.process_time(), time.perf_counter()
+        inputs, targets = batch
         self.optimizer.zero_grad()
-        loss = self.task.loss(self.model, batch)
+        output = self.model(inputs)
+        loss = self.task.criterion(output, targets)
+        if self._sample is not None:
+            self._sample(output, self.task.distribution)
         loss.backward()
         before_step = time.perf_counter()
         self.optimizer.step()
         end = time.perf_counter()
+        self._processor_seconds += time.process_time() - processor
         self._step_seconds.append(end - before_step)
         self._iteration_seconds.append(end - begin)
         self.schedule.step()
@@ -188,6 +262,7 @@ class Training:
             "losses": self._losses,
             "step_seconds": self._step_seconds,
             "iteration_seconds": self._iteration_seconds,
+            "processor_seconds": self._processor_seconds,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -199,6 +274,7 @@ class Training:
         self._losses = [*state["losses"]]
         self._step_seconds = [*state["step_seconds"]]
         self._iteration_seconds = [*state["iteration_seconds"]]
+        self._processor_seconds = state["processor_seconds"]
 
     def close(self) -> None:
         """Removes the hooks of an optimizer that has any."""
@@ -210,12 +286,12 @@ class Training:
 def _hyperparameters(optimizer: torch.optim.Optimizer) -> Hyperparameters:
     """Numbers and names the optimizer runs with, its own defaults included."""
     group = optimizer.param_groups[0]
-    return {name: value for name, value in group.items() if isinstance(value, float | int | str | tuple)}
+    return {name: value for name, value in group.items() if isinstance(value, float | int | str | tuple | None)}
 
 
-def cosine(step: int, total: int) -> float:
-    """Factor of the learning rate: 1 at first, 0 after the last of ``total`` steps."""
-    return 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0)))
+def cosine(done: float, length: float) -> float:
+    """Factor of the learning rate: 1 at first, 0 at the end of a run of this length."""
+    return 0.5 * (1 + math.cos(math.pi * min(done / length, 1.0)))
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
