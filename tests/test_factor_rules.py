@@ -32,9 +32,9 @@ from tests.naive_kfac import NaiveKFAC
 
 TOLERANCE = 1e-9
 """Of the distance travelled, relative to the longest move of the tensor, and of factors, relative to the largest entry.
-Sums of some thousand float64 terms are good to 1e-14. Solving with a whole Fisher block multiplies that by its condition
-number, 1e4 at most here (entries up to some hundreds over a damping of 0.05), and steps carry it on. A wrong coefficient
-shows at 1e-2 or more."""
+Sums of some thousand float64 terms are good to 1e-14. Solving with a whole Fisher block multiplies that by its
+condition number, 1e4 at most here (entries up to some hundreds over a damping of 0.05), and steps carry it on. A wrong
+coefficient shows at 1e-2 or more."""
 
 pytestmark = [
     pytest.mark.usefixtures("host_backend", "one_thread"),
