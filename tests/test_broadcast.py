@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_kernels import MBF, AdaFisher
+from tests.processes import in_two_processes, needs_processes
 
 BATCH, LENGTH, WIDTH = 8, 5, 6
 
@@ -45,6 +48,10 @@ def statistics(model: nn.Module, optimizer: Any, splits: tuple[int, ...]) -> lis
     for part in x.split(list(splits)):
         (model(part).square().sum() / x.numel()).backward()
     optimizer.step()
+    return statistics_of(model, optimizer)
+
+
+def statistics_of(model: nn.Module, optimizer: Any) -> list[Tensor]:
     state = optimizer.state[model.positions.weight]  # type: ignore[union-attr, index]
     return [state[name].clone() for name in sorted(state) if "factor" in name or name == "fisher_blocks"]
 
@@ -69,6 +76,32 @@ def test_micro_batches_of_any_size_give_the_factors_of_the_whole() -> None:
     expected = statistics(whole, AdaFisher(whole), (BATCH,))
     for a, b in zip(statistics(parts, AdaFisher(parts), (3, 5)), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=0)
+
+
+def _statistics_of_a_part(rank: int, make: Any) -> list[Any]:
+    torch.set_default_dtype(torch.float64)
+    model = Net("(1, T)")
+    x = torch.randint(11, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1)).chunk(2)[rank]
+    optimizer = make(model)
+    nn.parallel.DistributedDataParallel(model)(x).square().mean().backward()
+    optimizer.step()
+    return [t.tolist() for t in statistics_of(model, optimizer)]
+
+
+@pytest.mark.slow
+@needs_processes
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("make", [AdaFisher, MBF])
+def test_processes_count_the_rows_of_the_joint_batch(make: Any, tmp_path: Path) -> None:
+    model = Net("(1, T)")
+    optimizer = make(model)
+    x = torch.randint(11, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
+    model(x).square().mean().backward()
+    optimizer.step()
+    first, second = in_two_processes(functools.partial(_statistics_of_a_part, make=make), tmp_path)
+    assert first == second
+    for ours, expected in zip(first, statistics_of(model, optimizer), strict=True):
+        torch.testing.assert_close(torch.tensor(ours), expected, rtol=1e-9, atol=1e-14)
 
 
 @pytest.mark.parametrize("make", [AdaFisher, MBF])

@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from fisher_kernels import MBF, AdaFisher
+from tests.processes import in_two_processes, needs_processes
 
 SAMPLES, FEATURES, CLASSES = 16, 6, 4
 
@@ -796,9 +797,7 @@ def test_hooks_do_nothing_between_refreshes(make, monkeypatch):
     assert [c > 0 for c in counts] == [True, False, False, True, False, False]
 
 
-def _rank(rank, world, path, variant, results):
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
-    torch.set_num_threads(1)
+def _train_a_part(rank, variant):
     calls = []
     original = dist.all_reduce
     dist.all_reduce = lambda *args, **kwargs: calls.append(args[0].numel()) or original(*args, **kwargs)
@@ -808,33 +807,23 @@ def _rank(rank, world, path, variant, results):
     per_step = []
     for t in range(4):
         x, y = batch(t)
-        part = slice(rank * SAMPLES // world, (rank + 1) * SAMPLES // world)
+        part = slice(rank * SAMPLES // 2, (rank + 1) * SAMPLES // 2)
         optimizer.zero_grad()
         calls.clear()
         loss_of(ddp, (x[part], y[part])).backward()
         optimizer.step()
         per_step.append(len(calls))
-    results[rank] = ([t.tolist() for t in snapshot(optimizer)], per_step)
-    dist.destroy_process_group()
+    return [t.tolist() for t in snapshot(optimizer)], per_step
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="gloo over a file is tried on Linux only")
+@needs_processes
 @pytest.mark.parametrize("variant", ["paper", pytest.param("release", marks=pytest.mark.slow)])
 def test_data_parallel_equals_one_process(tmp_path, variant):
     model = mlp()
     expected = train(model, optimizer := AdaFisher(model, variant=variant, update_interval=2), steps=4)
     assert optimizer is not None
-    context = torch.multiprocessing.get_context("spawn")  # a fork of a process whose autograd has threads may not train
-    with context.Manager() as manager:
-        results = manager.dict()
-        run = functools.partial(_rank, world=2, path=tmp_path / "store", variant=variant, results=results)
-        processes = [context.Process(target=run, args=(rank,)) for rank in range(2)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(60)
-        assert [process.exitcode for process in processes] == [0, 0]
-        (first, calls), (second, _) = results[0], results[1]
+    work = functools.partial(_train_a_part, variant=variant)
+    (first, calls), (second, _) = in_two_processes(work, tmp_path)
     assert first == second, "every rank holds the same bits"
     # A LayerNorm's dimension 1 is known to the data alone, so the release variant asks for its length first.
     assert calls == ([1, 0, 1, 0] if variant == "paper" else [2, 0, 2, 0])

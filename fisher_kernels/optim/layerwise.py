@@ -604,6 +604,8 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         served = self._layers_of()
         found: set[Parameter] = set()
         for module in self._model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # what runs in it cannot be seen
             own = module.__class__.__module__.startswith("torch.nn") and not isinstance(module, nn.MultiheadAttention)
             for p in module._parameters.values():
                 if p is not None and p not in served and (not own or isinstance(module, nn.Linear)):
