@@ -5,6 +5,7 @@ Source: George, Laurent, Bouthillier, Ballas and Vincent, arXiv 1806.03884.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
@@ -18,9 +19,8 @@ from fisher_kernels.curvature.factor_rules import Elementwise, FactorRule, TermR
 from fisher_kernels.curvature.operations import Choice
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.optim.kfac import BLOCK_STATE, KFAC
-from fisher_kernels.optim.kronecker import KroneckerOptimizer, moving
+from fisher_kernels.optim.kronecker import KroneckerOptimizer
 from fisher_kernels.optim.kronecker_factors import MOMENT_UPDATES, MOMENTS, FactorBases, FactorMoments, Pair
-from fisher_kernels.optim.limited_step import Move
 from fisher_kernels.optim.refresh import RAMP
 
 TINY = 1e-16
@@ -140,15 +140,15 @@ class AdamBases(FactorBases):
     def serves(self, p: Parameter) -> bool:
         return p in self.served  # a layer that was not used keeps its basis
 
-    def observe(self, pair: Pair, gradients: Mapping[Parameter, Tensor]) -> None:
-        """Average the squares of the gradient of a batch in."""
+    def observe(self, pair: Pair, gradients: Mapping[Parameter, Tensor], going_on: float | Tensor) -> None:
+        """Average the squares of the gradient of a batch in; not if ``going_on`` is 0."""
         state, beta2 = self.averages(pair), self.groups[pair.owner]["beta2"]
         squares = self.into(pair, pair.matrices(gradients.get)).square_()
         for bias in range(1, len(pair.biases)):
             if pair.biases[bias] in gradients:
                 squares += self.into(pair, pair.matrices(gradients.get, bias)).square_()
-        _average(state[MOMENTS], squares, beta2)
-        state[MOMENT_UPDATES].add_(1)
+        _average(state[MOMENTS], squares, beta2, going_on)
+        state[MOMENT_UPDATES].add_(going_on)
 
     def _apply(self, pair: Pair, matrices: Tensor) -> Tensor:
         state, group = self.averages(pair), self.groups[pair.owner]
@@ -156,8 +156,12 @@ class AdamBases(FactorBases):
         return self.out_of(pair, self.into(pair, matrices) / scale)
 
 
-def _average(old: Tensor, new: Tensor, decay: float) -> None:
-    old.mul_(decay).add_(new, alpha=1 - decay)
+def _average(old: Tensor, new: Tensor, decay: float, going_on: float | Tensor) -> None:
+    """Average a tensor in; not if ``going_on`` is 0, which may be known on the device alone."""
+    if isinstance(going_on, Tensor):
+        old.add_((new - old) * ((1 - decay) * going_on).to(old.device, old.dtype))
+    else:
+        old.mul_(decay).add_(new, alpha=1 - decay)
 
 
 def _unbiased(count: Tensor, decay: float) -> Tensor:
@@ -259,6 +263,7 @@ class EKFACAdam(KroneckerOptimizer):
             "decoupled": decoupled,
             "maximize": maximize,
         }
+        self._gradients: dict[Parameter, Tensor] = {}  # within a step
         super().__init__(model, params, defaults, grad_scaler, process_group, fallback, rules)
 
     def _rule_for(self, module: nn.Module, owner: Parameter) -> TermRule | None:
@@ -269,6 +274,10 @@ class EKFACAdam(KroneckerOptimizer):
 
     def _fallback_detail(self, parameter: Parameter) -> str:
         return "Adam"
+
+    def _restored(self) -> None:
+        self._gradients = {}
+        super()._restored()
 
     def _known_sites(self) -> Collection[int]:
         sites = enumerate(self.statistics.sites)
@@ -281,28 +290,59 @@ class EKFACAdam(KroneckerOptimizer):
         if not self._factors.serves(p):
             state["exp_avg_sq"] = torch.zeros_like(state[self.moment])
 
-    def _take_gradient(
-        self, p: Parameter, group: dict[str, Any], moment: Tensor, gradient: Tensor, stays: Tensor | None
-    ) -> None:
-        new = moment.lerp(gradient, 1 - group["beta1"])
-        moment.copy_(new if stays is None else torch.where(stays, moment, new))
-        self.state[p]["exp_avg_updates"].add_(1)
+    def _advance_moments(
+        self, group: dict[str, Any], params: list[Parameter], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> Tensor:
+        skipped = torch.zeros(len(params), dtype=torch.int64, device=params[0].device)
+        gradients: dict[Parameter, Tensor] = {}
+        for i, p in enumerate(params):
+            gradients[p], bad = self._gradient(p, group, grad_scale, found_inf)
+            state = self.state[p]
+            new = state[self.moment].lerp(gradients[p], 1 - group["beta1"])
+            if bad is None:
+                state[self.moment].copy_(new)
+                state["exp_avg_updates"].add_(1)
+            else:
+                state[self.moment].copy_(torch.where(bad, state[self.moment], new))
+                state["exp_avg_updates"].add_(1 - bad.all().to(state["exp_avg_updates"]))
+                skipped[i] = bad.sum()
+        self._gradients.update(gradients)
+        return skipped
 
-    def _observe(self, moves: Mapping[Parameter, Move]) -> None:
-        gradients = {p: moving(move.gradient, move) for p, move in moves.items()}
+    def _gradient(
+        self, p: Parameter, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradient in the precision of the state, zero where it is bad, and where that is; None for nowhere."""
+        assert p.grad is not None
+        gradient = p.grad.to(ACCUMULATOR[p.dtype])
+        if grad_scale is not None:
+            gradient = gradient / grad_scale.to(gradient.device, gradient.dtype)
+        gradient = -gradient if group["maximize"] else gradient
+        if group["weight_decay"] and not group["decoupled"]:
+            gradient = gradient.add(p.to(gradient.dtype), alpha=group["weight_decay"])
+        # A sum that overflows though no element does costs a second look, nothing else.
+        if found_inf is None and gradient.is_cpu and math.isfinite(float(gradient.sum())):
+            return gradient, None
+        bad = ~gradient.isfinite()
+        bad = bad if found_inf is None else bad | found_inf.to(bad.device).bool()
+        return gradient.masked_fill(bad, 0.0), bad
+
+    def _move(self, params: list[Parameter], stays: Mapping[Parameter, Tensor], found_inf: Tensor | None) -> None:
+        gradients, self._gradients = self._gradients, {}
+        going_on = 1.0 if found_inf is None else 1 - found_inf.double().reshape(())
         for pair in self._factors.pairs:
-            if any(p in gradients for p in pair.params):
-                self._factors.observe(pair, {p: gradients[p] for p in pair.params if p in gradients})
+            mine = {p: gradients[p] for p in pair.params if p in gradients}
+            if mine:
+                self._factors.observe(pair, mine, going_on)
         for p, g in gradients.items():
             if not self._factors.serves(p):
-                _average(self.state[p]["exp_avg_sq"], g.square(), moves[p].group["beta2"])
+                _average(self.state[p]["exp_avg_sq"], g.square(), self._groups[p]["beta2"], going_on)
+        super()._move(params, stays, found_inf)
 
-    def _directions(self, moves: Mapping[Parameter, Move]) -> Iterator[tuple[Parameter, Tensor]]:
-        filled = {p: _unbiased(self.state[p]["exp_avg_updates"], m.group["beta1"]) for p, m in moves.items()}
-        vectors = {p: moving(m.vector, m) / filled[p].to(m.vector.dtype) for p, m in moves.items()}
-        for pair in self._factors.pairs:
-            yield from self._factors.directions(pair, vectors)
-        for p, vector in vectors.items():
+    def _directions(self, vectors: Mapping[Parameter, Tensor]) -> Iterator[tuple[Parameter, Tensor]]:
+        counts = {p: self.state[p]["exp_avg_updates"] for p in vectors}
+        filled = {p: v / _unbiased(counts[p], self._groups[p]["beta1"]).to(v.dtype) for p, v in vectors.items()}
+        yield from super()._directions(filled)
+        for p, vector in filled.items():
             if not self._factors.serves(p):
-                state = self.state[p]
-                yield p, vector / _root(state["exp_avg_sq"], state["exp_avg_updates"], self._groups[p])
+                yield p, vector / _root(self.state[p]["exp_avg_sq"], counts[p], self._groups[p])

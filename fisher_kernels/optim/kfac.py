@@ -19,9 +19,8 @@ from fisher_kernels.curvature.operations import Choice
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.optim.base import totals
 from fisher_kernels.optim.fisher_blocks import ASIDE, STATE, New
-from fisher_kernels.optim.kronecker import KroneckerOptimizer, moving
+from fisher_kernels.optim.kronecker import KroneckerOptimizer
 from fisher_kernels.optim.kronecker_factors import FactorInverses
-from fisher_kernels.optim.limited_step import Move
 from fisher_kernels.optim.refresh import RAMP, inverts, is_due
 from fisher_kernels.optim.term_blocks import TermBlocks
 
@@ -235,10 +234,9 @@ class KFAC(KroneckerOptimizer):
         yield from super()._layers_to_move([p for p in params if p not in beside])
         yield from joint
 
-    def _directions(self, moves: Mapping[Parameter, Move]) -> Iterator[tuple[Parameter, Tensor]]:
-        yield from super()._directions(moves)
-        vectors = {p: moving(move.vector, move) for p, move in moves.items() if not self._factors.serves(p)}
-        yield from self._blocks.directions(vectors)
+    def _directions(self, vectors: Mapping[Parameter, Tensor]) -> Iterator[tuple[Parameter, Tensor]]:
+        yield from super()._directions(vectors)
+        yield from self._blocks.directions({p: v for p, v in vectors.items() if not self._factors.serves(p)})
 
     def _failures(self) -> tuple[dict[Parameter, int], dict[Parameter, int]]:
         found = super()._failures()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,14 +17,16 @@ from fisher_kernels.curvature.factor_rules import Context, Factoring, FactorRule
 from fisher_kernels.curvature.operations import Choice
 from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.curvature.sites import Layer
-from fisher_kernels.ops import ACCUMULATOR
+from fisher_kernels.ops import ACCUMULATOR, capped_step_, direction_sums, heavy_ball_
 from fisher_kernels.optim.base import Counters, count, require_memory, totals
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
 from fisher_kernels.optim.kronecker_factors import UPDATES, KroneckerFactors, Pair
-from fisher_kernels.optim.limited_step import Move, limited_step_
 from fisher_kernels.optim.refresh import inverts
 from fisher_kernels.optim.sampled import SampledLabels
 from fisher_kernels.optim.unserved import shown
+
+FLOOR = 1e-3
+"""Root mean square that the cap takes weights to have at least, so that those that start at 0 can leave it."""
 
 
 class KroneckerOptimizer(SampledLabels[TermRule]):
@@ -169,57 +172,70 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
     # Step.
 
     def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        moves = [self._advance_moment(p, group, grad_scale, found_inf) for group, p in self._with_gradients()]
-        by_param = {move.param: move for move in moves}
-        layers = [[by_param[p] for p in params] for params in self._layers_to_move(by_param)]
-        self._observe(by_param)
-        for p, direction in self._directions(by_param):
-            move = by_param[p]
-            move.direction = direction if move.stays is None else direction.masked_fill(move.stays, 0.0)
-        for move in moves:
-            self._hold_back(move)
-        limits = limited_step_(layers)
-        for layer, scale in zip(layers, limits.caps, strict=True):
-            numbers = tuple(self._numbers[move.param] for move in layer)
-            capped = (scale < 1).long().expand(len(layer))
-            count(self._capped, numbers, capped.clone())
-            count(self._steps, numbers, torch.ones_like(capped))
-            self._limits.update(dict.fromkeys(numbers, (limits.trust, scale)))
+        by_group: dict[int, list[Parameter]] = defaultdict(list)
+        for group, p in self._with_gradients():
+            by_group[id(group)].append(p)
+        stays: dict[Parameter, Tensor] = {}
+        for params in by_group.values():
+            skipped = self._advance_moments(self._groups[params[0]], params, grad_scale, found_inf)
+            count(self._skipped, tuple(self._numbers[p] for p in params), skipped)
+            stays.update(_not_finite(params, skipped))
+        params = [p for of_group in by_group.values() for p in of_group]
+        if params:
+            self._move(params, stays, found_inf)
 
-    def _advance_moment(
-        self, p: Parameter, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> Move:
-        """Take a gradient into the moment, but for elements that are not finite."""
-        assert p.grad is not None
-        moment = self.state[p][self.moment]
-        gradient = p.grad.to(moment.dtype)
-        if grad_scale is not None:
-            gradient = gradient / grad_scale.to(moment.device, moment.dtype)
-        gradient = -gradient if group["maximize"] else gradient
-        if group["weight_decay"] and not group["decoupled"]:
-            gradient = gradient.add(p.to(moment.dtype), alpha=group["weight_decay"])
-        stays = _not_finite(gradient, found_inf)
-        self._take_gradient(p, group, moment, gradient, stays)
-        return Move(p, group, gradient, moment, moment, stays)
+    def _advance_moments(
+        self, group: dict[str, Any], params: list[Parameter], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> Tensor:
+        """Take gradients into the moments; returns how many elements stayed because theirs is not finite."""
+        return heavy_ball_(
+            params,
+            [p.grad for p in params],  # type: ignore[misc]
+            [self.state[p][self.moment] for p in params],
+            momentum=group["momentum"],
+            weight_decay=0.0 if group["decoupled"] else group["weight_decay"],
+            maximize=group["maximize"],
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
 
-    def _take_gradient(
-        self, p: Parameter, group: dict[str, Any], moment: Tensor, gradient: Tensor, stays: Tensor | None
-    ) -> None:
-        """Heavy ball."""
-        new = moment * group["momentum"] + gradient
-        moment.copy_(new if stays is None else torch.where(stays, moment, new))
+    def _move(self, params: list[Parameter], stays: Mapping[Parameter, Tensor], found_inf: Tensor | None) -> None:
+        """Step along the directions of the moments, within the trust region and the caps."""
+        directions = dict(self._directions(self._vectors(params, stays)))
+        layers = list(self._layers_to_move(params))
+        params = [p for layer in layers for p in layer]
+        groups = [self._groups[p] for p in params]
+        found = [directions[p].masked_fill(stays[p], 0.0) if p in stays else directions[p] for p in params]
+        clips = [group.get("kl_clip") for group in groups]
+        bound = any(clip is not None for clip in clips)
+        moments = [self.state[p][self.moment] for p in params]
+        sums = direction_sums(params, found, moments, products=bound)
+        if bound and None in clips:
+            sums[[i for i, clip in enumerate(clips) if clip is None], 0] = 0.0
+        trust, caps, skipped = capped_step_(
+            params,
+            found,
+            sums,
+            [number for number, layer in enumerate(layers) for _ in layer],
+            lr=[group["lr"] for group in groups],
+            weight_decay=[group["weight_decay"] if group["decoupled"] else 0.0 for group in groups],
+            kl_clip=min((clip for clip in clips if clip is not None), default=None),
+            max_relative_step=[group["max_relative_step"] for group in groups],
+            floor=FLOOR,
+            found_inf=found_inf,
+        )
+        numbers = tuple(self._numbers[p] for p in params)
+        count(self._skipped, numbers, skipped)
+        sizes = torch.tensor([len(layer) for layer in layers], dtype=torch.int64, device="cpu")
+        caps = caps.repeat_interleave(sizes.to(caps.device), output_size=len(params))
+        count(self._capped, numbers, (caps < 1).long())
+        count(self._steps, numbers, torch.ones_like(skipped))
+        self._limits = {**self._limits, **{number: (trust, cap) for number, cap in zip(numbers, caps, strict=True)}}
 
-    def _observe(self, moves: Mapping[Parameter, Move]) -> None:
-        """Take from the gradients of a step what directions need besides."""
-
-    def _hold_back(self, move: Move) -> None:
-        """Count elements that stay, and let those stay whose direction is not finite."""
-        worse = _not_finite(move.direction, None)
-        if worse is not None:
-            move.stays = worse if move.stays is None else worse | move.stays
-            move.direction = move.direction.masked_fill(worse, 0.0)
-        if move.stays is not None:
-            count(self._skipped, (self._numbers[move.param],), move.stays.sum().reshape(1))
+    def _vectors(self, params: Sequence[Parameter], stays: Mapping[Parameter, Tensor]) -> dict[Parameter, Tensor]:
+        """What directions are made of: the moments, but for elements that stay."""
+        moments = {p: self.state[p][self.moment] for p in params}
+        return {p: m.masked_fill(stays[p], 0.0) if p in stays else m for p, m in moments.items()}
 
     def _layers_to_move(self, params: Collection[Parameter]) -> Iterator[list[Parameter]]:
         """The parameters that have a gradient, those of one layer together."""
@@ -233,9 +249,8 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
         for p in left:
             yield [p]
 
-    def _directions(self, moves: Mapping[Parameter, Move]) -> Iterator[tuple[Parameter, Tensor]]:
-        """The inverse curvature times the vectors of all parameters."""
-        vectors = {p: moving(move.vector, move) for p, move in moves.items()}
+    def _directions(self, vectors: Mapping[Parameter, Tensor]) -> Iterator[tuple[Parameter, Tensor]]:
+        """The inverse curvature times vectors."""
         for pair in self._factors.pairs:
             yield from self._factors.directions(pair, vectors)
 
@@ -256,13 +271,12 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
         """
         skipped, capped, steps = totals(self._skipped), totals(self._capped), totals(self._steps)
         bad, refused = self._failures()
-        vectors = {p: self.state[p][self.moment] for p in self._groups if self.moment in self.state.get(p, {})}
-        moves = {p: Move(p, self._groups[p], v, v, v) for p, v in vectors.items()}
-        directions = dict(self._directions(moves))
+        stepped = [p for p in self._groups if self.moment in self.state.get(p, {})]
+        directions = dict(self._directions(self._vectors(stepped, {})))
         report = {}
         for name, p in self._names():
             number = self._numbers[p]
-            if p in vectors and number in self._limits:
+            if p in directions and number in self._limits:
                 trust, scale = self._limits[number]
                 report[name] = {
                     "trust_scale": float(trust),
@@ -291,18 +305,12 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
         return float(torch.cosine_similarity(direction.reshape(-1), gradient.reshape(-1), dim=0, eps=tiny))
 
 
-def _not_finite(x: Tensor, found_inf: Tensor | None) -> Tensor | None:
-    """Where x is not finite, everywhere if gradients are known not to be; None if the host knows that it is finite."""
-    # A sum that overflows though no element does costs a second look, nothing else.
-    if found_inf is None and x.is_cpu and math.isfinite(float(x.sum())):
-        return None
-    bad = ~x.isfinite()
-    return bad if found_inf is None else bad | found_inf.to(x.device).bool()
-
-
-def moving(x: Tensor, move: Move) -> Tensor:
-    """The elements of a tensor that move; zero for the others."""
-    return x if move.stays is None else x.masked_fill(move.stays, 0.0)
+def _not_finite(params: Sequence[Parameter], skipped: Tensor) -> Iterator[tuple[Parameter, Tensor]]:
+    """Where the gradients of parameters are not finite; on a GPU, which would be waited for, of all parameters."""
+    known = skipped.tolist() if skipped.is_cpu else [1] * len(params)
+    for p, some in zip(params, known, strict=True):
+        if some and p.grad is not None:
+            yield p, ~p.grad.isfinite()
 
 
 def _by_param(pairs: Iterable[Pair], counts: Mapping[int, int]) -> dict[Parameter, int]:

@@ -522,14 +522,17 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             require_memory("a gradient", grad)
         # Whether a gradient is all zeros is read on the CPU alone: elsewhere the step would wait for the device.
         if any(not grad.is_cpu or bool(grad.any()) for grad in waiting if grad is not None):
-            self._warn_once(
-                "silent",
-                "a refresh step has gradients but saw no statistics of any layer. Was this model, or another one of "
-                "its class, compiled and run before the optimizer was constructed (torch.compile then goes on with "
-                "what it compiled, without the hooks: call torch._dynamo.reset() after the constructor and compile "
-                "again)? Were the gradients set by hand, are the inputs nested or sparse tensors, or was the optimizer "
-                "closed? The step goes on with the statistics it has (curvature 1 if there are none)",
-            )
+            self._warn_once("silent", self._silence())
+
+    def _silence(self) -> str:
+        """What is said of a refresh step that had gradients and saw no statistics."""
+        return (
+            "a refresh step has gradients but saw no statistics of any layer. Was this model, or another one of its "
+            "class, compiled and run before the optimizer was constructed (torch.compile then goes on with what it "
+            "compiled, without the hooks: call torch._dynamo.reset() after the constructor and compile again)? Were "
+            "the gradients set by hand, are the inputs nested or sparse tensors, or was the optimizer closed? The step "
+            "goes on with the statistics it has (curvature 1 if there are none)"
+        )
 
     # State.
 

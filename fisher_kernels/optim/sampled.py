@@ -64,6 +64,14 @@ class SampledLabels(LayerwiseOptimizer[R]):
         # The derivatives of drawn labels are scaled with the scaler that was given, and divided by it on the way.
         return None if self.statistics.sampled else super()._loss_scale(grad_scale, found_inf)
 
+    def _silence(self) -> str:
+        if not self.statistics.sampled:
+            return super()._silence()
+        return (
+            "fisher='sampled', and a refresh step with gradients saw no samples: call sample(output) between the "
+            "forward and the backward of the loss. The step goes on with the statistics it has"
+        )
+
     def sample(
         self,
         output: Tensor,
