@@ -13,7 +13,6 @@ Sources: Martens and Grosse, arXiv 1503.05671; Grosse and Martens, arXiv 1602.01
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -96,10 +95,11 @@ def sides_of(use: Use, sequence: str) -> list[Sides]:
             found.append((positions(h), positions(windows)))
         else:
             count = inputs * math.prod(module.kernel_size)
-            twin = copy.deepcopy(module)
-            twin.groups, twin.bias = 1, None
-            twin.weight = nn.Parameter(identity_like(module, count, inputs))
-            windows = positions(twin(h).detach())
+            padding = module.padding
+            if module.padding_mode != "zeros":
+                h, padding = F.pad(h, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
+            function = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
+            windows = positions(function(h, identity_like(module, count, inputs), padding=padding, **common))
             found.append((positions(d), with_one(windows) if module.bias is not None else windows))
     return found
 
@@ -465,7 +465,7 @@ class NaiveKFAC:
         """What the cap takes together."""
         for block in self.blocks:
             members = [p for p in block.params.values() if id(p) in moving]
-            if block.kind == "block" and not self.coupled(block):
+            if block.kind == "block" and (self.method == "adam" or not self.coupled(block)):
                 yield from ([p] for p in members)
             elif members:
                 yield members

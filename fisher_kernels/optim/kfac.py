@@ -229,7 +229,8 @@ class KFAC(KroneckerOptimizer):
     # Step.
 
     def _layers_to_move(self, params: Collection[Parameter]) -> Iterator[list[Parameter]]:
-        joint = [list(unit) for unit in self._blocks.layers(lambda p: p in params) if len(unit) > 1]
+        known = set(params)
+        joint = [list(unit) for unit in self._blocks.layers(known.__contains__) if len(unit) > 1]
         beside = {p for unit in joint for p in unit}
         yield from super()._layers_to_move([p for p in params if p not in beside])
         yield from joint

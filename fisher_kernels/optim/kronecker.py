@@ -144,6 +144,8 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
         for pair in self._factors.pairs:
             if p in pair.params:
                 self._factors.averages(pair)
+                if self.moment not in self.state[pair.owner]:  # which may be frozen
+                    self._make_state(pair.owner)
 
     def _fold(self, taken: list[tuple[int, Sums]], grad_scale: Tensor | None) -> None:
         means = [(index, self.statistics.sites[index].rule.means(sums)) for index, sums in taken]

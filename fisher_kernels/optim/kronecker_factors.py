@@ -444,6 +444,8 @@ class FactorMoments(FactorBases):
         super().__init__(sites, state, groups)
         self._seen = {pair.number: self._estimates(pair) for pair in self.pairs}
         for pair in self.pairs:
+            pair.rule.context.bases.clear()  # of weights that may be there no more
+        for pair in self.pairs:
             self._show_basis(pair)
 
     def _estimates(self, pair: Pair) -> int:

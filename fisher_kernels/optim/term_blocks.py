@@ -51,11 +51,8 @@ class TermBlocks(FisherBlocks):
         """F^-1 v for those parameters that have a vector and are served here."""
         for part in self.parts:
             for unit in self.units(part, lambda p: p in vectors):
-                columns = [vectors[p].reshape(len(unit.inverse), -1) for p in unit.params]
-                size = unit.inverse.shape[-1]
-                if size == 1:
-                    product = torch.cat(columns, 1) * unit.inverse.squeeze(2)
-                else:
-                    product = block_apply(unit.inverse, torch.cat(columns, 1))
-                for p, d in zip(unit.params, product.split([c.shape[1] for c in columns], 1), strict=True):
+                count, size, _ = unit.inverse.shape
+                v = torch.cat([vectors[p].reshape(count, size // len(unit.params)) for p in unit.params], 1)
+                product = v * unit.inverse.squeeze(2) if size == 1 else block_apply(unit.inverse, v)
+                for p, d in zip(unit.params, product.chunk(len(unit.params), 1), strict=True):
                     yield p, d.reshape(p.shape)
