@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from fisher_kernels import MBF, AdaFisher
+from fisher_kernels import KFAC, MBF, AdaFisher
 from tests.processes import in_two_processes, needs_processes
 
 SAMPLES, FEATURES, CLASSES = 16, 6, 4
@@ -52,7 +52,7 @@ def snapshot(optimizer):
     return tensors
 
 
-@pytest.fixture(params=[AdaFisher, MBF])
+@pytest.fixture(params=[AdaFisher, MBF, KFAC])
 def make(request):
     """An optimizer that reads layers; all of them stand on the same engine."""
     return request.param
@@ -177,6 +177,12 @@ class TestGraph:
             bound = 1e-9 * float(block.abs().max())
             torch.testing.assert_close(state["fisher_blocks"][0], block, rtol=0, atol=bound)
             return
+        if make is KFAC:
+            h = F.pad(h, (0, 1), value=1.0)
+            bound = 1e-9 * float(state["row_factor"].abs().max())
+            torch.testing.assert_close(state["row_factor"][0], len(h) * s.T @ s, rtol=0, atol=bound)
+            torch.testing.assert_close(state["column_factor"][0], h.T @ h / len(h), rtol=0, atol=1e-9)
+            return
         corrected = state["input_factor"] / state["factor_weight"], state["output_factor"] / state["factor_weight"]
         torch.testing.assert_close(corrected[0][:-1], h.square().mean(0), rtol=1e-9, atol=0)
         torch.testing.assert_close(corrected[1], s.square().mean(0), rtol=1e-9, atol=0)
@@ -284,7 +290,7 @@ class TestSeveralBackwardPasses:
     @pytest.mark.parametrize("sequence", ["expand", "reduce"])
     def test_threads_lose_no_rows(self, make, sequence):
         """The second backward begins and ends between a contribution of the first and its gradient."""
-        settings = {"sequence": sequence} if make is MBF else {}
+        settings = {} if make is AdaFisher else {"sequence": sequence}
         results = []
         for threads in (False, True):
             model = mlp()
@@ -679,7 +685,8 @@ def test_gradients_set_by_hand_warn_once(make):
 def test_zero_gradients_without_statistics_use_curvature_one(make):
     """What checkpoint tools do to make the state of a fresh optimizer."""
     model = mlp()
-    optimizer = make(model, lr=0.5, **({"kl_clip": None} if make is MBF else {}))
+    bounds = {AdaFisher: (), MBF: ("kl_clip",), KFAC: ("kl_clip", "max_relative_step")}[make]
+    optimizer = make(model, lr=0.5, **dict.fromkeys(bounds))
     before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
         p.grad = torch.zeros_like(p)

@@ -20,6 +20,7 @@ Sources: Martens and Grosse, arXiv 1503.05671; convolutions: Grosse and Martens,
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -59,8 +60,8 @@ from fisher_kernels.ops import ACCUMULATOR, column_sum_of_squares
 class _Backward:
     """A backward that is running: how many terms its loss has, and for which sums that has been counted."""
 
-    def __init__(self, terms: Tensor) -> None:
-        self.terms = terms
+    def __init__(self, terms: Tensor, thread: int) -> None:
+        self.terms, self.thread = terms, thread
         self.counted: set[Any] = set()
 
     def __call__(self) -> None:
@@ -89,10 +90,11 @@ class Terms:
         task = _current_graph_task_id()
         backward = self._running.get(task)
         if backward is None:
-            outer = min(self._running, default=None)
-            own = outer is None
-            terms = rows.ne(0).any(1).sum(dtype=torch.float32) if own else self._running[outer].terms  # type: ignore[index]
-            backward = _Backward(terms.reshape(1))
+            # One that has begun within another runs in the same thread; others may run beside it.
+            thread = threading.get_ident()
+            outer = next((other for other in self._running.values() if other.thread == thread), None)
+            own = rows.ne(0).any(1).sum(dtype=torch.float32).reshape(1) if outer is None else outer.terms
+            backward = _Backward(own, thread)
             if task >= 0:
                 self._running[task] = backward
                 Variable._execution_engine.queue_callback(backward)
