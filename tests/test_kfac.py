@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 
 from fisher_kernels import EKFAC, KFAC, EKFACAdam
 from fisher_kernels.optim.kronecker import KroneckerOptimizer
+from tests.processes import in_two_processes, needs_processes
 from tests.small_network import assert_same_parameters, assert_same_state, network, parameters_of, train
 
 pytestmark = pytest.mark.usefixtures("host_backend", "one_thread")
@@ -404,3 +407,47 @@ def test_classes_may_be_in_any_dimension() -> None:
         optimizer.step()
         factors.append(optimizer.state[model.weight]["row_factor"])
     torch.testing.assert_close(*factors, rtol=1e-12, atol=1e-15)
+
+
+# Several processes.
+
+
+def _train_a_part(rank: int, kind: type[KroneckerOptimizer], fisher: str) -> tuple[list[Any], list[Any]]:
+    model = network(dtype=torch.float64)
+    model[1] = nn.Identity()  # batch statistics are those of each process
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimizer = kind(model, fisher=fisher)  # type: ignore[call-arg]
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(8, 2, 4, 4, generator=generator).double()[4 * rank : 4 * rank + 4]
+        y = torch.randint(3, (8,), generator=generator)[4 * rank : 4 * rank + 4]
+        optimizer.zero_grad()
+        out = parallel(x)
+        optimizer.sample(out)
+        F.cross_entropy(out, y).backward()
+        optimizer.step()
+    factors = [optimizer.state[model[i].weight]["row_factor"].tolist() for i in (0, 4, 6)]
+    return [p.detach().tolist() for p in model.parameters()], factors
+
+
+@pytest.mark.slow
+@needs_processes
+@every_kind
+def test_data_parallel_equals_one_process(kind: type[KroneckerOptimizer], tmp_path: Path) -> None:
+    first, second = in_two_processes(functools.partial(_train_a_part, kind=kind, fisher="empirical"), tmp_path)
+    assert first == second, "every rank holds the same bits"
+    model = network(dtype=torch.float64)
+    model[1] = nn.Identity()
+    optimizer = kind(model)
+    train(model, optimizer, range(4))
+    # Sums in another order; a basis of fewer samples than columns is any in its null space, where steps are longest.
+    tolerance = 1e-9 if kind is KFAC else 1e-3
+    for p, values in zip(model.parameters(), first[0], strict=True):
+        torch.testing.assert_close(torch.tensor(values, dtype=p.dtype), p.detach(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.slow
+@needs_processes
+def test_processes_draw_different_labels_and_hold_the_same_bits(tmp_path: Path) -> None:
+    first, second = in_two_processes(functools.partial(_train_a_part, kind=KFAC, fisher="sampled"), tmp_path)
+    assert first == second
