@@ -344,22 +344,26 @@ def test_sampling_resumes_bit_for_bit(kind: type[KroneckerOptimizer]) -> None:
 
 
 def test_sampling_under_a_scaler_and_over_micro_batches() -> None:
-    """The draws are those of the whole batch only in the mean, so what is compared are the scales."""
+    """Neither the loss's scale nor its division has a part in them."""
     model, twin = (nn.Linear(4, 3).double() for _ in range(2))
     twin.load_state_dict(model.state_dict())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     scaled = KFAC(model, fisher="sampled", grad_scaler=scaler, **ALWAYS)
     plain = KFAC(twin, fisher="sampled", **ALWAYS)
     x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
+    derivatives: list[Tensor] = []
     for part, labels in zip(x.chunk(2), y.chunk(2), strict=True):
         out = model(part)
         scaled.sample(out)
         scaler.scale(F.cross_entropy(out, labels) / 2).backward()
         out = twin(part)
+        out.register_hook(derivatives.append)
         plain.sample(out)
         (F.cross_entropy(out, labels) / 2).backward()
     scaler.step(scaled)
     plain.step()
+    drawn = torch.cat(derivatives[::2])  # each is followed by that of the loss
+    torch.testing.assert_close(plain.state[twin.weight]["row_factor"][0], drawn.T @ drawn / 8, rtol=1e-9, atol=1e-12)
     for side in ("row", "column"):
         a, b = (o.state[p.weight][f"{side}_factor"] for o, p in ((scaled, model), (plain, twin)))
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)

@@ -493,7 +493,7 @@ class Statistics(Generic[R]):
                 self._begin(task)
         grad = grad.detach() if grad.requires_grad else grad
         scale = None
-        if self.grad_scaler is not None and self.grad_scaler.is_enabled():
+        if self.grad_scaler is not None and self.grad_scaler.is_enabled() and not self._sampling:
             scale = self.grad_scaler._get_scale_async()  # on the device, where get_scale() would wait for it
         if layer.rule.together:
             grad = grad if scale is None else grad.to(ACCUMULATOR[grad.dtype]) / scale.to(grad.device)

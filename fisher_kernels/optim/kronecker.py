@@ -97,7 +97,7 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
     def _rule_for(self, module: nn.Module, owner: Parameter) -> TermRule | None:
         """The rule that serves a module."""
         group = self._groups[owner]
-        settings = Factoring(group["sequence"], group["loss_reduction"], group["max_factor_size"], self.moments)
+        settings = Factoring(group["sequence"], self._reduction(group), group["max_factor_size"], self.moments)
         return self._rules(module, settings, self._context)
 
     def _detail(self, role: str, layer: Layer[TermRule]) -> str:

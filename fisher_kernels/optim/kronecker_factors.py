@@ -407,7 +407,7 @@ def _eigenvectors(factor: Tensor, apart: bool) -> Tensor | None:
         whole[:, -1, -1] = 1
         return whole
     mean = mean_eigenvalue(factor)[:, None, None]
-    scaled = torch.where(mean > 0, factor / mean, 0.0)
+    scaled = torch.where(mean == 0, 0.0, factor / mean)
     scaled.diagonal(dim1=1, dim2=2).add_(JITTER)
     for dtype in (factor.dtype, torch.float64):
         try:

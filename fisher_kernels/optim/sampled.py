@@ -60,8 +60,13 @@ class SampledLabels(LayerwiseOptimizer[R]):
         self.statistics.sampled = kinds == {"sampled"}
         super()._arm()
 
+    def _reduction(self, group: dict[str, Any]) -> str:
+        """That of the loss whose derivatives count; of drawn labels they are those of a sum."""
+        reduction: str = group["loss_reduction"]
+        return "sum" if group["fisher"] == "sampled" else reduction
+
     def _loss_scale(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor | None:
-        # The derivatives of drawn labels are scaled with the scaler that was given, and divided by it on the way.
+        # The derivatives of drawn labels are not scaled.
         return None if self.statistics.sampled else super()._loss_scale(grad_scale, found_inf)
 
     def _silence(self) -> str:
@@ -87,9 +92,10 @@ class SampledLabels(LayerwiseOptimizer[R]):
             optimizer.sample(output)
             F.cross_entropy(output, y).backward()
 
-        It runs a backward pass through the same graph for the layers' hooks alone: no gradient is accumulated. In all
-        other steps, and under ``fisher="empirical"``, it does nothing. Labels come from a generator of its own that is
-        part of the state, differs between processes, and leaves the random numbers of torch alone.
+        It runs a backward pass of the sum over the terms through the same graph, for the layers' hooks alone: no
+        gradient is accumulated, and neither a loss scale nor a division by micro-batches has a part in it. In all other
+        steps, and under ``fisher="empirical"``, it does nothing. Labels come from a generator of its own that is part
+        of the state, differs between processes, and leaves the random numbers of torch alone.
 
         Args:
             output: of the model, with its graph; of a part of the terms of the loss where others are masked.
@@ -118,11 +124,6 @@ class SampledLabels(LayerwiseOptimizer[R]):
             single = y.dim() == 0 or (y.dim() == 1 and distribution != "categorical")
             y = y.reshape(-1, 1) if single else y.movedim(dim, -1)
             derivative = DISTRIBUTIONS[distribution](y.reshape(-1, y.shape[-1]), self._generator(y.device))
-            if self.param_groups[0]["loss_reduction"] == "mean":
-                derivative /= len(derivative)
-            scaler = self.statistics.grad_scaler
-            if scaler is not None and scaler.is_enabled():
-                derivative *= scaler.scale(derivative.new_ones(()))
             derivative = derivative.reshape(output.shape if single else y.shape)
             derivative = derivative if single else derivative.movedim(-1, dim)
         wanted = list(dict.fromkeys(p for layer in self.statistics.layers() for p in _cheapest(layer.parameters)))
