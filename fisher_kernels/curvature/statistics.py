@@ -360,7 +360,8 @@ class Statistics(Generic[R]):
         armed = sorted(self.armed - self._idle(taken))
         if not armed:
             return {}
-        world = dist.get_world_size(self.process_group)
+        # Drawn labels are those of a sum over the terms of all processes, which nothing averages.
+        world = 1 if self.sampled else dist.get_world_size(self.process_group)
         lengths = self._sum_lengths(armed, taken)
         flat = []
         for index in armed:

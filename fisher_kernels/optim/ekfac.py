@@ -20,7 +20,7 @@ from fisher_kernels.curvature.operations import Choice
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.optim.kfac import BLOCK_STATE, KFAC
 from fisher_kernels.optim.kronecker import KroneckerOptimizer
-from fisher_kernels.optim.kronecker_factors import MOMENT_UPDATES, MOMENTS, FactorBases, FactorMoments, Pair
+from fisher_kernels.optim.kronecker_factors import MOMENT_UPDATES, MOMENTS, UPDATES, FactorBases, FactorMoments, Pair
 from fisher_kernels.optim.refresh import RAMP
 
 TINY = 1e-16
@@ -215,7 +215,7 @@ class EKFACAdam(KroneckerOptimizer):
     moment = "exp_avg"
     factors_kind = AdamBases
     decay_of_moment = "beta1"
-    statistics_state = (*_BASIS_STATE, MOMENT_UPDATES)
+    statistics_state = (*_BASIS_STATE, MOMENT_UPDATES, UPDATES)
 
     _factors: AdamBases
 
@@ -336,6 +336,8 @@ class EKFACAdam(KroneckerOptimizer):
                 self._factors.observe(pair, mine, going_on)
         for p, g in gradients.items():
             if not self._factors.serves(p):
+                if "exp_avg_sq" not in self.state[p]:  # a layer served it before
+                    self.state[p]["exp_avg_sq"] = g.square()
                 _average(self.state[p]["exp_avg_sq"], g.square(), self._groups[p]["beta2"], going_on)
         super()._move(params, stays, found_inf)
 
@@ -344,5 +346,5 @@ class EKFACAdam(KroneckerOptimizer):
         filled = {p: v / _unbiased(counts[p], self._groups[p]["beta1"]).to(v.dtype) for p, v in vectors.items()}
         yield from super()._directions(filled)
         for p, vector in filled.items():
-            if not self._factors.serves(p):
+            if not self._factors.serves(p) and "exp_avg_sq" in self.state[p]:
                 yield p, vector / _root(self.state[p]["exp_avg_sq"], counts[p], self._groups[p])
