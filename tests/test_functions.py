@@ -725,6 +725,18 @@ def test_a_model_that_calls_itself_is_one_forward() -> None:
     assert float(steps.state[model.layer.weight]["factor_weight"]) > 0
 
 
+def test_the_forwards_of_several_optimizers_end() -> None:
+    """Each looks for functions; the first that began to is the first to end."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    with silent():
+        several = [AdaFisher(model), MBF(model), AdaFisher(model)]
+        for _ in range(2):
+            model(torch.randn(5, 4)).sum().backward()
+            assert _get_current_function_mode() is None
+            for optimizer in several:
+                optimizer.step()
+
+
 class BiasApart(nn.Module):
     def __init__(self) -> None:
         super().__init__()
