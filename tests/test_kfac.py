@@ -242,6 +242,23 @@ def test_statistics_that_are_not_finite_are_left_out(kind: type[KroneckerOptimiz
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
+# Reports.
+
+
+@every_kind
+def test_explain_says_what_serves_each_parameter(kind: type[KroneckerOptimizer]) -> None:
+    embedding, head = nn.Embedding(7, 4), nn.Linear(4, 7)
+    head.weight = embedding.weight
+    model = nn.ModuleDict({"embedding": embedding, "norm": nn.LayerNorm(4), "head": head})
+    rows = {row.name: row for row in kind(model, max_factor_size=6).explain()}  # type: ignore[call-arg]
+    tied = rows["embedding.weight"]
+    assert tied.rule == "linear"
+    assert "head.weight: factors of 7, diagonal and 5, without the statistics of its use by Embedding" in tied.detail
+    assert rows["head.bias"].detail == "head.bias: factors of 7, diagonal and 5"
+    assert rows["norm.weight"].rule == ("element-wise" if kind is EKFACAdam else "norm")
+    assert not any(row.fallback for row in rows.values())
+
+
 # Labels drawn from the model.
 
 

@@ -79,6 +79,7 @@ class Terms:
 
     def __init__(self) -> None:
         self._running: weakref.WeakValueDictionary[int, _Backward] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()  # backward passes may run in several threads
 
     def count(self, key: Any, rows: Tensor) -> Tensor:
         """The number of terms, of shape (1,), where a backward brings the first sums of this kind; else zero.
@@ -87,6 +88,16 @@ class Terms:
             key: what the sums are of. Those of several uses add up, and the terms of these uses are the same.
             rows: the derivative that has arrived, (rows, width).
         """
+        with self._lock:
+            backward = self._backward(rows)
+            terms = backward.terms.to(rows.device, ACCUMULATOR[rows.dtype])
+            if key in backward.counted:
+                return torch.zeros_like(terms)
+            backward.counted.add(key)
+        return terms
+
+    def _backward(self, rows: Tensor) -> _Backward:
+        """The backward that is running, whose first derivative this is unless it is known."""
         task = _current_graph_task_id()
         backward = self._running.get(task)
         if backward is None:
@@ -98,11 +109,7 @@ class Terms:
             if task >= 0:
                 self._running[task] = backward
                 Variable._execution_engine.queue_callback(backward)
-        terms = backward.terms.to(rows.device, ACCUMULATOR[rows.dtype])
-        if key in backward.counted:
-            return torch.zeros_like(terms)
-        backward.counted.add(key)
-        return terms
+        return backward
 
 
 # What the rules of one optimizer share.
@@ -507,7 +514,8 @@ class FactorRules(WeightUses):
     """The rules of the layers of a model.
 
     A weight that is used in several ways, by an Embedding and a Linear or by Linears in both orientations, has the
-    factors of the first Linear. The other uses are left out of them.
+    factors of the Linear: those of the other uses lie on other sides of it, and a sum of Kronecker products is none.
+    They are left out, which :meth:`left_out` tells.
     """
 
     def __call__(self, module: Any, factoring: Factoring, context: Context) -> TermRule | None:
@@ -530,6 +538,11 @@ class FactorRules(WeightUses):
         if isinstance(module, nn.Embedding):
             return EmbeddingTerms(factoring, context, weight.shape)
         return None
+
+    def left_out(self, module: Any) -> list[str]:
+        """The classes of the other uses of the weight of a module that have no part in its statistics."""
+        others = (use for use in self.of(module) if _kind(use) != _kind(module))
+        return list(dict.fromkeys(type(use).__name__ for use in others))
 
 
 def _kind(module: Any) -> int:

@@ -59,7 +59,7 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
         self._context = Context()
         self._capped: Counters = {}
         self._steps: Counters = {}
-        self._limits: dict[int, tuple[Tensor, Tensor]] = {}
+        self._limits: dict[int, tuple[Tensor, Tensor, int]] = {}  # scale of all, those of layers, which of these
         super().__init__(model, params, defaults, grad_scaler, process_group, fallback, rules)
 
     # Groups.
@@ -101,15 +101,20 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
         return self._rules(module, settings, self._context)
 
     def _detail(self, role: str, layer: Layer[TermRule]) -> str:
-        where, rule = layer.place(role), layer.rule
+        left_out = self._rules.left_out(layer.operation) if role == "weight" else []
+        without = f", without the statistics of its use by {', '.join(left_out)}" if left_out else ""
+        return f"{layer.place(role)}{self._kinds(role, layer.rule)}{without}"
+
+    def _kinds(self, role: str, rule: TermRule) -> str:
+        """What the factors or blocks of a layer are."""
         for blocks in rule.blocks:
             if role in blocks.roles:
-                return f"{where}: {blocks}"
+                return f": {blocks}"
         if not isinstance(rule, FactorRule):
-            return where
+            return ""
         groups, rows, columns = rule.shape
         kinds = [f"{n}{'' if rule.is_whole(side) else ', diagonal'}" for side, n in enumerate((rows, columns))]
-        return f"{where}: factors of {kinds[0]} and {kinds[1]}{f' in each of {groups} groups' if groups > 1 else ''}"
+        return f": factors of {kinds[0]} and {kinds[1]}{f' in each of {groups} groups' if groups > 1 else ''}"
 
     def _rebuild(self) -> None:
         self._rules = self._new_rules()  # which know parameters by identity: a copy has others
@@ -232,7 +237,7 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
         caps = caps.repeat_interleave(sizes.to(caps.device), output_size=len(params))
         count(self._capped, numbers, (caps < 1).long())
         count(self._steps, numbers, torch.ones_like(skipped))
-        self._limits = {**self._limits, **{number: (trust, cap) for number, cap in zip(numbers, caps, strict=True)}}
+        self._limits.update({number: (trust, caps, i) for i, number in enumerate(numbers)})
 
     def _vectors(self, params: Sequence[Parameter], stays: Mapping[Parameter, Tensor]) -> dict[Parameter, Tensor]:
         """What directions are made of: the moments, but for elements that stay."""
@@ -279,10 +284,10 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
         for name, p in self._names():
             number = self._numbers[p]
             if p in directions and number in self._limits:
-                trust, scale = self._limits[number]
+                trust, scales, i = self._limits[number]
                 report[name] = {
                     "trust_scale": float(trust),
-                    "cap": float(scale),
+                    "cap": float(scales[i]),
                     "capped_share": capped[number] / steps[number],
                     "cosine_with_sgd": self._cosine(p, directions[p]),
                     "skipped_elements": skipped.get(number, 0),
