@@ -193,7 +193,7 @@ class KFAC(KroneckerOptimizer):
     def _make_state(self, p: Parameter) -> None:
         super()._make_state(p)
         for part in self._blocks.parts:
-            if p in part.params:
+            if any(p is q for q in part.params):
                 self._blocks.averages(part)
 
     def _average(self, means: list[tuple[int, Means]], grad_scale: Tensor | None) -> None:

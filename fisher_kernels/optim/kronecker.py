@@ -147,7 +147,7 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
         """Everything that the state of a parameter will have, so that a fresh optimizer has what a checkpoint has."""
         self.state[p][self.moment] = torch.zeros_like(p, dtype=ACCUMULATOR[p.dtype])
         for pair in self._factors.pairs:
-            if p in pair.params:
+            if pair.holds(p):
                 self._factors.averages(pair)
                 if self.moment not in self.state[pair.owner]:  # which may be frozen
                     self._make_state(pair.owner)

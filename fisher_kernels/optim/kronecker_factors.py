@@ -56,6 +56,10 @@ class Pair:
     def params(self) -> tuple[Parameter, ...]:
         return (*(() if self.weight is None else (self.weight,)), *self.biases)
 
+    def holds(self, p: Parameter) -> bool:
+        """Whether it serves a parameter."""
+        return any(p is q for q in self.params)
+
     def matrices(self, of: Callable[[Parameter], Tensor | None], bias: int = 0) -> Tensor:
         """What is given for the weight and one bias, as (groups, rows, columns); zero for None."""
         weight = None if self.weight is None or bias else of(self.weight)
@@ -152,12 +156,12 @@ class KroneckerFactors:
         """The state of a pair; made on first use."""
         state: dict[str, Tensor] = self.state[pair.owner]
         if "row_factor" not in state:
-            like = {"dtype": ACCUMULATOR[pair.owner.dtype], "device": pair.owner.device}
+            wide, device = ACCUMULATOR[pair.owner.dtype], pair.owner.device
             for side, name in enumerate(SIDES):
                 shape = pair.rule.factor_shape(side)
-                state[f"{name}_factor"] = torch.zeros(shape, **like)
+                state[f"{name}_factor"] = torch.zeros(shape, dtype=wide, device=device)
                 for kept in self.state_names:
-                    state[f"{name}_{kept}"] = torch.zeros(shape, **like)
+                    state[f"{name}_{kept}"] = torch.zeros(shape, dtype=wide, device=device)
                     diagonal = state[f"{name}_{kept}"]
                     (diagonal if len(shape) == 2 else diagonal.diagonal(dim1=1, dim2=2)).fill_(1.0)
             state[UPDATES] = torch.zeros((), dtype=torch.float32, device=pair.owner.device)
