@@ -388,6 +388,38 @@ def test_sampling_under_a_scaler_and_over_micro_batches() -> None:
     torch.testing.assert_close(plain.state[twin.weight]["column_factor"][0], h.T @ h / 8, rtol=1e-12, atol=0)
 
 
+def test_terms_of_which_the_model_is_certain_count() -> None:
+    """Their derivative is exactly zero, as that of what a mask leaves out: the output says how many there are."""
+    model = nn.Linear(4, 3).double()
+    x = torch.randn(8, 4, dtype=torch.float64)
+    x[::2] *= 1e4
+    optimizer = KFAC(model, fisher="sampled", **ALWAYS)
+    out = model(x)
+    assert int((out.softmax(1).amax(1) == 1).sum()) >= 3
+    optimizer.sample(out)
+    out.square().sum().backward()
+    optimizer.step()
+    h = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+    torch.testing.assert_close(optimizer.state[model.weight]["column_factor"][0], h.T @ h / 8, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("distribution", ["categorical", "bernoulli"])
+def test_statistics_of_an_output_that_is_not_finite_are_refused(distribution: str) -> None:
+    model = nn.Linear(4, 3)
+    optimizer = KFAC(model, fisher="sampled", **ALWAYS)
+    x = torch.randn(8, 4)
+    for bad in (False, True):
+        optimizer.zero_grad()
+        out = model(x)
+        optimizer.sample(out * math.inf if bad else out, distribution)  # type: ignore[arg-type]
+        out.square().mean().backward()
+        before = {k: v.clone() for k, v in optimizer.state[model.weight].items() if k.endswith("factor")}
+        optimizer.step()
+    assert all(torch.equal(optimizer.state[model.weight][k], v) for k, v in before.items())
+    assert optimizer.metrics()["weight"]["refused_statistics"] == 1
+    assert bool(model.weight.isfinite().all())
+
+
 def test_a_step_without_samples_says_so() -> None:
     model = nn.Linear(4, 3)
     optimizer = KFAC(model, fisher="sampled")

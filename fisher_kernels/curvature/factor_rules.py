@@ -23,6 +23,7 @@ import math
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -74,12 +75,22 @@ class Terms:
     The first layer whose derivative arrives is the last one of the forward. Its rows are the terms, but for those whose
     derivative is zero throughout: samples of a classifier, pixels of a segmentation, tokens of a language model without
     those that a mask leaves out. A backward within another, as activation checkpointing starts them, has the terms of
-    the outer one.
+    the outer one. Where they are known, :meth:`given` says so.
     """
 
     def __init__(self) -> None:
         self._running: weakref.WeakValueDictionary[int, _Backward] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()  # backward passes may run in several threads
+        self._given: int | None = None
+
+    @contextmanager
+    def given(self, number: int) -> Iterator[None]:
+        """Let the backward passes that begin within have so many terms."""
+        self._given = number
+        try:
+            yield
+        finally:
+            self._given = None
 
     def count(self, key: Any, rows: Tensor) -> Tensor:
         """The number of terms, of shape (1,), where a backward brings the first sums of this kind; else zero.
@@ -104,12 +115,16 @@ class Terms:
             # One that has begun within another runs in the same thread; others may run beside it.
             thread = threading.get_ident()
             outer = next((other for other in self._running.values() if other.thread == thread), None)
-            own = rows.ne(0).any(1).sum(dtype=torch.float32).reshape(1) if outer is None else outer.terms
-            backward = _Backward(own, thread)
+            backward = _Backward(self._terms_of(rows) if outer is None else outer.terms, thread)
             if task >= 0:
                 self._running[task] = backward
                 Variable._execution_engine.queue_callback(backward)
         return backward
+
+    def _terms_of(self, rows: Tensor) -> Tensor:
+        if self._given is not None:
+            return torch.full((1,), self._given, dtype=torch.float32, device=rows.device)
+        return rows.ne(0).any(1).sum(dtype=torch.float32).reshape(1)
 
 
 # What the rules of one optimizer share.

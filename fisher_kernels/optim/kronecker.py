@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -175,6 +176,9 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
                 f"{self._groups[owners[0]]['damping']}: what was made of them before stays in use. metrics() counts "
                 "them; a larger damping= avoids it",
             )
+
+    def _of_terms(self, number: int) -> AbstractContextManager[None]:
+        return self._context.terms.given(number)
 
     # Step.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -24,13 +25,13 @@ RANKS = 1 << 20
 
 def _categorical(y: Tensor, generator: torch.Generator) -> Tensor:
     probabilities = y.softmax(-1)
-    labels = torch.multinomial(probabilities, 1, generator=generator)
+    labels = torch.multinomial(probabilities.nan_to_num(1.0), 1, generator=generator)
     return probabilities.scatter_add(1, labels, probabilities.new_full(labels.shape, -1.0))
 
 
 def _bernoulli(y: Tensor, generator: torch.Generator) -> Tensor:
     probabilities = y.sigmoid()
-    return probabilities - torch.bernoulli(probabilities, generator=generator)
+    return probabilities - torch.bernoulli(probabilities.nan_to_num(0.5), generator=generator)
 
 
 def _gaussian(y: Tensor, generator: torch.Generator) -> Tensor:
@@ -42,7 +43,8 @@ DISTRIBUTIONS: Mapping[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "bernoulli": _bernoulli,
     "gaussian": _gaussian,
 }
-"""Name -> the derivative, by outputs (terms, features), of the negative log-likelihood of labels drawn from them."""
+"""Name -> the derivative, by outputs (terms, features), of the negative log-likelihood of labels drawn from them. Where
+outputs are not finite it is not either, and the statistics are refused: drawing from those would end the program."""
 
 
 class SampledLabels(LayerwiseOptimizer[R]):
@@ -127,8 +129,12 @@ class SampledLabels(LayerwiseOptimizer[R]):
             derivative = derivative.reshape(output.shape if single else y.shape)
             derivative = derivative if single else derivative.movedim(-1, dim)
         wanted = list(dict.fromkeys(p for layer in self.statistics.layers() for p in _cheapest(layer.parameters)))
-        with self.statistics.sampling():
+        with self.statistics.sampling(), self._of_terms(y.shape[:-1].numel()):
             torch.autograd.grad(output, wanted, derivative.to(output.dtype), retain_graph=True, allow_unused=True)
+
+    def _of_terms(self, number: int) -> AbstractContextManager[None]:
+        """A time in which a backward pass has so many terms, for statistics that need to know."""
+        return nullcontext()
 
     def _generator(self, device: torch.device) -> torch.Generator:
         """That of the next draw."""
