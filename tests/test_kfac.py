@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.nn import functional as F
 
 from fisher_kernels import EKFAC, KFAC, EKFACAdam
@@ -418,6 +419,25 @@ def test_statistics_of_an_output_that_is_not_finite_are_refused(distribution: st
     assert all(torch.equal(optimizer.state[model.weight][k], v) for k, v in before.items())
     assert optimizer.metrics()["weight"]["refused_statistics"] == 1
     assert bool(model.weight.isfinite().all())
+
+
+@pytest.mark.parametrize("host_backend", ["reference"], indirect=True)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_sampling_from_a_compiled_model() -> None:
+    torch._dynamo.reset()
+    model, twin = network(dtype=torch.float64), network(dtype=torch.float64)
+    with functorch_config.patch(donated_buffer=False):
+        for net, call in ((model, torch.compile(model, backend="aot_eager")), (twin, twin)):
+            optimizer = KFAC(net, fisher="sampled", **ALWAYS)
+            for step in range(2):
+                x = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(step)).double()
+                optimizer.zero_grad()
+                classify(call, x, optimizer)
+                optimizer.step()
+            assert int(optimizer.state[net[0].weight]["fisher_updates"]) == 2
+    torch._dynamo.reset()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):  # derivatives in another order
+        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-8 * float(q.detach().abs().max()))
 
 
 def test_a_step_without_samples_says_so() -> None:
