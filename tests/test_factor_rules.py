@@ -315,6 +315,16 @@ def test_weight_and_bias_in_different_groups(layer: str) -> None:
         follow(build(), batch_of(*shape), method, params=groups)
 
 
+@pytest.mark.parametrize("layer", HALVES[:-1])
+@pytest.mark.parametrize("held", ["weight", "bias"])
+def test_half_of_a_layer_is_held(layer: str, held: str) -> None:
+    """The other half is another optimizer's: what they have in common is left out, as between groups."""
+    build, shape = LAYERS[layer]
+    for method in METHODS:
+        torch.manual_seed(0)
+        follow(build(), batch_of(*shape), method, params=lambda model: [{"params": [model.get_parameter(held)]}])
+
+
 # Terms of the loss.
 
 

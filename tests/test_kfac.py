@@ -260,6 +260,51 @@ def test_explain_says_what_serves_each_parameter(kind: type[KroneckerOptimizer])
     assert not any(row.fallback for row in rows.values())
 
 
+# State.
+
+
+@every_kind
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_step_leaves_the_gradients_alone(kind: type[KroneckerOptimizer], bias: bool) -> None:
+    for widest in (4096, 1):
+        model = nn.Linear(4, 3, bias=bias)
+        optimizer = kind(model, max_factor_size=widest)  # type: ignore[call-arg]
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(8, 4)).square().sum(1).mean().backward()
+            before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            optimizer.step()
+            assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))  # type: ignore[arg-type]
+
+
+@every_kind
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.ConvTranspose1d(4, 4, 1), nn.LayerNorm(4)])
+def test_a_frozen_weight_beside_a_trained_bias_is_saved_and_loaded(
+    kind: type[KroneckerOptimizer], layer: nn.Module
+) -> None:
+    model = nn.Sequential(
+        nn.Linear(4, 4),
+        nn.Unflatten(1, (4, 1)) if isinstance(layer, nn.ConvTranspose1d) else nn.Tanh(),
+        copy.deepcopy(layer),
+    )
+    model[2].weight.requires_grad_(False)
+    twin = copy.deepcopy(model)
+    ours, resumed = kind(model), kind(twin)
+
+    def go(net: nn.Module, optimizer: Any, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            net(torch.randn(8, 4, generator=torch.Generator().manual_seed(step))).square().sum(1).mean().backward()
+            optimizer.step()
+
+    go(model, ours, range(2))
+    twin.load_state_dict(model.state_dict())
+    resumed.load_state_dict(ours.state_dict())
+    go(model, ours, range(2, 4))
+    go(twin, resumed, range(2, 4))
+    assert_same_parameters(model, twin)
+
+
 # Labels drawn from the model.
 
 

@@ -75,6 +75,16 @@ class Pair:
         last = body.new_zeros((groups, rows, 1)) if beside is None else beside.reshape(groups, rows, 1)
         return torch.cat([body, last], 2)
 
+    def given(self, of: Callable[[Parameter], Tensor | None]) -> Iterator[tuple[int, Tensor]]:
+        """For each bias for which, or for whose weight, anything is given: its number, and that as matrices.
+
+        The first bias lies beside the weight, the others alone.
+        """
+        for bias in range(max(1, len(self.biases))):
+            members = (*(() if bias or self.weight is None else (self.weight,)), *self.biases[bias : bias + 1])
+            if any(of(p) is not None for p in members):
+                yield bias, self.matrices(of, bias)
+
     def split(self, matrices: Tensor, bias: int = 0) -> Iterator[tuple[Parameter, Tensor]]:
         """What matrices say of the weight and one bias."""
         columns = self.rule.shape[2] - self.rule.bias
@@ -211,7 +221,7 @@ class KroneckerFactors:
     def couple(self) -> None:
         """Find out which weights and biases are stepped together: those of one group that both have a gradient."""
         for pair in self.pairs:
-            if not pair.biases:
+            if not pair.rule.bias:
                 continue
             live = [p for p in pair.params if p.grad is not None and p not in self._aside]
             groups = {id(self.groups[p]) for p in live}
@@ -278,15 +288,10 @@ class KroneckerFactors:
         def of(p: Parameter) -> Tensor | None:
             return vectors.get(p) if self.serves(p) else None
 
-        for bias in range(max(1, len(pair.biases))):
-            if (not bias and pair.weight is not None and of(pair.weight) is not None) or (
-                pair.biases and of(pair.biases[bias]) is not None
-            ):
-                matrices = pair.matrices(of, bias)
-                direction = self._apply(pair, matrices)
-                for p, d in pair.split(direction, bias):
-                    if of(p) is not None:
-                        yield p, d
+        for bias, matrices in pair.given(of):
+            for p, d in pair.split(self._apply(pair, matrices), bias):
+                if of(p) is not None:
+                    yield p, d
 
     def _apply(self, pair: Pair, matrices: Tensor) -> Tensor:
         """F^-1 of matrices (groups, rows, columns)."""
@@ -368,9 +373,9 @@ class FactorBases(KroneckerFactors):
                 new = _eigenvectors(factor, apart=side == "column" and pair.rule.bias and pair.coupled is False)
                 if new is None:
                     bad += 1
-                    continue
-                turns[-1] = (new.mT @ old).square_()
-                old.copy_(new)
+                elif not torch.equal(new, old):  # a basis that is made again from the same factor
+                    turns[-1] = (new.mT @ old).square_()
+                    old.copy_(new)
         self._turn(pair, state, turns)
         return bad
 
