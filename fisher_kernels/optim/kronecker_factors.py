@@ -28,10 +28,9 @@ MOMENTS = "second_moment"
 MOMENT_UPDATES = "moment_updates"
 """State: how many batches the second moments are of, their first estimate from the factors being one."""
 
-JITTER = 1e-4
-"""Added once to twice, from the first row to the last, to the diagonal of a factor of mean eigenvalue 1 before its
-eigenvectors are found. It chooses among directions that a factor of few rows does not tell apart, which rounding would
-choose else."""
+JITTER = 1e-6
+"""Added to the diagonal of a factor of mean eigenvalue 1 before its eigenvectors are found, which it does not change: a
+factor of few rows is singular to the last bit, and some solvers do not take that."""
 
 
 @dataclass(eq=False)
@@ -349,8 +348,6 @@ def _invert_into(out: Tensor, factor: Tensor, damping: Tensor) -> Tensor:
 class FactorBases(KroneckerFactors):
     r"""The eigenvectors of both factors, in float64 where float32 finds none.
 
-    Those of ``factor / mean eigenvalue + J`` are meant, J being diagonal, 1e-4 in the first row to 2e-4 in the last.
-
     ``state[owner]`` has ``row_basis`` and ``column_basis``, identities at first, and ``second_moment`` in that basis,
     (groups, rows, columns). In a new basis a second moment becomes what it would be if its entries were uncorrelated:
 
@@ -421,8 +418,7 @@ def _eigenvectors(factor: Tensor, apart: bool) -> Tensor | None:
         return whole
     mean = mean_eigenvalue(factor)[:, None, None]
     scaled = torch.where(mean == 0, 0.0, factor / mean)
-    grades = torch.linspace(1, 2, factor.shape[1], dtype=factor.dtype, device=factor.device)
-    scaled.diagonal(dim1=1, dim2=2).add_(JITTER * grades)
+    scaled.diagonal(dim1=1, dim2=2).add_(JITTER)
     for dtype in (factor.dtype, torch.float64):
         try:
             vectors = torch.linalg.eigh(scaled.to(dtype)).eigenvectors
