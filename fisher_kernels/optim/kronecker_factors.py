@@ -424,7 +424,7 @@ def _eigenvectors(factor: Tensor, apart: bool) -> Tensor | None:
             vectors = torch.linalg.eigh(scaled.to(dtype)).eigenvectors
         except torch.linalg.LinAlgError:
             continue
-        if not vectors.is_cpu or bool(vectors.isfinite().all()):
+        if bool(vectors.isfinite().all()):
             return vectors.to(factor.dtype)
     return None
 
