@@ -326,7 +326,8 @@ class EKFACAdam(KroneckerOptimizer):
 
     def _move(self, params: list[Parameter], stays: Mapping[Parameter, Tensor], found_inf: Tensor | None) -> None:
         gradients, self._gradients = self._gradients, {}
-        going_on = 1.0 if found_inf is None else 1 - found_inf.double().reshape(())
+        # On the CPU there is no step where it is not 0.
+        going_on = 1.0 if found_inf is None or found_inf.is_cpu else 1 - found_inf.double().reshape(())
         for pair in self._factors.pairs:
             mine = {p: gradients[p] for p in pair.params if p in gradients}
             if mine:
