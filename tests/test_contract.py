@@ -106,6 +106,8 @@ ADAFISHER = Make(
         ("fallback_curvature", math.inf),
     ),
 )
+FREE = {"kl_clip": None, "max_relative_step": None}
+"""No bound shortens a step."""
 MINI_BLOCKS = Make(
     MBF,
     count="fisher_updates",
@@ -1453,9 +1455,10 @@ LEARNERS = {
         for variant, rates in (("paper", (0.01, 0.05)), ("release", (1e-3, 0.05)), ("relative", (0.3, 0.3)))
     },
     "MBF": Learner(MINI_BLOCKS, {"lr": 0.05, "damping": 0.01}, {"lr": 0.05, "damping": 0.3, "kl_clip": None}),
-    "KFAC": Learner(KRONECKER, {"lr": 0.1}, {"lr": 0.1}),
-    "EKFAC": Learner(replace(KRONECKER, optimizer=EKFAC), {"lr": 0.1}, {"lr": 0.1}),
-    "EKFACAdam": Learner(ADAM_BASIS, {"lr": 0.03}, {"lr": 0.01}),
+    # Without noise the empirical Fisher matrix vanishes at the minimum, and damping alone is left.
+    "KFAC": Learner(KRONECKER, {"lr": 0.1}, {"lr": 0.1, "damping": 0.3, **FREE}),
+    "EKFAC": Learner(replace(KRONECKER, optimizer=EKFAC), {"lr": 0.1}, {"lr": 0.1, "damping": 0.3, **FREE}),
+    "EKFACAdam": Learner(ADAM_BASIS, {"lr": 0.03}, {"lr": 0.05, "beta2": 0.999}),
     "SOFIM": Learner(replace(RANK_ONE, settings={"rho": 0.1}), {"lr": 0.5}, {"lr": 0.5}),
     "SOFIM-tensor": Learner(replace(RANK_ONE, settings={"scope": "tensor", "rho": 0.1}), {"lr": 0.5}, {"lr": 0.5}),
     "SOFIM-gradient": Learner(
