@@ -414,6 +414,19 @@ class TestLayersThatComeAndGo:
             torch.testing.assert_close(model[3].bias, expected, rtol=1e-6, atol=0)
         assert torch.equal(model[3].weight, mlp()[3].weight)
 
+    @pytest.mark.parametrize("held", ["all", "bias only"])
+    def test_a_frozen_weight_with_a_trained_bias_goes_on_from_a_checkpoint(self, make, held):
+        model = mlp()
+        model[3].weight.requires_grad_(False)
+        optimizer = make(model, params=None if held == "all" else [model[3].bias])
+        train(model, optimizer, steps=2)
+        twin = copy.deepcopy(model)
+        resumed = make(twin, params=None if held == "all" else [twin[3].bias])
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for net, opt in ((model, optimizer), (twin, resumed)):
+            train(net, opt, steps=2)
+        assert_same(snapshot(resumed), snapshot(optimizer))
+
 
 class TestBadNumbers:
     @pytest.mark.parametrize("set_to_none", [True, False])
@@ -528,6 +541,38 @@ class TestBadNumbers:
             optimizer.step()
             net.factors = factors(optimizer, net[0].weight)
         assert_same(list(model.factors.values()), list(plain.factors.values()))
+
+    @pytest.mark.parametrize("called", [True, False])
+    def test_a_hook_on_an_output_changes_the_derivative_that_is_read(self, make, called):
+        """As the backward pass goes on with it: the gradient of the weight is that of the clipped one."""
+
+        class Clip(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx, grad):
+                return grad.clamp(-1e-3, 1e-3)
+
+        class Net(nn.Module):
+            def __init__(self, hooked):
+                super().__init__()
+                torch.manual_seed(0)
+                self.hooked = hooked
+                self.first, self.last = nn.Linear(FEATURES, 8), nn.Linear(8, CLASSES)
+
+            def forward(self, x):
+                h = self.first(x) if called else F.linear(x, self.first.weight, self.first.bias)
+                if self.hooked:
+                    h.register_hook(lambda grad: grad.clamp(-1e-3, 1e-3))
+                return self.last((h if self.hooked else Clip.apply(h)).tanh())
+
+        hooked, plain = Net(True), Net(False)
+        optimizer, reference = make(hooked), make(plain)
+        train(hooked, optimizer), train(plain, reference)
+        assert float(reference.state[plain.first.weight]["step" if make is AdaFisher else "fisher_updates"]) == 3
+        assert_same(snapshot(optimizer), snapshot(reference), rtol=1e-6)
 
 
 class TestPrecision:
@@ -687,6 +732,18 @@ class TestCompile:
         exported = torch.export.export(model, (batch()[0],))
         assert "fisher_kernels" not in str(exported.graph)
         assert optimizer is not None
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:`torch.jit:DeprecationWarning")
+    @pytest.mark.parametrize("trace", [lambda model: torch.jit.trace(model, batch()[0]), torch.fx.symbolic_trace])
+    def test_tracing_in_the_middle_of_training_leaves_nothing_behind(self, make, trace):
+        plain, model = mlp(), mlp()
+        expected = train(plain, make(plain), steps=3)
+        optimizer = make(model)
+        traced = trace(model)
+        x = batch()[0]
+        assert torch.equal(traced(x), model(x))
+        assert_same(train(model, optimizer, steps=3), expected)
+        assert "fisher_kernels" not in str(traced.graph)
 
 
 def test_gradients_set_by_hand_warn_once(make):
