@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fisher_kernels import MBF, AdaFisher
+from fisher_kernels import KFAC, MBF, AdaFisher
 from tests.processes import in_two_processes, needs_processes
 
 BATCH, LENGTH, WIDTH = 8, 5, 6
@@ -59,7 +59,7 @@ def statistics_of(model: nn.Module, optimizer: Any) -> list[Tensor]:
 @pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("places", ["(1, T)", "(T)"])
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("make", [AdaFisher, MBF])
+@pytest.mark.parametrize("make", [AdaFisher, MBF, KFAC])
 def test_each_row_counts_however_the_batch_is_split(make: Any, in_place: bool, places: str) -> None:
     """MBF takes the mean over micro-batches as if the loss were the mean of each, so equal ones are compared."""
     for splits in ((BATCH,), (BATCH // 2, BATCH // 2)):
@@ -91,7 +91,7 @@ def _statistics_of_a_part(rank: int, make: Any) -> list[Any]:
 @pytest.mark.slow
 @needs_processes
 @pytest.mark.usefixtures("in_float64")
-@pytest.mark.parametrize("make", [AdaFisher, MBF])
+@pytest.mark.parametrize("make", [AdaFisher, MBF, KFAC])
 def test_processes_count_the_rows_of_the_joint_batch(make: Any, tmp_path: Path) -> None:
     model = Net("(1, T)")
     optimizer = make(model)
@@ -104,7 +104,7 @@ def test_processes_count_the_rows_of_the_joint_batch(make: Any, tmp_path: Path) 
         torch.testing.assert_close(torch.tensor(ours), expected, rtol=1e-9, atol=1e-14)
 
 
-@pytest.mark.parametrize("make", [AdaFisher, MBF])
+@pytest.mark.parametrize("make", [AdaFisher, MBF, KFAC])
 def test_an_output_that_is_read_twice_is_taken_as_it_is(make: Any) -> None:
     """What one addition is handed is then not all of the derivative."""
 
@@ -125,4 +125,5 @@ def test_an_output_that_is_read_twice_is_taken_as_it_is(make: Any) -> None:
     plain.step()
     state = plain.state[twin.positions.weight]
     for name, value in zip(sorted(n for n in state if "factor" in n or n == "fisher_blocks"), found, strict=True):
-        torch.testing.assert_close(value, state[name])
+        # K-FAC's are in units of the terms of the loss: the rows of the last layer, which is this one in the twin.
+        torch.testing.assert_close(value, state[name] * (BATCH if make is KFAC else 1))

@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import math
 import os
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from fisher_kernels import MBF, AdaFisher
+from fisher_kernels import KFAC, MBF, AdaFisher
 from tests.processes import in_two_processes, needs_processes
 
 SAMPLES, FEATURES, CLASSES = 16, 6, 4
@@ -52,7 +53,12 @@ def snapshot(optimizer):
     return tensors
 
 
-@pytest.fixture(params=[AdaFisher, MBF])
+def every(make, interval):
+    """Refreshes every so many steps from the first one on."""
+    return {"update_interval": interval, **({} if make is AdaFisher else {"refresh": "constant"})}
+
+
+@pytest.fixture(params=[AdaFisher, MBF, KFAC])
 def make(request):
     """An optimizer that reads layers; all of them stand on the same engine."""
     return request.param
@@ -177,6 +183,12 @@ class TestGraph:
             bound = 1e-9 * float(block.abs().max())
             torch.testing.assert_close(state["fisher_blocks"][0], block, rtol=0, atol=bound)
             return
+        if make is KFAC:
+            h = F.pad(h, (0, 1), value=1.0)
+            bound = 1e-9 * float(state["row_factor"].abs().max())
+            torch.testing.assert_close(state["row_factor"][0], len(h) * s.T @ s, rtol=0, atol=bound)
+            torch.testing.assert_close(state["column_factor"][0], h.T @ h / len(h), rtol=0, atol=1e-9)
+            return
         corrected = state["input_factor"] / state["factor_weight"], state["output_factor"] / state["factor_weight"]
         torch.testing.assert_close(corrected[0][:-1], h.square().mean(0), rtol=1e-9, atol=0)
         torch.testing.assert_close(corrected[1], s.square().mean(0), rtol=1e-9, atol=0)
@@ -193,10 +205,13 @@ class TestGraph:
             for _ in range(passes):
                 loss.backward(retain_graph=True)
             optimizer.step()
+            state = optimizer.state[model.weight]
             if make is AdaFisher:
                 results.append(list(factors(optimizer, model.weight).values()))
+            elif make is KFAC:
+                results.append([state["row_factor"] / passes**2, state["column_factor"]])
             else:  # the gradient of each of the samples, of which there are three times as many, is three times as long
-                results.append([optimizer.state[model.weight]["fisher_blocks"] / passes**2])
+                results.append([state["fisher_blocks"] / passes**2])
         assert_same(results[1], results[0], rtol=1e-9)
 
     @pytest.mark.parametrize("with_respect_to", ["inputs", "parameters"])
@@ -284,7 +299,7 @@ class TestSeveralBackwardPasses:
     @pytest.mark.parametrize("sequence", ["expand", "reduce"])
     def test_threads_lose_no_rows(self, make, sequence):
         """The second backward begins and ends between a contribution of the first and its gradient."""
-        settings = {"sequence": sequence} if make is MBF else {}
+        settings = {} if make is AdaFisher else {"sequence": sequence}
         results = []
         for threads in (False, True):
             model = mlp()
@@ -377,12 +392,22 @@ class TestLayersThatComeAndGo:
         model[3].weight.requires_grad_(False)
         params = None if held == "all" else [model[3].bias]
         settings = {} if make is AdaFisher else {"kl_clip": None}
+        settings |= {"max_relative_step": None} if make is KFAC else {}
         reference, optimizer = make(free, **settings), make(model, params=params, **settings)
         for net, opt in ((free, reference), (model, optimizer)):
             loss_of(net, batch()).backward()
             opt.step()
         if make is AdaFisher:
             torch.testing.assert_close(model[3].bias, free[3].bias, rtol=0, atol=0)
+        elif make is KFAC:  # the last entry of A, and G
+            state = reference.state[free[3].weight]
+            G, A = state["row_factor"][0].double(), state["column_factor"][0].diagonal().double()
+            pi, root = math.sqrt(A.mean() / G.diagonal().mean()), math.sqrt(1e-3)
+            damped = (G + root / pi * torch.eye(CLASSES)) * (A[-1] + root * pi)
+            moved = 0.1 * torch.linalg.solve(damped, model[3].bias.grad.double())
+            # A float32 inverse: its rounding, 6e-8, times the condition number of what is inverted, below 1e3.
+            found = (mlp()[3].bias - model[3].bias).double()
+            torch.testing.assert_close(found, moved, rtol=0, atol=1e-4 * float(moved.abs().max()))
         else:  # the bias has the last entry of the block to itself
             curvature = reference.state[free[3].weight]["fisher_blocks"][0, -1, -1] + 1e-3
             expected = mlp()[3].bias - 1e-3 * model[3].bias.grad / curvature
@@ -430,7 +455,7 @@ class TestBadNumbers:
         steps = [s for s, b in zip(snapshot(optimizer), before, strict=True) if not torch.equal(s, b)]
         assert all(s.dim() == 0 and float(s) == 3 for s in steps), "only the step counts may move"
         metrics = optimizer.metrics()["0.weight"]
-        if make is AdaFisher:
+        if make is not MBF:
             assert metrics["skipped_elements"] == model[0].weight.numel()
         else:
             assert metrics["skipped_blocks"] == model[0].out_features
@@ -482,7 +507,7 @@ class TestBadNumbers:
     def test_a_refresh_that_a_scaler_skips_is_still_due(self, make):
         model = mlp()
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-        optimizer = make(model, update_interval=100, grad_scaler=scaler)
+        optimizer = make(model, **every(make, 100), grad_scaler=scaler)
         for overflow in (True, False):
             optimizer.zero_grad()
             scaler.scale(loss_of(model, batch()) * (float("inf") if overflow else 1.0)).backward()
@@ -590,7 +615,7 @@ class TestCompile:
     @pytest.mark.parametrize("interval", [1, 3])
     def test_fullgraph_model_equals_eager(self, make, interval):
         eager, compiled = mlp(), mlp()
-        reference, optimizer = make(eager, update_interval=interval), make(compiled, update_interval=interval)
+        reference, optimizer = (make(net, **every(make, interval)) for net in (eager, compiled))
         graphs = []
 
         def backend(graph, inputs):
@@ -631,7 +656,7 @@ class TestCompile:
         torch.manual_seed(0)
         layers = [nn.Linear(FEATURES, FEATURES) for _ in range(4)]
         model = nn.Sequential(*layers)
-        groups = [{"params": m.parameters(), "update_interval": k} for m, k in zip(layers, (2, 3, 5, 7), strict=True)]
+        groups = [{"params": m.parameters(), **every(make, k)} for m, k in zip(layers, (2, 3, 5, 7), strict=True)]
         optimizer = make(model, params=groups)
         counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -659,7 +684,7 @@ class TestCompile:
                 return self.heads[task](self.body(x))
 
         model = Net()
-        optimizer = make(model, update_interval=3)
+        optimizer = make(model, **every(make, 3))
         run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiles else model
         for t in range(12 if compiles else 3):
             x, y = batch(t)
@@ -736,7 +761,8 @@ def test_gradients_set_by_hand_warn_once(make):
 def test_zero_gradients_without_statistics_use_curvature_one(make):
     """What checkpoint tools do to make the state of a fresh optimizer."""
     model = mlp()
-    optimizer = make(model, lr=0.5, **({"kl_clip": None} if make is MBF else {}))
+    bounds = {AdaFisher: (), MBF: ("kl_clip",), KFAC: ("kl_clip", "max_relative_step")}[make]
+    optimizer = make(model, lr=0.5, **dict.fromkeys(bounds))
     before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -837,7 +863,7 @@ class TestCopies:
 
 def test_hooks_do_nothing_between_refreshes(make, monkeypatch):
     model = mlp()
-    optimizer = make(model, update_interval=3)
+    optimizer = make(model, **every(make, 3))
     captured = []
     for site in optimizer.statistics.sites:
         original = type(site.rule).capture
