@@ -1,6 +1,8 @@
 """What the steps that take lists of parameters share."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -8,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import launch
-from ._lists import Table
+from ._lists import Table, number
 
 _LANES = 128
+_NO_TENSOR, _SINGLE, _DOUBLE = (tl.constexpr(k) for k in range(3))  # what a learning rate on the device is
 
 
 def scalar(x: Tensor | None) -> tuple[float, Tensor | None]:
@@ -37,6 +40,53 @@ def times(value, pointer):
     if pointer is not None:
         product *= tl.load(pointer).to(tl.float64)
     return product
+
+
+@triton.jit
+def rate_of(addresses, count, kinds, TENSOR: tl.constexpr, NUMBER: tl.constexpr, i, there):
+    """The learning rates of some parameters: a number of the table, or a tensor of one element.
+
+    Args:
+        kinds: where for each of them stands what ``of_each`` says of it.
+        TENSOR, NUMBER: which list of the table has the tensors, and which the numbers.
+    """
+    kind = tl.load(kinds, there, _NO_TENSOR)
+    pointer = tl.load(addresses + TENSOR * count + i, there, 0)
+    single = tl.load(pointer.to(tl.pointer_type(tl.float32)), kind == _SINGLE, 1.0).to(tl.float64)
+    double = tl.load(pointer.to(tl.pointer_type(tl.float64)), kind == _DOUBLE, 1.0)
+    return number(addresses, count, NUMBER, i, there) * single * double
+
+
+def _kind(rate: Tensor | None) -> int:
+    if rate is None:
+        return _NO_TENSOR.value
+    return _SINGLE.value if rate.dtype == torch.float32 else _DOUBLE.value
+
+
+def of_each(
+    lr: Sequence[Tensor], weight_decay: Sequence[float], count: int, each: bool
+) -> tuple[list[Tensor | None], list[int], tuple[Sequence[float], ...]]:
+    """Learning rates and decays of each parameter for a table.
+
+    Args:
+        each: whether there is more than one of either; else what all have goes to the kernels as a number.
+
+    Returns:
+        Learning rates that are on the device, what each of them is, and numbers: the other factor of each learning
+        rate, and the decay.
+    """
+    on_device: list[Tensor | None] = [None] * count
+    numbers: tuple[Sequence[float], ...] = ()
+    if each:
+        read = {id(rate): scalar(rate) for rate in {id(rate): rate for rate in lr}.values()}
+        rates = [read[id(rate)] for rate in _each(lr, count)]
+        on_device = [x for _, x in rates]
+        numbers = [x for x, _ in rates], _each(weight_decay, count)
+    return on_device, list(map(_kind, on_device)), numbers
+
+
+def _each(values: Sequence[Any], count: int) -> Sequence[Any]:
+    return values if len(values) == count else [*values] * count
 
 
 @triton.jit(do_not_specialize=["count"])

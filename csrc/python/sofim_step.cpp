@@ -27,36 +27,6 @@ struct SofimLists {
         steps(read_list(steps_, params, {call, "steps"})) {}
 };
 
-void check_one_or_each(const Call& call, py::ssize_t size, py::ssize_t params, const char* name) {
-  if (size == 1 || size == params) return;
-  value_error({call, name}, "has " + std::to_string(size) + " entries, expected 1 or " + std::to_string(params) +
-                                     ", the length of params");
-}
-
-/// Whether a choice between two names is the second one.
-bool read_choice(const Call& call, const std::string& value, const char* first, const char* second, const char* name) {
-  if (value != first && value != second) {
-    value_error({call, name}, "is '" + value + "', expected one of '" + first + "', '" + second + "'");
-  }
-  return value == second;
-}
-
-/// Learning rates of all parameters; what is the same tensor as the one before is not read again.
-std::vector<Scalar> read_rates(const Call& call, py::handle object, py::ssize_t params) {
-  const List list(object, {call, "lr"});
-  check_one_or_each(call, list.size(), params, "lr");
-  std::vector<Scalar> rates;
-  rates.reserve(list.size());
-  for (py::ssize_t i = 0; i < list.size(); ++i) {
-    if (i > 0 && list[i].is(list[i - 1])) {
-      rates.push_back(rates.back());
-      continue;
-    }
-    rates.push_back(read_rate(list[i], {call, "lr", i}));
-  }
-  return rates;
-}
-
 /// Parameter i of the lists, but for its coefficients.
 SofimParameter read_parameter(const SofimLists& lists, py::ssize_t i) {
   const Call& call = lists.call;
@@ -92,7 +62,7 @@ void sofim_step_(py::handle params, py::handle grads, py::handle exp_avgs, py::h
   check_range(rho, std::isfinite(rho) && rho > 0, "a finite number > 0", {call, "rho"});
   const bool along_gradient = read_choice(call, direction, "momentum", "gradient", "direction");
   const bool by_parameter = read_choice(call, scope, "global", "tensor", "scope");
-  const std::vector<Scalar> rates = read_rates(call, lr, count);
+  const std::vector<Scalar> rates = read_rates(call, List(lr, {call, "lr"}), count);
   const auto decays = static_cast<py::ssize_t>(weight_decay.size());
   check_one_or_each(call, decays, count, "weight_decay");
   for (py::ssize_t i = 0; i < decays; ++i) check_coefficient(weight_decay[i], {call, "weight_decay", i});

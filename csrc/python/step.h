@@ -120,6 +120,37 @@ inline Scalar read_rate(py::handle object, const Argument& argument) {
   return rate;
 }
 
+/// There is one of a setting for all parameters, or one for each.
+inline void check_one_or_each(const Call& call, py::ssize_t size, py::ssize_t params, const char* name) {
+  if (size == 1 || size == params) return;
+  value_error({call, name}, "has " + std::to_string(size) + " entries, expected 1 or " + std::to_string(params) +
+                                ", the length of params");
+}
+
+/// Learning rates of all parameters; what is the same tensor as the one before is not read again.
+inline std::vector<Scalar> read_rates(const Call& call, const List& list, py::ssize_t params) {
+  check_one_or_each(call, list.size(), params, "lr");
+  std::vector<Scalar> rates;
+  rates.reserve(list.size());
+  for (py::ssize_t i = 0; i < list.size(); ++i) {
+    if (i > 0 && list[i].is(list[i - 1])) {
+      rates.push_back(rates.back());
+      continue;
+    }
+    rates.push_back(read_rate(list[i], {call, "lr", i}));
+  }
+  return rates;
+}
+
+/// Whether a choice between two names is the second one.
+inline bool read_choice(const Call& call, const std::string& value, const char* first, const char* second,
+                        const char* name) {
+  if (value != first && value != second) {
+    value_error({call, name}, "is '" + value + "', expected one of '" + first + "', '" + second + "'");
+  }
+  return value == second;
+}
+
 /// What scales gradients, and whether the step is not to be taken at all.
 inline GradientScale read_gradient_scale(py::handle grad_scale, py::handle found_inf, bool maximize, const Call& call) {
   GradientScale scale{maximize, {1.0}, {0.0}};

@@ -36,6 +36,23 @@ def one_or_each(value: Any) -> list[Any]:
     return list(value)
 
 
+def rates_of(op: str, lr: Any) -> list[Tensor]:
+    """One tensor for each of the learning rates that differ, so that none is read twice."""
+    made: dict[Any, Tensor] = {}
+    return [
+        x if isinstance(x, Tensor) else made[x] if x in made else made.setdefault(x, rate_of(op, x, f"lr[{i}]"))
+        for i, x in enumerate(one_or_each(lr))
+    ]
+
+
+def decays_of(op: str, weight_decay: Any) -> list[float]:
+    """Weight decays as floats: one for all parameters, or one for each."""
+    return [
+        x if isinstance(x, (float, int)) else real(op, f"weight_decay[{i}]", x)
+        for i, x in enumerate(one_or_each(weight_decay))
+    ]
+
+
 def check_lists(op: str, lists: Mapping[str, Any]) -> None:
     """Refuse, by name, what is no list; for calls that have failed to make one."""
     for name, value in lists.items():
@@ -61,6 +78,12 @@ def check_lengths(op: str, params: Sequence[Tensor], lists: Mapping[str, Sequenc
     for name, values in lists.items():
         if len(values) != len(params):
             raise ValueError(f"{op}: {name} has {len(values)} tensors, expected {len(params)}, the length of params")
+
+
+def check_one_or_each(op: str, name: str, values: Sequence[object], params: Sequence[Tensor]) -> None:
+    """There is one of a setting for all parameters, or one for each."""
+    if len(values) not in (1, len(params)):
+        raise ValueError(f"{op}: {name} has {len(values)} entries, expected 1 or {len(params)}, the length of params")
 
 
 def check_beside(op: str, name: str, x: Tensor, dtype: torch.dtype, i: int, param: Tensor) -> None:

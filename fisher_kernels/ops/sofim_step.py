@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +19,12 @@ from fisher_kernels.ops._step import (
     check_like,
     check_lists,
     check_one_element,
+    check_one_or_each,
     check_rate,
     check_written,
+    decays_of,
     found_on_device,
-    one_or_each,
-    rate_of,
-    real,
+    rates_of,
 )
 
 _OP = "sofim_step_"
@@ -35,11 +35,6 @@ SCOPES = ("global", "tensor")
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{_OP}: {name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
-
-
-def _check_one_or_each(name: str, values: Sequence[object], params: Sequence[Tensor]) -> None:
-    if len(values) not in (1, len(params)):
-        raise ValueError(f"{_OP}: {name} has {len(values)} entries, expected 1 or {len(params)}, the length of params")
 
 
 class _Step(NamedTuple):
@@ -67,8 +62,8 @@ class _Step(NamedTuple):
             raise ValueError(f"{_OP}: rho is {self.rho}, expected a finite number above 0")
         _check_choice("direction", self.direction, DIRECTIONS)
         _check_choice("scope", self.scope, SCOPES)
-        _check_one_or_each("lr", self.lr, self.params)
-        _check_one_or_each("weight_decay", self.weight_decay, self.params)
+        check_one_or_each(_OP, "lr", self.lr, self.params)
+        check_one_or_each(_OP, "weight_decay", self.weight_decay, self.params)
         for i, decay in enumerate(self.weight_decay):
             check_coefficient(_OP, f"weight_decay[{i}]", decay)
         scalars = {f"lr[{i}]": rate for i, rate in enumerate(self.lr)}
@@ -203,22 +198,6 @@ _step = define(
 )
 
 
-def _rates(lr: Any) -> list[Tensor]:
-    """One tensor for each of the learning rates that differ, so that none is read twice."""
-    made: dict[Any, Tensor] = {}
-    return [
-        x if isinstance(x, Tensor) else made[x] if x in made else made.setdefault(x, rate_of(_OP, x, f"lr[{i}]"))
-        for i, x in enumerate(one_or_each(lr))
-    ]
-
-
-def _decays(weight_decay: Any) -> list[float]:
-    return [
-        x if isinstance(x, (float, int)) else real(_OP, f"weight_decay[{i}]", x)
-        for i, x in enumerate(one_or_each(weight_decay))
-    ]
-
-
 def sofim_step_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -290,8 +269,9 @@ def sofim_step_(
     try:
         s = _Step(
             list(params), list(grads), list(exp_avgs), list(steps),
-            lr=_rates(lr), beta=beta, rho=rho, direction=direction, scope=scope, weight_decay=_decays(weight_decay),
-            decoupled=decoupled, maximize=maximize, grad_scale=grad_scale, found_inf=found_inf,
+            lr=rates_of(_OP, lr), beta=beta, rho=rho, direction=direction, scope=scope,
+            weight_decay=decays_of(_OP, weight_decay), decoupled=decoupled, maximize=maximize, grad_scale=grad_scale,
+            found_inf=found_inf,
         )  # fmt: skip
     except TypeError:
         check_lists(_OP, dict(zip(_Step._fields, (params, grads, exp_avgs, steps), strict=False)))
