@@ -72,7 +72,8 @@ class Make:
 
     def every(self, interval: int) -> dict[str, Any]:
         """The setting that takes statistics every so many steps, for optimizers that take any."""
-        return {"update_interval": interval} if issubclass(self.optimizer, LayerwiseOptimizer) else {}
+        constant = {"refresh": "constant"} if issubclass(self.optimizer, MBF) else {}
+        return {"update_interval": interval, **constant} if issubclass(self.optimizer, LayerwiseOptimizer) else {}
 
 
 BAD: tuple[tuple[str, Any], ...] = (
@@ -104,11 +105,13 @@ ADAFISHER = Make(
         ("fallback_curvature", math.inf),
     ),
 )
+FREE = {"kl_clip": None, "max_relative_step": None}
+"""No bound of MBF's shortens a step."""
 MINI_BLOCKS = Make(
     MBF,
     count="fisher_updates",
     others={"linear_blocks": "per_output", "inverse_storage": "packed", "lr": 2e-3},
-    apart={"kl_clip": None},  # a trust region is that of a group
+    apart=FREE,  # which are about all parameters, and those of a layer
     bad=(
         ("momentum", 1.0),
         ("momentum", -0.1),
@@ -117,6 +120,14 @@ MINI_BLOCKS = Make(
         ("kl_clip", 0.0),
         ("kl_clip", -1.0),
         ("kl_clip", math.inf),
+        ("kl_along", "moment"),
+        ("max_relative_step", 0.0),
+        ("max_relative_step", math.inf),
+        ("floor", -1e-3),
+        ("floor", math.nan),
+        ("refresh", "sometimes"),
+        ("ramp", -1.0),
+        ("ramp", math.inf),
         ("beta2", 1.0),
         ("beta2", math.nan),
         ("update_interval", 0),
@@ -162,7 +173,7 @@ def _configurations() -> Iterator[tuple[str, Make]]:
         settings = {"variant": variant, "update_interval": 3, "weight_decay": 0.01}
         for optimizer in (AdaFisher, AdaFisherW):
             yield f"{optimizer.__name__}-{variant}", replace(ADAFISHER, optimizer=optimizer, settings=settings)
-    intervals = {"update_interval": 3, "inverse_interval": 2}
+    intervals = {"update_interval": 3, "inverse_interval": 2, "refresh": "constant"}
     l2 = {"weight_decay": 0.01, "decoupled": False}
     yield "MBF", MINI_BLOCKS
     yield "MBF-intervals", replace(MINI_BLOCKS, settings={**intervals, "weight_decay": 0.01})
@@ -267,7 +278,7 @@ def test_every_word_is_one_of_those_there_are(make: Make) -> None:
 
 def test_numbers_of_numpy_are_kept_as_those_of_python(make: Make) -> None:
     model = network()
-    settings = {name: np.int64(2) for name in make.every(2)}
+    settings = {name: np.int64(2) for name in make.every(2) if name != "refresh"}
     optimizer = make(model, lr=np.float64(1e-3), weight_decay=np.float32(0.5), **settings)
     train(model, optimizer, range(1))
     optimizer.param_groups[0]["lr"] = np.float32(0.25)  # as a schedule may
@@ -1407,7 +1418,7 @@ LEARNERS = {
         for name in ("AdaFisher", "AdaFisherW")
         for variant, rates in (("paper", (0.01, 0.05)), ("release", (1e-3, 0.05)), ("relative", (0.3, 0.3)))
     },
-    "MBF": Learner(MINI_BLOCKS, {"lr": 0.05, "damping": 0.01}, {"lr": 0.05, "damping": 0.3, "kl_clip": None}),
+    "MBF": Learner(MINI_BLOCKS, {"lr": 0.05, "damping": 0.01}, {"lr": 0.05, "damping": 0.3, **FREE}),
     "SOFIM": Learner(replace(RANK_ONE, settings={"rho": 0.1}), {"lr": 0.5}, {"lr": 0.5}),
     "SOFIM-tensor": Learner(replace(RANK_ONE, settings={"scope": "tensor", "rho": 0.1}), {"lr": 0.5}, {"lr": 0.5}),
     "SOFIM-gradient": Learner(

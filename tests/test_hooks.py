@@ -51,6 +51,11 @@ def snapshot(optimizer):
     return tensors
 
 
+def every(make, interval):
+    """Refreshes every so many steps from the first one on."""
+    return {"update_interval": interval, **({"refresh": "constant"} if make is MBF else {})}
+
+
 @pytest.fixture(params=[AdaFisher, MBF])
 def make(request):
     """An optimizer that reads layers; all of them stand on the same engine."""
@@ -375,7 +380,7 @@ class TestLayersThatComeAndGo:
         free, model = mlp(), mlp()
         model[3].weight.requires_grad_(False)
         params = None if held == "all" else [model[3].bias]
-        settings = {} if make is AdaFisher else {"kl_clip": None}
+        settings = {} if make is AdaFisher else {"kl_clip": None, "max_relative_step": None}
         reference, optimizer = make(free, **settings), make(model, params=params, **settings)
         for net, opt in ((free, reference), (model, optimizer)):
             loss_of(net, batch()).backward()
@@ -468,7 +473,7 @@ class TestBadNumbers:
     def test_a_refresh_that_a_scaler_skips_is_still_due(self, make):
         model = mlp()
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-        optimizer = make(model, update_interval=100, grad_scaler=scaler)
+        optimizer = make(model, **every(make, 100), grad_scaler=scaler)
         for overflow in (True, False):
             optimizer.zero_grad()
             scaler.scale(loss_of(model, batch()) * (float("inf") if overflow else 1.0)).backward()
@@ -544,7 +549,7 @@ class TestCompile:
     @pytest.mark.parametrize("interval", [1, 3])
     def test_fullgraph_model_equals_eager(self, make, interval):
         eager, compiled = mlp(), mlp()
-        reference, optimizer = make(eager, update_interval=interval), make(compiled, update_interval=interval)
+        reference, optimizer = (make(net, **every(make, interval)) for net in (eager, compiled))
         graphs = []
 
         def backend(graph, inputs):
@@ -585,7 +590,7 @@ class TestCompile:
         torch.manual_seed(0)
         layers = [nn.Linear(FEATURES, FEATURES) for _ in range(4)]
         model = nn.Sequential(*layers)
-        groups = [{"params": m.parameters(), "update_interval": k} for m, k in zip(layers, (2, 3, 5, 7), strict=True)]
+        groups = [{"params": m.parameters(), **every(make, k)} for m, k in zip(layers, (2, 3, 5, 7), strict=True)]
         optimizer = make(model, params=groups)
         counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -613,7 +618,7 @@ class TestCompile:
                 return self.heads[task](self.body(x))
 
         model = Net()
-        optimizer = make(model, update_interval=3)
+        optimizer = make(model, **every(make, 3))
         run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiles else model
         for t in range(12 if compiles else 3):
             x, y = batch(t)
@@ -779,7 +784,7 @@ class TestCopies:
 
 def test_hooks_do_nothing_between_refreshes(make, monkeypatch):
     model = mlp()
-    optimizer = make(model, update_interval=3)
+    optimizer = make(model, **every(make, 3))
     captured = []
     for site in optimizer.statistics.sites:
         original = type(site.rule).capture
