@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -44,6 +45,19 @@ def good() -> Call:
         Parameter((4, 6), (1, 2, 3, 3)),
     ]
     return arguments(step(chosen, torch.float32), NAMES)
+
+
+# Parameter 3 is the bias of parameter 2, and stepped with it.
+OF_EACH: dict[str, list[Any]] = {
+    "lr": [0.1, 0.1, 0.1, 0.2, 0.1],
+    "weight_decay": [0.1, 0.1, 0.1, 0.2, 0.1],
+    "layers": [0, 1, 2, 3, 0],
+}
+
+
+def of_a_bias(name: str, values: list[Any]) -> tuple[Any, type[Exception], str]:
+    together = r"expected the same, as params\[3\] is stepped together with params\[2\]"
+    return value(name, values), ValueError, rf"{name}\[3\] is not {name}\[2\], {together}"
 
 
 FAULTS: Faults = {
@@ -121,23 +135,11 @@ FAULTS: Faults = {
         )
         for length in (0, 1, 6)
     },
-    # Parameter 3 is the bias of parameter 2.
-    **{
-        f"{name} of a bias": (
-            value(name, values),
-            ValueError,
-            rf"{name}\[3\] is not {name}\[2\], expected the same, as params\[3\] is stepped together with params\[2\]",
-        )
-        for name, values in (
-            ("lr", [0.1, 0.1, 0.1, 0.2, 0.1]),
-            ("weight_decay", [0.1, 0.1, 0.1, 0.2, 0.1]),
-            ("layers", [0, 1, 2, 3, 0]),
-        )
-    },
+    **{f"{name} of a bias": of_a_bias(name, values) for name, values in OF_EACH.items() if name != "lr"},
 }
 
 
 # Fakes have no number to look at.
-RATES: Faults = bad_rates([0.1, -1.0, 0.1, 0.1, 0.1])
+RATES: Faults = {**bad_rates([0.1, -1.0, 0.1, 0.1, 0.1]), "lr of a bias": of_a_bias("lr", OF_EACH["lr"])}
 
 REFUSED = {"mbf_step_": Refused(good, FAULTS, RATES)}
