@@ -58,7 +58,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         m &\leftarrow \mathrm{momentum} \cdot m + g \\
         d &= P m && \text{block by block} \\
         \mathrm{scale} &= \min \left( 1,
-            \sqrt{\frac{\mathrm{kl\_clip}}{\left| \sum \mathrm{lr}^2 \langle d, m \rangle \right|}} \right)
+            \sqrt{\frac{\mathrm{kl\_clip}}{\left| \sum \mathrm{lr}^2 \langle d, g \rangle \right|}} \right)
             && \text{one number for all groups} \\
         \mathrm{cap} &= \min \left( 1, \frac{\mathrm{max\_relative\_step} \cdot
             \max(|W|, \mathrm{floor} \sqrt{n})}{\mathrm{scale}\, |\mathrm{lr}\, d|} \right)
@@ -86,11 +86,12 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         lr: learning rate, a number or a tensor of one element.
         momentum: 0 <= momentum < 1.
         damping: added to the diagonal of every block, in the units of squared per-sample gradients.
-        kl_clip: bound of ``|sum lr^2 <d, m>|`` of a step, over all parameter groups that have the same ``kl_clip``,
+        kl_clip: bound of ``|sum lr^2 <d, g>|`` of a step, over all parameter groups that have the same ``kl_clip``,
             ``kl_along``, ``max_relative_step``, ``floor``, ``momentum``, ``decoupled`` and ``maximize``; None for no
             bound. Without it the first steps are nearly SGD at lr / damping / (1 - momentum).
-        kl_along: ``"momentum"``: the change of the model along d; ``"gradient"``: ``<d, g>`` in its place, which can
-            vanish while d is large.
+        kl_along: ``"momentum"``: ``<d, m>``, the change of the model along d, about 1 / (1 - momentum) times ``<d, g>``
+            while gradients agree, so that ``kl_clip`` should be larger by as much; ``"gradient"``: ``<d, g>``, which
+            can vanish while d is large.
         max_relative_step: bound of the step of each layer, weight and bias together, relative to the norm of its
             weights, after the trust region and before the decay; None for no bound.
         floor: root mean square of a layer's weights below which they count as so large, so that weights that are zero
@@ -157,8 +158,8 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         momentum: float = 0.9,
         damping: float = 1e-3,
         kl_clip: float | None = 1e-3,
-        kl_along: Literal["momentum", "gradient"] = "momentum",
-        max_relative_step: float | None = 0.02,
+        kl_along: Literal["momentum", "gradient"] = "gradient",
+        max_relative_step: float | None = None,
         floor: float = FLOOR,
         beta2: float = 0.9,
         update_interval: int = 1,
