@@ -333,7 +333,7 @@ def test_the_cap_holds_for_weight_and_bias_together() -> None:
             before = parameters_of(model)
             train(model, ours, range(step, step + 1))
             for name in ("0", "2"):
-                pairs = [(p, before[n]) for n, p in model.named_parameters() if n.startswith(name)]
+                pairs = [(p.detach(), before[n]) for n, p in model.named_parameters() if n.startswith(name)]
                 moved = math.sqrt(sum(float((p - then).square().sum()) for p, then in pairs))
                 size = math.sqrt(sum(float(then.square().sum()) for _, then in pairs))
                 assert moved == pytest.approx(1e-3 * size, rel=1e-9)
