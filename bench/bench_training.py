@@ -77,7 +77,7 @@ def test_iteration_of_the_digits_cnn_with_mbf(
             op="MBF training iteration",
             shape=f"digits CNN, {threads} thread{'s' * (threads > 1)}, refresh every {interval}, inverse every 10",
             dtype=torch.float32,
-            ours=iterations(lambda model: MBF(model, **options)),
+            ours=iterations(lambda model: MBF(model, refresh="constant", inverse_interval=10, **options)),
             baselines={"AdamW(fused)": iterations(adamw)},
             gates={} if most is None else {"AdamW(fused)": 1 / most},
             repeat=10,

@@ -188,24 +188,37 @@ struct MbfParameter {
   int64_t columns;
   int64_t size;  // columns where there is an inverse
   int64_t* skipped;
+  double* cap;    // of the layer; followed by that of the bias
+  int64_t layer;  // 0 <= layer < MbfStep::layers
+  Scalar lr;
+  double weight_decay;
+  WeightDecay decay;
 };
 
-/// g as GradientScale says;  m <- momentum * m + g;  d = P m;  w <- w - lr * scale * d, where scale is 1 without
-/// kl_clip and else min(1, sqrt(kl_clip / (lr^2 |sum of d g|))). Blocks whose d is not finite stay as they are and are
-/// counted.
+/// g as GradientScale says;  m <- momentum * m + g;  d = P m;  w <- w - lr * scale * cap * d.
+/// scale is 1 without kl_clip and else min(1, sqrt(kl_clip / |sum of lr^2 d m|)), or of d g along the gradient.
+/// cap is 1 without max_relative_step and else, for each layer,
+///   min(1, max_relative_step * max(|w|, floor * sqrt(number of elements)) / (scale * |lr d|)),
+/// |w| without what is not finite, 0 if |lr d|^2 overflows. Blocks whose d is not finite stay as they are, are in no sum
+/// over d, and are counted.
 struct MbfStep {
   const MbfParameter* parameters;
   int64_t count;
-  int64_t* skipped;  // of all parameters, biases too: a GPU sets them, and the scale, itself
+  int64_t layers;
+  int64_t* skipped;  // of all parameters, biases too: a GPU sets them, the caps and the scale itself
+  double* caps;
   int64_t skipped_count;
   double* scale;
-  Scalar lr;
   double momentum;
-  double weight_decay;
-  WeightDecay decay;
   GradientScale gradient_scale;
-  double kl_clip;         // 0 for none
+  double kl_clip;  // 0 for none
+  bool along_gradient;
+  double max_relative_step;  // 0 for none
+  double floor;
   int threads;
+
+  /// Whether the step must wait for sums.
+  bool waits() const { return kl_clip > 0 || max_relative_step > 0; }
 };
 
 /// One parameter of SofimStep. No element knows its neighbours: arrays that fill their memory alike count as contiguous,

@@ -26,6 +26,9 @@ DEFAULTS: dict[str, Any] = {
     "momentum": 0.9,
     "damping": 1e-3,
     "kl_clip": 1e-3,
+    "kl_along": "gradient",
+    "max_relative_step": None,
+    "floor": 1e-3,
     "beta2": 0.9,
     "update_interval": 1,
     "inverse_interval": 10,
@@ -202,8 +205,9 @@ def is_time(group: dict[str, Any], interval: str) -> bool:
         return False
     if not (past := group["done"][interval]):
         return True
-    share = min(past[-1], group["ramp"]) / group["ramp"] if group["ramp"] else 1
-    return now >= past[-1] + int(1 + share * (most - 1))
+    if past[-1] >= group["ramp"]:
+        return now >= past[-1] + most
+    return now >= past[-1] + 1 + (most - 1) * past[-1] // group["ramp"]
 
 
 def is_due(group: dict[str, Any], block: Block) -> bool:
@@ -448,21 +452,50 @@ class NaiveMBF:
                     gradients[id(p)] = g
                     old = self.moments.get(id(p), torch.zeros_like(p))
                     self.moments[id(p)] = moments[id(p)] = group["momentum"] * old + g
-        found = {id(p): (p, d) for block in self.blocks for p, d in self.directions(block, moments)}
+        # A layer's number is that of what gives its blocks; what no layer serves is one by itself.
+        found = {
+            id(p): (p, d, id(block.family or block))
+            for block in self.blocks
+            for p, d in self.directions(block, moments)
+        }
         assert found.keys() == gradients.keys()
-        for group in self.groups:
-            mine = [(p, d) for p, d in found.values() if self.group_of[id(p)] is group]
-            total = sum(float((d * gradients[id(p)]).sum()) for p, d in mine)
-            scale, lr = 1.0, group["lr"]
-            if group["kl_clip"] is not None and lr * lr * abs(total) > group["kl_clip"]:
-                scale = (group["kl_clip"] / (lr * lr * abs(total))) ** 0.5
-            group["scale"] = scale
-            for p, d in mine:
+        for region in self.regions():
+            settings = region[0]
+            mine = [one for one in found.values() if any(self.group_of[id(one[0])] is group for group in region)]
+            along = moments if settings["kl_along"] == "momentum" else gradients
+            total = sum(self.group_of[id(p)]["lr"] ** 2 * float((d * along[id(p)]).sum()) for p, d, _ in mine)
+            scale, clip = 1.0, settings["kl_clip"]
+            if clip is not None and abs(total) > clip:
+                scale = (clip / abs(total)) ** 0.5
+            caps = {layer: self.cap([one for one in mine if one[2] == layer], scale) for layer in {x[2] for x in mine}}
+            for group in region:
+                group["scale"] = scale
+            for p, d, layer in mine:
+                group = self.group_of[id(p)]
                 decay = group["weight_decay"] * p if group["decoupled"] else 0.0
-                p -= lr * (scale * d + decay)
+                p -= group["lr"] * (scale * caps[layer] * d + decay)
+        for group in self.groups:
             for interval in [name for name in group["done"] if is_time(group, name)]:
                 group["done"][interval].append(group["iteration"])
             group["iteration"] += 1
+
+    def regions(self) -> list[list[dict[str, Any]]]:
+        """Groups that have one trust region."""
+        names = ("momentum", "decoupled", "maximize", "kl_clip", "kl_along", "max_relative_step", "floor")
+        found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for group in self.groups:
+            found.setdefault(tuple(group[name] for name in names), []).append(group)
+        return list(found.values())
+
+    def cap(self, layer: Sequence[tuple[Tensor, Tensor, int]], scale: float) -> float:
+        """What makes the step of a layer as long as it may be, relative to its weights."""
+        settings = self.group_of[id(layer[0][0])]
+        if settings["max_relative_step"] is None:
+            return 1.0
+        weights = torch.cat([p.flatten() for p, _, _ in layer])
+        steps = torch.cat([scale * self.group_of[id(p)]["lr"] * d.flatten() for p, d, _ in layer])
+        size = max(float(weights.norm()), settings["floor"] * len(weights) ** 0.5)
+        return min(1.0, settings["max_relative_step"] * size / max(float(steps.norm()), 1e-300))
 
     def check_samples(self) -> None:
         """The gradients of all samples must add up to what autograd found."""

@@ -50,7 +50,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
 ]
 
-SETTINGS: dict[str, Any] = {"lr": 0.05, "damping": 0.05, "beta2": 0.7, "momentum": 0.6, "inverse_interval": 1}
+SETTINGS: dict[str, Any] = {
+    "lr": 0.05,
+    "damping": 0.05,
+    "beta2": 0.7,
+    "momentum": 0.6,
+    "inverse_interval": 1,
+    "refresh": "constant",
+}
 """What the tests use where they do not say otherwise: every coefficient has an effect within a few steps."""
 
 
@@ -500,6 +507,33 @@ def test_network(network: str, sequence: str) -> None:
     )
 
 
+@pytest.mark.parametrize("intervals", [(3, 6), (4, 2)])
+def test_ramp(intervals: tuple[int, int]) -> None:
+    update, inverse = intervals
+    build, batch = NETWORKS[next(iter(NETWORKS))]
+    torch.manual_seed(0)
+    settings = {"refresh": "ramp", "ramp": 6, "update_interval": update, "inverse_interval": inverse}
+    follow(build(), batch, steps=12, tolerance=1e-8, **settings)
+
+
+@pytest.mark.parametrize("kl_along", ["momentum", "gradient"])
+@pytest.mark.parametrize("floor", [1e-3, 10.0])
+def test_bounds_over_groups(kl_along: str, floor: float) -> None:
+    """One trust region over groups of other rates and decays, and a cap for each layer of them."""
+
+    def groups(model: nn.Module) -> list[dict[str, Any]]:
+        biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+        weights = [p for name, p in model.named_parameters() if not name.endswith("bias")]
+        return [{"params": weights, "weight_decay": 0.1}, {"params": biases, "lr": 0.02}]
+
+    build, batch = NETWORKS[next(iter(NETWORKS))]
+    torch.manual_seed(0)
+    settings = {"kl_clip": 0.1, "kl_along": kl_along, "max_relative_step": 1e-3, "floor": floor}
+    ours, _ = follow(build(), batch, steps=4, params=groups, tolerance=1e-8, **settings)
+    shares = {row["capped_share"] for row in ours.metrics().values()}
+    assert (max(shares) > 0) == (floor < 1)
+
+
 @pytest.mark.parametrize(("update_interval", "inverse_interval"), [(1, 1), (2, 1), (1, 3), (2, 4)])
 def test_layer_unused_in_some_steps(update_interval: int, inverse_interval: int) -> None:
     torch.manual_seed(0)
@@ -601,7 +635,7 @@ def test_bfloat16_inverses_are_within_their_bound(layer: str, linear_blocks: str
     torch.manual_seed(0)
     model = build().double()
     twin = copy.deepcopy(model)
-    settings = {**SETTINGS, "kl_clip": None, "linear_blocks": linear_blocks}
+    settings = {**SETTINGS, "kl_clip": None, "max_relative_step": None, "linear_blocks": linear_blocks}
     ours = MBF(model, **settings, inverse_storage="bfloat16")
     naive = NaiveMBF(twin, **settings)
     start = [p.detach().clone() for p in twin.parameters()]
@@ -691,6 +725,7 @@ def test_one_step_solves_one_equation(outputs: int, linear_blocks: str, loss_red
             momentum=0.0,
             damping=damping,
             kl_clip=None,
+            max_relative_step=None,
             loss_reduction=loss_reduction,
             linear_blocks=linear_blocks,
         )
@@ -728,7 +763,8 @@ def test_convergence_does_not_depend_on_the_condition_of_a_block(condition: floa
     model = nn.Linear(6, 1, bias=False).double()
     with torch.no_grad():
         model.weight.copy_(weight)
-    settings: dict[str, Any] = {"momentum": 0.0, "kl_clip": None, "damping": 1e-9, "linear_blocks": linear_blocks}
+    settings: dict[str, Any] = {"momentum": 0.0, "damping": 1e-9, "linear_blocks": linear_blocks}
+    settings |= {"kl_clip": None, "max_relative_step": None, "refresh": "constant"}
     optimizer = MBF(model, lr=0.0, update_interval=1000, inverse_interval=1, **settings)
 
     def excess() -> Tensor:
@@ -769,7 +805,9 @@ def test_training_does_not_depend_on_the_units_of_the_inputs(linear_blocks: str)
         with torch.no_grad():
             model.weight.zero_()
             model.bias.zero_()
-        optimizer = MBF(model, lr=0.02, damping=0.0, linear_blocks=linear_blocks, inverse_interval=2, kl_clip=0.01)
+        # The cap is about weights as they are: it knows units.
+        settings: dict[str, Any] = {"damping": 0.0, "kl_clip": 0.01, "max_relative_step": None}
+        optimizer = MBF(model, lr=0.02, linear_blocks=linear_blocks, inverse_interval=2, **settings)
         losses.append([])
         for _ in range(15):
             optimizer.zero_grad()

@@ -112,7 +112,7 @@ MINI_BLOCKS = Make(
     MBF,
     count="fisher_updates",
     others={"linear_blocks": "per_output", "inverse_storage": "packed", "lr": 2e-3},
-    apart={"kl_clip": None},  # a trust region is that of a group
+    apart=FREE,  # which are about all parameters, and those of a layer
     bad=(
         ("momentum", 1.0),
         ("momentum", -0.1),
@@ -121,6 +121,14 @@ MINI_BLOCKS = Make(
         ("kl_clip", 0.0),
         ("kl_clip", -1.0),
         ("kl_clip", math.inf),
+        ("kl_along", "moment"),
+        ("max_relative_step", 0.0),
+        ("max_relative_step", math.inf),
+        ("floor", -1e-3),
+        ("floor", math.nan),
+        ("refresh", "sometimes"),
+        ("ramp", -1.0),
+        ("ramp", math.inf),
         ("beta2", 1.0),
         ("beta2", math.nan),
         ("update_interval", 0),
@@ -1454,7 +1462,7 @@ LEARNERS = {
         for name in ("AdaFisher", "AdaFisherW")
         for variant, rates in (("paper", (0.01, 0.05)), ("release", (1e-3, 0.05)), ("relative", (0.3, 0.3)))
     },
-    "MBF": Learner(MINI_BLOCKS, {"lr": 0.05, "damping": 0.01}, {"lr": 0.05, "damping": 0.3, "kl_clip": None}),
+    "MBF": Learner(MINI_BLOCKS, {"lr": 0.05, "damping": 0.01}, {"lr": 0.05, "damping": 0.3, **FREE}),
     # Without noise the empirical Fisher matrix vanishes at the minimum, and damping alone is left.
     "KFAC": Learner(KRONECKER, {"lr": 0.1}, {"lr": 0.1, "damping": 0.3, **FREE}),
     "EKFAC": Learner(replace(KRONECKER, optimizer=EKFAC), {"lr": 0.1}, {"lr": 0.1, "damping": 0.3, **FREE}),

@@ -93,9 +93,9 @@ REFRESHING: dict[str, Make] = {
 PLAIN: dict[str, Make] = {
     "AdaFisher": lambda model: AdaFisher(model, update_interval=NEVER),
     "AdaFisherW": lambda model: AdaFisherW(model, update_interval=NEVER, weight_decay=0.1),
-    "MBF": lambda model: MBF(model, update_interval=NEVER, inverse_interval=NEVER),
-    "MBF, packed": lambda model: MBF(model, update_interval=NEVER, inverse_storage="packed"),
-    "MBF, bfloat16": lambda model: MBF(model, update_interval=NEVER, inverse_storage="bfloat16"),
+    "MBF": lambda model: MBF(model, update_interval=NEVER, inverse_interval=NEVER, refresh="constant"),
+    "MBF, packed": lambda model: MBF(model, update_interval=NEVER, refresh="constant", inverse_storage="packed"),
+    "MBF, bfloat16": lambda model: MBF(model, update_interval=NEVER, refresh="constant", inverse_storage="bfloat16"),
     "SOFIM": lambda model: SOFIM(model.parameters()),
     "SOFIM, tensor, gradient": lambda model: SOFIM(model.parameters(), scope="tensor", direction="gradient", rho=1.0),
 }

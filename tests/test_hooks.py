@@ -391,8 +391,7 @@ class TestLayersThatComeAndGo:
         free, model = mlp(), mlp()
         model[3].weight.requires_grad_(False)
         params = None if held == "all" else [model[3].bias]
-        settings = {} if make is AdaFisher else {"kl_clip": None}
-        settings |= {"max_relative_step": None} if make is KFAC else {}
+        settings = {} if make is AdaFisher else {"kl_clip": None, "max_relative_step": None}
         reference, optimizer = make(free, **settings), make(model, params=params, **settings)
         for net, opt in ((free, reference), (model, optimizer)):
             loss_of(net, batch()).backward()

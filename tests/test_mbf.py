@@ -29,6 +29,9 @@ from tests.small_network import (
 
 pytestmark = pytest.mark.usefixtures("host_backend", "one_thread")
 
+FREE: dict[str, Any] = {"kl_clip": None, "max_relative_step": None}
+"""No bound shortens a step."""
+
 # Arguments.
 
 
@@ -69,7 +72,7 @@ def test_resumes_biases_apart_from_their_weight_bit_for_bit(
         others = [p for p in model.parameters() if not any(p is bias for bias in biases)]
         groups = [{"params": others}, *([{"params": biases}] if apart else [])]
         settings = {"linear_blocks": linear_blocks, "inverse_storage": storage, "inverse_interval": 3}
-        return model, MBF(model, lr=0.1, params=groups, **settings)
+        return model, MBF(model, lr=0.1, params=groups, refresh="constant", **settings)
 
     def go(model: nn.Module, optimizer: MBF, steps: range) -> None:
         for step in steps:
@@ -95,7 +98,10 @@ def test_weight_and_bias_in_groups_of_their_own() -> None:
     """The usual split for weight decay: their blocks then have no entries in common."""
     model = nn.Linear(4, 3)
     ours = MBF(
-        model, kl_clip=None, momentum=0.0, params=[{"params": [model.weight]}, {"params": [model.bias], "lr": 0.1}]
+        model,
+        **FREE,
+        momentum=0.0,
+        params=[{"params": [model.weight]}, {"params": [model.bias], "lr": 0.1}],
     )
     before = parameters_of(model)
     x, y = torch.randn(8, 4), torch.randn(8, 3)
@@ -115,7 +121,7 @@ def test_weight_and_bias_in_groups_of_their_own() -> None:
 def test_a_weight_that_is_frozen_in_mid_run_leaves_its_bias_a_block_of_its_own_at_once() -> None:
     """The inverse of the whole block, due for renewal in seven steps, is of no use to a bias alone."""
     model = nn.Linear(4, 3).double()
-    ours = MBF(model, kl_clip=None, momentum=0.0, inverse_interval=10)
+    ours = MBF(model, **FREE, momentum=0.0, inverse_interval=10, refresh="constant")
     x, y = torch.randn(8, 4, dtype=torch.float64), torch.randn(8, 3, dtype=torch.float64)
     for step in range(3):
         model.weight.requires_grad_(step < 2)
@@ -231,7 +237,8 @@ def test_kl_clip_bounds_the_step() -> None:
     """lr^2 |<d, g>| is the model's change in KL divergence, to second order; without momentum it can be seen."""
     for clip in (1e-6, 1e6):
         model, free = network(dtype=torch.float64), network(dtype=torch.float64)
-        optimizers = MBF(model, kl_clip=clip, momentum=0.0), MBF(free, kl_clip=None, momentum=0.0)
+        settings: dict[str, Any] = {"max_relative_step": None, "momentum": 0.0}
+        optimizers = MBF(model, kl_clip=clip, **settings), MBF(free, kl_clip=None, **settings)
         start = parameters_of(model)
         for net, opt in zip((model, free), optimizers, strict=True):
             train(net, opt, range(1))
@@ -244,6 +251,103 @@ def test_kl_clip_bounds_the_step() -> None:
         for (name, p), q in zip(model.named_parameters(), free.parameters(), strict=True):
             torch.testing.assert_close(start[name] - p, scale * (start[name] - q), rtol=1e-9, atol=1e-15)
         assert all(row["trust_scale"] == pytest.approx(scale) for row in optimizers[0].metrics().values())
+
+
+def test_groups_do_not_change_the_trust_region() -> None:
+    """Decay and no-decay groups, and others, are bounded as one."""
+    results = []
+    for cut in (None, 4):
+        model = network(dtype=torch.float64)
+        params = None if cut is None else [{"params": model[:cut].parameters()}, {"params": model[cut:].parameters()}]
+        ours = MBF(model, kl_clip=1e-6, params=params)
+        train(model, ours, range(4))
+        results.append(parameters_of(model))
+        scales = {row["trust_scale"] for row in ours.metrics().values()}
+        assert len(scales) == 1
+        assert scales.pop() < 0.5
+    for name, p in results[0].items():
+        torch.testing.assert_close(p, results[1][name], rtol=1e-9, atol=1e-12)
+
+
+def test_groups_of_other_bounds_have_a_trust_region_of_their_own() -> None:
+    model = network()
+    params = [{"params": model[:4].parameters()}, {"params": model[4:].parameters(), "kl_clip": 1e6}]
+    ours = MBF(model, kl_clip=1e-6, params=params)
+    train(model, ours, range(2))
+    report = ours.metrics()
+    assert report["0.weight"]["trust_scale"] < 1 == report["4.weight"]["trust_scale"]
+
+
+# The cap.
+
+
+class Adapted(nn.Module):
+    """A Linear that is frozen, and beside it a product of two that begins as zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.base, self.a, self.b = (nn.Linear(6, 6, bias=False) for _ in range(3))
+        self.base.requires_grad_(False)
+        nn.init.zeros_(self.b.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base(x) + self.b(self.a(x))
+        return out
+
+
+@pytest.mark.parametrize("floor", [0.0, 1e-3])
+def test_layers_that_begin_as_zero_learn(floor: float) -> None:
+    """By the floor of the cap: |W| is 0, and no multiple of it is a step."""
+    model = Adapted()
+    ours = MBF(
+        model,
+        lr=0.1,
+        kl_clip=None,
+        max_relative_step=0.1,
+        floor=floor,
+        params=[*model.a.parameters(), *model.b.parameters()],
+    )
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
+    y = x.roll(1, 1)
+    losses = []
+    for _ in range(150):
+        ours.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        ours.step()
+        losses.append(loss.item())
+    assert bool(model.b.weight.any()) is (floor > 0)
+    assert (losses[-1] < 0.7 * losses[0]) is (floor > 0)
+
+
+def test_the_cap_holds_for_weight_and_bias_together() -> None:
+    """Of a convolution too, whose bias has blocks of its own, and where the bias is in another group."""
+    for apart in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 3)).double()
+        weights, biases = ([p for n, p in model.named_parameters() if n.endswith(of)] for of in ("weight", "bias"))
+        params = [{"params": weights}, {"params": biases, "lr": 0.5}] if apart else None
+        ours = MBF(model, lr=1.0, kl_clip=None, max_relative_step=1e-3, params=params)
+        for step in range(3):
+            before = parameters_of(model)
+            train(model, ours, range(step, step + 1))
+            for name in ("0", "2"):
+                pairs = [(p.detach(), before[n]) for n, p in model.named_parameters() if n.startswith(name)]
+                moved = math.sqrt(sum(float((p - then).square().sum()) for p, then in pairs))
+                size = math.sqrt(sum(float(then.square().sum()) for _, then in pairs))
+                assert moved == pytest.approx(1e-3 * size, rel=1e-9)
+        assert all(row["capped_share"] == 1 for row in ours.metrics().values())
+
+
+def test_the_share_of_capped_steps() -> None:
+    model = network()
+    ours = MBF(model, max_relative_step=1e6)
+    train(model, ours, range(3))
+    assert all(row["capped_share"] == 0 for row in ours.metrics().values())
+    ours.param_groups[0]["max_relative_step"] = 1e-9
+    train(model, ours, range(3, 4))
+    assert all(row["capped_share"] == 0.25 for row in ours.metrics().values())
 
 
 # Warm start.
@@ -306,7 +410,7 @@ def test_warm_start_names_a_loss_function_that_returns_none() -> None:
 
 def test_warm_start_leaves_all_else_alone(capsys: pytest.CaptureFixture[str]) -> None:
     model = network()
-    ours = MBF(model, update_interval=5)
+    ours = MBF(model, update_interval=5, refresh="constant")
     train(model, ours, range(1))
     backward(model, 7)
     gradients = [p.grad for p in model.parameters()]

@@ -16,6 +16,7 @@ from torch import Tensor
 from fisher_kernels import backends, use_backend
 from fisher_kernels.ops import ACCUMULATOR, mbf_step
 from fisher_kernels.ops._blocks import pack
+from fisher_kernels.ops._step import rates_of
 from tests.cases import (
     DTYPES,
     LAYOUTS_OF_A_STEP,
@@ -126,9 +127,21 @@ def places(case: Step, i: int) -> list[tuple[Any, list[Place | None]]]:
     return [(matrix, flat[b * n : (b + 1) * n]) for b, matrix in enumerate(matrices)]
 
 
-def naive(case: Step) -> tuple[list[Tensor], list[Tensor], float]:
-    """The parameters, the momentum and the scale after the step, number after number in float64."""
-    o = case.options
+def of_each(case: Step, name: str) -> list[float]:
+    """A setting of each parameter."""
+    value = case.options[name]
+    return [float(x) for x in (value if isinstance(value, list) else [value] * len(case.params))]
+
+
+def layers_of(case: Step) -> list[int]:
+    """The layer of each parameter: as the call says, or a number for each inverse."""
+    own = [i - (inverse is None) for i, inverse in enumerate(case.inverses)]
+    return case.options.get("layers") or own
+
+
+def naive(case: Step) -> tuple[list[Tensor], list[Tensor], float, list[float]]:
+    """The parameters, the momentum, the scale and the caps after the step, number after number in float64."""
+    o, lr, weight_decay = case.options, of_each(case, "lr"), of_each(case, "weight_decay")
     params, grads, moments = ([x.double().flatten().tolist() for x in tensors] for tensors in case.lists()[:3])
     directions, total = [[0.0] * len(p) for p in params], 0.0
     for i in range(len(params)):
@@ -140,31 +153,39 @@ def naive(case: Step) -> tuple[list[Tensor], list[Tensor], float]:
                     p, e = place
                     g = grads[p][e] / (1.0 if o.get("grad_scale") is None else float(o["grad_scale"]))
                     g = -g if o["maximize"] else g
-                    gs[k] = g + (0.0 if o["decoupled"] else o["weight_decay"] * params[p][e])
+                    gs[k] = g + (0.0 if o["decoupled"] else weight_decay[p] * params[p][e])
                     m[k] = moments[p][e] = o["momentum"] * moments[p][e] + gs[k]
             for k, place in enumerate(block):
                 if place is not None:
                     p, e = place
                     directions[p][e] = sum(entries[k][j] * m[j] for j in range(len(block)))
-                    total += directions[p][e] * gs[k]
-    lr, clip = float(o["lr"]), o.get("kl_clip")
-    scale = 1.0 if clip is None or lr == 0 or total == 0 else min(1.0, math.sqrt(clip / (lr * lr * abs(total))))
-    for weights, along in zip(params, directions, strict=True):
+                    total += lr[p] ** 2 * directions[p][e] * (gs if o.get("kl_along") == "gradient" else m)[k]
+    clip, most = o.get("kl_clip"), o.get("max_relative_step")
+    scale = 1.0 if clip is None or total == 0 else min(1.0, math.sqrt(clip / abs(total)))
+    layers = layers_of(case)
+    caps = dict.fromkeys(layers, 1.0)
+    for layer in caps if most is not None else ():
+        members = [p for p, of in enumerate(layers) if of == layer]
+        size = math.sqrt(sum(w * w for p in members for w in params[p]))
+        length = math.sqrt(sum((scale * lr[p] * d) ** 2 for p in members for d in directions[p]))
+        bound = most * max(size, o.get("floor", 1e-3) * math.sqrt(sum(len(params[p]) for p in members)))
+        caps[layer] = bound / length if length > bound else 1.0
+    for p, (weights, along) in enumerate(zip(params, directions, strict=True)):
         for e, d in enumerate(along):
-            decay = o["weight_decay"] * weights[e] if o["decoupled"] else 0.0
-            weights[e] -= lr * (scale * d + decay)
+            decay = weight_decay[p] * weights[e] if o["decoupled"] else 0.0
+            weights[e] -= lr[p] * (scale * caps[layers[p]] * d + decay)
 
     def like(values: Sequence[Sequence[float]]) -> list[Tensor]:
         return [torch.tensor(v, dtype=torch.float64).view(x.shape) for v, x in zip(values, case.params, strict=True)]
 
-    return like(params), like(moments), scale
+    return like(params), like(moments), scale, [caps[layer] for layer in layers]
 
 
 class Sizes:
     """What is added up, in absolute values, on the way to the results of a step."""
 
     def __init__(self, case: Step) -> None:
-        o = case.options
+        o, lr, decays = case.options, of_each(case, "lr"), of_each(case, "weight_decay")
         absolute = case.map(lambda x: x.double().abs())
         u = unit_roundoff(torch.float64)
         roundings = 0.0
@@ -172,7 +193,8 @@ class Sizes:
         if o.get("grad_scale") is not None:
             self.gradients = [g / o["grad_scale"].double().abs() for g in self.gradients]
         if not o["decoupled"]:
-            self.gradients = [g + o["weight_decay"] * w for g, w in zip(self.gradients, self.weights, strict=True)]
+            both = zip(self.gradients, self.weights, decays, strict=True)
+            self.gradients = [g + decay * w for g, w, decay in both]
         self.moments = [o["momentum"] * m + g for m, g in zip(self.moments, self.gradients, strict=True)]
         # The step of magnitudes in float64, with a rate of -1 and no weights, leaves |P| |m| in the parameters.
         magnitude = Step(
@@ -195,60 +217,94 @@ class Sizes:
             u = max(u, unit_roundoff(ACCUMULATOR[p.dtype]))
         self.sum = 0.0
         error = 0.0
-        for d, g, n in zip(self.directions, self.gradients, self.roundings, strict=True):
-            self.sum += float((d * g).sum())
-            error += 2 * u * (n + 4) * float((d * g).sum())
+        along = self.gradients if o.get("kl_along") == "gradient" else self.moments
+        for d, g, n, rate in zip(self.directions, along, self.roundings, lr, strict=True):
+            self.sum += rate**2 * float((d * g).sum())
+            error += rate**2 * 2 * u * (n + 4) * float((d * g).sum())
             roundings += d.numel()
         self.sum_error = error + 2 * unit_roundoff(torch.float64) * roundings * self.sum
 
 
-def bounds(case: Step, scale: float) -> tuple[list[Tensor], list[Tensor], float]:
-    """How far parameters, momentum and scale may lie from their definition after the step from ``case``.
+def bounds(case: Step, scale: float, caps: Sequence[float]) -> tuple[list[Tensor], list[Tensor], float, list[float]]:
+    """How far parameters, momentum, scale and caps may lie from their definition after the step from ``case``.
 
     In the dtype of the momentum: 6 roundings of its terms (scale, decay, products, sums); n products and sums on the
     way to a direction; 4 more to the change and one as it is taken off; 4 of the decoupled decay. The definition in
-    float64 rounds as often: twice all that. The scale inherits the error of the sum of <d, g>, which cancellation
-    amplifies. Then half a unit in the last place of the parameter's own dtype. Numbers below the normal ones may be
-    lost.
+    float64 rounds as often: twice all that. The scale inherits the error of the sum of <d, m>, which cancellation
+    amplifies; a cap inherits that of the scale and that of |lr d|. Then half a unit in the last place of the
+    parameter's own dtype. Numbers below the normal ones may be lost.
     """
-    o, size = case.options, Sizes(case)
-    lr = float(o["lr"])
+    o, size, rates, decays = case.options, Sizes(case), of_each(case, "lr"), of_each(case, "weight_decay")
     of_scale = 0.0
-    if o.get("kl_clip") is not None and lr > 0:
-        # d scale / d sum = scale / (2 sum), with lr^2 sum = kl_clip / scale^2 where the clip is active.
-        least = o["kl_clip"] / lr**2 / scale**2 if scale < 1 else o["kl_clip"] / lr**2
+    if o.get("kl_clip") is not None and any(rates):
+        # d scale / d sum = scale / (2 sum), with the sum kl_clip / scale^2 where the clip is active.
+        least = o["kl_clip"] / scale**2 if scale < 1 else o["kl_clip"]
         assert size.sum_error < least / 4, "a sum that is all rounding"
         of_scale = scale * size.sum_error / least + 4 * unit_roundoff(torch.float64)
+    of_caps = [0.0] * len(caps)
+    if o.get("max_relative_step") is not None:
+        of_caps = cap_errors(case, size, scale, of_scale, caps)
     params, moments = [], []
     for i, p in enumerate(case.params):
         wide = ACCUMULATOR[p.dtype]
         u, tiny = unit_roundoff(wide), torch.finfo(wide).smallest_normal
         moments.append(2 * u * 6 * size.moments[i] + tiny)
-        change = lr * scale * size.directions[i]
-        decay = lr * o["weight_decay"] * size.weights[i] if o["decoupled"] else torch.zeros_like(change)
+        lr = rates[i]
+        change = lr * scale * caps[i] * size.directions[i]
+        decay = lr * decays[i] * size.weights[i] if o["decoupled"] else torch.zeros_like(change)
         largest = size.weights[i] + change + decay
-        bound = 2 * u * (size.roundings[i] * change + 4 * decay + largest) + lr * of_scale * size.directions[i]
+        bound = 2 * u * (size.roundings[i] * change + 4 * decay + largest)
+        bound = bound + lr * (caps[i] * of_scale + scale * of_caps[i]) * size.directions[i]
         bound = bound + tiny * size.roundings[i]
         if p.dtype != wide:
             bound = bound + unit_roundoff(p.dtype) * (largest + bound) + torch.finfo(p.dtype).smallest_normal * 2**-8
         params.append(bound)
-    return params, moments, of_scale
+    return params, moments, of_scale, of_caps
+
+
+def cap_errors(case: Step, size: Sizes, scale: float, of_scale: float, caps: Sequence[float]) -> list[float]:
+    """How far the cap of each parameter may be off: by the errors of |lr d|, of the scale and of a few roundings.
+
+    |lr d| is off by at most the norm of the errors of d; where a layer is capped, scale |lr d| is bound / cap.
+    """
+    o, rates, layers = case.options, of_each(case, "lr"), layers_of(case)
+    floor, u = o.get("floor", 1e-3), 64 * unit_roundoff(torch.float64)
+    errors = []
+    for i, layer in enumerate(layers):
+        members = [p for p, of in enumerate(layers) if of == layer]
+        weight = math.sqrt(sum(float(size.weights[p].square().sum()) for p in members))
+        count = sum(size.weights[p].numel() for p in members)
+        bound = o["max_relative_step"] * max(weight, floor * math.sqrt(count))
+        off = [
+            rates[p] * 2 * unit_roundoff(ACCUMULATOR[case.params[p].dtype]) * size.roundings[p] * size.directions[p]
+            for p in members
+        ]
+        error = math.sqrt(sum(float(x.square().sum()) for x in off))
+        # cap = bound / length: d cap = cap d length / length, with a length of at least bound where it may be active.
+        least = bound / caps[i] / scale if bound and scale else math.inf
+        errors.append(caps[i] * (error / least + of_scale / scale + u * math.sqrt(1 + count)) if scale else 0.0)
+    return errors
 
 
 def defined(case: Step) -> tuple[Step, Tensor, Tensor]:
     """The step in float64 on the reference: what it leaves, the counts and the scale."""
+    return defined_with_caps(case)[:3]
+
+
+def defined_with_caps(case: Step) -> tuple[Step, Tensor, Tensor, Tensor]:
+    """The same, and the caps."""
     result = case.double()
     with use_backend("reference"):
-        return (result, *result.run())
+        return (result, *result.run_with_caps())
 
 
 def check(case: Step) -> Step:
     """Takes the step and compares all it did with the definition; returns the arguments as they are afterwards."""
-    expected, skipped, scale = defined(case)
+    expected, skipped, scale, caps = defined_with_caps(case)
     before, after = case.copy(), case
-    found, found_scale = after.run()
+    found, found_scale, found_caps = after.run_with_caps()
     assert_same_bits(found, skipped, "skipped")
-    assert_step(after, found_scale, expected, scale, before)
+    assert_step(after, found_scale, expected, scale, before, found_caps, caps)
     for i, name in itertools.product(range(len(before.params)), ("params", "momentum_buffers")):
         now, then = (surroundings(getattr(s, name)[i]) for s in (after, before))
         assert_same_bits(now, then, f"memory around {name}[{i}]")
@@ -256,10 +312,23 @@ def check(case: Step) -> Step:
     return after
 
 
-def assert_step(after: Step, scale: Tensor, expected: Step, expected_scale: Tensor, before: Step) -> None:
+def assert_step(
+    after: Step,
+    scale: Tensor,
+    expected: Step,
+    expected_scale: Tensor,
+    before: Step,
+    caps: Tensor | None = None,
+    expected_caps: Tensor | None = None,
+) -> None:
     """``after`` is ``expected``, to the rounding of a step from ``before``."""
-    of_params, of_moments, of_scale = bounds(before, float(expected_scale))
+    wanted = [1.0] * len(before.params) if expected_caps is None else expected_caps.tolist()
+    of_params, of_moments, of_scale, of_caps = bounds(before, float(expected_scale), wanted)
     assert scale.dtype == torch.float64
+    if caps is not None:
+        assert caps.dtype == torch.float64
+        for i, (cap, want, bound) in enumerate(zip(caps.tolist(), wanted, of_caps, strict=True)):
+            assert abs(cap - want) <= bound, f"caps[{i}] is {cap}, expected {want} within {bound}"
     assert_within(scale, expected_scale, of_scale, "scale")
     for i, param in enumerate(after.params):
         what = f"[{i}] of shape {tuple(param.shape)}"
@@ -285,6 +354,9 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"momentum": 0.0, "grad_scale": scalar(1024.0, torch.float64)},
     {"momentum": 0.99, "found_inf": scalar(0.0), "kl_clip": 1e6},
     {"lr": 0.0, "weight_decay": 0.1, "decoupled": True, "kl_clip": 1e-3},
+    {"maximize": True, "weight_decay": 0.1, "kl_clip": 0.01, "kl_along": "gradient"},
+    {"weight_decay": 0.1, "decoupled": True, "max_relative_step": 0.01},
+    {"kl_clip": 0.1, "max_relative_step": 1e-3, "floor": 2.0, "grad_scale": scalar(3.0)},
 )
 
 
@@ -294,12 +366,14 @@ def test_definition(options: dict[str, Any]) -> None:
     large = [math.prod(p.inverse or ()) > 10_000 for p in PARAMETERS]
     chosen = [p for i, p in enumerate(PARAMETERS) if not large[i - (p.inverse is None)]]
     case = step(chosen, torch.float64, **options)
-    after, skipped, scale = defined(case)
+    after, skipped, scale, caps = defined_with_caps(case)
     assert skipped.tolist() == [0] * len(chosen)
-    params, moments, expected_scale = naive(case)
+    params, moments, expected_scale, expected_caps = naive(case)
     expected = Step(params, case.grads, moments, case.inverses, case.options)
-    assert_step(after, scale, expected, scalar(expected_scale, torch.float64), case)
-    assert (float(scale) < 1) == (options.get("kl_clip") in (1e-3, 0.01) and options.get("lr") != 0.0)
+    wanted = torch.tensor(expected_caps, dtype=torch.float64)
+    assert_step(after, scale, expected, scalar(expected_scale, torch.float64), case, caps, wanted)
+    assert (float(scale) < 1) == (options.get("kl_clip") in (1e-3, 0.01, 0.1) and options.get("lr") != 0.0)
+    assert bool(caps.lt(1).any()) == ("max_relative_step" in options)
 
 
 @pytest.mark.parametrize(
@@ -311,6 +385,7 @@ def test_definition(options: dict[str, Any]) -> None:
         {"decoupled": True},
         {"maximize": True},
         {"kl_clip": 1e-3},
+        {"max_relative_step": 1e-3},
         {"grad_scale": scalar(1 + 1e-4)},
     ],
     ids=str,
@@ -475,6 +550,7 @@ def test_packed_and_whole_blocks_agree(implementation: str) -> None:
 def test_the_clip_bounds_the_change(implementation: str, dtype: torch.dtype) -> None:
     """One scale for all parameters, 1 as soon as the bound is kept."""
     case = step(SOME, dtype, momentum=0.0)
+    # Without momentum, in which case it is the gradient.
     total = sum(float((before - after).mul(g).sum()) for before, after, g in changes(case)) * 0.01
     for share, expected in ((0.25, 0.5), (0.81, 0.9), (1.1, 1.0), (1e30, 1.0)):
         clipped = step(SOME, dtype, momentum=0.0, kl_clip=total * share)
@@ -491,8 +567,8 @@ def changes(case: Step) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 def test_a_sum_of_nothing_is_not_clipped(implementation: str) -> None:
     case = step(SOME, torch.float32, kl_clip=1e-30)
-    for g in case.grads:
-        g.zero_()
+    for x in (*case.grads, *case.momentum_buffers):
+        x.zero_()
     assert float(case.run()[1]) == 1.0
     case = step(SOME, torch.float32, kl_clip=1e-30, lr=0.0)
     assert float(case.run()[1]) == 1.0
@@ -505,11 +581,118 @@ def test_skipped_blocks_do_not_enter_the_clip(implementation: str) -> None:
     without = step(SOME, torch.float32, kl_clip=1e-3)
     for i in (1, 2, 6, 7, 8, 9):
         without.grads[i].zero_()
+        without.momentum_buffers[i].zero_()
     (skipped, scale), (_, expected) = case.run(), without.run()
     assert skipped.tolist() == [0, 12, 50, 0, 0, 0, 6, 0, 28, 0, 0]
     assert_same_bits(scale, expected)
     for i in (0, 3, 4, 5, 10):
         assert_same_bits(case.params[i], without.params[i])
+
+
+@pytest.mark.slow_interpreted
+@pytest.mark.parametrize("kl_along", ["momentum", "gradient"])
+def test_one_scale_for_all_rates(implementation: str, kl_along: str) -> None:
+    """The sum is of lr^2 <d, .>: parameters of other rates and decays are bounded as if there were one vector."""
+    many = parameters_for(implementation, FEW, SOME, SOME)
+    first = [i - (inverse is None) for i, (_, inverse) in enumerate(many)]
+    options = {
+        "lr": [0.01 * (1 + i % 3) for i in first],
+        "weight_decay": [0.1 * (i % 2) for i in first],
+        "kl_along": kl_along,
+        "kl_clip": 0.01,
+    }
+    for decoupled in (False, True):
+        case = step(many, torch.float32, **options, decoupled=decoupled)
+        scale = naive(case.double())[2]
+        assert scale < 1
+        check(case)
+        on_device = step(many, DTYPES, **{**options, "lr": rates_of("", options["lr"])}, decoupled=decoupled)
+        check(on_device)
+
+
+# The cap.
+
+CAPPED = {"max_relative_step": 1e-3, "floor": 0.0, "weight_decay": 0.1, "decoupled": True}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_the_cap_bounds_the_step_of_a_layer(implementation: str, clip: float | None, dtype: torch.dtype) -> None:
+    """Weights and biases of one layer together, whatever their places in the list are; and no decay of the bound."""
+    some = parameters_for(implementation, FEW, SOME, SOME)
+    first = [i - (inverse is None) for i, (_, inverse) in enumerate(some)]
+    layers = [10 * (i % 3) for i in first]
+    check(step(some, dtype, **CAPPED, kl_clip=clip, layers=layers, lr=[0.1 * (1 + i % 2) for i in first]))
+    case = step(some, torch.float64, **{**CAPPED, "weight_decay": 0.0}, kl_clip=clip, layers=layers)
+    before = case.copy()
+    _, _, caps = case.run_with_caps()
+    for layer in set(layers):
+        members = [p for p, of in enumerate(layers) if of == layer]
+        moved = math.sqrt(sum(float((case.params[p] - before.params[p]).square().sum()) for p in members))
+        size = math.sqrt(sum(float(before.params[p].square().sum()) for p in members))
+        assert len({float(caps[p]) for p in members}) == 1
+        assert float(caps[members[0]]) < 1
+        assert moved == pytest.approx(1e-3 * size, rel=1e-9)
+
+
+def test_a_step_within_its_bound_is_not_capped(implementation: str) -> None:
+    some = parameters_for(implementation, FEW, SOME, SOME)
+    case = step(some, torch.float32, max_relative_step=1e3, kl_clip=1e-3)
+    plain = step(some, torch.float32, kl_clip=1e-3)
+    _, _, caps = case.run_with_caps()
+    plain.run()
+    assert_same_bits(caps, torch.ones(len(some), dtype=torch.float64))
+    assert_unchanged(case, plain)
+
+
+def test_the_floor_lets_zeros_move(implementation: str) -> None:
+    some = parameters_for(implementation, FEW, SOME, SOME)
+    for floor in (0.0, 1e-2):
+        case = step(some, torch.float32, max_relative_step=0.02, floor=floor)
+        for p in case.params:
+            p.zero_()
+        before = case.copy()
+        check(case)
+        for i, (p, then) in enumerate(zip(case.params, before.params, strict=True)):
+            if p.numel() and case.inverses[i] is not None:
+                assert bool((p == then).all()) == (floor == 0.0), i
+
+
+def test_what_is_not_finite_is_in_no_norm(implementation: str) -> None:
+    """Of a block that is skipped the weights count, its direction does not; a weight that is a NaN does not."""
+    some = [parameter for parameter in parameters_for(implementation, FEW, SOME, SOME) if math.prod(parameter.shape)]
+    case = step(some, torch.float32, **CAPPED)
+    for g in case.grads[::2]:
+        g.view(-1)[0] = math.inf
+    case.params[-1].view(-1)[-1] = math.nan
+    clean = case.copy()
+    clean.params[-1].view(-1)[-1] = 0.0
+    wanted = defined_with_caps(clean)[3]
+    (skipped, _, caps), (_, _, expected) = case.run_with_caps(), clean.run_with_caps()
+    assert int(skipped.sum()) > 0
+    assert_same_bits(caps, expected)
+    # Of well-conditioned blocks in float32: the worst |P| |m| is a few times |P m|.
+    torch.testing.assert_close(caps, wanted, rtol=1e-4, atol=0)
+    assert bool(caps.gt(0).all())
+
+
+def test_directions_that_overflow_do_not_move_their_layer(implementation: str) -> None:
+    case = step([Parameter((2, 3), (2, 3, 3)), Parameter((2,), (2, 1, 1))], torch.float64, max_relative_step=0.1)
+    case.grads[0].fill_(1e200)
+    before = case.copy()
+    _, _, caps = case.run_with_caps()
+    assert float(caps[0]) == 0
+    assert_same_bits(case.params[0], before.params[0])
+    assert float(caps[1]) > 0
+    assert bool((case.params[1] != before.params[1]).all())
+
+
+def test_found_inf_caps_nothing(implementation: str) -> None:
+    case = step(FEW, torch.float32, **CAPPED, found_inf=scalar(1.0))
+    before = case.copy()
+    _, _, caps = case.run_with_caps()
+    assert_same_bits(caps, torch.ones(len(FEW), dtype=torch.float64))
+    assert_unchanged(case, before)
 
 
 # What is skipped.
@@ -823,9 +1006,11 @@ def test_more_parameters_than_a_launch_takes(
 @pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])
 def test_numbers_that_only_kernels_read(monkeypatch: pytest.MonkeyPatch, found_inf: float | None) -> None:
     """As they are on a GPU, where nobody waits for them."""
+    from fisher_kernels.triton_kernels import _steps
     from fisher_kernels.triton_kernels import mbf_step as kernels
 
     monkeypatch.setattr(kernels, "scalar", lambda x: (1.0, x))
+    monkeypatch.setattr(_steps, "scalar", lambda x: (1.0, x))
     numbers = {"lr": scalar(0.01, torch.float64), "grad_scale": scalar(3.0), "kl_clip": 1e-3}
     case = step(FEW, DTYPES, maximize=True, weight_decay=0.1, **numbers)
     if found_inf != 1.0:
@@ -834,8 +1019,10 @@ def test_numbers_that_only_kernels_read(monkeypatch: pytest.MonkeyPatch, found_i
             check(case)
         return
     before = case.copy()
-    arguments = mbf_step._Step(*case.lists(), **{"decoupled": False, **case.options, "found_inf": scalar(found_inf)})
-    skipped, scale = kernels.step(arguments)
+    options = {"decoupled": False, **case.options, "found_inf": scalar(found_inf)}
+    options |= {"lr": [options["lr"]], "weight_decay": [options["weight_decay"]]}
+    skipped, scale, caps = kernels.step(mbf_step._Step(*case.lists(), **options))
+    assert_same_bits(caps, torch.ones(len(FEW), dtype=torch.float64))
     assert_same_bits(skipped, torch.zeros(len(FEW), dtype=torch.int64))
     assert_same_bits(scale, torch.ones((), dtype=torch.float64))
     assert_unchanged(case, before)
@@ -866,7 +1053,7 @@ def test_launches_do_not_grow_with_the_list(monkeypatch: pytest.MonkeyPatch) -> 
         started = []
         monkeypatch.setattr(kernels, "launch", lambda *_, **__: started.append(1))
         with use_backend("triton"):
-            step(FEW * copies, torch.float32, kl_clip=1e-3).run()
+            step(FEW * copies, torch.float32, kl_clip=1e-3, max_relative_step=0.1).run()
         return len(started)
 
     assert launches(1) == launches(5)

@@ -416,16 +416,17 @@ def test_empty_lists_take_no_gpu() -> None:
     """No tensor says which: the CPU's kernels make the results, which are empty and on the CPU."""
     on_a_gpu = _library.Native(_library.native_module(), _library._current_stream)
     common: dict[str, Any] = {"lr": torch.ones(()), "weight_decay": 0.1, "decoupled": True, "maximize": False}
+    each = {**common, "lr": [common["lr"]], "weight_decay": [0.1]}
     found = (
         ops.adafisher_step._native(
             on_a_gpu, ops.adafisher_step._Step([], [], [], [], [], [], beta=0.9, damping=0.1, **common)
         ),
-        *ops.mbf_step._native(on_a_gpu, ops.mbf_step._Step([], [], [], [], momentum=0.9, kl_clip=0.1, **common)),
+        *ops.mbf_step._native(on_a_gpu, ops.mbf_step._Step([], [], [], [], momentum=0.9, kl_clip=0.1, **each)),
         *ops.sofim_step._native(
             on_a_gpu,
             ops.sofim_step._Step(
                 [], [], [], [], beta=0.9, rho=1.0, direction="momentum", scope="global",
-                **{**common, "lr": [common["lr"]], "weight_decay": [0.1]},
+                **each,
             ),
         ),
         ops.factor_ema._ema_native(on_a_gpu, ops.factor_ema._Average([], [], 0.9, 0.1)),

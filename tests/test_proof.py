@@ -465,7 +465,7 @@ def test_an_unused_layer_takes_the_fallback_as_named_and_resumes(optimizer: Any)
 
     torch.manual_seed(0)
     model = Either()
-    interval = {"update_interval": 3}
+    interval = {"update_interval": 3, **({"refresh": "constant"} if optimizer is MBF else {})}
     steps = optimizer(model, **interval)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -53,7 +54,7 @@ def test_distances_grow_from_one_to_the_interval(interval: int, ramp: float) -> 
     assert steps == sorted(steps)
     assert steps[0] == (1 if ramp else interval)
     assert steps[-1] == (interval if ramp < 3000 else 1)
-    assert all(distance(interval, ramp, step) == interval for step in range(int(min(ramp, 1e6)), 3000))
+    assert all(distance(interval, ramp, step) == interval for step in range(math.ceil(ramp), 3000))
 
 
 def test_inverses_wait_for_statistics() -> None:

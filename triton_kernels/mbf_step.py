@@ -4,7 +4,7 @@ In float32 that is 20 + 4 n bytes a parameter under blocks of n x n. Directions 
 must wait for them: with a clip, under shared inverses, and where a block has more rows than a program has lanes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,18 +27,26 @@ from ._lists import (
     is_aligned,
     is_strided,
     locate_in_order,
+    number,
     table,
 )
-from ._steps import is_off, scalar, times
+from ._steps import is_off, of_each, rate_of, scalar, times
 
 _OP = "mbf_step_"
 
-# The lists, in the order of the arguments.
-_PARAM, _GRAD, _MOMENT, _INVERSE = (tl.constexpr(k) for k in range(4))
+# The lists, in the order of the arguments, and the numbers after them.
+_PARAM, _GRAD, _MOMENT, _INVERSE, _RATE_TENSOR, _RATE, _DECAY = (tl.constexpr(k) for k in range(7))
 # What the layout has for each parameter, seen with its bias as (rows, columns): its size, rows, columns, rows of a
-# block, blocks in a row, how far rows of directions are apart, and where in the workspace, in bytes, they begin.
-_WIDTH = tl.constexpr(7)
-_ROWS, _COLUMNS, _SIZE, _BLOCKS, _PITCH, _PLACE = (tl.constexpr(k) for k in range(1, 7))
+# block, blocks in a row, how far rows of directions are apart, and where in the workspace, in bytes, they begin; its
+# first partial sum and how many there are, its layer, whether it has an inverse, and what a learning rate on the
+# device is.
+_WIDTH = tl.constexpr(12)
+_ROWS, _COLUMNS, _SIZE, _BLOCKS, _PITCH, _PLACE, _FIRST_SUM, _SUM_COUNT, _LAYER, _ACTS, _KIND = (
+    tl.constexpr(k) for k in range(1, 12)
+)
+# What is found of each parameter before the first pass: learning rate and decay, float64 [2, count]. After it, sums
+# over its tiles: of lr^2 d m or lr^2 d g, of lr^2 d^2 and of w^2, float64 [3, ...].
+_CHANGE, _SQUARE, _WEIGHT = (tl.constexpr(k) for k in range(3))
 
 # Sums of floating-point numbers are cut by these alone.
 _LANES = tl.constexpr(512)
@@ -49,8 +57,10 @@ _LARGE_STEPS = tl.constexpr(8)
 """The same of a block of which a program holds a part."""
 _BLOCK = tl.constexpr(1024)
 """Elements of a chunk at a time where each stands for itself."""
-_SUMS = tl.constexpr(4096)
+_SUMS = tl.constexpr(1024)
 """Partial sums at a time."""
+_PARAMS = tl.constexpr(128)
+"""Parameters at a time."""
 _MOST_CONSTANT = 16  # rows of a block up to which each size has an instance of its own
 _ALIGNMENT = 16  # of directions, in bytes
 
@@ -96,10 +106,16 @@ def _pointers(
 
 
 @triton.jit
-def _coefficients(scale: tl.float64, scale_factor, momentum: tl.float64, weight_decay: tl.float64, A: tl.constexpr):
+def _coefficients(
+    rates, count, i, scale: tl.float64, scale_factor, momentum: tl.float64, A: tl.constexpr, COUPLED: tl.constexpr
+):
     """What the new momentum is made with: of the gradient, of the old momentum, of the parameter."""
     inverse_scale = (1 / times(scale, scale_factor)).to(A)
-    return inverse_scale, tl.full((), momentum, A), tl.full((), weight_decay, A)
+    if COUPLED:
+        decay = tl.load(rates + count + i).to(A)
+    else:
+        decay = tl.full((), 0, A)
+    return inverse_scale, tl.full((), momentum, A), decay
 
 
 @triton.jit
@@ -121,10 +137,36 @@ def _stepped(w, d, rate, shrinkage, A: tl.constexpr):
 
 
 @triton.jit
-def _rates(lr: tl.float64, lr_factor, shrinkage: tl.float64, A: tl.constexpr):
-    """The learning rate, and that times the decoupled decay."""
-    rate = times(lr, lr_factor)
-    return rate.to(A), (rate * shrinkage).to(A)
+def _rates(rates, count, i, A: tl.constexpr, COUPLED: tl.constexpr):
+    """The learning rate of a parameter, and that times its decoupled decay."""
+    rate = tl.load(rates + i)
+    if COUPLED:
+        shrink = tl.full((), 0, A)
+    else:
+        shrink = (rate * tl.load(rates + count + i)).to(A)
+    return rate.to(A), shrink
+
+
+@triton.jit
+def _add_up(d, g, m, w, kept, mask, ALONG_GRADIENT: tl.constexpr, CAPS: tl.constexpr):
+    """What lanes add to the sums: of d m or d g, of d^2, of w^2 without what is not finite."""
+    wide = tl.where(kept, d, 0).to(tl.float64)
+    change = wide * tl.where(kept, g if ALONG_GRADIENT else m, 0).to(tl.float64)
+    if CAPS:
+        weight = tl.where(mask & is_finite(w), w, 0).to(tl.float64)
+    else:
+        weight = tl.zeros_like(wide)
+    return change, wide * wide, weight * weight
+
+
+@triton.jit
+def _store_sums(sums, all_sums, at, rates, i, change, square, weight, CAPS: tl.constexpr):
+    """The sums of a program, those over directions times lr^2."""
+    rate = tl.load(rates + i)
+    tl.store(sums + _CHANGE * all_sums + at, rate * rate * tl.sum(change))
+    if CAPS:
+        tl.store(sums + _SQUARE * all_sums + at, rate * rate * tl.sum(square))
+        tl.store(sums + _WEIGHT * all_sums + at, tl.sum(weight))
 
 
 @triton.jit
@@ -185,11 +227,11 @@ def _product(inverse, new, down, column, n, mask, A: tl.constexpr, PACKED: tl.co
     return d
 
 
-@triton.jit(do_not_specialize=["count", "first_sum"])
+@triton.jit(do_not_specialize=["count", "all_sums"])
 def blocks(
-    addresses, count, layouts, geometry, chunks, skipped, workspace, sums, first_sum,
-    lr: tl.float64, lr_factor, shrinkage: tl.float64, momentum: tl.float64, weight_decay: tl.float64,
-    scale: tl.float64, scale_factor, found_inf,
+    addresses, count, layouts, geometry, chunks, skipped, workspace, sums, all_sums, rates,
+    momentum: tl.float64, scale: tl.float64, scale_factor, found_inf,
+    COUPLED: tl.constexpr, ALONG_GRADIENT: tl.constexpr, CAPS: tl.constexpr,
     T: tl.constexpr, A: tl.constexpr, S: tl.constexpr, N: tl.constexpr, PACKED: tl.constexpr,
     STRIDED: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
@@ -214,7 +256,7 @@ def blocks(
         param, grad, moment = _pointers(
             addresses, count, geometry, i, row, down, row * width, inside, column == width, T, A, STRIDED, BIASED
         )
-        coefficients = _coefficients(scale, scale_factor, momentum, weight_decay, A)
+        coefficients = _coefficients(rates, count, i, scale, scale_factor, momentum, A, COUPLED)
         g = _gradient(param, grad, mask, coefficients, A)
         new = coefficients[1] * tl.load(moment, mask) + g
         inverse = address(addresses, count, _INVERSE, i, S) + row * _numbers(n, PACKED)
@@ -222,43 +264,48 @@ def blocks(
         kept = mask & _whole(d, mask, down, n)
         tl.store(moment, new, kept)
         if sums is None:
-            rate, shrink = _rates(lr, lr_factor, shrinkage, A)
+            rate, shrink = _rates(rates, count, i, A, COUPLED)
             w = tl.load(param, kept)
             tl.store(param, _stepped(w, d, rate, shrink, A), kept)
         else:
             at = _stored(workspace, layout, A) + row * n + lanes
             tl.store(at, tl.where(kept, d, float("nan")), mask)
-            product = tl.where(kept, d.to(tl.float64) * g.to(tl.float64), 0)
-            tl.store(sums + first_sum + program, tl.sum(product))
+            w = tl.load(param, mask).to(A) if CAPS else g
+            change, square, weight = _add_up(d, g, new, w, kept, mask, ALONG_GRADIENT, CAPS)
+            at_sum = tl.load(layout + _FIRST_SUM) + tl.load(chunks + 2 * program + 1)
+            _store_sums(sums, all_sums, at_sum, rates, i, change, square, weight, CAPS)
         _count(skipped, i, tl.sum((mask & ~kept & (column == 0)).to(tl.int32)))
 
 
 @triton.jit
 def _scale_by_diagonal(
-    param, grad, moment, inverse, stored, mask, coefficients, rate, shrink, CLIP: tl.constexpr, A: tl.constexpr
-):
-    """The step of blocks of one element at some addresses: which stayed, and their parts of <d, g>."""
+    param, grad, moment, inverse, stored, mask, coefficients, rate, shrink,
+    WAITS: tl.constexpr, ALONG_GRADIENT: tl.constexpr, CAPS: tl.constexpr, A: tl.constexpr,
+):  # fmt: skip
+    """The step of blocks of one element at some addresses: which stayed, and what they add to the sums."""
     g = _gradient(param, grad, mask, coefficients, A)
     old = tl.load(moment, mask)
     new = coefficients[1] * old + g
     d = tl.load(inverse, mask).to(A) * new
     kept = is_finite(d)
     tl.store(moment, tl.where(kept, new, old), mask)
-    if CLIP:
+    if WAITS:
         tl.store(stored, tl.where(kept, d, float("nan")), mask)
-        product = tl.where(kept, d.to(tl.float64) * g.to(tl.float64), 0)
+        w = tl.load(param, mask).to(A) if CAPS else g
+        change, square, weight = _add_up(d, g, new, w, kept, kept | ~kept, ALONG_GRADIENT, CAPS)
     else:
         w = tl.load(param, mask)
         tl.store(param, tl.where(kept, _stepped(w, d, rate, shrink, A), w), mask)
-        product = tl.zeros_like(d).to(tl.float64)
-    return kept, product
+        change = tl.zeros_like(d).to(tl.float64)
+        square, weight = change, change
+    return kept, change, square, weight
 
 
-@triton.jit(do_not_specialize=["count", "first_sum"])
+@triton.jit(do_not_specialize=["count", "all_sums"])
 def diagonals(
-    addresses, count, layouts, chunks, skipped, workspace, sums, first_sum,
-    lr: tl.float64, lr_factor, shrinkage: tl.float64, momentum: tl.float64, weight_decay: tl.float64,
-    scale: tl.float64, scale_factor, found_inf,
+    addresses, count, layouts, chunks, skipped, workspace, sums, all_sums, rates,
+    momentum: tl.float64, scale: tl.float64, scale_factor, found_inf,
+    COUPLED: tl.constexpr, ALONG_GRADIENT: tl.constexpr, CAPS: tl.constexpr,
     T: tl.constexpr, A: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """As ``blocks``, for a chunk of blocks of one element in row-major order."""
@@ -275,11 +322,13 @@ def diagonals(
             stored = moment  # not used
         else:
             stored = _stored(workspace, layout, A) + start
-        coefficients = _coefficients(scale, scale_factor, momentum, weight_decay, A)
-        rate, shrink = _rates(lr, lr_factor, shrinkage, A)
+        coefficients = _coefficients(rates, count, i, scale, scale_factor, momentum, A, COUPLED)
+        rate, shrink = _rates(rates, count, i, A, COUPLED)
         left = tl.minimum(tl.load(layout) - start, CHUNK).to(tl.int32)
         lanes = tl.arange(0, _BLOCK)
-        found, total = tl.zeros((_BLOCK,), tl.int32), tl.zeros((_BLOCK,), tl.float64)
+        found = tl.zeros((_BLOCK,), tl.int32)
+        change = tl.zeros((_BLOCK,), tl.float64)
+        square, weight = change, change
         aligned = are_aligned(param, grad, moment) & is_aligned(inverse)
         if (left == CHUNK) & aligned:
             # No mask and known alignment: 16 bytes a load.
@@ -288,31 +337,36 @@ def diagonals(
             wide_stored = tl.multiple_of(stored, 16)
             for first in range(0, CHUNK, _BLOCK):
                 at = first + lanes
-                kept, product = _scale_by_diagonal(
+                kept, more_change, more_square, more_weight = _scale_by_diagonal(
                     wide_param + at, wide_grad + at, wide_moment + at, wide_inverse + at, wide_stored + at, None,
-                    coefficients, rate, shrink, sums is not None, A,
+                    coefficients, rate, shrink, sums is not None, ALONG_GRADIENT, CAPS, A,
                 )  # fmt: skip
                 found += (~kept).to(tl.int32)
-                total += product
+                change += more_change
+                square += more_square
+                weight += more_weight
         else:
             for first in range(0, left, _BLOCK):
                 at = first + lanes
                 mask = at < left
-                kept, product = _scale_by_diagonal(
+                kept, more_change, more_square, more_weight = _scale_by_diagonal(
                     param + at, grad + at, moment + at, inverse + at, stored + at, mask,
-                    coefficients, rate, shrink, sums is not None, A,
+                    coefficients, rate, shrink, sums is not None, ALONG_GRADIENT, CAPS, A,
                 )  # fmt: skip
                 found += (mask & ~kept).to(tl.int32)
-                total += tl.where(mask, product, 0)
+                change += tl.where(mask, more_change, 0)
+                square += tl.where(mask, more_square, 0)
+                weight += tl.where(mask, more_weight, 0)
         if sums is not None:
-            tl.store(sums + first_sum + program, tl.sum(total))
+            at_sum = tl.load(layout + _FIRST_SUM) + tl.load(chunks + 2 * program + 1)
+            _store_sums(sums, all_sums, at_sum, rates, i, change, square, weight, CAPS)
         _count(skipped, i, tl.sum(found))
 
 
 @triton.jit(do_not_specialize=["count"])
 def multiply(
-    addresses, count, layouts, geometry, chunks, workspace,
-    momentum: tl.float64, weight_decay: tl.float64, scale: tl.float64, scale_factor, found_inf,
+    addresses, count, layouts, geometry, chunks, workspace, rates,
+    momentum: tl.float64, scale: tl.float64, scale_factor, found_inf, COUPLED: tl.constexpr,
     T: tl.constexpr, A: tl.constexpr, S: tl.constexpr, PACKED: tl.constexpr,
     STRIDED: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
@@ -328,7 +382,7 @@ def multiply(
         column = part % parts * _LANES + tl.arange(0, _LANES)
         mask = column < n
         width = n - 1 if BIASED else n
-        coefficients = _coefficients(scale, scale_factor, momentum, weight_decay, A)
+        coefficients = _coefficients(rates, count, i, scale, scale_factor, momentum, A, COUPLED)
         inverse = address(addresses, count, _INVERSE, i, S) + row * _numbers(n, PACKED)
         steps = tl.arange(0, _LARGE_STEPS)
         d = tl.zeros((_LANES,), A)
@@ -350,26 +404,30 @@ def multiply(
 
 @triton.jit
 def _step_along(
-    param, grad, moment, stored, d, kept, mask, coefficients, rate, shrink, CLIP: tl.constexpr, A: tl.constexpr
-):
-    """The step along known directions, or the momentum alone: the parts of <d, g>."""
+    param, grad, moment, stored, d, kept, mask, coefficients, rate, shrink,
+    WAITS: tl.constexpr, ALONG_GRADIENT: tl.constexpr, CAPS: tl.constexpr, A: tl.constexpr,
+):  # fmt: skip
+    """The step along known directions, or the momentum alone: what lanes add to the sums."""
     g = _gradient(param, grad, kept, coefficients, A)
-    tl.store(moment, coefficients[1] * tl.load(moment, kept) + g, kept)
-    if CLIP:
+    new = coefficients[1] * tl.load(moment, kept) + g
+    tl.store(moment, new, kept)
+    if WAITS:
         tl.store(stored, float("nan"), mask & ~kept)
-        product = tl.where(kept, d.to(tl.float64) * g.to(tl.float64), 0)
+        w = tl.load(param, mask).to(A) if CAPS else g
+        change, square, weight = _add_up(d, g, new, w, kept, mask, ALONG_GRADIENT, CAPS)
     else:
         w = tl.load(param, kept)
         tl.store(param, _stepped(w, d, rate, shrink, A), kept)
-        product = tl.zeros_like(d).to(tl.float64)
-    return product
+        change = tl.zeros_like(d).to(tl.float64)
+        square, weight = change, change
+    return change, square, weight
 
 
-@triton.jit(do_not_specialize=["count", "first_sum"])
+@triton.jit(do_not_specialize=["count", "all_sums"])
 def along(
-    addresses, count, layouts, geometry, chunks, skipped, workspace, sums, first_sum,
-    lr: tl.float64, lr_factor, shrinkage: tl.float64, momentum: tl.float64, weight_decay: tl.float64,
-    scale: tl.float64, scale_factor, found_inf,
+    addresses, count, layouts, geometry, chunks, skipped, workspace, sums, all_sums, rates,
+    momentum: tl.float64, scale: tl.float64, scale_factor, found_inf,
+    COUPLED: tl.constexpr, ALONG_GRADIENT: tl.constexpr, CAPS: tl.constexpr,
     T: tl.constexpr, A: tl.constexpr, LONG: tl.constexpr, STRIDED: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """As ``blocks``, for directions that are in the workspace: a run of blocks, or one that is LONG."""
@@ -380,14 +438,15 @@ def along(
         columns, n, in_row = tl.load(layout + _COLUMNS), tl.load(layout + _SIZE), tl.load(layout + _BLOCKS)
         pitch = tl.load(layout + _PITCH)
         width = columns - 1 if BIASED else columns
-        coefficients = _coefficients(scale, scale_factor, momentum, weight_decay, A)
-        rate, shrink = _rates(lr, lr_factor, shrinkage, A)
+        coefficients = _coefficients(rates, count, i, scale, scale_factor, momentum, A, COUPLED)
+        rate, shrink = _rates(rates, count, i, A, COUPLED)
         lanes = tl.arange(0, _LANES)
         whole_run = tl.full((), 1, tl.int64) if LONG else _LANES // n
         block = tl.load(chunks + 2 * program + 1).to(tl.int64) * whole_run
         row, start = block // in_row, block % in_row * n
         stored = _stored(workspace, layout, A) + row * pitch + start
-        total = tl.zeros((_LANES,), tl.float64)
+        change = tl.zeros((_LANES,), tl.float64)
+        square, weight = change, change
         if LONG:
             length = tl.minimum(n, columns - start)
             bad = tl.zeros((_LANES,), tl.int32)
@@ -404,9 +463,13 @@ def along(
                 )  # fmt: skip
                 at = stored + k + lanes
                 d = tl.load(at, mask, 0.0)
-                total += _step_along(
-                    param, grad, moment, at, d, mask & whole, mask, coefficients, rate, shrink, sums is not None, A
-                )
+                more_change, more_square, more_weight = _step_along(
+                    param, grad, moment, at, d, mask & whole, mask, coefficients, rate, shrink,
+                    sums is not None, ALONG_GRADIENT, CAPS, A,
+                )  # fmt: skip
+                change += more_change
+                square += more_square
+                weight += more_weight
         else:
             size = n.to(tl.int32)
             unit, element = lanes // size, lanes % size
@@ -420,43 +483,95 @@ def along(
             at = stored + (down * pitch + column - start)
             d = tl.load(at, mask, 0.0)
             kept = mask & _whole(d, mask, unit, size)
-            total += _step_along(
-                param, grad, moment, at, d, kept, mask, coefficients, rate, shrink, sums is not None, A
-            )
+            change, square, weight = _step_along(
+                param, grad, moment, at, d, kept, mask, coefficients, rate, shrink,
+                sums is not None, ALONG_GRADIENT, CAPS, A,
+            )  # fmt: skip
             number = tl.sum((mask & ~kept & (element == 0)).to(tl.int32))
         if sums is not None:
-            tl.store(sums + first_sum + program, tl.sum(total))
+            at_sum = tl.load(layout + _FIRST_SUM) + tl.load(chunks + 2 * program + 1)
+            _store_sums(sums, all_sums, at_sum, rates, i, change, square, weight, CAPS)
         _count(skipped, i, number)
 
 
 @triton.jit(do_not_specialize=["count"])
-def prepare(skipped, scale, count, LANES: tl.constexpr):
-    """Nothing skipped, and a scale of 1."""
-    i = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    tl.store(skipped + i, tl.zeros_like(i).to(tl.int64), i < count)
+def prepare(
+    addresses, count, layouts, skipped, scale, caps, rates, lr: tl.float64, lr_factor, weight_decay: tl.float64,
+    EACH: tl.constexpr,
+):  # fmt: skip
+    """Nothing skipped and nothing shortened; learning rates and decays: one for all, or one for each."""
+    i = tl.program_id(0) * _PARAMS + tl.arange(0, _PARAMS)
+    there = i < count
+    tl.store(skipped + i, tl.zeros_like(i).to(tl.int64), there)
+    ones = tl.full((_PARAMS,), 1, tl.float64)
+    tl.store(caps + i, ones, there)
     if tl.program_id(0) == 0:
         tl.store(scale, tl.full((), 1, tl.float64))
+    if EACH:
+        rate = rate_of(addresses, count, layouts + i.to(tl.int64) * _WIDTH + _KIND, _RATE_TENSOR, _RATE, i, there)
+        decay = number(addresses, count, _DECAY, i, there)
+    else:
+        rate, decay = times(lr, lr_factor) * ones, tl.full((), weight_decay, tl.float64) * ones
+    tl.store(rates + i, rate, there)
+    tl.store(rates + count + i, decay, there)
+
+
+@triton.jit(do_not_specialize=["count", "all_sums"])
+def add_tiles(layouts, count, sums, all_sums, totals, found_inf, CAPS: tl.constexpr):
+    """The sums over all programs of a parameter: float64 [3, count]."""
+    if not is_off(found_inf):
+        i = tl.program_id(0).to(tl.int64)
+        layout = layouts + i * _WIDTH
+        first, number_of_sums = tl.load(layout + _FIRST_SUM), tl.load(layout + _SUM_COUNT)
+        lanes = tl.arange(0, _SUMS)
+        for which in tl.static_range(3 if CAPS else 1):
+            parts = tl.zeros((_SUMS,), tl.float64)
+            for k in range(0, number_of_sums, _SUMS):
+                parts += tl.load(sums + which * all_sums + first + k + lanes, k + lanes < number_of_sums, 0.0)
+            tl.store(totals + which * count + i, tl.sum(parts))
 
 
 @triton.jit(do_not_specialize=["count"])
-def clip(sums, count, scale, lr: tl.float64, lr_factor, kl_clip: tl.float64, found_inf):
-    """The scale at which lr^2 |sum of <d, g>| keeps to its bound."""
+def clip(totals, count, scale, kl_clip: tl.float64, found_inf):
+    """The scale at which the change keeps to its bound."""
     if not is_off(found_inf):
         lanes = tl.arange(0, _SUMS)
         parts = tl.zeros((_SUMS,), tl.float64)
         for first in range(0, count, _SUMS):
-            parts += tl.load(sums + first + lanes, first + lanes < count, 0.0)
-        rate = times(lr, lr_factor)
-        size = rate * rate * tl.abs(tl.sum(parts))
+            parts += tl.load(totals + first + lanes, first + lanes < count, 0.0)
+        size = tl.abs(tl.sum(parts))
         bound = tl.full((), kl_clip, tl.float64)
         if size > bound:
             tl.store(scale, tl.sqrt(bound / size))
 
 
 @triton.jit(do_not_specialize=["count"])
+def shorten(layouts, count, totals, scale, caps, max_relative_step: tl.float64, floor: tl.float64, found_inf):
+    """What the layer of a parameter is shortened by. All programs of a layer add up the same in the same order."""
+    if not is_off(found_inf):
+        i = tl.program_id(0).to(tl.int64)
+        layer = tl.load(layouts + i * _WIDTH + _LAYER)
+        lanes = tl.arange(0, _PARAMS)
+        square = tl.zeros((_PARAMS,), tl.float64)
+        weight, elements = square, square
+        for first in range(0, count, _PARAMS):
+            other = first + lanes
+            at = layouts + other.to(tl.int64) * _WIDTH
+            its = (tl.load(at + _LAYER, other < count, -1) == layer) & (tl.load(at + _ACTS, other < count, 0) != 0)
+            square += tl.load(totals + _SQUARE * count + other, its, 0.0)
+            weight += tl.load(totals + _WEIGHT * count + other, its, 0.0)
+            elements += tl.where(its, tl.load(at + _ROWS, its, 0) * tl.load(at + _COLUMNS, its, 0), 0).to(tl.float64)
+        least = tl.full((), floor, tl.float64) * tl.sqrt(tl.sum(elements))
+        size = tl.sqrt(tl.sum(weight))
+        bound = tl.full((), max_relative_step, tl.float64) * tl.where(size > least, size, least)
+        length = tl.load(scale) * tl.sqrt(tl.sum(square))  # not finite if the sum overflows
+        share = tl.where(is_finite(length), bound / tl.where(length > 0, length, 1), 0)
+        tl.store(caps + i, tl.where(length <= bound, 1, share))
+
+
+@triton.jit(do_not_specialize=["count"])
 def descend(
-    addresses, count, layouts, geometry, chunks, workspace, clipped,
-    lr: tl.float64, lr_factor, shrinkage: tl.float64, found_inf,
+    addresses, count, layouts, geometry, chunks, workspace, clipped, caps, rates, found_inf, COUPLED: tl.constexpr,
     T: tl.constexpr, A: tl.constexpr, FLAT: tl.constexpr, STRIDED: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """The step of a chunk along directions that are kept, but for those that are NaN.
@@ -468,8 +583,8 @@ def descend(
         i = tl.load(chunks + 2 * program)
         start = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
         layout = layouts + i.to(tl.int64) * _WIDTH
-        rate, shrink = _rates(lr, lr_factor, shrinkage, A)
-        rate = (times(lr, lr_factor) * tl.load(clipped)).to(A)
+        _, shrink = _rates(rates, count, i, A, COUPLED)
+        rate = (tl.load(rates + i) * tl.load(clipped) * tl.load(caps + i)).to(A)
         lanes = tl.arange(0, _BLOCK)
         rows, columns, pitch = tl.load(layout + _ROWS), tl.load(layout + _COLUMNS), tl.load(layout + _PITCH)
         left = tl.minimum(rows * columns - start, CHUNK).to(tl.int32)
@@ -541,9 +656,10 @@ class _Shared(NamedTuple):
 class _Notes(NamedTuple):
     shared: list[_Shared]
     size: int  # of the workspace, in bytes
+    sums: int  # how many partial ones of each kind there are
 
 
-def _cuts(i: int, view: View, inverse: Tensor, strided: bool, clipped: bool) -> Iterator[Cut]:
+def _cuts(i: int, view: View, inverse: Tensor, strided: bool, waits: bool) -> Iterator[Cut]:
     """How a parameter goes through the kernels."""
 
     def cut(kernel: str, programs: int, **constants: Any) -> Cut:
@@ -565,26 +681,36 @@ def _cuts(i: int, view: View, inverse: Tensor, strided: bool, clipped: bool) -> 
     else:
         constant = n if n <= _MOST_CONSTANT else 0
         yield cut("blocks", triton.cdiv(rows, _LANES.value // n), S=stored, N=constant, PACKED=packed, **lies)
-    if clipped:
+    if waits:
         flat = not (strided or biased) and view.pitch == columns
         yield cut("descend", element_chunks(rows * columns), FLAT=flat, **lies)
 
 
-def _lay_out(s: Any) -> Layout:
-    rows, cuts, shared, size = [(0,) * (_WIDTH.value - 1)] * len(s.params), [], [], 0
+def _lay_out(s: Any, kinds: Sequence[int]) -> Layout:
+    rows, cuts, shared, size, first_sum = [(0,) * (_WIDTH.value - 1)] * len(s.params), [], [], 0, 0
+    # Any numbers tell layers apart.
+    layers = {layer: number for number, layer in enumerate(dict.fromkeys(map(s.layer, range(len(s.params)))))}
     for entry in s.check():
         i, inverse, biased = entry.position, entry.inverse, entry.biased
         view = View(entry.layout.rows, entry.layout.columns, entry.layout.size, entry.layout.blocks, biased)
         together = [x for tensors in (s.params, s.grads, s.momentum_buffers) for x in tensors[i : i + 1 + biased]]
-        made = list(_cuts(i, view, inverse, is_strided(together), s.kl_clip is not None))
-        rows[i] = (view.rows, view.columns, view.size, view.blocks, view.pitch, size)
+        made = list(_cuts(i, view, inverse, is_strided(together), s.waits))
+        programs = sum(cut.programs for cut in made if cut.kind.kernel in _KERNELS)
+        of_layer = layers[s.layer(i)]
+        rows[i] = (
+            view.rows, view.columns, view.size, view.blocks, view.pitch, size, first_sum, programs, of_layer, 1,
+            kinds[i],
+        )  # fmt: skip
+        if biased:  # which has no sums of its own, and the cap of its layer
+            rows[i + 1] = (0,) * 8 + (of_layer, 0, kinds[i])
         cuts += made
+        first_sum += programs
         if made and inverse.dim() == 4:
             shared.append(_Shared(i, view, size))
         if any(cut.kind.kernel in ("along", "descend") for cut in made):
             taken = view.rows * view.pitch * s.momentum_buffers[i].element_size()
             size += triton.cdiv(taken, _ALIGNMENT) * _ALIGNMENT
-    return Layout(rows, cuts, _Notes(shared, size))
+    return Layout(rows, cuts, _Notes(shared, size, first_sum))
 
 
 def _directions(workspace: Tensor, of: _Shared, dtype: torch.dtype) -> Tensor:
@@ -602,56 +728,79 @@ def _of(plan: Table, *kernels: str) -> Iterator[tuple[_Kind, Launches]]:
 _KERNELS = {"blocks": blocks, "diagonals": diagonals, "along": along}
 
 
-def step(s: Any) -> tuple[Tensor, Tensor]:
+def _plan(s: Any, each: bool) -> tuple[Table, tuple[float, Tensor | None], float]:
+    """The table; and learning rate and weight decay of all, which count for nothing where each has its own."""
+    on_device, kinds, numbers = of_each(s.lr, s.weight_decay, len(s.params), each)
+    lists = s.params, s.grads, s.momentum_buffers, s.inverses, on_device
+    key = s.waits, None if s.layers is None else tuple(s.layers)
+    plan = table(_OP, lists, lambda: _lay_out(s, kinds), key, numbers=numbers, written=(0, 2))
+    return plan, (1.0, None) if each else scalar(s.lr[0]), 0.0 if each else s.weight_decay[0]
+
+
+def step(s: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Take the step.
 
     Args:
         s: the arguments of the op by their names, found_inf on the device of the parameters. ``s.check()`` checks the
             lists, which need it where they are new, and lists the parameters that have an inverse: their positions,
             inverses, layouts and whether a bias follows. ``s.multiply_shared(i, out)`` writes the directions of
-            parameter i, which has a shared inverse, to a tensor (blocks, rows, size).
+            parameter i, which has a shared inverse, to a tensor (blocks, rows, size). ``s.waits`` says whether the step
+            waits for sums, ``s.layer(i)`` which layer parameter i is of.
 
     Returns:
-        How many blocks of each parameter were skipped, and the scale.
+        How many blocks of each parameter were skipped, the scale, and the cap of the layer of each.
     """
-    device, clips = s.params[0].device, s.kl_clip is not None
-    plan = table(_OP, (s.params, s.grads, s.momentum_buffers, s.inverses), lambda: _lay_out(s), clips, written=(0, 2))
-    rate, rate_factor = scalar(s.lr)
+    device, bounded = s.params[0].device, s.max_relative_step is not None
+    each = len(s.lr) > 1 or len(s.weight_decay) > 1
+    plan, (rate, rate_factor), decay = _plan(s, each)
     scale, scale_factor = scalar(s.grad_scale)
-    rates = rate, rate_factor, s.weight_decay if s.decoupled else 0.0
-    coefficients = s.momentum, s.coupled_decay, -scale if s.maximize else scale, scale_factor, s.found_inf
+    coupled = not s.decoupled and any(s.weight_decay)
+    coefficients = s.momentum, -scale if s.maximize else scale, scale_factor, s.found_inf
     lists_on_device = plan.addresses, plan.count, plan.layout
     notes: _Notes = plan.notes
     workspace = torch.empty(notes.size, dtype=torch.uint8, device=device) if notes.size else None
 
     skipped = torch.empty(plan.count, dtype=torch.int64, device=device)
     clipped = torch.empty((), dtype=torch.float64, device=device)
-    launch(prepare, triton.cdiv(plan.count, 128), device, skipped, clipped, plan.count, LANES=128)
+    caps = torch.empty(plan.count, dtype=torch.float64, device=device)
+    rates = torch.empty(2, plan.count, dtype=torch.float64, device=device)
+    programs = triton.cdiv(plan.count, _PARAMS.value)
+    launch(
+        prepare, programs, device, *lists_on_device, skipped, clipped, caps, rates, rate, rate_factor, decay, EACH=each
+    )
     for shared in notes.shared:
         assert workspace is not None
         i = shared.parameter
         s.multiply_shared(i, _directions(workspace, shared, s.momentum_buffers[i].dtype))
     for kind, (dtype, wide, _, chunks) in _of(plan, "multiply"):
         launch(
-            multiply, len(chunks), device, *lists_on_device, plan.geometry, chunks, workspace, *coefficients,
-            T=dtype, A=wide, **dict(kind.constants),
+            multiply, len(chunks), device, *lists_on_device, plan.geometry, chunks, workspace, rates, *coefficients,
+            COUPLED=coupled, T=dtype, A=wide, **dict(kind.constants),
         )  # fmt: skip
-    count = sum(len(launches.chunks) for _, launches in _of(plan, *_KERNELS))
-    sums = torch.empty(count, dtype=torch.float64, device=device) if clips else None
-    first_sum = 0
+    sums = torch.empty(3, notes.sums, dtype=torch.float64, device=device) if s.waits else None
+    form = {"COUPLED": coupled, "ALONG_GRADIENT": s.kl_along == "gradient", "CAPS": bounded}
     for kind, (dtype, wide, _, chunks) in _of(plan, *_KERNELS):
         where = () if kind.kernel == "diagonals" else (plan.geometry,)
         stored = workspace if kind.kernel == "along" or sums is not None else None
         launch(
             _KERNELS[kind.kernel], len(chunks), device, *lists_on_device, *where, chunks, skipped, stored, sums,
-            first_sum, *rates, *coefficients, T=dtype, A=wide, **dict(kind.constants),
+            notes.sums, rates, *coefficients, T=dtype, A=wide, **form, **dict(kind.constants),
         )  # fmt: skip
-        first_sum += len(chunks)
     if sums is not None:
-        launch(clip, 1, device, sums, count, clipped, rate, rate_factor, s.kl_clip, s.found_inf, warps=8)
+        totals = torch.empty(3, plan.count, dtype=torch.float64, device=device)
+        launch(
+            add_tiles, plan.count, device, plan.layout, plan.count, sums, notes.sums, totals, s.found_inf, CAPS=bounded
+        )
+        if s.kl_clip is not None:
+            launch(clip, 1, device, totals, plan.count, clipped, s.kl_clip, s.found_inf, warps=8)
+        if bounded:
+            launch(
+                shorten, plan.count, device, plan.layout, plan.count, totals, clipped, caps, s.max_relative_step,
+                s.floor, s.found_inf,
+            )  # fmt: skip
     for kind, (dtype, wide, _, chunks) in _of(plan, "descend"):
         launch(
-            descend, len(chunks), device, *lists_on_device, plan.geometry, chunks, workspace, clipped, *rates,
-            s.found_inf, T=dtype, A=wide, **dict(kind.constants),
+            descend, len(chunks), device, *lists_on_device, plan.geometry, chunks, workspace, clipped, caps, rates,
+            s.found_inf, COUPLED=coupled, T=dtype, A=wide, **dict(kind.constants),
         )  # fmt: skip
-    return skipped, clipped
+    return skipped, clipped, caps

@@ -15,8 +15,8 @@ namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
 namespace {
 
 // Elements worked on at a time, in whole rows: few, so that the processor asks for the memory of the gradient, the
-// momentum, the inverse and the parameter in turn and never long for one alone. A matter of the shape alone, as the sum
-// of <d, g> is made of one partial sum for each chunk.
+// momentum, the inverse and the parameter in turn and never long for one alone. A matter of the shape alone, as sums over
+// parameters are made of one partial sum for each chunk.
 constexpr int64_t kChunk = 128;
 constexpr int64_t kWholeRows = 16;  // as many of them fill whole registers
 constexpr int kMostRegisters = 4;  // of a row for which the whole direction is kept in registers
@@ -30,6 +30,20 @@ int64_t numel(const MbfParameter& p) { return p.rows * p.columns; }
 int64_t block_numbers(const MbfParameter& p) {
   return p.packed ? p.columns * (p.columns + 1) / 2 : p.columns * p.columns;
 }
+
+/// What the bounds of a step are about, of some of its elements.
+struct Sums {
+  double change = 0;  // lr^2 d m, or lr^2 d g
+  double square = 0;  // lr^2 d^2
+  double weight = 0;  // w^2
+
+  Sums& operator+=(const Sums& more) {
+    change += more.change;
+    square += more.square;
+    weight += more.weight;
+    return *this;
+  }
+};
 
 /// Words moved for a chunk, about: what threads share evenly.
 int64_t chunk_cost(const MbfParameter& p) {
@@ -256,25 +270,27 @@ class Stepper {
         gradient_(p.weight.gradient, p.bias.gradient, p, buffers.template gradient<T>()),
         moment_(p.weight.moment, p.bias.moment, p, buffers.old_moment()) {}
 
-  /// Writes the momentum of a chunk of rows and returns its part of <d, g>. Without `directions` it takes the step too;
-  /// else those are stored, NaN for what is skipped.
-  double advance(int64_t first, int64_t rows, A* directions) {
+  /// Writes the momentum of a chunk of rows. Without `directions` it takes the step too; else those are stored, NaN for
+  /// what is skipped, and it returns the sums of the chunk.
+  Sums advance(int64_t first, int64_t rows, A* directions) {
     const int64_t count = rows * p_.columns;
     A* const moment = buffers_.moment();
     A* const d = buffers_.direction();
     const A* const old = moment_.read(first, rows);
     T* const w = parameter_.read(first, rows);
-    accumulate(w, gradient_.read(first, rows), old, count, directions != nullptr);
+    accumulate(w, gradient_.read(first, rows), old, count);
     multiply(first, rows);
     if (!is_finite(d, count)) skip_blocks(rows, old);
-    moment_.write(first, rows, moment);
     if (directions == nullptr) {
-      update(w, d, count, step_.lr.value);
+      moment_.write(first, rows, moment);
+      update(w, d, count, p_.lr.value);
       parameter_.write(first, rows, w);
-      return 0;
+      return {};
     }
+    const Sums sums = add_up(w, count);
+    moment_.write(first, rows, moment);
     std::memcpy(directions, d, count * sizeof(A));
-    return product(d, buffers_.scaled_gradient(), count);
+    return sums;
   }
 
   /// Takes the step of a chunk of rows along stored directions.
@@ -287,9 +303,10 @@ class Stepper {
   int64_t skipped() const { return skipped_; }
 
  private:
-  void accumulate(const T* w, const T* gradient, const A* old, int64_t count, bool keep_gradient) const {
+  void accumulate(const T* w, const T* gradient, const A* old, int64_t count) const {
     const A gradient_scale = static_cast<A>(step_.gradient_scale.factor()), momentum = static_cast<A>(step_.momentum),
-            weight_decay = static_cast<A>(step_.weight_decay);
+            weight_decay = static_cast<A>(p_.weight_decay);
+    const bool keep_gradient = step_.kl_clip > 0 && step_.along_gradient;
     A* const moment = buffers_.moment();
     A* const scaled = buffers_.scaled_gradient();
     for_registers<A>(count, [&](int64_t i, const auto& load, const auto&) {
@@ -369,18 +386,38 @@ class Stepper {
     }
   }
 
-  static double product(const A* d, const A* g, int64_t count) {
-    SumOfProducts<A> sum;
-    for_registers<A>(count, [&](int64_t i, const auto& load, const auto&) {
-      const Vector<A> x = load(d + i), y = load(g + i), zero = {};
-      sum.add(x == x ? x : zero, x == x ? y : zero);
-    });
-    return sum.total();
+  /// Directions that are NaN are in no sum, and weights that are not finite neither.
+  Sums add_up(const T* w, int64_t count) const {
+    const A* const d = buffers_.direction();
+    const A* const other = step_.along_gradient ? buffers_.scaled_gradient() : buffers_.moment();
+    const Vector<A> zero = {};
+    const double square_of_rate = p_.lr.value * p_.lr.value;
+    Sums sums;
+    if (step_.kl_clip > 0) {
+      SumOfProducts<A> change;
+      for_registers<A>(count, [&](int64_t i, const auto& load, const auto&) {
+        const Vector<A> x = load(d + i), y = load(other + i);
+        change.add(x == x ? x : zero, x == x ? y : zero);
+      });
+      sums.change = square_of_rate * change.total();
+    }
+    if (step_.max_relative_step > 0) {
+      SumOfProducts<A> square, weight;
+      for_registers<A>(count, [&](int64_t i, const auto& load, const auto&) {
+        const Vector<A> x = load(d + i), y = load(w + i), step = x == x ? x : zero;
+        square.add(step, step);
+        const Vector<A> there = y - y == zero ? y : zero;
+        weight.add(there, there);
+      });
+      sums.square = square_of_rate * square.total();
+      sums.weight = weight.total();
+    }
+    return sums;
   }
 
   /// One step along d, but for what is NaN.
   void update(T* w, const A* d, int64_t count, double rate) const {
-    const A step_size = static_cast<A>(rate), shrinkage = static_cast<A>(step_.lr.value * step_.weight_decay);
+    const A step_size = static_cast<A>(rate), shrinkage = static_cast<A>(p_.lr.value * p_.weight_decay);
     for_registers<A>(count, [&](int64_t i, const auto& load, const auto& store) {
       const Vector<A> old = load(w + i), along = load(d + i);
       Vector<A> change = step_size * along;
@@ -409,7 +446,7 @@ void with_stepper(const MbfStep& step, const MbfParameter& p, const Body& body) 
       body(stepper);
       if (stepper.skipped() > 0) __atomic_fetch_add(p.skipped, stepper.skipped(), __ATOMIC_RELAXED);
     };
-    switch (step.decay) {
+    switch (p.decay) {
       case WeightDecay::none: return with(Stepper<WeightDecay::none, T>(step, p, buffers));
       case WeightDecay::coupled: return with(Stepper<WeightDecay::coupled, T>(step, p, buffers));
       case WeightDecay::decoupled: return with(Stepper<WeightDecay::decoupled, T>(step, p, buffers));
@@ -446,6 +483,46 @@ void for_chunks(const MbfStep& step, const Body& body) {
   });
 }
 
+/// What the steps of layers are shortened by, from the sums of each and the number of its elements.
+void find_caps(const MbfStep& step, const Sums* of_layers, const int64_t* elements, double* caps) {
+  for (int64_t layer = 0; layer < step.layers; ++layer) {
+    const double weight = __builtin_sqrt(of_layers[layer].weight),
+                 least = step.floor * __builtin_sqrt(static_cast<double>(elements[layer])),
+                 bound = step.max_relative_step * (weight > least ? weight : least),
+                 length = *step.scale * __builtin_sqrt(of_layers[layer].square);  // not finite if the sum overflows
+    caps[layer] = length <= bound ? 1.0 : __builtin_isfinite(length) ? bound / length : 0.0;
+  }
+  for (int64_t i = 0; i < step.count; ++i) {
+    const MbfParameter& p = step.parameters[i];
+    for (int k = 0; k <= p.biased; ++k) p.cap[k] = caps[p.layer];
+  }
+}
+
+/// Makes the scale and the caps of the sums of all chunks.
+void find_bounds(const MbfStep& step, const Sums* sums) {
+  const bool caps = step.max_relative_step > 0;
+  const Scratch<Sums> of_layers(step.layers);
+  const Scratch<int64_t> elements(step.layers);
+  const Scratch<double> of_each(step.layers);
+  for (int64_t layer = 0; layer < step.layers; ++layer) {
+    of_layers.data()[layer] = {};
+    elements.data()[layer] = 0;
+  }
+  double change = 0;
+  for (int64_t i = 0; i < step.count; ++i) {
+    const MbfParameter& p = step.parameters[i];
+    if (numel(p) == 0) continue;
+    elements.data()[p.layer] += numel(p);
+    for (int64_t chunk = 0; chunk < chunk_count(p); ++chunk, ++sums) {
+      change += sums->change;
+      of_layers.data()[p.layer] += *sums;
+    }
+  }
+  const double size = change < 0 ? -change : change;
+  if (step.kl_clip > 0 && size > step.kl_clip) *step.scale = __builtin_sqrt(step.kl_clip / size);
+  if (caps) find_caps(step, of_layers.data(), elements.data(), of_each.data());
+}
+
 }  // namespace
 
 void mbf_step_(const MbfStep& step) {
@@ -457,27 +534,24 @@ void mbf_step_(const MbfStep& step) {
     chunks += chunk_count(p);
     elements += numel(p);
   }
-  const bool clip = step.kl_clip > 0;
-  const Scratch<double> sums(clip ? chunks : 0);
-  const Scratch<double> directions(clip ? elements : 0);  // each in the type of its momentum
+  const bool waits = step.waits();
+  const Scratch<Sums> sums(waits ? chunks : 0);
+  const Scratch<double> directions(waits ? elements : 0);  // each in the type of its momentum
   for_chunks(step, [&](const MbfParameter& p, const Start& start, int64_t begin, int64_t end) {
     with_stepper(step, p, [&](auto& stepper) {
       using A = typename std::remove_reference_t<decltype(stepper)>::A;
       A* const stored = reinterpret_cast<A*>(directions.data() + start.element);
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         const int64_t first = chunk * chunk_rows(p), rows = smaller(chunk_rows(p), p.rows - first);
-        const double sum = stepper.advance(first, rows, clip ? stored + first * p.columns : nullptr);
-        if (clip) sums.data()[start.chunk + chunk] = sum;
+        const Sums of_chunk = stepper.advance(first, rows, waits ? stored + first * p.columns : nullptr);
+        if (waits) sums.data()[start.chunk + chunk] = of_chunk;
       }
     });
   });
-  if (!clip) return;
-  double sum = 0;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += sums.data()[chunk];
-  const double size = step.lr.value * step.lr.value * (sum < 0 ? -sum : sum);
-  if (size > step.kl_clip) *step.scale = __builtin_sqrt(step.kl_clip / size);
-  const double rate = step.lr.value * *step.scale;
+  if (!waits) return;
+  find_bounds(step, sums.data());
   for_chunks(step, [&](const MbfParameter& p, const Start& start, int64_t begin, int64_t end) {
+    const double rate = p.lr.value * *step.scale * *p.cap;
     with_stepper(step, p, [&](auto& stepper) {
       using A = typename std::remove_reference_t<decltype(stepper)>::A;
       const A* const stored = reinterpret_cast<const A*>(directions.data() + start.element);

@@ -11,6 +11,7 @@ namespace fisher_kernels::cuda::mbf {
 
 constexpr const char* kName = "mbf_step_";
 constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
 constexpr int kElements = 512;  // of a tile: whole blocks, as many as fit
 constexpr int kNumbers = 5120;  // of an inverse in a tile: those of 56 blocks of 9 x 9
 static_assert(kElements % kThreads == 0);
@@ -23,12 +24,12 @@ struct Rates {
   A gradient_scale;
   A momentum;
   A weight_decay;  // coupled form
-  A step_size;     // lr, clipped in the second pass
+  A step_size;     // lr, shortened in the second pass
   A shrinkage;     // decoupled form: lr * weight_decay
   bool off;        // nothing is to be done
 };
 
-/// They are found once, on the device, since many GPUs are slow at divisions in float64.
+/// Those of a parameter are found once, on the device, since many GPUs are slow at divisions in float64.
 struct alignas(kVectorBytes) Coefficients {
   Rates<float> in_float;
   Rates<double> in_double;
@@ -43,14 +44,23 @@ struct alignas(kVectorBytes) Coefficients {
   }
 };
 
-/// What all tables have.
-struct Shared {
-  const Coefficients* coefficients;
+/// What the bounds of a step are about, of a tile.
+struct Sums {
+  double change;  // d m, or d g
+  double square;  // d^2
+  double weight;  // w^2, without what is not finite
+};
 
-  template <class A>
-  __device__ const Rates<A>& rates() const {
-    return coefficients->in<A>();
-  }
+/// The same of a parameter, with lr^2 in the first two.
+struct Total : Sums {
+  int64_t elements;
+  int64_t layer;
+};
+
+/// What all tables have: of which sums there is need.
+struct Shared {
+  bool along_gradient;  // change is d g
+  bool caps;            // square and weight
 };
 
 /// A parameter as [rows, columns], each row in blocks of n x n.
@@ -59,7 +69,8 @@ struct Entry : StepArrays {
   void* directions;     // null where none are kept
   void* moments;        // new ones of slabs
   void* parts;          // of slabs of packed blocks, what their rows give as columns
-  double* sums;         // of <d, g>, one for each tile, or null without kl_clip
+  Sums* sums;           // one for each tile, or null where the step waits for none
+  Coefficients* coefficients;
   int64_t* skipped;
   int64_t rows;
   int64_t columns;
@@ -68,6 +79,11 @@ struct Entry : StepArrays {
   int32_t n;
   int32_t blocks_in_tile;
   bool packed;
+
+  template <class A>
+  __device__ const Rates<A>& rates() const {
+    return coefficients->in<A>();
+  }
 
   /// Numbers of a block of the inverse.
   __host__ __device__ int64_t numbers() const {
@@ -94,6 +110,7 @@ enum class Way : uint8_t { diagonal, blocks, slabs, along };
 
 /// A parameter that has elements, and how it goes through the kernels.
 struct Item {
+  const MbfParameter* parameter;
   JoinedEntry entry;
   DType dtype;
   DType inverse_dtype;
@@ -169,7 +186,7 @@ inline int64_t tiles_of(const Item& item) {
 struct Plan {
   std::vector<Item> items;
   int64_t bytes = 0;
-  int64_t sums = 0;  // how many there are, after the coefficients
+  int64_t sums = 0;  // how many there are, after the coefficients and the totals
 
   /// Whether any item is of a dtype.
   bool has(DType dtype) const {
@@ -180,15 +197,17 @@ struct Plan {
     items.reserve(step.count);
     for (int64_t i = 0; i < step.count; ++i) {
       const MbfParameter& p = step.parameters[i];
-      if (p.rows * p.columns > 0) add(p, step.kl_clip > 0);
+      if (p.rows * p.columns > 0) add(p, step.waits());
     }
-    bytes = sizeof(Coefficients) + sums * sizeof(double);
-    for (Item& item : items) reserve(item, step.kl_clip > 0);
+    bytes = count() * (sizeof(Coefficients) + sizeof(Total)) + sums * sizeof(Sums);
+    for (Item& item : items) reserve(item, step.waits());
   }
 
   /// Tells the entries where their memory is.
   void place(char* memory) {
-    for (Item& item : items) {
+    for (size_t i = 0; i < items.size(); ++i) {
+      Item& item = items[i];
+      item.entry.coefficients = reinterpret_cast<Coefficients*>(memory) + i;
       if (item.directions >= 0) item.entry.directions = memory + item.directions;
       if (item.moments >= 0) item.entry.moments = memory + item.moments;
       if (item.parts >= 0) item.entry.parts = memory + item.parts;
@@ -196,11 +215,15 @@ struct Plan {
     }
   }
 
-  static double* first_sum(char* memory) { return reinterpret_cast<double*>(memory + sizeof(Coefficients)); }
+  int64_t count() const { return static_cast<int64_t>(items.size()); }
+
+  Total* totals(char* memory) const { return reinterpret_cast<Total*>(memory + count() * sizeof(Coefficients)); }
+  Sums* first_sum(char* memory) const { return reinterpret_cast<Sums*>(totals(memory) + count()); }
 
  private:
-  void add(const MbfParameter& p, bool clip) {
+  void add(const MbfParameter& p, bool waits) {
     Item item{};
+    item.parameter = &p;
     item.entry = make_entry(p);
     item.dtype = p.dtype;
     item.inverse_dtype = p.inverse_dtype;
@@ -209,17 +232,17 @@ struct Plan {
     item.joined = item.entry.biased || item.entry.strided;
     item.flat = !item.joined && entry.row_stride == p.columns && p.size == p.columns;
     entry.blocks_in_tile = blocks_in_tile(entry, item.way);
-    if (clip) {
+    if (waits) {
       item.sums = sums;
       sums += tiles_of(item);
     }
     items.push_back(item);
   }
 
-  void reserve(Item& item, bool clip) {
+  void reserve(Item& item, bool waits) {
     const int64_t size = size_of(accumulation_dtype(item.dtype)), columns = item.entry.columns;
     const int64_t all = item.entry.rows * columns * size;
-    if (item.way != Way::along && (clip || item.way == Way::slabs)) item.directions = take(all);
+    if (item.way != Way::along && (waits || item.way == Way::slabs)) item.directions = take(all);
     if (item.way != Way::slabs) return;
     item.moments = take(all);
     if (item.entry.packed) item.parts = take(slabs_of(item) * columns * size);

@@ -1,14 +1,15 @@
 #include <algorithm>
 #include <limits>
 
-#include "mbf_plan.cuh"
+#include "mbf_bounds.cuh"
 
 // The mini-block Fisher step. What moves in float32, a parameter under blocks of n x n: gradient 4 bytes, momentum and
 // parameter 8 each, inverse 4 n (half of that packed, or in bfloat16): 20 + 4 n bytes, for 2 n flops. Bandwidth is all
 // that counts, and for n = 9 two thirds of it is the inverse.
 //
-// With kl_clip the step has to wait for a sum over everything. The first pass keeps d, NaN where it is skipped, and
-// the second reads it: 8 bytes more, where forming d again would cost the inverse and the momentum, 4 n + 4.
+// With kl_clip the step has to wait for a sum over everything, with max_relative_step for sums over layers. The first
+// pass keeps d, NaN where it is skipped, and the second reads it: 8 bytes more, where forming d again would cost the
+// inverse and the momentum, 4 n + 4. For the norm of the weights the first pass reads them too: 4 bytes.
 //
 // A parameter takes one of four ways, by the size of its blocks:
 // - one element: `step_diagonal`, elementwise, 16 bytes at a time
@@ -21,7 +22,6 @@ namespace {
 
 using namespace mbf;
 
-constexpr int kWarps = kThreads / kWarp;
 constexpr int kPerThread = kElements / kThreads;
 
 /// A tile of blocks: parameters of type T, inverses stored as S.
@@ -38,7 +38,7 @@ struct Traits {
     alignas(kVectorBytes) S inverse[kNumbers + kVector];  // from where it is aligned as in global memory
     A moment[kElements];
     int skipped[kElements];  // blocks
-    double sums[kWarps];
+    double sums[3][kWarps];
   };
 };
 
@@ -51,12 +51,12 @@ struct SlabMemory {
 };
 
 struct DiagonalMemory {
-  double sums[kWarps];
+  double sums[3][kWarps];
   int found[kWarps];
 };
 
 struct AlongMemory {
-  double sums[kWarps];
+  double sums[3][kWarps];
   int skipped[kElements];  // blocks
 };
 
@@ -120,6 +120,31 @@ __device__ inline void count_block(int64_t* skipped) {
   atomicAdd(reinterpret_cast<unsigned long long*>(skipped), 1ull);  // whole numbers: no order matters
 }
 
+// Sums that bounds are about.
+
+template <class A>
+__device__ void add_direction(Sums& sums, A d, A other) {
+  const double wide = static_cast<double>(d);
+  sums.change = fma(wide, static_cast<double>(other), sums.change);
+  sums.square = fma(wide, wide, sums.square);
+}
+
+template <class T>
+__device__ void add_weight(Sums& sums, T parameter) {
+  const double w = static_cast<double>(widen(parameter));
+  if (is_finite(w)) sums.weight = fma(w, w, sums.weight);
+}
+
+/// The sums of the threads of a block, which has made all of them or all but those for caps.
+__device__ inline void store_sums(const Sums& own, const Shared& shared, double (&partials)[3][kWarps], Sums* out) {
+  Sums sums{block_sum(own.change, partials[0]), 0, 0};
+  if (shared.caps) {
+    sums.square = block_sum(own.square, partials[1]);
+    sums.weight = block_sum(own.weight, partials[2]);
+  }
+  if (threadIdx.x == 0) *out = sums;
+}
+
 // Blocks of one element.
 
 /// What is done with them.
@@ -128,11 +153,12 @@ struct Diagonal {
   using A = Accumulator<T>;
 
   const S* inverse;  // of the chunk, as is the next
-  A* directions;     // null without kl_clip
+  A* directions;     // null where the step waits for no sum
   bool in_packs;     // the inverse is aligned as the rest is
   Rates<A> rates;
+  Shared shared;
   int found;
-  double sum;
+  Sums sums;
 
   template <int N>
   __device__ Pack<S, N> load_inverse(int64_t at) const {
@@ -145,7 +171,8 @@ struct Diagonal {
 
   /// d, NaN where it is skipped.
   __device__ A advance(T& parameter, T gradient, A& moment, S inverse) {
-    const bool clip = directions != nullptr;
+    const bool waits = directions != nullptr;
+    if (waits && shared.caps) add_weight(sums, parameter);
     const A g = scaled(gradient, parameter, rates);
     const A m = new_moment(moment, g, rates);
     const A d = static_cast<A>(widen(inverse)) * m;
@@ -154,8 +181,8 @@ struct Diagonal {
       return std::numeric_limits<A>::quiet_NaN();
     }
     moment = m;
-    if (clip) {
-      sum += static_cast<double>(d) * static_cast<double>(g);
+    if (waits) {
+      add_direction(sums, d, shared.along_gradient ? g : m);
     } else {
       parameter = stepped(parameter, d, rates);
     }
@@ -164,13 +191,13 @@ struct Diagonal {
 
   template <int N, int kCount>
   __device__ void take(const Elements<T>& elements, int stride, int64_t at) {
-    const bool clip = directions != nullptr;
+    const bool waits = directions != nullptr;
     Pack<T, N> w[kCount] = {}, g[kCount];
     Pack<A, N> m[kCount];
     Pack<S, N> p[kCount];
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      if (!clip || rates.weight_decay != 0) w[k] = load_pack<N>(elements.parameter + k * stride);
+      if (!waits || shared.caps || rates.weight_decay != 0) w[k] = load_pack<N>(elements.parameter + k * stride);
       g[k] = load_pack<N>(elements.gradient + k * stride);
       m[k] = load_pack<N>(elements.moment + k * stride);
       p[k] = load_inverse<N>(at + k * stride);
@@ -181,7 +208,7 @@ struct Diagonal {
 #pragma unroll
       for (int i = 0; i < N; ++i) d.at[i] = advance(w[k].at[i], g[k].at[i], m[k].at[i], p[k].at[i]);
       store_pack<N>(elements.moment + k * stride, m[k]);
-      if (clip) {
+      if (waits) {
         store_pack<N>(directions + at + k * stride, d);
       } else {
         store_pack<N>(elements.parameter + k * stride, w[k]);
@@ -201,21 +228,19 @@ __global__ void __launch_bounds__(kThreads) step_diagonal(const __grid_constant_
   using A = Accumulator<T>;
   using Traits = StepTraits<T, 1>;
   static_assert(Traits::kThreads == kThreads);
-  const Rates<A> rates = table.shared.template rates<A>();
-  if (rates.off) return;
   auto& memory = shared_memory<DiagonalMemory>();
   const int i = table.tensor_of(blockIdx.x);
   const Entry& entry = table.entries[i];
+  const Rates<A> rates = entry.template rates<A>();
+  if (rates.off) return;
   const int64_t chunk = blockIdx.x - table.start[i], first = chunk * kChunk, from = origin(entry, first);
   const S* const inverse = static_cast<const S*>(entry.inverse) + from;
-  const bool clip = entry.sums != nullptr;
-  Diagonal<T, S> diagonal{inverse, clip ? static_cast<A*>(entry.directions) + from : nullptr, is_aligned(inverse),
-                          rates, 0, 0.0};
+  const bool waits = entry.sums != nullptr;
+  Diagonal<T, S> diagonal{inverse, waits ? static_cast<A*>(entry.directions) + from : nullptr, is_aligned(inverse),
+                          rates, table.shared, 0, {}};
   walk<Traits>(entry, first, diagonal);
   count_skipped(diagonal.found, memory.found, entry.skipped);
-  if (!clip) return;
-  const double sum = block_sum(diagonal.sum, memory.sums);
-  if (threadIdx.x == 0) entry.sums[chunk] = sum;
+  if (waits) store_sums(diagonal.sums, table.shared, memory.sums, entry.sums + chunk);
 }
 
 // Blocks in tiles.
@@ -302,10 +327,10 @@ __global__ void __launch_bounds__(kThreads) step_blocks(const __grid_constant__ 
   const int n = entry.n, numbers = static_cast<int>(entry.numbers());
   const int64_t left = entry.rows - first;
   const int blocks = left < entry.blocks_in_tile ? static_cast<int>(left) : entry.blocks_in_tile, count = blocks * n;
-  const bool packed = entry.packed, clip = entry.sums != nullptr;
+  const bool packed = entry.packed, waits = entry.sums != nullptr, caps = table.shared.caps;
 
   const Staging<Traits> staging(static_cast<const S*>(entry.inverse) + first * numbers, blocks * numbers);
-  const Rates<A> rates = table.shared.template rates<A>();
+  const Rates<A> rates = entry.template rates<A>();
   Element<T> elements[kPerThread];
   T w[kPerThread] = {}, gradient[kPerThread] = {};
   A g[kPerThread] = {}, m[kPerThread] = {};
@@ -314,7 +339,7 @@ __global__ void __launch_bounds__(kThreads) step_blocks(const __grid_constant__ 
     const int at = k * kThreads + static_cast<int>(threadIdx.x);
     if (at >= count) continue;
     elements[k] = locate<T>(entry, first, at / n, at % n);
-    if (!clip || rates.weight_decay != 0) w[k] = *elements[k].parameter;
+    if (!waits || caps || rates.weight_decay != 0) w[k] = *elements[k].parameter;
     gradient[k] = *elements[k].gradient;
     m[k] = *elements[k].moment;
   }
@@ -343,25 +368,24 @@ __global__ void __launch_bounds__(kThreads) step_blocks(const __grid_constant__ 
   }
   __syncthreads();
 
-  double sum = 0;
+  Sums sums{};
 #pragma unroll
   for (int k = 0; k < kPerThread; ++k) {
     const int at = k * kThreads + static_cast<int>(threadIdx.x), block = at / n;
     if (at >= count) continue;
     const bool skip = memory.skipped[block] != 0;
     if (skip && at % n == 0) count_block(entry.skipped);
-    if (clip) {
+    if (waits) {
       A* const kept = static_cast<A*>(entry.directions) + first * n;
       kept[at] = skip ? std::numeric_limits<A>::quiet_NaN() : d[k];
-      if (!skip) sum += static_cast<double>(d[k]) * static_cast<double>(g[k]);
+      if (!skip) add_direction(sums, d[k], table.shared.along_gradient ? g[k] : m[k]);
+      if (caps) add_weight(sums, w[k]);
     }
     if (skip) continue;
     *elements[k].moment = m[k];
-    if (!clip) *elements[k].parameter = stepped(w[k], d[k], rates);
+    if (!waits) *elements[k].parameter = stepped(w[k], d[k], rates);
   }
-  if (!clip) return;
-  sum = block_sum(sum, memory.sums);
-  if (threadIdx.x == 0) entry.sums[tile] = sum;
+  if (waits) store_sums(sums, table.shared, memory.sums, entry.sums + tile);
 }
 
 // Larger blocks.
@@ -370,10 +394,10 @@ __global__ void __launch_bounds__(kThreads) step_blocks(const __grid_constant__ 
 template <class T>
 __global__ void __launch_bounds__(kThreads) form_moments(const __grid_constant__ Table<JoinedEntry, Shared> table) {
   using A = Accumulator<T>;
-  const Rates<A> rates = table.shared.template rates<A>();
-  if (rates.off) return;
   const int i = table.tensor_of(blockIdx.x);
   const JoinedEntry& entry = table.entries[i];
+  const Rates<A> rates = entry.template rates<A>();
+  if (rates.off) return;
   const int64_t at = static_cast<int64_t>(blockIdx.x - table.start[i]) * kThreads + threadIdx.x;
   if (at >= entry.rows * entry.n) return;
   const int64_t row = quotient(at, entry.n);
@@ -386,10 +410,10 @@ __global__ void __launch_bounds__(kThreads) form_moments(const __grid_constant__
 /// loads are in flight. Of a packed block, which is read once, a slab also gives what its rows add to d as columns.
 template <class A, class S>
 __global__ void __launch_bounds__(kSlabThreads) multiply(const __grid_constant__ Table<Entry, Shared> table) {
-  if (table.shared.template rates<A>().off) return;
   auto& memory = shared_memory<SlabMemory<A>>();
   const int i = table.tensor_of(blockIdx.x);
   const Entry& entry = table.entries[i];
+  if (entry.template rates<A>().off) return;
   const int n = entry.n, slabs = divide_up(n, kSlabRows), thread = threadIdx.x;
   const int64_t tile = blockIdx.x - table.start[i], row = quotient(tile, slabs);
   const int first = static_cast<int>(tile - row * slabs) * kSlabRows;
@@ -434,9 +458,9 @@ __global__ void __launch_bounds__(kSlabThreads) multiply(const __grid_constant__
 /// Adds to d of packed blocks what the slabs gave as columns.
 template <class A>
 __global__ void __launch_bounds__(kThreads) add_columns(const __grid_constant__ Table<Entry, Shared> table) {
-  if (table.shared.template rates<A>().off) return;
   const int i = table.tensor_of(blockIdx.x);
   const Entry& entry = table.entries[i];
+  if (entry.template rates<A>().off) return;
   const int n = entry.n, slabs = divide_up(n, kSlabRows);
   const int64_t at = static_cast<int64_t>(blockIdx.x - table.start[i]) * kThreads + threadIdx.x;
   if (at >= entry.rows * n) return;
@@ -480,76 +504,45 @@ struct Run {
   }
 };
 
-/// Momentum, and the step or a part of <d, g>, for a run of blocks or one that is longer than a tile.
+/// Momentum, and the step or its sums, for a run of blocks or one that is longer than a tile.
 template <class T>
 __global__ void __launch_bounds__(kThreads) step_along(const __grid_constant__ Table<JoinedEntry, Shared> table) {
   using A = Accumulator<T>;
-  const Rates<A> rates = table.shared.template rates<A>();
-  if (rates.off) return;
   auto& memory = shared_memory<AlongMemory>();
   const int i = table.tensor_of(blockIdx.x);
   const JoinedEntry& entry = table.entries[i];
+  const Rates<A> rates = entry.template rates<A>();
+  if (rates.off) return;
   const int64_t tile = blockIdx.x - table.start[i];
   const Run run(entry, tile);
   A* const directions = static_cast<A*>(entry.directions);
-  const bool clip = entry.sums != nullptr;
+  const bool waits = entry.sums != nullptr, caps = table.shared.caps;
   for (int k = threadIdx.x; k < run.blocks; k += kThreads) memory.skipped[k] = 0;
   __syncthreads();
   run.for_elements(entry, [&](int block, int, int, int64_t, int64_t at) {
     if (!is_finite(directions[at])) memory.skipped[block] = 1;
   });
   __syncthreads();
-  double sum = 0;
+  Sums sums{};
   run.for_elements(entry, [&](int block, int number, int down, int64_t column, int64_t at) {
-    if (memory.skipped[block] != 0) {
-      if (number == 0) count_block(entry.skipped);
-      if (clip) directions[at] = std::numeric_limits<A>::quiet_NaN();
-      return;
-    }
+    const bool skip = memory.skipped[block] != 0;
+    if (skip && number == 0) count_block(entry.skipped);
+    if (skip && waits) directions[at] = std::numeric_limits<A>::quiet_NaN();
+    if (skip && !(waits && caps)) return;
     const Element<T> element = locate<T>(entry, run.row, down, column);
+    const T w = waits && !caps && rates.weight_decay == 0 ? T() : *element.parameter;
+    if (waits && caps) add_weight(sums, w);
+    if (skip) return;
     const A d = directions[at];
-    const T w = clip && rates.weight_decay == 0 ? T() : *element.parameter;
-    const A g = scaled(*element.gradient, w, rates);
-    *element.moment = new_moment(*element.moment, g, rates);
-    if (clip) {
-      sum += static_cast<double>(d) * static_cast<double>(g);
+    const A g = scaled(*element.gradient, w, rates), m = new_moment(*element.moment, g, rates);
+    *element.moment = m;
+    if (waits) {
+      add_direction(sums, d, table.shared.along_gradient ? g : m);
     } else {
       *element.parameter = stepped(w, d, rates);
     }
   });
-  if (!clip) return;
-  sum = block_sum(sum, memory.sums);
-  if (threadIdx.x == 0) entry.sums[tile] = sum;
-}
-
-// The clip.
-
-constexpr int kClipThreads = 1024;
-
-struct Clip {
-  const double* sums;
-  int64_t count;
-  double kl_clip;
-  Coefficients* coefficients;
-  double* scale;
-};
-
-/// The scale at which lr^2 |sum of <d, g>| keeps to its bound.
-__global__ void __launch_bounds__(kClipThreads) find_scale(const __grid_constant__ Clip clip) {
-  Coefficients& coefficients = *clip.coefficients;
-  if (coefficients.in_double.off) return;
-  auto& partials = shared_memory<double[kClipThreads / kWarp]>();
-  double sum = 0;
-#pragma unroll 8
-  for (int64_t i = threadIdx.x; i < clip.count; i += kClipThreads) sum += clip.sums[i];
-  sum = block_sum(sum, partials);
-  if (threadIdx.x != 0) return;
-  const double lr = coefficients.in_double.step_size, size = lr * lr * fabs(sum);
-  if (!(size > clip.kl_clip)) return;
-  const double scale = sqrt(clip.kl_clip / size);
-  *clip.scale = scale;
-  coefficients.in_double.step_size = lr * scale;
-  coefficients.in_float.step_size = static_cast<float>(lr * scale);
+  if (waits) store_sums(sums, table.shared, memory.sums, entry.sums + tile);
 }
 
 /// The step of a chunk along directions that are kept, but for those that are NaN, where these lie as the parameter
@@ -601,37 +594,10 @@ __device__ void descend_chunk(const JoinedEntry& entry, int64_t first, const Rat
 
 template <class T, class Entry>
 __global__ void __launch_bounds__(kThreads) descend(const __grid_constant__ Table<Entry, Shared> table) {
-  const Rates<Accumulator<T>> rates = table.shared.template rates<Accumulator<T>>();
-  if (rates.off) return;
   const int i = table.tensor_of(blockIdx.x);
+  const Rates<Accumulator<T>> rates = table.entries[i].template rates<Accumulator<T>>();
+  if (rates.off) return;
   descend_chunk<T>(table.entries[i], static_cast<int64_t>(blockIdx.x - table.start[i]) * kChunk, rates);
-}
-
-struct Start {
-  GradientScale scale;
-  Scalar lr;
-  double momentum;
-  double weight_decay;
-  WeightDecay decay;
-  int64_t* skipped;
-  int64_t count;
-  double* clip_scale;
-  Coefficients* coefficients;
-};
-
-/// Nothing skipped, a scale of 1, and the coefficients.
-__global__ void __launch_bounds__(kThreads) prepare(const __grid_constant__ Start start) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < start.count) start.skipped[i] = 0;
-  if (i != 0) return;
-  *start.clip_scale = 1;
-  const double lr = load(start.lr), coupled = start.decay == WeightDecay::coupled ? start.weight_decay : 0,
-               decoupled = start.decay == WeightDecay::decoupled ? start.weight_decay : 0;
-  const Rates<double> rates{factor(start.scale), start.momentum, coupled, lr, lr * decoupled, is_off(start.scale)};
-  start.coefficients->in_double = rates;
-  start.coefficients->in_float = {static_cast<float>(rates.gradient_scale), static_cast<float>(rates.momentum),
-                                  static_cast<float>(rates.weight_decay),   static_cast<float>(rates.step_size),
-                                  static_cast<float>(rates.shrinkage),      rates.off};
 }
 
 /// What a kernel needs of an entry.
@@ -677,7 +643,7 @@ void launch_products(const Plan& plan, DType dtype, DType inverse, const Shared&
   launch_table<Entry>(plan, multiply<A, S>, kSlabThreads, sizeof(SlabMemory<A>), shared, stream, in_slabs, slabs_of);
 }
 
-/// The first pass of parameters of one dtype, the only one without kl_clip.
+/// The first pass of parameters of one dtype, the only one where the step waits for no sum.
 template <class T>
 void launch_step(const Plan& plan, DType dtype, const Shared& shared, const Stream& stream) {
   using A = Accumulator<T>;
@@ -728,18 +694,13 @@ void mbf_step_(const MbfStep& step, const Stream& stream) {
   const Scratch scratch(stream, plan.bytes);
   char* const memory = scratch.as<char>();
   plan.place(memory);
-  auto* const coefficients = reinterpret_cast<Coefficients*>(memory);
-  const auto first_blocks = static_cast<unsigned>(divide_up<int64_t>(step.skipped_count + 1, kThreads));
-  launch(kName, prepare, first_blocks, kThreads, 0, stream,
-         Start{step.gradient_scale, step.lr, step.momentum, step.weight_decay, step.decay, step.skipped,
-               step.skipped_count, step.scale, coefficients});
-  const Shared shared{coefficients};
+  preparing::launch(step, plan, stream);
+  const Shared shared{step.along_gradient, step.max_relative_step > 0};
   for_dtypes(plan, [&](auto type, DType dtype) {
     launch_step<typename decltype(type)::type>(plan, dtype, shared, stream);
   });
-  if (step.kl_clip == 0) return;
-  launch(kName, find_scale, 1, kClipThreads, sizeof(double[kClipThreads / kWarp]), stream,
-         Clip{plan.first_sum(memory), plan.sums, step.kl_clip, coefficients, step.scale});
+  if (!step.waits()) return;
+  bounds::launch(step, plan, memory, stream);
   for_dtypes(plan, [&](auto type, DType dtype) {
     launch_descend<typename decltype(type)::type>(plan, dtype, shared, stream);
   });

@@ -1,5 +1,9 @@
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <cmath>
+#include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -146,22 +150,82 @@ MbfParameter read_parameter(const MbfLists& lists, py::ssize_t i) {
   return parameter;
 }
 
+/// A bound that may be missing, as 0.
+double read_bound(const Call& call, py::handle object, const char* name) {
+  const double bound = object.is_none() ? 0.0 : object.cast<double>();
+  check_range(bound, object.is_none() || (std::isfinite(bound) && bound > 0), "a finite number > 0, or None",
+              {call, name});
+  return bound;
+}
+
+/// The settings that each parameter may have for itself.
+class Settings {
+ public:
+  Settings(const Call& call, py::handle lr, const std::vector<double>& weight_decay,
+           const std::optional<std::vector<int64_t>>& layers, py::ssize_t count)
+      : call_(call), rates_(read_rates(call, List(lr, {call, "lr"}), count)), decays_(weight_decay), layers_(layers) {
+    check_one_or_each(call, static_cast<py::ssize_t>(decays_.size()), count, "weight_decay");
+    for (size_t i = 0; i < decays_.size(); ++i) {
+      check_coefficient(decays_[i], {call, "weight_decay", static_cast<py::ssize_t>(i)});
+    }
+    if (layers_ && static_cast<py::ssize_t>(layers_->size()) != count) {
+      value_error({call, "layers"}, "has " + std::to_string(layers_->size()) + " entries, expected " +
+                                        std::to_string(count) + ", the length of params");
+    }
+  }
+
+  /// A bias takes its step with the parameter before it.
+  void check_joined(py::ssize_t i) const {
+    if (rates_.size() > 1 && !is_same(rates_[i], rates_[i - 1])) refuse("lr", i);
+    if (decays_.size() > 1 && decays_[i] != decays_[i - 1]) refuse("weight_decay", i);
+    if (layers_ && (*layers_)[i] != (*layers_)[i - 1]) refuse("layers", i);
+  }
+
+  void set(MbfParameter& parameter, py::ssize_t i, bool decoupled) {
+    parameter.lr = rates_[rates_.size() > 1 ? i : 0];
+    parameter.weight_decay = decays_[decays_.size() > 1 ? i : 0];
+    parameter.decay = decay_form(parameter.weight_decay, decoupled);
+    const int64_t layer = layers_ ? (*layers_)[i] : i;
+    parameter.layer = numbers_.try_emplace(layer, static_cast<int64_t>(numbers_.size())).first->second;
+  }
+
+  int64_t layers() const { return static_cast<int64_t>(numbers_.size()); }
+
+ private:
+  static bool is_same(const Scalar& x, const Scalar& y) { return x.value == y.value && x.data == y.data; }
+
+  [[noreturn]] void refuse(const char* name, py::ssize_t i) const {
+    const std::string before = "[" + std::to_string(i - 1) + "]";
+    value_error({call_, name, i}, "is not " + std::string(name) + before + ", expected the same, as params[" +
+                                      std::to_string(i) + "] is stepped together with params" + before);
+  }
+
+  const Call& call_;
+  const std::vector<Scalar> rates_;
+  const std::vector<double>& decays_;
+  const std::optional<std::vector<int64_t>>& layers_;
+  std::map<int64_t, int64_t> numbers_;  // of layers
+};
+
 void mbf_step_(py::handle params, py::handle grads, py::handle momentum_buffers, py::handle inverses,
-               py::handle directions, py::handle lr_object, double momentum, double weight_decay, bool decoupled,
-               bool maximize, py::handle kl_clip_object, py::handle grad_scale, py::handle found_inf,
-               py::handle skipped_object, py::handle scale_object, const Place& place) {
+               py::handle directions, py::handle lr, double momentum, const std::vector<double>& weight_decay,
+               bool decoupled, bool maximize, py::handle kl_clip_object, const std::string& kl_along,
+               py::handle max_relative_step_object, double floor, const std::optional<std::vector<int64_t>>& layers,
+               py::handle grad_scale, py::handle found_inf, py::handle skipped_object, py::handle scale_object,
+               py::handle caps_object, const Place& place) {
   const Call call("mbf_step_", place);
   const MbfLists lists(call, params, grads, momentum_buffers, inverses, directions);
   const py::ssize_t count = lists.params.size();
-  const Scalar lr = read_rate(lr_object, {call, "lr"});
+  Settings settings(call, lr, weight_decay, layers, count);
   check_range(momentum, momentum >= 0 && momentum < 1, "a number in [0, 1)", {call, "momentum"});
-  check_coefficient(weight_decay, {call, "weight_decay"});
-  const double kl_clip = kl_clip_object.is_none() ? 0.0 : kl_clip_object.cast<double>();
-  check_range(kl_clip, kl_clip_object.is_none() || (std::isfinite(kl_clip) && kl_clip > 0),
-              "a finite number > 0, or None", {call, "kl_clip"});
+  const double kl_clip = read_bound(call, kl_clip_object, "kl_clip");
+  const bool along_gradient = read_choice(call, kl_along, "momentum", "gradient", "kl_along");
+  const double max_relative_step = read_bound(call, max_relative_step_object, "max_relative_step");
+  check_coefficient(floor, {call, "floor"});
   const GradientScale gradient_scale = read_gradient_scale(grad_scale, found_inf, maximize, call);
   auto* const skipped = read_output<int64_t>(skipped_object, DType::int64, {count}, {call, "skipped"});
   auto* const scale = read_output<double>(scale_object, DType::float64, {}, {call, "scale"});
+  auto* const caps = read_output<double>(caps_object, DType::float64, {count}, {call, "caps"});
 
   std::vector<MbfParameter> parameters;
   parameters.reserve(count);
@@ -176,21 +240,29 @@ void mbf_step_(py::handle params, py::handle grads, py::handle momentum_buffers,
                   "is None, expected the inverse of params[" + std::to_string(i - 1) + "] before it");
     }
     parameters.push_back(read_parameter(lists, i));
-    parameters.back().skipped = skipped + i;
-    begin(parameters.back().weight, i);
-    if (parameters.back().biased) begin(parameters.back().bias, i + 1);
+    MbfParameter& parameter = parameters.back();
+    parameter.skipped = skipped + i;
+    parameter.cap = caps + i;
+    settings.set(parameter, i, decoupled);
+    begin(parameter.weight, i);
+    if (parameter.biased) {
+      settings.check_joined(i + 1);
+      begin(parameter.bias, i + 1);
+    }
   }
   param_beginnings.check();
   moment_beginnings.check();
 
   if (!place.runs_cuda()) {
     std::fill_n(skipped, count, 0);
+    std::fill_n(caps, count, 1.0);
     *scale = 1.0;
     if (gradient_scale.found_inf.value != 0.0) return;
   }
   const py::gil_scoped_release release;
-  run(call, MbfStep{parameters.data(), static_cast<int64_t>(parameters.size()), skipped, count, scale, lr, momentum,
-                    weight_decay, decay_form(weight_decay, decoupled), gradient_scale, kl_clip, call.place.threads},
+  run(call,
+      MbfStep{parameters.data(), static_cast<int64_t>(parameters.size()), settings.layers(), skipped, caps, count, scale,
+              momentum, gradient_scale, kl_clip, along_gradient, max_relative_step, floor, call.place.threads},
       FISHER_KERNELS_VARIANTS(mbf_step_));
 }
 

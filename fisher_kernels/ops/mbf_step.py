@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import Native
@@ -20,13 +21,16 @@ from fisher_kernels.ops._step import (
     check_like,
     check_lists,
     check_one_element,
+    check_one_or_each,
     check_rate,
     check_written,
+    decays_of,
     found_on_device,
-    rate_of,
+    rates_of,
 )
 
 _OP = "mbf_step_"
+ALONG = ("momentum", "gradient")
 
 
 class _Layout(NamedTuple):
@@ -101,6 +105,15 @@ class _Entry(NamedTuple):
         return blocks.flatten(1)[:, : self.layout.columns]
 
 
+def _is_same(x: object, y: object) -> bool:
+    """Whether two settings are one; of tensors without memory nothing is known."""
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        return x == y
+    if x is y or isinstance(x, FakeTensor) or isinstance(y, FakeTensor):
+        return True
+    return x.item() == y.item() if x.is_cpu and y.is_cpu else x.data_ptr() == y.data_ptr()
+
+
 class _Step(NamedTuple):
     """The arguments of a call, in the order of the schema."""
 
@@ -108,19 +121,39 @@ class _Step(NamedTuple):
     grads: Sequence[Tensor]
     momentum_buffers: Sequence[Tensor]
     inverses: Sequence[Tensor | None]
-    lr: Tensor
+    lr: Sequence[Tensor]
     momentum: float
-    weight_decay: float
+    weight_decay: Sequence[float]
     decoupled: bool
     maximize: bool
     kl_clip: float | None = None
+    kl_along: str = "momentum"
+    max_relative_step: float | None = None
+    floor: float = 1e-3
+    layers: Sequence[int] | None = None
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
+    def rate(self, i: int) -> Tensor:
+        """The learning rate of parameter i."""
+        return self.lr[i if len(self.lr) > 1 else 0]
+
+    def decay(self, i: int) -> float:
+        """The weight decay of parameter i."""
+        return self.weight_decay[i if len(self.weight_decay) > 1 else 0]
+
+    def coupled_decay(self, i: int) -> float:
+        """The decay that enters the gradient of parameter i."""
+        return 0.0 if self.decoupled else self.decay(i)
+
     @property
-    def coupled_decay(self) -> float:
-        """The decay that enters the gradient."""
-        return 0.0 if self.decoupled else self.weight_decay
+    def waits(self) -> bool:
+        """Whether the step must wait for sums over all parameters, or over a layer."""
+        return self.kl_clip is not None or self.max_relative_step is not None
+
+    def layer(self, i: int) -> int:
+        """The layer of parameter i, which has an inverse; without a list each is one, with its bias."""
+        return i if self.layers is None else self.layers[i]
 
     def check(self) -> list[_Entry]:
         """All but the value of the learning rate; returns the parameters that have an inverse."""
@@ -136,14 +169,51 @@ class _Step(NamedTuple):
         lists = {"grads": self.grads, "momentum_buffers": self.momentum_buffers, "inverses": self.inverses}
         check_lengths(_OP, self.params, lists)
 
+    def check_each(self) -> None:
+        """There is one of a setting for all parameters, or one for each."""
+        check_one_or_each(_OP, "lr", self.lr, self.params)
+        check_one_or_each(_OP, "weight_decay", self.weight_decay, self.params)
+        count = len(self.params)
+        if self.layers is not None and len(self.layers) != count:
+            raise ValueError(f"{_OP}: layers has {len(self.layers)} entries, expected {count}, the length of params")
+
     def check_numbers(self) -> None:
+        self.check_each()
         if not 0 <= self.momentum < 1:
             raise ValueError(f"{_OP}: momentum is {self.momentum}, expected 0 <= momentum < 1")
-        check_coefficient(_OP, "weight_decay", self.weight_decay)
-        if self.kl_clip is not None and not 0 < self.kl_clip < math.inf:
-            raise ValueError(f"{_OP}: kl_clip is {self.kl_clip}, expected a finite number above 0, or None")
-        for name, scalar in (("lr", self.lr), ("grad_scale", self.grad_scale), ("found_inf", self.found_inf)):
+        for name in ("kl_clip", "max_relative_step"):
+            bound = getattr(self, name)
+            if bound is not None and not 0 < bound < math.inf:
+                raise ValueError(f"{_OP}: {name} is {bound}, expected a finite number above 0, or None")
+        check_coefficient(_OP, "floor", self.floor)
+        if self.kl_along not in ALONG:
+            raise ValueError(f"{_OP}: kl_along is {self.kl_along!r}, expected one of {', '.join(map(repr, ALONG))}")
+        for i, decay in enumerate(self.weight_decay):
+            check_coefficient(_OP, f"weight_decay[{i}]", decay)
+        scalars = {f"lr[{i}]": rate for i, rate in enumerate(self.lr)}
+        for name, scalar in (*scalars.items(), ("grad_scale", self.grad_scale), ("found_inf", self.found_inf)):
             check_one_element(_OP, name, scalar, device_of(self.params))
+        for i, inverse in enumerate(self.inverses):
+            if i and inverse is None:
+                self.check_joined(i)
+
+    def check_joined(self, i: int) -> None:
+        """A bias takes its step with the parameter before it."""
+        beside: dict[str, Sequence[object] | None] = {
+            "lr": self.lr, "weight_decay": self.weight_decay, "layers": self.layers,
+        }  # fmt: skip
+        for name, values in beside.items():
+            if values is not None and i < len(values) and not _is_same(values[i], values[i - 1]):
+                raise ValueError(
+                    f"{_OP}: {name}[{i}] is not {name}[{i - 1}], expected the same, as params[{i}] is stepped together "
+                    f"with params[{i - 1}]"
+                )
+
+    def check_rates(self) -> None:
+        """The values of learning rates; what is the same tensor as the one before is not read again."""
+        for i, rate in enumerate(self.lr):
+            if i == 0 or rate is not self.lr[i - 1]:
+                check_rate(_OP, rate, f"lr[{i}]")
 
     def check_parameter(self, i: int) -> None:
         params, inverses = self.params, self.inverses
@@ -199,7 +269,8 @@ class _Step(NamedTuple):
             g = g / self.grad_scale.to(wide).reshape(())  # on the CPU it may stay there: it enters as a number
         if self.maximize:
             g = -g
-        return g + self.coupled_decay * entry.join(self.params, wide) if self.coupled_decay else g
+        decay = self.coupled_decay(entry.position)
+        return g + decay * entry.join(self.params, wide) if decay else g
 
     @without_autocast
     def multiply_shared(self, i: int, out: Tensor | None = None) -> Tensor:
@@ -210,22 +281,26 @@ class _Step(NamedTuple):
         return torch.bmm(entry.in_blocks(new).transpose(0, 1), entry.inverse[0].to(g.dtype), out=out)  # P is symmetric
 
 
-def _results(s: _Step) -> tuple[Tensor, Tensor]:
-    """The number of skipped blocks of each parameter, and the scale, to be filled."""
-    device = device_of(s.params)
+Results = tuple[Tensor, Tensor, Tensor]
+
+
+def _results(s: _Step) -> Results:
+    """The number of skipped blocks of each parameter, the scale, and what each layer is shortened by, to be filled."""
+    count, device = len(s.params), device_of(s.params)
     return (
-        torch.empty(len(s.params), dtype=torch.int64, device=device),
+        torch.empty(count, dtype=torch.int64, device=device),
         torch.empty((), dtype=torch.float64, device=device),
+        torch.empty(count, dtype=torch.float64, device=device),
     )
 
 
-def _nothing(s: _Step) -> tuple[Tensor, Tensor]:
+def _nothing(s: _Step) -> Results:
     """The same of a step that does nothing."""
-    skipped, scale = _results(s)
-    return skipped.zero_(), scale.fill_(1)
+    skipped, scale, caps = _results(s)
+    return skipped.zero_(), scale.fill_(1), caps.fill_(1)
 
 
-def _fake(s: _Step) -> tuple[Tensor, Tensor]:
+def _fake(s: _Step) -> Results:
     s.check()
     return _results(s)
 
@@ -237,14 +312,24 @@ def _blocks(inverse: Tensor, layout: _Layout) -> Tensor:
     return (inverse if inverse.dim() == 3 else unpack(inverse, layout.size)).unsqueeze(1)
 
 
-def _reference(s: _Step) -> tuple[Tensor, Tensor]:
+class _Moved(NamedTuple):
+    """What the first pass finds of an inverse's parameters, in float64."""
+
+    entry: _Entry
+    kept: Tensor
+    d: Tensor
+    change: float  # lr^2 <d, m> or <d, g>
+    square: float  # lr^2 |d|^2
+    weight: float  # |W|^2
+
+
+def _reference(s: _Step) -> Results:
     entries = s.check()
-    check_rate(_OP, s.lr)
-    skipped, scale = _nothing(s)
+    s.check_rates()
+    skipped, scale, caps = _nothing(s)
     if s.found_inf is not None and bool(s.found_inf):
-        return skipped, scale
-    total = torch.zeros_like(scale)
-    directions = []
+        return skipped, scale, caps
+    moved = []
     for entry in entries:
         g = s.gradient(entry)
         old = entry.join(s.momentum_buffers, g.dtype)
@@ -256,20 +341,50 @@ def _reference(s: _Step) -> tuple[Tensor, Tensor]:
         skipped[entry.position] = finite.numel() - finite.sum()
         kept = entry.in_rows(finite.expand(d.shape))
         d = entry.in_rows(d)
-        total += torch.where(kept, d.double() * g.double(), 0).sum()
+        along = (new if s.kl_along == "momentum" else g).double()
+        w, rate = entry.join(s.params, torch.float64), float(s.rate(entry.position))
+        moved.append(
+            _Moved(
+                entry,
+                kept,
+                d,
+                rate**2 * float(torch.where(kept, d.double() * along, 0).sum()),
+                rate**2 * float(torch.where(kept, d.double(), 0).square().sum()),
+                float(torch.where(w.isfinite(), w, 0).square().sum()),
+            )
+        )
         entry.store(torch.where(kept, new, old), s.momentum_buffers)
-        directions.append((kept, d))
-    rate = s.lr.to(scale.device, torch.float64).reshape(())
-    if s.kl_clip is not None:
-        size = rate * rate * total.abs()
-        scale = torch.where(size > s.kl_clip, (s.kl_clip / size).sqrt(), scale)
-    for entry, (kept, d) in zip(entries, directions, strict=True):
+    size = abs(sum(m.change for m in moved))
+    if s.kl_clip is not None and size > s.kl_clip:
+        scale.fill_(math.sqrt(s.kl_clip / size))
+    shortened = _caps(s, moved, float(scale))
+    for (entry, kept, d, *_), cap in zip(moved, shortened, strict=True):
+        i, rate = entry.position, float(s.rate(entry.position))
+        caps[i : i + 1 + entry.biased] = cap
         w = entry.join(s.params, d.dtype)
-        step = (rate * scale).to(d.dtype) * d
-        if s.weight_decay and s.decoupled:
-            step = step + (rate * s.weight_decay).to(d.dtype) * w
-        entry.store(torch.where(kept, w - step, w).to(s.params[entry.position].dtype), s.params)
-    return skipped, scale
+        # In float64, and rounded once.
+        step = torch.tensor(rate * float(scale) * cap, dtype=d.dtype, device=d.device) * d
+        if s.decay(i) and s.decoupled:
+            step = step + torch.tensor(rate * s.decay(i), dtype=d.dtype, device=d.device) * w
+        entry.store(torch.where(kept, w - step, w).to(s.params[i].dtype), s.params)
+    return skipped, scale, caps
+
+
+def _caps(s: _Step, moved: Sequence[_Moved], scale: float) -> list[float]:
+    """What the step of each inverse's parameters is shortened by, so that their layer keeps to its bound."""
+    if s.max_relative_step is None:
+        return [1.0] * len(moved)
+    layers: dict[int, list[_Moved]] = {}
+    for m in moved:
+        layers.setdefault(s.layer(m.entry.position), []).append(m)
+    caps = {}
+    for layer, of in layers.items():
+        numel = sum(m.entry.layout.rows * m.entry.layout.columns for m in of)
+        length = scale * math.sqrt(sum(m.square for m in of))  # not finite if the sum overflows
+        size = max(math.sqrt(sum(m.weight for m in of)), s.floor * math.sqrt(numel))
+        bound = s.max_relative_step * size
+        caps[layer] = 1.0 if length <= bound else bound / length if math.isfinite(length) else 0.0
+    return [caps[s.layer(m.entry.position)] for m in moved]
 
 
 def _directions(s: _Step) -> list[Tensor | None]:
@@ -278,6 +393,7 @@ def _directions(s: _Step) -> list[Tensor | None]:
     shared = [i for i, inverse in enumerate(s.inverses) if inverse is not None and inverse.dim() == 4]
     if shared:
         s.check_lengths()
+        s.check_each()
         check_one_element(_OP, "grad_scale", s.grad_scale, device_of(s.params))
     for i in shared:
         for k in range(i, i + 1 + s.is_biased(i)):
@@ -290,38 +406,40 @@ def _directions(s: _Step) -> list[Tensor | None]:
     return directions
 
 
-def _native(on: Native, s: _Step) -> tuple[Tensor, Tensor]:
+def _native(on: Native, s: _Step) -> Results:
     directions = _directions(s)
     # The kernel multiplies in float32 or float64, and widens bfloat16 to the former.
     inverses = [
         x.double() if x is not None and x.dtype == torch.bfloat16 and p.dtype == torch.float64 else x
         for x, p in zip(s.inverses, s.params, strict=False)
     ] + list(s.inverses[len(s.params) :])
-    skipped, scale = _results(s)
+    results = _results(s)
     place = on.place(device_of(s.params))
-    on.kernels.mbf_step_(*s[:3], inverses, directions, *s[4:], skipped, scale, place)
+    on.kernels.mbf_step_(*s[:3], inverses, directions, *s[4:], *results, place)
     increment_version(s.params)  # for backward passes that kept them; momentum is in no graph
-    return skipped, scale
+    return results
 
 
-def _triton(s: _Step) -> tuple[Tensor, Tensor]:
+def _triton(s: _Step) -> Results:
     from fisher_kernels.triton_kernels import mbf_step
 
+    s.check_lengths()
     s.check_numbers()
-    check_rate(_OP, s.lr)
+    s.check_rates()
     nothing, found_inf = found_on_device(s.found_inf, device_of(s.params))
     if nothing or not s.params:
         s.check()
         return _nothing(s)
-    results = mbf_step.step(s._replace(found_inf=found_inf))
+    results: Results = mbf_step.step(s._replace(found_inf=found_inf))
     increment_version(s.params)
     return results
 
 
 _step = define(
-    "mbf_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor?[] inverses, *, Tensor lr, "
-    "float momentum, float weight_decay, bool decoupled, bool maximize, float? kl_clip=None, Tensor? grad_scale=None, "
-    "Tensor? found_inf=None) -> (Tensor, Tensor)",
+    "mbf_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor?[] inverses, *, Tensor[] lr, "
+    "float momentum, float[] weight_decay, bool decoupled, bool maximize, float? kl_clip=None, "
+    "str kl_along='momentum', float? max_relative_step=None, float floor=0.001, int[]? layers=None, "
+    "Tensor? grad_scale=None, Tensor? found_inf=None) -> (Tensor, Tensor, Tensor)",
     arguments=_Step,
     fake=_fake,
     reference=_reference,
@@ -336,15 +454,19 @@ def mbf_step_(
     momentum_buffers: Sequence[Tensor],
     inverses: Sequence[Tensor | None],
     *,
-    lr: float | Tensor,
+    lr: float | Tensor | Sequence[float | Tensor],
     momentum: float,
-    weight_decay: float,
+    weight_decay: float | Sequence[float],
     decoupled: bool,
     maximize: bool,
     kl_clip: float | None = None,
+    kl_along: str = "momentum",
+    max_relative_step: float | None = None,
+    floor: float = 1e-3,
+    layers: Sequence[int] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     r"""One step of mini-block Fisher (MBF) with heavy-ball momentum of a list of parameters, in place.
 
     With P the symmetric blocks of the inverses and λ the weight decay:
@@ -355,10 +477,18 @@ def mbf_step_(
         m &\leftarrow \mathrm{momentum} \cdot m + g \\
         d &= P m \quad \text{block by block} \\
         \mathrm{scale} &= \min \left( 1,
-            \sqrt{\frac{\mathrm{kl\_clip}}{\mathrm{lr}^2 \left| \sum \langle d, g \rangle \right|}} \right) \\
-        w &\leftarrow w - \mathrm{lr}\, (\mathrm{scale} \cdot d \quad (+\, \lambda w \text{ if decoupled}))
+            \sqrt{\frac{\mathrm{kl\_clip}}{\left| \sum \mathrm{lr}^2 \langle d, m \rangle \right|}} \right) \\
+        \mathrm{cap} &= \min \left( 1, \frac{\mathrm{max\_relative\_step} \cdot
+            \max(|W|, \mathrm{floor} \sqrt{n})}{\mathrm{scale}\, |\mathrm{lr}\, d|} \right)
+            \quad \text{of each layer} \\
+        w &\leftarrow w - \mathrm{lr}\, (\mathrm{scale} \cdot \mathrm{cap} \cdot d
+            \quad (+\, \lambda w \text{ if decoupled}))
 
-    The gradient is negated to maximise; the sum is over all parameters, and without ``kl_clip`` the scale is 1.
+    The gradient is negated to maximise. The sum is over all parameters, of <d, g> with ``kl_along="gradient"``; without
+    ``kl_clip`` the scale is 1. If P is the inverse of the Fisher matrix, ``lr^2 <d, m>`` is twice the change of the
+    model in KL divergence, to second order. The cap is one number for each layer: |W| and |lr d| are norms over the n
+    elements of all its parameters, weight and bias together, and without ``max_relative_step`` it is 1. The floor lets
+    what is zero or very small move. Sums are in float64.
 
     The dimensions of an inverse tell how it lies on its parameter, taken in row-major order:
 
@@ -371,8 +501,9 @@ def mbf_step_(
       the rows [W | b]: (rows, columns, columns), the same packed, or shared.
 
     A block whose direction d has a NaN or an infinity, as it has where a gradient in the block is not finite, keeps its
-    parameters and momentum and does not enter the sum of <d, g>. Under a shared inverse that is one block of one row.
-    Where ``found_inf`` is not 0 nothing changes at all (MBF, arXiv 2202.04124, Algorithm 1).
+    parameters and momentum and does not enter the sums over d. Under a shared inverse that is one block of one row. A
+    weight that is not finite is left out of |W|. If |lr d|^2 overflows, which takes directions of more than 1e150 in
+    float64, the cap is 0. Where ``found_inf`` is not 0 nothing changes at all (MBF, arXiv 2202.04124, Algorithm 1).
 
     Args:
         params: float32, float64, bfloat16 or float16, any shapes and strides without overlap. One that is in the list
@@ -381,18 +512,24 @@ def mbf_step_(
         momentum_buffers: m, of the shapes of params; float64 for float64 parameters, else float32.
         inverses: for each parameter as above; contiguous, symmetric (one triangle may be all that is read), in the
             dtype of the momentum, or stored in bfloat16.
-        lr: learning rate, finite and at least 0: a real number or a tensor of one element.
+        lr: learning rate, finite and at least 0: a real number or a tensor of one element, or one for each parameter,
+            a bias having that of the parameter before it.
         momentum: 0 <= momentum < 1.
-        weight_decay: at least 0.
+        weight_decay: at least 0; one number, or one for each parameter.
         decoupled: decay the weights rather than add the decay to the gradient.
         maximize: ascend rather than descend.
-        kl_clip: bound of ``lr^2 |sum of <d, g>|``, finite and above 0, or None.
+        kl_clip: bound of ``|sum of lr^2 <d, m>|``, finite and above 0, or None.
+        kl_along: ``"momentum"`` or ``"gradient"``: what d is multiplied by in that sum.
+        max_relative_step: bound of the step of a layer relative to its weights, finite and above 0, or None.
+        floor: root mean square of weights below which they count as so large in that bound, at least 0.
+        layers: number of the layer of each parameter; None takes each inverse's parameters as one.
         grad_scale: one element by which gradients are divided, or None.
         found_inf: one element; the whole call does nothing where it is not 0.
 
     Returns:
         skipped, int64 (len(params),): how many blocks of each parameter were skipped, those of a bias counted with the
-        parameter before it; and scale, float64 without dimensions. Both on the device of the parameters.
+        parameter before it; scale, float64 without dimensions; and the cap of the layer of each parameter, float64
+        (len(params),). All on the device of the parameters.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape, device, length or range; the message names it,
@@ -401,11 +538,12 @@ def mbf_step_(
     try:
         s = _Step(
             list(params), list(grads), list(momentum_buffers), list(inverses),
-            lr=rate_of(_OP, lr), momentum=momentum, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize,
-            kl_clip=kl_clip, grad_scale=grad_scale, found_inf=found_inf,
+            lr=rates_of(_OP, lr), momentum=momentum, weight_decay=decays_of(_OP, weight_decay), decoupled=decoupled,
+            maximize=maximize, kl_clip=kl_clip, kl_along=kl_along, max_relative_step=max_relative_step, floor=floor,
+            layers=None if layers is None else list(layers), grad_scale=grad_scale, found_inf=found_inf,
         )  # fmt: skip
     except TypeError:
         check_lists(_OP, dict(zip(_Step._fields, (params, grads, momentum_buffers, inverses), strict=False)))
         raise
-    skipped, scale = _step(s)
-    return skipped, scale
+    skipped, scale, caps = _step(s)
+    return skipped, scale, caps

@@ -71,6 +71,13 @@ class Unit:
     part: Part | None = None
 
     @property
+    def layer(self) -> int:
+        """A number that the units of one layer have in common, weight and bias among them."""
+        if self.part is None:
+            raise ValueError("part is None, expected the blocks that the unit is of")
+        return -1 - self.part.number if self.part.address is None else self.part.address[0]
+
+    @property
     def is_stack(self) -> bool:
         """Whether a stack of matrices is stepped as one matrix of all their rows, which share blocks."""
         return self.inverse.dim() == 4 and self.params[0].dim() == 3

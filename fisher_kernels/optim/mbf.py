@@ -5,6 +5,7 @@ Source: MBF, arXiv 2202.04124 (AISTATS 2023), Algorithm 1.
 
 from __future__ import annotations
 
+import copy
 import math
 import numbers
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -23,12 +24,19 @@ from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.curvature.sites import Layer
 from fisher_kernels.ops import ACCUMULATOR, mbf_step_
 from fisher_kernels.ops._blocks import unpack
-from fisher_kernels.optim.base import count, require_memory, totals
+from fisher_kernels.optim.base import Counters, count, require_memory, totals
 from fisher_kernels.optim.fisher_blocks import ASIDE, STATE, STORAGES, FisherBlocks, New, Unit
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
 from fisher_kernels.optim.layerwise import LayerwiseOptimizer
+from fisher_kernels.optim.measure import Costs, measure
 from fisher_kernels.optim.refresh import RAMP, inverts, is_due
 from fisher_kernels.optim.warn import warn_once
+
+FLOOR = 1e-3
+"""Root mean square of weights that count as no smaller, unless told otherwise."""
+
+TOGETHER = ("momentum", "decoupled", "maximize", "kl_clip", "kl_along", "max_relative_step", "floor")
+"""Settings that are the same for all that one call steps. Groups that share them have one trust region."""
 
 MUCH = 1 << 30
 """Bytes of the blocks of one layer above which they are worth a warning."""
@@ -50,9 +58,13 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         m &\leftarrow \mathrm{momentum} \cdot m + g \\
         d &= P m && \text{block by block} \\
         \mathrm{scale} &= \min \left( 1,
-            \sqrt{\frac{\mathrm{kl\_clip}}{\mathrm{lr}^2 \left| \sum \langle d, g \rangle \right|}} \right)
-            && \text{one number for each parameter group} \\
-        w &\leftarrow w - \mathrm{lr}\, (\mathrm{scale} \cdot d \quad (+\, \lambda w \text{ if decoupled}))
+            \sqrt{\frac{\mathrm{kl\_clip}}{\left| \sum \mathrm{lr}^2 \langle d, g \rangle \right|}} \right)
+            && \text{one number for all groups} \\
+        \mathrm{cap} &= \min \left( 1, \frac{\mathrm{max\_relative\_step} \cdot
+            \max(|W|, \mathrm{floor} \sqrt{n})}{\mathrm{scale}\, |\mathrm{lr}\, d|} \right)
+            && \text{one number for each layer, of } n \text{ weights} \\
+        w &\leftarrow w - \mathrm{lr}\, (\mathrm{scale} \cdot \mathrm{cap} \cdot d
+            \quad (+\, \lambda w \text{ if decoupled}))
 
     ==================== ============================================================================================
     layer                blocks
@@ -74,8 +86,16 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         lr: learning rate, a number or a tensor of one element.
         momentum: 0 <= momentum < 1.
         damping: added to the diagonal of every block, in the units of squared per-sample gradients.
-        kl_clip: bound of ``lr^2 |sum <d, g>|`` of a step, in each parameter group; None for no bound. Without it the
-            first steps are nearly SGD at lr / damping / (1 - momentum).
+        kl_clip: bound of ``|sum lr^2 <d, g>|`` of a step, over all parameter groups that have the same ``kl_clip``,
+            ``kl_along``, ``max_relative_step``, ``floor``, ``momentum``, ``decoupled`` and ``maximize``; None for no
+            bound. Without it the first steps are nearly SGD at lr / damping / (1 - momentum).
+        kl_along: ``"momentum"``: ``<d, m>``, the change of the model along d, about 1 / (1 - momentum) times ``<d, g>``
+            while gradients agree, so that ``kl_clip`` should be larger by as much; ``"gradient"``: ``<d, g>``, which
+            can vanish while d is large.
+        max_relative_step: bound of the step of each layer, weight and bias together, relative to the norm of its
+            weights, after the trust region and before the decay; None for no bound.
+        floor: root mean square of a layer's weights below which they count as so large, so that weights that are zero
+            at first move too.
         beta2: decay of the blocks, 0 <= beta2 < 1.
         update_interval: statistics are taken every so many steps; in between the hooks do nothing.
         inverse_interval: blocks that have changed are inverted every so many steps.
@@ -120,7 +140,15 @@ class MBF(LayerwiseOptimizer[BlockRule]):
     rule_kind = BlockRule
     moment = "momentum_buffer"
     statistics_state = tuple(prefix + name for prefix in ("", ASIDE) for name in STATE)
-    later: ClassVar[Mapping[str, Any]] = {"capturable": False, "mask_zeros": False, "refresh": "constant", "ramp": RAMP}
+    later: ClassVar[Mapping[str, Any]] = {
+        "capturable": False,
+        "mask_zeros": False,
+        "refresh": "constant",
+        "ramp": RAMP,
+        "kl_along": "gradient",
+        "max_relative_step": None,
+        "floor": FLOOR,
+    }
 
     def __init__(
         self,
@@ -130,6 +158,9 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         momentum: float = 0.9,
         damping: float = 1e-3,
         kl_clip: float | None = 1e-3,
+        kl_along: Literal["momentum", "gradient"] = "gradient",
+        max_relative_step: float | None = None,
+        floor: float = FLOOR,
         beta2: float = 0.9,
         update_interval: int = 1,
         inverse_interval: int = 10,
@@ -155,6 +186,9 @@ class MBF(LayerwiseOptimizer[BlockRule]):
             "momentum": momentum,
             "damping": damping,
             "kl_clip": kl_clip,
+            "kl_along": kl_along,
+            "max_relative_step": max_relative_step,
+            "floor": floor,
             "beta2": beta2,
             "update_interval": update_interval,
             "inverse_interval": inverse_interval,
@@ -171,6 +205,8 @@ class MBF(LayerwiseOptimizer[BlockRule]):
             "capturable": capturable,
         }
         self._scales: dict[int, Tensor] = {}
+        self._capped: Counters = {}
+        self._bounded: dict[tuple[int, ...], int] = {}
         super().__init__(model, params, defaults, grad_scaler, process_group, fallback, rules)
         self._warn_of_wide()
 
@@ -197,19 +233,21 @@ class MBF(LayerwiseOptimizer[BlockRule]):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        require_numbers(group, ("momentum", "beta2", "damping", "weight_decay"))
-        if group["kl_clip"] is not None:
-            require_numbers(group, ("kl_clip",), "a number or None")
+        require_numbers(group, ("momentum", "beta2", "damping", "weight_decay", "floor"))
+        bounds = [name for name in ("kl_clip", "max_relative_step") if group[name] is not None]
+        require_numbers(group, bounds, "a number or None")
         require_counts(group, ("update_interval", "inverse_interval"))
         require_bools(group, ("decoupled", "mask_zeros", "capturable"))
         for name in ("momentum", "beta2"):
             if not 0 <= group[name] < 1:
                 raise ValueError(f"{name} is {group[name]}, expected 0 <= {name} < 1")
-        for name in ("damping", "weight_decay"):
+        for name in ("damping", "weight_decay", "floor"):
             if not 0 <= group[name] < math.inf:
                 raise ValueError(f"{name} is {group[name]}, expected a finite number of at least 0")
-        if group["kl_clip"] is not None and not 0 < group["kl_clip"] < math.inf:
-            raise ValueError(f"kl_clip is {group['kl_clip']}, expected a finite number above 0, or None")
+        for name in bounds:
+            if not 0 < group[name] < math.inf:
+                raise ValueError(f"{name} is {group[name]}, expected a finite number above 0, or None")
+        require_choice(group, "kl_along", ("momentum", "gradient"))
         blocks = group["linear_blocks"]
         if isinstance(blocks, numbers.Integral):
             if isinstance(blocks, bool) or blocks < 1:
@@ -253,7 +291,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
     def _rebuild(self) -> None:
         self._rules = self._new_rules()  # which know parameters by identity: a copy has others
         self._numbers = {p: number for number, p in enumerate(self._groups)}
-        self._plans: dict[int, _Plan] = {}
+        self._plans: dict[tuple[int, ...], _Plan] = {}
         self._blocks = FisherBlocks(self.statistics.sites, self.state, self._groups)
 
     def _set_aside(self, params: Collection[Parameter]) -> None:
@@ -270,7 +308,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         return torch.float32 if name == "fisher_updates" else super()._dtype_of(p, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_scales": self._scales}
+        return {**super().__getstate__(), "_scales": self._scales, "_capped": self._capped, "_bounded": self._bounded}
 
     # Step.
 
@@ -320,52 +358,65 @@ class MBF(LayerwiseOptimizer[BlockRule]):
             )
 
     def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        together: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for group in self.param_groups:
-            self._step_group(group, grad_scale, found_inf)
+            if group["params"]:
+                settings = tuple(group[name] for name in TOGETHER)
+                together.setdefault((group["params"][0].device, *settings), []).append(group)
+        for groups in together.values():
+            self._step_groups(groups, grad_scale, found_inf)
 
-    def _step_group(self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        plan = self._plans.get(id(group))
+    def _step_groups(self, groups: list[dict[str, Any]], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Step groups that have one trust region, in one call."""
+        key = tuple(map(id, groups))
+        plan = self._plans.get(key)
         if plan is None or plan.version != self._blocks.version or not plan.holds():
-            plan = self._plans[id(group)] = self._plan(group)
+            plan = self._plans[key] = self._plan(groups)
         if not plan.params:
             return
         params: list[Tensor] = list(plan.params)
         gradients = [p.grad for p in params]
         moments = [self.state[p][self.moment] for p in plan.params]
-        zeros = []
-        if group["mask_zeros"]:
-            zeros = [p.eq(0) & g.eq(0) for p, g in zip(params, gradients, strict=True) if g is not None]
+        zeros = {
+            p: p.eq(0) & g.eq(0)
+            for p, g, group in zip(params, gradients, plan.of_group, strict=True)
+            if groups[group]["mask_zeros"] and g is not None
+        }
         for i in plan.transposed:  # a weight that lies the other way round
             params[i], moments[i] = params[i].t(), moments[i].t()
             gradients[i] = gradients[i].t()  # type: ignore[union-attr]
         for i in plan.stacks:
             params[i], moments[i] = flattened(params[i]), flattened(moments[i])
             gradients[i] = gradients[i].flatten(0, 1)  # type: ignore[union-attr]
-        skipped, self._scales[id(group)] = mbf_step_(
+        skipped, scale, caps = mbf_step_(
             params,
             gradients,  # type: ignore[arg-type]
             moments,
             plan.inverses,
-            lr=group["lr"],
-            momentum=group["momentum"],
-            weight_decay=group["weight_decay"],
-            decoupled=group["decoupled"],
-            maximize=group["maximize"],
-            kl_clip=group["kl_clip"],
+            lr=_one_or_each([group["lr"] for group in groups], plan.of_group),
+            weight_decay=_one_or_each([group["weight_decay"] for group in groups], plan.of_group),
+            layers=plan.layers,
             grad_scale=grad_scale,
             found_inf=found_inf,
+            **{name: groups[0][name] for name in TOGETHER},
         )
-        for p, mask in zip(plan.params, zeros, strict=False):  # none unless they are kept
+        for p, mask in zeros.items():
             p.masked_fill_(mask, 0)
+        for group in groups:
+            self._scales[id(group)] = scale
         count(self._skipped, plan.numbers, skipped)
+        if groups[0]["max_relative_step"] is not None:
+            count(self._capped, plan.numbers, caps.lt(1).to(torch.int64))
+            self._bounded[plan.numbers] = self._bounded.get(plan.numbers, 0) + 1
 
-    def _plan(self, group: dict[str, Any]) -> _Plan:
+    def _plan(self, groups: list[dict[str, Any]]) -> _Plan:
         plan = _Plan(self._blocks.version)
-        plan.waiting = [p for p in group["params"] if p.grad is None]
+        plan.waiting = [p for group in groups for p in group["params"] if p.grad is None]
+        places = {id(group): i for i, group in enumerate(groups)}
         for part in self._blocks.parts:
             for unit in self._blocks.units(part, lambda p: p.grad is not None):
-                if self._groups[unit.params[0]] is group:
-                    plan.add(unit, self._numbers)
+                if (place := places.get(id(self._groups[unit.params[0]]))) is not None:
+                    plan.add(unit, self._numbers, place)
         return plan
 
     # Blocks of a whole data set.
@@ -436,6 +487,33 @@ class MBF(LayerwiseOptimizer[BlockRule]):
 
     # Reports.
 
+    def measure(self, step_fn: Callable[[], object], overhead: float = 0.25, repeats: int = 5) -> Costs:
+        """Time statistics, inverses and an iteration without them, and propose intervals.
+
+        Parameters, gradients, buffers, the state, the settings and torch's random state are as before afterwards. What
+        ``step_fn`` changes besides, a learning rate schedule for one, is not.
+
+        Args:
+            step_fn: one iteration of training: ``zero_grad()``, forward, backward, ``step()``.
+            overhead: the share of an iteration that statistics and inverses may take on average.
+            repeats: how many iterations of each of the three kinds are timed, after two that are not.
+
+        Returns:
+            The times; ``print`` shows them as a table, and ``arguments`` has the intervals.
+
+        Raises:
+            TypeError, ValueError: ``step_fn`` cannot be called, or a number is out of range.
+        """
+        counters = [copy.deepcopy(x) for x in (self._skipped, self._capped, self._bounded)]
+        scales = [self._scales.get(id(group)) for group in self.param_groups]
+        try:
+            return measure(self, self._model, step_fn, overhead, repeats)
+        finally:
+            self._skipped, self._capped, self._bounded = counters
+            # By place: groups are other ones where a state was loaded.
+            pairs = zip(self.param_groups, scales, strict=True)
+            self._scales = {id(group): scale for group, scale in pairs if scale is not None}
+
     @torch.no_grad()
     def metrics(self) -> dict[str, dict[str, float]]:
         """Figures of the last step for each parameter that has taken one. Reading them waits for the device.
@@ -446,12 +524,16 @@ class MBF(LayerwiseOptimizer[BlockRule]):
           momentum SGD.
         - ``smallest_step``, ``largest_step``: lr times the extreme eigenvalues of the inverses.
         - ``trust_scale``: what kl_clip scaled the last step of its group by.
+        - ``capped_share``: of the steps so far, the share in which max_relative_step shortened that of its layer. While
+          a step is capped, or scaled by less than 1, a larger lr does not make it longer.
         - ``cosine_with_sgd``: between the preconditioned momentum and the gradient (NaN without a gradient).
         - ``skipped_blocks``: how many blocks were left alone because they were not finite, so far.
         - ``bad_blocks``: how many blocks kept an older inverse, being not positive definite with their damping, so far.
         - ``refused_statistics``: how often the statistics of its blocks were not finite and left out, so far.
         """
         skipped, refused, bad = totals(self._skipped), totals(self._blocks.refused), totals(self._blocks.bad)
+        capped = totals(self._capped)
+        bounded = totals({key: torch.full((len(key),), steps) for key, steps in self._bounded.items()})
         names = {p: name for name, p in self._names()}
         report: dict[str, dict[str, float]] = {}
         for part in self._blocks.parts:
@@ -466,6 +548,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
                     "smallest_step": lr * float(eigenvalues.min()) if eigenvalues.numel() else math.nan,
                     "largest_step": lr * float(eigenvalues.max()) if eigenvalues.numel() else math.nan,
                     "trust_scale": 1.0 if scale is None else float(scale),
+                    "capped_share": _share(self._numbers[unit.params[0]], capped, bounded),
                     "cosine_with_sgd": self._cosine(unit),
                     "skipped_blocks": skipped.get(self._numbers[unit.params[0]], 0),
                     "bad_blocks": bad.get(part.number, 0),
@@ -501,7 +584,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
 
 @dataclass
 class _Plan:
-    """What the step of one group takes, while the same parameters have gradients and the blocks lie where they do."""
+    """What the step of some groups takes, while the same parameters have gradients and the blocks lie where they do."""
 
     version: int
     numbers: tuple[int, ...] = ()
@@ -509,9 +592,11 @@ class _Plan:
     inverses: list[Tensor | None] = field(default_factory=list)
     transposed: list[int] = field(default_factory=list)
     stacks: list[int] = field(default_factory=list)
+    of_group: list[int] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)
     waiting: list[Parameter] = field(default_factory=list)
 
-    def add(self, unit: Unit, numbers: dict[Parameter, int]) -> None:
+    def add(self, unit: Unit, numbers: dict[Parameter, int], group: int) -> None:
         if unit.transposed:
             self.transposed.append(len(self.params))
         if unit.is_stack:
@@ -519,9 +604,22 @@ class _Plan:
         self.params += unit.params
         self.inverses += [unit.inverse, *[None] * (len(unit.params) - 1)]
         self.numbers += tuple(numbers[p] for p in unit.params)
+        self.of_group += [group] * len(unit.params)
+        self.layers += [unit.layer] * len(unit.params)
 
     def holds(self) -> bool:
         return all(p.grad is not None for p in self.params) and all(p.grad is None for p in self.waiting)
+
+
+def _one_or_each(of_groups: list[Any], of_group: list[int]) -> Any:
+    """A setting that all groups have in common, or that of each parameter."""
+    if all(value is of_groups[0] or (isinstance(value, float | int) and value == of_groups[0]) for value in of_groups):
+        return of_groups[0]
+    return [of_groups[i] for i in of_group]
+
+
+def _share(number: int, part: Mapping[int, int], whole: Mapping[int, int]) -> float:
+    return part.get(number, 0) / max(whole.get(number, 0), 1)
 
 
 def _eigenvalues(unit: Unit, blocks: Blocks) -> Tensor:

@@ -49,15 +49,17 @@ def check_schedule(group: dict[str, Any]) -> None:
 
 def distance(interval: int, ramp: float, step: int) -> int:
     """Steps from a refresh in a step to the next one, on a ramp."""
-    share = 1.0 if step >= ramp else max(step, 0) / ramp
-    return 1 + math.floor((interval - 1) * share)
+    if step >= ramp:
+        return interval
+    return 1 + math.floor((interval - 1) * step / ramp)  # one rounding: a quotient that is whole stays so
 
 
 def _is_due(group: dict[str, Any], setting: str, last: str) -> bool:
     interval, step = group[setting], group["iteration"]
     if group.get("refresh", "constant") == "constant":
         return bool(step % interval == 0)
-    return bool(step - group[last] >= distance(interval, group["ramp"], group[last]))
+    before = group[last]
+    return bool(before < 0 or step - before >= distance(interval, group["ramp"], before))
 
 
 def is_due(group: dict[str, Any]) -> bool:

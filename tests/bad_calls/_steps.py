@@ -116,6 +116,58 @@ def bad_numbers(**values: Sequence[float]) -> Faults:
 NO_COEFFICIENTS = (-1.0, math.inf, math.nan)
 
 
+def bad_one_or_each(count: int) -> Faults:
+    """Settings of which there is one for all of ``count`` parameters, or one for each."""
+    return {
+        **{
+            f"{name} of {length}": (
+                value(name, [0.1] * length),
+                ValueError,
+                rf"{name} has {length} entries, expected 1 or {count}, the length of params",
+            )
+            for name in ("lr", "weight_decay")
+            for length in (0, count + 1)
+        },
+        **{
+            f"weight_decay[{i}] {number}": (
+                value("weight_decay", [0.1] * i + [number] + [0.1] * (count - 1 - i) * (i > 0)),
+                ValueError,
+                rf"weight_decay\[{i}\] is {number}, expected",
+            )
+            for i in (0, 1)
+            for number in NO_COEFFICIENTS
+        },
+        "lr shape": (
+            argument("lr", lambda: torch.ones(2)),
+            ValueError,
+            r"lr\[0\] has shape \(2,\), expected one element",
+        ),
+        "lr dtype": (
+            value("lr", [0.1, torch.tensor(1), *[0.1] * (count - 2)]),
+            TypeError,
+            r"lr\[1\] has dtype (torch\.)?int64, expected float32",
+        ),
+    }
+
+
+def bad_rates(each: Sequence[float]) -> Faults:
+    """Learning rates of one for all, and of one for each of which the second is bad."""
+    return {
+        **{
+            f"lr {number}": (value("lr", number), ValueError, rf"lr\[0\] is {float(number)}, expected")
+            for number in (*NO_COEFFICIENTS, torch.tensor(-1.0), torch.tensor(math.nan, dtype=torch.float64))
+        },
+        **{
+            f"lr[1] {number}": (
+                value("lr", [each[0], number, *each[2:]]),
+                ValueError,
+                rf"lr\[1\] is {number}, expected",
+            )
+            for number in NO_COEFFICIENTS
+        },
+    }
+
+
 def bad_scalars(*names: str) -> Faults:
     """Tensors where one element of a float is wanted."""
     return {

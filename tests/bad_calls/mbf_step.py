@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -13,6 +14,8 @@ from tests.bad_calls._steps import (
     bad_arrays,
     bad_lists,
     bad_numbers,
+    bad_one_or_each,
+    bad_rates,
     bad_scalars,
     dtypes,
     shapes,
@@ -42,6 +45,19 @@ def good() -> Call:
         Parameter((4, 6), (1, 2, 3, 3)),
     ]
     return arguments(step(chosen, torch.float32), NAMES)
+
+
+# Parameter 3 is the bias of parameter 2, and stepped with it.
+OF_EACH: dict[str, list[Any]] = {
+    "lr": [0.1, 0.1, 0.1, 0.2, 0.1],
+    "weight_decay": [0.1, 0.1, 0.1, 0.2, 0.1],
+    "layers": [0, 1, 2, 3, 0],
+}
+
+
+def of_a_bias(name: str, values: list[Any]) -> tuple[Any, type[Exception], str]:
+    together = r"expected the same, as params\[3\] is stepped together with params\[2\]"
+    return value(name, values), ValueError, rf"{name}\[3\] is not {name}\[2\], {together}"
 
 
 FAULTS: Faults = {
@@ -95,15 +111,35 @@ FAULTS: Faults = {
         ValueError,
         r"inverses\[2\] .*params\[3\] of shape \(4,\)",
     ),
-    **bad_numbers(momentum=(-0.1, 1.0, 1.5, math.nan), weight_decay=NO_COEFFICIENTS, kl_clip=(0.0, *NO_COEFFICIENTS)),
-    **bad_scalars("lr", "grad_scale", "found_inf"),
+    **bad_numbers(
+        momentum=(-0.1, 1.0, 1.5, math.nan),
+        kl_clip=(0.0, *NO_COEFFICIENTS),
+        max_relative_step=(0.0, *NO_COEFFICIENTS),
+        floor=NO_COEFFICIENTS,
+    ),
+    **bad_scalars("grad_scale", "found_inf"),
+    **{
+        f"kl_along {name!r}": (
+            value("kl_along", name),
+            ValueError,
+            rf"kl_along is '{name}', expected one of 'momentum', 'gradient'",
+        )
+        for name in ("", "Momentum", "moment")
+    },
+    **bad_one_or_each(5),
+    **{
+        f"layers of {length}": (
+            value("layers", [0] * length),
+            ValueError,
+            rf"layers has {length} entries, expected 5, the length of params",
+        )
+        for length in (0, 1, 6)
+    },
+    **{f"{name} of a bias": of_a_bias(name, values) for name, values in OF_EACH.items() if name != "lr"},
 }
 
 
 # Fakes have no number to look at.
-RATES: Faults = {
-    f"lr {number}": (value("lr", number), ValueError, rf"lr is {float(number)}, expected")
-    for number in (-1.0, math.inf, math.nan, torch.tensor(-1.0), torch.tensor(math.nan, dtype=torch.float64))
-}
+RATES: Faults = {**bad_rates([0.1, -1.0, 0.1, 0.1, 0.1]), "lr of a bias": of_a_bias("lr", OF_EACH["lr"])}
 
 REFUSED = {"mbf_step_": Refused(good, FAULTS, RATES)}

@@ -88,6 +88,10 @@ class Step(Lists):
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Takes the step, in place; the counts of skipped blocks, and the scale."""
+        return self.run_with_caps()[:2]
+
+    def run_with_caps(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, and what each parameter's layer is shortened by."""
         return mbf_step_(*self.lists(), **self.options)
 
 

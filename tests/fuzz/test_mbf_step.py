@@ -69,6 +69,7 @@ def calls(draw: Draw, tiny: bool) -> Call:
         "weight_decay": draw(st.sampled_from(steps.DECAYS)),
         **draw(steps.options()),
         "kl_clip": draw(st.sampled_from((None, 1e-3, 1e-30, 1e30))),
+        "kl_along": draw(st.sampled_from(("momentum", "gradient"))),
     }
     return Call("mbf_step_", arguments, frozenset((NAMES[0], NAMES[2])), draw(surroundings), draw(threads))
 
@@ -121,10 +122,11 @@ class _Layer:
         result[self.index[self.there]] = full[self.there]
         return result
 
-    def product(self) -> tuple[Any, Any]:
-        """Part of the sum of <d, g>, and how far rounding may take it."""
+    def product(self, along_momentum: bool) -> tuple[Any, Any]:
+        """Part of the sum of <d, m> or <d, g>, and how far rounding may take it."""
         kept = ~self.skipped[:, None] & self.there
-        g, size = self._in_blocks(self.g), self._in_blocks(self.size_g)
+        other = (self.new, self.size) if along_momentum else (self.g, self.size_g)
+        g, size = map(self._in_blocks, other)
         off = self.error * size + 4 * unit(self.dtype) * np.abs(self.d) * size + 1e-15 * np.abs(self.d * g)
         return np.where(kept, self.d * g, 0).sum(), np.where(kept, off + 2.0**-1074, 0).sum()
 
@@ -135,7 +137,7 @@ def check(implementation: str, call: Call) -> None:
     outcome = call.run() if implementation == "reference" or shared else call.run_repeatably()
     if outcome is None:
         return
-    a, (skipped, scale) = call.arguments, outcome.result
+    a, (skipped, scale, _) = call.arguments, outcome.result
     if steps.does_nothing(a):
         assert not skipped.any()
         assert scale == 1
@@ -146,10 +148,14 @@ def check(implementation: str, call: Call) -> None:
 
 
 def compare(call: Call, outcome: Any) -> None:
-    a, (skipped, found_scale) = call.arguments, outcome.result
+    a, (skipped, found_scale, _) = call.arguments, outcome.result
     layers = [_Layer(a, i) for i, inverse in enumerate(a["inverses"]) if inverse is not None]
     lr, decay, clip = steps.number(a["lr"]), a["weight_decay"], a["kl_clip"]
-    total, off = (sum(parts) for parts in zip(*(x.product() for x in layers), strict=True)) if layers else (0, 0)
+    total, off = (
+        (sum(parts) for parts in zip(*(x.product(a["kl_along"] == "momentum") for x in layers), strict=True))
+        if layers
+        else (0, 0)
+    )
     scale, vary = np.longdouble(1), np.longdouble(0)
     known = not any(x.vague.any() for x in layers)
     if clip is not None and lr:

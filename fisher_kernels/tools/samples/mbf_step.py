@@ -143,15 +143,20 @@ def _tolerance(inputs: Inputs, expected: list[Tensor], u: float) -> list[Toleran
             **{**OPTIONS, "lr": lr},
         )
     of_params = [40 * u * (w.abs() + c + lr * decay * w.abs()) for w, c in zip(params, changes, strict=True)]
-    return [*of_params, *(16 * u * m for m in moments), 0.0, 0.0]
+    # Of those that are shortened, |lr d| rounds as d does.
+    capped = 0.0 if inputs.get("max_relative_step") is None else 64 * u
+    return [*of_params, *(16 * u * m for m in moments), 0.0, 0.0, capped]
 
 
 _DECAY: dict[str, Any] = {"weight_decay": 0.1}
 _UNLIMITED = {"kl_clip": 1e6}
 """The step is measured, and not shortened: how a sum with signs would round is not known."""
+_CAPPED = {"max_relative_step": 0.01, "floor": 0.1}
 _ALL: dict[str, Any] = {
     **_DECAY,
     **_UNLIMITED,
+    **_CAPPED,
+    "kl_along": "gradient",
     "lr": torch.tensor(0.01),
     "decoupled": True,
     "maximize": True,
@@ -165,6 +170,7 @@ def _samples() -> Iterator[Sample]:
         ("plain", _LAYERS, False, {}),
         ("weight decay in the gradient, maximised", _LAYERS, False, {**_DECAY, "maximize": True}),
         ("clipped, decoupled weight decay", _LAYERS, False, {**_DECAY, "decoupled": True, **_UNLIMITED}),
+        ("capped, a weight and its bias apart", _LAYERS, False, {**_CAPPED, "layers": [0, 1, 0, 0]}),
         ("channels last", _LAYERS, True, _UNLIMITED),
         ("other sizes", _OTHERS, False, {}),
         ("other sizes, clipped", _OTHERS, False, _UNLIMITED),
