@@ -33,9 +33,10 @@ from tests.comparison import assert_same_bits, assert_within, surroundings, unit
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory", "one_thread"), pytest.mark.pairs_interpreted]
 
-# On the CPU: unfolded, shifted, and shifted in every direction with pieces that few offsets share.
+# On the CPU: unfolded, grouped, shifted, and shifted in every direction with pieces that few offsets share.
 EACH_WAY = (
     Patches((3, 2, 5, 4), 3, padding=1, bias=True),
+    Patches((3, 18, 5, 4), 3, padding=1, groups=9, bias=True),
     Patches((3, 17, 5, 4), 3, padding=1, bias=True),
     Patches((3, 8, 3, 4, 3), 2, padding=1, dilation=2, groups=1),
 )
@@ -149,6 +150,7 @@ def test_what_is_not_finite_goes_where_it_is_multiplied(
     """Zeros of the padding are multiplied like all else; what meets no such number keeps its bits."""
     x, expected = random(case.shape, dtype), lost(case, dtype)
     conv_gram_(expected, x, *case.geometry)
+    each = case.shape[1] // case.groups
     for channel in (0, case.shape[1] - 1):
         bad, out = x.clone(), lost(case, dtype)
         bad[1, channel].view(-1)[1] = value
@@ -157,10 +159,11 @@ def test_what_is_not_finite_goes_where_it_is_multiplied(
         assert not wanted.isfinite().all()
         assert_within(out, wanted, bound(case, x).max() + defined(case, x.abs()).max() * unit_roundoff(out.dtype))
         if implementation != "reference":  # whose sums PyTorch may order otherwise
-            n = case.out_shape()[1] // case.shape[1]
-            kept = torch.ones(case.out_shape()[1], dtype=torch.bool)
-            kept[channel * n : (channel + 1) * n] = False
-            assert_same_bits(out[:, kept][:, :, kept], expected[:, kept][:, :, kept], "another channel")
+            n = case.out_shape()[1] // each
+            touched = torch.zeros(case.out_shape()[:2], dtype=torch.bool)
+            touched[channel // each, channel % each * n : (channel % each + 1) * n] = True
+            kept = ~(touched[:, :, None] | touched[:, None])
+            assert_same_bits(out[kept], expected[kept], "another channel")
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of NumPy, in Triton's interpreter
@@ -183,7 +186,7 @@ def test_what_is_too_large_becomes_infinite(implementation: str, case: Patches, 
     [
         Patches((20, 40, 9, 9), 3, padding=1, bias=True),
         Patches((64, 3, 20, 20), 5, padding=1, bias=True),
-        Patches((20, 80, 9, 9), 3, padding=1, groups=20),
+        Patches((64, 40, 9, 9), 3, padding=1, groups=40, bias=True),
     ],
     ids=str,
 )
@@ -201,7 +204,9 @@ def test_same_bits_for_every_number_of_threads(
         assert_same_bits(out, first, f"{threads} threads")
 
 
-@pytest.mark.parametrize("case", [Patches((20, 12, 5, 5), 3, padding=1, bias=True), Patches((9, 2, 9, 9), 3, bias=True)])
+@pytest.mark.parametrize(
+    "case", [Patches((20, 12, 5, 5), 3, padding=1, bias=True), Patches((9, 2, 9, 9), 3, bias=True)]
+)
 @pytest.mark.slow_interpreted
 def test_agrees_with_the_gram_of_unfolded_patches(implementation: str, case: Patches) -> None:
     x, out, unfolded = integers(case.shape, torch.float32), lost(case, torch.float32), lost(case, torch.float32)

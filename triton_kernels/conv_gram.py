@@ -39,7 +39,9 @@ def _columns(first, x_channel, x_position, height, width, n, kernel_height, kern
 
 
 @triton.jit
-def _patches(x, begin, d, h, w, there, columns, column, into_d, into_h, into_w, at, depth, height, width, BIAS: tl.constexpr):
+def _patches(
+    x, begin, d, h, w, there, columns, column, into_d, into_h, into_w, at, depth, height, width, BIAS: tl.constexpr
+):
     """What columns read through windows [STEP, BLOCK]: zeros outside x, and ones in the last column for a bias."""
     d, h, w = d[:, None] + into_d[None], h[:, None] + into_h[None], w[:, None] + into_w[None]
     inside = (d >= 0) & (d < depth) & (h >= 0) & (h < height) & (w >= 0) & (w < width) & there[:, None]

@@ -1,40 +1,60 @@
 #include <cstdint>
 
 #include "../kernels.h"
+#include "grouped_gram.h"
 #include "integers.h"
 #include "shifted_gram.h"
 #include "unfolded_gram.h"
 
-// Of two ways to sum the products of patches the one that takes fewer multiply-adds: the shape decides.
+// Of several ways to sum the products of patches the one that takes the fewest instructions: the shape decides.
 namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
 
 namespace {
 
-constexpr int64_t kMostOffsets = 512;  // that are looked at in pairs
+constexpr int64_t kMostOffsets = 512;         // that are looked at in pairs
+constexpr int64_t kMostGroupedColumns = 128;  // whose totals stay in a second-level cache with a group in each lane
 
-/// Multiply-adds of a sample of a group, those in lanes that nothing fills among them.
+/// A size in whole registers.
+template <class A>
+double padded(int64_t size, int64_t registers) {
+  const int64_t width = registers * kLanes<A>;
+  return static_cast<double>(ceil_div(size, width) * width);
+}
+
+// Multiply-adds of a sample, those in lanes that nothing fills among them, and other instructions as so many of them.
+
+template <class A>
+double grouped_products(const ConvGram& a) {
+  constexpr double kProduct = 1.5, kOfEach = 2;  // the loads of small tiles; what unfolding a number costs
+  const double columns = static_cast<double>(a.columns());
+  return padded<A>(a.groups, 1) * a.positions() * columns * (kProduct * (columns + 1) / 2 + kOfEach);
+}
+
 template <class A>
 double unfolded_products(const ConvGram& a) {
-  constexpr double kOfEach = 8;  // what unfolding a number costs
-  const double columns = static_cast<double>(ceil_div(a.columns(), kWidth<A>) * kWidth<A>);
-  return a.positions() * columns * ((columns + kWidth<A>) / 2 + kOfEach);
+  constexpr double kOfEach = 8;
+  const double columns = padded<A>(a.columns(), 2);
+  return static_cast<double>(a.groups) * a.positions() * columns * ((columns + kWidth<A>) / 2 + kOfEach);
 }
 
 template <class A>
 double shifted_products(const ConvGram& a, int64_t registers) {
-  const int64_t width = registers * kLanes<A>;
-  const double channels = static_cast<double>(ceil_div(a.channels, width) * width);
-  return channels * channels / 2 * Pairs(a.depth).work() * Pairs(a.height).work() * Pairs(a.width).work();
+  const double channels = padded<A>(a.channels, registers);
+  return a.groups * channels * channels / 2 * Pairs(a.depth).work() * Pairs(a.height).work() * Pairs(a.width).work();
 }
 
 template <class T>
 void conv_gram(const ConvGram& a) {
   using A = Accumulator<T>;
-  if (a.channels == 0 || a.offsets() > kMostOffsets) return UnfoldedGram<T>(a)();
-  const double narrow = shifted_products<A>(a, 1), wide = shifted_products<A>(a, 2);
-  if (unfolded_products<A>(a) < (narrow < wide ? narrow : wide)) return UnfoldedGram<T>(a)();
-  const double work = (narrow < wide ? narrow : wide) * a.samples * a.groups / 16;
-  narrow < wide ? ShiftedGram<A, 1>(a, work).template run<T>() : ShiftedGram<A, 2>(a, work).template run<T>();
+  const double unfolded = unfolded_products<A>(a), grouped = grouped_products<A>(a);
+  if (a.channels > 0 && a.offsets() <= kMostOffsets) {
+    const double narrow = shifted_products<A>(a, 1), wide = shifted_products<A>(a, 2);
+    if (narrow < wide && narrow < unfolded && narrow < grouped) {
+      return ShiftedGram<A, 1>(a, narrow * a.samples).template run<T>();
+    }
+    if (wide < unfolded && wide < grouped) return ShiftedGram<A, 2>(a, wide * a.samples).template run<T>();
+  }
+  grouped < unfolded && a.columns() <= kMostGroupedColumns ? GroupedGram<T>(a)() : UnfoldedGram<T>(a)();
 }
 
 }  // namespace

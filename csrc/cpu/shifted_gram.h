@@ -113,12 +113,11 @@ class ShiftedGram {
   static constexpr int kRows = kRegisters == 2 ? kTileRows : 2 * kTileRows < kStep ? 2 * kTileRows : kStep;
   static constexpr int64_t kSquare = kWide * kWide;
   static constexpr int64_t kRun = 128;             // windows summed in registers
-  static constexpr int64_t kEnough = int64_t{1} << 40;  // work for any number of threads
   static constexpr int64_t kPanelBytes = 1 << 17;  // of the samples that are copied at a time, unless one has more
 
  public:
-  /// work: elements of a pass over memory that would take as long.
-  ShiftedGram(const ConvGram& a, double work)
+  /// products: multiply-adds in all.
+  ShiftedGram(const ConvGram& a, double products)
       : a_(a),
         geometry_(a.depth, a.height, a.width),
         depth_(a.depth),
@@ -132,7 +131,7 @@ class ShiftedGram {
     sample_ = (geometry_.padded + 1) * kWide;
     block_ = larger(1, smaller(a.samples, kPanelBytes / (sample_ * static_cast<int64_t>(sizeof(A)))));
     panel_ = block_ * sample_;
-    threads_ = useful_threads(work < kEnough ? static_cast<int64_t>(work) : kEnough, a.threads);
+    threads_ = threads_for_products(products, a.threads);
   }
 
   template <class T>

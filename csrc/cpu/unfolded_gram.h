@@ -9,6 +9,7 @@
 #include "panels.h"
 #include "parallel.h"
 #include "scratch.h"
+#include "shares.h"
 #include "vector.h"
 
 // The factor of a convolution of few channels: some windows at a time are unfolded into panels, which stay in the
@@ -21,10 +22,7 @@ namespace {
 template <class T>
 class UnfoldedGram {
   using A = Accumulator<T>;
-  static constexpr int64_t kRun = 64;             // windows unfolded at a time, and summed in registers
-  static constexpr int64_t kMostUnits = 64;       // of all groups, where a group has several
-  static constexpr int64_t kWorthUnit = 1 << 22;  // products; a share of less is no unit of its own
-  static constexpr int64_t kTotals = 16 << 20;    // bytes of totals, unless those of one share of each group are more
+  static constexpr int64_t kRun = 64;  // windows unfolded at a time, and summed in registers
 
  public:
   explicit UnfoldedGram(const ConvGram& a)
@@ -34,20 +32,17 @@ class UnfoldedGram {
         real_(columns_ - (a.bias ? 1 : 0)),
         panels_(ceil_div(columns_, kWidth<A>)),
         padded_(panels_ * kWidth<A>),
+        products_(0.5 * a.samples * geometry_.outputs * padded_ * padded_),
+        shares_(a.samples, a.groups, products_, padded_ * padded_ * static_cast<int64_t>(sizeof(A))),
         offsets_(real_) {
     for (int64_t i = 0; i < real_; ++i) {
       offsets_.data()[i] = i / geometry_.taps * (geometry_.padded + 1) + geometry_.tap_places()[i % geometry_.taps];
     }
-    const int64_t fitting = kTotals / (a.groups * padded_ * padded_ * static_cast<int64_t>(sizeof(A)));
-    const int64_t most = smaller(kMostUnits / a.groups, smaller(a.samples, fitting));
-    const double products = 0.5 * a.samples * geometry_.outputs * padded_ * padded_;
-    shares_ = products < most * kWorthUnit ? larger(1, static_cast<int64_t>(products / kWorthUnit)) : larger(1, most);
-    many_ = products * a.groups > kWorthUnit / 16;
   }
 
   void operator()() const {
-    const int64_t units = a_.groups * shares_, size = padded_ * padded_;
-    const int threads = many_ ? static_cast<int>(smaller(a_.threads, units)) : 1;
+    const int64_t units = a_.groups * shares_.count(), size = padded_ * padded_;
+    const int threads = static_cast<int>(smaller(threads_for_products(products_ * a_.groups, a_.threads), units));
     const int64_t copy = a_.channels * (geometry_.padded + 1), panels = kRun * padded_;
     const int64_t of_thread = ceil_div(copy + panels, kLanes<A>) * kLanes<A>;
     const Scratch<A> scratch(units * size + threads * of_thread + kLanes<A>);
@@ -58,7 +53,7 @@ class UnfoldedGram {
       for (int64_t unit = begin; unit < end; ++unit) sum(unit, own, own + panels, totals + unit * size);
     });
     const int64_t rows = a_.groups * columns_;
-    parallel_for(useful_threads(rows * columns_ * shares_, a_.threads), rows, [&](int, int64_t begin, int64_t end) {
+    parallel_for(useful_threads(rows * columns_ * shares_.count(), a_.threads), rows, [&](int, int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) write(row / columns_, row % columns_, totals);
     });
   }
@@ -71,9 +66,9 @@ class UnfoldedGram {
 
   void sum(int64_t unit, A* panels, A* copy, A* totals) const {
     for (int64_t i = 0; i < padded_ * padded_; ++i) totals[i] = 0;
-    const int64_t group = unit / shares_, share = unit % shares_;
+    const int64_t group = unit / shares_.count(), share = unit % shares_.count();
     int64_t rows = 0;
-    for (int64_t s = a_.samples * share / shares_; s < a_.samples * (share + 1) / shares_; ++s) {
+    for (int64_t s = shares_.first(share); s < shares_.first(share + 1); ++s) {
       const T* x = static_cast<const T*>(a_.x.data) + s * a_.x.sample_stride + group * a_.channels * a_.x.channel_stride;
       A* to = copy;
       for (int64_t c = 0; c < a_.channels; ++c, x += a_.x.channel_stride, to += geometry_.padded + 1) {
@@ -141,10 +136,10 @@ class UnfoldedGram {
     const A decay = static_cast<A>(a_.decay), gain = static_cast<A>(a_.gain);
     const int64_t size = padded_ * padded_;
     A* const out = static_cast<A*>(a_.out) + group * columns_ * columns_;
-    totals += group * shares_ * size;
+    totals += group * shares_.count() * size;
     for (int64_t column = 0; column <= row; ++column) {
       A sum = 0;
-      for (int64_t share = 0; share < shares_; ++share) sum += totals[share * size + place(row, column)];
+      for (int64_t share = 0; share < shares_.count(); ++share) sum += totals[share * size + place(row, column)];
       if (column == real_) sum = static_cast<A>(a_.samples * geometry_.outputs);  // of the bias with itself
       A value = gain * sum;
       if (decay != 0) value += decay * out[row * columns_ + column];
@@ -158,9 +153,9 @@ class UnfoldedGram {
   const int64_t real_;  // without the bias
   const int64_t panels_;
   const int64_t padded_;           // columns of all panels
+  const double products_;          // multiply-adds of a group
+  const Shares shares_;
   const Scratch<int64_t> offsets_;  // where columns read in the copy of a window's sample
-  int64_t shares_;                 // of the samples
-  bool many_;  // products, so that threads are worth starting
 };
 
 }  // namespace

@@ -57,9 +57,7 @@ def geometries(draw: Draw) -> Geometry:
         max(0, (w - 1) * s + d * (k - 1) + 1 - a - b)
         for w, s, d, k, (a, b) in zip(windows, stride, dilation, kernel, padding, strict=True)
     ]
-    return Geometry(
-        shape, windows, {"kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation}
-    )
+    return Geometry(shape, windows, {"kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation})
 
 
 @st.composite
@@ -88,7 +86,9 @@ def convolutions(draw: Draw, tiny: bool) -> Call:
     return call_of(draw, "conv_mini_block_gram_", blocks, dtype, refused, x=x, grad_output=grad, **geometry)
 
 
-def call_of(draw: Draw, op: str, blocks: tuple[int, ...], dtype: torch.dtype, refused: bool = False, **rest: Any) -> Call:
+def call_of(
+    draw: Draw, op: str, blocks: tuple[int, ...], dtype: torch.dtype, refused: bool = False, **rest: Any
+) -> Call:
     decay, gain = draw(st.sampled_from(COEFFICIENTS)), draw(st.sampled_from(COEFFICIENTS))
     out = old(draw(numbers(specials=False)).fill(blocks, accumulator(dtype), 2), decay)
     arguments = {"out": Operand(out, draw(contiguous_layouts())), **rest, "decay": decay, "gain": gain}
