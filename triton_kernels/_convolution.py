@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton
+import triton.language as tl  # noqa: F401 - Triton's interpreter looks for it
 from torch import Tensor
 
 
@@ -57,5 +58,6 @@ class Geometry(NamedTuple):
     def arguments(self) -> tuple[int, ...]:
         n = math.prod(self.kernel)
         return (
-            *self.size, self.positions, *self.windows[1:], n, *self.kernel[1:], *self.stride, *self.before, *self.dilation
+            *self.size, self.positions, *self.windows[1:], n, *self.kernel[1:],
+            *self.stride, *self.before, *self.dilation,
         )  # fmt: skip
