@@ -67,7 +67,7 @@ _PATCHES = {
     "few channels with a bias": (Patches((3, 2, 7, 6), 3, padding=1, bias=True), 0.0, False),
     "average of many channels": (Patches((3, 19, 7, 6), 3, padding=1, bias=True), 0.9, False),
     "channels last": (Patches((2, 12, 6, 5), (2, 3), bias=True), 0.0, True),
-    "strides and dilation": (Patches((2, 9, 11, 12), 3, (2, 3), (1, (2, 0)), (3, 2)), 0.9, False),
+    "strides and dilation": (Patches((2, 9, 11, 12), 3, (2, 3), ((1, 1), (2, 0)), (3, 2)), 0.9, False),
     "groups": (Patches((2, 6, 5, 5), 3, padding=1, groups=3, bias=True), 0.9, False),
     "groups of many channels": (Patches((2, 24, 4, 5), (2, 1), groups=2), 0.0, False),
     "one dimension": (Patches((5, 2, 9), 3, 2, [(1, 0)], bias=True), 0.0, False),
