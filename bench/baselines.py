@@ -55,6 +55,13 @@ def unfold_of_x(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
     return F.unfold(x, kernel, padding=padding, stride=stride).square().sum((0, 2)).view(x.shape[1], kernel, kernel)
 
 
+def columns_of_patches(x: Tensor, kernel: int, stride: int, padding: int, bias: bool) -> Tensor:
+    """The patches of a convolution's input, one a column, with a 1 at the end where there is a bias: [D, N * L]."""
+    patches = F.unfold(x, kernel, padding=padding, stride=stride)  # [N, D, L]
+    columns = patches.transpose(0, 1).flatten(1)
+    return torch.cat([columns, columns.new_ones(1, columns.shape[1])]) if bias else columns
+
+
 def outer_products_of_patches(x: Tensor, grad: Tensor, kernel: int, padding: int) -> Tensor:
     """``conv_mini_block_gram_`` by unfolding: per-sample gradients of a convolution, then their outer products."""
     patches = F.unfold(x, kernel, padding=padding)  # [N, I * n, L]

@@ -47,7 +47,7 @@ def table(report: dict[str, Any], ops: list[str]) -> str:
         f"\nMedians of interleaved runs by `make bench` on {machine['processor']} with {machine['threads']} threads "
         f"({machine['capability']}), torch {machine['torch']}, Python {machine['python']}, {report['date']}. Ratio is "
         "the baseline's time over ours, round by round; the limit, measured in that process, is a bare pass over the "
-        "same bytes, or for `conv_mini_block_gram_` a matrix product of as many operations.\n"
+        "same bytes, or for a convolution's Gram matrices a matrix product of as many operations.\n"
     )
     return markdown_table(HEADER, rows) + "\n" + textwrap.fill(caption.strip(), 120) + "\n"
 

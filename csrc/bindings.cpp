@@ -11,6 +11,7 @@ void bind_batch_norm_gradients(py::module_& module);
 void bind_block_inverse(py::module_& module);
 void bind_capability(py::module_& module);
 void bind_capped_step(py::module_& module);
+void bind_conv_gram(py::module_& module);
 void bind_factor_ema(py::module_& module);
 void bind_gram(py::module_& module);
 void bind_limits(py::module_& module);
@@ -38,6 +39,7 @@ PYBIND11_MODULE(FISHER_KERNELS_MODULE, module) {
   bind_block_inverse(module);
   bind_capability(module);
   bind_capped_step(module);
+  bind_conv_gram(module);
   bind_factor_ema(module);
   bind_gram(module);
   bind_limits(module);

@@ -435,6 +435,29 @@ struct ChannelArray {
   int64_t position_stride;  // the positions of a channel are evenly spaced
 };
 
+/// out[g] <- decay * out[g] + gain * sum over samples s and output positions of h h^T, where
+///   h[i * n + k] = what kernel offset k reads there of x[s, i of group g],
+/// with a 1 at the end if there is a bias. Of out the lower triangles are read, and nothing if decay is 0.
+struct ConvGram {
+  ChannelArray x;  // [samples, groups * channels, positions]
+  void* out;       // [groups, columns, columns], accumulation_dtype(dtype)
+  DType dtype;
+  int64_t samples;
+  int64_t groups;
+  int64_t channels;  // of a group
+  Window depth;
+  Window height;
+  Window width;
+  bool bias;
+  double decay;
+  double gain;
+  int threads;
+
+  int64_t offsets() const { return depth.kernel * height.kernel * width.kernel; }
+  int64_t positions() const { return depth.outputs * height.outputs * width.outputs; }
+  int64_t columns() const { return channels * offsets() + (bias ? 1 : 0); }
+};
+
 /// out[o, i] <- decay * out[o, i] + gain * sum over samples s of w w^T, w being the gradient of kernel (o, i) by s:
 ///   w[k] = sum over output positions of grad_output[s, o] * what kernel offset k reads there of x[s, i of o's group].
 /// Of out the lower triangles are read, and nothing if decay is 0.
@@ -522,6 +545,7 @@ struct StreamRead {
   void rank_one_solve(const RankOneSolve&);                \
   void inverse_update_(const InverseUpdate&);              \
   void mini_block_gram_(const MiniBlockGram&);             \
+  void conv_gram_(const ConvGram&);                        \
   void conv_mini_block_gram_(const ConvMiniBlockGram&);    \
   void weighted_gram_(const WeightedGram&);                \
   void batch_norm_gradients(const BatchNormGradients&);    \
@@ -559,6 +583,7 @@ void block_apply(const BlockApply&, const Stream&);
 void rank_one_solve(const RankOneSolve&, const Stream&);
 void inverse_update_(const InverseUpdate&, const Stream&);
 void mini_block_gram_(const MiniBlockGram&, const Stream&);
+void conv_gram_(const ConvGram&, const Stream&);
 void conv_mini_block_gram_(const ConvMiniBlockGram&, const Stream&);
 void weighted_gram_(const WeightedGram&, const Stream&);
 void batch_norm_gradients(const BatchNormGradients&, const Stream&);

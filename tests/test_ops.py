@@ -120,6 +120,7 @@ MUTATES = {
     "heavy_ball_": {"momentum_buffers"},
     "capped_step_": {"params"},
     "weighted_gram_": {"out"},
+    "conv_gram_": {"out"},
     "mini_block_gram_": {"out"},
     "conv_mini_block_gram_": {"out"},
     "commit_": {"token"},
@@ -265,6 +266,21 @@ def test_gradients_of_convolutions_compile_without_graph_breaks(backend: str, dy
         assert_same_bits(outs[0], outs[1])
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_factors_of_convolutions_compile_without_graph_breaks(backend: str, dynamic: bool) -> None:
+    def average(out: Tensor, x: Tensor) -> Tensor:
+        ops.conv_gram_(out, 2 * x, (3, 2), 2, [(1, 0), (2, 2)], 1, 2, True, decay=0.9, gain=0.1)
+        return out + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(average, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for samples, size in ((2, 6), (3, 5)):
+        x = random((samples, 4, size, 7), torch.float32)
+        outs = [torch.ones(2, 13, 13) for _ in range(2)]
+        assert_same_bits(compiled(outs[0], x), average(outs[1], x))
+        assert_same_bits(outs[0], outs[1])
+
+
 def test_lr_as_a_tensor_compiles_once(backend: str) -> None:
     torch._dynamo.reset()
     graphs = 0
@@ -304,6 +320,7 @@ def test_arguments_that_require_a_gradient_are_stepped_under_no_grad(backend: st
         "block_inverse_",
         "mbf_step_",
         "mini_block_gram_",
+        "conv_gram_",
         "conv_mini_block_gram_",
         "rank_one_inverse_update_",
         "low_rank_inverse_update_",

@@ -24,7 +24,7 @@ from tests.comparison import assert_same_bits
 from tests.test_ops import MUTATES, PUBLIC, op
 
 OPS = tuple(PUBLIC)
-BATCHES = ("weighted_gram_", "mini_block_gram_", "conv_mini_block_gram_", "block_apply", "mbf_step_")
+BATCHES = ("weighted_gram_", "conv_gram_", "mini_block_gram_", "conv_mini_block_gram_", "block_apply", "mbf_step_")
 
 each_op = pytest.mark.parametrize("name", OPS)
 
@@ -431,6 +431,8 @@ def test_windows_beyond_64_bits_are_refused(backend: str, argument: str, size: i
         ops.patch_sum_of_squares(torch.ones(1, 1, 5), **call)
     with pytest.raises(ValueError, match=rf"^conv_mini_block_gram_: {argument} is .*at most 2147483647"):
         ops.conv_mini_block_gram_(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 5), torch.ones(1, 1, 5), **call)
+    with pytest.raises(ValueError, match=rf"^conv_gram_: {argument} is .*at most 2147483647"):
+        ops.conv_gram_(torch.ones(1, 1, 1), torch.ones(1, 1, 5), **call)
 
 
 def test_offsets_and_windows_that_multiply_beyond_64_bits_are_refused(backend: str) -> None:
@@ -440,6 +442,8 @@ def test_offsets_and_windows_that_multiply_beyond_64_bits_are_refused(backend: s
             ops.patch_sum_of_squares(x, kernel, padding=padding)
         with pytest.raises(ValueError, match=rf"^conv_mini_block_gram_: {argument} is"):
             ops.conv_mini_block_gram_(out, x, torch.ones(1, 0, 1, 1, 1), kernel, padding=padding)
+        with pytest.raises(ValueError, match=rf"^conv_gram_: {argument} is"):
+            ops.conv_gram_(torch.ones(1, 0, 0), x, kernel, padding=padding)
 
 
 def test_large_paddings_are_counted_right(host_backend: str) -> None:

@@ -5,8 +5,7 @@ second-level cache: for each sample one matrix product over output positions, of
 windows that are read from x where they lie, nothing being unfolded. The Gram kernels then read the workspace.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._convolution import Channels, Geometry, channels_of, place, three
 from ._language import add_product
 from ._launch import launch
 from ._lists import WIDE
@@ -24,12 +24,6 @@ _WARPS = 8
 
 _WORKSPACE = 2**25  # bytes of gradients, and of their sums where runs are summed apart
 _SAMPLES = 1024  # of which gradients are held, at most: there may always be as many as one run sums
-
-
-@triton.jit
-def _place(index, second, third):
-    """Coordinates of a row-major index in three dimensions, of which the first needs no size."""
-    return index // (second * third), index // third % second, index % third
 
 
 @triton.jit(
@@ -87,7 +81,7 @@ def gradient_kernel(
     group, sample = (matrix % groups).to(tl.int64), (matrix // groups).to(tl.int64)
 
     # Where a window reads is the sum of where it begins and of how far into it a column reads, in every dimension.
-    kernel_d, kernel_h, kernel_w = _place(column % n, kernel_height, kernel_width)
+    kernel_d, kernel_h, kernel_w = place(column % n, kernel_height, kernel_width)
     into_d, into_h, into_w = kernel_d * step_d, kernel_h * step_h, kernel_w * step_w
     into = (into_d.to(tl.int64) * height + into_h) * width + into_w
     windows = x + sample * x_sample + group * x_group + (column // n) * x_channel.to(tl.int64) + into * x_position
@@ -100,7 +94,7 @@ def gradient_kernel(
         for first in range(start, tl.minimum(start + _SEGMENT, positions), POSITIONS):
             position = first + tl.arange(0, POSITIONS)
             is_one = position < positions
-            at_d, at_h, at_w = _place(position, out_height, out_width)
+            at_d, at_h, at_w = place(position, out_height, out_width)
             at_d, at_h, at_w = at_d * stride_d - before_d, at_h * stride_h - before_h, at_w * stride_w - before_w
             begin = ((at_d.to(tl.int64) * height + at_h) * width + at_w) * x_position
             d, h, v = at_d[:, None] + into_d[None], at_h[:, None] + into_h[None], at_w[:, None] + into_w[None]
@@ -178,51 +172,8 @@ def plan(samples: int, groups: int, rows: int, channels: int, n: int, dtype: tor
     return Plan(run, held, chunks)
 
 
-class _Channels(NamedTuple):
-    """A tensor (N, C, *S) whose samples lie in order (C, *S) or (*S, C)."""
-
-    tensor: Tensor
-    channel: int  # strides
-    position: int
-
-    @property
-    def sample(self) -> int:
-        return self.tensor.stride(0)
-
-    def part(self, sample: int, channel: int) -> Tensor:
-        """What begins at a sample and a channel, for its address."""
-        return self.tensor[sample:, channel:]
-
-
-def _channels(x: Tensor) -> _Channels:
-    in_order = x[:1].is_contiguous()
-    return _Channels(x, math.prod(x.shape[2:]) if in_order else 1, 1 if in_order else x.shape[1])
-
-
-def _three(values: Sequence[int], missing: int) -> tuple[int, ...]:
-    """Values of one to three spatial dimensions as those of three, of which the first are the missing ones."""
-    return (missing,) * (3 - len(values)) + tuple(values)
-
-
-class _Geometry(NamedTuple):
-    """The convolution in three spatial dimensions, in the order of the kernel's arguments."""
-
-    size: tuple[int, ...]
-    windows: tuple[int, ...]
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    before: tuple[int, ...]
-    dilation: tuple[int, ...]
-
-    def arguments(self) -> tuple[int, ...]:
-        positions, n = math.prod(self.windows), math.prod(self.kernel)
-        return (
-            *self.size, positions, *self.windows[1:], n, *self.kernel[1:], *self.stride, *self.before, *self.dilation
-        )  # fmt: skip
-
-
 def _make_gradients(
-    w: Tensor, x: _Channels, grad: _Channels, first: int, chunk: Chunk, rows: int, channels: int, geometry: _Geometry
+    w: Tensor, x: Channels, grad: Channels, first: int, chunk: Chunk, rows: int, channels: int, geometry: Geometry
 ) -> None:
     """Fill w (samples, blocks of the chunk, n) from the sample ``first`` on."""
     samples, _, n = w.shape
@@ -255,15 +206,15 @@ def conv_gram(c: Any) -> None:
     rows, channels, n = out.shape[0] // groups, out.shape[1], out.shape[2]
     if out.numel() == 0:
         return
-    geometry = _Geometry(
-        _three(c.x.shape[2:], 1), _three(c.grad_output.shape[2:], 1), _three(c.kernel_size, 1), _three(c.stride, 1),
-        _three(c.padding[::2], 0), _three(c.dilation, 1),
+    geometry = Geometry(
+        three(c.x.shape[2:], 1), three(c.grad_output.shape[2:], 1), three(c.kernel_size, 1), three(c.stride, 1),
+        three(c.padding[::2], 0), three(c.dilation, 1),
     )  # fmt: skip
     blocks_of = out.view(-1, n, n)
     run, held, chunks = plan(samples, groups, rows, channels, n, out.dtype)
     most = max(chunk.groups * chunk.rows * chunk.channels for chunk in chunks)
     workspace = out.new_empty(held * most * n)
-    inputs, outputs = _channels(c.x), _channels(c.grad_output)
+    inputs, outputs = channels_of(c.x), channels_of(c.grad_output)
     for chunk in chunks:
         blocks = chunk.groups * chunk.rows * chunk.channels
         to = blocks_of[(chunk.group * rows + chunk.row) * channels + chunk.channel :]

@@ -107,17 +107,18 @@ def sums(
 def results(
     out, shares, columns, tiles, count, decay: tl.float64, gain: tl.float64, A: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Some rows of a tile, and their mirror image."""
-    tile = tl.program_id(0)
-    row, column = tile_of_triangle(tile)
+    """Some rows of a tile of a matrix, and their mirror image."""
+    program = tl.program_id(0)  # a tile of a matrix
+    row, column = tile_of_triangle(program % tiles)
+    out += (program // tiles).to(tl.int64) * columns * columns
     lanes = tl.program_id(1) * _STORED_ROWS + tl.arange(0, _STORED_ROWS)
     entries = lanes[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     total = tl.zeros((_STORED_ROWS, BLOCK), A)
     size = tl.full((), BLOCK * BLOCK, tl.int64)
-    share = shares + tile * size
+    share = shares + program * size
     for _ in range(count):
         total += tl.load(share + entries)
-        share += tiles * size
+        share += tl.num_programs(0) * size
     i, j = (row * BLOCK + lanes)[:, None], (column * BLOCK + tl.arange(0, BLOCK))[None, :]
     lower = (i < columns) & (j <= i)
     at = out + i.to(tl.int64) * columns + j
@@ -140,6 +141,17 @@ def _sizes(dtype: torch.dtype, weighted: bool, columns: int) -> _Sizes:
     return _Sizes(128, 32 if weighted else 64, 4096, 8, 3)
 
 
+def add_shares(out: Tensor, shares: Tensor, decay: float, gain: float) -> None:
+    """Average what ``sums`` left, [shares, matrices * tiles, block, block], into ``out`` (..., columns, columns)."""
+    columns, (count, programs, block, _) = out.shape[-1], shares.shape
+    ranges = triton.cdiv(columns, block)
+    launch(
+        results, (programs, block // _STORED_ROWS.value), out.device,
+        out, shares, columns, ranges * (ranges + 1) // 2, count, decay, gain,
+        A=WIDE[out.dtype], BLOCK=block,
+    )  # fmt: skip
+
+
 def weighted_gram(out: Tensor, x: Tensor, weight: Tensor | None, decay: float, gain: float) -> None:
     """Average the Gram matrix of the rows of x, whose columns are adjacent, into ``out``."""
     rows, columns = x.shape
@@ -155,7 +167,4 @@ def weighted_gram(out: Tensor, x: Tensor, weight: Tensor | None, decay: float, g
         sums, (tiles, count), out.device, x, weight, shares, rows, columns, x.stride(0), share, tiles,
         A=wide, BLOCK=block, STEP=step, RUN=run, FAR=step * x.stride(0) + columns >= 2**31, warps=warps, stages=stages,
     )  # fmt: skip
-    launch(
-        results, (tiles, block // _STORED_ROWS.value), out.device, out, shares, columns, tiles, count, decay, gain,
-        A=wide, BLOCK=block,
-    )  # fmt: skip
+    add_shares(out, shares, decay, gain)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.baselines import outer_products_of_patches, rows_and_slices, unfold_of_the_sum
+from bench.baselines import columns_of_patches, outer_products_of_patches, rows_and_slices, unfold_of_the_sum
 from bench.gpu.case import Case, Work
 from bench.gpu.timing import Run
 from fisher_kernels import ops
@@ -224,6 +224,26 @@ def convolution_gram(samples: int, channels: int, size: int, dtype: torch.dtype,
     return Work(run, baselines, check, x.nbytes + grad.nbytes + out.nbytes, flops=flops)
 
 
+def factor_of_input(samples: int, channels: int, size: int, dtype: torch.dtype, device: torch.device) -> Work:
+    x = torch.randn(samples, channels, size, size, device=device).to(dtype)
+    columns = 9 * channels + 1
+    out = torch.empty(1, columns, columns, device=device)
+    run = partial(ops.conv_gram_, out, x, 3, padding=1, bias=True)
+
+    def product(x: Tensor) -> Tensor:
+        h = columns_of_patches(x, 3, 1, 1, True)
+        return h @ h.mT
+
+    def check() -> None:
+        few = max(1, samples // 32)
+        part = torch.empty_like(out)
+        ops.conv_gram_(part, x[:few], 3, padding=1, bias=True)
+        close(part[0], product(x[:few].double()), 1e-3 if dtype == F32 else 2e-2)
+
+    flops = float(samples * size**2 * columns * (columns + 1))
+    return Work(run, {"unfold, matmul": partial(product, x)}, check, x.nbytes + out.nbytes, flops=flops)
+
+
 def weighted_gram(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Work:
     x, weight = torch.randn(rows, columns, device=device).to(dtype), torch.rand(rows, device=device)
     out = torch.empty(columns, columns, device=device)
@@ -341,6 +361,11 @@ def cases(tiny: bool, compile_: bool) -> Iterator[Case]:
             work = partial(convolution_gram, samples, channels_, size, dtype)
             limit = "float32" if dtype == F32 else "bfloat16"
             yield Case("conv_mini_block_gram_", of, dtype, work, limit, targets)
+    for channels_, size in ((64, 56), (256, 14)):
+        channels_, size, samples = at(channels_, 4), at(size, 5), at(256, 3)
+        of = f"{samples} x {channels_} x {size} x {size}, 3 x 3"
+        for dtype, limit in ((F32, "float32"), (BF16, "bfloat16")):
+            yield Case("conv_gram_", of, dtype, partial(factor_of_input, samples, channels_, size, dtype), limit)
     for columns in (1024, 2048, 4096):
         rows, columns = at(65_536, 50), at(columns, 16)
         work = partial(weighted_gram, rows, columns, BF16)

@@ -2,6 +2,7 @@
 
 #include "../kernels.h"
 #include "integers.h"
+#include "panels.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "vector.h"
@@ -18,18 +19,6 @@ constexpr int64_t kPackedBytes = 8 << 20;             // of a block within these
 constexpr int64_t kRun = 64;     // rows summed in registers: one panel of them fills a quarter of the first-level cache
 constexpr int64_t kRange = 64;   // rows of the result in a task, which share a panel while it is in that cache
 
-// A tile in registers: kTileRows x kWidth<A> sums.
-constexpr int kTileRows = kVectorBytes == 64 ? 8 : 4;
-
-template <class A>
-constexpr int kWidth = 2 * kLanes<A>;
-
-template <class T>
-T* align(T* p) {
-  const uintptr_t address = reinterpret_cast<uintptr_t>(p);
-  return reinterpret_cast<T*>((address + kVectorBytes - 1) / kVectorBytes * kVectorBytes);
-}
-
 /// panel[r, i] = weight[r] * x[r, i], and zeros where i >= columns; a null weight being ones.
 template <class T, class A>
 void pack_panel(const T* x, int64_t stride, const A* weight, int64_t rows, int64_t columns, A* panel) {
@@ -41,27 +30,6 @@ void pack_panel(const T* x, int64_t stride, const A* weight, int64_t rows, int64
       const Vector<T> value = left >= kStep ? load(x + i) : left > 0 ? load(x + i, left) : Vector<T>{};
       store(panel + i, scale * value);
     }
-  }
-}
-
-/// totals[i, j] += sum over r of left[r, i] * right[r, j], for kTileRows columns of one panel and all of another.
-template <class A>
-inline void add_products(const A* left, const A* right, int64_t rows, A* totals) {
-  constexpr int kStep = kLanes<A>;
-  Vector<A> sums[kTileRows][2] = {};
-  for (int64_t r = 0; r < rows; ++r, left += kWidth<A>, right += kWidth<A>) {
-    const Vector<A> low = load(right), high = load(right + kStep);
-#pragma GCC unroll 8
-    for (int i = 0; i < kTileRows; ++i) {
-      sums[i][0] += left[i] * low;
-      sums[i][1] += left[i] * high;
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < kTileRows; ++i) {
-    A* const total = totals + i * kWidth<A>;
-    store(total, load(total) + sums[i][0]);
-    store(total + kStep, load(total + kStep) + sums[i][1]);
   }
 }
 

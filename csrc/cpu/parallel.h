@@ -18,6 +18,12 @@ inline int useful_threads(int64_t work, int threads) {
   return useful < 1 ? 1 : useful < threads ? static_cast<int>(useful) : threads;
 }
 
+/// The same for multiply-adds, which go through registers several at a time.
+inline int threads_for_products(double products, int threads) {
+  constexpr double kEnough = 0x1p50;  // for any number of threads
+  return useful_threads(static_cast<int64_t>((products < kEnough ? products : kEnough) / 16), threads);
+}
+
 /// Calls body(thread, begin, end) on each of `threads` threads with its even share of [0, count). It must throw
 /// nothing.
 template <class Body>

@@ -1,8 +1,7 @@
 #include <algorithm>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
+#include "convolution.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 #include "types.cuh"
@@ -32,21 +31,11 @@ constexpr int64_t kSomeBlocks = 512;      // with fewer, positions are split
 constexpr int64_t kMostSamples = 8;       // that one block works on, one after the other, with the same tables
 constexpr int kSegment = 1024;            // positions that are summed before their sum is added to the entry
 constexpr int kStep = 16;                 // positions that are staged in shared memory together
-constexpr int kSpatial = 3;
-constexpr int64_t kFarthest = 1 << 29;           // a coordinate in the padded input
-constexpr uint32_t kNowhere = 2u * kFarthest;    // a coordinate that is outside whatever is added to it
-static_assert(kSegment % kStep == 0);
-
-/// Coordinates, and the distance in elements to what they say. All arithmetic is modulo 2^32: where windows begin may
-/// be negative, where they are read inside never is.
-struct alignas(16) Place {
-  uint32_t at[kSpatial];
-  uint32_t offset;
-};
+static_assert(kSegment % kStep == 0 && kSegment <= kSparePositions);
 
 /// The blocks and samples of one launch. Rows are output channels of a group; columns are input channels of the group,
 /// each with n kernel offsets.
-struct Slab {
+struct Slab : Convolution {
   const void* x;     // from the first channel and sample on
   const void* grad;  // likewise
   void* w;           // [parts, samples, groups, rows, columns]
@@ -57,7 +46,6 @@ struct Slab {
   int64_t w_sample;
   int64_t w_part;
   uint32_t x_channel;
-  uint32_t x_position;
   uint32_t grad_channel;
   uint32_t grad_position;
   int32_t samples;
@@ -65,55 +53,10 @@ struct Slab {
   int32_t rows;
   int32_t channels;
   int32_t columns;
-  int32_t n;
-  int32_t positions;
   int32_t part_positions;  // a multiple of kSegment
   int32_t block_samples;
-  int32_t size[kSpatial];
-  int32_t outputs[kSpatial];
-  int32_t kernel[kSpatial];
-  int32_t stride[kSpatial];
-  int32_t dilation[kSpatial];
-  int32_t before[kSpatial];
   bool x_last;  // channels are side by side in x
   bool grad_last;
-
-  /// Distance of coordinates from the first position.
-  __device__ uint32_t distance(const uint32_t (&at)[kSpatial]) const {
-    return ((at[0] * size[1] + at[1]) * size[2] + at[2]) * x_position;
-  }
-
-  /// Where the window of an output position begins.
-  __device__ Place window(int32_t position) const {
-    if (position >= positions) return {{kNowhere, 0, 0}, 0};
-    const int32_t row = position / outputs[2];
-    const int32_t o[kSpatial] = {row / outputs[1], row % outputs[1], position % outputs[2]};
-    Place place;
-#pragma unroll
-    for (int d = 0; d < kSpatial; ++d) place.at[d] = static_cast<uint32_t>(o[d] * stride[d] - before[d]);
-    place.offset = distance(place.at);
-    return place;
-  }
-
-  /// How far into a window a kernel offset reads.
-  __device__ Place into(int32_t k) const {
-    const int32_t row = k / kernel[2];
-    const int32_t o[kSpatial] = {row / kernel[1], row % kernel[1], k % kernel[2]};
-    Place place;
-#pragma unroll
-    for (int d = 0; d < kSpatial; ++d) place.at[d] = static_cast<uint32_t>(o[d] * dilation[d]);
-    place.offset = distance(place.at);
-    return place;
-  }
-
-  /// What a kernel offset reads of x through a window: 0 outside.
-  template <class T>
-  __device__ T read(const T* from, const Place& window, const Place& into) const {
-    bool inside = true;
-#pragma unroll
-    for (int d = 0; d < kSpatial; ++d) inside = inside && window.at[d] + into.at[d] < static_cast<uint32_t>(size[d]);
-    return inside ? from[window.offset + into.offset] : narrow<T>(0);
-  }
 };
 
 /// Positions of a part: [first, last).
@@ -507,65 +450,42 @@ Division divide(const ConvMiniBlockGram& a, int64_t n, int64_t entry_bytes) {
   return {samples, 1, rows < kFullTile ? rows : rows / kFullTile * kFullTile, a.inputs};
 }
 
-int32_t narrow_size(int64_t size, const char* what, int64_t most = 0x7fffffff) {
-  if (size <= most) return static_cast<int32_t>(size);
-  throw std::runtime_error(std::string(kName) + ": " + what + " is " + std::to_string(size) +
-                           ", expected at most " + std::to_string(most) + " on a GPU");
-}
-
 /// What all launches share.
 template <class T>
 Slab make_slab(const ConvMiniBlockGram& a) {
   Slab slab{};
-  const Window windows[kSpatial] = {a.depth, a.height, a.width};
-  int64_t n = 1, inputs = 1, positions = 1;
-  for (int d = 0; d < kSpatial; ++d) {
-    const Window& window = windows[d];
-    const int64_t last = window.outputs * window.stride + window.kernel * window.dilation;
-    narrow_size(std::max({last, window.size, window.before}) + window.before, "a padded dimension", kFarthest - 1);
-    slab.size[d] = static_cast<int32_t>(window.size);
-    slab.outputs[d] = static_cast<int32_t>(window.outputs);
-    slab.kernel[d] = static_cast<int32_t>(window.kernel);
-    slab.stride[d] = static_cast<int32_t>(window.stride);
-    slab.dilation[d] = static_cast<int32_t>(window.dilation);
-    slab.before[d] = static_cast<int32_t>(window.before);
-    n *= window.kernel;
-    inputs *= window.size;
-    positions *= window.outputs;
-  }
+  fill_geometry(kName, a.depth, a.height, a.width, a.x.position_stride, slab);
   const auto extent = [](const ChannelArray& array, int64_t channels, int64_t size) {
     return channels * array.channel_stride + size * array.position_stride;
   };
-  narrow_size(extent(a.x, a.inputs, inputs), "the size of a group of x");
-  narrow_size(extent(a.grad_output, a.outputs, positions), "the size of a group of grad_output");
+  const int64_t inputs = a.depth.size * a.height.size * a.width.size;
+  narrow_size(kName, extent(a.x, a.inputs, inputs), "the size of a group of x");
+  narrow_size(kName, extent(a.grad_output, a.outputs, slab.positions), "the size of a group of grad_output");
   slab.x_sample = a.x.sample_stride;
   slab.x_group = a.inputs * a.x.channel_stride;
   slab.x_channel = static_cast<uint32_t>(a.x.channel_stride);
-  slab.x_position = static_cast<uint32_t>(a.x.position_stride);
   slab.grad_sample = a.grad_output.sample_stride;
   slab.grad_group = a.outputs * a.grad_output.channel_stride;
   slab.grad_channel = static_cast<uint32_t>(a.grad_output.channel_stride);
   slab.grad_position = static_cast<uint32_t>(a.grad_output.position_stride);
-  slab.n = narrow_size(n, "the size of the kernel");
-  slab.positions = narrow_size(positions, "the number of output positions", 0x7fffffff - kSegment);
   slab.x_last = a.x.channel_stride <= a.x.position_stride;  // or there is one position
   slab.grad_last = a.grad_output.channel_stride <= a.grad_output.position_stride;
   return slab;
 }
 
 template <class T>
-class ConvGram {
+class SlabwiseGram {
   using A = Accumulator<T>;
   static constexpr int kVector = PartsTraits<A>::kVector;
 
  public:
-  ConvGram(const ConvMiniBlockGram& a, const Stream& stream)
+  SlabwiseGram(const ConvMiniBlockGram& a, const Stream& stream)
       : a_(a),
         stream_(stream),
         slab_(make_slab<T>(a)),
         division_(divide(a, slab_.n, sizeof(A))),
         form_(choose_form<T>(a.outputs, a.inputs * slab_.n)) {
-    narrow_size(division_.channels * slab_.n, "the size of a row of gradients");
+    narrow_size(kName, division_.channels * slab_.n, "the size of a row of gradients");
     resize(slab_, division_.samples, division_.groups, division_.rows, division_.channels);
     const int64_t segments = divide_up<int64_t>(slab_.positions, kSegment), blocks = grid(slab_);
     const int64_t fitting = std::max<int64_t>(1, kWorkspace / (slab_.w_part * static_cast<int64_t>(sizeof(A))));
@@ -690,7 +610,7 @@ void conv_mini_block_gram_(const ConvMiniBlockGram& a, const Stream& stream) {
     return mini_block_gram_({nullptr, a.out, accumulation_dtype(a.dtype), 0, blocks * n, blocks, n, a.decay, a.gain, 0},
                             stream);
   }
-  for_type(a.dtype, [&](auto type) { ConvGram<typename decltype(type)::type>(a, stream)(); });
+  for_type(a.dtype, [&](auto type) { SlabwiseGram<typename decltype(type)::type>(a, stream)(); });
 }
 
 }  // namespace fisher_kernels::cuda

@@ -33,6 +33,8 @@ __device__ inline TilePlace tile_of_triangle(int64_t tile) {
   return {static_cast<int>(row), static_cast<int>(tile - row * (row + 1) / 2)};
 }
 
+constexpr int kGramRun = 128;  // rows whose products are added to a sum that starts at 0, where they are shared out
+
 /// out[b] <- decay * out[b] + gain * sum over r of weight[r] x[r, b] x[r, b]^T.
 struct Gram {
   const void* x;       // [rows, matrices, columns] with unit column stride
@@ -119,8 +121,11 @@ class SlabReader {
     weight_ = gram.weight == nullptr ? nullptr : static_cast<const A*>(gram.weight) + first + row_;
   }
 
+  /// Called before each slab of a share is read.
+  __device__ void prepare(int) {}
+
   /// Reads the next slab, of which so many rows are there, into registers.
-  __device__ void fetch(int rows) {
+  __device__ void fetch(int, int rows) {
 #pragma unroll
     for (int p = 0; p < kPasses; ++p) {
       const bool there = row_ + p * kRows < rows;
@@ -296,23 +301,22 @@ __device__ void write_average(A (*part)[kColumns + 1], A* out, int64_t columns, 
   }
 }
 
-/// Sums over a share of the rows. Ends with a barrier.
-template <class Traits, int N>
-__device__ void sum_share(const Gram& gram, int64_t matrix, const TilePlace& place, GramMemory<Traits>& memory,
-                          ThreadSums<Traits>& sums) {
+/// Sums over a share of the rows, which a reader has: see SlabReader. Ends with a barrier.
+template <class Traits, class Reader>
+__device__ void sum_share(const Gram& gram, Reader& reader, GramMemory<Traits>& memory, ThreadSums<Traits>& sums) {
   constexpr int kDepth = Traits::kDepth;
   const int64_t first = blockIdx.y * gram.share;
   const int64_t rows = gram.rows - first < gram.share ? gram.rows - first : gram.share;
   const auto slabs = static_cast<int>(divide_up<int64_t>(rows, kDepth));
   const auto rows_of_last = static_cast<int>(rows - static_cast<int64_t>(slabs - 1) * kDepth);
   const auto slabs_of_run = static_cast<int>(gram.run / kDepth);
-  SlabReader<Traits, N> reader(gram, matrix, place, first);
   bool has_totals = false;
   int left_of_run = slabs_of_run;
   // A slab is read while the one before is multiplied.
   for (int slab = 0; slab <= slabs; ++slab) {
     const bool is_behind = slab == slabs;
-    if (!is_behind) reader.fetch(slab + 1 < slabs ? kDepth : rows_of_last);
+    reader.prepare(slab);
+    if (!is_behind) reader.fetch(slab, slab + 1 < slabs ? kDepth : rows_of_last);
     if (slab > 0) {
       sums.add_products(memory.sums.slabs[(slab - 1) % 2]);
       --left_of_run;
@@ -328,16 +332,12 @@ __device__ void sum_share(const Gram& gram, int64_t matrix, const TilePlace& pla
   }
 }
 
-template <class Traits, int N>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kLeastBlocks)
-    gram_kernel(const __grid_constant__ Gram gram) {
+/// Leaves the sums of a share with the others, or averages those of the only one into the result.
+template <class Traits>
+__device__ void finish_share(const Gram& gram, int64_t matrix, const TilePlace& place, GramMemory<Traits>& memory,
+                             const ThreadSums<Traits>& sums) {
   using A = typename Traits::A;
   constexpr int kTile = Traits::kTile;
-  auto& memory = shared_memory<GramMemory<Traits>>();
-  const int64_t matrix = blockIdx.x / gram.tiles;
-  const TilePlace place = tile_of_triangle(blockIdx.x % gram.tiles);
-  ThreadSums<Traits> sums;
-  sum_share<Traits, N>(gram, matrix, place, memory, sums);
   if (gram.partials != nullptr) {
     sums.store(static_cast<A*>(gram.partials) +
                (blockIdx.y * gram.matrices * gram.tiles + blockIdx.x) * (kTile * kTile));
@@ -349,6 +349,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLeastBlocks)
       memory.tile, static_cast<A*>(gram.out) + matrix * gram.columns * gram.columns, gram.columns,
       static_cast<int64_t>(place.row) * kTile, static_cast<int64_t>(place.column) * kTile, static_cast<A>(gram.decay),
       static_cast<A>(gram.gain));
+}
+
+template <class Traits, int N>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kLeastBlocks)
+    gram_kernel(const __grid_constant__ Gram gram) {
+  auto& memory = shared_memory<GramMemory<Traits>>();
+  const int64_t matrix = blockIdx.x / gram.tiles;
+  const TilePlace place = tile_of_triangle(blockIdx.x % gram.tiles);
+  ThreadSums<Traits> sums;
+  SlabReader<Traits, N> reader(gram, matrix, place, blockIdx.y * gram.share);
+  sum_share<Traits>(gram, reader, memory, sums);
+  finish_share<Traits>(gram, matrix, place, memory, sums);
 }
 
 /// How shares are added: kRows x 32 sums to a block, in kGroups that each add every so many shares.
@@ -422,9 +434,41 @@ bool has_packs(const Gram& gram) {
          gram.matrix_stride % kVector == 0;
 }
 
-/// Launches what fills in `tiles` and `partials`; `share`, `run` and `shares` are set. Shares are added as `Add` says.
-template <class Traits, class Add>
-void launch_gram(const char* name, Gram gram, const Stream& stream) {
+/// Shares out rows that are matrices' own: sets `share`, `run` and `shares`.
+template <class Traits>
+void share_rows(Gram& gram) {
+  constexpr int64_t kRun = kGramRun;                 // a share is no shorter,
+  constexpr int64_t kMostShares = 1024;              // and there are no more than so many,
+  constexpr int64_t kThreadsAtOnce = 4 * 132 * 256;  // nor more than make up so many threads
+  static_assert(kRun % Traits::kDepth == 0);
+  const int64_t blocks = std::max<int64_t>(1, gram.matrices * tiles_of_triangle(gram.columns, Traits::kTile));
+  const int64_t wanted = std::min({kThreadsAtOnce / Traits::kThreads / blocks, gram.rows / kRun, kMostShares});
+  const int64_t rows = divide_up(gram.rows, std::max<int64_t>(1, wanted));
+  gram.share = std::max<int64_t>(1, divide_up<int64_t>(rows, Traits::kDepth)) * Traits::kDepth;
+  gram.run = kRun;
+  gram.shares = std::max<int64_t>(1, divide_up(gram.rows, gram.share));
+}
+
+/// How the shares of results that few threads have are added: of few columns there are many.
+template <class Traits>
+using AddManyTraits = AddTraits<typename Traits::A, Traits::kTile, 8, sizeof(typename Traits::A) == 8 ? 4 : 8>;
+
+/// Calls body(type) for a tile that suits so many columns, `type` being that of GramTraits<T, tile>.
+template <class T, class Body>
+void for_tile(int64_t columns, const Body& body) {
+  constexpr int kSmall = 32, kMedium = 64, kLarge = 128;
+  constexpr int64_t kMostOfMedium = 256;  // above, less is read for a product and few tiles are half empty
+  if (columns <= kSmall) return body(Type<GramTraits<T, kSmall>>());
+  if constexpr (!std::is_same_v<T, double>) {
+    if (columns > kMostOfMedium) return body(Type<GramTraits<T, kLarge>>());
+  }
+  body(Type<GramTraits<T, kMedium>>());
+}
+
+/// Fills in `tiles` and `partials`, calls first(gram, grid), which launches what sums shares, and adds them as `Add`
+/// says; `share`, `run` and `shares` are set.
+template <class Traits, class Add, class First>
+void launch_shares(const char* name, Gram gram, const Stream& stream, const First& first) {
   using A = typename Traits::A;
   static_assert(Add::kTile == Traits::kTile);
   constexpr int64_t kMostBlocks = 0x7fffffff;
@@ -436,13 +480,20 @@ void launch_gram(const char* name, Gram gram, const Stream& stream) {
   const int64_t blocks = gram.matrices * gram.tiles;
   const Scratch partials(stream, apart ? gram.shares * blocks * (Traits::kTile * Traits::kTile) * sizeof(A) : 0);
   gram.partials = apart ? partials.as<void>() : nullptr;
-  const auto kernel =
-      has_packs<typename Traits::T>(gram) ? gram_kernel<Traits, Traits::kVector> : gram_kernel<Traits, 1>;
-  launch(name, kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(gram.shares)), Traits::kThreads,
-         sizeof(GramMemory<Traits>), stream, gram);
+  first(gram, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(gram.shares)));
   if (!apart) return;
   launch(name, add_shares_kernel<Add>, dim3(static_cast<unsigned>(blocks), Add::kParts), Add::kThreads,
          sizeof(typename Add::Memory), stream, gram);
+}
+
+/// The same for rows that lie in memory.
+template <class Traits, class Add>
+void launch_gram(const char* name, const Gram& gram, const Stream& stream) {
+  const auto kernel =
+      has_packs<typename Traits::T>(gram) ? gram_kernel<Traits, Traits::kVector> : gram_kernel<Traits, 1>;
+  launch_shares<Traits, Add>(name, gram, stream, [&](const Gram& filled, dim3 grid) {
+    launch(name, kernel, grid, Traits::kThreads, sizeof(GramMemory<Traits>), stream, filled);
+  });
 }
 
 }  // namespace fisher_kernels::cuda

@@ -62,6 +62,14 @@ void layout_error(const TensorView& x, const Argument& argument, const char* exp
               "has shape " + x.shape() + " and strides " + shape_text(x.strides, x.dims) + ", expected " + expected);
 }
 
+ChannelArray read_channels(const TensorView& x, const Argument& argument) {
+  int64_t positions = 1;
+  for (int d = 2; d < x.dims; ++d) positions *= x.sizes[d];
+  if (is_dense(x, 1, Order::channels_first)) return {x.data, x.strides[0], positions, 1};
+  if (is_dense(x, 1, Order::channels_last)) return {x.data, x.strides[0], 1, x.sizes[1]};
+  layout_error(x, argument, "each sample contiguous or channels last");
+}
+
 Windows read_windows(const Call& call, const TensorView& x, const std::vector<int64_t>& kernel_size,
                      const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                      const std::vector<int64_t>& dilation) {

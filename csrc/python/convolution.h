@@ -19,6 +19,9 @@ bool is_dense(const TensorView& x, int first, Order order);
 
 [[noreturn]] void layout_error(const TensorView& x, const Argument& argument, const char* expected);
 
+/// x [N, C, *S] with positions that are evenly spaced in each sample.
+ChannelArray read_channels(const TensorView& x, const Argument& argument);
+
 /// Dimensions that there are not have one position and one window.
 struct Windows {
   Window depth;

@@ -12,15 +12,6 @@ namespace fisher_kernels {
 
 namespace {
 
-/// x [N, C, *S] with positions that are evenly spaced in each sample.
-ChannelArray read_channels(const TensorView& x, const Argument& argument) {
-  int64_t positions = 1;
-  for (int d = 2; d < x.dims; ++d) positions *= x.sizes[d];
-  if (is_dense(x, 1, Order::channels_first)) return {x.data, x.strides[0], positions, 1};
-  if (is_dense(x, 1, Order::channels_last)) return {x.data, x.strides[0], 1, x.sizes[1]};
-  layout_error(x, argument, "each sample contiguous or channels last");
-}
-
 void mini_block_gram_(py::handle out_object, py::handle v_object, double decay, double gain, const Place& place) {
   const Call call("mini_block_gram_", place);
   const Argument out_argument{call, "out"}, v_argument{call, "v"};

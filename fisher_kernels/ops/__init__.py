@@ -5,6 +5,7 @@ from fisher_kernels.ops.adafisher_step import adafisher_step_
 from fisher_kernels.ops.batch_norm_gradients import batch_norm_gradients
 from fisher_kernels.ops.block_inverse import block_apply, block_inverse, block_inverse_, block_solve
 from fisher_kernels.ops.capped_step import capped_step_, direction_sums, heavy_ball_
+from fisher_kernels.ops.conv_gram import conv_gram_
 from fisher_kernels.ops.factor_ema import factor_ema_, minmax, minmax_
 from fisher_kernels.ops.gram import weighted_gram_
 from fisher_kernels.ops.mbf_step import mbf_step_
@@ -24,6 +25,7 @@ __all__ = [
     "capped_step_",
     "channel_sum_of_squares",
     "column_sum_of_squares",
+    "conv_gram_",
     "conv_mini_block_gram_",
     "direction_sums",
     "factor_ema_",

@@ -93,3 +93,25 @@ def windows(
 def pad(x: Tensor, padding: Sequence[int]) -> Tensor:
     """Zeros around x (N, C, *S), padding being (before, after) of each spatial dimension, flattened."""
     return torch.nn.functional.pad(x, [p for d in reversed(range(x.dim() - 2)) for p in padding[2 * d : 2 * d + 2]])
+
+
+def unfold(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    sizes: Sequence[int],
+) -> Tensor:
+    """The first ``sizes`` windows of x (N, C, *S) along each dimension, as a view (N, C, *L, *K) of the padded x."""
+    patches = pad(x, padding)
+    for d, size in enumerate(sizes):
+        extent = dilation[d] * (kernel[d] - 1) + 1
+        patches = patches.unfold(2 + d, extent, stride[d]).narrow(2 + d, 0, size)[..., :: dilation[d]]
+    return patches
+
+
+def with_even_positions(x: Tensor) -> Tensor:
+    """Return x (N, C, *S) as it is if each sample's memory is in order (C, *S) or (*S, C), else a contiguous copy."""
+    sample = x[:1]
+    return x if sample.is_contiguous() or sample.movedim(1, -1).is_contiguous() else x.contiguous()

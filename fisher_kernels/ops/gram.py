@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import Native
+from fisher_kernels.ops._average import average_lower
 from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define
 
 
@@ -39,10 +40,7 @@ def _reference(out: Tensor, x: Tensor, weight: Tensor | None, decay: float, gain
     _fake(out, x, weight, decay, gain)
     wide = x.to(out.dtype)
     weighted = wide if weight is None else wide * weight[:, None]
-    lower = gain * (weighted.mT @ wide).tril()
-    if decay != 0:
-        lower += decay * out.tril()
-    out.copy_(lower + lower.tril(-1).mT)
+    average_lower(out, weighted.mT @ wide, decay, gain)
 
 
 def _native(on: Native, out: Tensor, x: Tensor, weight: Tensor | None, decay: float, gain: float) -> None:

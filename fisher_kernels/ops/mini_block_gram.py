@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import Native
-from fisher_kernels.ops._convolution import pad, padding_pairs, per_dimension, spatial_dimensions, windows
+from fisher_kernels.ops._average import average_lower
+from fisher_kernels.ops._convolution import (
+    padding_pairs,
+    per_dimension,
+    spatial_dimensions,
+    unfold,
+    windows,
+    with_even_positions,
+)
 from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define
 
 # mini_block_gram_
@@ -40,15 +48,7 @@ def _fake(out: Tensor, v: Tensor, decay: float, gain: float) -> None:
 def _reference(out: Tensor, v: Tensor, decay: float, gain: float) -> None:
     _fake(out, v, decay, gain)
     wide = v.to(out.dtype)
-    _average(out, torch.einsum("nbi,nbj->bij", wide, wide), decay, gain)
-
-
-def _average(out: Tensor, sums: Tensor, decay: float, gain: float) -> None:
-    """Write decay * out + gain * sums, for both triangles from the lower ones."""
-    lower = gain * sums.tril()
-    if decay != 0:
-        lower += decay * out.tril()
-    out.copy_(lower + lower.tril(-1).mT)
+    average_lower(out, torch.einsum("nbi,nbj->bij", wide, wide), decay, gain)
 
 
 def _native(on: Native, out: Tensor, v: Tensor, decay: float, gain: float) -> None:
@@ -162,12 +162,6 @@ class _Convolution(NamedTuple):
         check_coefficient(op, "gain", self.gain)
 
 
-def _with_even_positions(x: Tensor) -> Tensor:
-    """Return x (N, C, *S) as it is if each sample's memory is in order (C, *S) or (*S, C), else a contiguous copy."""
-    sample = x[:1]
-    return x if sample.is_contiguous() or sample.movedim(1, -1).is_contiguous() else x.contiguous()
-
-
 def _conv_fake(c: _Convolution) -> None:
     c.check()
 
@@ -179,21 +173,19 @@ def _conv_reference(c: _Convolution) -> None:
     sums = torch.zeros_like(c.out)
     samples = max(1, _PATCHES // max(1, n * inputs * (c.groups * positions + outputs)))
     for few_x, few_grads in zip(c.x.split(samples), c.grad_output.split(samples), strict=True):
-        patches = pad(few_x.to(c.out.dtype), c.padding)
-        for d, size in enumerate(c.grad_output.shape[2:]):
-            extent = c.dilation[d] * (c.kernel_size[d] - 1) + 1
-            patches = patches.unfold(2 + d, extent, c.stride[d]).narrow(2 + d, 0, size)[..., :: c.dilation[d]]
+        sizes = c.grad_output.shape[2:]
+        patches = unfold(few_x.to(c.out.dtype), c.kernel_size, c.stride, c.padding, c.dilation, sizes)
         patches = patches.reshape(len(few_x), c.groups, inputs, positions, n)  # from [N, I, *L, *K]
         grads = few_grads.to(c.out.dtype).reshape(len(few_x), c.groups, outputs // c.groups, positions)
         gradients = torch.einsum("sgol,sgilk->sgoik", grads, patches).reshape(len(few_x), outputs, inputs, n)
         sums += torch.einsum("soij,soik->oijk", gradients, gradients)
-    _average(c.out, sums, c.decay, c.gain)
+    average_lower(c.out, sums, c.decay, c.gain)
 
 
 def _conv_native(on: Native, c: _Convolution) -> None:
     x, grad_output = c.x, c.grad_output
     if x.dim() > 2 and grad_output.dim() > 2:
-        x, grad_output = _with_even_positions(x), _with_even_positions(grad_output)
+        x, grad_output = with_even_positions(x), with_even_positions(grad_output)
     on.kernels.conv_mini_block_gram_(c.out, x, grad_output, *c[3:], on.place(x.device))
     increment_version([c.out])
 
@@ -202,7 +194,7 @@ def _conv_triton(c: _Convolution) -> None:
     from fisher_kernels.triton_kernels import conv_mini_block_gram
 
     c.check()
-    x, grad_output = _with_even_positions(c.x), _with_even_positions(c.grad_output)
+    x, grad_output = with_even_positions(c.x), with_even_positions(c.grad_output)
     conv_mini_block_gram.conv_gram(c._replace(x=x, grad_output=grad_output))
     increment_version([c.out])
 

@@ -67,6 +67,33 @@ void check_weighted_gram() {
   }
 }
 
+void check_conv_gram(int64_t groups, int64_t channels) {
+  constexpr int64_t kSamples = 3, kSize = 12, kKernel = 3, kPadding = 1;
+  const int64_t columns = channels * kKernel + 1;
+  std::vector<float> x(kSamples * groups * channels * kSize), out(groups * columns * columns);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(integer(i));
+  const Window none = {1, 1, 1, 1, 1, 0}, width = {kSize, kSize, kKernel, 1, 1, kPadding};
+  const ChannelArray array = {x.data(), groups * channels * kSize, kSize, 1};
+  baseline::conv_gram_(
+      {array, out.data(), DType::float32, kSamples, groups, channels, none, none, width, true, 0, 2.0, kThreads});
+  const auto patch = [&](int64_t s, int64_t group, int64_t l, int64_t column) -> double {
+    const int64_t position = l + column % kKernel - kPadding;
+    if (column == columns - 1) return 1;
+    if (position < 0 || position >= kSize) return 0;
+    return x[((s * groups + group) * channels + column / kKernel) * kSize + position];
+  };
+  for (int64_t i = 0; i < groups * columns * columns; ++i) {
+    double sum = 0;
+    for (int64_t s = 0; s < kSamples; ++s) {
+      for (int64_t l = 0; l < kSize; ++l) {
+        const int64_t group = i / columns / columns;
+        sum += patch(s, group, l, i / columns % columns) * patch(s, group, l, i % columns);
+      }
+    }
+    expect("conv_gram_", i, out[i], 2 * sum);
+  }
+}
+
 double norm(const std::vector<double>& a) {
   double sum = 0;
   for (const double value : a) sum += value * value;
@@ -192,6 +219,9 @@ int main() {
   check_sum_of_squares<uint16_t, float>(DType::bfloat16, [](int value) { return kBFloat16[value + 3]; });
   check_sum_of_squares<uint16_t, float>(DType::float16, [](int value) { return kFloat16[value + 3]; });
   check_weighted_gram();
+  check_conv_gram(1, 2);
+  check_conv_gram(1, 9);
+  check_conv_gram(6, 1);
   for (const int64_t n : {1, 3, 6, 17}) {
     check_block_inverse<float>(DType::float32, n);
     check_block_inverse<double>(DType::float64, n);

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
 import numpy as np
@@ -33,11 +34,19 @@ def grams(draw: Draw, tiny: bool) -> Call:
     samples, blocks, n = draw(sizes(tiny)), draw(sizes(tiny, most=33)), draw(sizes(tiny, most=17))
     dtype = draw(st.sampled_from(SUM_DTYPES))
     v = laid(draw(numbers()).fill((samples, blocks, n), dtype), draw(layouts()))
-    return _call(draw, "mini_block_gram_", (blocks, n, n), dtype, v=v)
+    return call_of(draw, "mini_block_gram_", (blocks, n, n), dtype, v=v)
+
+
+class Geometry(NamedTuple):
+    """A convolution: the size of its input, the number of its windows, and what an op is told."""
+
+    shape: list[int]
+    windows: list[int]
+    arguments: dict[str, Any]
 
 
 @st.composite
-def convolutions(draw: Draw, tiny: bool) -> Call:
+def geometries(draw: Draw) -> Geometry:
     spatial = draw(st.integers(1, 3))
     kernel, stride, dilation = (
         [draw(st.integers(1, most)) for _ in range(spatial)] for most in (3 if spatial < 3 else 2, 3, 3)
@@ -48,6 +57,12 @@ def convolutions(draw: Draw, tiny: bool) -> Call:
         max(0, (w - 1) * s + d * (k - 1) + 1 - a - b)
         for w, s, d, k, (a, b) in zip(windows, stride, dilation, kernel, padding, strict=True)
     ]
+    return Geometry(shape, windows, {"kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation})
+
+
+@st.composite
+def convolutions(draw: Draw, tiny: bool) -> Call:
+    shape, windows, geometry = draw(geometries())
     samples = 0 if draw(st.integers(0, 4)) == 4 else draw(sizes(tiny, most=33))
     if samples or tiny or draw(st.integers(0, 3)) == 3:
         groups = draw(sizes(tiny, most=33, least=1))
@@ -57,21 +72,23 @@ def convolutions(draw: Draw, tiny: bool) -> Call:
         # numbers the units of work that kernels cut them into differ in size.
         groups, outputs = draw(st.sampled_from((17, 17, 5))), draw(st.sampled_from((5, 5, 9)))
         inputs = draw(st.integers(1, 5))
-    left_out = [draw(st.sampled_from((0, 0, 0, 1))) for _ in range(spatial)]  # windows without a derivative
+    left_out = [draw(st.sampled_from((0, 0, 0, 1))) for _ in shape]  # windows without a derivative
     refused = draw(st.integers(0, 24)) == 24
     if refused:
-        padding[-1] = (0, draw(st.sampled_from(HUGE)))
+        geometry["padding"][-1] = (0, draw(st.sampled_from(HUGE)))
     dtype = draw(st.sampled_from(SUM_DTYPES))
     x = laid(draw(numbers()).fill((samples, groups * inputs, *shape), dtype), draw(layouts()))
     positions = [w - less for w, less in zip(windows, left_out, strict=True)]
     grad = laid(draw(numbers()).fill((samples, groups * outputs, *positions), dtype, 1), draw(layouts()))
-    n = math.prod(kernel)
-    geometry = {"kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    n = math.prod(geometry["kernel_size"])
     blocks = (groups * outputs, inputs, n, n)
-    return _call(draw, "conv_mini_block_gram_", blocks, dtype, refused, x=x, grad_output=grad, **geometry)
+    geometry["groups"] = groups
+    return call_of(draw, "conv_mini_block_gram_", blocks, dtype, refused, x=x, grad_output=grad, **geometry)
 
 
-def _call(draw: Draw, op: str, blocks: tuple[int, ...], dtype: torch.dtype, refused: bool = False, **rest: Any) -> Call:
+def call_of(
+    draw: Draw, op: str, blocks: tuple[int, ...], dtype: torch.dtype, refused: bool = False, **rest: Any
+) -> Call:
     decay, gain = draw(st.sampled_from(COEFFICIENTS)), draw(st.sampled_from(COEFFICIENTS))
     out = old(draw(numbers(specials=False)).fill(blocks, accumulator(dtype), 2), decay)
     arguments = {"out": Operand(out, draw(contiguous_layouts())), **rest, "decay": decay, "gain": gain}
@@ -109,19 +126,25 @@ def compare(
     assert torch.equal(result.mT.nan_to_num(), result.nan_to_num()), "the result is not symmetric"
 
 
-def gradients(x: Array, grad: Array, a: dict[str, Any]) -> Array:
-    """What each sample adds to a convolution's gradient, window after window: [N, O, I / groups, n]."""
-    (samples, channels), (outputs, *positions) = x.shape[:2], grad.shape[1:]
-    groups = a["groups"]
+def reads(x: Array, a: dict[str, Any], positions: Sequence[int]) -> Iterator[Array]:
+    """What each offset of a convolution's kernel reads, through as many windows: [N, C, *positions]."""
     padded = np.pad(x, [(0, 0), (0, 0), *a["padding"]])
-    result = []
     for offset in itertools.product(*map(range, a["kernel_size"])):
         read = padded
         for d, (k, s, step, size) in enumerate(zip(offset, a["stride"], a["dilation"], positions, strict=True)):
             read = read.take(np.arange(size) * s + k * step, axis=2 + d)
-        read = read.reshape(samples, groups, 1, channels // groups, math.prod(positions))
+        yield read
+
+
+def gradients(x: Array, grad: Array, a: dict[str, Any]) -> Array:
+    """What each sample adds to a convolution's gradient, window after window: [N, O, I / groups, n]."""
+    (samples, channels), (outputs, *positions) = x.shape[:2], grad.shape[1:]
+    groups = a["groups"]
+    result = []
+    for read in reads(x, a, positions):
+        channel = read.reshape(samples, groups, 1, channels // groups, math.prod(positions))
         each = grad.reshape(samples, groups, outputs // groups, 1, math.prod(positions))
-        result.append((read * each).sum(-1).reshape(samples, outputs, channels // groups))
+        result.append((channel * each).sum(-1).reshape(samples, outputs, channels // groups))
     return np.stack(result, -1)
 
 
