@@ -18,7 +18,6 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _MARKERS = "osD^vPX"
 _GREY = "#5f6670"
 _DOTS_PER_INCH = 150
-_NAMED_TIMES = 3  # more would stand in one another's way
 
 
 def picture(task: Task, settings: Settings, summaries: Sequence[Summary], partial: str | None = None) -> bytes:
@@ -102,7 +101,8 @@ def _by_clock(figure: Any, task: Task, settings: Settings, summaries: Sequence[S
     goal = reached(task.metric, summaries)
     if goal is not None and len(summaries) > 1:
         _draw_goal(axes, task.metric, goal, summaries, colors)
-    _name(axes, task.metric, summaries, curves, colors)
+    shares = {s.optimizer: _share(goal, s.optimizer, summaries) for s in summaries}
+    _name(axes, task.metric, summaries, curves, colors, shares)
     seeds = len(summaries[0].seeds)
     over = f"mean and deviation over {seeds} seeds" if seeds > 1 else f"seed {summaries[0].seeds[0]}"
     axes.set_title(
@@ -167,18 +167,27 @@ def _draw_goal(axes: Axes, metric: Metric, goal: Reached, summaries: Sequence[Su
     axes.annotate(
         f"where {title} ends", (0, goal.value), (5, 4 * down), xycoords=("axes fraction", "data"), color=_GREY, **style
     )
-    base = goal.seconds[goal.baseline]
-    others = sorted((s, name) for name, s in goal.seconds.items() if s is not None and name != goal.baseline)
-    for index, (seconds, name) in enumerate(others):
-        axes.plot(seconds, goal.value, "o", color=colors[name], markersize=8, markeredgecolor="white", zorder=4)
-        if base and index < _NAMED_TIMES:
-            text = f"{seconds / base:.2f} of\n{title}'s time"
-            place = (-7, 20 * down)
-            axes.annotate(text, (seconds, goal.value), place, ha="right", color=colors[name], linespacing=1.2, **style)
+    for name, seconds in goal.seconds.items():
+        if seconds is not None and name != goal.baseline:
+            axes.plot(seconds, goal.value, "o", color=colors[name], markersize=8, markeredgecolor="white", zorder=4)
+
+
+def _share(goal: Reached | None, name: str, summaries: Sequence[Summary]) -> str:
+    """In which part of the baseline's time an optimizer came to where that ends, as a line below its name."""
+    if goal is None or name == goal.baseline:
+        return ""
+    seconds, base = goal.seconds[name], goal.seconds[goal.baseline]
+    title = next(summary.title for summary in summaries if summary.optimizer == goal.baseline)
+    return f"{seconds / base:.2f} of {title}'s time" if seconds is not None and base else ""
 
 
 def _name(
-    axes: Axes, metric: Metric, summaries: Sequence[Summary], curves: dict[str, Curve], colors: dict[str, str]
+    axes: Axes,
+    metric: Metric,
+    summaries: Sequence[Summary],
+    curves: dict[str, Curve],
+    colors: dict[str, str],
+    shares: dict[str, str],
 ) -> None:
     """Names with their last figures, to the right of where the lines end, moved apart where those are close."""
     bottom, top = axes.get_ylim()
@@ -192,7 +201,7 @@ def _name(
     ends = sorted(
         (height(curves[s.optimizer][1][-1]) if curves[s.optimizer][1] else 1.0, i) for i, s in enumerate(summaries)
     )
-    apart, lowest = 0.058, -1.0
+    apart, lowest = 0.058 if len(summaries) > 4 or not any(shares.values()) else 0.1, -1.0
     heights: list[float] = []
     for end, _ in ends:
         lowest = max(end, lowest + apart)
@@ -212,6 +221,16 @@ def _name(
             fontweight="bold",
             annotation_clip=False,
         )
+        if apart > 0.058:  # where there is room
+            axes.annotate(
+                shares[summary.optimizer],
+                (1.012, place - excess - 0.042),
+                xycoords="axes fraction",
+                va="center",
+                color=colors[summary.optimizer],
+                fontsize=9.5,
+                annotation_clip=False,
+            )
 
 
 # What both have.
