@@ -41,7 +41,8 @@ template <class A>
 double shifted_products(const ConvGram& a, int64_t registers) {
   const double each = registers == 1 ? 2.0 : 1.2;  // finding the places costs as much as half a register's products
   const double channels = padded<A>(a.channels, registers);
-  return each * a.groups * channels * channels / 2 * Pairs(a.depth).work() * Pairs(a.height).work() * Pairs(a.width).work();
+  const double pairs = Pairs(a.depth).work() * Pairs(a.height).work() * Pairs(a.width).work();
+  return each * a.groups * channels * channels / 2 * pairs;
 }
 
 template <class T>

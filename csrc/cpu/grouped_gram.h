@@ -12,8 +12,9 @@
 #include "shares.h"
 #include "vector.h"
 
-// The factors of a convolution of many groups of few channels, as depthwise ones are: one group in each lane. A register
-// holds an entry of the patches of as many groups, and every product of two entries is one instruction for all.
+// The factors of a convolution of many groups of few channels, as depthwise ones are: one group in each lane. A
+// register holds an entry of the patches of as many groups, and every product of two entries is one instruction for
+// all.
 namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
 namespace {
 

@@ -270,7 +270,8 @@ class ShiftedGram {
     for (int64_t s = 0; s < samples; ++s) {
       for (int64_t d = box.depths.first; d < box.depths.last; ++d) {
         for (int64_t h = box.heights.first; h < box.heights.last; ++h) {
-          const int64_t line = s * sample_ + (d * a_.depth.stride * geometry_.plane + h * a_.height.stride * geometry_.line) * kWide;
+          const int64_t row = d * a_.depth.stride * geometry_.plane + h * a_.height.stride * geometry_.line;
+          const int64_t line = s * sample_ + row * kWide;
           for (int64_t w = box.widths.first; w < box.widths.last; ++w) {
             places[count++] = line + w * a_.width.stride * kWide;
             if (count == kRun) {

@@ -53,7 +53,8 @@ class UnfoldedGram {
       for (int64_t unit = begin; unit < end; ++unit) sum(unit, own, own + panels, totals + unit * size);
     });
     const int64_t rows = a_.groups * columns_;
-    parallel_for(useful_threads(rows * columns_ * shares_.count(), a_.threads), rows, [&](int, int64_t begin, int64_t end) {
+    const int64_t numbers = rows * columns_ * shares_.count();
+    parallel_for(useful_threads(numbers, a_.threads), rows, [&](int, int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) write(row / columns_, row % columns_, totals);
     });
   }
@@ -69,10 +70,13 @@ class UnfoldedGram {
     const int64_t group = unit / shares_.count(), share = unit % shares_.count();
     int64_t rows = 0;
     for (int64_t s = shares_.first(share); s < shares_.first(share + 1); ++s) {
-      const T* x = static_cast<const T*>(a_.x.data) + s * a_.x.sample_stride + group * a_.channels * a_.x.channel_stride;
+      const T* x = static_cast<const T*>(a_.x.data) + s * a_.x.sample_stride +
+                   group * a_.channels * a_.x.channel_stride;
       A* to = copy;
       for (int64_t c = 0; c < a_.channels; ++c, x += a_.x.channel_stride, to += geometry_.padded + 1) {
-        for (int64_t p = 0; p < geometry_.inputs; ++p) to[geometry_.input_places()[p]] = widen(x[p * a_.x.position_stride]);
+        for (int64_t p = 0; p < geometry_.inputs; ++p) {
+          to[geometry_.input_places()[p]] = widen(x[p * a_.x.position_stride]);
+        }
       }
       for (int64_t l = 0; l < geometry_.outputs;) {
         const int64_t count = smaller(kRun - rows, geometry_.outputs - l);

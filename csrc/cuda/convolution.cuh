@@ -8,9 +8,9 @@
 #include "kernels.h"
 #include "types.cuh"
 
-// Where the windows of a convolution read its input. Where a window begins and how far into it a kernel offset reads are
-// tables, and their sum says where to read and whether that is inside: strides, dilation, padding and dimensions cost
-// three additions and three comparisons a number.
+// Where the windows of a convolution read its input. Where a window begins and how far into it a kernel offset reads
+// are tables, and their sum says where to read and whether that is inside: strides, dilation, padding and dimensions
+// cost three additions and three comparisons a number.
 namespace fisher_kernels::cuda {
 
 constexpr int kSpatial = 3;
@@ -89,7 +89,8 @@ inline void fill_geometry(const char* name, const Window& depth, const Window& h
   for (int d = 0; d < kSpatial; ++d) {
     const Window& window = windows[d];
     const int64_t last = window.outputs * window.stride + window.kernel * window.dilation;
-    narrow_size(name, std::max({last, window.size, window.before}) + window.before, "a padded dimension", kFarthest - 1);
+    const int64_t farthest = std::max({last, window.size, window.before}) + window.before;
+    narrow_size(name, farthest, "a padded dimension", kFarthest - 1);
     convolution.size[d] = static_cast<int32_t>(window.size);
     convolution.outputs[d] = static_cast<int32_t>(window.outputs);
     convolution.kernel[d] = static_cast<int32_t>(window.kernel);

@@ -29,8 +29,18 @@ void conv_gram_(py::handle out_object, py::handle x_object, const std::vector<in
                                       std::to_string(x.sizes[1]) + " channels of x");
   }
   const Windows windows = read_windows(call, x, kernel_size, stride, padding, dilation);
-  ConvGram gram{{},           nullptr,       x.dtype, x.sizes[0], groups, x.sizes[1] / groups, windows.depth, windows.height,
-                windows.width, bias,          decay,   gain,       call.place.threads};
+  ConvGram gram{};
+  gram.dtype = x.dtype;
+  gram.samples = x.sizes[0];
+  gram.groups = groups;
+  gram.channels = x.sizes[1] / groups;
+  gram.depth = windows.depth;
+  gram.height = windows.height;
+  gram.width = windows.width;
+  gram.bias = bias;
+  gram.decay = decay;
+  gram.gain = gain;
+  gram.threads = call.place.threads;
   constexpr int64_t kMostColumns = int64_t{1} << 31;  // far more than fit into memory, and their square into 64 bits
   if (gram.channels > kMostColumns / gram.offsets()) {
     value_error(x_argument, "has shape " + x.shape() + ", expected at most 2^31 channels times offsets of the kernel");
