@@ -424,7 +424,7 @@ def test_empty_lists_take_no_gpu() -> None:
         ops.factor_ema._ema_native(on_a_gpu, ops.factor_ema._Average([], [], 0.9, 0.1)),
     )  # fmt: skip
     assert all(x.is_cpu for x in found)
-    assert [x.tolist() for x in found] == [[], [], 1.0, [], [], []]
+    assert [x.tolist() for x in found] == [[], [], 1.0, [], [], [], []]
 
 
 # The choice of backend.
