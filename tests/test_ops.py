@@ -457,7 +457,7 @@ def test_empty_lists_take_no_gpu() -> None:
         ),
     )  # fmt: skip
     assert all(x.is_cpu for x in found)
-    assert [x.tolist() for x in found] == [[], [], 1.0, [], [], [], [], [], 1.0, [], []]
+    assert [x.tolist() for x in found] == [[], [], 1.0, [], [], [], [], [], [], 1.0, [], []]
 
 
 # The choice of backend.
