@@ -422,7 +422,7 @@ def _eigenvectors(factor: Tensor, apart: bool) -> Tensor | None:
     for dtype in (factor.dtype, torch.float64):
         try:
             vectors = torch.linalg.eigh(scaled.to(dtype)).eigenvectors
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
         if bool(vectors.isfinite().all()):
             return vectors.to(factor.dtype)
