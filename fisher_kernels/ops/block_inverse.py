@@ -26,10 +26,18 @@ def _factor(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """Cholesky factors, the identity where there is none, and where that is."""
     identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
     damped = blocks + damping * identity if damping else blocks
-    bad = ~damped.isfinite().flatten(1).all(1)
+    bad = _not_finite(damped)
     factors, info = torch.linalg.cholesky_ex(_replaced(damped, bad, identity))
     bad |= info != 0
     return _replaced(factors, bad, identity), bad
+
+
+def _not_finite(blocks: Tensor) -> Tensor:
+    """Which matrices hold a NaN or an infinity."""
+    # A sum that is finite has no other terms; one that overflows though none of them is infinite costs a second look.
+    if blocks.is_cpu and bool(blocks.sum().isfinite()):
+        return torch.zeros(len(blocks), dtype=torch.bool, device=blocks.device)
+    return ~blocks.isfinite().flatten(1).all(1)
 
 
 def _replaced(values: Tensor, bad: Tensor, others: Tensor) -> Tensor:
@@ -50,7 +58,7 @@ def _invert(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     else:
         lower = inverse.tril()
         inverse = lower + lower.tril(-1).mT
-    return inverse.contiguous(), bad | ~inverse.isfinite().flatten(1).all(1)
+    return inverse.contiguous(), bad | _not_finite(inverse)
 
 
 # block_inverse
