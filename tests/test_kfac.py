@@ -175,7 +175,7 @@ def test_the_cap_bounds_each_layer() -> None:
         moved, size, n = 0.0, 0.0, 0
         for name, p in model.named_parameters():
             if name.startswith(layer):
-                moved += float((p - before[name]).square().sum())
+                moved += float((p.detach() - before[name]).square().sum())
                 size += float(before[name].square().sum())
                 n += p.numel()
         bound = 0.01 * max(math.sqrt(size), 1e-3 * math.sqrt(n))

@@ -62,11 +62,13 @@ from fisher_kernels.ops import ACCUMULATOR, column_sum_of_squares
 
 
 class _Backward:
-    """A backward that is running: how many terms its loss has, and for which sums that has been counted."""
+    """A backward that is running: how many terms its loss has, and for which sums that has been counted.
 
-    def __init__(self, terms: Tensor, thread: int) -> None:
-        self.terms, self.thread = terms, thread
-        self.counted: set[Any] = set()
+    One that runs within another belongs to the same loss, so what either has counted is counted for both.
+    """
+
+    def __init__(self, terms: Tensor, thread: int, counted: set[Any]) -> None:
+        self.terms, self.thread, self.counted = terms, thread, counted
 
     def __call__(self) -> None:
         """What the engine calls at its end; until then it keeps this alive."""
@@ -125,7 +127,10 @@ class Terms:
             # One that has begun within another runs in the same thread; others may run beside it.
             thread = threading.get_ident()
             outer = next((other for other in self._running.values() if other.thread == thread), None)
-            backward = _Backward(self._terms_of(rows) if outer is None else outer.terms, thread)
+            if outer is None:
+                backward = _Backward(self._terms_of(rows), thread, set())
+            else:
+                backward = _Backward(outer.terms, thread, outer.counted)
             if task >= 0:
                 self._running[task] = backward
                 Variable._execution_engine.queue_callback(backward)
@@ -583,5 +588,12 @@ def _kind(module: Any) -> int:
     """The number of the kind of a layer; of the kinds that share a weight the one with the lowest has factors."""
     if is_transposed_linear(module):
         return 1
-    kinds = (nn.Linear, (), nn.modules.conv._ConvTransposeNd, nn.modules.conv._ConvNd, NORMS, nn.Embedding)
+    kinds: tuple[Any, ...] = (
+        nn.Linear,
+        (),
+        nn.modules.conv._ConvTransposeNd,
+        nn.modules.conv._ConvNd,
+        NORMS,
+        nn.Embedding,
+    )
     return next((number for number, kind in enumerate(kinds) if isinstance(module, kind)), len(kinds))

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C import _current_graph_task_id, _will_engine_execute_node
 from torch.autograd import Variable
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import get_gradient_edge
 from torch.compiler import is_compiling
 from torch.nn import Parameter
@@ -440,7 +441,7 @@ class Statistics(Generic[R]):
         # The backward of a compiled model writes to its tokens, which have no content. The loss goes through it again.
         tokens = tuple(hook.token for hooks in self._hooks.values() for hook in hooks)
         try:
-            with torch.autograd._unsafe_preserve_version_counter(tokens):
+            with _unsafe_preserve_version_counter(tokens):
                 yield
         finally:
             self._sampling = False

@@ -25,11 +25,26 @@ def _check_damping(op: str, damping: float) -> None:
 def _factor(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """Cholesky factors, the identity where there is none, and where that is."""
     identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-    damped = blocks + damping * identity
-    bad = ~damped.isfinite().flatten(1).all(1)
-    factors, info = torch.linalg.cholesky_ex(torch.where(bad[:, None, None], identity, damped))
+    damped = blocks + damping * identity if damping else blocks
+    bad = _not_finite(damped)
+    factors, info = torch.linalg.cholesky_ex(_replaced(damped, bad, identity))
     bad |= info != 0
-    return torch.where(bad[:, None, None], identity, factors), bad
+    return _replaced(factors, bad, identity), bad
+
+
+def _not_finite(blocks: Tensor) -> Tensor:
+    """Which matrices hold a NaN or an infinity."""
+    # A sum that is finite has no other terms; one that overflows though none of them is infinite costs a second look.
+    if blocks.is_cpu and bool(blocks.sum().isfinite()):
+        return torch.zeros(len(blocks), dtype=torch.bool, device=blocks.device)
+    return ~blocks.isfinite().flatten(1).all(1)
+
+
+def _replaced(values: Tensor, bad: Tensor, others: Tensor) -> Tensor:
+    """Others in the place of bad matrices; on the CPU, where that is known, nothing is copied if there are none."""
+    if bad.is_cpu and not bool(bad.any()):
+        return values
+    return torch.where(bad[:, None, None], others, values)
 
 
 def _invert(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -37,9 +52,13 @@ def _invert(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     if blocks.numel() == 0:
         return torch.empty_like(blocks, memory_format=torch.contiguous_format), new_info(blocks).zero_() != 0
     factors, bad = _factor(blocks, damping)
-    lower = torch.cholesky_inverse(factors).tril()
-    inverse = lower + lower.tril(-1).mT
-    return inverse.contiguous(), bad | ~inverse.isfinite().flatten(1).all(1)
+    inverse = torch.cholesky_inverse(factors)
+    if inverse.is_cpu:  # LAPACK makes one triangle, of which torch makes the other
+        inverse = inverse.mT
+    else:
+        lower = inverse.tril()
+        inverse = lower + lower.tril(-1).mT
+    return inverse.contiguous(), bad | _not_finite(inverse)
 
 
 # block_inverse
@@ -122,7 +141,7 @@ def _into_fake(out: Tensor, blocks: Tensor, damping: float) -> Tensor:
 def _into_reference(out: Tensor, blocks: Tensor, damping: float) -> Tensor:
     _into_fake(out, blocks, damping)
     inverse, bad = _invert(blocks, damping)
-    out.copy_(torch.where(bad[:, None, None], out, inverse))
+    out.copy_(_replaced(inverse, bad, out))
     return bad.to(torch.int64)
 
 

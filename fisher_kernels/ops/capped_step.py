@@ -411,7 +411,7 @@ def _step_reference(s: _Step) -> tuple[Tensor, Tensor, Tensor]:
         for i in members:
             total += rates[i] ** 2 * s.sums[i, 0]
     if s.kl_clip is not None and not total.abs() <= s.kl_clip:
-        scale.copy_((s.kl_clip / total.abs()).sqrt() if total.isfinite() else 0)
+        scale.copy_(torch.where(total.isfinite(), (s.kl_clip / total.abs()).sqrt(), 0.0))
     caps, decays = _of_each(s.max_relative_step, s), _of_each(s.weight_decay, s)
     for layer, members in enumerate(layers):
         if not taken[layer]:

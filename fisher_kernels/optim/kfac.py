@@ -6,7 +6,7 @@ Sources: Martens and Grosse, arXiv 1503.05671; convolutions: Grosse and Martens,
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.optim.base import totals
 from fisher_kernels.optim.fisher_blocks import ASIDE, STATE, New
 from fisher_kernels.optim.kronecker import KroneckerOptimizer
-from fisher_kernels.optim.kronecker_factors import FactorInverses
+from fisher_kernels.optim.kronecker_factors import FactorInverses, KroneckerFactors
 from fisher_kernels.optim.refresh import RAMP, inverts, is_due
 from fisher_kernels.optim.term_blocks import TermBlocks
 
@@ -115,7 +115,7 @@ class KFAC(KroneckerOptimizer):
     """
 
     moment = "momentum_buffer"
-    factors_kind = FactorInverses
+    factors_kind: ClassVar[type[KroneckerFactors]] = FactorInverses
     statistics_state = (*BLOCK_STATE, "row_factor", "column_factor", "row_inverse", "column_inverse")
 
     def __init__(

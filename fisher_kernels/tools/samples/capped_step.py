@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -50,7 +50,7 @@ def momentum(
     *,
     layout: Layout = as_made,
     device: Device = None,
-    layouts: dict[str, Layout] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
     **options: Any,
 ) -> Inputs:
     """The arguments of heavy_ball_ in the middle of a run."""
@@ -64,7 +64,7 @@ def sums(
     *,
     layout: Layout = as_made,
     device: Device = None,
-    layouts: dict[str, Layout] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
     **options: Any,
 ) -> Inputs:
     """The arguments of direction_sums."""
@@ -83,7 +83,7 @@ def step(
     *,
     layout: Layout = as_made,
     device: Device = None,
-    layouts: dict[str, Layout] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
     **options: Any,
 ) -> Inputs:
     """The arguments of capped_step_, with sums as momentum that is half the direction and half another has them."""
