@@ -504,7 +504,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         Raises:
             TypeError, ValueError: ``step_fn`` cannot be called, or a number is out of range.
         """
-        counters = [copy.deepcopy(x) for x in (self._skipped, self._capped, self._bounded)]
+        counters = copy.deepcopy((self._skipped, self._capped, self._bounded))
         scales = [self._scales.get(id(group)) for group in self.param_groups]
         try:
             return measure(self, self._model, step_fn, overhead, repeats)
