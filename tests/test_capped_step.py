@@ -34,6 +34,7 @@ from tests.interpreted import far, far_partials, far_sums, interpreted
 pytestmark = [pytest.mark.usefixtures("poisoned_memory", "one_thread"), pytest.mark.pairs_interpreted]
 
 DOUBLE = unit_roundoff(torch.float64)
+ALL_CONTIGUOUS = dict.fromkeys(("params", "grads", "directions", "momentum_buffers", "others"), contiguous)
 FEW = ((3, 5), (5,), (), (1,), (0,), (17,))
 
 # What Triton's interpreter takes instead of the shapes of all: it is slow, at every tensor.
@@ -173,7 +174,7 @@ def test_layouts_do_not_show_in_momentum(
     if layout not in WRITABLE_LAYOUTS.values() and of == "momentum_buffers":
         pytest.skip("is refused")
     shapes = SOME[-2:] if implementation == "triton" else SHAPES
-    case = momentum(shapes, dtype, layouts={of: layout}, weight_decay=decay)
+    case = momentum(shapes, dtype, layouts={**ALL_CONTIGUOUS, of: layout}, weight_decay=decay)
     plain, before = case.map(contiguous), case.copy()
     assert_same_bits(case.run(), plain.run())
     assert_unchanged(case, plain, ("momentum_buffers",), around=False)
@@ -276,8 +277,9 @@ def defined_sums(case: Any) -> tuple[Tensor, Tensor]:
     for w, d, m in zip(*([x.double().flatten() for x in xs] for xs in case.lists()), strict=True):
         products = (d * m, d * d, w * w)
         rows.append(torch.tensor([math.fsum(x.tolist()) for x in products], dtype=torch.float64))
-        bounds.append(torch.tensor([(len(w) + 2) * DOUBLE * float(x.abs().sum()) for x in products]))
-    return torch.stack(rows), torch.stack(bounds).double()
+        sizes = [(len(w) + 2) * DOUBLE * float(x.abs().sum()) for x in products]
+        bounds.append(torch.tensor(sizes, dtype=torch.float64))
+    return torch.stack(rows), torch.stack(bounds)
 
 
 def check_sums(case: Any) -> None:
@@ -313,7 +315,7 @@ def test_layouts_do_not_show_in_sums(
     implementation: str, layout: Callable[[Tensor], Tensor], of: str, dtype: torch.dtype
 ) -> None:
     shapes = SOME[-2:] if implementation == "triton" else SHAPES
-    case = sums(shapes, dtype, layouts={"params": contiguous, of: layout})
+    case = sums(shapes, dtype, layouts={**ALL_CONTIGUOUS, of: layout})
     before = case.copy()
     assert_same_bits(case.run(), case.map(contiguous).run())
     assert_unchanged(case, before, ("params", "directions", "momentum_buffers"))
@@ -448,7 +450,7 @@ class Defined:
 
     def check(self, after: Step, results: tuple[Tensor, Tensor, Tensor]) -> None:
         scale, factors, skipped = results
-        assert_within(scale, torch.tensor(self.scale).double(), self.rounding * self.scale, "scale")
+        assert_within(scale, torch.tensor(self.scale, dtype=torch.float64), self.rounding * self.scale, "scale")
         wanted = torch.tensor(self.factors, dtype=torch.float64)
         assert_within(factors, wanted, 2 * self.rounding * wanted, "factors")
         assert skipped.dtype == torch.int64
@@ -468,8 +470,8 @@ def check(case: Step) -> tuple[Tensor, Tensor, Tensor]:
 
 
 OPTIONS: tuple[dict[str, Any], ...] = (
-    {},
-    {"weight_decay": 0.1},
+    {"kl_clip": 10.0},
+    {"kl_clip": 10.0, "weight_decay": 0.1},
     {"kl_clip": None},
     {"max_relative_step": None},
     {"kl_clip": None, "max_relative_step": None, "weight_decay": 0.01},
@@ -678,7 +680,7 @@ def test_layouts_do_not_show_in_a_step(
     if layout not in WRITABLE_LAYOUTS.values() and of == "params":
         pytest.skip("is refused")
     shapes = SOME[-2:] if implementation == "triton" else SHAPES
-    case = step(shapes, dtype, layouts={"params": contiguous, of: layout}, weight_decay=0.1)
+    case = step(shapes, dtype, layouts={**ALL_CONTIGUOUS, of: layout}, weight_decay=0.1)
     plain, before = case.map(contiguous), case.copy()
     assert_same_results(case.run(), plain.run())
     assert_unchanged(case, plain, ("params",), around=False)

@@ -86,7 +86,7 @@ void direction_sums(py::handle params, py::handle directions, py::handle momentu
     p.moment = strided(read_moment);
     walk_as_they_lie({{direction, p.direction}, {read_param, p.parameter}, {read_moment, p.moment}});
     p.size = param.numel();
-    p.dtype = read_param.dtype;
+    p.dtype = param.dtype;  // also of one that is not read: it says how elements are shared out, and so the sums' bits
   }
 
   const py::gil_scoped_release release;

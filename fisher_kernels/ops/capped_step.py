@@ -6,6 +6,7 @@ Three ops, as an optimizer multiplies matrices between the first two: ``heavy_ba
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -392,7 +393,7 @@ def _of_each(values: Sequence[Any], s: _Step) -> Sequence[Any]:
 def _members(s: _Step) -> list[range]:
     """The parameters of each layer."""
     firsts = [i for i, layer in enumerate(s.layers) if i == 0 or layer != s.layers[i - 1]]
-    return [range(*ends) for ends in zip(firsts, [*firsts[1:], len(s.layers)], strict=True)]
+    return [range(*ends) for ends in itertools.pairwise([*firsts, len(s.layers)])]
 
 
 def _step_reference(s: _Step) -> tuple[Tensor, Tensor, Tensor]:
