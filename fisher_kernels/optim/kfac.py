@@ -125,7 +125,7 @@ class KFAC(KroneckerOptimizer):
         *,
         momentum: float = 0.9,
         damping: float = 1e-3,
-        kl_clip: float | None = 1e-3,
+        kl_clip: float | None = 1e-2,
         max_relative_step: float | None = 0.02,
         beta2: float = 0.95,
         update_interval: int = 10,
