@@ -533,7 +533,12 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         """
         skipped, refused, bad = totals(self._skipped), totals(self._blocks.refused), totals(self._blocks.bad)
         capped = totals(self._capped)
-        bounded = totals({key: torch.full((len(key),), steps, dtype=torch.int64, device="cpu") for key, steps in self._bounded.items()})
+        bounded = totals(
+            {
+                key: torch.full((len(key),), steps, dtype=torch.int64, device="cpu")
+                for key, steps in self._bounded.items()
+            }
+        )
         names = {p: name for name, p in self._names()}
         report: dict[str, dict[str, float]] = {}
         for part in self._blocks.parts:
