@@ -252,15 +252,16 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
                 self._places += [(module._parameters, n, p) for n, p in module._parameters.items() if p in self._groups]
 
     def _is_as_noted(self) -> bool:
+        gone: set[Parameter] = set()
         for there, name, value in self._places:
             found = there.get(name)
             # What has no gradient may be there for a while, as in a functional call.
             if found is not value and (isinstance(value, nn.Module) or getattr(found, "grad", None) is not None):
                 return False
-            # It may be there under another name, as pruning has it.
-            if found is None and all(p is not value for p in self._model.parameters()):
-                return False
-        return True
+            if found is None and value is not None:
+                gone.add(value)
+        # They may be there under other names, as pruning has it.
+        return not gone or gone <= set(self._model.parameters())
 
     def _follow(self) -> None:
         """Hold what the model has now under the names of parameters that it has no more, with the state of these.
