@@ -551,6 +551,9 @@ def test_a_weight_of_a_layer_that_other_functions_see_too_is_named(optimizer: An
     assert "left out of the statistics: embed.weight;" in str(said[0].message)
     assert [row.name for row in steps.explain() if "left out" in row.detail] == ["embed.weight"]
     assert not fallbacks(steps)
+    steps.close()
+    with pytest.raises(RuntimeError, match=r"left out of the statistics: embed\.weight; fallback='error' refuses"):
+        train(model, optimizer(model, fallback="error"), torch.randint(7, (5, 3)))
 
 
 class Interrupted(nn.Module):

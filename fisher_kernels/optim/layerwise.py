@@ -359,7 +359,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             self._warn_if_silent()
         self._note_unused({index for index, _ in taken})
         self._require_served()
-        self._warn_of_parts()
+        self._tell_of_parts()
         self._fold(taken, grad_scale)
         for group in self.param_groups:
             self._update(group, grad_scale, found_inf)
@@ -435,18 +435,19 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         sites = self.statistics.sites
         self._forget(site.owner for site in sites if (site.owner, site.rule.layout) not in still)
 
-    def _warn_of_parts(self) -> None:
-        """Say once which parameters are served by what layers give, and go into functions besides."""
-        if not self.statistics.parts or self._fallback != "warn":
+    def _tell_of_parts(self) -> None:
+        """Name once, or refuse, parameters that are served by what layers give and go into functions besides."""
+        if not self.statistics.parts:
             return
         served = self._layers_of().keys() - self._unserved.without_use(self.statistics.layers())
         parts = [name for name, p in self._names() if p in served and p in self.statistics.parts]
-        if parts:
-            self._warn_once(
-                f"parts {shown(parts)}",
-                f"functions without a rule apply parameters that layers serve too, and what they do is left out of the "
-                f"statistics: {shown(parts)}; print(optimizer.explain()) shows each",
-            )
+        if not parts:
+            return
+        told = "functions without a rule apply parameters that layers serve too, and what they do is left out of the "
+        told += f"statistics: {shown(parts)}"
+        if self._fallback == "error":
+            raise RuntimeError(f"{told}; fallback='error' refuses to train them so")
+        self._warn_once(f"parts {shown(parts)}", f"{told}; print(optimizer.explain()) shows each")
 
     def _note_unused(self, taken: set[int]) -> None:
         """Let layers that have a gradient and gave no statistics take a fallback, until they are used.
