@@ -555,6 +555,9 @@ def test_a_weight_of_a_layer_that_other_functions_see_too_is_named(optimizer: An
     assert "left out of the statistics: embed.weight;" in str(said[0].message)
     assert [row.name for row in steps.explain() if "left out" in row.detail] == ["embed.weight"]
     assert not fallbacks(steps)
+    steps.close()
+    with pytest.raises(RuntimeError, match=r"left out of the statistics: embed\.weight; fallback='error' refuses"):
+        train(model, optimizer(model, fallback="error"), torch.randint(7, (5, 3)))
 
 
 class Interrupted(nn.Module):
@@ -811,6 +814,20 @@ def test_the_forwards_of_several_optimizers_end() -> None:
             assert _get_current_function_mode() is None
             for optimizer in several:
                 optimizer.step()
+
+
+@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+def test_a_layer_that_is_named_in_rules_counts_once(optimizer: Any) -> None:
+    """What it does with the derivative is overridden, and the function inside it is not read besides."""
+    model, plain = (nn.Sequential(kind(4, 4), nn.Linear(4, 2)) for kind in (Louder, nn.Linear))
+    plain.load_state_dict(model.state_dict())
+    with silent():
+        ours, theirs = optimizer(model, rules={Louder: "linear"}), optimizer(plain)
+        for net, steps in ((model, ours), (plain, theirs)):
+            torch.manual_seed(1)
+            train(net, steps, torch.randn(5, 4), 1)
+    name = "output_factor" if optimizer is AdaFisher else "fisher_blocks"
+    assert torch.equal(ours.state[model[0].weight][name], theirs.state[plain[0].weight][name])
 
 
 class MergedAdapter(nn.Module):

@@ -95,6 +95,16 @@ def test_a_parameter_that_has_gone_is_named(make: Make) -> None:
     assert len(said) == 1
 
 
+@pytest.mark.parametrize("make", [AdaFisher, MBF])
+def test_a_module_that_is_none_is_nothing_new(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    model[0].register_module("head", None)
+    model[0].register_parameter("scale", None)
+    optimizer = make(model)
+    monkeypatch.setattr(optimizer, "_follow", lambda: pytest.fail("nothing has been replaced"))
+    train(model, optimizer, range(2))
+
+
 @pytest.mark.parametrize("make", [AdaFisher, MBF, sofim])
 def test_lists_of_parameters_may_be_replaced(make: Make) -> None:
     model = network()

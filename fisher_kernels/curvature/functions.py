@@ -397,17 +397,19 @@ class Watch(TorchFunctionMode):
         same = bias.shape == part.shape[:1] and bias.storage_offset() - held.storage_offset() == start
         return held if matches and same else None
 
-    def claim(self, weights: Iterable[Parameter], inputs: Iterable[Any], output: Tensor) -> bool | None:
+    def claim(
+        self, weights: Iterable[Parameter], inputs: Iterable[Any], output: Tensor, whatever_follows: bool
+    ) -> bool | None:
         """Leave to a layer the calls that led from its inputs to its output.
 
         Returns whether there are any; None, and they are left, where something comes after one of them that may change
-        the derivative, also where it changes no number.
+        the derivative, also where it changes no number, unless that is of no account.
         """
         weights = list(weights)
         stops = [t.grad_fn for t in inputs if isinstance(t, Tensor) and t.grad_fn is not None]
         mine = [call for call in self.calls if any(call.weight is p for p in weights)]
         mine = [call for call in mine if _reaches(output.grad_fn, call.node, stops)]
-        if not all(_passes_on(output.grad_fn, call.node) for call in mine):
+        if not whatever_follows and not all(_reaches(output.grad_fn, call.node, stops, _passes_on) for call in mine):
             return None
         self.claimed.update(weights)
         for call in mine:
@@ -454,8 +456,20 @@ def _leaves(output: Any, parameters: Collection[Parameter]) -> bool:
     return False
 
 
-def _reaches(start: Any, node: Any, stops: Sequence[Any]) -> bool:
-    """Whether a node of the graph is met on the way back from another, before any of the stops."""
+_PASSING = ("Add", "View", "UnsafeView", "ReshapeAlias", "ToCopy", "T", "Transpose", "Permute", "Clone", "Alias")
+"""Nodes of the graph that hand the derivative on as it is, in another layout or precision at most."""
+
+
+def _passes_on(node: Any) -> bool:
+    return node.name().partition("Backward")[0] in _PASSING and getattr(node, "_saved_alpha", 1) == 1
+
+
+def _reaches(start: Any, node: Any, stops: Sequence[Any], through: Callable[[Any], bool] = bool) -> bool:
+    """Whether a node of the graph is met on the way back from another, before any of the stops.
+
+    Args:
+        through: whether the way may lead through a node; by default through each.
+    """
     seen, nodes = set(stops), [start]
     for _ in range(FAR):
         if not nodes:
@@ -463,27 +477,10 @@ def _reaches(start: Any, node: Any, stops: Sequence[Any]) -> bool:
         current = nodes.pop(0)
         if current is node:
             return True
-        if current is None or current in seen:
+        if current is None or current in seen or not through(current):
             continue
         seen.add(current)
         nodes += [edge for edge, _ in current.next_functions]
-    return False
-
-
-_PASSING = ("Add", "View", "UnsafeView", "ReshapeAlias", "ToCopy", "T", "Transpose", "Permute", "Clone", "Alias")
-"""Nodes of the graph that hand the derivative on as it is."""
-
-
-def _passes_on(start: Any, node: Any) -> bool:
-    """Whether a node has the derivative that another one is handed, in another layout or precision at most."""
-    nodes = [start]
-    while nodes:
-        current = nodes.pop()
-        if current is node:
-            return True
-        passes = current is not None and current.name().partition("Backward")[0] in _PASSING
-        if passes and getattr(current, "_saved_alpha", 1) == 1:
-            nodes += [edge for edge, _ in current.next_functions]
     return False
 
 

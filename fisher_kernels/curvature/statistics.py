@@ -240,7 +240,8 @@ class Statistics(Generic[R]):
     def claim(self, layer: Layer[R], inputs: Iterable[Any], output: Tensor) -> bool:
         """Leave to a layer what functions did in its forward, unless it does more than they did; whether it is."""
         watch = None if self._watches is None else self._watches.current()
-        claimed = False if watch is None else watch.claim(layer.parameters.values(), inputs, output)
+        weights, overridden = layer.parameters.values(), layer.proof.overridden
+        claimed = False if watch is None else watch.claim(weights, inputs, output, overridden)
         if claimed is None:
             layer.proof.object("something else comes between its own operation and its output")
         layer.proof.inner = layer.proof.inner or claimed is not False

@@ -253,15 +253,16 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
                 self._places += [(module._parameters, n, p) for n, p in module._parameters.items() if p in self._groups]
 
     def _is_as_noted(self) -> bool:
+        gone: set[Parameter] = set()
         for there, name, value in self._places:
             found = there.get(name)
             # What has no gradient may be there for a while, as in a functional call.
             if found is not value and (isinstance(value, nn.Module) or getattr(found, "grad", None) is not None):
                 return False
-            # It may be there under another name, as pruning has it.
-            if found is None and all(p is not value for p in self._model.parameters()):
-                return False
-        return True
+            if found is None and value is not None:
+                gone.add(value)
+        # They may be there under other names, as pruning has it.
+        return not gone or gone <= set(self._model.parameters())
 
     def _follow(self) -> None:
         """Hold what the model has now under the names of parameters that it has no more, with the state of these.
@@ -369,7 +370,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             self._warn_if_silent()
         self._note_unused({index for index, _ in taken})
         self._require_served()
-        self._warn_of_parts()
+        self._tell_of_parts()
         self._fold(taken, grad_scale)
         self._update(grad_scale, found_inf)
         for group in self.param_groups:
@@ -457,18 +458,19 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         sites = self.statistics.sites
         self._forget(site.owner for site in sites if (site.owner, site.rule.layout) not in still)
 
-    def _warn_of_parts(self) -> None:
-        """Say once which parameters are served by what layers give, and go into functions besides."""
-        if not self.statistics.parts or self._fallback != "warn":
+    def _tell_of_parts(self) -> None:
+        """Name once, or refuse, parameters that are served by what layers give and go into functions besides."""
+        if not self.statistics.parts:
             return
         served = self._layers_of().keys() - self._unserved.without_use(self.statistics.layers())
         parts = [name for name, p in self._names() if p in served and p in self.statistics.parts]
-        if parts:
-            self._warn_once(
-                f"parts {shown(parts)}",
-                f"functions without a rule apply parameters that layers serve too, and what they do is left out of the "
-                f"statistics: {shown(parts)}; print(optimizer.explain()) shows each",
-            )
+        if not parts:
+            return
+        told = "functions without a rule apply parameters that layers serve too, and what they do is left out of the "
+        told += f"statistics: {shown(parts)}"
+        if self._fallback == "error":
+            raise RuntimeError(f"{told}; fallback='error' refuses to train them so")
+        self._warn_once(f"parts {shown(parts)}", f"{told}; print(optimizer.explain()) shows each")
 
     def _note_unused(self, taken: set[int]) -> None:
         """Let layers that have a gradient and gave no statistics take a fallback, until they are used.
