@@ -10,6 +10,7 @@ void bind_adafisher_step(py::module_& module);
 void bind_batch_norm_gradients(py::module_& module);
 void bind_block_inverse(py::module_& module);
 void bind_capability(py::module_& module);
+void bind_capped_step(py::module_& module);
 void bind_factor_ema(py::module_& module);
 void bind_gram(py::module_& module);
 void bind_limits(py::module_& module);
@@ -36,6 +37,7 @@ PYBIND11_MODULE(FISHER_KERNELS_MODULE, module) {
   bind_batch_norm_gradients(module);
   bind_block_inverse(module);
   bind_capability(module);
+  bind_capped_step(module);
   bind_factor_ema(module);
   bind_gram(module);
   bind_limits(module);

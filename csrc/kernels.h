@@ -240,6 +240,78 @@ struct SofimStep {
   int threads;
 };
 
+/// One parameter of HeavyBall. As in a SofimParameter no element knows its neighbours.
+struct HeavyBallParameter {
+  StridedArray parameter;
+  StridedArray gradient;  // same dtype
+  StridedArray moment;    // accumulation_dtype(dtype)
+  int64_t size;
+  DType dtype;
+};
+
+/// g as GradientScale says, decay in coupled form;  m <- momentum * m + g.
+/// Elements whose new m is not finite stay as they are and are counted.
+struct HeavyBall {
+  const HeavyBallParameter* parameters;
+  int64_t count;
+  int64_t* skipped;  // [count], zeros before
+  double momentum;
+  double weight_decay;  // 0 for none: then no parameter is read
+  GradientScale gradient_scale;
+  int threads;
+};
+
+/// One parameter of DirectionSums, likewise.
+struct DirectionParameter {
+  StridedArray parameter;
+  StridedArray direction;  // accumulation_dtype(dtype)
+  StridedArray moment;     // the same
+  int64_t size;
+  DType dtype;
+};
+
+/// sums[i] = (d . m, d . d, w . w) of parameter i; NaN where skipped[i] > 0.
+struct DirectionSums {
+  const DirectionParameter* parameters;
+  int64_t count;
+  const int64_t* skipped;  // [count] or null
+  double* sums;            // [count, 3]
+  bool products;           // if not, d . m is 0 and no moment is read
+  bool weights;            // if not, w . w is 0 and no parameter is read
+  int threads;
+};
+
+/// One parameter of CappedStep.
+struct CappedParameter {
+  StridedArray parameter;
+  StridedArray direction;  // accumulation_dtype(dtype)
+  int64_t size;
+  int64_t layer;  // in order: that of the parameter before, or the next one
+  Scalar lr;
+  double weight_decay;
+  double max_relative_step;  // infinite for none
+  DType dtype;
+};
+
+/// With the sums of DirectionSums over parameters i and layers l that have none that is not finite:
+///   scale = min(1, sqrt(kl_clip / |sum of lr_i^2 (d . m)_i|)), or 1 without kl_clip;
+///   factor_l = min(1, max_relative_step * max(|w_l|, floor sqrt(n_l)) / (scale sqrt(sum of lr_i^2 (d . d)_i)));
+///   w_i <- w_i - lr_i (scale factor_l d_i + weight_decay_i w_i).
+/// The other layers stay as they are: their factors are 0 and their elements count as skipped.
+struct CappedStep {
+  const CappedParameter* parameters;
+  int64_t count;
+  int64_t layers;
+  const double* sums;  // [count, 3]
+  double kl_clip;      // 0 for none
+  double floor;
+  Scalar found_inf;  // as in GradientScale
+  double* scale;
+  double* factors;   // [layers]
+  int64_t* skipped;  // [count]
+  int threads;
+};
+
 /// out = (block + damping I)^-1 for each of `count` symmetric positive definite blocks, exactly symmetric; out may be
 /// blocks. info is 0 for a good block and 1 for one that has no inverse or holds what is not finite, in either
 /// triangle; its out is NaN, or stays as it was. The lower triangle is what is inverted.
@@ -428,6 +500,9 @@ struct StreamRead {
   void adafisher_step_(const AdaFisherStep&);              \
   void mbf_step_(const MbfStep&);                          \
   void sofim_step_(const SofimStep&);                      \
+  void heavy_ball_(const HeavyBall&);                      \
+  void direction_sums(const DirectionSums&);               \
+  void capped_step_(const CappedStep&);                    \
   void block_inverse(const BlockInverse&);                 \
   void block_solve(const BlockSolve&);                     \
   void block_apply(const BlockApply&);                     \
@@ -462,6 +537,9 @@ void factor_ema_(const FactorEma&, const Stream&);
 void adafisher_step_(const AdaFisherStep&, const Stream&);
 void mbf_step_(const MbfStep&, const Stream&);
 void sofim_step_(const SofimStep&, const Stream&);
+void heavy_ball_(const HeavyBall&, const Stream&);
+void direction_sums(const DirectionSums&, const Stream&);
+void capped_step_(const CappedStep&, const Stream&);
 void block_inverse(const BlockInverse&, const Stream&);
 void block_solve(const BlockSolve&, const Stream&);
 void block_apply(const BlockApply&, const Stream&);

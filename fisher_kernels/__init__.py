@@ -4,11 +4,23 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fisher_kernels import backends, ops
 from fisher_kernels.backends import use_backend
-from fisher_kernels.optim import MBF, SOFIM, AdaFisher, AdaFisherW
+from fisher_kernels.optim import EKFAC, KFAC, MBF, SOFIM, AdaFisher, AdaFisherW, EKFACAdam
 
 try:
     __version__ = version("fisher_kernels")
 except PackageNotFoundError:  # imported from a source folder that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["MBF", "SOFIM", "AdaFisher", "AdaFisherW", "__version__", "backends", "ops", "use_backend"]
+__all__ = [
+    "EKFAC",
+    "KFAC",
+    "MBF",
+    "SOFIM",
+    "AdaFisher",
+    "AdaFisherW",
+    "EKFACAdam",
+    "__version__",
+    "backends",
+    "ops",
+    "use_backend",
+]

@@ -29,6 +29,8 @@ DEFAULTS: dict[str, Any] = {
     "beta2": 0.9,
     "update_interval": 1,
     "inverse_interval": 10,
+    "refresh": "ramp",
+    "ramp": 40,
     "linear_blocks": "shared",
     "sequence": "expand",
     "loss_reduction": "mean",
@@ -191,9 +193,22 @@ def matrix(tensor: Tensor, primary: Any) -> Tensor:
     return tensor.mT if is_conv1d(primary) else tensor
 
 
+def is_time(group: dict[str, Any], interval: str) -> bool:
+    """Whether statistics are taken in this step, or inverses made: every so many steps, or as the ramp has it."""
+    now, most = group["iteration"], group[interval]
+    if group["refresh"] == "constant":
+        return now % most == 0
+    if interval == "inverse_interval" and not is_time(group, "update_interval"):
+        return False
+    if not (past := group["done"][interval]):
+        return True
+    share = min(past[-1], group["ramp"]) / group["ramp"] if group["ramp"] else 1
+    return now >= past[-1] + int(1 + share * (most - 1))
+
+
 def is_due(group: dict[str, Any], block: Block) -> bool:
-    """Whether a block is refreshed: by the interval of its group, and without one whenever it can be."""
-    return group["iteration"] % group["update_interval"] == 0 or block.average is None
+    """Whether a block is refreshed: when its group is, and without an average whenever it can be."""
+    return is_time(group, "update_interval") or block.average is None
 
 
 class NaiveMBF:
@@ -203,6 +218,7 @@ class NaiveMBF:
         self.groups: list[dict[str, Any]] = []
         for group in params or [{"params": model.parameters()}]:
             self.groups.append({**DEFAULTS, **given, **group, "params": list(group["params"]), "iteration": 0})
+            self.groups[-1]["done"] = {"update_interval": [], "inverse_interval": []}  # in which steps
         self.group_of = {id(p): group for group in self.groups for p in group["params"]}
         self.moments: dict[int, Tensor] = {}
         self.uses: list[Use] = []
@@ -339,7 +355,7 @@ class NaiveMBF:
     def invert(self) -> None:
         """Keep the averages that are inverted now: the inverse of a block is formed where it is used."""
         for block in self.blocks:
-            due = block.group["iteration"] % block.group["inverse_interval"] == 0
+            due = is_time(block.group, "inverse_interval")
             if block.changed and (due or block.inverted is None):
                 block.inverted, block.changed = block.average, False
 
@@ -444,6 +460,8 @@ class NaiveMBF:
             for p, d in mine:
                 decay = group["weight_decay"] * p if group["decoupled"] else 0.0
                 p -= lr * (scale * d + decay)
+            for interval in [name for name in group["done"] if is_time(group, name)]:
+                group["done"][interval].append(group["iteration"])
             group["iteration"] += 1
 
     def check_samples(self) -> None:

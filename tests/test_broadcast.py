@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fisher_kernels import MBF, AdaFisher
+from fisher_kernels import KFAC, MBF, AdaFisher
+from tests.processes import in_two_processes, needs_processes
 
 BATCH, LENGTH, WIDTH = 8, 5, 6
 
@@ -45,6 +48,10 @@ def statistics(model: nn.Module, optimizer: Any, splits: tuple[int, ...]) -> lis
     for part in x.split(list(splits)):
         (model(part).square().sum() / x.numel()).backward()
     optimizer.step()
+    return statistics_of(model, optimizer)
+
+
+def statistics_of(model: nn.Module, optimizer: Any) -> list[Tensor]:
     state = optimizer.state[model.positions.weight]  # type: ignore[union-attr, index]
     return [state[name].clone() for name in sorted(state) if "factor" in name or name == "fisher_blocks"]
 
@@ -52,7 +59,7 @@ def statistics(model: nn.Module, optimizer: Any, splits: tuple[int, ...]) -> lis
 @pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("places", ["(1, T)", "(T)"])
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("make", [AdaFisher, MBF])
+@pytest.mark.parametrize("make", [AdaFisher, MBF, KFAC])
 def test_each_row_counts_however_the_batch_is_split(make: Any, in_place: bool, places: str) -> None:
     """MBF takes the mean over micro-batches as if the loss were the mean of each, so equal ones are compared."""
     for splits in ((BATCH,), (BATCH // 2, BATCH // 2)):
@@ -71,7 +78,33 @@ def test_micro_batches_of_any_size_give_the_factors_of_the_whole() -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("make", [AdaFisher, MBF])
+def _statistics_of_a_part(rank: int, make: Any) -> list[Any]:
+    torch.set_default_dtype(torch.float64)
+    model = Net("(1, T)")
+    x = torch.randint(11, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1)).chunk(2)[rank]
+    optimizer = make(model)
+    nn.parallel.DistributedDataParallel(model)(x).square().mean().backward()
+    optimizer.step()
+    return [t.tolist() for t in statistics_of(model, optimizer)]
+
+
+@pytest.mark.slow
+@needs_processes
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("make", [AdaFisher, MBF, KFAC])
+def test_processes_count_the_rows_of_the_joint_batch(make: Any, tmp_path: Path) -> None:
+    model = Net("(1, T)")
+    optimizer = make(model)
+    x = torch.randint(11, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
+    model(x).square().mean().backward()
+    optimizer.step()
+    first, second = in_two_processes(functools.partial(_statistics_of_a_part, make=make), tmp_path)
+    assert first == second
+    for ours, expected in zip(first, statistics_of(model, optimizer), strict=True):
+        torch.testing.assert_close(torch.tensor(ours), expected, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("make", [AdaFisher, MBF, KFAC])
 def test_an_output_that_is_read_twice_is_taken_as_it_is(make: Any) -> None:
     """What one addition is handed is then not all of the derivative."""
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from fisher_kernels import MBF, SOFIM, AdaFisher, AdaFisherW
+from fisher_kernels import EKFAC, KFAC, MBF, SOFIM, AdaFisher, AdaFisherW, EKFACAdam
 from fisher_kernels.optim.base import FisherOptimizer
 from fisher_kernels.optim.layerwise import LayerwiseOptimizer
 from tests.comparison import assert_same_bits
@@ -131,6 +131,41 @@ MINI_BLOCKS = Make(
         ("inverse_storage", "half"),
     ),
 )
+KRONECKER = Make(
+    KFAC,
+    count="fisher_updates",
+    others={"sequence": "reduce", "max_factor_size": 5, "lr": 2e-3},
+    bad=(
+        ("momentum", 1.0),
+        ("momentum", -0.1),
+        ("damping", -1e-3),
+        ("damping", math.inf),
+        ("kl_clip", 0.0),
+        ("kl_clip", math.inf),
+        ("max_relative_step", 0.0),
+        ("max_relative_step", math.nan),
+        ("beta2", 1.0),
+        ("beta2", math.nan),
+        ("update_interval", 0),
+        ("update_interval", 1.5),
+        ("inverse_interval", 0),
+        ("max_factor_size", 0),
+        ("ramp", -1.0),
+        ("refresh", "never"),
+        ("fisher", "true"),
+        ("sequence", "flatten"),
+        ("loss_reduction", "none"),
+    ),
+)
+ADAM_BASIS = replace(
+    KRONECKER,
+    optimizer=EKFACAdam,
+    bad=(
+        ("beta1", 1.0),
+        ("beta1", -0.1),
+        *(x for x in KRONECKER.bad if x[0] not in ("momentum", "kl_clip")),
+    ),
+)
 RANK_ONE = Make(
     SOFIM,
     unserved="rank one",
@@ -152,6 +187,9 @@ OPTIMIZERS = {
     "AdaFisher": ADAFISHER,
     "AdaFisherW": replace(ADAFISHER, optimizer=AdaFisherW),
     "MBF": MINI_BLOCKS,
+    "KFAC": KRONECKER,
+    "EKFAC": replace(KRONECKER, optimizer=EKFAC),
+    "EKFACAdam": ADAM_BASIS,
     "SOFIM": RANK_ONE,
     "SOFIM-tensor": replace(RANK_ONE, settings={"scope": "tensor"}),
 }
@@ -170,6 +208,12 @@ def _configurations() -> Iterator[tuple[str, Make]]:
     yield "MBF-packed", replace(MINI_BLOCKS, settings=packed)
     halves = {"inverse_storage": "bfloat16", "linear_blocks": 5, "sequence": "reduce", **l2}
     yield "MBF-bfloat16", replace(MINI_BLOCKS, settings=halves)
+    constant = {"refresh": "constant", **intervals}
+    yield "KFAC", KRONECKER
+    yield "KFAC-intervals", replace(KRONECKER, settings={**constant, "weight_decay": 0.01})
+    yield "KFAC-diagonal", replace(KRONECKER, settings={"max_factor_size": 6, "sequence": "reduce", **l2})
+    yield "EKFAC", replace(KRONECKER, optimizer=EKFAC, settings={**constant, "weight_decay": 0.01})
+    yield "EKFACAdam", replace(ADAM_BASIS, settings={**constant, **l2})
     yield "SOFIM", replace(RANK_ONE, settings={"weight_decay": 0.01})
     yield "SOFIM-tensor", replace(RANK_ONE, settings={"scope": "tensor", **l2})
     yield "SOFIM-gradient", replace(RANK_ONE, settings={"direction": "gradient", "rho": 1.0})
@@ -1408,6 +1452,9 @@ LEARNERS = {
         for variant, rates in (("paper", (0.01, 0.05)), ("release", (1e-3, 0.05)), ("relative", (0.3, 0.3)))
     },
     "MBF": Learner(MINI_BLOCKS, {"lr": 0.05, "damping": 0.01}, {"lr": 0.05, "damping": 0.3, "kl_clip": None}),
+    "KFAC": Learner(KRONECKER, {"lr": 0.1}, {"lr": 0.1}),
+    "EKFAC": Learner(replace(KRONECKER, optimizer=EKFAC), {"lr": 0.1}, {"lr": 0.1}),
+    "EKFACAdam": Learner(ADAM_BASIS, {"lr": 0.03}, {"lr": 0.01}),
     "SOFIM": Learner(replace(RANK_ONE, settings={"rho": 0.1}), {"lr": 0.5}, {"lr": 0.5}),
     "SOFIM-tensor": Learner(replace(RANK_ONE, settings={"scope": "tensor", "rho": 0.1}), {"lr": 0.5}, {"lr": 0.5}),
     "SOFIM-gradient": Learner(

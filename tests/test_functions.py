@@ -1,17 +1,15 @@
 """Weights that functions of torch apply are served as those of layers that are called."""
 
 import copy
-import functools
 import io
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode
@@ -19,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fisher_kernels import MBF, AdaFisher
 from tests.layer_cases import Conv1D
+from tests.processes import in_two_processes, needs_processes
 
 
 @contextmanager
@@ -687,30 +686,17 @@ def train_a_part(model: nn.Module, parallel: nn.Module, x: Tensor) -> list[list[
     return [p.detach().flatten().tolist() for p in model.parameters()]
 
 
-def _rank(rank: int, path: str, results: Any) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _of_rank(rank: int) -> list[list[float]]:
     model, x = attention_and_data()
-    results[rank] = train_a_part(model, nn.parallel.DistributedDataParallel(model), x.chunk(2)[rank])
-    dist.destroy_process_group()
+    return train_a_part(model, nn.parallel.DistributedDataParallel(model), x.chunk(2)[rank])
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="gloo over a file is tried on Linux only")
-def test_processes_agree_on_functions(tmp_path: Any) -> None:
+@needs_processes
+def test_processes_agree_on_functions(tmp_path: Path) -> None:
     model, x = attention_and_data()
     expected = train_a_part(model, model, x)
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        run = functools.partial(_rank, path=str(tmp_path / "store"), results=results)
-        processes = [context.Process(target=run, args=(rank,)) for rank in range(2)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(60)
-        assert [process.exitcode for process in processes] == [0, 0]
-        first, second = results[0], results[1]
+    first, second = in_two_processes(_of_rank, tmp_path)
     assert first == second
     for ours, theirs in zip(first, expected, strict=True):
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-6, atol=1e-9)
@@ -737,6 +723,18 @@ def test_a_model_that_calls_itself_is_one_forward() -> None:
         train(model, steps, torch.randn(5, 4))
     assert not said
     assert float(steps.state[model.layer.weight]["factor_weight"]) > 0
+
+
+def test_the_forwards_of_several_optimizers_end() -> None:
+    """Each looks for functions; the first that began to is the first to end."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    with silent():
+        several = [AdaFisher(model), MBF(model), AdaFisher(model)]
+        for _ in range(2):
+            model(torch.randn(5, 4)).sum().backward()
+            assert _get_current_function_mode() is None
+            for optimizer in several:
+                optimizer.step()
 
 
 class BiasApart(nn.Module):

@@ -339,6 +339,10 @@ STEPS: dict[str, Callable[..., Any]] = {
         w, g, m, [torch.ones(x.numel(), 1, 1, device=GPU) for x in w], momentum=0.9, kl_clip=1e-3, **COMMON, **numbers
     ),
     "sofim_step_": lambda w, g, m, t, **numbers: ops.sofim_step_(w, g, m, t, beta=0.9, rho=1.0, **COMMON, **numbers),
+    "heavy_ball_": lambda w, g, m, _, lr, **numbers: ops.heavy_ball_(w, g, m, momentum=0.9, **numbers),
+    "capped_step_": lambda w, d, m, _, grad_scale, **numbers: ops.capped_step_(
+        w, d, ops.direction_sums(w, d, m), [0] * len(w), kl_clip=1e-3, max_relative_step=0.1, **numbers
+    ),
 }
 
 

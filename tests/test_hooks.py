@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from fisher_kernels import MBF, AdaFisher
+from fisher_kernels import KFAC, MBF, AdaFisher
+from tests.processes import in_two_processes, needs_processes
 
 SAMPLES, FEATURES, CLASSES = 16, 6, 4
 
@@ -51,7 +52,7 @@ def snapshot(optimizer):
     return tensors
 
 
-@pytest.fixture(params=[AdaFisher, MBF])
+@pytest.fixture(params=[AdaFisher, MBF, KFAC])
 def make(request):
     """An optimizer that reads layers; all of them stand on the same engine."""
     return request.param
@@ -176,6 +177,12 @@ class TestGraph:
             bound = 1e-9 * float(block.abs().max())
             torch.testing.assert_close(state["fisher_blocks"][0], block, rtol=0, atol=bound)
             return
+        if make is KFAC:
+            h = F.pad(h, (0, 1), value=1.0)
+            bound = 1e-9 * float(state["row_factor"].abs().max())
+            torch.testing.assert_close(state["row_factor"][0], len(h) * s.T @ s, rtol=0, atol=bound)
+            torch.testing.assert_close(state["column_factor"][0], h.T @ h / len(h), rtol=0, atol=1e-9)
+            return
         corrected = state["input_factor"] / state["factor_weight"], state["output_factor"] / state["factor_weight"]
         torch.testing.assert_close(corrected[0][:-1], h.square().mean(0), rtol=1e-9, atol=0)
         torch.testing.assert_close(corrected[1], s.square().mean(0), rtol=1e-9, atol=0)
@@ -283,7 +290,7 @@ class TestSeveralBackwardPasses:
     @pytest.mark.parametrize("sequence", ["expand", "reduce"])
     def test_threads_lose_no_rows(self, make, sequence):
         """The second backward begins and ends between a contribution of the first and its gradient."""
-        settings = {"sequence": sequence} if make is MBF else {}
+        settings = {} if make is AdaFisher else {"sequence": sequence}
         results = []
         for threads in (False, True):
             model = mlp()
@@ -678,7 +685,8 @@ def test_gradients_set_by_hand_warn_once(make):
 def test_zero_gradients_without_statistics_use_curvature_one(make):
     """What checkpoint tools do to make the state of a fresh optimizer."""
     model = mlp()
-    optimizer = make(model, lr=0.5, **({"kl_clip": None} if make is MBF else {}))
+    bounds = {AdaFisher: (), MBF: ("kl_clip",), KFAC: ("kl_clip", "max_relative_step")}[make]
+    optimizer = make(model, lr=0.5, **dict.fromkeys(bounds))
     before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -796,9 +804,7 @@ def test_hooks_do_nothing_between_refreshes(make, monkeypatch):
     assert [c > 0 for c in counts] == [True, False, False, True, False, False]
 
 
-def _rank(rank, world, path, variant, results):
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
-    torch.set_num_threads(1)
+def _train_a_part(rank, variant):
     calls = []
     original = dist.all_reduce
     dist.all_reduce = lambda *args, **kwargs: calls.append(args[0].numel()) or original(*args, **kwargs)
@@ -808,33 +814,23 @@ def _rank(rank, world, path, variant, results):
     per_step = []
     for t in range(4):
         x, y = batch(t)
-        part = slice(rank * SAMPLES // world, (rank + 1) * SAMPLES // world)
+        part = slice(rank * SAMPLES // 2, (rank + 1) * SAMPLES // 2)
         optimizer.zero_grad()
         calls.clear()
         loss_of(ddp, (x[part], y[part])).backward()
         optimizer.step()
         per_step.append(len(calls))
-    results[rank] = ([t.tolist() for t in snapshot(optimizer)], per_step)
-    dist.destroy_process_group()
+    return [t.tolist() for t in snapshot(optimizer)], per_step
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="gloo over a file is tried on Linux only")
+@needs_processes
 @pytest.mark.parametrize("variant", ["paper", pytest.param("release", marks=pytest.mark.slow)])
 def test_data_parallel_equals_one_process(tmp_path, variant):
     model = mlp()
     expected = train(model, optimizer := AdaFisher(model, variant=variant, update_interval=2), steps=4)
     assert optimizer is not None
-    context = torch.multiprocessing.get_context("spawn")  # a fork of a process whose autograd has threads may not train
-    with context.Manager() as manager:
-        results = manager.dict()
-        run = functools.partial(_rank, world=2, path=tmp_path / "store", variant=variant, results=results)
-        processes = [context.Process(target=run, args=(rank,)) for rank in range(2)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(60)
-        assert [process.exitcode for process in processes] == [0, 0]
-        (first, calls), (second, _) = results[0], results[1]
+    work = functools.partial(_train_a_part, variant=variant)
+    (first, calls), (second, _) = in_two_processes(work, tmp_path)
     assert first == second, "every rank holds the same bits"
     # A LayerNorm's dimension 1 is known to the data alone, so the release variant asks for its length first.
     assert calls == ([1, 0, 1, 0] if variant == "paper" else [2, 0, 2, 0])

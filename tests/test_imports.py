@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("curvature.proof",),
     ("curvature.operations",),
     ("curvature.diagonal_rules", "curvature.block_rules", "curvature.functions"),
+    ("curvature.factor_rules",),
     ("curvature.sites",),
     ("curvature.hooks",),
     ("curvature.statistics",),

@@ -114,6 +114,9 @@ def compilations(length, count, lr):
         walked = [tensors(9, 9) for _ in range(3)]
         ops.adafisher_step_(*walked, counts(), tensors(9), tensors(9), lr=lr, beta=0.9, damping=0.1, **common)
         ops.sofim_step_(*walked, counts(), lr=lr, beta=0.9, rho=0.5, direction="momentum", scope="global", **common)
+        ops.heavy_ball_(*walked, momentum=0.02 * lr, weight_decay=0.1)
+        sums = ops.direction_sums(*walked)
+        ops.capped_step_(*walked[:2], sums, [0] * length, lr=lr, kl_clip=0.1, max_relative_step=0.1 * lr + 0.1)
         ops.mbf_step_(*walked, tensors(9, 9, 9), lr=lr, momentum=0.9, kl_clip=0.1, **common)
         ops.factor_ema_(tensors(9), tensors(9), 0.9, 0.1 * lr)
         ops.rank_one_inverse_update_(torch.rand(length, 9, 9), torch.rand(length, 9), 0.9, 0.1 * lr)

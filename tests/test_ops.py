@@ -117,6 +117,8 @@ MUTATES = {
     "adafisher_step_": {"params", "exp_avgs", "steps"},
     "mbf_step_": {"params", "momentum_buffers"},
     "sofim_step_": {"params", "exp_avgs", "steps"},
+    "heavy_ball_": {"momentum_buffers"},
+    "capped_step_": {"params"},
     "weighted_gram_": {"out"},
     "mini_block_gram_": {"out"},
     "conv_mini_block_gram_": {"out"},
@@ -171,6 +173,8 @@ def test_fakes_foretell_shapes_dtypes_and_strides(backend: str, name: str, sampl
 
 
 READ = {
+    "capped_step_": "directions",
+    "direction_sums": "directions",
     "batch_norm_gradients": "grad_output",
     "block_apply": "vectors",
     "block_solve": "rhs",
@@ -207,6 +211,9 @@ COMPILED = (
     "rank_one_inverse_update_",
     "low_rank_inverse_update_",
     "sofim_step_",
+    "heavy_ball_",
+    "direction_sums",
+    "capped_step_",
     "weighted_gram_",
 )
 
@@ -301,6 +308,7 @@ def test_arguments_that_require_a_gradient_are_stepped_under_no_grad(backend: st
         "rank_one_inverse_update_",
         "low_rank_inverse_update_",
         "sofim_step_",
+        "capped_step_",
         "weighted_gram_",
     ],
 )
@@ -421,9 +429,17 @@ def test_empty_lists_take_no_gpu() -> None:
             ),
         ),
         ops.factor_ema._ema_native(on_a_gpu, ops.factor_ema._Average([], [], 0.9, 0.1)),
+        ops.capped_step._momentum_native(on_a_gpu, ops.capped_step._Momentum([], [], [], 0.9, 0.1, False)),
+        ops.capped_step._sums_native(on_a_gpu, ops.capped_step._Sums([], [], [])),
+        *ops.capped_step._step_native(
+            on_a_gpu,
+            ops.capped_step._Step(
+                [], [], torch.zeros(0, 3, dtype=torch.float64), [], [common["lr"]], [0.1], 0.1, [0.1], 1e-3
+            ),
+        ),
     )  # fmt: skip
     assert all(x.is_cpu for x in found)
-    assert [x.tolist() for x in found] == [[], [], 1.0, [], [], []]
+    assert [x.tolist() for x in found] == [[], [], 1.0, [], [], [], [], [], 1.0, [], []]
 
 
 # The choice of backend.

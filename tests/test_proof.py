@@ -2,12 +2,15 @@
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -289,6 +292,30 @@ def test_checkpointing_keeps_its_gradients(optimizer: Any, kind: str) -> None:
         if watched:
             assert all(layer.proof.proven for layer in steps.statistics.layers())
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.fixture
+def alone() -> Iterator[DeviceMesh]:
+    """A mesh of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_distributed_tensors_are_compared_by_their_parts(alone: DeviceMesh) -> None:
+    """What agrees is proven; a part that does not agree need not be the operation on the parts."""
+    layer = nn.Linear(4, 6)
+    for name, p in list(layer.named_parameters()):
+        setattr(layer, name, nn.Parameter(distribute_tensor(p.detach(), alone, [Shard(0)])))
+    x = distribute_tensor(torch.randn(5, 4), alone, [Replicate()])
+    out = layer(x)
+    verdict = compare(layer, x, out)
+    assert verdict is not None
+    assert verdict.agrees()
+    assert compare(layer, x, out * 2) is None
+    assert compare(layer, x, distribute_tensor(torch.randn(5, 7), alone, [Replicate()])) is None
+    with pytest.raises(TypeError, match="is a DTensor"):
+        AdaFisher(layer)
 
 
 def test_a_users_hook_on_the_output_does_not_make_a_misfit() -> None:

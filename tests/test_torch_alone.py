@@ -35,7 +35,7 @@ warnings.filterwarnings("ignore", "Failed to initialize NumPy")
 import torch
 
 import fisher_kernels
-from fisher_kernels import MBF, SOFIM, AdaFisher, AdaFisherW
+from fisher_kernels import EKFAC, KFAC, MBF, SOFIM, AdaFisher, AdaFisherW, EKFACAdam
 from fisher_kernels.tools import samples, selftest
 
 warnings.simplefilter("ignore")
@@ -47,7 +47,7 @@ def network():
 
 
 x, y = torch.randn(16, 5), torch.arange(16) % 3
-for make in (AdaFisher, AdaFisherW, MBF, lambda model: SOFIM(model.parameters())):
+for make in (AdaFisher, AdaFisherW, MBF, KFAC, EKFAC, EKFACAdam, lambda model: SOFIM(model.parameters())):
     model = network()
     optimizer = make(model)
     loss = lambda: torch.nn.functional.cross_entropy(model(x), y)

@@ -1,6 +1,8 @@
 """What the steps that take lists of parameters share."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -8,9 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import launch
-from ._lists import Table
+from ._lists import Table, number
 
 _LANES = 128
+
+NO_TENSOR, SINGLE, DOUBLE = (tl.constexpr(k) for k in range(3))
+"""What a learning rate on the device is."""
 
 
 def scalar(x: Tensor | None) -> tuple[float, Tensor | None]:
@@ -18,6 +23,44 @@ def scalar(x: Tensor | None) -> tuple[float, Tensor | None]:
     if x is None:
         return 1.0, None
     return (float(x.item()), None) if x.is_cpu else (1.0, x)
+
+
+def of_each(values: Sequence[Any], count: int) -> Sequence[Any]:
+    """What is one, or one for each tensor, for each."""
+    return values if len(values) == count else [*values] * count
+
+
+def split_rates(rates: Sequence[Tensor], count: int) -> tuple[list[float], list[Tensor | None]]:
+    """Learning rates of each tensor as ``scalar`` has them; what is there several times is read once."""
+    read = {key: scalar(rate) for key, rate in {id(rate): rate for rate in rates}.items()}
+    split = [read[id(rate)] for rate in of_each(rates, count)]
+    return [value for value, _ in split], [tensor for _, tensor in split]
+
+
+def kind(rate: Tensor | None) -> int:
+    """What a layout says of a learning rate on the device."""
+    if rate is None:
+        return NO_TENSOR.value
+    return SINGLE.value if rate.dtype == torch.float32 else DOUBLE.value
+
+
+@triton.jit
+def rates_of(
+    addresses, count, kinds, i, there, lr, lr_factor, TENSOR: tl.constexpr, NUMBER: tl.constexpr, EACH: tl.constexpr
+):
+    """The learning rates of some tensors: one for all, or each a number or a tensor of its own.
+
+    ``kinds`` is where the layout has the kinds of these tensors.
+    """
+    if EACH:
+        kind = tl.load(kinds, there, NO_TENSOR)
+        pointer = tl.load(addresses + TENSOR * count + i, there, 0)
+        single = tl.load(pointer.to(tl.pointer_type(tl.float32)), kind == SINGLE, 1.0).to(tl.float64)
+        double = tl.load(pointer.to(tl.pointer_type(tl.float64)), kind == DOUBLE, 1.0)
+        rate = number(addresses, count, NUMBER, i, there) * single * double
+    else:
+        rate = times(lr, lr_factor) + tl.zeros_like(i).to(tl.float64)
+    return rate
 
 
 @triton.jit

@@ -15,14 +15,13 @@ from torch import Tensor
 from ._language import is_finite, narrow
 from ._launch import launch
 from ._lists import CHUNK, Table, address, are_aligned, locate, number, table
-from ._steps import advance, is_off, scalar, times
+from ._steps import advance, is_off, kind, of_each, rates_of, scalar, split_rates, times
 from ._sums import LANES, LEVELS, add_chunks, first_chunks, new_partials, total
 
 # The lists, in the order of the arguments, and the numbers after them.
 _PARAM, _GRAD, _MOMENT, _STEP, _RATE_TENSOR, _RATE, _DECAY = (tl.constexpr(k) for k in range(7))
 # The layout: size, first chunk, and what a learning rate on the device is.
 _WIDTH = tl.constexpr(3)
-_NO_TENSOR, _SINGLE, _DOUBLE = (tl.constexpr(k) for k in range(3))
 # Coefficients of the second pass, float64 [3, count].
 _ALONG_MOMENT, _ALONG_GRADIENT, _SHRINKAGE = (tl.constexpr(k) for k in range(3))
 
@@ -169,20 +168,6 @@ def _corrected(sums, corrections, count, i, there, ALONG_GRADIENT: tl.constexpr)
     return square, product
 
 
-@triton.jit
-def _rates(addresses, count, layouts, i, there, lr, lr_factor, EACH: tl.constexpr):
-    """The learning rates of some parameters: one for all, or each a number or a tensor of its own."""
-    if EACH:
-        kind = tl.load(layouts + i.to(tl.int64) * _WIDTH + 2, there, _NO_TENSOR)
-        pointer = tl.load(addresses + _RATE_TENSOR * count + i, there, 0)
-        single = tl.load(pointer.to(tl.pointer_type(tl.float32)), kind == _SINGLE, 1.0).to(tl.float64)
-        double = tl.load(pointer.to(tl.pointer_type(tl.float64)), kind == _DOUBLE, 1.0)
-        rate = number(addresses, count, _RATE, i, there) * single * double
-    else:
-        rate = times(lr, lr_factor) + tl.zeros_like(i).to(tl.float64)
-    return rate
-
-
 @triton.jit(do_not_specialize=["count"])
 def solve_kernel(
     addresses,
@@ -222,7 +207,8 @@ def solve_kernel(
             square = total(square_of_lanes[None, :], _PARAM_LEVELS)
             product = total(product_of_lanes[None, :], _PARAM_LEVELS)
         correction = tl.load(corrections + i, there, 1.0)
-        rate = _rates(addresses, count, layouts, i, there, lr, lr_factor, EACH)
+        kinds = layouts + i.to(tl.int64) * _WIDTH + 2
+        rate = rates_of(addresses, count, kinds, i, there, lr, lr_factor, _RATE_TENSOR, _RATE, EACH)
         if EACH:
             decay = number(addresses, count, _DECAY, i, there)
         else:
@@ -340,30 +326,18 @@ def descend_kernel(
                 )  # fmt: skip
 
 
-def _kind(rate: Tensor | None) -> int:
-    if rate is None:
-        return _NO_TENSOR.value
-    return _SINGLE.value if rate.dtype == torch.float32 else _DOUBLE.value
-
-
-def _each(values: Sequence[Any], count: int) -> Sequence[Any]:
-    return values if len(values) == count else [*values] * count
-
-
 def _plan(s: Any, each: bool) -> tuple[Table, tuple[float, Tensor | None], float]:
     """The table; and learning rate and weight decay of all, which count for nothing where each has its own."""
     count = len(s.params)
     numbers: Sequence[Sequence[float]] = ()
     on_device: Sequence[Tensor | None] = [None] * count
     if each:
-        read = {id(rate): (rate, scalar(rate)) for rate in {id(rate): rate for rate in s.lr}.values()}
-        of_each = [read[id(rate)][1] for rate in _each(s.lr, count)]
-        on_device = [x for _, x in of_each]
-        numbers = [x for x, _ in of_each], _each(s.weight_decay, count)
+        rates, on_device = split_rates(s.lr, count)
+        numbers = rates, of_each(s.weight_decay, count)
 
     def layout() -> list[tuple[int, ...]]:
         s.check_lists()
-        return list(zip(first_chunks(s.params), map(_kind, on_device), strict=True))
+        return list(zip(first_chunks(s.params), map(kind, on_device), strict=True))
 
     lists = s.params, s.grads, s.exp_avgs, s.steps, on_device
     plan = table("sofim_step_", lists, layout, numbers=numbers, sums=True, written=(0, 2, 3))

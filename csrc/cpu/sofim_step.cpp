@@ -3,7 +3,7 @@
 
 #include "../kernels.h"
 #include "integers.h"
-#include "parallel.h"
+#include "list_chunks.h"
 #include "scratch.h"
 #include "strided.h"
 #include "vector.h"
@@ -180,43 +180,24 @@ Rates solve(const SofimStep& step, const SofimParameter& p, const Sums& sums) {
   return {-p.lr.value * product / (p.correction * step.rho * (step.rho + square)), p.lr.value / step.rho, shrinkage};
 }
 
-/// What comes before a parameter.
-struct Start {
-  int64_t element;
-  int64_t chunk;
-};
-
-/// Calls body(stepper, parameter, chunk, first, count) for the chunks of all parameters on several threads, which share
-/// the elements evenly and in every pass alike.
+/// Calls body(stepper, parameter, chunk, first, count) for the chunks of all parameters on several threads.
 template <class Body>
-void for_chunks(const SofimStep& step, const Start* starts, const Body& body) {
-  const int64_t total = starts[step.count].element;
-  parallel_for(useful_threads(total, step.threads), total, [&](int, int64_t begin, int64_t end) {
-    for (int64_t i = 0; i < step.count; ++i) {
-      const SofimParameter& p = step.parameters[i];
-      const Part part = part_of(begin, end, starts[i].element, p.size, kChunk);
-      if (part.empty()) continue;
-      with_stepper(step, p, [&](auto& stepper) {
-        for (int64_t first = part.first; first < part.last; first += kChunk) {
-          body(stepper, i, starts[i].chunk + first / kChunk, first, smaller(kChunk, part.last - first));
-        }
+void for_chunks(const SofimStep& step, const ListChunks<kChunk>& chunks, const Body& body) {
+  chunks.for_parts(step.threads, [&](int64_t i, const Part& part) {
+    with_stepper(step, step.parameters[i], [&](auto& stepper) {
+      chunks.for_chunks(i, part, [&](int64_t chunk, int64_t first, int64_t count) {
+        body(stepper, i, chunk, first, count);
       });
-    }
+    });
   });
 }
 
 }  // namespace
 
 void sofim_step_(const SofimStep& step) {
-  const Scratch<Start> start_memory(step.count + 1);
-  Start* const starts = start_memory.data();
-  starts[0] = {0, 0};
-  for (int64_t i = 0; i < step.count; ++i) {
-    const int64_t size = step.parameters[i].size;
-    starts[i + 1] = {starts[i].element + size, starts[i].chunk + ceil_div(size, kChunk)};
-  }
-  const Scratch<Sums> chunk_sums(starts[step.count].chunk);
-  for_chunks(step, starts, [&](auto& stepper, int64_t, int64_t chunk, int64_t first, int64_t count) {
+  const ListChunks<kChunk> chunks(step.parameters, step.count);
+  const Scratch<Sums> chunk_sums(chunks.count());
+  for_chunks(step, chunks, [&](auto& stepper, int64_t, int64_t chunk, int64_t first, int64_t count) {
     chunk_sums.data()[chunk] = stepper.advance(first, count);
   });
 
@@ -225,7 +206,7 @@ void sofim_step_(const SofimStep& step) {
   for (int64_t i = 0; i < step.count; ++i) {
     Sums& own = sums.data()[i];
     own = {};
-    for (int64_t chunk = starts[i].chunk; chunk < starts[i + 1].chunk; ++chunk) own += chunk_sums.data()[chunk];
+    for (int64_t chunk = chunks.first(i); chunk < chunks.first(i + 1); ++chunk) own += chunk_sums.data()[chunk];
     const double correction = step.parameters[i].correction;
     own.square /= correction * correction;
     own.product /= correction;
@@ -235,7 +216,7 @@ void sofim_step_(const SofimStep& step) {
   }
 
   // Forwards once more: what the first pass left in the caches is worth less than memory that is asked for in order.
-  for_chunks(step, starts, [&](auto& stepper, int64_t i, int64_t chunk, int64_t first, int64_t count) {
+  for_chunks(step, chunks, [&](auto& stepper, int64_t i, int64_t chunk, int64_t first, int64_t count) {
     const Rates rates = solve(step, step.parameters[i], step.by_parameter ? sums.data()[i] : all);
     stepper.descend(first, count, rates, chunk_sums.data()[chunk].skipped > 0);
   });

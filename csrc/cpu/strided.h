@@ -63,14 +63,22 @@ class Walk {
 template <class T>
 void gather(const T* data, const Walk& walk, int64_t first, int64_t count, T* out) {
   walk.visit(first, count, [&](int64_t i, int64_t offset, int64_t run, int64_t stride) {
-    for (int64_t k = 0; k < run; ++k) out[i + k] = data[offset + k * stride];
+    if (stride == 1) {  // rows of a matrix with longer rows: a copy
+      for (int64_t k = 0; k < run; ++k) out[i + k] = data[offset + k];
+    } else {
+      for (int64_t k = 0; k < run; ++k) out[i + k] = data[offset + k * stride];
+    }
   });
 }
 
 template <class T>
 void scatter(const T* in, int64_t first, int64_t count, const Walk& walk, T* data) {
   walk.visit(first, count, [&](int64_t i, int64_t offset, int64_t run, int64_t stride) {
-    for (int64_t k = 0; k < run; ++k) data[offset + k * stride] = in[i + k];
+    if (stride == 1) {
+      for (int64_t k = 0; k < run; ++k) data[offset + k] = in[i + k];
+    } else {
+      for (int64_t k = 0; k < run; ++k) data[offset + k * stride] = in[i + k];
+    }
   });
 }
 

@@ -78,9 +78,10 @@ void advance(const char* name, int64_t count, StepOf step_of, double beta, const
 
 // The walk along the chunks of parameters, gradients and moments.
 
-template <class T_, int kBatch_>
+template <class T_, int kBatch_, class G_ = T_>
 struct StepTraits {
-  using T = T_;
+  using T = T_;  // of parameters
+  using G = G_;  // of gradients, or of what is in their place
   using A = Accumulator<T>;
   static constexpr int kVector = kVectorBytes / sizeof(T);  // elements of a parameter that a thread moves at once
   static constexpr int kThreads = 256;
@@ -105,15 +106,15 @@ struct StridedEntry : Entry {
 };
 
 /// Where the elements of a parameter, its gradient and its moment are, from one of them on.
-template <class T>
+template <class T, class G = T>
 struct Elements {
   T* parameter;
-  const T* gradient;
+  const G* gradient;
   Accumulator<T>* moment;
 
   __device__ explicit Elements(const StepArrays& arrays)
       : parameter(static_cast<T*>(arrays.parameter)),
-        gradient(static_cast<const T*>(arrays.gradient)),
+        gradient(static_cast<const G*>(arrays.gradient)),
         moment(static_cast<Accumulator<T>*>(arrays.moment)) {}
 
   __device__ void move(int64_t by_parameter, int64_t by_gradient, int64_t by_moment) {
@@ -147,7 +148,8 @@ __device__ inline int chunk_size(const StepArrays& arrays, int64_t first) {
 template <class Traits, class Body>
 __device__ void walk(const StepArrays& arrays, int64_t first, Body& body) {
   constexpr int N = Traits::kVector, kTile = Traits::kTile, kBatch = Traits::kBatch;
-  const Elements<typename Traits::T> chunk = Elements<typename Traits::T>(arrays) + first;
+  using E = Elements<typename Traits::T, typename Traits::G>;
+  const E chunk = E(arrays) + first;
   const int count = chunk_size(arrays, first);
   int at = threadIdx.x * N;
   if (chunk.are_aligned()) {
@@ -170,7 +172,7 @@ __device__ void walk(const StridedEntry<Entry>& entry, int64_t first, Body& body
   for (int run = threadIdx.x * Traits::kVector; run < count; run += Traits::kTile) {
     for (int at = run; at < run + Traits::kVector && at < count; ++at) {
       const Geometry::Place place = entry.geometry.locate(first + at);
-      Elements<typename Traits::T> elements(entry);
+      Elements<typename Traits::T, typename Traits::G> elements(entry);
       elements.move(place.at[0], place.at[1], place.at[2]);
       body.template take<1, 1>(elements, 1, place.whole);
     }

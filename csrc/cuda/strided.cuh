@@ -96,6 +96,20 @@ inline Geometry make_geometry(const char* function, const StridedArray* const (&
   return geometry;
 }
 
+/// What is walked of a parameter, as the kernels name it: parameter, gradient, moment. One that has two has one twice.
+struct WalkedArrays {
+  const StridedArray* at[kWalked];
+
+  bool are_contiguous() const { return at[0]->contiguous && at[1]->contiguous && at[2]->contiguous; }
+};
+
+template <class Parameter>
+WalkedArrays walked(const Parameter& p) {
+  return {{&p.parameter, &p.gradient, &p.moment}};
+}
+inline WalkedArrays walked(const DirectionParameter& p) { return {{&p.parameter, &p.moment, &p.direction}}; }
+inline WalkedArrays walked(const CappedParameter& p) { return {{&p.parameter, &p.parameter, &p.direction}}; }
+
 /// The geometries of those parameters of a step that are not contiguous, found before anything is launched: a fault
 /// leaves everything as it was.
 template <class Parameter>
@@ -103,9 +117,8 @@ class Geometries {
  public:
   Geometries(const char* function, const Parameter* parameters, int64_t count, bool row_major) {
     for (int64_t i = 0; i < count; ++i) {
-      const Parameter& p = parameters[i];
-      if (p.parameter.contiguous && p.gradient.contiguous && p.moment.contiguous) continue;
-      of_.emplace(i, make_geometry(function, {&p.parameter, &p.gradient, &p.moment}, row_major));
+      const WalkedArrays arrays = walked(parameters[i]);
+      if (!arrays.are_contiguous()) of_.emplace(i, make_geometry(function, arrays.at, row_major));
     }
   }
 

@@ -27,34 +27,12 @@ struct SofimLists {
         steps(read_list(steps_, params, {call, "steps"})) {}
 };
 
-void check_one_or_each(const Call& call, py::ssize_t size, py::ssize_t params, const char* name) {
-  if (size == 1 || size == params) return;
-  value_error({call, name}, "has " + std::to_string(size) + " entries, expected 1 or " + std::to_string(params) +
-                                     ", the length of params");
-}
-
 /// Whether a choice between two names is the second one.
 bool read_choice(const Call& call, const std::string& value, const char* first, const char* second, const char* name) {
   if (value != first && value != second) {
     value_error({call, name}, "is '" + value + "', expected one of '" + first + "', '" + second + "'");
   }
   return value == second;
-}
-
-/// Learning rates of all parameters; what is the same tensor as the one before is not read again.
-std::vector<Scalar> read_rates(const Call& call, py::handle object, py::ssize_t params) {
-  const List list(object, {call, "lr"});
-  check_one_or_each(call, list.size(), params, "lr");
-  std::vector<Scalar> rates;
-  rates.reserve(list.size());
-  for (py::ssize_t i = 0; i < list.size(); ++i) {
-    if (i > 0 && list[i].is(list[i - 1])) {
-      rates.push_back(rates.back());
-      continue;
-    }
-    rates.push_back(read_rate(list[i], {call, "lr", i}));
-  }
-  return rates;
 }
 
 /// Parameter i of the lists, but for its coefficients.
@@ -72,10 +50,7 @@ SofimParameter read_parameter(const SofimLists& lists, py::ssize_t i) {
   parameter.parameter = strided(param);
   parameter.gradient = strided(grad);
   parameter.moment = strided(exp_avg);
-  // No element knows its neighbours: three tensors that fill their memory alike are walked in its order.
-  if (!parameter.parameter.contiguous && same_strides(param, grad) && same_strides(param, exp_avg) && is_dense(param)) {
-    parameter.parameter.contiguous = parameter.gradient.contiguous = parameter.moment.contiguous = true;
-  }
+  walk_as_they_lie({{param, parameter.parameter}, {grad, parameter.gradient}, {exp_avg, parameter.moment}});
   parameter.size = param.numel();
   parameter.dtype = param.dtype;
   return parameter;
@@ -105,8 +80,8 @@ void sofim_step_(py::handle params, py::handle grads, py::handle exp_avgs, py::h
   for (py::ssize_t i = 0; i < count; ++i) {
     SofimParameter parameter = read_parameter(lists, i);
     parameter.step = read_step(lists.steps[i], {call, "steps", i});
-    parameter.lr = rates[rates.size() == 1 ? 0 : i];
-    parameter.weight_decay = weight_decay[decays == 1 ? 0 : i];
+    parameter.lr = of_each(rates, i);
+    parameter.weight_decay = of_each(weight_decay, i);
     parameter.decay = decay_form(parameter.weight_decay, decoupled);
     parameters.push_back(parameter);
   }

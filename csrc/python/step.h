@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <string>
 #include <utility>
 #include <vector>
@@ -98,6 +99,22 @@ inline bool is_dense(const TensorView& tensor, int first = 0) {
   return true;
 }
 
+/// A tensor, and the array of a kernel that stands for it.
+struct Walked {
+  const TensorView& tensor;
+  StridedArray& array;
+};
+
+/// Where no element knows its neighbours, tensors of one shape that fill their memory alike are walked in its order.
+inline void walk_as_they_lie(std::initializer_list<Walked> all) {
+  const TensorView& first = all.begin()->tensor;
+  if (is_contiguous(first) || !is_dense(first)) return;
+  for (const Walked& other : all) {
+    if (!same_strides(first, other.tensor)) return;
+  }
+  for (const Walked& each : all) each.array.contiguous = true;
+}
+
 /// A list that has an entry for each parameter.
 inline List read_list(py::handle object, const List& params, const Argument& argument) {
   const List list(object, argument);
@@ -118,6 +135,35 @@ inline Scalar read_rate(py::handle object, const Argument& argument) {
   const Scalar rate = read_scalar(object, argument);
   check_coefficient(rate.value, argument);
   return rate;
+}
+
+/// A list has one entry, or one for each parameter.
+inline void check_one_or_each(const Call& call, py::ssize_t size, py::ssize_t params, const char* name) {
+  if (size == 1 || size == params) return;
+  value_error({call, name}, "has " + std::to_string(size) + " entries, expected 1 or " + std::to_string(params) +
+                                     ", the length of params");
+}
+
+/// Learning rates of all parameters, or one; what is the same tensor as the one before is not read again.
+inline std::vector<Scalar> read_rates(const Call& call, py::handle object, py::ssize_t params) {
+  const List list(object, {call, "lr"});
+  check_one_or_each(call, list.size(), params, "lr");
+  std::vector<Scalar> rates;
+  rates.reserve(list.size());
+  for (py::ssize_t i = 0; i < list.size(); ++i) {
+    if (i > 0 && list[i].is(list[i - 1])) {
+      rates.push_back(rates.back());
+      continue;
+    }
+    rates.push_back(read_rate(list[i], {call, "lr", i}));
+  }
+  return rates;
+}
+
+/// What there is one of, or one for each parameter.
+template <class T>
+const T& of_each(const std::vector<T>& values, py::ssize_t i) {
+  return values[values.size() == 1 ? 0 : i];
 }
 
 /// What scales gradients, and whether the step is not to be taken at all.

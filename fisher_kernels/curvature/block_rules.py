@@ -342,7 +342,7 @@ class ConvBlocks(BlockRule):
         )
         sums = [out.flatten()]
         if len(self.blocks) > 1:
-            sums.append(column_sum_of_squares(_bias_gradients(module, grad)))
+            sums.append(column_sum_of_squares(bias_gradients(module, grad)))
         return Sums(sums, [grad.shape[0]] * len(sums))
 
     def per_sample(self, module: Any, x: Tensor, grad: Tensor) -> list[Tensor]:
@@ -357,7 +357,7 @@ class ConvBlocks(BlockRule):
 
         gradients = torch.func.vmap(weight_gradient)(inputs, outputs.to(wide).unsqueeze(1))
         parts = [gradients.flatten(1).unsqueeze(1)]
-        return [*parts, _bias_gradients(module, grad).unsqueeze(1)] if len(self.blocks) > 1 else parts
+        return [*parts, bias_gradients(module, grad).unsqueeze(1)] if len(self.blocks) > 1 else parts
 
 
 _WEIGHT_GRADIENT: dict[int, Callable[..., Tensor]] = {
@@ -367,7 +367,7 @@ _WEIGHT_GRADIENT: dict[int, Callable[..., Tensor]] = {
 }
 
 
-def _bias_gradients(module: Any, grad: Tensor) -> Tensor:
+def bias_gradients(module: Any, grad: Tensor) -> Tensor:
     """(samples, channels) from (samples, channels, positions...); zeros for a use of the weight without a bias."""
     if not has_bias(module):
         return grad.new_zeros(grad.shape[:2], dtype=ACCUMULATOR[grad.dtype])
@@ -518,12 +518,8 @@ def _uses_of(model: nn.Module, operations: Operations) -> dict[int, list[nn.Modu
     return uses
 
 
-class BlockRules:
-    """The rules of the layers of a model. Weights that several layers share have the blocks of one of them.
-
-    Layers with the rule of the same layout add their outer products. A weight of a Linear and an Embedding, or of
-    Linears in both orientations, has the blocks of the Linear, and the others add in its orientation.
-    """
+class WeightUses:
+    """What the modules of a model that hold each weight are taken for."""
 
     def __init__(self, model: nn.Module, operations: Operations) -> None:
         self._uses = _uses_of(model, operations)
@@ -535,14 +531,25 @@ class BlockRules:
             if id(weight) in self._uses:
                 self._uses[id(weight)].append(operation)
 
+    def of(self, module: nn.Module) -> list[nn.Module]:
+        """All uses of the weight of a module, or of a function that is applied to it."""
+        uses = self._uses.get(id(module._parameters["weight"]), [])
+        return uses if module in uses else [*uses, module]
+
+
+class BlockRules(WeightUses):
+    """The rules of the layers of a model. Weights that several layers share have the blocks of one of them.
+
+    Layers with the rule of the same layout add their outer products. A weight of a Linear and an Embedding, or of
+    Linears in both orientations, has the blocks of the Linear, and the others add in its orientation.
+    """
+
     def __call__(self, module: Any, sharing: Sharing) -> BlockRule | None:
         """The rule that serves a module, or None."""
         weight = module._parameters.get("weight")
         if weight is None:
             return None
-        uses = self._uses.get(id(weight), [])
-        if module not in uses:  # a function that is applied to it
-            uses = [*uses, module]
+        uses = self.of(module)
         matrices: list[nn.Module] = [use for use in uses if isinstance(use, nn.Linear)]
         matrices += [use for use in uses if is_transposed_linear(use)]
         if matrices and (isinstance(module, (nn.Linear, nn.Embedding)) or is_transposed_linear(module)):

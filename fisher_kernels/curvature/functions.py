@@ -470,5 +470,6 @@ class Watches:
         watch = self._active.pop(threading.get_ident(), None)
         if watch is not None:
             watch.depth = 0
-            if _get_current_function_mode() is watch:
-                watch.__exit__(None, None, None)
+            # That of another optimizer of the model may lie upon it, and has to end first.
+            while isinstance(top := _get_current_function_mode(), Watch) and not top.depth:
+                top.__exit__(None, None, None)

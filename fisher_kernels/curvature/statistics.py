@@ -15,6 +15,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic
 
 import torch
@@ -59,6 +60,7 @@ class Statistics(Generic[R]):
         armed: indices of the sites that collect.
         waiting: of those among them that have no statistics yet, outside a refresh.
         awake: whether layers of a compiled model send anything.
+        sampled: whether only the derivatives that :meth:`sampling` covers count.
         late: indices of sites that may have been added after the forward whose statistics are taken next.
         found: sites of functions on parameters that no site was known for; their one layer has the ``spec``.
         obstacles: parameter -> why functions on it give no statistics.
@@ -69,6 +71,7 @@ class Statistics(Generic[R]):
     ) -> None:
         self.grad_scaler = grad_scaler
         self.process_group = process_group
+        self.sampled = False
         self.refresh = 1
         self.found: list[Site[R]] = []
         self.obstacles: dict[Parameter, str] = {}
@@ -95,6 +98,7 @@ class Statistics(Generic[R]):
         self.awake = False
         self.late: set[int] = set()
         self._broadcasts: list[Broadcast] = []
+        self._sampling = False
         handles = []
         self._watches: Watches | None = None
         for index, site in enumerate(self.sites):
@@ -253,6 +257,7 @@ class Statistics(Generic[R]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy watches the copied modules, with hooks of its own: those that came along with the modules are inert.
         self.sites, self.grad_scaler, self.process_group = state["sites"], state["grad_scaler"], None
+        self.sampled = False
         self.refresh, self.obstacles, self.found = state.get("refresh", 1), state.get("obstacles", {}), []
         self._attach()
         self.arm(*state["armed"])
@@ -355,7 +360,8 @@ class Statistics(Generic[R]):
         armed = sorted(self.armed - self._idle(taken))
         if not armed:
             return {}
-        world = dist.get_world_size(self.process_group)
+        # Drawn labels are those of a sum over the terms of all processes, which nothing averages.
+        world = 1 if self.sampled else dist.get_world_size(self.process_group)
         lengths = self._sum_lengths(armed, taken)
         flat = []
         for index in armed:
@@ -410,6 +416,15 @@ class Statistics(Generic[R]):
                 lengths[index] = [length if n is None else n for n in lengths[index]]
         return {index: [n for n in ns if n is not None] for index, ns in lengths.items()}
 
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Let the derivatives of backward passes within count, though they accumulate no gradients."""
+        self._sampling = True
+        try:
+            yield
+        finally:
+            self._sampling = False
+
     def look(self, index: int, use: int, x: Tensor, output: Tensor) -> bool:
         """Whether nothing speaks against a layer, which is compared with what its class computes if that is due."""
         layer = self.sites[index].layers[use]
@@ -460,8 +475,10 @@ class Statistics(Generic[R]):
     def _commit(
         self, site: Site[R], layer: Layer[R], captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor
     ) -> None:
+        if self.sampled and not self._sampling:
+            return
         for p in layer.parameters.values():
-            if p.requires_grad and self._accumulates(p):
+            if p.requires_grad and (self._sampling or self._accumulates(p)):
                 break
         else:
             return
@@ -477,7 +494,7 @@ class Statistics(Generic[R]):
                 self._begin(task)
         grad = grad.detach() if grad.requires_grad else grad
         scale = None
-        if self.grad_scaler is not None and self.grad_scaler.is_enabled():
+        if self.grad_scaler is not None and self.grad_scaler.is_enabled() and not self._sampling:
             scale = self.grad_scaler._get_scale_async()  # on the device, where get_scale() would wait for it
         if layer.rule.together:
             grad = grad if scale is None else grad.to(ACCUMULATOR[grad.dtype]) / scale.to(grad.device)

@@ -4,6 +4,7 @@ from fisher_kernels.ops._define import ACCUMULATOR
 from fisher_kernels.ops.adafisher_step import adafisher_step_
 from fisher_kernels.ops.batch_norm_gradients import batch_norm_gradients
 from fisher_kernels.ops.block_inverse import block_apply, block_inverse, block_inverse_, block_solve
+from fisher_kernels.ops.capped_step import capped_step_, direction_sums, heavy_ball_
 from fisher_kernels.ops.factor_ema import factor_ema_, minmax, minmax_
 from fisher_kernels.ops.gram import weighted_gram_
 from fisher_kernels.ops.mbf_step import mbf_step_
@@ -20,10 +21,13 @@ __all__ = [
     "block_inverse",
     "block_inverse_",
     "block_solve",
+    "capped_step_",
     "channel_sum_of_squares",
     "column_sum_of_squares",
     "conv_mini_block_gram_",
+    "direction_sums",
     "factor_ema_",
+    "heavy_ball_",
     "low_rank_inverse_update_",
     "mbf_step_",
     "mini_block_gram_",

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fisher_kernels.ops._define import device_of
+
 _CPU = torch.device("cpu")
 
 
@@ -34,6 +36,34 @@ def one_or_each(value: Any) -> list[Any]:
     if isinstance(value, (float, int, str, Tensor)) or not isinstance(value, Iterable):
         return [value]
     return list(value)
+
+
+def rates_of(op: str, lr: Any) -> list[Tensor]:
+    """One tensor for each of the learning rates that differ, so that none is read twice."""
+    made: dict[Any, Tensor] = {}
+    return [
+        x if isinstance(x, Tensor) else made[x] if x in made else made.setdefault(x, rate_of(op, x, f"lr[{i}]"))
+        for i, x in enumerate(one_or_each(lr))
+    ]
+
+
+def decays_of(op: str, weight_decay: Any) -> list[float]:
+    """Weight decays, one or one for each, as numbers."""
+    return [
+        x if isinstance(x, (float, int)) else real(op, f"weight_decay[{i}]", x)
+        for i, x in enumerate(one_or_each(weight_decay))
+    ]
+
+
+def of_each(values: Sequence[Any], params: Sequence[Tensor]) -> Sequence[Any]:
+    """What is one, or one for each parameter, for each."""
+    return values if len(values) == len(params) else [*values] * len(params)
+
+
+def check_one_or_each(op: str, name: str, values: Sequence[object], params: Sequence[Tensor]) -> None:
+    """A list has one entry, or one for each parameter."""
+    if len(values) not in (1, len(params)):
+        raise ValueError(f"{op}: {name} has {len(values)} entries, expected 1 or {len(params)}, the length of params")
 
 
 def check_lists(op: str, lists: Mapping[str, Any]) -> None:
@@ -63,6 +93,14 @@ def check_lengths(op: str, params: Sequence[Tensor], lists: Mapping[str, Sequenc
             raise ValueError(f"{op}: {name} has {len(values)} tensors, expected {len(params)}, the length of params")
 
 
+def check_one_device(op: str, params: Sequence[Tensor]) -> None:
+    """All parameters are where the first one is."""
+    device = device_of(params)
+    for i, p in enumerate(params):
+        if p.device != device:
+            raise ValueError(f"{op}: params[{i}] is on {p.device}, expected {device}, the device of params[0]")
+
+
 def check_beside(op: str, name: str, x: Tensor, dtype: torch.dtype, i: int, param: Tensor) -> None:
     """A tensor is on the device of parameter i and has the dtype that goes with it."""
     if x.dtype != dtype:
@@ -78,6 +116,20 @@ def check_like(op: str, name: str, x: Tensor, dtype: torch.dtype, i: int, param:
             f"{op}: {name} has shape {tuple(x.shape)}, expected {tuple(param.shape)}, the shape of params[{i}]"
         )
     check_beside(op, name, x, dtype, i, param)
+
+
+def check_result(
+    op: str, name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device | None
+) -> None:
+    """What another op returned: contiguous, on the device of the parameters."""
+    if x.dtype != dtype:
+        raise TypeError(f"{op}: {name} has dtype {x.dtype}, expected {dtype}")
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected {shape}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{op}: {name} is on {x.device}, expected {device}, the device of the parameters")
+    if not x.is_contiguous():
+        raise ValueError(f"{op}: {name} is not contiguous: shape {tuple(x.shape)}, strides {x.stride()}")
 
 
 def check_one_element(op: str, name: str, x: Tensor | None, device: torch.device | None) -> None:
@@ -111,6 +163,13 @@ def check_rate(op: str, lr: Tensor, name: str = "lr") -> None:
     # Not on another device: reading it would wait for all the work queued there.
     if lr.device.type == "cpu" and not 0 <= lr.item() < math.inf:
         raise ValueError(f"{op}: {name} is {lr.item()}, expected a finite number of at least 0")
+
+
+def check_rates(op: str, rates: Sequence[Tensor]) -> None:
+    """The same of several; what is the same tensor as the one before is not read again."""
+    for i, rate in enumerate(rates):
+        if i == 0 or rate is not rates[i - 1]:
+            check_rate(op, rate, f"lr[{i}]")
 
 
 def check_written(op: str, name: str, x: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,13 +18,15 @@ from fisher_kernels.ops._step import (
     check_lengths,
     check_like,
     check_lists,
+    check_one_device,
     check_one_element,
-    check_rate,
+    check_one_or_each,
+    check_rates,
     check_written,
+    decays_of,
     found_on_device,
-    one_or_each,
-    rate_of,
-    real,
+    of_each,
+    rates_of,
 )
 
 _OP = "sofim_step_"
@@ -35,11 +37,6 @@ SCOPES = ("global", "tensor")
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{_OP}: {name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
-
-
-def _check_one_or_each(name: str, values: Sequence[object], params: Sequence[Tensor]) -> None:
-    if len(values) not in (1, len(params)):
-        raise ValueError(f"{_OP}: {name} has {len(values)} entries, expected 1 or {len(params)}, the length of params")
 
 
 class _Step(NamedTuple):
@@ -67,8 +64,8 @@ class _Step(NamedTuple):
             raise ValueError(f"{_OP}: rho is {self.rho}, expected a finite number above 0")
         _check_choice("direction", self.direction, DIRECTIONS)
         _check_choice("scope", self.scope, SCOPES)
-        _check_one_or_each("lr", self.lr, self.params)
-        _check_one_or_each("weight_decay", self.weight_decay, self.params)
+        check_one_or_each(_OP, "lr", self.lr, self.params)
+        check_one_or_each(_OP, "weight_decay", self.weight_decay, self.params)
         for i, decay in enumerate(self.weight_decay):
             check_coefficient(_OP, f"weight_decay[{i}]", decay)
         scalars = {f"lr[{i}]": rate for i, rate in enumerate(self.lr)}
@@ -77,11 +74,9 @@ class _Step(NamedTuple):
 
     def check_lists(self) -> None:
         check_lengths(_OP, self.params, {"grads": self.grads, "exp_avgs": self.exp_avgs, "steps": self.steps})
-        device = device_of(self.params)
+        check_one_device(_OP, self.params)
         for i, (p, g, m, t) in enumerate(zip(*self[:4], strict=True)):
             check_floating(_OP, f"params[{i}]", p.dtype)
-            if p.device != device:
-                raise ValueError(f"{_OP}: params[{i}] is on {p.device}, expected {device}, the device of params[0]")
             check_like(_OP, f"grads[{i}]", g, p.dtype, i, p)
             check_like(_OP, f"exp_avgs[{i}]", m, ACCUMULATOR[p.dtype], i, p)
             check_count(_OP, i, t, p)
@@ -89,12 +84,6 @@ class _Step(NamedTuple):
             check_written(_OP, f"exp_avgs[{i}]", m)
         for name, tensors in (("params", self.params), ("exp_avgs", self.exp_avgs), ("steps", self.steps)):
             check_distinct(_OP, name, tensors)
-
-    def check_rates(self) -> None:
-        """The values of learning rates; what is the same tensor as the one before is not read again."""
-        for i, rate in enumerate(self.lr):
-            if i == 0 or rate is not self.lr[i - 1]:
-                check_rate(_OP, rate, f"lr[{i}]")
 
 
 def _results(s: _Step) -> tuple[Tensor, Tensor]:
@@ -114,10 +103,9 @@ def _fake(s: _Step) -> tuple[Tensor, Tensor]:
 
 def _reference(s: _Step) -> tuple[Tensor, Tensor]:
     skipped, squares = (x.zero_() for x in _fake(s))  # squares of the corrected moments
-    s.check_rates()
+    check_rates(_OP, s.lr)
     count = len(s.params)
-    rates = s.lr if len(s.lr) == count else [*s.lr] * count
-    decays = s.weight_decay if len(s.weight_decay) == count else [*s.weight_decay] * count
+    rates, decays = of_each(s.lr, s.params), of_each(s.weight_decay, s.params)
     products = torch.zeros_like(squares)  # of corrected moments and gradients
     if s.found_inf is not None and bool(s.found_inf):
         return skipped, squares
@@ -180,7 +168,7 @@ def _triton(s: _Step) -> tuple[Tensor, Tensor]:
     from fisher_kernels.triton_kernels import sofim_step
 
     s.check_numbers()
-    s.check_rates()
+    check_rates(_OP, s.lr)
     nothing, found_inf = found_on_device(s.found_inf, device_of(s.params))
     if nothing or not s.params:
         s.check_lists()
@@ -201,22 +189,6 @@ _step = define(
     native=_native,
     triton=_triton,
 )
-
-
-def _rates(lr: Any) -> list[Tensor]:
-    """One tensor for each of the learning rates that differ, so that none is read twice."""
-    made: dict[Any, Tensor] = {}
-    return [
-        x if isinstance(x, Tensor) else made[x] if x in made else made.setdefault(x, rate_of(_OP, x, f"lr[{i}]"))
-        for i, x in enumerate(one_or_each(lr))
-    ]
-
-
-def _decays(weight_decay: Any) -> list[float]:
-    return [
-        x if isinstance(x, (float, int)) else real(_OP, f"weight_decay[{i}]", x)
-        for i, x in enumerate(one_or_each(weight_decay))
-    ]
 
 
 def sofim_step_(
@@ -290,8 +262,9 @@ def sofim_step_(
     try:
         s = _Step(
             list(params), list(grads), list(exp_avgs), list(steps),
-            lr=_rates(lr), beta=beta, rho=rho, direction=direction, scope=scope, weight_decay=_decays(weight_decay),
-            decoupled=decoupled, maximize=maximize, grad_scale=grad_scale, found_inf=found_inf,
+            lr=rates_of(_OP, lr), beta=beta, rho=rho, direction=direction, scope=scope,
+            weight_decay=decays_of(_OP, weight_decay), decoupled=decoupled, maximize=maximize,
+            grad_scale=grad_scale, found_inf=found_inf,
         )  # fmt: skip
     except TypeError:
         check_lists(_OP, dict(zip(_Step._fields, (params, grads, exp_avgs, steps), strict=False)))

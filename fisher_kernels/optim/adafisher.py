@@ -203,7 +203,11 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
         if taken:
             self._factors.fold(taken)
 
-    def _update(self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        for group in self.param_groups:
+            self._step_group(group, grad_scale, found_inf)
+
+    def _step_group(self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Step one group: parameters with factors in one call, those of constant curvature in another."""
         plan = self._plans.get(id(group))
         if plan is None or plan.key != self._factors.version or plan.found is None:

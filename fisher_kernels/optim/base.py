@@ -7,7 +7,7 @@ import math
 import sys
 import textwrap
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar, overload
 
@@ -83,8 +83,8 @@ class FisherOptimizer(Optimizer):
     moment: ClassVar[str]
     """State: the moment of a parameter, of its shape."""
 
-    later: ClassVar[tuple[str, ...]] = ()
-    """Hyperparameters that states saved by earlier versions lack."""
+    later: ClassVar[Mapping[str, Any]] = {}
+    """Hyperparameters that states saved by earlier versions lack -> as what they load."""
 
     _turn = 0  # of the last step, counted over all optimizers
     _rivals: tuple[weakref.ref[FisherOptimizer], ...] = ()  # those that hold some of the same parameters,
@@ -147,6 +147,8 @@ class FisherOptimizer(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Check the hyperparameters of a group that is added, and again at each step: a schedule may have set them."""
+        for name, value in self.later.items():
+            group.setdefault(name, value)
         require_numbers(group, ("lr",), "a number or a tensor of one element")
         require_bools(group, ("maximize",))
         lr = group["lr"]
@@ -308,6 +310,8 @@ class FisherOptimizer(Optimizer):
                     dtype = self._dtype_of(p, name) if value.is_floating_point() else value.dtype
                     self.state[p][name] = value.detach().to(p.device, dtype, copy=True)
         self._find_groups()
+        for group in self.param_groups:
+            self._check_group(group)
         self._reloaded()
 
     def _check_kind(self, state_dict: dict[str, Any]) -> None:

@@ -88,6 +88,8 @@ def packs(blocks: Blocks) -> bool:
 class FisherBlocks:
     """Moving averages of the blocks of every layer, their inverses, and what the step reads of them.
 
+    Parameters that something else serves (``elsewhere``) have none, but for those that are set aside.
+
     ``state[owner]`` has ``fisher_blocks`` (count, size, size), ``inverse_blocks`` of that shape or (count, size (size +
     1) / 2) if packed, identities at first, and ``fisher_updates``, how many batches were averaged. All else here is
     derived from them.
@@ -105,6 +107,7 @@ class FisherBlocks:
         sites: Sequence[Site[BlockRule]],
         state: MutableMapping[Tensor, Any],
         groups: Mapping[Parameter, dict[str, Any]],
+        elsewhere: Collection[Parameter] = (),
     ) -> None:
         self.state, self.groups = state, groups
         self.parts: list[Part] = []
@@ -112,7 +115,7 @@ class FisherBlocks:
         self.refused: Counters = {}
         self.bad: Counters = {}
         self._of_site: dict[int, list[Part]] = defaultdict(list)
-        served: set[Parameter] = set()
+        served: set[Parameter] = set(elsewhere)
         for index, site in enumerate(sites):
             for part in self._parts_of(index, site, served):
                 self._of_site[index].append(part)
@@ -195,7 +198,7 @@ class FisherBlocks:
         blocks, owner = part.blocks, part.owner
         wide = ACCUMULATOR[owner.dtype]
         averages = torch.zeros((blocks.count, blocks.size, blocks.size), dtype=wide, device=owner.device)
-        storage = self.groups[owner]["inverse_storage"]
+        storage = self.groups[owner].get("inverse_storage", "full")
         identity = torch.eye(
             blocks.size, dtype=torch.bfloat16 if storage == "bfloat16" else wide, device=owner.device
         ).unsqueeze(0)
@@ -222,7 +225,7 @@ class FisherBlocks:
         for part, vector, divisor, _ in new:
             average = self.averages(part)[0]
             first = part.number not in self._averaged
-            decay = 0.0 if first else self.groups[part.owner]["beta2"]
+            decay = 0.0 if first else self._decay(part)
             batches[first, decay, average.dtype, average.device].append(
                 (part, self._settle(part, vector.to(average.dtype)), divisor)
             )
@@ -245,9 +248,14 @@ class FisherBlocks:
             if known is None or any(known):
                 count(self.refused, tuple(part.number for part in parts), flags)
 
+    def _decay(self, part: Part) -> float:
+        """That of the averages of a part that has some."""
+        decay: float = self.groups[part.owner]["beta2"]
+        return decay
+
     def _settle(self, part: Part, vector: Tensor) -> Tensor:
         """New sums where they were at the last refresh, if a captured graph is to know them by their address."""
-        if vector.is_cpu or not self.groups[part.owner]["capturable"]:
+        if vector.is_cpu or not self.groups[part.owner].get("capturable", False):
             return vector
         if part.number not in self._arrivals:
             self._arrivals[part.number] = torch.empty_like(vector)

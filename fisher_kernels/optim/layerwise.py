@@ -20,6 +20,7 @@ from fisher_kernels.curvature.sites import Layer, Site, find_layers
 from fisher_kernels.curvature.statistics import Statistics, times_attached
 from fisher_kernels.optim.base import Explanation, FisherOptimizer, require_memory
 from fisher_kernels.optim.caller import calling
+from fisher_kernels.optim.refresh import advance, check_schedule, is_due
 from fisher_kernels.optim.unserved import UNSERVED, UNUSED, Unserved, has_gradient, shown
 from fisher_kernels.optim.warn import warn, warn_once
 
@@ -129,8 +130,8 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         """Average new statistics in."""
         raise NotImplementedError
 
-    def _update(self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Step the parameters of a group that have a gradient."""
+    def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Step the parameters that have a gradient."""
         raise NotImplementedError
 
     def _detail(self, role: str, layer: Layer[R]) -> str:
@@ -303,6 +304,8 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         group.setdefault("iteration", 0)
         group.setdefault(UNSERVED, {})
         super()._check_group(group)
+        if "refresh" in group:
+            check_schedule(group)
 
     def _take_up_groups(self) -> None:
         before = self._groups
@@ -315,8 +318,16 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         self.statistics.close()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, and with them the statistics of the backward passes that produced them."""
+        """Clear the gradients, and with them the statistics of the backward passes that produced them.
+
+        Settings of refreshes that have changed since the last step count from here on.
+        """
         self.statistics.clear()
+        if self._armed_for != self._schedules():
+            self._take_up_groups()
+            for group in self.param_groups:
+                self._check_group(group)
+            self._arm()
         super().zero_grad(set_to_none)
 
     # Step.
@@ -359,9 +370,9 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         self._note_unused({index for index, _ in taken})
         self._require_served()
         self._fold(taken, grad_scale)
+        self._update(grad_scale, found_inf)
         for group in self.param_groups:
-            self._update(group, grad_scale, found_inf)
-            group["iteration"] += 1
+            advance(group, self._refreshes(group))
         self._arm()
         if self._unknown and (taken or not self.statistics.sites):
             if self._fallback == "warn":
@@ -393,10 +404,22 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         due = [is_due(group) for group in self.param_groups]
         awake = bool(self._missed) or any(due)
         armed = (waiting, awake, *due)
+        self._armed_for = self._schedules()
+        self._refreshing = {id(group) for group, now in zip(self.param_groups, due, strict=True) if now}
         if armed != self._armed:
             self._armed = armed
             refreshed = {i for i, site in enumerate(sites) if is_due(self._groups[site.owner])}
             self.statistics.arm(refreshed, waiting - refreshed, awake)
+
+    def _schedules(self) -> list[tuple[Any, ...]]:
+        """The settings that say which groups refresh in a step."""
+        return [
+            tuple(group.get(name) for name in ("update_interval", "refresh", "ramp")) for group in self.param_groups
+        ]
+
+    def _refreshes(self, group: dict[str, Any]) -> bool:
+        """Whether this step brings statistics of the layers of a group: their hooks were told so before the forward."""
+        return id(group) in self._refreshing
 
     # Layers that are not served.
 
@@ -499,14 +522,17 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             require_memory("a gradient", grad)
         # Whether a gradient is all zeros is read on the CPU alone: elsewhere the step would wait for the device.
         if any(not grad.is_cpu or bool(grad.any()) for grad in waiting if grad is not None):
-            self._warn_once(
-                "silent",
-                "a refresh step has gradients but saw no statistics of any layer. Was this model, or another one of "
-                "its class, compiled and run before the optimizer was constructed (torch.compile then goes on with "
-                "what it compiled, without the hooks: call torch._dynamo.reset() after the constructor and compile "
-                "again)? Were the gradients set by hand, are the inputs nested or sparse tensors, or was the optimizer "
-                "closed? The step goes on with the statistics it has (curvature 1 if there are none)",
-            )
+            self._warn_once("silent", self._silence())
+
+    def _silence(self) -> str:
+        """What is said of a refresh step that had gradients and saw no statistics."""
+        return (
+            "a refresh step has gradients but saw no statistics of any layer. Was this model, or another one of its "
+            "class, compiled and run before the optimizer was constructed (torch.compile then goes on with what it "
+            "compiled, without the hooks: call torch._dynamo.reset() after the constructor and compile again)? Were "
+            "the gradients set by hand, are the inputs nested or sparse tensors, or was the optimizer closed? The step "
+            "goes on with the statistics it has (curvature 1 if there are none)"
+        )
 
     # State.
 
@@ -581,6 +607,8 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         served = self._layers_of()
         found: set[Parameter] = set()
         for module in self._model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # what runs in it cannot be seen
             own = module.__class__.__module__.startswith("torch.nn") and not isinstance(module, nn.MultiheadAttention)
             for p in module._parameters.values():
                 if p is not None and p not in served and (not own or isinstance(module, nn.Linear)):
@@ -612,8 +640,3 @@ def _check_kinds(grad_scaler: Any, process_group: Any) -> None:
         return
     if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(f"process_group is {process_group!r}, expected a torch.distributed.ProcessGroup or None")
-
-
-def is_due(group: dict[str, Any]) -> bool:
-    """Whether the next step of a group refreshes the statistics of its layers."""
-    return bool(group["iteration"] % group["update_interval"] == 0)

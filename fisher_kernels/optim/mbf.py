@@ -9,7 +9,7 @@ import math
 import numbers
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,8 @@ from fisher_kernels.ops._blocks import unpack
 from fisher_kernels.optim.base import count, require_memory, totals
 from fisher_kernels.optim.fisher_blocks import ASIDE, STATE, STORAGES, FisherBlocks, New, Unit
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
-from fisher_kernels.optim.layerwise import LayerwiseOptimizer, is_due
+from fisher_kernels.optim.layerwise import LayerwiseOptimizer
+from fisher_kernels.optim.refresh import RAMP, inverts, is_due
 from fisher_kernels.optim.warn import warn_once
 
 MUCH = 1 << 30
@@ -78,6 +79,10 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         beta2: decay of the blocks, 0 <= beta2 < 1.
         update_interval: statistics are taken every so many steps; in between the hooks do nothing.
         inverse_interval: blocks that have changed are inverted every so many steps.
+        refresh: ``"ramp"``: both intervals grow from 1 to these over the first steps; ``"constant"``: they are what
+            they are from the beginning.
+        ramp: over how many steps they grow: after a refresh in step t the next one comes ``1 + floor((interval - 1)
+            min(1, t / ramp))`` steps later, and inverses are made in steps that bring statistics.
         linear_blocks: ``"shared"``, one block for all outputs of a Linear, or, if it has more than 8192 columns, shared
             blocks of 1024, with a warning; ``"per_output"``, one for each, (O, I + 1, I + 1) numbers; or an integer:
             shared blocks of so many columns.
@@ -115,7 +120,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
     rule_kind = BlockRule
     moment = "momentum_buffer"
     statistics_state = tuple(prefix + name for prefix in ("", ASIDE) for name in STATE)
-    later = ("capturable", "mask_zeros")
+    later: ClassVar[Mapping[str, Any]] = {"capturable": False, "mask_zeros": False, "refresh": "constant", "ramp": RAMP}
 
     def __init__(
         self,
@@ -128,6 +133,8 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         beta2: float = 0.9,
         update_interval: int = 1,
         inverse_interval: int = 10,
+        refresh: Literal["ramp", "constant"] = "ramp",
+        ramp: float = RAMP,
         linear_blocks: Literal["shared", "per_output"] | int = "shared",
         sequence: Literal["expand", "reduce"] = "expand",
         loss_reduction: Literal["mean", "sum"] = "mean",
@@ -151,6 +158,8 @@ class MBF(LayerwiseOptimizer[BlockRule]):
             "beta2": beta2,
             "update_interval": update_interval,
             "inverse_interval": inverse_interval,
+            "refresh": refresh,
+            "ramp": ramp,
             "linear_blocks": linear_blocks,
             "sequence": sequence,
             "loss_reduction": loss_reduction,
@@ -187,8 +196,6 @@ class MBF(LayerwiseOptimizer[BlockRule]):
     # Groups.
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        for name in self.later:
-            group.setdefault(name, False)
         super()._check_group(group)
         require_numbers(group, ("momentum", "beta2", "damping", "weight_decay"))
         if group["kl_clip"] is not None:
@@ -302,7 +309,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
                 yield part, wide.square().flatten(), 1 / samples if mean else samples, samples
 
     def _invert(self, everything: bool = False) -> None:
-        due = {id(g) for g in self.param_groups if everything or g["iteration"] % g["inverse_interval"] == 0}
+        due = {id(g) for g in self.param_groups if everything or inverts(g, self._refreshes(g))}
         if kept := self._blocks.invert(due):
             names = {p: name for name, p in self._names()}
             self._warn_once(
@@ -312,7 +319,11 @@ class MBF(LayerwiseOptimizer[BlockRule]):
                 "larger damping= avoids it",
             )
 
-    def _update(self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        for group in self.param_groups:
+            self._step_group(group, grad_scale, found_inf)
+
+    def _step_group(self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         plan = self._plans.get(id(group))
         if plan is None or plan.version != self._blocks.version or not plan.holds():
             plan = self._plans[id(group)] = self._plan(group)

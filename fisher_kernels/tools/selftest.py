@@ -84,7 +84,7 @@ def _in_float64(value: Any) -> Any:
     if isinstance(value, list):
         return [_in_float64(item) for item in value]
     if isinstance(value, Tensor):
-        return value.to("cpu", torch.float64, copy=True)
+        return value.to("cpu", torch.float64 if value.is_floating_point() else value.dtype, copy=True)
     return value
 
 

@@ -267,7 +267,6 @@ def _two_sequences(generator: torch.Generator) -> Batch:
 
 
 RECURRENT = "torch's recurrent layers hide what their weights multiply"
-ATTENTION = "torch's Transformer runs on nn.MultiheadAttention, which applies its weights in one function"
 REPARAMETRISED = "the weights of the convolutions are computed from the parameters"
 
 MODELS: dict[str, Architecture] = {
@@ -292,8 +291,6 @@ MODELS: dict[str, Architecture] = {
         "arXiv 1706.03762",
         lambda small: Translator(*((40, 16, 4, 2, 24) if small else (37000, 512, 8, 6, 2048))),
         _two_sequences,
-        exempt=ATTENTION,
-        expected=0.75,
     ),
     "mlp-mixer": Architecture(
         "Mixer-B/16",

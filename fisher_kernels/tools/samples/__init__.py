@@ -12,6 +12,7 @@ from fisher_kernels.tools.samples import (
     adafisher_step,
     batch_norm_gradients,
     block_inverse,
+    capped_step,
     factor_ema,
     gram,
     mbf_step,
@@ -35,6 +36,7 @@ _STEMS = (
     adafisher_step,
     mbf_step,
     sofim_step,
+    capped_step,
 )
 
 SAMPLES: Sequence[Sample] = tuple(sample for stem in _STEMS for sample in stem.SAMPLES)

@@ -1,0 +1,350 @@
+"""EKFAC, and Adam in the same basis: second moments in the eigenbasis of the Kronecker factors.
+
+Source: George, Laurent, Bouthillier, Ballas and Vincent, arXiv 1806.03884.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim.optimizer import ParamsT
+
+from fisher_kernels.curvature.factor_rules import Elementwise, FactorRule, TermRule
+from fisher_kernels.curvature.operations import Choice
+from fisher_kernels.ops import ACCUMULATOR
+from fisher_kernels.optim.kfac import BLOCK_STATE, KFAC
+from fisher_kernels.optim.kronecker import KroneckerOptimizer
+from fisher_kernels.optim.kronecker_factors import MOMENT_UPDATES, MOMENTS, UPDATES, FactorBases, FactorMoments, Pair
+from fisher_kernels.optim.refresh import RAMP
+
+TINY = 1e-16
+"""Added to second moments beside what is relative to their mean, so that nothing is divided by 0."""
+
+_BASIS_STATE = ("row_factor", "column_factor", "row_basis", "column_basis", MOMENTS)
+
+
+class EKFAC(KFAC):
+    r"""EKFAC: K-FAC whose eigenvalues are measured, as second moments of per-sample gradients in its eigenbasis.
+
+    A, G, m, ν, c and the step are those of :class:`KFAC`. With g_n the gradient of sample n as [W, b], times M:
+
+    .. math::
+
+        Q_A, Q_G &= \text{eigenvectors of } A, G && \text{every } \mathrm{inverse\_interval} \text{ steps} \\
+        V &\leftarrow (Q_G'^T Q_G)^{\circ 2}\, V\, (Q_A'^T Q_A)^{\circ 2\, T} && \text{in a new basis} \\
+        V &\leftarrow \text{average of } \tfrac{1}{M} \sum_n (Q_G^T\, g_n\, Q_A)^{\circ 2}
+            && \text{every } \mathrm{update\_interval} \text{ steps, at first } \lambda_G \lambda_A^T \\
+        D &= Q_G \left( \frac{Q_G^T\, m\, Q_A}{V + \mathrm{damping}} \right) Q_A^T
+
+    In a given basis this V is the diagonal that is nearest to the Fisher matrix (Proposition 1 of the paper). A Linear
+    on sequences takes each row for a sample, or as ``sequence`` says; a convolution takes the sums over positions.
+
+    State of a weight: ``momentum_buffer``, ``row_factor``, ``column_factor``, ``row_basis``, ``column_basis`` (groups,
+    n, n), ``second_moment`` (groups, rows, columns), ``moment_updates`` and ``fisher_updates``. A factor whose
+    eigenvectors cannot be found keeps those it has, is counted in :meth:`metrics` and warned of once.
+
+    Args:
+        model, momentum, kl_clip, max_relative_step, beta2, update_interval, inverse_interval, refresh, ramp, fisher,
+        max_factor_size, sequence, loss_reduction, weight_decay, decoupled, maximize, params, grad_scaler,
+        process_group, fallback, rules: as in :class:`KFAC`.
+        lr: learning rate, a number or a tensor of one element.
+        damping: added to V, and to the diagonal of blocks, in the units of squared per-sample gradients.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
+
+    Source: George et al., arXiv 1806.03884, Algorithm 1 with per-sample second moments.
+    """
+
+    factors_kind = FactorMoments
+    moments = True
+    statistics_state = (*BLOCK_STATE, *_BASIS_STATE, MOMENT_UPDATES)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor = 0.03,
+        *,
+        momentum: float = 0.9,
+        damping: float = 1e-3,
+        kl_clip: float | None = 1e-3,
+        max_relative_step: float | None = 0.02,
+        beta2: float = 0.95,
+        update_interval: int = 10,
+        inverse_interval: int = 20,
+        refresh: Literal["ramp", "constant"] = "ramp",
+        ramp: float = RAMP,
+        fisher: Literal["empirical", "sampled"] = "empirical",
+        max_factor_size: int = 4096,
+        sequence: Literal["expand", "reduce"] = "expand",
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        weight_decay: float = 0.0,
+        decoupled: bool = True,
+        maximize: bool = False,
+        params: ParamsT | None = None,
+        grad_scaler: Any = None,
+        process_group: dist.ProcessGroup | None = None,
+        fallback: Literal["warn", "error"] = "warn",
+        rules: Mapping[type, Choice] | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            lr,
+            momentum=momentum,
+            damping=damping,
+            kl_clip=kl_clip,
+            max_relative_step=max_relative_step,
+            beta2=beta2,
+            update_interval=update_interval,
+            inverse_interval=inverse_interval,
+            refresh=refresh,
+            ramp=ramp,
+            fisher=fisher,
+            max_factor_size=max_factor_size,
+            sequence=sequence,
+            loss_reduction=loss_reduction,
+            weight_decay=weight_decay,
+            decoupled=decoupled,
+            maximize=maximize,
+            params=params,
+            grad_scaler=grad_scaler,
+            process_group=process_group,
+            fallback=fallback,
+            rules=rules,
+        )
+
+
+class AdamBases(FactorBases):
+    r"""The eigenvectors, with second moments of the gradients of batches in their basis.
+
+    .. math:: D = Q_G \left( \frac{Q_G^T\, m\, Q_A}{\sqrt{V + \mathrm{damping} \cdot \operatorname{mean} V}} \right)
+        Q_A^T
+
+    They are divided by what a start at zero lacks. Before there are factors the basis is that of the numbers
+    themselves. ``state[owner]`` has ``moment_updates``, how many gradients they are of.
+    """
+
+    def _make_more(self, pair: Pair, state: dict[str, Tensor]) -> None:
+        super()._make_more(pair, state)
+        state[MOMENT_UPDATES] = torch.zeros((), dtype=ACCUMULATOR[pair.owner.dtype], device=pair.owner.device)
+
+    def _fold_moments(self, pair: Pair, new: Tensor) -> None:
+        raise AssertionError("no rule takes them")
+
+    def serves(self, p: Parameter) -> bool:
+        return p in self.served  # a layer that was not used keeps its basis
+
+    def observe(self, pair: Pair, gradients: Mapping[Parameter, Tensor], going_on: float | Tensor) -> None:
+        """Average the squares of the gradient of a batch in; not if ``going_on`` is 0."""
+        state, beta2 = self.averages(pair), self.groups[pair.owner]["beta2"]
+        squares = self.into(pair, pair.matrices(gradients.get)).square_()
+        for bias in range(1, len(pair.biases)):
+            if pair.biases[bias] in gradients:
+                squares += self.into(pair, pair.matrices(gradients.get, bias)).square_()
+        _average(state[MOMENTS], squares, beta2, going_on)
+        state[MOMENT_UPDATES].add_(going_on)
+
+    def _apply(self, pair: Pair, matrices: Tensor) -> Tensor:
+        state, group = self.averages(pair), self.groups[pair.owner]
+        scale = _root(state[MOMENTS], state[MOMENT_UPDATES], group)
+        return self.out_of(pair, self.into(pair, matrices) / scale)
+
+
+def _average(old: Tensor, new: Tensor, decay: float, going_on: float | Tensor) -> None:
+    """Average a tensor in; not if ``going_on`` is 0, which may be known on the device alone."""
+    if isinstance(going_on, Tensor):
+        old.add_((new - old) * ((1 - decay) * going_on).to(old.device, old.dtype))
+    else:
+        old.mul_(decay).add_(new, alpha=1 - decay)
+
+
+def _unbiased(count: Tensor, decay: float) -> Tensor:
+    """The share of an average that has been filled since it was zero; 1 before the first."""
+    share = 1 - decay ** count.double()
+    return torch.where(share > 0, share, 1.0)
+
+
+def _root(moments: Tensor, count: Tensor, group: dict[str, Any]) -> Tensor:
+    """What Adam divides by."""
+    filled = moments / _unbiased(count, group["beta2"]).to(moments.dtype)
+    return filled.add_(filled.mean() * group["damping"] + TINY).sqrt_()
+
+
+class EKFACAdam(KroneckerOptimizer):
+    r"""Adam in the eigenbasis of the Kronecker factors, which is SOAP with the factors of K-FAC in place of Shampoo's.
+
+    A and G are those of :class:`KFAC`. With the gradient g of the batch as a matrix [W, b]:
+
+    .. math::
+
+        Q_A, Q_G &= \text{eigenvectors of } A, G && \text{every } \mathrm{inverse\_interval} \text{ steps} \\
+        V &\leftarrow (Q_G'^T Q_G)^{\circ 2}\, V\, (Q_A'^T Q_A)^{\circ 2\, T} && \text{in a new basis} \\
+        m &\leftarrow \beta_1 m + (1 - \beta_1)\, g, \quad
+            V \leftarrow \beta_2 V + (1 - \beta_2) (Q_G^T\, g\, Q_A)^{\circ 2} && \text{every step} \\
+        D &= Q_G \left( \frac{Q_G^T\, \hat m\, Q_A}{\sqrt{\hat V + \mathrm{damping} \cdot \operatorname{mean} \hat V}}
+            \right) Q_A^T && \hat m,\ \hat V \text{ divided by } 1 - \beta^t \\
+        W &\leftarrow W - \mathrm{lr}\, (c\, D \quad (+\, \mathrm{weight\_decay} \cdot W \text{ if decoupled}))
+
+    What has no factors, normalisations and embeddings among it, is trained by Adam itself.
+
+    State: ``exp_avg`` of each parameter and ``exp_avg_updates``, the number of its steps; of the weight of a layer
+    ``row_factor``, ``column_factor``, ``row_basis``, ``column_basis``, ``fisher_updates``, ``second_moment`` (groups,
+    rows, columns) and ``moment_updates``; of what has no factors ``exp_avg_sq``.
+
+    Args:
+        model, update_interval, inverse_interval, refresh, ramp, fisher, max_factor_size, sequence, loss_reduction,
+        weight_decay, decoupled, maximize, params, grad_scaler, process_group, fallback, rules: as in :class:`KFAC`.
+        lr: learning rate, a number or a tensor of one element.
+        beta1: decay of the moment, 0 <= beta1 < 1.
+        beta2: decay of V and of the factors, 0 <= beta2 < 1.
+        damping: added to V, relative to its mean.
+        max_relative_step: how long the step of a layer may be beside its weights; None for no bound.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
+
+    Source: SOAP, arXiv 2409.11321, for Adam in a basis; the factors are those of arXiv 1503.05671.
+    """
+
+    moment = "exp_avg"
+    factors_kind = AdamBases
+    decay_of_moment = "beta1"
+    statistics_state = (*_BASIS_STATE, MOMENT_UPDATES, UPDATES)
+
+    _factors: AdamBases
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor = 1e-2,
+        *,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        damping: float = 1e-3,
+        max_relative_step: float | None = None,
+        update_interval: int = 10,
+        inverse_interval: int = 20,
+        refresh: Literal["ramp", "constant"] = "ramp",
+        ramp: float = RAMP,
+        fisher: Literal["empirical", "sampled"] = "empirical",
+        max_factor_size: int = 4096,
+        sequence: Literal["expand", "reduce"] = "expand",
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        weight_decay: float = 0.0,
+        decoupled: bool = True,
+        maximize: bool = False,
+        params: ParamsT | None = None,
+        grad_scaler: Any = None,
+        process_group: dist.ProcessGroup | None = None,
+        fallback: Literal["warn", "error"] = "warn",
+        rules: Mapping[type, Choice] | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "beta1": beta1,
+            "beta2": beta2,
+            "damping": damping,
+            "max_relative_step": max_relative_step,
+            "update_interval": update_interval,
+            "inverse_interval": inverse_interval,
+            "refresh": refresh,
+            "ramp": ramp,
+            "fisher": fisher,
+            "max_factor_size": max_factor_size,
+            "sequence": sequence,
+            "loss_reduction": loss_reduction,
+            "weight_decay": weight_decay,
+            "decoupled": decoupled,
+            "maximize": maximize,
+        }
+        self._gradients: dict[Parameter, Tensor] = {}  # within a step
+        super().__init__(model, params, defaults, grad_scaler, process_group, fallback, rules)
+
+    def _rule_for(self, module: nn.Module, owner: Parameter) -> TermRule | None:
+        rule = super()._rule_for(module, owner)
+        if rule is None or isinstance(rule, FactorRule):
+            return rule
+        return Elementwise(rule.factoring, rule.context)
+
+    def _fallback_detail(self, parameter: Parameter) -> str:
+        return "Adam"
+
+    def _restored(self) -> None:
+        self._gradients = {}
+        super()._restored()
+
+    def _known_sites(self) -> Collection[int]:
+        sites = enumerate(self.statistics.sites)
+        return self._factors.known_sites | {index for index, site in sites if not isinstance(site.rule, FactorRule)}
+
+    def _make_state(self, p: Parameter) -> None:
+        super()._make_state(p)
+        state = self.state[p]
+        state["exp_avg_updates"] = torch.zeros((), dtype=ACCUMULATOR[p.dtype], device=p.device)
+        if not self._factors.serves(p):
+            state["exp_avg_sq"] = torch.zeros_like(state[self.moment])
+
+    def _advance_moments(
+        self, group: dict[str, Any], params: list[Parameter], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> Tensor:
+        skipped = torch.zeros(len(params), dtype=torch.int64, device=params[0].device)
+        gradients: dict[Parameter, Tensor] = {}
+        for i, p in enumerate(params):
+            gradients[p], bad = self._gradient(p, group, grad_scale, found_inf)
+            state = self.state[p]
+            new = state[self.moment].lerp(gradients[p], 1 - group["beta1"])
+            if bad is None:
+                state[self.moment].copy_(new)
+                state["exp_avg_updates"].add_(1)
+            else:
+                state[self.moment].copy_(torch.where(bad, state[self.moment], new))
+                state["exp_avg_updates"].add_(1 - bad.all().to(state["exp_avg_updates"]))
+                skipped[i] = bad.sum()
+        self._gradients.update(gradients)
+        return skipped
+
+    def _gradient(
+        self, p: Parameter, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradient in the precision of the state, zero where it is bad, and where that is; None for nowhere."""
+        assert p.grad is not None
+        gradient = p.grad.to(ACCUMULATOR[p.dtype])
+        if grad_scale is not None:
+            gradient = gradient / grad_scale.to(gradient.device, gradient.dtype)
+        gradient = -gradient if group["maximize"] else gradient
+        if group["weight_decay"] and not group["decoupled"]:
+            gradient = gradient.add(p.to(gradient.dtype), alpha=group["weight_decay"])
+        # A sum that overflows though no element does costs a second look, nothing else.
+        if found_inf is None and gradient.is_cpu and math.isfinite(float(gradient.sum())):
+            return gradient, None
+        bad = ~gradient.isfinite()
+        bad = bad if found_inf is None else bad | found_inf.to(bad.device).bool()
+        return gradient.masked_fill(bad, 0.0), bad
+
+    def _move(self, params: list[Parameter], stays: Mapping[Parameter, Tensor], found_inf: Tensor | None) -> None:
+        gradients, self._gradients = self._gradients, {}
+        going_on = 1.0 if found_inf is None else 1 - found_inf.double().reshape(())
+        for pair in self._factors.pairs:
+            mine = {p: gradients[p] for p in pair.params if p in gradients}
+            if mine:
+                self._factors.observe(pair, mine, going_on)
+        for p, g in gradients.items():
+            if not self._factors.serves(p):
+                if "exp_avg_sq" not in self.state[p]:  # a layer served it before
+                    self.state[p]["exp_avg_sq"] = g.square()
+                _average(self.state[p]["exp_avg_sq"], g.square(), self._groups[p]["beta2"], going_on)
+        super()._move(params, stays, found_inf)
+
+    def _directions(self, vectors: Mapping[Parameter, Tensor]) -> Iterator[tuple[Parameter, Tensor]]:
+        counts = {p: self.state[p]["exp_avg_updates"] for p in vectors}
+        filled = {p: v / _unbiased(counts[p], self._groups[p]["beta1"]).to(v.dtype) for p, v in vectors.items()}
+        yield from super()._directions(filled)
+        for p, vector in filled.items():
+            if not self._factors.serves(p) and "exp_avg_sq" in self.state[p]:
+                yield p, vector / _root(self.state[p]["exp_avg_sq"], counts[p], self._groups[p])

@@ -1,0 +1,248 @@
+"""K-FAC: momentum preconditioned by Kronecker-factored approximations of the Fisher matrix.
+
+Sources: Martens and Grosse, arXiv 1503.05671; convolutions: Grosse and Martens, arXiv 1602.01407.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim.optimizer import ParamsT
+
+from fisher_kernels.curvature.factor_rules import Means
+from fisher_kernels.curvature.operations import Choice
+from fisher_kernels.ops import ACCUMULATOR
+from fisher_kernels.optim.base import totals
+from fisher_kernels.optim.fisher_blocks import ASIDE, STATE, New
+from fisher_kernels.optim.kronecker import KroneckerOptimizer
+from fisher_kernels.optim.kronecker_factors import FactorInverses
+from fisher_kernels.optim.refresh import RAMP, inverts, is_due
+from fisher_kernels.optim.term_blocks import TermBlocks
+
+BLOCK_STATE = tuple(prefix + name for prefix in ("", ASIDE) for name in STATE)
+"""State of what has blocks, and of what was not used."""
+
+
+class KFAC(KroneckerOptimizer):
+    r"""K-FAC: heavy-ball momentum preconditioned by the Kronecker product of two small matrices for each layer.
+
+    With h what a layer reads, [h, 1] where it has a bias, s the derivative by what it makes times the number M of terms
+    of the loss, R the rows of the batch, and λ the damping:
+
+    .. math::
+
+        A &= \tfrac{1}{M} \sum_r h_r h_r^T, \quad G = \tfrac{1}{R} \sum_r s_r s_r^T
+            && \text{every } \mathrm{update\_interval} \text{ steps} \\
+        A, G &\leftarrow \text{their averages}
+            && \text{the k-th with decay } \min(1 - 1/k,\, \beta_2) \\
+        \pi &= \sqrt{\frac{\operatorname{tr}(A) / d_A}{\operatorname{tr}(G) / d_G}}
+            && 1 \text{ where a trace is } 0 \\
+        P_A &= (A + \pi \sqrt{\lambda}\, I)^{-1}, \quad P_G = (G + \sqrt{\lambda} / \pi\, I)^{-1}
+            && \text{every } \mathrm{inverse\_interval} \text{ steps} \\
+        g &= \nabla_W L \quad (+\, \mathrm{weight\_decay} \cdot W \text{ unless decoupled}) \\
+        m &\leftarrow \mathrm{momentum} \cdot m + g \\
+        D &= P_G\, m\, P_A && \text{m as a matrix } [W, b] \\
+        \nu &= \min \left( 1,
+            \sqrt{\frac{\mathrm{kl\_clip}}{\left| \sum \mathrm{lr}^2 \langle D, m \rangle \right|}} \right)
+            && \text{one number for all parameters} \\
+        c &= \min \left( 1, \frac{\mathrm{max\_relative\_step} \cdot \max(|W|, 0.001 \sqrt{n})}
+            {\mathrm{lr}\, \nu\, |D|} \right) && \text{one for each layer of n numbers} \\
+        W &\leftarrow W - \mathrm{lr}\, (c\, \nu\, D \quad (+\, \mathrm{weight\_decay} \cdot W \text{ if decoupled}))
+
+    ==================== ============================================================================================
+    layer                factors, or blocks of the Fisher matrix
+    ==================== ============================================================================================
+    Linear               A of [h, 1], G of s
+    Conv                 A of [patch, 1] at each position, G of s; for each group apart
+    ConvTranspose        A of h, G of the patch of derivatives that a position makes; the bias has 1 x 1 blocks
+    normalisations       one 2 x 2 block of scale and shift for each channel
+    Embedding            1 x 1
+    anything else        1 x 1 from M times the squared gradient of the batch; ``explain()`` names these
+    ==================== ============================================================================================
+
+    State of a weight: ``momentum_buffer``, ``row_factor``, ``column_factor``, (groups, n, n) or (groups, n) if they are
+    diagonal, ``row_inverse``, ``column_inverse`` and ``fisher_updates``; what has blocks has the state of :class:`MBF`.
+    Before there are statistics the inverse is the identity. A factor that is not positive definite with its damping
+    keeps the inverse it has, is counted in :meth:`metrics` and warned of once.
+
+    Args:
+        model: its layers are read through hooks; ``close()`` removes them. Inputs of layers are kept until the backward
+            has passed.
+        lr: learning rate, a number or a tensor of one element.
+        momentum: 0 <= momentum < 1.
+        damping: λ, in the units of squared per-sample gradients.
+        kl_clip: bound of ``sum lr^2 <D, m>``, twice the change of the model's distribution, over all parameters; None
+            for no bound.
+        max_relative_step: how long the step of a layer may be beside its weights; None for no bound.
+        beta2: decay of the factors, 0 <= beta2 < 1.
+        update_interval: statistics are taken every so many steps; in between the hooks do nothing.
+        inverse_interval: factors that have changed are inverted every so many steps.
+        refresh: ``"ramp"``: both intervals grow from 1 to these over the first steps; ``"constant"``: they are what
+            they are from the beginning.
+        ramp: over how many steps they grow, as in :class:`MBF`.
+        fisher: ``"empirical"``: of the labels of the data; ``"sampled"``: of labels drawn from the model's own output,
+            in :meth:`sample`.
+        max_factor_size: wider factors are diagonal.
+        sequence: what a Linear takes for a sample on inputs of three dimensions or more: ``"expand"`` every row;
+            ``"reduce"`` the mean of a sample's inputs and the sum of its derivatives.
+        loss_reduction: ``"mean"`` or ``"sum"``: how the loss makes one number of its terms. Their number M is that of
+            the rows of the last layer's output that have a derivative.
+        weight_decay: at least 0.
+        decoupled: decay the weights rather than add the decay to the gradient.
+        maximize: ascend.
+        params: parameter groups, each with any of these hyperparameters; None takes all parameters of the model. The
+            settings of a layer's factors are those of its weight's group. Where the bias is in another group, weight
+            and bias are taken for uncorrelated.
+        grad_scaler: the ``torch.amp.GradScaler`` in use, so that factors are in the units of unscaled gradients also
+            after a manual ``unscale_``.
+        process_group: over which statistics are added up, one all-reduce a refresh; None takes the default group where
+            torch.distributed is initialised.
+        fallback: ``"warn"`` of parameters that no layer rule serves, or ``"error"``: refuse to start, or to go on,
+            training them.
+        rules: class of a layer -> the name of the operation it computes, ``"rms_norm"`` for example, or a function that
+            takes the layer and returns a layer of torch that computes the same, or a rule. It overrides the proof.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
+
+    Source: Martens and Grosse, arXiv 1503.05671 (sections 3, 6.3); convolutions: arXiv 1602.01407; ``"expand"`` and
+    ``"reduce"``: arXiv 2311.00636; the trust region: arXiv 1705.09319.
+    """
+
+    moment = "momentum_buffer"
+    factors_kind = FactorInverses
+    statistics_state = (*BLOCK_STATE, "row_factor", "column_factor", "row_inverse", "column_inverse")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor = 0.1,
+        *,
+        momentum: float = 0.9,
+        damping: float = 1e-3,
+        kl_clip: float | None = 1e-3,
+        max_relative_step: float | None = 0.02,
+        beta2: float = 0.95,
+        update_interval: int = 10,
+        inverse_interval: int = 20,
+        refresh: Literal["ramp", "constant"] = "ramp",
+        ramp: float = RAMP,
+        fisher: Literal["empirical", "sampled"] = "empirical",
+        max_factor_size: int = 4096,
+        sequence: Literal["expand", "reduce"] = "expand",
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        weight_decay: float = 0.0,
+        decoupled: bool = True,
+        maximize: bool = False,
+        params: ParamsT | None = None,
+        grad_scaler: Any = None,
+        process_group: dist.ProcessGroup | None = None,
+        fallback: Literal["warn", "error"] = "warn",
+        rules: Mapping[type, Choice] | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "damping": damping,
+            "kl_clip": kl_clip,
+            "max_relative_step": max_relative_step,
+            "beta2": beta2,
+            "update_interval": update_interval,
+            "inverse_interval": inverse_interval,
+            "refresh": refresh,
+            "ramp": ramp,
+            "fisher": fisher,
+            "max_factor_size": max_factor_size,
+            "sequence": sequence,
+            "loss_reduction": loss_reduction,
+            "weight_decay": weight_decay,
+            "decoupled": decoupled,
+            "maximize": maximize,
+        }
+        super().__init__(model, params, defaults, grad_scaler, process_group, fallback, rules)
+
+    # Blocks of what has no factors.
+
+    def _fallback_detail(self, parameter: Parameter) -> str:
+        return "1 x 1 blocks from the squared gradient of the batch"
+
+    def _rebuild(self) -> None:
+        super()._rebuild()
+        self._blocks = TermBlocks(self.statistics.sites, self.state, self._groups, self._factors.served)  # type: ignore[arg-type]
+
+    def _set_aside(self, params: Collection[Parameter]) -> None:
+        self._blocks.set_aside(params)
+        self._blocks.couple()
+        super()._set_aside(params)
+
+    def _known_sites(self) -> Collection[int]:
+        return self._factors.known_sites | self._blocks.known_sites
+
+    def _dtype_of(self, p: Parameter, name: str) -> torch.dtype:
+        return super()._dtype_of(p, name.removeprefix(ASIDE))
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        self._blocks.couple()
+
+    def _make_state(self, p: Parameter) -> None:
+        super()._make_state(p)
+        for part in self._blocks.parts:
+            if any(p is q for q in part.params):
+                self._blocks.averages(part)
+
+    def _average(self, means: list[tuple[int, Means]], grad_scale: Tensor | None) -> None:
+        super()._average(means, grad_scale)
+        sites: Any = self.statistics.sites
+        new = list(self._blocks.new_blocks(sites, [(index, found.blocks) for index, found in means]))
+        if means or not sites:
+            new += self._from_gradients([found.terms for _, found in means], grad_scale)
+        if new:
+            self._blocks.fold(new)
+
+    def _from_gradients(self, terms: list[Tensor], grad_scale: Tensor | None) -> Iterator[New]:
+        """Squared gradients of parameters without a rule, in the units of blocks: M times those of a mean over M."""
+        most = torch.stack([t.to(terms[0]) for t in terms]).amax(0) if terms else None
+        for part in self._blocks.fallbacks():
+            group, gradient = self._groups[part.owner], part.owner.grad
+            due = is_due(group) or not self._blocks.is_averaged(part)
+            if gradient is not None and due and gradient.numel():
+                wide = gradient.to(ACCUMULATOR[gradient.dtype])
+                if grad_scale is not None:
+                    wide = wide / grad_scale.to(wide.device, wide.dtype)
+                squares = wide.square().flatten()
+                if most is not None:
+                    by_terms = torch.mul if group["loss_reduction"] == "mean" else torch.div
+                    squares = by_terms(squares, most.to(squares))
+                yield part, squares, 1.0, 1.0
+
+    def _renew(self) -> None:
+        due = {id(group) for group in self.param_groups if inverts(group, self._refreshes(group))}
+        bad = [pair.owner for pair in self._factors.renew(due)]
+        self._warn_of_bad([*bad, *(part.owner for part in self._blocks.invert(due))])
+
+    # Step.
+
+    def _layers_to_move(self, params: Collection[Parameter]) -> Iterator[list[Parameter]]:
+        known = set(params)
+        joint = [list(unit) for unit in self._blocks.layers(known.__contains__) if len(unit) > 1]
+        beside = {p for unit in joint for p in unit}
+        yield from super()._layers_to_move([p for p in params if p not in beside])
+        yield from joint
+
+    def _directions(self, vectors: Mapping[Parameter, Tensor]) -> Iterator[tuple[Parameter, Tensor]]:
+        yield from super()._directions(vectors)
+        yield from self._blocks.directions({p: v for p, v in vectors.items() if not self._factors.serves(p)})
+
+    def _failures(self) -> tuple[dict[Parameter, int], dict[Parameter, int]]:
+        found = super()._failures()
+        for mine, counts in zip(found, (totals(self._blocks.bad), totals(self._blocks.refused)), strict=True):
+            mine.update(
+                {p: counts[part.number] for part in self._blocks.parts for p in part.params if part.number in counts}
+            )
+        return found

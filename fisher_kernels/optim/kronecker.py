@@ -1,0 +1,328 @@
+"""What the optimizers with Kronecker factors share: rules, statistics, sampled labels, the frame of the step."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim.optimizer import ParamsT
+
+from fisher_kernels.curvature.factor_rules import Context, Factoring, FactorRule, FactorRules, Means, TermRule
+from fisher_kernels.curvature.operations import Choice
+from fisher_kernels.curvature.rules import Sums
+from fisher_kernels.curvature.sites import Layer
+from fisher_kernels.ops import ACCUMULATOR, capped_step_, direction_sums, heavy_ball_
+from fisher_kernels.optim.base import Counters, count, require_memory, totals
+from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
+from fisher_kernels.optim.kronecker_factors import UPDATES, KroneckerFactors, Pair
+from fisher_kernels.optim.refresh import inverts
+from fisher_kernels.optim.sampled import SampledLabels
+from fisher_kernels.optim.unserved import shown
+
+FLOOR = 1e-3
+"""Root mean square that the cap takes weights to have at least, so that those that start at 0 can leave it."""
+
+
+class KroneckerOptimizer(SampledLabels[TermRule]):
+    """Base of the optimizers with Kronecker factors; subclasses say what they make of them, and the direction.
+
+    Args:
+        model, params, defaults, grad_scaler, process_group, fallback, rules: as for the base.
+    """
+
+    rule_kind = TermRule
+    factors_kind: ClassVar[type[KroneckerFactors]]
+    """What is kept of the factors."""
+
+    moments: ClassVar[bool] = False
+    """Whether second moments of per-sample gradients are taken in the basis of the factors."""
+
+    decay_of_moment: ClassVar[str] = "momentum"
+    """The hyperparameter by which the moment runs out."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: ParamsT | None,
+        defaults: dict[str, Any],
+        grad_scaler: Any,
+        process_group: dist.ProcessGroup | None,
+        fallback: Literal["warn", "error"] = "warn",
+        rules: Mapping[type, Choice] | None = None,
+    ) -> None:
+        self._context = Context()
+        self._capped: Counters = {}
+        self._steps: Counters = {}
+        self._limits: dict[int, tuple[Tensor, Tensor, int]] = {}  # scale of all, those of layers, which of these
+        super().__init__(model, params, defaults, grad_scaler, process_group, fallback, rules)
+
+    # Groups.
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        require_numbers(group, (self.decay_of_moment, "beta2", "damping", "weight_decay"))
+        require_counts(group, ("update_interval", "inverse_interval", "max_factor_size"))
+        require_bools(group, ("decoupled",))
+        for name in (self.decay_of_moment, "beta2"):
+            if not 0 <= group[name] < 1:
+                raise ValueError(f"{name} is {group[name]}, expected 0 <= {name} < 1")
+        for name in ("damping", "weight_decay"):
+            if not 0 <= group[name] < math.inf:
+                raise ValueError(f"{name} is {group[name]}, expected a finite number of at least 0")
+        for name in ("kl_clip", "max_relative_step"):
+            if group.get(name) is not None:
+                require_numbers(group, (name,), "a number or None")
+                if not 0 < group[name] < math.inf:
+                    raise ValueError(f"{name} is {group[name]}, expected a finite number above 0, or None")
+        require_choice(group, "sequence", ("expand", "reduce"))
+        require_choice(group, "loss_reduction", ("mean", "sum"))
+
+    # Layers.
+
+    def _watch(self, grad_scaler: Any, process_group: dist.ProcessGroup | None) -> None:
+        self._rules = self._new_rules()
+        super()._watch(grad_scaler, process_group)
+
+    def _new_rules(self) -> FactorRules:
+        self._rules = FactorRules(self._model, self._operations)
+        self._rules.add_uses([made for _, made, _, _ in self._functions()])
+        return self._rules
+
+    def _rule_for(self, module: nn.Module, owner: Parameter) -> TermRule | None:
+        """The rule that serves a module."""
+        group = self._groups[owner]
+        settings = Factoring(group["sequence"], self._reduction(group), group["max_factor_size"], self.moments)
+        return self._rules(module, settings, self._context)
+
+    def _detail(self, role: str, layer: Layer[TermRule]) -> str:
+        left_out = self._rules.left_out(layer.operation) if role == "weight" else []
+        without = f", without the statistics of its use by {', '.join(left_out)}" if left_out else ""
+        return f"{layer.place(role)}{self._kinds(role, layer.rule)}{without}"
+
+    def _kinds(self, role: str, rule: TermRule) -> str:
+        """What the factors or blocks of a layer are."""
+        for blocks in rule.blocks:
+            if role in blocks.roles:
+                return f": {blocks}"
+        if not isinstance(rule, FactorRule):
+            return ""
+        groups, rows, columns = rule.shape
+        kinds = [f"{n}{'' if rule.is_whole(side) else ', diagonal'}" for side, n in enumerate((rows, columns))]
+        return f": factors of {kinds[0]} and {kinds[1]}{f' in each of {groups} groups' if groups > 1 else ''}"
+
+    def _rebuild(self) -> None:
+        self._rules = self._new_rules()  # which know parameters by identity: a copy has others
+        self._numbers = {p: number for number, p in enumerate(self._groups)}
+        self._factors = self.factors_kind(self.statistics.sites, self.state, self._groups)
+
+    def _set_aside(self, params: Collection[Parameter]) -> None:
+        self._factors.set_aside(params)
+        self._factors.couple()
+
+    def _known_sites(self) -> Collection[int]:
+        return self._factors.known_sites
+
+    def _dtype_of(self, p: Parameter, name: str) -> torch.dtype:
+        return torch.float32 if name == UPDATES else super()._dtype_of(p, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("_context", "_capped", "_steps", "_limits")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+
+    # Statistics.
+
+    def _prepare(self) -> None:
+        for _, p in self._with_gradients():
+            if self.moment not in self.state[p]:
+                self._make_state(p)
+        self._factors.couple()
+
+    def _make_state(self, p: Parameter) -> None:
+        """Everything that the state of a parameter will have, so that a fresh optimizer has what a checkpoint has."""
+        self.state[p][self.moment] = torch.zeros_like(p, dtype=ACCUMULATOR[p.dtype])
+        for pair in self._factors.pairs:
+            if pair.holds(p):
+                self._factors.averages(pair)
+                if self.moment not in self.state[pair.owner]:  # which may be frozen
+                    self._make_state(pair.owner)
+
+    def _fold(self, taken: list[tuple[int, Sums]], grad_scale: Tensor | None) -> None:
+        means = [(index, self.statistics.sites[index].rule.means(sums)) for index, sums in taken]
+        self._average(means, grad_scale)
+        self._renew()
+
+    def _average(self, means: list[tuple[int, Means]], grad_scale: Tensor | None) -> None:
+        """Average new statistics in."""
+        self._factors.fold(means)
+
+    def _renew(self) -> None:
+        """Make anew what directions are made of, where that is due."""
+        due = {id(group) for group in self.param_groups if inverts(group, self._refreshes(group))}
+        self._warn_of_bad([pair.owner for pair in self._factors.renew(due)])
+
+    def _warn_of_bad(self, owners: list[Parameter]) -> None:
+        if owners:
+            names = {p: name for name, p in self._names()}
+            self._warn_once(
+                "bad",
+                f"factors or blocks of {shown([names[p] for p in owners])} cannot be inverted with damping "
+                f"{self._groups[owners[0]]['damping']}: what was made of them before stays in use. metrics() counts "
+                "them; a larger damping= avoids it",
+            )
+
+    def _of_terms(self, number: int) -> AbstractContextManager[None]:
+        return self._context.terms.given(number)
+
+    # Step.
+
+    def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        by_group: dict[int, list[Parameter]] = defaultdict(list)
+        for group, p in self._with_gradients():
+            by_group[id(group)].append(p)
+        stays: dict[Parameter, Tensor] = {}
+        for params in by_group.values():
+            skipped = self._advance_moments(self._groups[params[0]], params, grad_scale, found_inf)
+            count(self._skipped, tuple(self._numbers[p] for p in params), skipped)
+            stays.update(_not_finite(params, skipped))
+        params = [p for of_group in by_group.values() for p in of_group]
+        if params:
+            self._move(params, stays, found_inf)
+
+    def _advance_moments(
+        self, group: dict[str, Any], params: list[Parameter], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> Tensor:
+        """Take gradients into the moments; returns how many elements stayed because theirs is not finite."""
+        return heavy_ball_(
+            params,
+            [p.grad for p in params],  # type: ignore[misc]
+            [self.state[p][self.moment] for p in params],
+            momentum=group["momentum"],
+            weight_decay=0.0 if group["decoupled"] else group["weight_decay"],
+            maximize=group["maximize"],
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
+
+    def _move(self, params: list[Parameter], stays: Mapping[Parameter, Tensor], found_inf: Tensor | None) -> None:
+        """Step along the directions of the moments, within the trust region and the caps."""
+        directions = dict(self._directions(self._vectors(params, stays)))
+        layers = list(self._layers_to_move(params))
+        params = [p for layer in layers for p in layer]
+        groups = [self._groups[p] for p in params]
+        found = [directions[p].masked_fill(stays[p], 0.0) if p in stays else directions[p] for p in params]
+        clips = [group.get("kl_clip") for group in groups]
+        bound = any(clip is not None for clip in clips)
+        moments = [self.state[p][self.moment] for p in params]
+        sums = direction_sums(params, found, moments, products=bound)
+        if bound and None in clips:
+            sums[[i for i, clip in enumerate(clips) if clip is None], 0] = 0.0
+        trust, caps, skipped = capped_step_(
+            params,
+            found,
+            sums,
+            [number for number, layer in enumerate(layers) for _ in layer],
+            lr=[group["lr"] for group in groups],
+            weight_decay=[group["weight_decay"] if group["decoupled"] else 0.0 for group in groups],
+            kl_clip=min((clip for clip in clips if clip is not None), default=None),
+            max_relative_step=[group["max_relative_step"] for group in groups],
+            floor=FLOOR,
+            found_inf=found_inf,
+        )
+        numbers = tuple(self._numbers[p] for p in params)
+        count(self._skipped, numbers, skipped)
+        sizes = torch.tensor([len(layer) for layer in layers], dtype=torch.int64, device="cpu")
+        caps = caps.repeat_interleave(sizes.to(caps.device), output_size=len(params))
+        count(self._capped, numbers, (caps < 1).long())
+        count(self._steps, numbers, torch.ones_like(skipped))
+        self._limits.update({number: (trust, caps, i) for i, number in enumerate(numbers)})
+
+    def _vectors(self, params: Sequence[Parameter], stays: Mapping[Parameter, Tensor]) -> dict[Parameter, Tensor]:
+        """What directions are made of: the moments, but for elements that stay."""
+        moments = {p: self.state[p][self.moment] for p in params}
+        return {p: m.masked_fill(stays[p], 0.0) if p in stays else m for p, m in moments.items()}
+
+    def _layers_to_move(self, params: Collection[Parameter]) -> Iterator[list[Parameter]]:
+        """The parameters that have a gradient, those of one layer together."""
+        left = dict.fromkeys(params)
+        for pair in self._factors.pairs:
+            members = [p for p in pair.params if p in left and self._factors.serves(p)]
+            if members:
+                yield members
+            for p in members:
+                del left[p]
+        for p in left:
+            yield [p]
+
+    def _directions(self, vectors: Mapping[Parameter, Tensor]) -> Iterator[tuple[Parameter, Tensor]]:
+        """The inverse curvature times vectors."""
+        for pair in self._factors.pairs:
+            yield from self._factors.directions(pair, vectors)
+
+    # Reports.
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Figures of the last step for each parameter that has taken one. Reading them waits for the device.
+
+        - ``trust_scale``: what kl_clip scaled the last step of all parameters by.
+        - ``cap``: what max_relative_step scaled the last step of the layer by.
+        - ``capped_share``: the share of all steps so far in which it did. While one of the two binds, the learning rate
+          does nothing.
+        - ``cosine_with_sgd``: between direction and gradient (NaN without a gradient).
+        - ``skipped_elements``: how many elements stayed where they were because something was not finite, so far.
+        - ``bad_inverses``: how often a factor could not be used, and what there was stayed, so far.
+        - ``refused_statistics``: how often the statistics of the layer were not finite and left out, so far.
+        """
+        skipped, capped, steps = totals(self._skipped), totals(self._capped), totals(self._steps)
+        bad, refused = self._failures()
+        stepped = [p for p in self._groups if self.moment in self.state.get(p, {})]
+        directions = dict(self._directions(self._vectors(stepped, {})))
+        report = {}
+        for name, p in self._names():
+            number = self._numbers[p]
+            if p in directions and number in self._limits:
+                trust, scales, i = self._limits[number]
+                report[name] = {
+                    "trust_scale": float(trust),
+                    "cap": float(scales[i]),
+                    "capped_share": capped[number] / steps[number],
+                    "cosine_with_sgd": self._cosine(p, directions[p]),
+                    "skipped_elements": skipped.get(number, 0),
+                    "bad_inverses": bad.get(p, 0),
+                    "refused_statistics": refused.get(p, 0),
+                }
+        return report
+
+    def _failures(self) -> tuple[dict[Parameter, int], dict[Parameter, int]]:
+        """For each parameter how often factors could not be used, and how often statistics were refused."""
+        bad, refused = totals(self._factors.bad), totals(self._factors.refused)
+        pairs = self._factors.pairs
+        return _by_param(pairs, bad), _by_param(pairs, refused)
+
+    def _cosine(self, p: Parameter, direction: Tensor) -> float:
+        """Between the direction of a parameter and its gradient."""
+        if p.grad is None:
+            return math.nan
+        require_memory("a gradient", p.grad)
+        gradient = p.grad.to(direction.dtype) * (-1 if self._groups[p]["maximize"] else 1)
+        tiny = torch.finfo(direction.dtype).tiny  # norms below eps count as eps
+        return float(torch.cosine_similarity(direction.reshape(-1), gradient.reshape(-1), dim=0, eps=tiny))
+
+
+def _not_finite(params: Sequence[Parameter], skipped: Tensor) -> Iterator[tuple[Parameter, Tensor]]:
+    """Where the gradients of parameters are not finite; on a GPU, which would be waited for, of all parameters."""
+    known = skipped.tolist() if skipped.is_cpu else [1] * len(params)
+    for p, some in zip(params, known, strict=True):
+        if some and p.grad is not None:
+            yield p, ~p.grad.isfinite()
+
+
+def _by_param(pairs: Iterable[Pair], counts: Mapping[int, int]) -> dict[Parameter, int]:
+    return {p: counts[pair.number] for pair in pairs for p in pair.params if pair.number in counts}

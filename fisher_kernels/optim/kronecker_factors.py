@@ -1,0 +1,499 @@
+"""The averaged Kronecker factors of layers, kept in the optimizer's state, and the directions they give."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fisher_kernels.curvature.factor_rules import Basis, FactorRule, Means, TermRule
+from fisher_kernels.curvature.sites import Site
+from fisher_kernels.ops import ACCUMULATOR, block_inverse_, factor_ema_
+from fisher_kernels.optim.base import Counters, count
+
+SIDES = ("row", "column")
+
+UPDATES = "fisher_updates"
+"""State: how many batches were averaged."""
+
+MOMENTS = "second_moment"
+"""State: second moments in the basis of the factors."""
+
+MOMENT_UPDATES = "moment_updates"
+"""State: how many batches the second moments are of, their first estimate from the factors being one."""
+
+JITTER = 1e-4
+"""Added once to twice, from the first row to the last, to the diagonal of a factor of mean eigenvalue 1 before its
+eigenvectors are found. It chooses among directions that a factor of few rows does not tell apart, which rounding would
+choose else."""
+
+
+@dataclass(eq=False)
+class Pair:
+    """Both factors of a site, and the parameters that they serve.
+
+    Attributes:
+        weight: None where the optimizer does not hold it.
+        coupled: whether weight and bias are stepped together. If not, they are taken for uncorrelated. None before it
+            is known.
+    """
+
+    number: int
+    owner: Parameter
+    rule: FactorRule
+    weight: Parameter | None
+    biases: tuple[Parameter, ...]
+    key: int
+    coupled: bool | None = None
+
+    @property
+    def params(self) -> tuple[Parameter, ...]:
+        return (*(() if self.weight is None else (self.weight,)), *self.biases)
+
+    def holds(self, p: Parameter) -> bool:
+        """Whether it serves a parameter."""
+        return any(p is q for q in self.params)
+
+    def matrices(self, of: Callable[[Parameter], Tensor | None], bias: int = 0) -> Tensor:
+        """What is given for the weight and one bias, as (groups, rows, columns); zero for None."""
+        weight = None if self.weight is None or bias else of(self.weight)
+        beside = of(self.biases[bias]) if self.biases else None
+        groups, rows, columns = self.rule.shape
+        if weight is not None:
+            body = self.rule.to_matrices(weight)
+        else:
+            assert beside is not None
+            body = beside.new_zeros((groups, rows, columns - self.rule.bias))
+        if not self.rule.bias:
+            return body
+        last = body.new_zeros((groups, rows, 1)) if beside is None else beside.reshape(groups, rows, 1)
+        return torch.cat([body, last], 2)
+
+    def split(self, matrices: Tensor, bias: int = 0) -> Iterator[tuple[Parameter, Tensor]]:
+        """What matrices say of the weight and one bias."""
+        columns = self.rule.shape[2] - self.rule.bias
+        if self.weight is not None and not bias:
+            yield self.weight, self.rule.from_matrices(matrices[..., :columns], self.weight)
+        if self.biases:
+            yield self.biases[bias], matrices[..., columns].reshape(self.biases[bias].shape)
+
+
+class KroneckerFactors:
+    """Moving averages of the factors of every layer, and what directions are made of them.
+
+    ``state[owner]`` has ``row_factor`` and ``column_factor``, (groups, n, n) or (groups, n) for diagonals, and
+    ``fisher_updates``, how many batches were averaged. Subclasses add what they make of the factors.
+
+    Attributes:
+        pairs: all of them; their positions are their numbers.
+        version: counts the changes of what serves which parameter.
+        known_sites: indices of the sites that have statistics.
+        refused: number of a pair -> how often its statistics were refused as not finite, on the device.
+        bad: number of a pair -> how often a factor could not be used, and what there was stayed.
+    """
+
+    state_names: ClassVar[tuple[str, ...]] = ()
+    """What subclasses keep for each side, after the side."""
+
+    def __init__(
+        self,
+        sites: Sequence[Site[TermRule]],
+        state: MutableMapping[Tensor, Any],
+        groups: Mapping[Parameter, dict[str, Any]],
+    ) -> None:
+        self.state, self.groups = state, groups
+        self.pairs: list[Pair] = []
+        self.version = 0
+        self.refused: Counters = {}
+        self.bad: Counters = {}
+        self._aside: frozenset[Parameter] = frozenset()
+        self._of_site: dict[int, Pair] = {}
+        self.served: set[Parameter] = set()
+        factored = [index for index, site in enumerate(sites) if isinstance(site.rule, FactorRule)]
+        for index in factored:
+            self._add(index, sites[index])
+        self._counts = {pair.number: self._updates(pair) for pair in self.pairs}
+        self.known_sites = {
+            index for index in factored if (pair := self._of_site.get(index)) is None or self._counts[pair.number]
+        }
+        self._made = {number for number, updates in self._counts.items() if updates}
+        self._stale = set(self._made)  # they may have been saved after an update and before an inversion
+
+    def _add(self, index: int, site: Site[TermRule]) -> None:
+        """The pair of one site. A parameter that another one serves already is not served twice."""
+        assert isinstance(site.rule, FactorRule)
+        held: dict[str, list[Parameter]] = {"weight": [], "bias": []}
+        for layer in site.layers:
+            for role, p in layer.parameters.items():
+                if p not in self.served and (role == "weight" or site.rule.bias):
+                    self.served.add(p)
+                    held[role].append(p)
+        if not any(held.values()):
+            return
+        weight, biases = next(iter(held["weight"]), None), tuple(held["bias"])
+        key = id(site.module._parameters["weight"])
+        owner = biases[0] if weight is None else weight
+        self._of_site[index] = Pair(len(self.pairs), owner, site.rule, weight, biases, key)
+        self.pairs.append(self._of_site[index])
+
+    # State.
+
+    def _updates(self, pair: Pair) -> int:
+        updates = self.state.get(pair.owner, {}).get(UPDATES)
+        return 0 if updates is None else int(updates)
+
+    def is_known(self, pair: Pair) -> bool:
+        """Whether a pair has statistics."""
+        return self._counts[pair.number] > 0
+
+    def averages(self, pair: Pair) -> dict[str, Tensor]:
+        """The state of a pair; made on first use."""
+        state: dict[str, Tensor] = self.state[pair.owner]
+        if "row_factor" not in state:
+            wide, device = ACCUMULATOR[pair.owner.dtype], pair.owner.device
+            for side, name in enumerate(SIDES):
+                shape = pair.rule.factor_shape(side)
+                state[f"{name}_factor"] = torch.zeros(shape, dtype=wide, device=device)
+                for kept in self.state_names:
+                    state[f"{name}_{kept}"] = torch.zeros(shape, dtype=wide, device=device)
+                    diagonal = state[f"{name}_{kept}"]
+                    (diagonal if len(shape) == 2 else diagonal.diagonal(dim1=1, dim2=2)).fill_(1.0)
+            state[UPDATES] = torch.zeros((), dtype=torch.float32, device=pair.owner.device)
+            self._make_more(pair, state)
+        return state
+
+    def _make_more(self, pair: Pair, state: dict[str, Tensor]) -> None:
+        """Make what a subclass keeps besides."""
+
+    # Averages.
+
+    def fold(self, new: Sequence[tuple[int, Means]]) -> None:
+        """Average new factors in: the k-th with ``decay = min(1 - 1 / k, beta2)``."""
+        batches: dict[tuple[Any, ...], list[tuple[int, Pair, Means]]] = defaultdict(list)
+        for index, means in new:
+            pair = self._of_site.get(index)
+            if pair is not None and means.rows is not None:
+                decay = min(1 - 1 / (self._counts[pair.number] + 1), self.groups[pair.owner]["beta2"])
+                state = self.averages(pair)
+                batches[decay, state["row_factor"].dtype, state["row_factor"].device].append((index, pair, means))
+        for (decay, dtype, _), batch in batches.items():
+            averages = [self.averages(pair)[f"{side}_factor"].view(-1) for _, pair, _ in batch for side in SIDES]
+            values = [v.to(dtype) for _, _, means in batch for v in (means.rows, means.columns) if v is not None]
+            flags = factor_ema_(averages, values, decay, 1 - decay, joint=2)
+            # A GPU is waited for only where there may be no average yet.
+            known = flags.tolist() if flags.is_cpu or decay == 0 else None
+            for i, (index, pair, means) in enumerate(batch):
+                if known is None or not known[i]:
+                    self._mark(index, pair, flags[i])
+                    if means.moments is not None:
+                        self._fold_moments(pair, means.moments.to(dtype).view(pair.rule.shape))
+            if known is None or any(known):
+                count(self.refused, tuple(pair.number for _, pair, _ in batch), flags)
+
+    def _mark(self, index: int, pair: Pair, refused: Tensor) -> None:
+        self.averages(pair)[UPDATES].add_(1 - refused)
+        self._counts[pair.number] += 1
+        self.known_sites.add(index)
+        self._stale.add(pair.number)
+
+    def _fold_moments(self, pair: Pair, new: Tensor) -> None:
+        """Average second moments in."""
+        raise NotImplementedError
+
+    # What is made of them.
+
+    def couple(self) -> None:
+        """Find out which weights and biases are stepped together: those of one group that both have a gradient."""
+        for pair in self.pairs:
+            if not pair.biases:
+                continue
+            live = [p for p in pair.params if p.grad is not None and p not in self._aside]
+            groups = {id(self.groups[p]) for p in live}
+            coupled = len(live) == len(pair.params) == 2 and len(groups) == 1
+            if live and pair.coupled is not coupled:
+                if pair.coupled is not None and self.is_known(pair):
+                    self._stale.add(pair.number)
+                    self._made.discard(pair.number)  # what is there is of no use
+                pair.coupled = coupled
+                self.version += 1
+
+    def renew(self, due: Collection[int]) -> list[Pair]:
+        """Make anew what is made of factors that have changed, in the groups that are due or where there is nothing.
+
+        Returns:
+            Pairs of which a factor could not be used: what there was stays. Always none on other devices than the CPU,
+            where reading the result would wait for the device.
+        """
+        kept = []
+        for number in sorted(self._stale):
+            pair = self.pairs[number]
+            if number in self._made and id(self.groups[pair.owner]) not in due:
+                continue
+            bad = self._renew(pair)
+            if not bad.is_cpu or bool(bad):
+                count(self.bad, (number,), bad.reshape(1))
+                if bad.is_cpu:
+                    kept.append(pair)
+            self._stale.discard(number)
+            self._made.add(number)
+        return kept
+
+    def _renew(self, pair: Pair) -> Tensor:
+        """The same for one pair; returns the number of bad matrices, int64 ()."""
+        raise NotImplementedError
+
+    def _column_factor(self, pair: Pair) -> Tensor:
+        """That of the columns, without what weight and bias have in common where they are stepped apart."""
+        factor = self.averages(pair)["column_factor"]
+        if not pair.rule.bias or pair.coupled is not False or factor.dim() == 2:
+            return factor
+        factor = factor.clone()
+        corner = factor[:, -1, -1].clone()
+        factor[:, -1, :] = 0
+        factor[:, :, -1] = 0
+        factor[:, -1, -1] = corner
+        return factor
+
+    # Directions.
+
+    def set_aside(self, params: Collection[Parameter]) -> None:
+        """Let these parameters, whose layers were not used, be served by others."""
+        if self._aside != params:
+            self._aside = frozenset(params)
+            self.version += 1
+
+    def serves(self, p: Parameter) -> bool:
+        """Whether a parameter takes its direction from here."""
+        return p in self.served and p not in self._aside
+
+    def directions(self, pair: Pair, vectors: Mapping[Parameter, Tensor]) -> Iterator[tuple[Parameter, Tensor]]:
+        """F^-1 v for those parameters of a pair that have a vector and take their direction from here."""
+
+        def of(p: Parameter) -> Tensor | None:
+            return vectors.get(p) if self.serves(p) else None
+
+        for bias in range(max(1, len(pair.biases))):
+            if (not bias and pair.weight is not None and of(pair.weight) is not None) or (
+                pair.biases and of(pair.biases[bias]) is not None
+            ):
+                matrices = pair.matrices(of, bias)
+                direction = self._apply(pair, matrices)
+                for p, d in pair.split(direction, bias):
+                    if of(p) is not None:
+                        yield p, d
+
+    def _apply(self, pair: Pair, matrices: Tensor) -> Tensor:
+        """F^-1 of matrices (groups, rows, columns)."""
+        raise NotImplementedError
+
+
+def multiplied(left: Tensor, matrices: Tensor, right: Tensor) -> Tensor:
+    """``left @ matrices @ right``, where a factor of two dimensions is a diagonal."""
+    matrices = left.unsqueeze(2) * matrices if left.dim() == 2 else left @ matrices
+    return matrices * right.unsqueeze(1) if right.dim() == 2 else matrices @ right
+
+
+def mean_eigenvalue(factor: Tensor) -> Tensor:
+    """Of each matrix of a factor, or of each diagonal: (groups,)."""
+    return (factor if factor.dim() == 2 else factor.diagonal(dim1=1, dim2=2)).mean(1)
+
+
+class FactorInverses(KroneckerFactors):
+    r"""K-FAC: both factors are inverted with their share of the damping.
+
+    .. math:: \pi = \sqrt{\frac{\operatorname{tr} A / d_A}{\operatorname{tr} G / d_G}}, \quad
+        (A + \pi \sqrt{\lambda}\, I)^{-1}, \quad (G + \sqrt{\lambda} / \pi\, I)^{-1}
+
+    π is 1 where a trace is 0. ``state[owner]`` has ``row_inverse`` and ``column_inverse``, identities at first. A
+    factor that is not positive definite with its damping keeps the inverse it has.
+    """
+
+    state_names = ("inverse",)
+
+    def _renew(self, pair: Pair) -> Tensor:
+        state, root = self.averages(pair), math.sqrt(self.groups[pair.owner]["damping"])
+        rows, columns = state["row_factor"], self._column_factor(pair)
+        ratio = (mean_eigenvalue(columns) / mean_eigenvalue(rows)).sqrt()
+        pi = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+        bad = _invert_into(state["row_inverse"], rows, root / pi)
+        return bad + _invert_into(state["column_inverse"], columns, root * pi)
+
+    def _apply(self, pair: Pair, matrices: Tensor) -> Tensor:
+        state = self.averages(pair)
+        return multiplied(state["row_inverse"], matrices, state["column_inverse"])
+
+
+def _invert_into(out: Tensor, factor: Tensor, damping: Tensor) -> Tensor:
+    """Invert a factor with a damping for each of its matrices; returns how many were bad and kept what they had."""
+    if factor.dim() == 2:
+        new = 1 / (factor + damping.unsqueeze(1))
+        good = (new.isfinite() & (new > 0)).all(1, keepdim=True)
+        out.copy_(torch.where(good, new, out))
+        return (~good).sum()
+    damped = factor.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(damping.unsqueeze(1))
+    return block_inverse_(out, damped, 0.0).sum()
+
+
+class FactorBases(KroneckerFactors):
+    r"""The eigenvectors of both factors, in float64 where float32 finds none.
+
+    Those of ``factor / mean eigenvalue + J`` are meant, J being diagonal, 1e-4 in the first row to 2e-4 in the last.
+
+    ``state[owner]`` has ``row_basis`` and ``column_basis``, identities at first, and ``second_moment`` in that basis,
+    (groups, rows, columns). In a new basis a second moment becomes what it would be if its entries were uncorrelated:
+
+    .. math:: V' = (Q_G'^T Q_G)^{\circ 2}\, V\, (Q_A'^T Q_A)^{\circ 2\, T}
+    """
+
+    state_names = ("basis",)
+
+    def _make_more(self, pair: Pair, state: dict[str, Tensor]) -> None:
+        state[MOMENTS] = torch.zeros(pair.rule.shape, dtype=ACCUMULATOR[pair.owner.dtype], device=pair.owner.device)
+
+    def _renew(self, pair: Pair) -> Tensor:
+        state = self.averages(pair)
+        bad = torch.zeros((), dtype=torch.int64, device=pair.owner.device)
+        turns: list[Tensor | None] = []
+        for side, factor in (("row", state["row_factor"]), ("column", self._column_factor(pair))):
+            turns.append(None)
+            if factor.dim() == 3:
+                old = state[f"{side}_basis"]
+                new = _eigenvectors(factor, apart=side == "column" and pair.rule.bias and pair.coupled is False)
+                if new is None:
+                    bad += 1
+                    continue
+                turns[-1] = (new.mT @ old).square_()
+                old.copy_(new)
+        self._turn(pair, state, turns)
+        return bad
+
+    def _turn(self, pair: Pair, state: dict[str, Tensor], turns: Sequence[Tensor | None]) -> None:
+        """Move second moments to a new basis, given the squared cosines between new and old vectors of each side."""
+        rows, columns = turns
+        moments = state[MOMENTS]
+        moments = moments if rows is None else rows @ moments
+        state[MOMENTS].copy_(moments if columns is None else moments @ columns.mT)
+
+    def basis(self, pair: Pair) -> Basis:
+        """The eigenvectors; None for those of a diagonal."""
+        state = self.averages(pair)
+        found = [state[f"{side}_basis"] if pair.rule.is_whole(i) else None for i, side in enumerate(SIDES)]
+        return Basis(*found)
+
+    def into(self, pair: Pair, matrices: Tensor) -> Tensor:
+        """Matrices (groups, rows, columns) in the basis."""
+        rows, columns = self.basis(pair)
+        matrices = matrices if rows is None else rows.mT @ matrices
+        return matrices if columns is None else matrices @ columns
+
+    def out_of(self, pair: Pair, matrices: Tensor) -> Tensor:
+        """Undoes :meth:`into`."""
+        rows, columns = self.basis(pair)
+        matrices = matrices if rows is None else rows @ matrices
+        return matrices if columns is None else matrices @ columns.mT
+
+
+def _eigenvectors(factor: Tensor, apart: bool) -> Tensor | None:
+    """Those of each matrix, as columns; None if they cannot be found.
+
+    Args:
+        apart: whether the last column has nothing to do with the others, so that the last vector is its own.
+    """
+    if apart:
+        body = _eigenvectors(factor[:, :-1, :-1], False) if factor.shape[1] > 1 else factor[:, :-1, :-1]
+        if body is None:
+            return None
+        whole = torch.zeros_like(factor)
+        whole[:, :-1, :-1] = body
+        whole[:, -1, -1] = 1
+        return whole
+    mean = mean_eigenvalue(factor)[:, None, None]
+    scaled = torch.where(mean == 0, 0.0, factor / mean)
+    grades = torch.linspace(1, 2, factor.shape[1], dtype=factor.dtype, device=factor.device)
+    scaled.diagonal(dim1=1, dim2=2).add_(JITTER * grades)
+    for dtype in (factor.dtype, torch.float64):
+        try:
+            vectors = torch.linalg.eigh(scaled.to(dtype)).eigenvectors
+        except torch.linalg.LinAlgError:
+            continue
+        if not vectors.is_cpu or bool(vectors.isfinite().all()):
+            return vectors.to(factor.dtype)
+    return None
+
+
+def eigenvalues(factor: Tensor, basis: Tensor | None) -> Tensor:
+    """The diagonal of a factor in a basis: (groups, n)."""
+    if basis is None:
+        return factor
+    return (basis * (factor @ basis)).sum(1).clamp_(min=0)
+
+
+class FactorMoments(FactorBases):
+    r"""EKFAC: second moments V of per-sample gradients in the eigenbasis in place of products of eigenvalues.
+
+    .. math:: D = Q_G \left( \frac{Q_G^T m\, Q_A}{V + \lambda} \right) Q_A^T
+
+    V is averaged as the factors are, and begins as the products of their eigenvalues. ``state[owner]`` has
+    ``moment_updates``, how many estimates it is of.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site[TermRule]],
+        state: MutableMapping[Tensor, Any],
+        groups: Mapping[Parameter, dict[str, Any]],
+    ) -> None:
+        super().__init__(sites, state, groups)
+        self._seen = {pair.number: self._estimates(pair) for pair in self.pairs}
+        for pair in self.pairs:
+            pair.rule.context.bases.clear()  # of weights that may be there no more
+        for pair in self.pairs:
+            self._show_basis(pair)
+
+    def _estimates(self, pair: Pair) -> int:
+        seen = self.state.get(pair.owner, {}).get(MOMENT_UPDATES)
+        return 0 if seen is None else int(seen)
+
+    def _show_basis(self, pair: Pair) -> None:
+        """Let the rule take second moments in the basis, if there is one."""
+        bases = pair.rule.context.bases
+        if self._seen[pair.number]:
+            bases[pair.key] = self.basis(pair)
+        else:
+            bases.pop(pair.key, None)
+
+    def _make_more(self, pair: Pair, state: dict[str, Tensor]) -> None:
+        super()._make_more(pair, state)
+        state[MOMENT_UPDATES] = torch.zeros((), dtype=ACCUMULATOR[pair.owner.dtype], device=pair.owner.device)
+
+    def _fold_moments(self, pair: Pair, new: Tensor) -> None:
+        state = self.averages(pair)
+        decay = min(1 - 1 / (self._seen[pair.number] + 1), self.groups[pair.owner]["beta2"])
+        (refused,) = factor_ema_([state[MOMENTS].view(-1)], [new.reshape(-1)], decay, 1 - decay)
+        state[MOMENT_UPDATES].add_(1 - refused)
+        self._seen[pair.number] += 1
+
+    def _renew(self, pair: Pair) -> Tensor:
+        bad = super()._renew(pair)
+        if not self._seen[pair.number]:
+            state, basis = self.averages(pair), self.basis(pair)
+            rows = eigenvalues(state["row_factor"], basis.rows)
+            columns = eigenvalues(self._column_factor(pair), basis.columns)
+            state[MOMENTS].copy_(rows.unsqueeze(2) * columns.unsqueeze(1))
+            state[MOMENT_UPDATES].fill_(1)
+            self._seen[pair.number] = 1
+        self._show_basis(pair)
+        return bad
+
+    def _apply(self, pair: Pair, matrices: Tensor) -> Tensor:
+        if not self._seen[pair.number]:
+            return matrices
+        state, damping = self.averages(pair), self.groups[pair.owner]["damping"]
+        return self.out_of(pair, self.into(pair, matrices) / (state[MOMENTS] + damping))
