@@ -291,7 +291,7 @@ def test_compare_with_a_budget(tmp_path: Path) -> None:
         "Set by hand: AdamW betas=(0.8, 0.99); SGD nesterov=True.",
         "test loss in nats/image at equal training time",
         "reached after",
-        "iterations",
+        "epochs within the budget: AdamW ",
     ):
         assert words in result.stdout
     assert "| seconds | AdamW | SGD |\n" in (tmp_path / "compare.md").read_text()

@@ -240,11 +240,11 @@ def test_curves_go_through_three_points_in_gaussian_ink() -> None:
         grid = torch.cartesian_prod(torch.arange(28.0), torch.arange(28.0)).double()
         distance = torch.stack([(curve - pixel).norm(dim=1).min() for pixel in grid]).view(28, 28)
         ink = (-(distance**2) / (2 * curves.INK**2)).exp()
-        # The points that stand for the curve are up to a pixel or two apart where it runs fast, and never nearer than
-        # the curve.
+        # The points that stand for the curve are on it, so never nearer, and up to 1.25 pixels apart where it runs
+        # fast. Midway between two of them exp(-0.63^2 / (2 * 0.9^2)) = 0.78 of the ink is left.
         assert (image <= ink + 1e-5).all()
-        assert (ink - image).max() < 0.3
-        assert (ink - image).mean() < 5e-3
+        assert (ink - image).max() < 0.22
+        assert (ink - image).mean() < 2e-3
         assert image.max() > 0.99
 
 
@@ -253,8 +253,9 @@ def test_curves_are_generated_once_and_never_in_both_parts() -> None:
     assert (len(training), len(test)) == (200, 50)
     assert len(torch.unique(torch.cat([training, test]), dim=0)) == 250
     assert curves.load()[0] is training
-    assert torch.equal(curves.draw(7, seed=0), training[:7])
-    assert not torch.equal(curves.draw(7, seed=1), training[:7])
+    # A product of matrices may round in another way in a smaller batch: coordinates up to 27 by 2e-6 or so.
+    assert (curves.draw(7, seed=0) - training[:7]).abs().max() < 1e-4
+    assert (curves.draw(7, seed=1) - training[:7]).abs().max() > 0.5
     batch, targets = next(find_task("curves").batches(0, 1, 20))
     assert targets is batch
     assert {tuple(row.tolist()) for row in batch} <= {tuple(row.tolist()) for row in training}
@@ -800,17 +801,21 @@ def test_tables_of_a_budget_are_at_its_eighths(clock: Clock) -> None:
     recipes = [recipe(LINE, "adamw"), recipe(LINE, "sgd", {"lr": 0.2, "nesterov": True})]
     settings = _budget(24.0)
     records = compare(LINE, recipes, [0, 1], settings)
-    console = Console(width=120, no_color=True)
-    with console.capture() as capture:
-        console.print(tables(LINE, settings, summarize(records, LAPS), None))
-    text = capture.get()
+    for width in (80, 120):
+        console = Console(width=width, no_color=True)
+        with console.capture() as capture:
+            console.print(tables(LINE, settings, summarize(records, LAPS), None))
+        text = capture.get()
+        assert "…" not in text
+        assert max(map(len, text.splitlines())) <= width
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
     assert [row[0] for row in rows[:8]] == [f"{3 * k:.2f}" for k in range(1, 9)]
     assert "24 s of processor time for each run, batch size 8, cosine learning rate planned for that time" in text
     assert "Set by hand: SGD lr=0.2, nesterov=True." in text
     assert rows[8][:2] == ["reached after", "24.00"]
     (cost,) = (row for row in rows if row[0] == "SGD")
-    assert cost[5:7] == ["8.0", "24"]  # epochs of three batches, and iterations
+    assert cost[5] == "24"
+    assert "epochs within the budget: AdamW 8.0, SGD 8.0" in text
     data = document(LINE, settings, records)
     assert data["equal_time"] is None
     assert data["reached"]["baseline"] == "adamw"

@@ -114,6 +114,7 @@ def _by_clock(figure: Any, task: Task, settings: Settings, summaries: Sequence[S
         (0, 6),
         "axes fraction",
         "offset points",
+        va="bottom",
         fontsize=10.5,
         color=_GREY,
         linespacing=1.3,
@@ -134,7 +135,7 @@ def _curve(summary: Summary) -> Curve:
     """Seconds, means and deviations after each lap, without the untrained model."""
     points = zip(summary.processor_seconds, summary.metric, strict=True)
     known = [(s, spread.mean, spread.deviation) for s, spread in points if s is not None and spread is not None]
-    seconds, means, deviations = map(list, zip(*known[1:], strict=True)) if len(known) > 1 else ([], [], [])
+    seconds, means, deviations = ([point[i] for point in known[1:]] for i in range(3))
     return seconds, means, deviations
 
 
@@ -148,10 +149,10 @@ def _frame(axes: Axes, metric: Metric, curves: Sequence[Curve]) -> None:
     sign = 1 if metric.higher_is_better else -1
     ends = [curve[1][-1] for curve in curves]
     best = max(ends, key=lambda end: sign * end)
-    # What the best has come from after an eighth of the time, with as much again for those behind it.
+    # What the best has come from after an eighth of the time, and the ends of all that are not far off.
     early = next(curve[1][min(2, len(curve[1]) - 1)] for curve in curves if curve[1][-1] == best)
-    usual = sorted(abs(end - best) for end in ends)[len(ends) // 2]
-    room = max(1.15 * abs(early - best), 1.6 * usual, 1e-12)
+    come = max(abs(early - best), 1e-12)
+    room = max(1.15 * come, *(1.6 * abs(end - best) for end in ends if abs(end - best) < 3 * come))
     edges = best + sign * 0.1 * room, best - sign * room
     axes.set_ylim(min(edges), max(edges))
 
@@ -162,7 +163,7 @@ def _draw_goal(axes: Axes, metric: Metric, goal: Reached, summaries: Sequence[Su
     down = 1 if metric.higher_is_better else -1
     side = "bottom" if metric.higher_is_better else "top"
     axes.axhline(goal.value, color=_GREY, linewidth=1.1, linestyle=(0, (2, 3)), zorder=2)
-    style = {"textcoords": "offset points", "va": side, "fontsize": 10.5, "zorder": 5}
+    style: dict[str, Any] = {"textcoords": "offset points", "va": side, "fontsize": 10.5, "zorder": 5}
     axes.annotate(
         f"where {title} ends", (0, goal.value), (5, 4 * down), xycoords=("axes fraction", "data"), color=_GREY, **style
     )

@@ -194,22 +194,26 @@ def _diverged(summary: Summary) -> str:
 def _cost_table(task: Task, settings: Settings, summaries: Sequence[Summary]) -> Table:
     table = Table()
     table.add_column("optimizer", no_wrap=True)
-    made = () if settings.budget is None else ("epochs", "iterations")
+    made = () if settings.budget is None else ("steps",)
     for name in ("lr", "weight decay", "step ms", "iteration ms", *made, "training s", "state B/param"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", min_width=max(map(len, name.split())))
+    epochs = []
     for summary in summaries:
         iterations = summary.iterations[-1]
-        epochs = None if iterations is None else iterations / settings.steps_per_epoch(task)
+        if iterations is not None:
+            epochs.append(f"{summary.title} {iterations / settings.steps_per_epoch(task):.1f}")
         table.add_row(
             summary.title,
             _number(summary.hyperparameters.get("lr"), "g"),
             _number(summary.hyperparameters.get("weight_decay"), "g"),
             _number(summary.step_ms, ".3f"),
             _number(summary.iteration_ms, ".2f"),
-            *([_number(epochs, ".1f"), _number(iterations, ".0f")] if made else []),
+            *([_number(iterations, ".0f")] if made else []),
             _number(summary.seconds[-1], ".2f"),
             _number(summary.state_bytes_per_parameter, ".2f"),
         )
+    if made and epochs:
+        table.caption = f"epochs within the budget: {', '.join(epochs)}"
     return table
 
 
