@@ -363,8 +363,7 @@ class NaiveKFAC:
         apart = self.has_bias_column(block) and not self.coupled(block)
         for vectors, factors in zip(new, block.inverted, strict=True):
             for side, (Q, f) in enumerate(zip(vectors, factors, strict=True)):
-                told_apart = graded(f[:-1, :-1], 1.0) if side and apart else graded(f)
-                turned = Q.T @ told_apart @ Q
+                turned = Q.T @ (scaled(f[:-1, :-1], 1.0) if side and apart else scaled(f)) @ Q
                 torch.testing.assert_close(Q.T @ Q, torch.eye(len(Q), dtype=Q.dtype), rtol=0, atol=1e-12)
                 torch.testing.assert_close(turned, turned.diagonal().diag_embed(), rtol=0, atol=1e-10)
         if self.method == "ekfac" and first:
@@ -569,11 +568,11 @@ class NaiveKFAC:
             torch.testing.assert_close(total, weight.grad, rtol=1e-9, atol=1e-9 * float(weight.grad.abs().max()))
 
 
-def graded(factor: Tensor, corner: float | None = None) -> Tensor:
-    """A factor of mean eigenvalue 1 with a small diagonal that rises from row to row; with a corner of its own."""
+def scaled(factor: Tensor, corner: float | None = None) -> Tensor:
+    """A factor of mean eigenvalue 1; with a corner of its own."""
     size = float(factor.diagonal().mean()) if len(factor) else 0.0
-    scaled = factor / (size or 1.0) + 1e-4 * torch.linspace(1, 2, len(factor), dtype=factor.dtype).diag()
-    return scaled if corner is None else torch.block_diag(scaled, torch.tensor([[corner]], dtype=factor.dtype))
+    body = factor / (size or 1.0)
+    return body if corner is None else torch.block_diag(body, torch.tensor([[corner]], dtype=factor.dtype))
 
 
 def gram(parts: Sequence[Tensor]) -> Tensor:

@@ -339,6 +339,16 @@ def test_bias_of_a_parametrized_weight_keeps_its_rule(variant: str) -> None:
     assert {row.name: row.rule for row in optimizer.explain()}["fallback.bias"] == "linear"
 
 
+def test_a_norm_without_a_scale_takes_the_fallback() -> None:
+    norm = nn.BatchNorm1d(4)
+    norm.register_parameter("weight", None)
+    model = nn.Sequential(nn.Linear(4, 4), norm)
+    with pytest.warns(UserWarning, match=r"fallback \(1\.bias\)"):
+        optimizer = AdaFisher(model)
+    model(torch.randn(5, 4)).square().mean().backward()
+    optimizer.step()
+
+
 def test_fallbacks_alone_have_curvature_1() -> None:
     """There is no layer to take a median of."""
     torch.manual_seed(0)

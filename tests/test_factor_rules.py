@@ -315,6 +315,16 @@ def test_weight_and_bias_in_different_groups(layer: str) -> None:
         follow(build(), batch_of(*shape), method, params=groups)
 
 
+@pytest.mark.parametrize("layer", HALVES[:-1])
+@pytest.mark.parametrize("held", ["weight", "bias"])
+def test_half_of_a_layer_is_held(layer: str, held: str) -> None:
+    """The other half is another optimizer's: what they have in common is left out, as between groups."""
+    build, shape = LAYERS[layer]
+    for method in METHODS:
+        torch.manual_seed(0)
+        follow(build(), batch_of(*shape), method, params=lambda model: [{"params": [model.get_parameter(held)]}])
+
+
 # Terms of the loss.
 
 
@@ -387,6 +397,21 @@ def test_checkpointing_within_a_backward_has_the_terms_of_the_outer_one() -> Non
         factors.append([optimizer.state[model[0].weight][f"{side}_factor"] for side in ("row", "column")])
     for a, b in zip(*factors, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
+def test_a_checkpoint_around_the_last_layer_is_no_guess_at_the_terms() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(15, 2)).double()
+    optimizer = KFAC(model, **SETTINGS)
+    x = torch.randn(4, 2, 7, dtype=torch.float64, requires_grad=True)
+    h = checkpoint(model[:2], x, use_reentrant=True)
+    checkpoint(model[2:], h, use_reentrant=True).square().sum(1).mean().backward()
+    with pytest.warns(UserWarning, match=r"2 layers cannot be served.*take use_reentrant=False"):
+        optimizer.step()
+    assert all(row.fallback for row in optimizer.explain())
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
 def test_a_transposed_weight_is_served_by_its_rows_and_columns() -> None:

@@ -109,6 +109,36 @@ class ActivatedConv(nn.Conv2d):
         return super().forward(x).mul_(2).tanh_()
 
 
+class Fivefold(torch.autograd.Function):
+    """The identity, but for its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return 5 * grad
+
+
+class Louder(nn.Linear):
+    """No number of its output tells it from its class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = Fivefold.apply(super().forward(x))
+        return out
+
+
+class Amplified(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = Fivefold.apply(self.layer(x))
+        return out
+
+
 class Doubled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (x * 2).tanh()
@@ -304,6 +334,11 @@ PAIRS = {
     "attention across": Pair(
         lambda: SelfAttention(False, True), lambda: SelfAttention(True, True), lambda: torch.randn(5, 4, 6)
     ),
+    "another derivative": Pair(
+        lambda: nn.Sequential(Louder(4, 4), nn.Linear(4, 2)),
+        lambda: nn.Sequential(Amplified(nn.Linear(4, 4)), nn.Linear(4, 2)),
+        few,
+    ),
     "tied": Pair(lambda: Tied(False), lambda: Tied(True), lambda: torch.randint(7, (5, 3))),
     "parameter": Pair(lambda: Raw((3, 4), F.linear), lambda: nn.Linear(4, 3, bias=False), few),
     "product": Pair(lambda: Raw((4, 3), torch.matmul), lambda: Product(3, 4), few),
@@ -405,7 +440,8 @@ def test_a_function_is_served_as_a_layer(name: str, kind: str) -> None:
     start = [p.detach().clone() for p in model.parameters()]
     with silent() as said:
         ours, theirs = OPTIMIZERS[kind](model), OPTIMIZERS[kind](plain)
-        if name == "tied":  # whose rule changes when the function is seen, so that the first refresh has no statistics
+        # Whose rule changes when the function is seen, so that the first refresh has no statistics.
+        if name in ("tied", "another derivative"):
             for net, o in ((model, ours), (plain, theirs)):
                 o.param_groups[0]["lr"] = 0.0
                 train(net, o, x, 1)
@@ -458,6 +494,17 @@ def test_the_sums_of_an_expert_are_those_of_its_rows() -> None:
     assert all(min(torch.tensor(f).sub(torch.tensor(w)).abs().max() for w in wanted) < 1e-12 for f in found)
 
 
+class RootMeanSquare(nn.Module):
+    """An RMSNorm in elementary operations."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+
+
 class Masked(nn.Module):
     """Part of the gradient of the weight comes from a function without a rule."""
 
@@ -480,6 +527,30 @@ def test_a_weight_that_other_functions_see_too_is_named(optimizer: Any) -> None:
     row = next(row for row in steps.explain() if row.name == "weight")
     assert row.fallback
     assert "mul has no rule" in row.detail
+
+
+class TiedByEinsum(nn.Module):
+    """Layers that compute by functions without a rule, which is theirs, and a weight that goes into one besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.middle = nn.Embedding(7, 4), RootMeanSquare(4), Conv1D(4, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.middle(self.norm(self.embed(tokens)))
+        return torch.einsum("btd,vd->btv", h, self.embed.weight)
+
+
+@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+def test_a_weight_of_a_layer_that_other_functions_see_too_is_named(optimizer: Any) -> None:
+    model = TiedByEinsum()
+    with silent() as said:
+        steps = optimizer(model)
+        train(model, steps, torch.randint(7, (5, 3)))
+    assert len(said) == 1
+    assert "left out of the statistics: embed.weight;" in str(said[0].message)
+    assert [row.name for row in steps.explain() if "left out" in row.detail] == ["embed.weight"]
+    assert not fallbacks(steps)
 
 
 class Interrupted(nn.Module):
@@ -737,6 +808,29 @@ def test_the_forwards_of_several_optimizers_end() -> None:
                 optimizer.step()
 
 
+class MergedAdapter(nn.Module):
+    """A product of two parameters is added to a weight: neither of them meets samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.last = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 2)
+        self.a, self.b = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.linear(x, self.weight + self.b @ self.a))
+
+
+@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+def test_products_of_two_parameters_are_named(optimizer: Any) -> None:
+    model = MergedAdapter()
+    with silent() as said:
+        steps = optimizer(model)
+        train(model, steps, torch.randn(5, 4))
+    assert len(said) == 1
+    assert fallbacks(steps) == ["weight", "a", "b"]
+    assert all("of two parameters" in row.detail for row in steps.explain() if row.name in "ab")
+
+
 class BiasApart(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -744,6 +838,58 @@ class BiasApart(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(F.linear(x, self.layer.weight) + self.layer.bias)
+
+
+class ScaledBias(BiasApart):
+    """The derivative of the bias is not that of what the weight makes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.linear(x, self.layer.weight) + 10 * self.layer.bias)
+
+
+class LateBias(BiasApart):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.linear(x, self.layer.weight).tanh() + self.layer.bias)
+
+
+@pytest.mark.parametrize("kind", [ScaledBias, LateBias])
+@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+def test_a_bias_is_not_served_by_a_function_that_it_is_not_added_to(optimizer: Any, kind: Any) -> None:
+    model = kind()
+    with silent() as said:
+        steps = optimizer(model)
+        train(model, steps, torch.randn(5, 4))
+    assert len(said) == 1
+    assert "no use of them: layer" in str(said[0].message)
+    assert fallbacks(steps) == ["layer.weight", "layer.bias"]
+
+
+class Score(nn.Module):
+    """A vector that scores rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.score = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * (x @ self.score).softmax(0).unsqueeze(1)
+
+
+@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+def test_a_vector_that_is_multiplied_by_is_named_and_resumes(optimizer: Any) -> None:
+    model, x = Score(), torch.randn(5, 4)
+    with silent() as said:
+        steps = optimizer(model)
+        train(model, steps, x)
+        other = copy.deepcopy(model)
+        resumed = optimizer(other)
+        resumed.load_state_dict(steps.state_dict())
+        for net, o in ((model, steps), (other, resumed)):
+            train(net, o, x)
+    assert len(said) == 1
+    assert "fallback (score)" in str(said[0].message)
+    assert any("matmul" in row.detail for row in steps.explain() if row.name == "score")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("optimizer", [AdaFisher, MBF])

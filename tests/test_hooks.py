@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import math
 import os
 import shutil
 import subprocess
@@ -50,6 +51,11 @@ def snapshot(optimizer):
             state = optimizer.state.get(p, {})
             tensors += [state[name].clone() for name in sorted(state)]
     return tensors
+
+
+def every(make, interval):
+    """Refreshes every so many steps from the first one on."""
+    return {"update_interval": interval, **({} if make is AdaFisher else {"refresh": "constant"})}
 
 
 @pytest.fixture(params=[AdaFisher, MBF, KFAC])
@@ -199,10 +205,13 @@ class TestGraph:
             for _ in range(passes):
                 loss.backward(retain_graph=True)
             optimizer.step()
+            state = optimizer.state[model.weight]
             if make is AdaFisher:
                 results.append(list(factors(optimizer, model.weight).values()))
+            elif make is KFAC:
+                results.append([state["row_factor"] / passes**2, state["column_factor"]])
             else:  # the gradient of each of the samples, of which there are three times as many, is three times as long
-                results.append([optimizer.state[model.weight]["fisher_blocks"] / passes**2])
+                results.append([state["fisher_blocks"] / passes**2])
         assert_same(results[1], results[0], rtol=1e-9)
 
     @pytest.mark.parametrize("with_respect_to", ["inputs", "parameters"])
@@ -383,17 +392,40 @@ class TestLayersThatComeAndGo:
         model[3].weight.requires_grad_(False)
         params = None if held == "all" else [model[3].bias]
         settings = {} if make is AdaFisher else {"kl_clip": None}
+        settings |= {"max_relative_step": None} if make is KFAC else {}
         reference, optimizer = make(free, **settings), make(model, params=params, **settings)
         for net, opt in ((free, reference), (model, optimizer)):
             loss_of(net, batch()).backward()
             opt.step()
         if make is AdaFisher:
             torch.testing.assert_close(model[3].bias, free[3].bias, rtol=0, atol=0)
+        elif make is KFAC:  # the last entry of A, and G
+            state = reference.state[free[3].weight]
+            G, A = state["row_factor"][0].double(), state["column_factor"][0].diagonal().double()
+            pi, root = math.sqrt(A.mean() / G.diagonal().mean()), math.sqrt(1e-3)
+            damped = (G + root / pi * torch.eye(CLASSES)) * (A[-1] + root * pi)
+            moved = 0.1 * torch.linalg.solve(damped, model[3].bias.grad.double())
+            # A float32 inverse: its rounding, 6e-8, times the condition number of what is inverted, below 1e3.
+            found = (mlp()[3].bias - model[3].bias).double()
+            torch.testing.assert_close(found, moved, rtol=0, atol=1e-4 * float(moved.abs().max()))
         else:  # the bias has the last entry of the block to itself
             curvature = reference.state[free[3].weight]["fisher_blocks"][0, -1, -1] + 1e-3
             expected = mlp()[3].bias - 1e-3 * model[3].bias.grad / curvature
             torch.testing.assert_close(model[3].bias, expected, rtol=1e-6, atol=0)
         assert torch.equal(model[3].weight, mlp()[3].weight)
+
+    @pytest.mark.parametrize("held", ["all", "bias only"])
+    def test_a_frozen_weight_with_a_trained_bias_goes_on_from_a_checkpoint(self, make, held):
+        model = mlp()
+        model[3].weight.requires_grad_(False)
+        optimizer = make(model, params=None if held == "all" else [model[3].bias])
+        train(model, optimizer, steps=2)
+        twin = copy.deepcopy(model)
+        resumed = make(twin, params=None if held == "all" else [twin[3].bias])
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for net, opt in ((model, optimizer), (twin, resumed)):
+            train(net, opt, steps=2)
+        assert_same(snapshot(resumed), snapshot(optimizer))
 
 
 class TestBadNumbers:
@@ -423,7 +455,7 @@ class TestBadNumbers:
         steps = [s for s, b in zip(snapshot(optimizer), before, strict=True) if not torch.equal(s, b)]
         assert all(s.dim() == 0 and float(s) == 3 for s in steps), "only the step counts may move"
         metrics = optimizer.metrics()["0.weight"]
-        if make is AdaFisher:
+        if make is not MBF:
             assert metrics["skipped_elements"] == model[0].weight.numel()
         else:
             assert metrics["skipped_blocks"] == model[0].out_features
@@ -475,7 +507,7 @@ class TestBadNumbers:
     def test_a_refresh_that_a_scaler_skips_is_still_due(self, make):
         model = mlp()
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-        optimizer = make(model, update_interval=100, grad_scaler=scaler)
+        optimizer = make(model, **every(make, 100), grad_scaler=scaler)
         for overflow in (True, False):
             optimizer.zero_grad()
             scaler.scale(loss_of(model, batch()) * (float("inf") if overflow else 1.0)).backward()
@@ -509,6 +541,38 @@ class TestBadNumbers:
             optimizer.step()
             net.factors = factors(optimizer, net[0].weight)
         assert_same(list(model.factors.values()), list(plain.factors.values()))
+
+    @pytest.mark.parametrize("called", [True, False])
+    def test_a_hook_on_an_output_changes_the_derivative_that_is_read(self, make, called):
+        """As the backward pass goes on with it: the gradient of the weight is that of the clipped one."""
+
+        class Clip(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx, grad):
+                return grad.clamp(-1e-3, 1e-3)
+
+        class Net(nn.Module):
+            def __init__(self, hooked):
+                super().__init__()
+                torch.manual_seed(0)
+                self.hooked = hooked
+                self.first, self.last = nn.Linear(FEATURES, 8), nn.Linear(8, CLASSES)
+
+            def forward(self, x):
+                h = self.first(x) if called else F.linear(x, self.first.weight, self.first.bias)
+                if self.hooked:
+                    h.register_hook(lambda grad: grad.clamp(-1e-3, 1e-3))
+                return self.last((h if self.hooked else Clip.apply(h)).tanh())
+
+        hooked, plain = Net(True), Net(False)
+        optimizer, reference = make(hooked), make(plain)
+        train(hooked, optimizer), train(plain, reference)
+        assert float(reference.state[plain.first.weight]["step" if make is AdaFisher else "fisher_updates"]) == 3
+        assert_same(snapshot(optimizer), snapshot(reference), rtol=1e-6)
 
 
 class TestPrecision:
@@ -551,7 +615,7 @@ class TestCompile:
     @pytest.mark.parametrize("interval", [1, 3])
     def test_fullgraph_model_equals_eager(self, make, interval):
         eager, compiled = mlp(), mlp()
-        reference, optimizer = make(eager, update_interval=interval), make(compiled, update_interval=interval)
+        reference, optimizer = (make(net, **every(make, interval)) for net in (eager, compiled))
         graphs = []
 
         def backend(graph, inputs):
@@ -592,7 +656,7 @@ class TestCompile:
         torch.manual_seed(0)
         layers = [nn.Linear(FEATURES, FEATURES) for _ in range(4)]
         model = nn.Sequential(*layers)
-        groups = [{"params": m.parameters(), "update_interval": k} for m, k in zip(layers, (2, 3, 5, 7), strict=True)]
+        groups = [{"params": m.parameters(), **every(make, k)} for m, k in zip(layers, (2, 3, 5, 7), strict=True)]
         optimizer = make(model, params=groups)
         counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -620,7 +684,7 @@ class TestCompile:
                 return self.heads[task](self.body(x))
 
         model = Net()
-        optimizer = make(model, update_interval=3)
+        optimizer = make(model, **every(make, 3))
         run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiles else model
         for t in range(12 if compiles else 3):
             x, y = batch(t)
@@ -668,6 +732,18 @@ class TestCompile:
         exported = torch.export.export(model, (batch()[0],))
         assert "fisher_kernels" not in str(exported.graph)
         assert optimizer is not None
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:`torch.jit:DeprecationWarning")
+    @pytest.mark.parametrize("trace", [lambda model: torch.jit.trace(model, batch()[0]), torch.fx.symbolic_trace])
+    def test_tracing_in_the_middle_of_training_leaves_nothing_behind(self, make, trace):
+        plain, model = mlp(), mlp()
+        expected = train(plain, make(plain), steps=3)
+        optimizer = make(model)
+        traced = trace(model)
+        x = batch()[0]
+        assert torch.equal(traced(x), model(x))
+        assert_same(train(model, optimizer, steps=3), expected)
+        assert "fisher_kernels" not in str(traced.graph)
 
 
 def test_gradients_set_by_hand_warn_once(make):
@@ -787,7 +863,7 @@ class TestCopies:
 
 def test_hooks_do_nothing_between_refreshes(make, monkeypatch):
     model = mlp()
-    optimizer = make(model, update_interval=3)
+    optimizer = make(model, **every(make, 3))
     captured = []
     for site in optimizer.statistics.sites:
         original = type(site.rule).capture

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fisher_kernels import MBF, AdaFisher
@@ -354,6 +355,49 @@ def test_a_layer_whose_weight_a_function_applies_is_named(optimizer: Any) -> Non
     model.called(x).square().mean().backward()
     steps.step()
     assert not any(noted in row.detail or row.fallback for row in steps.explain())
+
+
+@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+@pytest.mark.parametrize("role", ["weight", "bias"])
+def test_a_parameter_of_which_another_is_computed_later_is_named(optimizer: Any, role: str) -> None:
+    """It is the same object under another name; the layer is served again when the mask has gone."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    steps, x = optimizer(model), torch.randn(5, 4)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        prune.random_unstructured(model[0], role, 0.5)
+        for _ in range(2):
+            steps.zero_grad()
+            model(x).square().mean().backward()
+            steps.step()
+    assert len(said) == 1
+    assert "no use of them: 0. Is a weight" in str(said[0].message)
+    assert [row.fallback for row in steps.explain()] == [True, True, False, False]
+    prune.remove(model[0], role)
+    steps.zero_grad()
+    model(x).square().mean().backward()
+    steps.step()
+    assert not any(row.fallback for row in steps.explain())
+
+
+def test_a_bias_whose_weight_is_computed_is_served_by_torchs_own_forward_alone() -> None:
+    class Activated(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x).relu()
+
+    class Scaled(nn.Conv2d):
+        def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return 2 * super()._conv_forward(x, weight, bias)
+
+    layers = [nn.Conv2d(3, 3, 1), Activated(3, 3, 1), Scaled(3, 3, 1)]
+    model = nn.Sequential(*map(weight_norm, layers))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        steps = AdaFisher(model)
+        model(torch.randn(2, 3, 4, 4)).square().mean().backward()
+        steps.step()
+    assert any("its weight is computed, and its forward() is not that of nn.Conv2d" in str(w.message) for w in said)
+    assert [row.fallback for row in steps.explain() if row.name.endswith("bias")] == [False, True, True]
 
 
 @pytest.mark.parametrize("optimizer", [AdaFisher, MBF])

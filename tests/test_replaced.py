@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from fisher_kernels import MBF, SOFIM, AdaFisher
 
@@ -82,6 +83,16 @@ def test_a_layer_in_place_of_another_is_followed_or_named(make: Make) -> None:
     model[3] = nn.Linear(6, 2)
     with pytest.warns(UserWarning, match=r"no such parameters any more.*not trained: 3\.weight, 3\.bias\."):
         train(model, optimizer, range(4, 6))
+
+
+def test_a_parameter_that_has_gone_is_named(make: Make) -> None:
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(6, 3))
+    optimizer = make(model)
+    train(model, optimizer, range(1))
+    weight_norm(model[0])
+    with pytest.warns(UserWarning, match=r"no such parameters any more.*not trained: 0\.weight\.") as said:
+        train(model, optimizer, range(1, 4))
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("make", [AdaFisher, MBF, sofim])

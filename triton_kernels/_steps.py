@@ -13,9 +13,7 @@ from ._launch import launch
 from ._lists import Table, number
 
 _LANES = 128
-
-NO_TENSOR, SINGLE, DOUBLE = (tl.constexpr(k) for k in range(3))
-"""What a learning rate on the device is."""
+_NO_TENSOR, _SINGLE, _DOUBLE = (tl.constexpr(k) for k in range(3))  # what a learning rate on the device is
 
 
 def scalar(x: Tensor | None) -> tuple[float, Tensor | None]:
@@ -23,44 +21,6 @@ def scalar(x: Tensor | None) -> tuple[float, Tensor | None]:
     if x is None:
         return 1.0, None
     return (float(x.item()), None) if x.is_cpu else (1.0, x)
-
-
-def of_each(values: Sequence[Any], count: int) -> Sequence[Any]:
-    """What is one, or one for each tensor, for each."""
-    return values if len(values) == count else [*values] * count
-
-
-def split_rates(rates: Sequence[Tensor], count: int) -> tuple[list[float], list[Tensor | None]]:
-    """Learning rates of each tensor as ``scalar`` has them; what is there several times is read once."""
-    read = {key: scalar(rate) for key, rate in {id(rate): rate for rate in rates}.items()}
-    split = [read[id(rate)] for rate in of_each(rates, count)]
-    return [value for value, _ in split], [tensor for _, tensor in split]
-
-
-def kind(rate: Tensor | None) -> int:
-    """What a layout says of a learning rate on the device."""
-    if rate is None:
-        return NO_TENSOR.value
-    return SINGLE.value if rate.dtype == torch.float32 else DOUBLE.value
-
-
-@triton.jit
-def rates_of(
-    addresses, count, kinds, i, there, lr, lr_factor, TENSOR: tl.constexpr, NUMBER: tl.constexpr, EACH: tl.constexpr
-):
-    """The learning rates of some tensors: one for all, or each a number or a tensor of its own.
-
-    ``kinds`` is where the layout has the kinds of these tensors.
-    """
-    if EACH:
-        kind = tl.load(kinds, there, NO_TENSOR)
-        pointer = tl.load(addresses + TENSOR * count + i, there, 0)
-        single = tl.load(pointer.to(tl.pointer_type(tl.float32)), kind == SINGLE, 1.0).to(tl.float64)
-        double = tl.load(pointer.to(tl.pointer_type(tl.float64)), kind == DOUBLE, 1.0)
-        rate = number(addresses, count, NUMBER, i, there) * single * double
-    else:
-        rate = times(lr, lr_factor) + tl.zeros_like(i).to(tl.float64)
-    return rate
 
 
 @triton.jit
@@ -80,6 +40,53 @@ def times(value, pointer):
     if pointer is not None:
         product *= tl.load(pointer).to(tl.float64)
     return product
+
+
+@triton.jit
+def rate_of(addresses, count, kinds, TENSOR: tl.constexpr, NUMBER: tl.constexpr, i, there):
+    """The learning rates of some parameters: a number of the table, or a tensor of one element.
+
+    Args:
+        kinds: where for each of them stands what ``of_each`` says of it.
+        TENSOR, NUMBER: which list of the table has the tensors, and which the numbers.
+    """
+    kind = tl.load(kinds, there, _NO_TENSOR)
+    pointer = tl.load(addresses + TENSOR * count + i, there, 0)
+    single = tl.load(pointer.to(tl.pointer_type(tl.float32)), kind == _SINGLE, 1.0).to(tl.float64)
+    double = tl.load(pointer.to(tl.pointer_type(tl.float64)), kind == _DOUBLE, 1.0)
+    return number(addresses, count, NUMBER, i, there) * single * double
+
+
+def _kind(rate: Tensor | None) -> int:
+    if rate is None:
+        return _NO_TENSOR.value
+    return _SINGLE.value if rate.dtype == torch.float32 else _DOUBLE.value
+
+
+def of_each(
+    lr: Sequence[Tensor], weight_decay: Sequence[float], count: int, each: bool
+) -> tuple[list[Tensor | None], list[int], tuple[Sequence[float], ...]]:
+    """Learning rates and decays of each parameter for a table.
+
+    Args:
+        each: whether there is more than one of either; else what all have goes to the kernels as a number.
+
+    Returns:
+        Learning rates that are on the device, what each of them is, and numbers: the other factor of each learning
+        rate, and the decay.
+    """
+    on_device: list[Tensor | None] = [None] * count
+    numbers: tuple[Sequence[float], ...] = ()
+    if each:
+        read = {id(rate): scalar(rate) for rate in {id(rate): rate for rate in lr}.values()}
+        rates = [read[id(rate)] for rate in _each(lr, count)]
+        on_device = [x for _, x in rates]
+        numbers = [x for x, _ in rates], _each(weight_decay, count)
+    return on_device, list(map(_kind, on_device)), numbers
+
+
+def _each(values: Sequence[Any], count: int) -> Sequence[Any]:
+    return values if len(values) == count else [*values] * count
 
 
 @triton.jit(do_not_specialize=["count"])

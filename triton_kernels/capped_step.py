@@ -13,7 +13,7 @@ from torch import Tensor
 from ._language import is_finite, narrow
 from ._launch import launch
 from ._lists import CHUNK, Table, address, are_aligned, locate, number, table
-from ._steps import is_off, kind, of_each, rates_of, scalar, split_rates, times
+from ._steps import is_off, of_each, rate_of, scalar, times
 from ._sums import LANES, LEVELS, add_chunks, first_chunks, new_partials, total
 
 _BLOCK = 2048  # of a pass without sums: 16 bytes of any dtype a thread, with warps of 32 lanes and of 64
@@ -141,14 +141,24 @@ _KINDS = tl.constexpr(3)
 
 
 @triton.jit
+def _or_zero(pointer, mask):
+    """What lies there in float64, and 0 where the mask is not set."""
+    if mask is None:
+        x = tl.load(pointer)
+    else:
+        x = tl.load(pointer, mask, 0.0)
+    return x.to(tl.float64)
+
+
+@triton.jit
 def _add_up(weight, buffer, along, mask, product, square, norm, PRODUCTS: tl.constexpr, WEIGHTS: tl.constexpr):
     """Add the products at some addresses to what the lanes have so far."""
-    d = tl.load(along, mask, 0.0).to(tl.float64)
+    d = _or_zero(along, mask)
     square = tl.fma(d, d, square)
     if PRODUCTS:
-        product = tl.fma(d, tl.load(buffer, mask, 0.0).to(tl.float64), product)
+        product = tl.fma(d, _or_zero(buffer, mask), product)
     if WEIGHTS:
-        w = tl.load(weight, mask, 0.0).to(tl.float64)
+        w = _or_zero(weight, mask)
         norm = tl.fma(w, w, norm)
     return product, square, norm
 
@@ -265,6 +275,16 @@ _ALONG_DIRECTION, _SHRINKAGE = (tl.constexpr(k) for k in range(2))
 
 
 @triton.jit
+def _rates(addresses, count, layouts, i, there, lr, lr_factor, EACH: tl.constexpr):
+    """The learning rates of some parameters: one for all, or each its own."""
+    if EACH:
+        rate = rate_of(addresses, count, layouts + i.to(tl.int64) * _WIDTH + _KIND, _RATE_TENSOR, _RATE, i, there)
+    else:
+        rate = times(lr, lr_factor) + tl.zeros_like(i).to(tl.float64)
+    return rate
+
+
+@triton.jit
 def _gather(addresses, count, layouts, sums, i, there, lr, lr_factor, most, EACH: tl.constexpr):
     """Of the layers of some parameters: lr^2 |d|^2, |w|^2, elements, the cap, and whether all sums are finite."""
     layout = layouts + i.to(tl.int64) * _WIDTH
@@ -279,12 +299,11 @@ def _gather(addresses, count, layouts, sums, i, there, lr, lr_factor, most, EACH
         product = tl.load(sums + 3 * member, mine, 0.0)
         square = tl.load(sums + 3 * member + 1, mine, 0.0)
         norm = tl.load(sums + 3 * member + 2, mine, 0.0)
-        its_layout = layouts + member * _WIDTH
-        rate = rates_of(addresses, count, its_layout + _KIND, member, mine, lr, lr_factor, _RATE_TENSOR, _RATE, EACH)
+        rate = _rates(addresses, count, layouts, member, mine, lr, lr_factor, EACH)
         finite = finite & is_finite(product) & is_finite(square) & is_finite(norm)
         size += tl.where(mine, rate * rate * square, 0)
         weight += norm
-        elements += tl.load(its_layout + _SIZE, mine, 0)
+        elements += tl.load(layouts + member * _WIDTH + _SIZE, mine, 0)
         if EACH:
             cap = tl.minimum(cap, tl.where(mine, number(addresses, count, _CAP, member, mine), cap))
     return size, weight, elements, cap, finite
@@ -330,8 +349,7 @@ def solve_kernel(
                 more = first + lanes
                 mine = more < count
                 _, _, _, _, finite = _gather(addresses, count, layouts, sums, more, mine, lr, lr_factor, most, EACH)
-                kinds = layouts + more.to(tl.int64) * _WIDTH + _KIND
-                rate = rates_of(addresses, count, kinds, more, mine, lr, lr_factor, _RATE_TENSOR, _RATE, EACH)
+                rate = _rates(addresses, count, layouts, more, mine, lr, lr_factor, EACH)
                 product = tl.load(sums + 3 * more.to(tl.int64), mine, 0.0)
                 sum_of_lanes += tl.where(finite, rate * rate * product, 0)
             size = tl.abs(tl.sum(total(sum_of_lanes[None, :], _PARAM_LEVELS)))
@@ -347,7 +365,7 @@ def solve_kernel(
         limit = cap * tl.where(norm > least, norm, least)
         length = scale * tl.sqrt(length)
         factor = tl.where(finite, tl.where(length > limit, limit / length, one), 0)
-        rate = rates_of(addresses, count, layout + _KIND, i, there, lr, lr_factor, _RATE_TENSOR, _RATE, EACH)
+        rate = _rates(addresses, count, layouts, i, there, lr, lr_factor, EACH)
         if EACH:
             decay = number(addresses, count, _DECAY, i, there)
         else:
@@ -416,11 +434,10 @@ def descend_kernel(
 def _plan(s: Any, each: bool) -> tuple[Table, tuple[float, Tensor | None]]:
     """The table, and the learning rate of all, which counts for nothing where each has its own."""
     count = len(s.params)
-    numbers: Any = ()
-    on_device: list[Tensor | None] = [None] * count
+    on_device, kinds, numbers = of_each(s.lr, s.weight_decay, count, each)
     if each:
-        rates, on_device = split_rates(s.lr, count)
-        numbers = rates, of_each(s.weight_decay, count), of_each(s.max_relative_step, count)
+        caps = s.max_relative_step
+        numbers = *numbers, caps if len(caps) == count else [*caps] * count
 
     def layout() -> list[tuple[int, ...]]:
         s.check_lists()
@@ -429,9 +446,7 @@ def _plan(s: Any, each: bool) -> tuple[Table, tuple[float, Tensor | None]]:
         for i, layer in enumerate(s.layers):
             firsts.setdefault(layer, i)
             members[layer] = members.get(layer, 0) + 1
-        return [
-            (firsts[layer], members[layer], layer, kind(rate)) for layer, rate in zip(s.layers, on_device, strict=True)
-        ]
+        return [(firsts[layer], members[layer], layer, kind) for layer, kind in zip(s.layers, kinds, strict=True)]
 
     lists = s.params, s.directions, s.directions, on_device
     plan = table("capped_step_", lists, layout, key=tuple(s.layers), numbers=numbers, written=(0,))

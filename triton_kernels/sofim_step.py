@@ -4,7 +4,6 @@ The first pass advances the moments and leaves partial dot products, one or two 
 kernels make coefficients of them, three for each parameter; the second pass takes the step.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from ._language import is_finite, narrow
 from ._launch import launch
 from ._lists import CHUNK, Table, address, are_aligned, locate, number, table
-from ._steps import advance, is_off, kind, of_each, rates_of, scalar, split_rates, times
+from ._steps import advance, is_off, of_each, rate_of, scalar, times
 from ._sums import LANES, LEVELS, add_chunks, first_chunks, new_partials, total
 
 # The lists, in the order of the arguments, and the numbers after them.
@@ -207,11 +206,11 @@ def solve_kernel(
             square = total(square_of_lanes[None, :], _PARAM_LEVELS)
             product = total(product_of_lanes[None, :], _PARAM_LEVELS)
         correction = tl.load(corrections + i, there, 1.0)
-        kinds = layouts + i.to(tl.int64) * _WIDTH + 2
-        rate = rates_of(addresses, count, kinds, i, there, lr, lr_factor, _RATE_TENSOR, _RATE, EACH)
         if EACH:
+            rate = rate_of(addresses, count, layouts + i.to(tl.int64) * _WIDTH + 2, _RATE_TENSOR, _RATE, i, there)
             decay = number(addresses, count, _DECAY, i, there)
         else:
+            rate = times(lr, lr_factor) + tl.zeros_like(i).to(tl.float64)
             decay = tl.full((), weight_decay, tl.float64)
         bottom = rho + square
         if ALONG_GRADIENT:
@@ -328,16 +327,11 @@ def descend_kernel(
 
 def _plan(s: Any, each: bool) -> tuple[Table, tuple[float, Tensor | None], float]:
     """The table; and learning rate and weight decay of all, which count for nothing where each has its own."""
-    count = len(s.params)
-    numbers: Sequence[Sequence[float]] = ()
-    on_device: Sequence[Tensor | None] = [None] * count
-    if each:
-        rates, on_device = split_rates(s.lr, count)
-        numbers = rates, of_each(s.weight_decay, count)
+    on_device, kinds, numbers = of_each(s.lr, s.weight_decay, len(s.params), each)
 
     def layout() -> list[tuple[int, ...]]:
         s.check_lists()
-        return list(zip(first_chunks(s.params), map(kind, on_device), strict=True))
+        return list(zip(first_chunks(s.params), kinds, strict=True))
 
     lists = s.params, s.grads, s.exp_avgs, s.steps, on_device
     plan = table("sofim_step_", lists, layout, numbers=numbers, sums=True, written=(0, 2, 3))

@@ -94,6 +94,12 @@ void direction_sums(py::handle params, py::handle directions, py::handle momentu
       FISHER_KERNELS_VARIANTS(direction_sums));
 }
 
+/// What there is one of, or one for each parameter.
+template <class T>
+const T& of_each(const std::vector<T>& values, py::ssize_t i) {
+  return values[values.size() == 1 ? 0 : i];
+}
+
 /// The number of each parameter's layer; returns how many layers there are.
 int64_t check_layers(const Call& call, const std::vector<int64_t>& layers, py::ssize_t params) {
   if (static_cast<py::ssize_t>(layers.size()) != params) {
@@ -126,7 +132,7 @@ void capped_step_(py::handle params, py::handle directions, py::handle sums_obje
   check_range(kl_clip, kl_clip_object.is_none() || (std::isfinite(kl_clip) && kl_clip > 0),
               "a finite number > 0, or None", {call, "kl_clip"});
   check_coefficient(floor, {call, "floor"});
-  const std::vector<Scalar> rates = read_rates(call, lr, count);
+  const std::vector<Scalar> rates = read_rates(call, List(lr, {call, "lr"}), count);
   check_one_or_each(call, weight_decay.size(), count, "weight_decay");
   check_one_or_each(call, max_relative_step.size(), count, "max_relative_step");
   for (size_t i = 0; i < weight_decay.size(); ++i) {

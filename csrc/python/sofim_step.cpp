@@ -27,14 +27,6 @@ struct SofimLists {
         steps(read_list(steps_, params, {call, "steps"})) {}
 };
 
-/// Whether a choice between two names is the second one.
-bool read_choice(const Call& call, const std::string& value, const char* first, const char* second, const char* name) {
-  if (value != first && value != second) {
-    value_error({call, name}, "is '" + value + "', expected one of '" + first + "', '" + second + "'");
-  }
-  return value == second;
-}
-
 /// Parameter i of the lists, but for its coefficients.
 SofimParameter read_parameter(const SofimLists& lists, py::ssize_t i) {
   const Call& call = lists.call;
@@ -67,7 +59,7 @@ void sofim_step_(py::handle params, py::handle grads, py::handle exp_avgs, py::h
   check_range(rho, std::isfinite(rho) && rho > 0, "a finite number > 0", {call, "rho"});
   const bool along_gradient = read_choice(call, direction, "momentum", "gradient", "direction");
   const bool by_parameter = read_choice(call, scope, "global", "tensor", "scope");
-  const std::vector<Scalar> rates = read_rates(call, lr, count);
+  const std::vector<Scalar> rates = read_rates(call, List(lr, {call, "lr"}), count);
   const auto decays = static_cast<py::ssize_t>(weight_decay.size());
   check_one_or_each(call, decays, count, "weight_decay");
   for (py::ssize_t i = 0; i < decays; ++i) check_coefficient(weight_decay[i], {call, "weight_decay", i});
@@ -80,8 +72,8 @@ void sofim_step_(py::handle params, py::handle grads, py::handle exp_avgs, py::h
   for (py::ssize_t i = 0; i < count; ++i) {
     SofimParameter parameter = read_parameter(lists, i);
     parameter.step = read_step(lists.steps[i], {call, "steps", i});
-    parameter.lr = of_each(rates, i);
-    parameter.weight_decay = of_each(weight_decay, i);
+    parameter.lr = rates[rates.size() == 1 ? 0 : i];
+    parameter.weight_decay = weight_decay[decays == 1 ? 0 : i];
     parameter.decay = decay_form(parameter.weight_decay, decoupled);
     parameters.push_back(parameter);
   }

@@ -137,16 +137,15 @@ inline Scalar read_rate(py::handle object, const Argument& argument) {
   return rate;
 }
 
-/// A list has one entry, or one for each parameter.
+/// There is one of a setting for all parameters, or one for each.
 inline void check_one_or_each(const Call& call, py::ssize_t size, py::ssize_t params, const char* name) {
   if (size == 1 || size == params) return;
   value_error({call, name}, "has " + std::to_string(size) + " entries, expected 1 or " + std::to_string(params) +
-                                     ", the length of params");
+                                ", the length of params");
 }
 
-/// Learning rates of all parameters, or one; what is the same tensor as the one before is not read again.
-inline std::vector<Scalar> read_rates(const Call& call, py::handle object, py::ssize_t params) {
-  const List list(object, {call, "lr"});
+/// Learning rates of all parameters; what is the same tensor as the one before is not read again.
+inline std::vector<Scalar> read_rates(const Call& call, const List& list, py::ssize_t params) {
   check_one_or_each(call, list.size(), params, "lr");
   std::vector<Scalar> rates;
   rates.reserve(list.size());
@@ -160,10 +159,13 @@ inline std::vector<Scalar> read_rates(const Call& call, py::handle object, py::s
   return rates;
 }
 
-/// What there is one of, or one for each parameter.
-template <class T>
-const T& of_each(const std::vector<T>& values, py::ssize_t i) {
-  return values[values.size() == 1 ? 0 : i];
+/// Whether a choice between two names is the second one.
+inline bool read_choice(const Call& call, const std::string& value, const char* first, const char* second,
+                        const char* name) {
+  if (value != first && value != second) {
+    value_error({call, name}, "is '" + value + "', expected one of '" + first + "', '" + second + "'");
+  }
+  return value == second;
 }
 
 /// What scales gradients, and whether the step is not to be taken at all.

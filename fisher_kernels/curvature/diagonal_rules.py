@@ -347,6 +347,8 @@ def rule_for(module: nn.Module, variant: str) -> DiagonalRule | None:
     if isinstance(module, nn.modules.conv._ConvNd):
         return ReleaseConv() if release else Conv()
     if isinstance(module, NORMS):
+        if module._parameters.get("weight") is None:  # a shift alone
+            return None
         return ReleaseNorm() if release else Norm()
     if isinstance(module, nn.Embedding):
         return Embedding()

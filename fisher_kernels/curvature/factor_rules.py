@@ -20,11 +20,13 @@ Sources: Martens and Grosse, arXiv 1503.05671; convolutions: Grosse and Martens,
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 from torch._C import _current_graph_task_id
 from torch.autograd import Variable
 from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointFunction
 
 from fisher_kernels.curvature.block_rules import (
     CHUNK,
@@ -75,13 +78,15 @@ class Terms:
     The first layer whose derivative arrives is the last one of the forward. Its rows are the terms, but for those whose
     derivative is zero throughout: samples of a classifier, pixels of a segmentation, tokens of a language model without
     those that a mask leaves out. A backward within another, as activation checkpointing starts them, has the terms of
-    the outer one. Where they are known, :meth:`given` says so.
+    the outer one; if the last layer is within it, nobody can tell, and none of them has any. Where they are known,
+    :meth:`given` says so.
     """
 
     def __init__(self) -> None:
         self._running: weakref.WeakValueDictionary[int, _Backward] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()  # backward passes may run in several threads
         self._given: int | None = None
+        self._hidden = False  # in a backward within another, before that one had brought anything
 
     @contextmanager
     def given(self, number: int) -> Iterator[None]:
@@ -101,6 +106,11 @@ class Terms:
         """
         with self._lock:
             backward = self._backward(rows)
+            if self._hidden:
+                raise RuntimeError(
+                    "the last layer is within a checkpoint of use_reentrant=True, where the number of terms of the "
+                    "loss cannot be seen: take use_reentrant=False"
+                )
             terms = backward.terms.to(rows.device, ACCUMULATOR[rows.dtype])
             if key in backward.counted:
                 return torch.zeros_like(terms)
@@ -124,7 +134,16 @@ class Terms:
     def _terms_of(self, rows: Tensor) -> Tensor:
         if self._given is not None:
             return torch.full((1,), self._given, dtype=torch.float32, device=rows.device)
+        self._hidden = self._hidden or _is_within_checkpoint()
         return rows.ne(0).any(1).sum(dtype=torch.float32).reshape(1)
+
+
+def _is_within_checkpoint() -> bool:
+    """Whether this is called in the backward of a checkpoint that starts one of its own."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.backward.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 # What the rules of one optimizer share.

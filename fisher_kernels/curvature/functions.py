@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from fisher_kernels.curvature.broadcast import Broadcast
-from fisher_kernels.curvature.operations import NAMES, flattened, part_of, stack_of
+from fisher_kernels.curvature.operations import MATRICES, NAMES, flattened, part_of, stack_of
 
 FAR = 64
 """How many nodes of the graph are walked from the output of a layer to a call of a function inside it."""
@@ -71,6 +71,7 @@ class Call:
         broadcast: what is known of an output of which one row may serve many.
         split: cuts input and output into what meets each matrix of a stack; None where there is one matrix.
         is_turned: whether the weight stands on the left, so that the columns of input and output are the rows.
+        added: parameters that another function adds to the output, as a bias.
     """
 
     def __init__(self, weight: Parameter, bias: Parameter | None, spec: Spec, operation: Any, start: int) -> None:
@@ -83,6 +84,7 @@ class Call:
         self.split: Callable[[Tensor], Sequence[Tensor]] | None = None
         self.broadcast: Broadcast | None = None
         self.is_turned = False
+        self.added: set[Parameter] = set()
 
     def pieces(self) -> list[tuple[Any, int, Tensor]]:
         """For each matrix that rows meet the operation, its first row in the parameter, and the input."""
@@ -109,11 +111,28 @@ class Call:
         """Keep the input, and put a hook on the output: what is written into it later is not the function's doing."""
         self.x, self.node = x.detach(), output.grad_fn
         self.version = 0 if x.is_inference() else x._version
-        output.register_hook(self.hook)
+        take_derivative(output, self.hook)
 
     def unchanged(self) -> bool:
         """Whether the input is as it was."""
         return self.x is not None and (self.x.is_inference() or self.x._version == self.version)
+
+
+def take_derivative(output: Tensor, hook: Callable[[Tensor], None]) -> None:
+    """Let a hook have the derivative by an output that the backward pass goes on with.
+
+    That is what hooks on the tensor make of it, whenever they are put there: clipping it, for example.
+    """
+    node, number = output.grad_fn, output.output_nr
+    if node is None:
+        output.register_hook(hook)
+        return
+
+    def take(grads: tuple[Tensor | None, ...]) -> None:
+        if (grad := grads[number]) is not None:
+            hook(grad)
+
+    node.register_prehook(take)
 
 
 class _GradHook:
@@ -225,12 +244,16 @@ class Watch(TorchFunctionMode):
     Attributes:
         calls: of functions that are known, in order.
         others: parameter -> the function that is not known that it went into.
+        strays: the same as (parameter, function, node), less what layers did in their forwards.
+        claimed: the parameters of these layers.
     """
 
     def __init__(self, wanted: Collection[Parameter], engine: Engine) -> None:
         self.wanted, self.engine = wanted, engine
         self.calls: list[Call] = []
         self.others: dict[Parameter, str] = {}
+        self.strays: list[tuple[Parameter, str, Any]] = []
+        self.claimed: set[Parameter] = set()
         self.depth = 1
         self.inside = 0  # nn.MultiheadAttention, where the second dimension is that of the samples
 
@@ -278,6 +301,8 @@ class Watch(TorchFunctionMode):
             return
         call = self._read(func, args, kwargs) if known else None
         x = None if call is None else call[1]
+        if call is not None and call[0].spec.name in MATRICES and _is_weights(x):
+            call, name = None, f"{name} of two parameters"
         if call is not None and isinstance(x, Tensor) and isinstance(output, Tensor) and output.grad_fn is not None:
             call[0].watch(x, output)
             call[0].by_sample = not self.inside
@@ -288,8 +313,22 @@ class Watch(TorchFunctionMode):
                 touched.pop(p, None)  # type: ignore[arg-type]
             if self._parameter(x) is call[0].weight:
                 touched[call[0].weight] = None
+        node = next((t.grad_fn for t in _tensors((output,)) if t.grad_fn is not None), None)
         for p in touched:
             self.others.setdefault(p, name)
+            added = not known and any(t is p for t in args) and self._note_addition(p, node)
+            if node is not None and not added:
+                self.strays.append((p, name, node))
+
+    def _note_addition(self, p: Parameter, node: Any) -> bool:
+        """Note with a product that a parameter is added to what it made, row by row; whether there is one."""
+        if node is None or node.name() != "AddBackward0" or getattr(node, "_saved_alpha", 1) != 1 or p.dim() != 1:
+            return False
+        terms = [term for term, _ in node.next_functions]
+        biased = [c for c in self.calls if c.spec.name in MATRICES and any(term is c.node for term in terms)]
+        for call in biased:
+            call.added.add(p)
+        return bool(biased)
 
     def _read(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Call, Any] | None:
         names, reader = _READERS[func]
@@ -358,16 +397,27 @@ class Watch(TorchFunctionMode):
         same = bias.shape == part.shape[:1] and bias.storage_offset() - held.storage_offset() == start
         return held if matches and same else None
 
-    def claim(self, weights: Iterable[Parameter], inputs: Iterable[Any], output: Tensor) -> bool:
-        """Leave to a layer the calls that led from its inputs to its output; returns whether there are any."""
+    def claim(self, weights: Iterable[Parameter], inputs: Iterable[Any], output: Tensor) -> bool | None:
+        """Leave to a layer the calls that led from its inputs to its output.
+
+        Returns whether there are any; None, and they are left, where something comes after one of them that may change
+        the derivative, also where it changes no number.
+        """
         weights = list(weights)
         stops = [t.grad_fn for t in inputs if isinstance(t, Tensor) and t.grad_fn is not None]
-        found = False
-        for call in [call for call in self.calls if any(call.weight is p for p in weights)]:
-            if _reaches(output.grad_fn, call.node, stops):
-                self.calls.remove(call)
-                found = True
-        return found
+        mine = [call for call in self.calls if any(call.weight is p for p in weights)]
+        mine = [call for call in mine if _reaches(output.grad_fn, call.node, stops)]
+        if not all(_passes_on(output.grad_fn, call.node) for call in mine):
+            return None
+        self.claimed.update(weights)
+        for call in mine:
+            self.calls.remove(call)
+        self.strays = [
+            (weight, name, node)
+            for weight, name, node in self.strays
+            if all(weight is not p for p in weights) or not _reaches(output.grad_fn, node, stops)
+        ]
+        return bool(mine)
 
 
 def _turned(x: Tensor) -> list[Tensor]:
@@ -386,6 +436,14 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, list | tuple):
             yield from (t for t in value if isinstance(t, Tensor))
+
+
+def _is_weights(x: Any) -> bool:
+    """Whether a matrix is a parameter, or one transposed: a product with it makes weights, and its rows are no samples.
+
+    Learned queries that are expanded to a batch have three dimensions.
+    """
+    return isinstance(x, Tensor) and x.dim() == 2 and (isinstance(x, Parameter) or isinstance(x._base, Parameter))
 
 
 def _leaves(output: Any, parameters: Collection[Parameter]) -> bool:
@@ -409,6 +467,23 @@ def _reaches(start: Any, node: Any, stops: Sequence[Any]) -> bool:
             continue
         seen.add(current)
         nodes += [edge for edge, _ in current.next_functions]
+    return False
+
+
+_PASSING = ("Add", "View", "UnsafeView", "ReshapeAlias", "ToCopy", "T", "Transpose", "Permute", "Clone", "Alias")
+"""Nodes of the graph that hand the derivative on as it is."""
+
+
+def _passes_on(start: Any, node: Any) -> bool:
+    """Whether a node has the derivative that another one is handed, in another layout or precision at most."""
+    nodes = [start]
+    while nodes:
+        current = nodes.pop()
+        if current is node:
+            return True
+        passes = current is not None and current.name().partition("Backward")[0] in _PASSING
+        if passes and getattr(current, "_saved_alpha", 1) == 1:
+            nodes += [edge for edge, _ in current.next_functions]
     return False
 
 

@@ -18,7 +18,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.compiler import is_compiling
 
 from fisher_kernels.curvature.broadcast import Broadcast, may_be_broadcast
-from fisher_kernels.curvature.functions import Call, Watches
+from fisher_kernels.curvature.functions import Call, Watches, take_derivative
 from fisher_kernels.curvature.sites import Layer, Site, first_input, overwritten, versions_of
 from fisher_kernels.curvature.tap import tap
 
@@ -37,8 +37,8 @@ class Engine(Protocol):
     def expect_rows(self, x: Tensor, output: Tensor) -> Broadcast:
         """Look from now on for what broadcasts the output of a layer."""
 
-    def claim(self, layer: Layer[Any], inputs: Iterable[Any], output: Tensor) -> None:
-        """Leave to a layer what functions did in its forward."""
+    def claim(self, layer: Layer[Any], inputs: Iterable[Any], output: Tensor) -> bool:
+        """Leave to a layer what functions did in its forward, unless it does more than they did; whether it is."""
 
     def add(
         self, site: Site[Any], layer: Layer[Any], captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor
@@ -167,13 +167,11 @@ class ForwardHook(_Hook):
         _, index, use = self.address
         # What is as large as an input is kept as autograd keeps its own: checkpointing then recomputes it.
         if layer.rule.keeps_input and _top_saved_tensors_default_hooks(True) is not None:
-            engine.claim(layer, (*args, *kwargs.values()), output)
-            return self._tapped(layer, x)
+            return self._tapped(layer, x) if engine.claim(layer, (*args, *kwargs.values()), output) else None
         engine.look_behind(first_input(args, kwargs))
-        if engine.look(index, use, x, output):
-            engine.claim(layer, (*args, *kwargs.values()), output)
+        if engine.look(index, use, x, output) and engine.claim(layer, (*args, *kwargs.values()), output):
             hook = OutputHook(self.engine, engine.sites[index], layer, *layer.rule.capture(layer.operation, x))
-            output.register_hook(hook)
+            take_derivative(output, hook)
             if layer.rule.keeps_input and output.grad_fn is not None:
                 output.grad_fn.register_hook(hook.release)
             if layer.rule.reads_tokens and may_be_broadcast(x):

@@ -330,7 +330,7 @@ def part_of(whole: Tensor, part: Tensor) -> tuple[int, bool] | None:
     is no run of whole rows.
     """
     if part is whole:
-        return 0, False
+        return (0, False) if whole.dim() == 2 else None
     columns = whole.shape[-1]
     start, rest = divmod(int(part.storage_offset()) - int(whole.storage_offset()), max(1, columns))
     if part.dim() != 2 or whole.dim() not in (2, 3) or not whole.is_contiguous() or rest or part.dtype != whole.dtype:

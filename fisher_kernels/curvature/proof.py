@@ -250,6 +250,8 @@ def compare(module: nn.Module, x: Tensor, output: Tensor) -> Verdict | None:
     plain: dict[str, Any] = {name: t.detach() for name, t in local.items() if t is not None}
     x, output = plain.pop("x"), plain.pop("output")
     weight, bias = plain.get("weight"), plain.get("bias")
+    if weight is None:
+        _require_own_forward(module)
     with _unseen():
         if weight is not None and (offset := getattr(module, "weight_offset", 0.0)):
             weight = weight + offset
@@ -400,6 +402,18 @@ def _expected(module: Any, x: Tensor, output: Tensor, weight: Tensor | None, bia
         rows, made = x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1])
         return _of_rows(rows, made, functools.partial(F.linear, weight=weight, bias=bias))
     return None
+
+
+def _require_own_forward(module: nn.Module) -> None:
+    """What is known of a bias whose weight is computed: it is what torch's own forward adds.
+
+    Computing the weight again might change something, as an iteration of spectral normalisation does.
+    """
+    base: Any = class_of_torch(module)
+    own: Any = next((c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules")), base)
+    for name in ("forward", "_conv_forward"):
+        if name in vars(module) or getattr(type(module), name, None) is not getattr(own, name, None):
+            raise MisfitError(f"its weight is computed, and its {name}() is not that of {_class_name(module)}")
 
 
 def _require(found: Sequence[int], expected: Sequence[int]) -> None:

@@ -29,6 +29,7 @@ class Layer(Generic[R]):
         spec: of a function that is applied to a parameter outside of any module that has a rule; the module is then
             the operation too, and the name that of the parameter.
         start: where this is one call of a function: the first row of its part of the weight.
+        places: role -> what the module calls that parameter, where it is another name.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Layer(Generic[R]):
     candidates: Sequence[nn.Module] = ()
     spec: Spec | None = None
     start: int | None = None
+    places: dict[str, str] = field(default_factory=dict)
 
     def place(self, role: str) -> str:
         """How a parameter of the layer is called."""
@@ -56,8 +58,8 @@ class Layer(Generic[R]):
             return None
         trained = False
         for role, p in self.parameters.items():
-            if module._parameters.get(role) is not p and all(q is not p for q in module._parameters.values()):
-                return None  # swapped, as functional_call does
+            if module._parameters.get(self.places.get(role, role)) is not p:
+                return None  # swapped, as functional_call does, or renamed, as pruning does: another is computed of it
             trained = trained or p.requires_grad
         if not trained:
             return None
@@ -169,9 +171,11 @@ def find_layers(
                 f"{which} is an Embedding with sparse=True, whose gradient is sparse; construct it with sparse=False, "
                 "or leave its weight to torch.optim.SparseAdam (params=)"
             )
-        layers.append(
-            Layer(name, module, operation, rule, parameters, candidates=[operation, *others] if others else ())
-        )
+        candidates = [operation, *others] if others else ()
+        layers.append(Layer(name, module, operation, rule, parameters, candidates=candidates))
+        if operation is not module:
+            named = {p: name for name, p in module._parameters.items() if p is not None}
+            layers[-1].places = {role: named[p] for role, p in parameters.items() if p in named}
         layers[-1].proof.overridden = operations.choice(module) is not None
     return layers
 

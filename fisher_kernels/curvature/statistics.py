@@ -64,6 +64,7 @@ class Statistics(Generic[R]):
         late: indices of sites that may have been added after the forward whose statistics are taken next.
         found: sites of functions on parameters that no site was known for; their one layer has the ``spec``.
         obstacles: parameter -> why functions on it give no statistics.
+        parts: those of them that a layer serves all the same.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Statistics(Generic[R]):
         self.refresh = 1
         self.found: list[Site[R]] = []
         self.obstacles: dict[Parameter, str] = {}
+        self.parts: set[Parameter] = set()
         self.sites: list[Site[R]] = []
         by_key: dict[tuple[Any, ...], Site[R]] = {}
         for layer in layers:
@@ -175,6 +177,9 @@ class Statistics(Generic[R]):
         for p, name in watch.others.items():
             if p not in served:
                 self.obstacles.setdefault(p, f"functions apply it, of which {name} has no rule")
+        for p, name, node in watch.strays:
+            if p in served and p in watch.claimed:
+                node.register_prehook(_Stray(weakref.ref(self), p, name))
         for layer in self.layers():
             if any(p in self.obstacles for p in layer.parameters.values()):
                 layer.proof.inner = False
@@ -186,18 +191,15 @@ class Statistics(Generic[R]):
             self.obstacles.setdefault(weight, f"functions apply it in a way that has no rule ({call.spec.name})")
             return
         site = next((s for s in (*self.sites, *self.found) if s.owner is weight and s.rule.layout == rule.layout), None)
+        is_new = site is None
         if site is None:
             bias = {} if call.bias is None else {"bias": call.bias}
             layer = Layer("", whole, whole, rule, {"weight": weight, **bias}, spec=call.spec)
             site = Site(weight, rule, [layer])
-            self.found.append(site)
-        biases = [layer.parameters.get("bias") for layer in site.layers]
-        if rule.sees_bias and call.bias is None and any(p in others for p in biases if p is not None):
-            self.obstacles.setdefault(weight, "another function adds its bias")
+        biases = [p for layer in site.layers if (p := layer.parameters.get("bias")) is not None and p in others]
+        if call.bias is None and any(rule.sees_bias or p not in call.added for p in biases):
+            self.obstacles.setdefault(weight, "another function takes its bias")
             return
-        site.by_function = True
-        for layer in site.layers:
-            layer.proof.inner = True
         name, parameters = site.layers[0].name, site.layers[0].parameters
         hooks = []
         for operation, start, x in call.pieces():
@@ -206,7 +208,18 @@ class Statistics(Generic[R]):
             hooks[-1].broadcast = call.broadcast if rule.reads_tokens else None
             if rule.keeps_input:
                 call.node.register_hook(hooks[-1].release)
+        if is_new:  # not before, as what has raised cannot be served
+            self.found.append(site)
+        site.by_function = True
+        for layer in site.layers:
+            layer.proof.inner = True
         call.hook.use = hooks[0] if call.split is None else StackHook(hooks, call)
+
+    def note_part(self, p: Parameter, name: str) -> None:
+        """Note that a function without a rule is part of the gradient of a parameter that a layer serves."""
+        if self._accumulates(p):
+            self.obstacles.setdefault(p, f"functions apply it, of which {name} has no rule")
+            self.parts.add(p)
 
     def agree(self, found: dict[str, Any], due: bool) -> dict[str, Any]:
         """What any process has found; all ask in the refreshes that look, and wait for one until then.
@@ -223,11 +236,14 @@ class Statistics(Generic[R]):
         dist.all_gather_object(everywhere, found, group=group)
         return dict(sorted({name: spec for one in everywhere for name, spec in one.items()}.items()))
 
-    def claim(self, layer: Layer[R], inputs: Iterable[Any], output: Tensor) -> None:
-        """Leave to a layer what functions did in its forward."""
+    def claim(self, layer: Layer[R], inputs: Iterable[Any], output: Tensor) -> bool:
+        """Leave to a layer what functions did in its forward, unless it does more than they did; whether it is."""
         watch = None if self._watches is None else self._watches.current()
-        if watch is not None and watch.claim(layer.parameters.values(), inputs, output):
-            layer.proof.inner = True
+        claimed = False if watch is None else watch.claim(layer.parameters.values(), inputs, output)
+        if claimed is None:
+            layer.proof.object("something else comes between its own operation and its output")
+        layer.proof.inner = layer.proof.inner or claimed is not False
+        return layer.proof.reason is None
 
     @property
     def open(self) -> bool:
@@ -259,6 +275,7 @@ class Statistics(Generic[R]):
         self.sites, self.grad_scaler, self.process_group = state["sites"], state["grad_scaler"], None
         self.sampled = False
         self.refresh, self.obstacles, self.found = state.get("refresh", 1), state.get("obstacles", {}), []
+        self.parts = set()
         self._attach()
         self.arm(*state["armed"])
         if not state["open"]:
@@ -304,7 +321,7 @@ class Statistics(Generic[R]):
         for layer in self.layers():
             layer.proof = proofs.get(layer.module, layer.proof)
             layer.operation, layer.candidates = taken_for.get(layer.module, (layer.operation, layer.candidates))
-        self.obstacles = other.obstacles
+        self.obstacles, self.parts = other.obstacles, other.parts
         pending = {(site.owner, site.rule.layout): site for site in (*other.sites, *other.found)}
         self.late = set(range(len(self.sites)))
         for index, site in enumerate(self.sites):
@@ -420,8 +437,11 @@ class Statistics(Generic[R]):
     def sampling(self) -> Iterator[None]:
         """Let the derivatives of backward passes within count, though they accumulate no gradients."""
         self._sampling = True
+        # The backward of a compiled model writes to its tokens, which have no content. The loss goes through it again.
+        tokens = tuple(hook.token for hooks in self._hooks.values() for hook in hooks)
         try:
-            yield
+            with torch.autograd._unsafe_preserve_version_counter(tokens):
+                yield
         finally:
             self._sampling = False
 
@@ -532,6 +552,17 @@ class Statistics(Generic[R]):
         if parameter.is_cpu:
             self._nodes[parameter] = current
         return _executes(current)
+
+
+class _Stray:
+    """The hook on the node of a function without a rule, to which a parameter of a layer went besides."""
+
+    def __init__(self, engine: Callable[[], Statistics[Any] | None], p: Parameter, name: str) -> None:
+        self._engine, self._parameter, self._name = engine, p, name
+
+    def __call__(self, _: Any) -> None:
+        if (engine := self._engine()) is not None:
+            engine.note_part(self._parameter, self._name)
 
 
 class _Weakly:

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fisher_kernels.ops._define import device_of
-
 _CPU = torch.device("cpu")
 
 
@@ -48,22 +46,11 @@ def rates_of(op: str, lr: Any) -> list[Tensor]:
 
 
 def decays_of(op: str, weight_decay: Any) -> list[float]:
-    """Weight decays, one or one for each, as numbers."""
+    """Weight decays as floats: one for all parameters, or one for each."""
     return [
         x if isinstance(x, (float, int)) else real(op, f"weight_decay[{i}]", x)
         for i, x in enumerate(one_or_each(weight_decay))
     ]
-
-
-def of_each(values: Sequence[Any], params: Sequence[Tensor]) -> Sequence[Any]:
-    """What is one, or one for each parameter, for each."""
-    return values if len(values) == len(params) else [*values] * len(params)
-
-
-def check_one_or_each(op: str, name: str, values: Sequence[object], params: Sequence[Tensor]) -> None:
-    """A list has one entry, or one for each parameter."""
-    if len(values) not in (1, len(params)):
-        raise ValueError(f"{op}: {name} has {len(values)} entries, expected 1 or {len(params)}, the length of params")
 
 
 def check_lists(op: str, lists: Mapping[str, Any]) -> None:
@@ -93,12 +80,10 @@ def check_lengths(op: str, params: Sequence[Tensor], lists: Mapping[str, Sequenc
             raise ValueError(f"{op}: {name} has {len(values)} tensors, expected {len(params)}, the length of params")
 
 
-def check_one_device(op: str, params: Sequence[Tensor]) -> None:
-    """All parameters are where the first one is."""
-    device = device_of(params)
-    for i, p in enumerate(params):
-        if p.device != device:
-            raise ValueError(f"{op}: params[{i}] is on {p.device}, expected {device}, the device of params[0]")
+def check_one_or_each(op: str, name: str, values: Sequence[object], params: Sequence[Tensor]) -> None:
+    """There is one of a setting for all parameters, or one for each."""
+    if len(values) not in (1, len(params)):
+        raise ValueError(f"{op}: {name} has {len(values)} entries, expected 1 or {len(params)}, the length of params")
 
 
 def check_beside(op: str, name: str, x: Tensor, dtype: torch.dtype, i: int, param: Tensor) -> None:
@@ -116,6 +101,15 @@ def check_like(op: str, name: str, x: Tensor, dtype: torch.dtype, i: int, param:
             f"{op}: {name} has shape {tuple(x.shape)}, expected {tuple(param.shape)}, the shape of params[{i}]"
         )
     check_beside(op, name, x, dtype, i, param)
+
+
+def check_one_device(op: str, params: Sequence[Tensor]) -> None:
+    """All parameters are where the first one is."""
+    for i, p in enumerate(params):
+        if p.device != params[0].device:
+            raise ValueError(
+                f"{op}: params[{i}] is on {p.device}, expected {params[0].device}, the device of params[0]"
+            )
 
 
 def check_result(

@@ -29,7 +29,6 @@ from fisher_kernels.ops._step import (
     check_written,
     decays_of,
     found_on_device,
-    of_each,
     one_or_each,
     rates_of,
     real,
@@ -195,18 +194,18 @@ class _Sums(NamedTuple):
     products: bool = True
     weights: bool = True
 
-    def check_lists(self) -> None:
+    def check_lengths(self) -> None:
         lists = {"directions": self.directions, "momentum_buffers": self.momentum_buffers}
         check_lengths(_SUMS, self.params, lists)
+        if self.skipped is not None:
+            check_result(_SUMS, "skipped", self.skipped, torch.int64, (len(self.params),), device_of(self.params))
+
+    def check_lists(self) -> None:
         check_one_device(_SUMS, self.params)
         for i, (p, d, m) in enumerate(zip(*self[:3], strict=True)):
             check_floating(_SUMS, f"params[{i}]", p.dtype)
             check_like(_SUMS, f"directions[{i}]", d, ACCUMULATOR[p.dtype], i, p)
             check_like(_SUMS, f"momentum_buffers[{i}]", m, ACCUMULATOR[p.dtype], i, p)
-
-    def check_skipped(self) -> None:
-        if self.skipped is not None:
-            check_result(_SUMS, "skipped", self.skipped, torch.int64, (len(self.params),), device_of(self.params))
 
 
 def _new_sums(s: _Sums) -> Tensor:
@@ -214,8 +213,8 @@ def _new_sums(s: _Sums) -> Tensor:
 
 
 def _sums_fake(s: _Sums) -> Tensor:
+    s.check_lengths()
     s.check_lists()
-    s.check_skipped()
     return _new_sums(s)
 
 
@@ -242,7 +241,7 @@ def _sums_native(on: Native, s: _Sums) -> Tensor:
 def _sums_triton(s: _Sums) -> Tensor:
     from fisher_kernels.triton_kernels import capped_step
 
-    s.check_skipped()
+    s.check_lengths()
     if not s.params:
         return _sums_fake(s)
     return capped_step.add_up(s, _new_sums(s))
@@ -386,6 +385,10 @@ def _step_fake(s: _Step) -> tuple[Tensor, Tensor, Tensor]:
     return _results(s)
 
 
+def _of_each(values: Sequence[Any], s: _Step) -> Sequence[Any]:
+    return values if len(values) == len(s.params) else [*values] * len(s.params)
+
+
 def _members(s: _Step) -> list[range]:
     """The parameters of each layer."""
     firsts = [i for i, layer in enumerate(s.layers) if i == 0 or layer != s.layers[i - 1]]
@@ -400,7 +403,7 @@ def _step_reference(s: _Step) -> tuple[Tensor, Tensor, Tensor]:
     if s.found_inf is not None and bool(s.found_inf):
         return scale, factors, skipped
     layers = _members(s)
-    rates = [rate.to(scale.device, torch.float64).reshape(()) for rate in of_each(s.lr, s.params)]
+    rates = [rate.to(scale.device, torch.float64).reshape(()) for rate in _of_each(s.lr, s)]
     taken = [bool(s.sums[members.start : members.stop].isfinite().all()) for members in layers]
     total = torch.zeros_like(scale)
     for members in (members for members, takes in zip(layers, taken, strict=True) if takes):
@@ -408,7 +411,7 @@ def _step_reference(s: _Step) -> tuple[Tensor, Tensor, Tensor]:
             total += rates[i] ** 2 * s.sums[i, 0]
     if s.kl_clip is not None and not total.abs() <= s.kl_clip:
         scale.copy_((s.kl_clip / total.abs()).sqrt() if total.isfinite() else 0)
-    caps, decays = of_each(s.max_relative_step, s.params), of_each(s.weight_decay, s.params)
+    caps, decays = _of_each(s.max_relative_step, s), _of_each(s.weight_decay, s)
     for layer, members in enumerate(layers):
         if not taken[layer]:
             factors[layer] = 0

@@ -18,14 +18,12 @@ from fisher_kernels.ops._step import (
     check_lengths,
     check_like,
     check_lists,
-    check_one_device,
     check_one_element,
     check_one_or_each,
-    check_rates,
+    check_rate,
     check_written,
     decays_of,
     found_on_device,
-    of_each,
     rates_of,
 )
 
@@ -74,9 +72,11 @@ class _Step(NamedTuple):
 
     def check_lists(self) -> None:
         check_lengths(_OP, self.params, {"grads": self.grads, "exp_avgs": self.exp_avgs, "steps": self.steps})
-        check_one_device(_OP, self.params)
+        device = device_of(self.params)
         for i, (p, g, m, t) in enumerate(zip(*self[:4], strict=True)):
             check_floating(_OP, f"params[{i}]", p.dtype)
+            if p.device != device:
+                raise ValueError(f"{_OP}: params[{i}] is on {p.device}, expected {device}, the device of params[0]")
             check_like(_OP, f"grads[{i}]", g, p.dtype, i, p)
             check_like(_OP, f"exp_avgs[{i}]", m, ACCUMULATOR[p.dtype], i, p)
             check_count(_OP, i, t, p)
@@ -84,6 +84,12 @@ class _Step(NamedTuple):
             check_written(_OP, f"exp_avgs[{i}]", m)
         for name, tensors in (("params", self.params), ("exp_avgs", self.exp_avgs), ("steps", self.steps)):
             check_distinct(_OP, name, tensors)
+
+    def check_rates(self) -> None:
+        """The values of learning rates; what is the same tensor as the one before is not read again."""
+        for i, rate in enumerate(self.lr):
+            if i == 0 or rate is not self.lr[i - 1]:
+                check_rate(_OP, rate, f"lr[{i}]")
 
 
 def _results(s: _Step) -> tuple[Tensor, Tensor]:
@@ -103,9 +109,10 @@ def _fake(s: _Step) -> tuple[Tensor, Tensor]:
 
 def _reference(s: _Step) -> tuple[Tensor, Tensor]:
     skipped, squares = (x.zero_() for x in _fake(s))  # squares of the corrected moments
-    check_rates(_OP, s.lr)
+    s.check_rates()
     count = len(s.params)
-    rates, decays = of_each(s.lr, s.params), of_each(s.weight_decay, s.params)
+    rates = s.lr if len(s.lr) == count else [*s.lr] * count
+    decays = s.weight_decay if len(s.weight_decay) == count else [*s.weight_decay] * count
     products = torch.zeros_like(squares)  # of corrected moments and gradients
     if s.found_inf is not None and bool(s.found_inf):
         return skipped, squares
@@ -168,7 +175,7 @@ def _triton(s: _Step) -> tuple[Tensor, Tensor]:
     from fisher_kernels.triton_kernels import sofim_step
 
     s.check_numbers()
-    check_rates(_OP, s.lr)
+    s.check_rates()
     nothing, found_inf = found_on_device(s.found_inf, device_of(s.params))
     if nothing or not s.params:
         s.check_lists()
@@ -263,8 +270,8 @@ def sofim_step_(
         s = _Step(
             list(params), list(grads), list(exp_avgs), list(steps),
             lr=rates_of(_OP, lr), beta=beta, rho=rho, direction=direction, scope=scope,
-            weight_decay=decays_of(_OP, weight_decay), decoupled=decoupled, maximize=maximize,
-            grad_scale=grad_scale, found_inf=found_inf,
+            weight_decay=decays_of(_OP, weight_decay), decoupled=decoupled, maximize=maximize, grad_scale=grad_scale,
+            found_inf=found_inf,
         )  # fmt: skip
     except TypeError:
         check_lists(_OP, dict(zip(_Step._fields, (params, grads, exp_avgs, steps), strict=False)))

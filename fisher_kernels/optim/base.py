@@ -83,6 +83,9 @@ class FisherOptimizer(Optimizer):
     moment: ClassVar[str]
     """State: the moment of a parameter, of its shape."""
 
+    statistics_state: ClassVar[tuple[str, ...]] = ()
+    """State: what is averaged of a layer's statistics, and what is made of it."""
+
     later: ClassVar[Mapping[str, Any]] = {}
     """Hyperparameters that states saved by earlier versions lack -> as what they load."""
 
@@ -327,7 +330,8 @@ class FisherOptimizer(Optimizer):
                 )
             self._check_group(dict(group))
         for number, state in state_dict["state"].items():
-            if state and self.moment not in state:
+            # A frozen weight may have nothing but the statistics that serve its bias.
+            if self.moment not in state and not state.keys() <= set(self.statistics_state):
                 raise ValueError(
                     f"the state is that of another optimizer: that of parameter {number!r} has {', '.join(state)}, "
                     f"expected {self.moment!r} among them"

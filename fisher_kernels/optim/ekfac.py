@@ -143,11 +143,8 @@ class AdamBases(FactorBases):
     def observe(self, pair: Pair, gradients: Mapping[Parameter, Tensor], going_on: float | Tensor) -> None:
         """Average the squares of the gradient of a batch in; not if ``going_on`` is 0."""
         state, beta2 = self.averages(pair), self.groups[pair.owner]["beta2"]
-        squares = self.into(pair, pair.matrices(gradients.get)).square_()
-        for bias in range(1, len(pair.biases)):
-            if pair.biases[bias] in gradients:
-                squares += self.into(pair, pair.matrices(gradients.get, bias)).square_()
-        _average(state[MOMENTS], squares, beta2, going_on)
+        squares = [self.into(pair, matrices).square() for _, matrices in pair.given(gradients.get)]
+        _average(state[MOMENTS], torch.stack(squares).sum(0) if len(squares) > 1 else squares[0], beta2, going_on)
         state[MOMENT_UPDATES].add_(going_on)
 
     def _apply(self, pair: Pair, matrices: Tensor) -> Tensor:
@@ -329,7 +326,8 @@ class EKFACAdam(KroneckerOptimizer):
 
     def _move(self, params: list[Parameter], stays: Mapping[Parameter, Tensor], found_inf: Tensor | None) -> None:
         gradients, self._gradients = self._gradients, {}
-        going_on = 1.0 if found_inf is None else 1 - found_inf.double().reshape(())
+        # On the CPU there is no step where it is not 0.
+        going_on = 1.0 if found_inf is None or found_inf.is_cpu else 1 - found_inf.double().reshape(())
         for pair in self._factors.pairs:
             mine = {p: gradients[p] for p in pair.params if p in gradients}
             if mine:

@@ -150,12 +150,13 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
         for pair in self._factors.pairs:
             if pair.holds(p):
                 self._factors.averages(pair)
-                if self.moment not in self.state[pair.owner]:  # which may be frozen
-                    self._make_state(pair.owner)
 
     def _fold(self, taken: list[tuple[int, Sums]], grad_scale: Tensor | None) -> None:
         means = [(index, self.statistics.sites[index].rule.means(sums)) for index, sums in taken]
         self._average(means, grad_scale)
+        for p in self._groups:  # one that keeps statistics for others may be frozen
+            if self.state.get(p) and self.moment not in self.state[p]:
+                self._make_state(p)
         self._renew()
 
     def _average(self, means: list[tuple[int, Means]], grad_scale: Tensor | None) -> None:

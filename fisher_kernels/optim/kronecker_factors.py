@@ -28,10 +28,9 @@ MOMENTS = "second_moment"
 MOMENT_UPDATES = "moment_updates"
 """State: how many batches the second moments are of, their first estimate from the factors being one."""
 
-JITTER = 1e-4
-"""Added once to twice, from the first row to the last, to the diagonal of a factor of mean eigenvalue 1 before its
-eigenvectors are found. It chooses among directions that a factor of few rows does not tell apart, which rounding would
-choose else."""
+JITTER = 1e-6
+"""Added to the diagonal of a factor of mean eigenvalue 1 before its eigenvectors are found, which it does not change: a
+factor of few rows is singular to the last bit, and some solvers do not take that."""
 
 
 @dataclass(eq=False)
@@ -74,6 +73,16 @@ class Pair:
             return body
         last = body.new_zeros((groups, rows, 1)) if beside is None else beside.reshape(groups, rows, 1)
         return torch.cat([body, last], 2)
+
+    def given(self, of: Callable[[Parameter], Tensor | None]) -> Iterator[tuple[int, Tensor]]:
+        """For each bias for which, or for whose weight, anything is given: its number, and that as matrices.
+
+        The first bias lies beside the weight, the others alone.
+        """
+        for bias in range(max(1, len(self.biases))):
+            members = (*(() if bias or self.weight is None else (self.weight,)), *self.biases[bias : bias + 1])
+            if any(of(p) is not None for p in members):
+                yield bias, self.matrices(of, bias)
 
     def split(self, matrices: Tensor, bias: int = 0) -> Iterator[tuple[Parameter, Tensor]]:
         """What matrices say of the weight and one bias."""
@@ -211,7 +220,7 @@ class KroneckerFactors:
     def couple(self) -> None:
         """Find out which weights and biases are stepped together: those of one group that both have a gradient."""
         for pair in self.pairs:
-            if not pair.biases:
+            if not pair.rule.bias:
                 continue
             live = [p for p in pair.params if p.grad is not None and p not in self._aside]
             groups = {id(self.groups[p]) for p in live}
@@ -278,15 +287,10 @@ class KroneckerFactors:
         def of(p: Parameter) -> Tensor | None:
             return vectors.get(p) if self.serves(p) else None
 
-        for bias in range(max(1, len(pair.biases))):
-            if (not bias and pair.weight is not None and of(pair.weight) is not None) or (
-                pair.biases and of(pair.biases[bias]) is not None
-            ):
-                matrices = pair.matrices(of, bias)
-                direction = self._apply(pair, matrices)
-                for p, d in pair.split(direction, bias):
-                    if of(p) is not None:
-                        yield p, d
+        for bias, matrices in pair.given(of):
+            for p, d in pair.split(self._apply(pair, matrices), bias):
+                if of(p) is not None:
+                    yield p, d
 
     def _apply(self, pair: Pair, matrices: Tensor) -> Tensor:
         """F^-1 of matrices (groups, rows, columns)."""
@@ -344,8 +348,6 @@ def _invert_into(out: Tensor, factor: Tensor, damping: Tensor) -> Tensor:
 class FactorBases(KroneckerFactors):
     r"""The eigenvectors of both factors, in float64 where float32 finds none.
 
-    Those of ``factor / mean eigenvalue + J`` are meant, J being diagonal, 1e-4 in the first row to 2e-4 in the last.
-
     ``state[owner]`` has ``row_basis`` and ``column_basis``, identities at first, and ``second_moment`` in that basis,
     (groups, rows, columns). In a new basis a second moment becomes what it would be if its entries were uncorrelated:
 
@@ -368,9 +370,9 @@ class FactorBases(KroneckerFactors):
                 new = _eigenvectors(factor, apart=side == "column" and pair.rule.bias and pair.coupled is False)
                 if new is None:
                     bad += 1
-                    continue
-                turns[-1] = (new.mT @ old).square_()
-                old.copy_(new)
+                elif not torch.equal(new, old):  # a basis that is made again from the same factor
+                    turns[-1] = (new.mT @ old).square_()
+                    old.copy_(new)
         self._turn(pair, state, turns)
         return bad
 
@@ -416,14 +418,13 @@ def _eigenvectors(factor: Tensor, apart: bool) -> Tensor | None:
         return whole
     mean = mean_eigenvalue(factor)[:, None, None]
     scaled = torch.where(mean == 0, 0.0, factor / mean)
-    grades = torch.linspace(1, 2, factor.shape[1], dtype=factor.dtype, device=factor.device)
-    scaled.diagonal(dim1=1, dim2=2).add_(JITTER * grades)
+    scaled.diagonal(dim1=1, dim2=2).add_(JITTER)
     for dtype in (factor.dtype, torch.float64):
         try:
             vectors = torch.linalg.eigh(scaled.to(dtype)).eigenvectors
         except torch.linalg.LinAlgError:
             continue
-        if not vectors.is_cpu or bool(vectors.isfinite().all()):
+        if bool(vectors.isfinite().all()):
             return vectors.to(factor.dtype)
     return None
 

@@ -50,9 +50,6 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
     rule_kind: ClassVar[type[Rule]]
     """The base of the rules that it reads."""
 
-    statistics_state: ClassVar[tuple[str, ...]]
-    """State: what is averaged of a layer's statistics, and what is made of it."""
-
     _unknown: Collection[str] = ()  # parameters that functions may be seen on in the first refresh
     _looked_at = -1  # so many optimizers had been attached to models when others were looked for
 
@@ -258,8 +255,11 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
     def _is_as_noted(self) -> bool:
         for there, name, value in self._places:
             found = there.get(name)
-            # What has no gradient may be there for a while, as in a functional call; None is no other parameter.
+            # What has no gradient may be there for a while, as in a functional call.
             if found is not value and (isinstance(value, nn.Module) or getattr(found, "grad", None) is not None):
+                return False
+            # It may be there under another name, as pruning has it.
+            if found is None and all(p is not value for p in self._model.parameters()):
                 return False
         return True
 
@@ -369,6 +369,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             self._warn_if_silent()
         self._note_unused({index for index, _ in taken})
         self._require_served()
+        self._warn_of_parts()
         self._fold(taken, grad_scale)
         self._update(grad_scale, found_inf)
         for group in self.param_groups:
@@ -455,6 +456,19 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         still = {(layer.owner, layer.rule.layout) for layer in self._find_layers()}
         sites = self.statistics.sites
         self._forget(site.owner for site in sites if (site.owner, site.rule.layout) not in still)
+
+    def _warn_of_parts(self) -> None:
+        """Say once which parameters are served by what layers give, and go into functions besides."""
+        if not self.statistics.parts or self._fallback != "warn":
+            return
+        served = self._layers_of().keys() - self._unserved.without_use(self.statistics.layers())
+        parts = [name for name, p in self._names() if p in served and p in self.statistics.parts]
+        if parts:
+            self._warn_once(
+                f"parts {shown(parts)}",
+                f"functions without a rule apply parameters that layers serve too, and what they do is left out of the "
+                f"statistics: {shown(parts)}; print(optimizer.explain()) shows each",
+            )
 
     def _note_unused(self, taken: set[int]) -> None:
         """Let layers that have a gradient and gave no statistics take a fallback, until they are used.

@@ -128,7 +128,11 @@ class SampledLabels(LayerwiseOptimizer[R]):
             derivative = DISTRIBUTIONS[distribution](y.reshape(-1, y.shape[-1]), self._generator(y.device))
             derivative = derivative.reshape(output.shape if single else y.shape)
             derivative = derivative if single else derivative.movedim(-1, dim)
-        wanted = list(dict.fromkeys(p for layer in self.statistics.layers() for p in _cheapest(layer.parameters)))
+        sites = [self.statistics.sites[index] for index in sorted(self.statistics.armed)]
+        layers = [layer for site in sites for layer in site.layers]
+        wanted = list(dict.fromkeys(p for layer in layers for p in _cheapest(layer.parameters)))
+        if not wanted:
+            return
         with self.statistics.sampling(), self._of_terms(y.shape[:-1].numel()):
             torch.autograd.grad(output, wanted, derivative.to(output.dtype), retain_graph=True, allow_unused=True)
 

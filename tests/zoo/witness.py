@@ -10,7 +10,7 @@ the gradients that the model's backward pass left. Statistics made from it by th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -27,7 +27,7 @@ from tests.layer_cases import Conv1D
 ROUNDING = 1e-9
 """Of sums in float64, in another order."""
 SINGLE = 1e-5
-"""Of norms that work in float32 whatever they are given, and of gradients that came through a cast to it."""
+"""Of norms that work in float32 whatever they are given."""
 
 
 class Output:
@@ -53,7 +53,6 @@ class Call:
         parameters: of the model, by role. The module has the same, but for a stack of matrices: its weight is one
             matrix then, with the rows of all.
         turn: what makes the derivative by the module's output of that by ``out``.
-        single: parameters that the model casts to float32 somewhere.
     """
 
     plain: Any
@@ -61,7 +60,6 @@ class Call:
     out: Output
     parameters: dict[str, Parameter]
     turn: Callable[[Tensor], Tensor] = lambda grad: grad
-    single: set[Parameter] = field(default_factory=set)
 
     @property
     def grad(self) -> Tensor:
@@ -222,7 +220,6 @@ class Witness(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self._single: set[Parameter] = set()
         self._stacks: dict[Parameter, Parameter] = {}
         self._picked: dict[int, tuple[Tensor, Call]] = {}  # what embeddings made, by its identity
         self._tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -274,8 +271,6 @@ class Witness(TorchFunctionMode):
                 self._add(*_linear(right.mT, weight), out, lambda grad: grad.mT)
         elif func is Tensor.__getitem__ and {args[0]} & self._tables and not isinstance(args[1], tuple):
             self._add(*_embedding(torch.arange(len(args[0]))[args[1]], args[0]), out)
-        elif func is Tensor.float and isinstance(args[0], Parameter):
-            self._single.add(args[0])
         elif func in SUMS:
             for term in args[:2]:
                 self._broadcast(term, out)
@@ -316,7 +311,7 @@ class Witness(TorchFunctionMode):
             parameters = {role: p for role, p in plain._parameters.items() if p is not None}
         if any(p.requires_grad for p in parameters.values()):
             # A copy: what is written to the input later is not what was read.
-            self.calls.append(Call(plain, x.detach().clone(), Output(out), parameters, turn, self._single))
+            self.calls.append(Call(plain, x.detach().clone(), Output(out), parameters, turn))
 
     def seen(self) -> list[Call]:
         """The calls that the backward pass came to."""
@@ -371,7 +366,6 @@ class Account:
     def __init__(self, calls: Sequence[Call], names: dict[Parameter, str]) -> None:
         self.explained = explained(calls)
         self.names = names
-        self.single = {p for call in calls for p in call.single}
         # A gradient that is zero but for rounding, as of a shift in front of a norm, is small beside others.
         self.floor = 1e-4 * max(float(p.grad.abs().max()) for p in names if p.grad is not None and p.numel())
 
@@ -380,8 +374,7 @@ class Account:
             if p.grad is not None:
                 name = self.names[p]
                 assert p in self.explained, f"{name} has a gradient that no call explains"
-                within = max(tolerance, SINGLE) if p in self.single else tolerance
-                require_close(f"gradient of {name}", self.explained[p], p.grad, within, self.floor)
+                require_close(f"gradient of {name}", self.explained[p], p.grad, tolerance, self.floor)
 
 
 # Statistics.
