@@ -19,7 +19,7 @@ OUT = build/demo
 TASKS = digits autoencoder text
 
 # The demo: optimizers against the clock, in seconds of training for each run, on the autoencoder.
-DEMO = adamw,mbf
+DEMO = adamw,mbf,kfac
 DEMO_BUDGET = 4
 
 ifdef PYTHON
@@ -59,7 +59,7 @@ endif
 .PHONY: help demo test test-all fuzz mutants bench gpu gpu-sanitize results models inspect docs lint build dist wheels clean FORCE
 
 help:
-	@echo 'make demo    trains an autoencoder with AdamW and MBF, against the clock (half a minute)'
+	@echo 'make demo    trains an autoencoder with AdamW, MBF and KFAC, against the clock (under a minute)'
 	@echo 'make test    runs the tests'
 	@echo 'make test-all  runs every case of every test, some under sanitizers'
 	@echo 'make fuzz    draws 10,000 calls of each op at random, next to definitions of their own'

@@ -49,6 +49,9 @@ HYPERPARAMETERS: dict[str, dict[str, float]] = {
     "mbf": {"lr": 1e-3, "weight_decay": 1e-2},
     "adafisherw:release": {"lr": 3e-4, "weight_decay": 1e-2},
     "sofim": {"lr": 0.3, "weight_decay": 5e-4},
+    "kfac": {"lr": 0.3, "weight_decay": 1e-2},
+    "ekfac": {"lr": 0.03, "weight_decay": 1e-2},
+    "ekfacadam": {"lr": 1e-2, "weight_decay": 1e-2},
 }
 
 

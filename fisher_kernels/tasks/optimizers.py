@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from fisher_kernels.optim import MBF, SOFIM, AdaFisher, AdaFisherW
+from fisher_kernels.optim import EKFAC, KFAC, MBF, SOFIM, AdaFisher, AdaFisherW, EKFACAdam
 from fisher_kernels.tasks.options import Option, options
 from fisher_kernels.tasks.task import Hyperparameters, Task
 
@@ -63,6 +63,9 @@ OPTIMIZERS: Mapping[str, Entry] = {
     "adafisherw": Entry("AdaFisherW", AdaFisherW),
     "mbf": Entry("MBF", MBF),
     "sofim": Entry("SOFIM", SOFIM, _parameters),
+    "kfac": Entry("KFAC", KFAC, defaults={"fisher": "sampled"}),
+    "ekfac": Entry("EKFAC", EKFAC, defaults={"fisher": "sampled"}),
+    "ekfacadam": Entry("EKFACAdam", EKFACAdam),
 }
 
 
