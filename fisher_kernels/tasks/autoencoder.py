@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fisher_kernels.tasks import digit_images, pixels
-from fisher_kernels.tasks.task import Batch, Task
+from fisher_kernels.tasks.task import Batch, Hyperparameters, Task
 
 WIDTHS = (64, 500, 250, 30)
 
-HYPERPARAMETERS = {
+HYPERPARAMETERS: dict[str, Hyperparameters] = {
     "adamw": {"lr": 3e-3, "weight_decay": 1e-2},
     "sgd": {"lr": 3e-2, "weight_decay": 5e-4},
     "adafisher": {"lr": 3e-3, "weight_decay": 5e-4},

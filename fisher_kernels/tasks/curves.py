@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fisher_kernels.tasks import pixels
-from fisher_kernels.tasks.task import Batch, Task, shuffled
+from fisher_kernels.tasks.task import Batch, Hyperparameters, Task, shuffled
 
 WIDTHS = (784, 400, 200, 100, 50, 25, 6)
 SIDE = 28
@@ -38,7 +38,7 @@ INK = 0.9
 # apart, and a pixel on the curve between two of them has at least 0.78 of its ink.
 POINTS = 96
 
-HYPERPARAMETERS: dict[str, dict[str, float]] = {
+HYPERPARAMETERS: dict[str, Hyperparameters] = {
     "adamw": {"lr": 1e-3, "weight_decay": 1e-2},
     "sgd": {"lr": 1e-2, "weight_decay": 5e-4},
     "adafisher": {"lr": 1e-3, "weight_decay": 5e-4},

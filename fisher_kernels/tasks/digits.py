@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fisher_kernels.tasks import digit_images
-from fisher_kernels.tasks.task import Figures, Metric, Task, evaluation, seeded
+from fisher_kernels.tasks.task import Figures, Hyperparameters, Metric, Task, evaluation, seeded
 
-HYPERPARAMETERS = {
+HYPERPARAMETERS: dict[str, Hyperparameters] = {
     "adamw": {"lr": 3e-3, "weight_decay": 1e-2},
     "sgd": {"lr": 3e-2, "weight_decay": 5e-4},
     "adafisher": {"lr": 3e-3, "weight_decay": 5e-4},

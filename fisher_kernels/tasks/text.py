@@ -15,7 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fisher_kernels.tasks.task import Batch, Figures, Metric, Task, evaluation, generator, seeded, shuffled
+from fisher_kernels.tasks.task import (
+    Batch,
+    Figures,
+    Hyperparameters,
+    Metric,
+    Task,
+    evaluation,
+    generator,
+    seeded,
+    shuffled,
+)
 
 CONTEXT = 128
 WIDTH = 64
@@ -24,7 +34,7 @@ BLOCKS = 2
 BYTES = 256
 HELD_OUT = 0.1
 
-HYPERPARAMETERS = {
+HYPERPARAMETERS: dict[str, Hyperparameters] = {
     "adamw": {"lr": 1e-2, "weight_decay": 1e-2},
     "sgd": {"lr": 0.3, "weight_decay": 5e-4},
     "adafisher": {"lr": 1e-2, "weight_decay": 5e-4},
