@@ -51,7 +51,7 @@ class EKFAC(KFAC):
 
     Args:
         model, momentum, kl_clip, max_relative_step, beta2, update_interval, inverse_interval, refresh, ramp, fisher,
-        max_factor_size, sequence, loss_reduction, weight_decay, decoupled, maximize, params, grad_scaler,
+        max_factor_size, sequence, loss_reduction, loss_terms, weight_decay, decoupled, maximize, params, grad_scaler,
         process_group, fallback, rules: as in :class:`KFAC`.
         lr: learning rate, a number or a tensor of one element.
         damping: added to V, and to the diagonal of blocks, in the units of squared per-sample gradients.
@@ -84,6 +84,7 @@ class EKFAC(KFAC):
         max_factor_size: int = 4096,
         sequence: Literal["expand", "reduce"] = "expand",
         loss_reduction: Literal["mean", "sum"] = "mean",
+        loss_terms: Literal["rows", "samples"] = "rows",
         weight_decay: float = 0.0,
         decoupled: bool = True,
         maximize: bool = False,
@@ -109,6 +110,7 @@ class EKFAC(KFAC):
             max_factor_size=max_factor_size,
             sequence=sequence,
             loss_reduction=loss_reduction,
+            loss_terms=loss_terms,
             weight_decay=weight_decay,
             decoupled=decoupled,
             maximize=maximize,
@@ -196,7 +198,8 @@ class EKFACAdam(KroneckerOptimizer):
 
     Args:
         model, update_interval, inverse_interval, refresh, ramp, fisher, max_factor_size, sequence, loss_reduction,
-        weight_decay, decoupled, maximize, params, grad_scaler, process_group, fallback, rules: as in :class:`KFAC`.
+        loss_terms, weight_decay, decoupled, maximize, params, grad_scaler, process_group, fallback, rules: as in
+            :class:`KFAC`.
         lr: learning rate, a number or a tensor of one element.
         beta1: decay of the moment, 0 <= beta1 < 1.
         beta2: decay of V and of the factors, 0 <= beta2 < 1.
@@ -233,6 +236,7 @@ class EKFACAdam(KroneckerOptimizer):
         max_factor_size: int = 4096,
         sequence: Literal["expand", "reduce"] = "expand",
         loss_reduction: Literal["mean", "sum"] = "mean",
+        loss_terms: Literal["rows", "samples"] = "rows",
         weight_decay: float = 0.0,
         decoupled: bool = True,
         maximize: bool = False,
@@ -256,6 +260,7 @@ class EKFACAdam(KroneckerOptimizer):
             "max_factor_size": max_factor_size,
             "sequence": sequence,
             "loss_reduction": loss_reduction,
+            "loss_terms": loss_terms,
             "weight_decay": weight_decay,
             "decoupled": decoupled,
             "maximize": maximize,

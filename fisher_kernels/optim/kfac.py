@@ -90,8 +90,10 @@ class KFAC(KroneckerOptimizer):
         max_factor_size: wider factors are diagonal.
         sequence: what a Linear takes for a sample on inputs of three dimensions or more: ``"expand"`` every row;
             ``"reduce"`` the mean of a sample's inputs and the sum of its derivatives.
-        loss_reduction: ``"mean"`` or ``"sum"``: how the loss makes one number of its terms. Their number M is that of
-            the rows of the last layer's output that have a derivative.
+        loss_reduction: ``"mean"`` or ``"sum"``: how the loss makes one number of its terms.
+        loss_terms: what these are. ``"rows"``: the rows of the model's output that have a derivative, pixels or tokens
+            for instance; ``"samples"``: the entries of its first dimension that have one, for a loss that pools the
+            others itself.
         weight_decay: at least 0.
         decoupled: decay the weights rather than add the decay to the gradient.
         maximize: ascend.
@@ -136,6 +138,7 @@ class KFAC(KroneckerOptimizer):
         max_factor_size: int = 4096,
         sequence: Literal["expand", "reduce"] = "expand",
         loss_reduction: Literal["mean", "sum"] = "mean",
+        loss_terms: Literal["rows", "samples"] = "rows",
         weight_decay: float = 0.0,
         decoupled: bool = True,
         maximize: bool = False,
@@ -160,6 +163,7 @@ class KFAC(KroneckerOptimizer):
             "max_factor_size": max_factor_size,
             "sequence": sequence,
             "loss_reduction": loss_reduction,
+            "loss_terms": loss_terms,
             "weight_decay": weight_decay,
             "decoupled": decoupled,
             "maximize": maximize,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,7 +15,15 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim.optimizer import ParamsT
 
-from fisher_kernels.curvature.factor_rules import Context, Factoring, FactorRule, FactorRules, Means, TermRule
+from fisher_kernels.curvature.factor_rules import (
+    Context,
+    Factoring,
+    FactorRule,
+    FactorRules,
+    Means,
+    TermRule,
+    has_rows,
+)
 from fisher_kernels.curvature.operations import Choice
 from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.curvature.sites import Layer
@@ -83,12 +92,36 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
                     raise ValueError(f"{name} is {group[name]}, expected a finite number above 0, or None")
         require_choice(group, "sequence", ("expand", "reduce"))
         require_choice(group, "loss_reduction", ("mean", "sum"))
+        require_choice(group, "loss_terms", ("rows", "samples"))
 
     # Layers.
 
     def _watch(self, grad_scaler: Any, process_group: dist.ProcessGroup | None) -> None:
         self._rules = self._new_rules()
         super()._watch(grad_scaler, process_group)
+
+    def _rewatched(self) -> None:
+        if not isinstance(self._model, torch.jit.ScriptModule):
+            self.statistics.show_outputs(self._outputs())
+        super()._rewatched()
+
+    def _outputs(self) -> Iterator[tuple[nn.Module, Callable[[Any], None]]]:
+        """The model and its layers, trained or not, and what looks at the derivatives by what they make."""
+        expect = self._context.terms.expect
+        for module in self._model.modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                operation = self._operations.of(module)[0]
+                if has_rows(operation):
+                    yield module, partial(expect, operation)
+        yield self._model, partial(expect, None)
+
+    def _arm(self) -> None:
+        super()._arm()
+        kinds = {group["loss_terms"] for group in self.param_groups}
+        if len(kinds) > 1:
+            raise ValueError("loss_terms is 'rows' in some groups and 'samples' in others, expected one for all")
+        self._context.terms.wanted = bool(self.statistics.armed)
+        self._context.terms.of_samples = kinds == {"samples"}
 
     def _new_rules(self) -> FactorRules:
         self._rules = FactorRules(self._model, self._operations)

@@ -16,7 +16,7 @@ from tests.zoo.architecture import Architecture
 from tests.zoo.checks import trains
 from tests.zoo.shares import published_sizes, transfer
 
-READERS = ("AdaFisher", "MBF")
+READERS = ("AdaFisher", "MBF", "KFAC")
 WIDTH = 120
 GOAL = 0.95
 """Share of the parameters that rules serve of an architecture without an exemption."""
@@ -31,9 +31,9 @@ those that a small model with random weights showed after five steps of training
 in their forward passes that they compute what their class documents. The shares are counted at the published size.
 SOFIM needs no rules and serves every parameter.
 
-The tests train each of these architectures with AdaFisher, AdaFisherW, MBF and SOFIM, in float32 and under bfloat16
-autocast. The statistics of every layer that is served are compared with those of a plain rewriting of the model, which
-must have the model's gradients, and a checkpoint must go on to the same bits.
+The tests train each of these architectures with every optimizer, in float32 and under bfloat16 autocast. The
+statistics of every layer that is served are compared with those of a plain rewriting of the model, which must have the
+model's gradients, and a checkpoint must go on to the same bits.
 
 For your own model:
 
@@ -102,7 +102,7 @@ def page(counted: Sequence[Counted]) -> str:
         [
             HEAD,
             "## Shares\n",
-            markdown_table(header, overview, right=(2, 3, 4)),
+            markdown_table(header, overview, right=(2, 3, 4, 5)),
             textwrap.fill(caption, WIDTH) + "\n",
             "## What takes a fallback\n",
             _why(),
@@ -114,8 +114,8 @@ def page(counted: Sequence[Counted]) -> str:
 def _why() -> str:
     text = (
         "Everything that no rule of AdaFisher serves, by the class of the module that has it; `*` stands for a number. "
-        "What MBF alone leaves out is marked. Of a weight that several layers share one may be served and "
-        "another not, which is said too."
+        "What MBF or KFAC leaves out besides is marked. EKFAC and EKFACAdam read what KFAC reads. Of a weight that "
+        "several layers share one may be served and another not, which is said too."
     )
     return textwrap.fill(text, WIDTH) + "\n"
 
@@ -132,7 +132,9 @@ def _by_rule(kinds: Iterable[Kind], total: int) -> str:
 def _left(kinds: dict[str, list[Kind]], total: int) -> list[tuple[str, str, str, str]]:
     rows = [_row(kind, total, "") for kind in kinds["AdaFisher"] if kind.reason or kind.remark]
     without = {name for kind in kinds["AdaFisher"] if not kind.served for name in kind.names}
-    rows += [_row(kind, total, "MBF: ") for kind in kinds["MBF"] if not kind.served and not without & {*kind.names}]
+    for name in READERS[1:]:
+        found = (kind for kind in kinds[name] if not kind.served and not without & {*kind.names})
+        rows += [_row(kind, total, f"{name}: ") for kind in found]
     return rows
 
 
