@@ -113,9 +113,14 @@ def with_one(x: Tensor) -> Tensor:
     return torch.cat([x, torch.ones_like(x[..., :1])], -1)
 
 
-def terms_of(use: Use) -> int:
-    """Rows of the output of the last layer that have a derivative."""
+def terms_of(use: Use, output: Tensor | None) -> int:
+    """Rows of the model's output that have a derivative, and of the last layer's where these are the same numbers."""
     module, s = use.module, use.s
+    if output is not None and output.grad is not None and output.numel() != s.numel():
+        d = output.grad
+        if d.dim() > 2:
+            d = (d if is_matrix(module) else d.movedim(1, -1)).flatten(0, -2)
+        return int((d.reshape(len(d), -1) != 0).any(1).sum())
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         rows = s.reshape(-1, math.prod(module.normalized_shape))
     elif is_matrix(module) or isinstance(module, nn.Embedding):
@@ -189,6 +194,13 @@ class NaiveKFAC:
         self.scale = 1.0
         self.caps: list[float] = []
         self.blocks = list(self._blocks(model))
+        self.output: Tensor | None = None
+        model.register_forward_hook(self._keep_output)
+
+    def _keep_output(self, model: nn.Module, args: Any, output: Any) -> None:
+        if self.listening and isinstance(output, Tensor) and output.requires_grad:
+            output.retain_grad()
+            self.output = output
 
     def _blocks(self, model: nn.Module) -> Iterator[Block]:
         served: set[int] = set()
@@ -247,7 +259,7 @@ class NaiveKFAC:
         for use in new:
             use.backward = 0
         if new:
-            self.terms += terms_of(new[-1])
+            self.terms += terms_of(new[-1], self.output)
 
     def _mean(self, block: Block) -> bool:
         return bool(block.group["loss_reduction"] == "mean")
