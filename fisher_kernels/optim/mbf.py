@@ -420,15 +420,15 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         """Say which layers take steps along curvature that is out of date."""
         if not (caps < FAR).any():
             return
-        names, far = {p: name for name, p in self._names()}, (caps < FAR).tolist()
-        group = self._groups[next(p for p, is_far in zip(plan.params, far, strict=True) if is_far)]
+        names = {p: name for name, p in self._names()}
+        far = [p for p, cap in zip(plan.params, caps.tolist(), strict=True) if cap < FAR]
+        group = self._groups[far[0]]
         self._warn_once(
             "far",
-            f"steps of {shown([names[p] for p, is_far in zip(plan.params, far, strict=True) if is_far])} were more than "
-            f"{1 / FAR:g} times as long as max_relative_step={group['max_relative_step']} lets them be, and were "
-            f"shortened: their curvature is out of date. refresh='ramp' or less than "
-            f"inverse_interval={group['inverse_interval']} keep it fresh, kl_along='momentum' and a smaller kl_clip or "
-            "lr make steps shorter",
+            f"steps of {shown([names[p] for p in far])} were more than {1 / FAR:g} times as long as "
+            f"max_relative_step={group['max_relative_step']} lets them be, and were shortened: their curvature is out "
+            f"of date. refresh='ramp' or less than inverse_interval={group['inverse_interval']} keep it fresh, "
+            "kl_along='momentum' and a smaller kl_clip or lr make steps shorter",
         )
 
     def _plan(self, groups: list[dict[str, Any]]) -> _Plan:
