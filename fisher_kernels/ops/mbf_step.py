@@ -543,7 +543,8 @@ def mbf_step_(
             layers=None if layers is None else list(layers), grad_scale=grad_scale, found_inf=found_inf,
         )  # fmt: skip
     except TypeError:
-        check_lists(_OP, dict(zip(_Step._fields, (params, grads, momentum_buffers, inverses), strict=False)))
+        given = dict(zip(_Step._fields, (params, grads, momentum_buffers, inverses), strict=False))
+        check_lists(_OP, given if layers is None else {**given, "layers": layers})
         raise
     skipped, scale, caps = _step(s)
     return skipped, scale, caps
