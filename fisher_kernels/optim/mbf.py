@@ -27,9 +27,9 @@ from fisher_kernels.ops._blocks import unpack
 from fisher_kernels.optim.base import Counters, count, require_memory, totals
 from fisher_kernels.optim.fisher_blocks import ASIDE, STATE, STORAGES, FisherBlocks, New, Unit
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
-from fisher_kernels.optim.layerwise import LayerwiseOptimizer
 from fisher_kernels.optim.measure import Costs, measure
 from fisher_kernels.optim.refresh import RAMP, inverts, is_due
+from fisher_kernels.optim.sampled import SampledLabels
 from fisher_kernels.optim.unserved import shown
 from fisher_kernels.optim.warn import warn_once
 
@@ -46,7 +46,7 @@ MUCH = 1 << 30
 """Bytes of the blocks of one layer above which they are worth a warning."""
 
 
-class MBF(LayerwiseOptimizer[BlockRule]):
+class MBF(SampledLabels[BlockRule]):
     r"""MBF: heavy-ball momentum preconditioned by a block-diagonal empirical Fisher matrix of many small blocks.
 
     With :math:`g_n` the gradient of sample n in one small group of weights, and λ the weight decay:
@@ -108,6 +108,8 @@ class MBF(LayerwiseOptimizer[BlockRule]):
             they are from the beginning.
         ramp: over how many steps they grow: after a refresh in step t the next one comes ``1 + floor((interval - 1)
             min(1, t / ramp))`` steps later, and inverses are made in steps that bring statistics.
+        fisher: ``"empirical"``: blocks of the labels of the data; ``"sampled"``: of labels drawn from the model's own
+            output, in :meth:`sample`.
         linear_blocks: blocks of so many columns of a Linear, shared by its outputs; ``"shared"``, one block of all of
             them, or, if there are more than 8192, blocks of 1024, with a warning; ``"per_output"``, one for each
             output, (O, I + 1, I + 1) numbers.
@@ -150,6 +152,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         "mask_zeros": False,
         "refresh": "constant",
         "ramp": RAMP,
+        "fisher": "empirical",
         "kl_along": "gradient",
         "max_relative_step": None,
         "floor": FLOOR,
@@ -171,6 +174,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         inverse_interval: int = 20,
         refresh: Literal["ramp", "constant"] = "ramp",
         ramp: float = RAMP,
+        fisher: Literal["empirical", "sampled"] = "empirical",
         linear_blocks: Literal["shared", "per_output"] | int = 64,
         sequence: Literal["expand", "reduce"] = "expand",
         loss_reduction: Literal["mean", "sum"] = "mean",
@@ -199,6 +203,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
             "inverse_interval": inverse_interval,
             "refresh": refresh,
             "ramp": ramp,
+            "fisher": fisher,
             "linear_blocks": linear_blocks,
             "sequence": sequence,
             "loss_reduction": loss_reduction,
@@ -277,7 +282,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
 
     def _rule_for(self, module: nn.Module, owner: Parameter) -> BlockRule | None:
         group = self._groups[owner]
-        return self._rules(module, Sharing(group["linear_blocks"], group["sequence"], group["loss_reduction"]))
+        return self._rules(module, Sharing(group["linear_blocks"], group["sequence"], self._reduction(group)))
 
     def _layers_of(self) -> dict[Parameter, list[tuple[str, Layer[BlockRule]]]]:
         fallbacks = {part.owner for part in self._blocks.unruled}
@@ -452,7 +457,8 @@ class MBF(LayerwiseOptimizer[BlockRule]):
 
         Args:
             batches: what ``loss_fn`` takes, one after another, a DataLoader for one.
-            loss_fn: batch -> loss, with the reduction that ``loss_reduction`` says; it runs the model.
+            loss_fn: batch -> loss, with the reduction that ``loss_reduction`` says; it runs the model, and under
+                ``fisher="sampled"`` it calls :meth:`sample` with the output.
             progress: show a progress bar.
 
         Raises:
@@ -486,7 +492,10 @@ class MBF(LayerwiseOptimizer[BlockRule]):
                 for buffer, value in buffers.items():
                     buffer.copy_(value)
         if not sums:
-            raise ValueError("batches gave no finite statistics of any layer: were there any, and is the loss finite?")
+            drawn = ", and does loss_fn call sample(output)" if self.statistics.sampled else ""
+            raise ValueError(
+                f"batches gave no finite statistics of any layer: were there any, and is the loss finite{drawn}?"
+            )
         with torch.no_grad():
             for number, (total, samples) in sums.items():
                 part = self._blocks.parts[number]
