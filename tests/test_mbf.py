@@ -306,7 +306,9 @@ def test_one_nan_poisons_nothing() -> None:
 
 def test_storage_of_inverses() -> None:
     models = {storage: network() for storage in ("full", "packed", "bfloat16")}
-    optimizers = {storage: MBF(model, inverse_storage=storage) for storage, model in models.items()}
+    optimizers = {
+        storage: MBF(model, inverse_storage=storage, linear_blocks="shared") for storage, model in models.items()
+    }
     for storage, model in models.items():
         train(model, optimizers[storage], range(1))
     inverses = {s: optimizers[s].state[models[s][0].weight]["inverse_blocks"] for s in models}
@@ -631,7 +633,7 @@ def test_inputs_outlive_a_backward_that_ends_above_their_layer() -> None:
 @pytest.mark.filterwarnings("ignore:MBF.* of the trained parameters have no layer rule")
 def test_explain_names_blocks_and_fallbacks() -> None:
     model = network()
-    rows = {row.name: row for row in MBF(model).explain()}
+    rows = {row.name: row for row in MBF(model, linear_blocks="shared").explain()}
     assert rows["0.weight"].detail == "0.weight: 8 blocks of 9 x 9"
     assert rows["1.bias"].detail == "1.bias: beside its weight, 4 blocks of 2 x 2"
     assert rows["4.weight"].detail == "4.weight: beside its bias, 1 block of 65 x 65, shared by 6 rows"
@@ -672,7 +674,7 @@ def test_metrics_are_figures_of_the_inverses() -> None:
 
 def test_a_wide_linear_is_cut_and_named() -> None:
     with pytest.warns(UserWarning, match=r"model\.weight has 10,001 columns.*400,080,004 bytes.*linear_blocks="):
-        ours = MBF(nn.Linear(10_000, 2, device="meta"))
+        ours = MBF(nn.Linear(10_000, 2, device="meta"), linear_blocks="shared")
     assert "10 blocks of 1024 x 1024" in ours.explain()[0].detail
 
 
