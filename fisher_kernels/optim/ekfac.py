@@ -5,7 +5,6 @@ Source: George, Laurent, Bouthillier, Ballas and Vincent, arXiv 1806.03884.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
@@ -18,8 +17,9 @@ from torch.optim.optimizer import ParamsT
 from fisher_kernels.curvature.factor_rules import Elementwise, FactorRule, TermRule
 from fisher_kernels.curvature.operations import Choice
 from fisher_kernels.ops import ACCUMULATOR
-from fisher_kernels.optim.kfac import BLOCK_STATE, KFAC
-from fisher_kernels.optim.kronecker import KroneckerOptimizer
+from fisher_kernels.optim.adam_moments import average, unbiased
+from fisher_kernels.optim.kfac import BLOCK_STATE, KFAC, OTHERS_LR
+from fisher_kernels.optim.kronecker import KroneckerOptimizer, goes_on
 from fisher_kernels.optim.kronecker_factors import MOMENT_UPDATES, MOMENTS, UPDATES, FactorBases, FactorMoments, Pair
 from fisher_kernels.optim.refresh import RAMP
 
@@ -84,6 +84,8 @@ class EKFAC(KFAC):
         sequence: Literal["expand", "reduce"] = "expand",
         loss_reduction: Literal["mean", "sum"] = "mean",
         loss_terms: Literal["rows", "samples"] = "rows",
+        others: Literal["curvature", "adam"] = "curvature",
+        others_lr: float = OTHERS_LR,
         weight_decay: float = 0.0,
         decoupled: bool = True,
         maximize: bool = False,
@@ -110,6 +112,8 @@ class EKFAC(KFAC):
             sequence=sequence,
             loss_reduction=loss_reduction,
             loss_terms=loss_terms,
+            others=others,
+            others_lr=others_lr,
             weight_decay=weight_decay,
             decoupled=decoupled,
             maximize=maximize,
@@ -145,7 +149,7 @@ class AdamBases(FactorBases):
         """Average the squares of the gradient of a batch in; not if ``going_on`` is 0."""
         state, beta2 = self.averages(pair), self.groups[pair.owner]["beta2"]
         squares = [self.into(pair, matrices).square() for _, matrices in pair.given(gradients.get)]
-        _average(state[MOMENTS], torch.stack(squares).sum(0) if len(squares) > 1 else squares[0], beta2, going_on)
+        average(state[MOMENTS], torch.stack(squares).sum(0) if len(squares) > 1 else squares[0], beta2, going_on)
         state[MOMENT_UPDATES].add_(going_on)
 
     def _apply(self, pair: Pair, matrices: Tensor) -> Tensor:
@@ -154,23 +158,9 @@ class AdamBases(FactorBases):
         return self.out_of(pair, self.into(pair, matrices) / scale)
 
 
-def _average(old: Tensor, new: Tensor, decay: float, going_on: float | Tensor) -> None:
-    """Average a tensor in; not if ``going_on`` is 0, which may be known on the device alone."""
-    if isinstance(going_on, Tensor):
-        old.add_((new - old) * ((1 - decay) * going_on).to(old.device, old.dtype))
-    else:
-        old.mul_(decay).add_(new, alpha=1 - decay)
-
-
-def _unbiased(count: Tensor, decay: float) -> Tensor:
-    """The share of an average that has been filled since it was zero; 1 before the first."""
-    share = 1 - decay ** count.double()
-    return torch.where(share > 0, share, 1.0)
-
-
 def _root(moments: Tensor, count: Tensor, group: dict[str, Any]) -> Tensor:
     """What Adam divides by."""
-    filled = moments / _unbiased(count, group["beta2"]).to(moments.dtype)
+    filled = moments / unbiased(count, group["beta2"]).to(moments.dtype)
     return filled.add_(filled.mean() * group["damping"] + TINY).sqrt_()
 
 
@@ -309,28 +299,9 @@ class EKFACAdam(KroneckerOptimizer):
         self._gradients.update(gradients)
         return skipped
 
-    def _gradient(
-        self, p: Parameter, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The gradient in the precision of the state, zero where it is bad, and where that is; None for nowhere."""
-        assert p.grad is not None
-        gradient = p.grad.to(ACCUMULATOR[p.dtype])
-        if grad_scale is not None:
-            gradient = gradient / grad_scale.to(gradient.device, gradient.dtype)
-        gradient = -gradient if group["maximize"] else gradient
-        if group["weight_decay"] and not group["decoupled"]:
-            gradient = gradient.add(p.to(gradient.dtype), alpha=group["weight_decay"])
-        # A sum that overflows though no element does costs a second look, nothing else.
-        if found_inf is None and gradient.is_cpu and math.isfinite(float(gradient.sum())):
-            return gradient, None
-        bad = ~gradient.isfinite()
-        bad = bad if found_inf is None else bad | found_inf.to(bad.device).bool()
-        return gradient.masked_fill(bad, 0.0), bad
-
     def _move(self, params: list[Parameter], stays: Mapping[Parameter, Tensor], found_inf: Tensor | None) -> None:
         gradients, self._gradients = self._gradients, {}
-        # On the CPU there is no step where it is not 0.
-        going_on = 1.0 if found_inf is None or found_inf.is_cpu else 1 - found_inf.double().reshape(())
+        going_on = goes_on(found_inf)
         for pair in self._factors.pairs:
             mine = {p: gradients[p] for p in pair.params if p in gradients}
             if mine:
@@ -339,12 +310,12 @@ class EKFACAdam(KroneckerOptimizer):
             if not self._factors.serves(p):
                 if "exp_avg_sq" not in self.state[p]:  # a layer served it before
                     self.state[p]["exp_avg_sq"] = g.square()
-                _average(self.state[p]["exp_avg_sq"], g.square(), self._groups[p]["beta2"], going_on)
+                average(self.state[p]["exp_avg_sq"], g.square(), self._groups[p]["beta2"], going_on)
         super()._move(params, stays, found_inf)
 
     def _directions(self, vectors: Mapping[Parameter, Tensor]) -> Iterator[tuple[Parameter, Tensor]]:
         counts = {p: self.state[p]["exp_avg_updates"] for p in vectors}
-        filled = {p: v / _unbiased(counts[p], self._groups[p]["beta1"]).to(v.dtype) for p, v in vectors.items()}
+        filled = {p: v / unbiased(counts[p], self._groups[p]["beta1"]).to(v.dtype) for p, v in vectors.items()}
         yield from super()._directions(filled)
         for p, vector in filled.items():
             if not self._factors.serves(p) and "exp_avg_sq" in self.state[p]:

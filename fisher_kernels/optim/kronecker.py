@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,14 @@ from fisher_kernels.optim.unserved import shown
 
 FLOOR = 1e-3
 """Root mean square that the cap takes weights to have at least, so that those that start at 0 can leave it."""
+
+
+class Bounds(NamedTuple):
+    """The learning rate of a parameter, and the bounds that count its step."""
+
+    lr: float | Tensor
+    kl_clip: float | None
+    max_relative_step: float | None
 
 
 class KroneckerOptimizer(SampledLabels[TermRule]):
@@ -244,28 +252,46 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
             found_inf=found_inf,
         )
 
+    def _gradient(
+        self, p: Parameter, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradient in the precision of the state, zero where it is bad, and where that is; None for nowhere."""
+        assert p.grad is not None
+        gradient = p.grad.to(ACCUMULATOR[p.dtype])
+        if grad_scale is not None:
+            gradient = gradient / grad_scale.to(gradient.device, gradient.dtype)
+        gradient = -gradient if group["maximize"] else gradient
+        if group["weight_decay"] and not group["decoupled"]:
+            gradient = gradient.add(p.to(gradient.dtype), alpha=group["weight_decay"])
+        # A sum that overflows though no element does costs a second look, nothing else.
+        if found_inf is None and gradient.is_cpu and math.isfinite(float(gradient.sum())):
+            return gradient, None
+        bad = ~gradient.isfinite()
+        bad = bad if found_inf is None else bad | found_inf.to(bad.device).bool()
+        return gradient.masked_fill(bad, 0.0), bad
+
     def _move(self, params: list[Parameter], stays: Mapping[Parameter, Tensor], found_inf: Tensor | None) -> None:
         """Step along the directions of the moments, within the trust region and the caps."""
         directions = dict(self._directions(self._vectors(params, stays)))
         layers = list(self._layers_to_move(params))
         params = [p for layer in layers for p in layer]
-        groups = [self._groups[p] for p in params]
+        groups, bounds = [self._groups[p] for p in params], [self._bounds(p) for p in params]
         found = [directions[p].masked_fill(stays[p], 0.0) if p in stays else directions[p] for p in params]
-        clips = [group.get("kl_clip") for group in groups]
-        bound = any(clip is not None for clip in clips)
+        clips = [bound.kl_clip for bound in bounds]
+        clipped = any(clip is not None for clip in clips)
         moments = [self.state[p][self.moment] for p in params]
-        sums = direction_sums(params, found, moments, products=bound)
-        if bound and None in clips:
+        sums = direction_sums(params, found, moments, products=clipped)
+        if clipped and None in clips:
             sums[[i for i, clip in enumerate(clips) if clip is None], 0] = 0.0
         trust, caps, skipped = capped_step_(
             params,
             found,
             sums,
             [number for number, layer in enumerate(layers) for _ in layer],
-            lr=[group["lr"] for group in groups],
+            lr=[bound.lr for bound in bounds],
             weight_decay=[group["weight_decay"] if group["decoupled"] else 0.0 for group in groups],
             kl_clip=min((clip for clip in clips if clip is not None), default=None),
-            max_relative_step=[group["max_relative_step"] for group in groups],
+            max_relative_step=[bound.max_relative_step for bound in bounds],
             floor=FLOOR,
             found_inf=found_inf,
         )
@@ -276,6 +302,11 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
         count(self._capped, numbers, (caps < 1).long())
         count(self._steps, numbers, torch.ones_like(skipped))
         self._limits.update({number: (trust, caps, i) for i, number in enumerate(numbers)})
+
+    def _bounds(self, p: Parameter) -> Bounds:
+        """The rate of a parameter, and what bounds its step."""
+        group = self._groups[p]
+        return Bounds(group["lr"], group.get("kl_clip"), group["max_relative_step"])
 
     def _vectors(self, params: Sequence[Parameter], stays: Mapping[Parameter, Tensor]) -> dict[Parameter, Tensor]:
         """What directions are made of: the moments, but for elements that stay."""
@@ -348,6 +379,11 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
         gradient = p.grad.to(direction.dtype) * (-1 if self._groups[p]["maximize"] else 1)
         tiny = torch.finfo(direction.dtype).tiny  # norms below eps count as eps
         return float(torch.cosine_similarity(direction.reshape(-1), gradient.reshape(-1), dim=0, eps=tiny))
+
+
+def goes_on(found_inf: Tensor | None) -> float | Tensor:
+    """1, or 0 where a scaler has found what is not finite; on the CPU there is no step then."""
+    return 1.0 if found_inf is None or found_inf.is_cpu else 1 - found_inf.double().reshape(())
 
 
 def _not_finite(params: Sequence[Parameter], skipped: Tensor) -> Iterator[tuple[Parameter, Tensor]]:
