@@ -105,6 +105,7 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
     # Layers.
 
     def _watch(self, grad_scaler: Any, process_group: dist.ProcessGroup | None) -> None:
+        self._counts_samples()  # before anything is put in place of what is there
         self._rules = self._new_rules()
         super()._watch(grad_scaler, process_group)
 
@@ -125,11 +126,15 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
 
     def _arm(self) -> None:
         super()._arm()
+        self._context.terms.wanted = bool(self.statistics.armed)
+        self._context.terms.of_samples = self._counts_samples()
+
+    def _counts_samples(self) -> bool:
+        """Whether each sample is one term of the loss."""
         kinds = {group["loss_terms"] for group in self.param_groups}
         if len(kinds) > 1:
             raise ValueError("loss_terms is 'rows' in some groups and 'samples' in others, expected one for all")
-        self._context.terms.wanted = bool(self.statistics.armed)
-        self._context.terms.of_samples = kinds == {"samples"}
+        return kinds == {"samples"}
 
     def _new_rules(self) -> FactorRules:
         self._rules = FactorRules(self._model, self._operations)
