@@ -20,13 +20,21 @@ from fisher_kernels.curvature.operations import Choice
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.optim.kfac import BLOCK_STATE, KFAC
 from fisher_kernels.optim.kronecker import KroneckerOptimizer
-from fisher_kernels.optim.kronecker_factors import MOMENT_UPDATES, MOMENTS, UPDATES, FactorBases, FactorMoments, Pair
+from fisher_kernels.optim.kronecker_factors import (
+    MOMENT_UPDATES,
+    MOMENTS,
+    UPDATES,
+    FactorBases,
+    FactorMoments,
+    Pair,
+    factor_state,
+)
 from fisher_kernels.optim.refresh import RAMP
 
 TINY = 1e-16
 """Added to second moments beside what is relative to their mean, so that nothing is divided by 0."""
 
-_BASIS_STATE = ("row_factor", "column_factor", "row_basis", "column_basis", MOMENTS)
+_BASIS_STATE = (*factor_state("basis"), MOMENTS)
 
 
 class EKFAC(KFAC):
@@ -50,8 +58,8 @@ class EKFAC(KFAC):
     eigenvectors cannot be found keeps those it has, is counted in :meth:`metrics` and warned of once.
 
     Args:
-        model, momentum, kl_clip, max_relative_step, beta2, update_interval, inverse_interval, refresh, ramp, fisher,
-        max_factor_size, sequence, loss_reduction, weight_decay, decoupled, maximize, params, grad_scaler,
+        model, momentum, kl_clip, max_relative_step, beta2, update_interval, inverse_interval, refresh, ramp, overlap,
+        fisher, max_factor_size, sequence, loss_reduction, weight_decay, decoupled, maximize, params, grad_scaler,
         process_group, fallback, rules: as in :class:`KFAC`.
         lr: learning rate, a number or a tensor of one element.
         damping: added to V, and to the diagonal of blocks, in the units of squared per-sample gradients.
@@ -80,6 +88,7 @@ class EKFAC(KFAC):
         inverse_interval: int = 20,
         refresh: Literal["ramp", "constant"] = "ramp",
         ramp: float = RAMP,
+        overlap: bool = False,
         fisher: Literal["empirical", "sampled"] = "empirical",
         max_factor_size: int = 4096,
         sequence: Literal["expand", "reduce"] = "expand",
@@ -105,6 +114,7 @@ class EKFAC(KFAC):
             inverse_interval=inverse_interval,
             refresh=refresh,
             ramp=ramp,
+            overlap=overlap,
             fisher=fisher,
             max_factor_size=max_factor_size,
             sequence=sequence,
@@ -195,8 +205,9 @@ class EKFACAdam(KroneckerOptimizer):
     rows, columns) and ``moment_updates``; of what has no factors ``exp_avg_sq``.
 
     Args:
-        model, update_interval, inverse_interval, refresh, ramp, fisher, max_factor_size, sequence, loss_reduction,
-        weight_decay, decoupled, maximize, params, grad_scaler, process_group, fallback, rules: as in :class:`KFAC`.
+        model, update_interval, inverse_interval, refresh, ramp, overlap, fisher, max_factor_size, sequence,
+        loss_reduction, weight_decay, decoupled, maximize, params, grad_scaler, process_group, fallback, rules: as in
+            :class:`KFAC`.
         lr: learning rate, a number or a tensor of one element.
         beta1: decay of the moment, 0 <= beta1 < 1.
         beta2: decay of V and of the factors, 0 <= beta2 < 1.
@@ -229,6 +240,7 @@ class EKFACAdam(KroneckerOptimizer):
         inverse_interval: int = 20,
         refresh: Literal["ramp", "constant"] = "ramp",
         ramp: float = RAMP,
+        overlap: bool = False,
         fisher: Literal["empirical", "sampled"] = "empirical",
         max_factor_size: int = 4096,
         sequence: Literal["expand", "reduce"] = "expand",
@@ -252,6 +264,7 @@ class EKFACAdam(KroneckerOptimizer):
             "inverse_interval": inverse_interval,
             "refresh": refresh,
             "ramp": ramp,
+            "overlap": overlap,
             "fisher": fisher,
             "max_factor_size": max_factor_size,
             "sequence": sequence,

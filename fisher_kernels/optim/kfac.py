@@ -18,14 +18,12 @@ from fisher_kernels.curvature.factor_rules import Means
 from fisher_kernels.curvature.operations import Choice
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.optim.base import totals
-from fisher_kernels.optim.fisher_blocks import ASIDE, STATE, New
+from fisher_kernels.optim.fisher_blocks import ASIDE, BLOCK_STATE, New
 from fisher_kernels.optim.kronecker import KroneckerOptimizer
-from fisher_kernels.optim.kronecker_factors import FactorInverses, KroneckerFactors
-from fisher_kernels.optim.refresh import RAMP, inverts, is_due
+from fisher_kernels.optim.kronecker_factors import FactorInverses, KroneckerFactors, factor_state
+from fisher_kernels.optim.refresh import RAMP, is_due
+from fisher_kernels.optim.renewal import NEXT
 from fisher_kernels.optim.term_blocks import TermBlocks
-
-BLOCK_STATE = tuple(prefix + name for prefix in ("", ASIDE) for name in STATE)
-"""State of what has blocks, and of what was not used."""
 
 
 class KFAC(KroneckerOptimizer):
@@ -85,6 +83,7 @@ class KFAC(KroneckerOptimizer):
         refresh: ``"ramp"``: both intervals grow from 1 to these over the first steps; ``"constant"``: they are what
             they are from the beginning.
         ramp: over how many steps they grow, as in :class:`MBF`.
+        overlap: invert beside training, as in :class:`MBF`.
         fisher: ``"empirical"``: of the labels of the data; ``"sampled"``: of labels drawn from the model's own output,
             in :meth:`sample`.
         max_factor_size: wider factors are diagonal.
@@ -116,7 +115,7 @@ class KFAC(KroneckerOptimizer):
 
     moment = "momentum_buffer"
     factors_kind: ClassVar[type[KroneckerFactors]] = FactorInverses
-    statistics_state = (*BLOCK_STATE, "row_factor", "column_factor", "row_inverse", "column_inverse")
+    statistics_state = (*BLOCK_STATE, *factor_state("inverse"))
 
     def __init__(
         self,
@@ -132,6 +131,7 @@ class KFAC(KroneckerOptimizer):
         inverse_interval: int = 20,
         refresh: Literal["ramp", "constant"] = "ramp",
         ramp: float = RAMP,
+        overlap: bool = False,
         fisher: Literal["empirical", "sampled"] = "empirical",
         max_factor_size: int = 4096,
         sequence: Literal["expand", "reduce"] = "expand",
@@ -156,6 +156,7 @@ class KFAC(KroneckerOptimizer):
             "inverse_interval": inverse_interval,
             "refresh": refresh,
             "ramp": ramp,
+            "overlap": overlap,
             "fisher": fisher,
             "max_factor_size": max_factor_size,
             "sequence": sequence,
@@ -173,7 +174,9 @@ class KFAC(KroneckerOptimizer):
 
     def _rebuild(self) -> None:
         super()._rebuild()
-        self._blocks = TermBlocks(self.statistics.sites, self.state, self._groups, self._factors.served)  # type: ignore[arg-type]
+        sites: Any = self.statistics.sites
+        self._blocks = TermBlocks(sites, self.state, self._groups, self._overlap, self._factors.served)
+        self._renewals = (self._factors, self._blocks)
 
     def _set_aside(self, params: Collection[Parameter]) -> None:
         self._blocks.set_aside(params)
@@ -184,7 +187,7 @@ class KFAC(KroneckerOptimizer):
         return self._factors.known_sites | self._blocks.known_sites
 
     def _dtype_of(self, p: Parameter, name: str) -> torch.dtype:
-        return super()._dtype_of(p, name.removeprefix(ASIDE))
+        return super()._dtype_of(p, name.removeprefix(NEXT).removeprefix(ASIDE))
 
     def _prepare(self) -> None:
         super()._prepare()
@@ -220,11 +223,6 @@ class KFAC(KroneckerOptimizer):
                     by_terms = torch.mul if group["loss_reduction"] == "mean" else torch.div
                     squares = by_terms(squares, most.to(squares))
                 yield part, squares, 1.0, 1.0
-
-    def _renew(self) -> None:
-        due = {id(group) for group in self.param_groups if inverts(group, self._refreshes(group))}
-        bad = [pair.owner for pair in self._factors.renew(due)]
-        self._warn_of_bad([*bad, *(part.owner for part in self._blocks.invert(due))])
 
     # Step.
 
