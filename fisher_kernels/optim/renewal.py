@@ -2,13 +2,13 @@
 
 It is made anew at the turns of a group, which its schedule says (``refresh.py``), of averages that have changed.
 Without ``overlap`` that is a part of the step. With it the step begins the work and goes on, and the next turn puts to
-use what it made: of the averages, and with the damping, of the turn before. The first one of all is waited for. Whatever
-time the work takes, it is used in that turn, neither before nor after.
+use what it made: of the averages, and with the damping, of the turn before. The first one of all is waited for.
+Whatever time the work takes, it is used in that turn, neither before nor after.
 
 Under overlap the state has what is to be used next, beside what is in use, under the same names after ``next_``; where
-nothing is on its way the two are equal. So a state that is saved, when the work has ended, is all that training needs to
-go on to the bit, and it looks the same at every time. A copy of the averages would take as much room, and whoever loads
-it would have to do the work again.
+nothing is on its way the two are equal. So a state that is saved, when the work has ended, is all that training needs
+to go on to the bit, and it looks the same at every time. A copy of the averages would take as much room, and whoever
+loads it would have to do the work again.
 """
 
 from __future__ import annotations
