@@ -31,7 +31,7 @@ from tests.layer_cases import NETWORKS
 from tests.processes import in_two_processes, needs_processes
 from tests.small_network import assert_same_parameters, assert_same_state, network, parameters_of, train
 
-pytestmark = pytest.mark.usefixtures("host_backend", "one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 KINDS: list[Any] = [MBF, KFAC, EKFAC, EKFACAdam]
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -61,16 +61,20 @@ def threads() -> list[threading.Thread]:
 # What is used when.
 
 
-@pytest.mark.parametrize("storage", ["full", "packed", "bfloat16"])
-def test_mini_blocks_are_one_turn_late(storage: str) -> None:
+@pytest.mark.usefixtures("host_backend")
+@pytest.mark.parametrize("storage", ["full", "packed"])
+@pytest.mark.parametrize(
+    "schedule", [{"refresh": "constant"}, {"refresh": "ramp", "ramp": 6}], ids=["constant", "ramp"]
+)
+def test_mini_blocks_are_one_turn_late(schedule: dict[str, Any], storage: str) -> None:
     build, batch = NETWORKS["convolutional"]
-    for schedule in ({"refresh": "constant"}, {"refresh": "ramp", "ramp": 6}):
-        torch.manual_seed(0)
-        settings: dict[str, Any] = {**schedule, "update_interval": 2, "inverse_interval": 3, "overlap": True}
-        tolerance = 0.1 if storage == "bfloat16" else 1e-8  # which rounds inverses to 8 bits
-        test_block_rules.follow(build(), batch, steps=9, inverse_storage=storage, tolerance=tolerance, **settings)
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {**schedule, "update_interval": 2, "inverse_interval": 3, "overlap": True}
+    # As in tests/test_block_rules.py, whose steps of networks pass on what rounding there was before.
+    test_block_rules.follow(build(), batch, steps=9, inverse_storage=storage, tolerance=1e-8, **settings)
 
 
+@pytest.mark.usefixtures("host_backend")
 @pytest.mark.parametrize("method", test_factor_rules.METHODS)
 @pytest.mark.parametrize("intervals", [(1, 1), (2, 3)])
 def test_factors_are_one_turn_late(intervals: tuple[int, int], method: str) -> None:
@@ -255,8 +259,8 @@ def failing(monkeypatch: pytest.MonkeyPatch, kind: Any, size: int) -> list[bool]
 
 @every_kind
 def test_a_failure_surfaces_with_the_name_of_the_layer(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, twin = network(), network()
-    ours, plain = kind(model, **BESIDE), kind(twin, **BESIDE)
+    model = network()
+    ours = kind(model, **BESIDE)
     broken = failing(monkeypatch, kind, 65)  # [W, b] of the Linear of 64 inputs
     train(model, ours, range(4))
     assert ours.state_dict()["state"]  # does not lose a checkpoint
@@ -269,15 +273,10 @@ def test_a_failure_surfaces_with_the_name_of_the_layer(kind: Any, monkeypatch: p
     ours.step()  # with the statistics and gradients that are there
     assert float(ours.state[model[4].weight]["fisher_updates"]) == updates + 1
     train(model, ours, range(5, 10))
-    monkeypatch.undo()
-    train(twin, plain, range(10))
-    for name in ("row_factor", "fisher_blocks"):
-        if name in ours.state[model[0].weight]:  # whose input does not depend on parameters
-            assert ours.state[model[0].weight]["fisher_updates"] == plain.state[twin[0].weight]["fisher_updates"]
-    for entry in ("next_inverse_blocks", "next_column_inverse", "next_column_basis"):
-        if entry in ours.state[model[4].weight]:
-            state = ours.state[model[4].weight]
-            assert not torch.equal(state[entry], state[entry.removeprefix("next_")])
+    state = ours.state_dict()["state"][3]  # of 4.weight
+    (made, *_) = [name for name in state if name.startswith("next_") and "row" not in name]
+    assert float(state["fisher_updates"]) == 10
+    assert not torch.equal(state[made], state[made.removeprefix("next_")])  # it was made again, and again
 
 
 @every_kind
@@ -288,26 +287,21 @@ def test_a_bad_factor_keeps_what_it_has_and_is_counted(kind: Any) -> None:
     weight = model[4].weight
     name, made = ("fisher_blocks", "inverse_blocks") if kind is MBF else ("column_factor", "column_inverse")
     made = made if kind in (MBF, KFAC) else "column_basis"
-    old = ours.state[weight][name].clone()
-    ours.state[weight][name].fill_(torch.nan)
-    ours.param_groups[0]["beta2"] = 0.0  # the next but one is good again
-    ours.param_groups[0]["update_interval"] = 1000
-    model_state = ours.state[weight]
+    state = ours.state[weight]
+    state[name].fill_(torch.nan)  # which no average gets rid of
     train(model, ours, range(2, 3))
-    in_use = model_state[made].clone()
-    model_state[name].copy_(old)
-    figure = "bad_blocks" if kind is MBF else "bad_inverses"
+    in_use, figure = state[made].clone(), "bad_blocks" if kind is MBF else "bad_inverses"
     assert ours.metrics()["4.weight"][figure] == 0
-    ours.param_groups[0]["update_interval"] = 1
-    with pytest.warns(UserWarning, match=r"4\.weight"):
+    with pytest.warns(UserWarning, match=r"of 4\.weight (are not|cannot)"):
         train(model, ours, range(3, 4))
     assert ours.metrics()["4.weight"][figure] == 1
-    assert torch.equal(model_state[made], in_use)
+    assert torch.equal(state[made], in_use)
 
 
 # The thread.
 
 
+@pytest.mark.filterwarnings("ignore:MBF. a refresh step has gradients but saw no statistics")
 def test_its_thread_ends(held: threading.Event) -> None:
     gc.collect()
     before = set(threads())
