@@ -31,7 +31,6 @@ from fisher_kernels.ops import ACCUMULATOR, capped_step_, direction_sums, heavy_
 from fisher_kernels.optim.base import Counters, count, require_memory, totals
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
 from fisher_kernels.optim.kronecker_factors import UPDATES, KroneckerFactors, Pair
-from fisher_kernels.optim.refresh import inverts
 from fisher_kernels.optim.sampled import SampledLabels
 from fisher_kernels.optim.unserved import shown
 
@@ -86,7 +85,7 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
         super()._check_group(group)
         require_numbers(group, (self.decay_of_moment, "beta2", "damping", "weight_decay"))
         require_counts(group, ("update_interval", "inverse_interval", "max_factor_size"))
-        require_bools(group, ("decoupled",))
+        require_bools(group, ("decoupled", "overlap"))
         for name in (self.decay_of_moment, "beta2"):
             if not 0 <= group[name] < 1:
                 raise ValueError(f"{name} is {group[name]}, expected 0 <= {name} < 1")
@@ -166,7 +165,8 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
     def _rebuild(self) -> None:
         self._rules = self._new_rules()  # which know parameters by identity: a copy has others
         self._numbers = {p: number for number, p in enumerate(self._groups)}
-        self._factors = self.factors_kind(self.statistics.sites, self.state, self._groups)
+        self._factors = self.factors_kind(self.statistics.sites, self.state, self._groups, self._overlap)
+        self._renewals = (self._factors,)
 
     def _set_aside(self, params: Collection[Parameter]) -> None:
         self._factors.set_aside(params)
@@ -211,8 +211,8 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
 
     def _renew(self) -> None:
         """Make anew what directions are made of, where that is due."""
-        due = {id(group) for group in self.param_groups if inverts(group, self._refreshes(group))}
-        self._warn_of_bad([pair.owner for pair in self._factors.renew(due)])
+        due = self._inverting()
+        self._warn_of_bad([item.owner for renewal in self._renewals for item in renewal.renew(due)])
 
     def _warn_of_bad(self, owners: list[Parameter]) -> None:
         if owners:

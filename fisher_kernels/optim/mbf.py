@@ -25,10 +25,11 @@ from fisher_kernels.curvature.sites import Layer
 from fisher_kernels.ops import ACCUMULATOR, mbf_step_
 from fisher_kernels.ops._blocks import unpack
 from fisher_kernels.optim.base import Counters, count, require_memory, totals
-from fisher_kernels.optim.fisher_blocks import ASIDE, STATE, STORAGES, FisherBlocks, New, Unit
+from fisher_kernels.optim.fisher_blocks import ASIDE, BLOCK_STATE, STORAGES, FisherBlocks, New, Unit
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
 from fisher_kernels.optim.measure import Costs, measure
-from fisher_kernels.optim.refresh import RAMP, inverts, is_due
+from fisher_kernels.optim.refresh import RAMP, is_due
+from fisher_kernels.optim.renewal import NEXT
 from fisher_kernels.optim.sampled import SampledLabels
 from fisher_kernels.optim.unserved import shown
 from fisher_kernels.optim.warn import warn_once
@@ -108,6 +109,8 @@ class MBF(SampledLabels[BlockRule]):
             they are from the beginning.
         ramp: over how many steps they grow: after a refresh in step t the next one comes ``1 + floor((interval - 1)
             min(1, t / ramp))`` steps later, and inverses are made in steps that bring statistics.
+        overlap: make inverses beside training, on a thread of their own, and on a GPU on a stream of their own too: the
+            step that would make them uses those of the step that would have before. The first are waited for.
         fisher: ``"empirical"``: blocks of the labels of the data; ``"sampled"``: of labels drawn from the model's own
             output, in :meth:`sample`.
         linear_blocks: blocks of so many columns of a Linear, shared by its outputs; ``"shared"``, one block of all of
@@ -146,7 +149,7 @@ class MBF(SampledLabels[BlockRule]):
 
     rule_kind = BlockRule
     moment = "momentum_buffer"
-    statistics_state = tuple(prefix + name for prefix in ("", ASIDE) for name in STATE)
+    statistics_state = BLOCK_STATE
     later: ClassVar[Mapping[str, Any]] = {
         "capturable": False,
         "mask_zeros": False,
@@ -156,6 +159,7 @@ class MBF(SampledLabels[BlockRule]):
         "kl_along": "gradient",
         "max_relative_step": None,
         "floor": FLOOR,
+        "overlap": False,
     }
 
     def __init__(
@@ -174,6 +178,7 @@ class MBF(SampledLabels[BlockRule]):
         inverse_interval: int = 20,
         refresh: Literal["ramp", "constant"] = "ramp",
         ramp: float = RAMP,
+        overlap: bool = False,
         fisher: Literal["empirical", "sampled"] = "empirical",
         linear_blocks: Literal["shared", "per_output"] | int = 64,
         sequence: Literal["expand", "reduce"] = "expand",
@@ -203,6 +208,7 @@ class MBF(SampledLabels[BlockRule]):
             "inverse_interval": inverse_interval,
             "refresh": refresh,
             "ramp": ramp,
+            "overlap": overlap,
             "fisher": fisher,
             "linear_blocks": linear_blocks,
             "sequence": sequence,
@@ -247,7 +253,12 @@ class MBF(SampledLabels[BlockRule]):
         bounds = [name for name in ("kl_clip", "max_relative_step") if group[name] is not None]
         require_numbers(group, bounds, "a number or None")
         require_counts(group, ("update_interval", "inverse_interval"))
-        require_bools(group, ("decoupled", "mask_zeros", "capturable"))
+        require_bools(group, ("decoupled", "mask_zeros", "capturable", "overlap"))
+        if group["overlap"] and group["capturable"]:
+            raise ValueError(
+                "overlap is True and so is capturable, expected one of them: a CUDA graph holds nothing of what runs "
+                "beside it"
+            )
         for name in ("momentum", "beta2"):
             if not 0 <= group[name] < 1:
                 raise ValueError(f"{name} is {group[name]}, expected 0 <= {name} < 1")
@@ -302,7 +313,8 @@ class MBF(SampledLabels[BlockRule]):
         self._rules = self._new_rules()  # which know parameters by identity: a copy has others
         self._numbers = {p: number for number, p in enumerate(self._groups)}
         self._plans: dict[tuple[int, ...], _Plan] = {}
-        self._blocks = FisherBlocks(self.statistics.sites, self.state, self._groups)
+        self._blocks = FisherBlocks(self.statistics.sites, self.state, self._groups, self._overlap)
+        self._renewals = (self._blocks,)
 
     def _set_aside(self, params: Collection[Parameter]) -> None:
         self._blocks.set_aside(params)
@@ -312,7 +324,7 @@ class MBF(SampledLabels[BlockRule]):
         return self._blocks.known_sites
 
     def _dtype_of(self, p: Parameter, name: str) -> torch.dtype:
-        name = name.removeprefix(ASIDE)
+        name = name.removeprefix(NEXT).removeprefix(ASIDE)
         if name == "inverse_blocks" and self._groups[p]["inverse_storage"] == "bfloat16":
             return torch.bfloat16
         return torch.float32 if name == "fisher_updates" else super()._dtype_of(p, name)
@@ -357,8 +369,8 @@ class MBF(SampledLabels[BlockRule]):
                 yield part, wide.square().flatten(), 1 / samples if mean else samples, samples
 
     def _invert(self, everything: bool = False) -> None:
-        due = {id(g) for g in self.param_groups if everything or inverts(g, self._refreshes(g))}
-        if kept := self._blocks.invert(due):
+        due = set(map(id, self.param_groups)) if everything else self._inverting()
+        if kept := self._blocks.renew(due, wait=everything):
             names = {p: name for name, p in self._names()}
             self._warn_once(
                 "bad",

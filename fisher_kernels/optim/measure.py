@@ -94,6 +94,7 @@ def _follow(optimizer: Optimizer, update: int, inverse: int) -> None:
     for group in optimizer.param_groups:
         # Not the first iteration of the group, which every interval meets.
         group.update(refresh="constant", update_interval=update, inverse_interval=inverse, iteration=1)
+        group.update(overlap=False)  # what inverses cost, whoever pays
     optimizer.zero_grad()  # which tells the hooks
 
 
