@@ -18,7 +18,8 @@ from torch.optim.optimizer import ParamsT
 from fisher_kernels.curvature.factor_rules import Elementwise, FactorRule, TermRule
 from fisher_kernels.curvature.operations import Choice
 from fisher_kernels.ops import ACCUMULATOR
-from fisher_kernels.optim.kfac import BLOCK_STATE, KFAC
+from fisher_kernels.optim.fisher_blocks import BLOCK_STATE
+from fisher_kernels.optim.kfac import KFAC
 from fisher_kernels.optim.kronecker import KroneckerOptimizer
 from fisher_kernels.optim.kronecker_factors import (
     MOMENT_UPDATES,
