@@ -320,7 +320,9 @@ class FisherBlocks(Renewal[Part]):
     def _task(self, part: Part, old: Sequence[Tensor]) -> tuple[Task, Sequence[Tensor]]:
         averages = self.averages(part)[0]
         averages = self._without_cross_terms(part, averages) if part.coupled is False else averages.clone()
-        return partial(_inverted, averages, *old, float(self.groups[part.owner]["damping"])), (averages, *old)
+        (inverses,) = old
+        damping = float(self.groups[part.owner]["damping"])
+        return partial(_inverted, averages, inverses, damping), (averages, inverses)
 
     def _put_to_use(self, part: Part, made: Sequence[Tensor]) -> None:
         self.averages(part)[1].copy_(made[0])

@@ -410,12 +410,13 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         for renewal in self._renewals:
             renewal.join(due)
         if self._overlap.failed:
-            (p, error), *more = self._overlap.failed
-            self._overlap.failed = []
             names = {p: name for name, p in self._names()}
-            others = f", and of {shown([names[p] for p, _ in more])}" if more else ""
+            first, *others = [names.get(p, "a parameter that is gone") for p, _ in self._overlap.failed]
+            others_too = f", and of {shown(others)}" if others else ""
+            error = self._overlap.failed[0][1]
+            self._overlap.failed = []
             raise RuntimeError(
-                f"{type(self).__name__}: curvature of {names[p]}{others} could not be made beside training "
+                f"{type(self).__name__}: curvature of {first}{others_too} could not be made beside training "
                 f"({type(error).__name__}: {error}). Nothing was changed in this step; if you go on it is tried again "
                 "with the statistics that are there"
             ) from error

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 from torch._C import _DisableAutocast
+from torch.nn import Parameter
 
 from fisher_kernels import backends
 
@@ -95,7 +96,7 @@ class Overlap:
         self._made_for: tuple[int, int] | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._closed = False
-        self.failed: list[tuple[Tensor, Exception]] = []
+        self.failed: list[tuple[Parameter, Exception]] = []
 
     def begin(self, tasks: Mapping[int, Task], reads: Iterable[Tensor]) -> Work:
         """Let tasks run beside what comes next; ``reads`` are all tensors that they read."""
