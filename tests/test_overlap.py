@@ -257,10 +257,15 @@ def failing(monkeypatch: pytest.MonkeyPatch, kind: Any, size: int) -> list[bool]
     return broken
 
 
+def one_block(kind: Any) -> dict[str, Any]:
+    """Settings with which all of a Linear layer is in one matrix."""
+    return {"linear_blocks": "shared"} if kind is MBF else {}
+
+
 @every_kind
 def test_a_failure_surfaces_with_the_name_of_the_layer(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
-    ours = kind(model, **BESIDE)
+    ours = kind(model, **BESIDE, **one_block(kind))
     broken = failing(monkeypatch, kind, 65)  # [W, b] of the Linear of 64 inputs
     train(model, ours, range(4))
     assert ours.state_dict()["state"]  # does not lose a checkpoint
@@ -282,7 +287,7 @@ def test_a_failure_surfaces_with_the_name_of_the_layer(kind: Any, monkeypatch: p
 @every_kind
 def test_a_bad_factor_keeps_what_it_has_and_is_counted(kind: Any) -> None:
     model = network()
-    ours = kind(model, **{**BESIDE, "inverse_interval": 1})
+    ours = kind(model, **{**BESIDE, "inverse_interval": 1}, **one_block(kind))
     train(model, ours, range(2))
     weight = model[4].weight
     name, made = ("fisher_blocks", "inverse_blocks") if kind is MBF else ("column_factor", "column_inverse")

@@ -430,7 +430,7 @@ def _bases(
         old if factor.dim() == 2 else _eigenvectors(factor, apart=apart and old is old_columns)
         for factor, old in ((rows, old_rows), (columns, old_columns))
     ]
-    bad = torch.tensor(sum(x is None for x in new), device=rows.device)
+    bad = torch.full((), sum(x is None for x in new), dtype=torch.int64, device=rows.device)
     found = [old if x is None else x for x, old in zip(new, (old_rows, old_columns), strict=True)]
     return found[0], found[1], bad
 
