@@ -40,9 +40,6 @@ FLOOR = 1e-3
 TOGETHER = ("momentum", "decoupled", "maximize", "kl_clip", "kl_along", "max_relative_step", "floor")
 """Settings that are the same for all that one call steps. Groups that share them have one trust region."""
 
-FAR = 0.1
-"""What the cap leaves of a step at most where the curvature is out of date: in healthy runs it leaves half and more."""
-
 MUCH = 1 << 30
 """Bytes of the blocks of one layer above which they are worth a warning."""
 
@@ -97,8 +94,8 @@ class MBF(SampledLabels[BlockRule]):
         kl_along: ``"momentum"``: ``<d, m>``, the change of the model along d; ``"gradient"``: ``<d, g>`` in its place,
             which can vanish while d is large.
         max_relative_step: bound of the step of each layer, weight and bias together, relative to the norm of its
-            weights, after the trust region and before the decay; None for no bound. Where it leaves less than a tenth
-            of a step under ``refresh="constant"`` you are warned once: the curvature is out of date (on the CPU; a GPU
+            weights, after the trust region and before the decay; None for no bound. Steps longer than the weights
+            themselves along inverses that ``refresh="constant"`` has let grow old are warned of once (on the CPU; a GPU
             would be waited for).
         floor: root mean square of a layer's weights below which they count as so large, so that weights that are zero
             at first move too.
@@ -428,25 +425,34 @@ class MBF(SampledLabels[BlockRule]):
             self._scales[id(group)] = scale
         count(self._skipped, plan.numbers, skipped)
         if groups[0]["max_relative_step"] is not None:
-            if caps.is_cpu and any(group["refresh"] == "constant" for group in groups):
-                self._warn_of_far(plan, caps)
+            if caps.is_cpu:
+                self._warn_of_far(groups, plan, caps)
             count(self._capped, plan.numbers, caps.lt(1).to(torch.int64))
             self._bounded[plan.numbers] = self._bounded.get(plan.numbers, 0) + 1
 
-    def _warn_of_far(self, plan: _Plan, caps: Tensor) -> None:
-        """Say which layers take steps along curvature that is out of date."""
-        if not (caps < FAR).any():
+    def _warn_of_far(self, groups: list[dict[str, Any]], plan: _Plan, caps: Tensor) -> None:
+        """Say which layers were to step further than they are large, along inverses of before at constant intervals."""
+        bound = groups[0]["max_relative_step"]
+        if not (caps < bound).any():
             return
-        names = {p: name for name, p in self._names()}
-        far = [p for p, cap in zip(plan.params, caps.tolist(), strict=True) if cap < FAR]
-        group = self._groups[far[0]]
-        self._warn_once(
-            "far",
-            f"steps of {shown([names[p] for p in far])} were more than {1 / FAR:g} times as long as "
-            f"max_relative_step={group['max_relative_step']} lets them be, and were shortened: their curvature is out "
-            f"of date. refresh='ramp' or less than inverse_interval={group['inverse_interval']} keep it fresh, "
-            "kl_along='momentum' and a smaller kl_clip or lr make steps shorter",
-        )
+        fresh = self._inverting()
+        stale = {i for i, g in enumerate(groups) if g["refresh"] == "constant" and id(g) not in fresh}
+        places = zip(plan.params, plan.of_group, caps.tolist(), strict=True)
+        # Of weights that begin at zero every step is far.
+        far = [p for p, i, cap in places if cap < bound and i in stale and p.norm() > self._least(p)]
+        if far:
+            names, group = {p: name for name, p in self._names()}, self._groups[far[0]]
+            self._warn_once(
+                "far",
+                f"steps of {shown([names[p] for p in far])} were longer than the weights themselves, and were cut to "
+                f"{bound} of them: their curvature is out of date. refresh='ramp' or less than "
+                f"inverse_interval={group['inverse_interval']} keeps it fresh, kl_along='momentum' and a smaller "
+                "kl_clip or lr make steps shorter",
+            )
+
+    def _least(self, p: Parameter) -> float:
+        """The norm that a parameter counts as at least."""
+        return float(self._groups[p]["floor"]) * math.sqrt(p.numel())
 
     def _plan(self, groups: list[dict[str, Any]]) -> _Plan:
         plan = _Plan(self._blocks.version)
