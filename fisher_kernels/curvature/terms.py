@@ -95,8 +95,8 @@ class Terms:
                 return
             if operation is None:
                 backward.outputs.append(grad)
-            elif not _is_within_checkpoint() or backward.outputs:
-                self._settle(backward, operation, grad)
+            else:
+                self._find(backward, operation, grad)
 
     def count(self, key: Any, operation: Any, grad: Tensor) -> Tensor:
         """The number of terms, of shape (1,), where a backward brings the first sums of this kind; else zero.
@@ -108,9 +108,7 @@ class Terms:
         with self._lock:
             backward = self._backward()
             if backward.terms is None:
-                within = _is_within_checkpoint() and not backward.outputs and self._given is None
-                self._hidden = self._hidden or within
-                self._settle(backward, operation, grad)
+                self._find(backward, operation, grad)
             if self._hidden:
                 raise RuntimeError(
                     "the last layer is within a checkpoint of use_reentrant=True, where the number of terms of the "
@@ -142,8 +140,9 @@ class Terms:
 
     # The number.
 
-    def _settle(self, backward: _Backward, operation: Any, grad: Tensor) -> None:
+    def _find(self, backward: _Backward, operation: Any, grad: Tensor) -> None:
         """Find the terms, given the derivative by the last layer's output."""
+        self._hidden = self._hidden or (self._given is None and not backward.outputs and _is_within_checkpoint())
         outputs, backward.outputs = backward.outputs, []
         if self._given is not None:
             backward.terms = torch.full((1,), self._given, dtype=torch.float32, device=grad.device)
