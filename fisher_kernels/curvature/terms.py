@@ -29,11 +29,13 @@ class _Backward:
 
     Attributes:
         terms: of shape (1,); None before the first layer.
+        unknown: why nobody can tell.
         outputs: the derivatives by the model's outputs that have arrived before it.
     """
 
     def __init__(self, thread: int, terms: Tensor | None = None, counted: set[Any] | None = None) -> None:
         self.thread, self.terms, self.counted = thread, terms, set() if counted is None else counted
+        self.unknown: str | None = None
         self.outputs: list[Tensor] = []
 
     def __call__(self) -> None:
@@ -61,7 +63,7 @@ class Terms:
         self._running: weakref.WeakValueDictionary[int, _Backward] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()  # backward passes may run in several threads
         self._given: int | None = None
-        self._unknown: str | None = None  # why nobody can tell, from now on
+        self._hidden = False  # in a backward within another, before that one had brought anything
 
     @contextmanager
     def given(self, number: int) -> Iterator[None]:
@@ -82,7 +84,8 @@ class Terms:
         """
         if self.wanted:
             for t in _tensors(output):
-                if t.grad_fn is not None and t.dim() and t.is_floating_point() and _fits(operation, t):
+                plain = t.is_floating_point() and t.layout == torch.strided and not t.is_nested
+                if plain and t.grad_fn is not None and t.dim() and _fits(operation, t):
                     t.register_hook(partial(self._arrive, operation))
 
     def _arrive(self, operation: Any, grad: Tensor) -> None:
@@ -92,8 +95,8 @@ class Terms:
                 return
             if operation is None:
                 backward.outputs.append(grad)
-            elif not _is_within_checkpoint() or backward.outputs:
-                self._settle(backward, operation, grad)
+            else:
+                self._find(backward, operation, grad)
 
     def count(self, key: Any, operation: Any, grad: Tensor) -> Tensor:
         """The number of terms, of shape (1,), where a backward brings the first sums of this kind; else zero.
@@ -105,16 +108,14 @@ class Terms:
         with self._lock:
             backward = self._backward()
             if backward.terms is None:
-                if _is_within_checkpoint() and not backward.outputs and self._given is None:
-                    self._unknown = (
-                        "the last layer is within a checkpoint of use_reentrant=True, where the number of terms of the "
-                        "loss cannot be seen: take use_reentrant=False"
-                    )
-                else:
-                    self._settle(backward, operation, grad)
-            if self._unknown is not None:
-                raise RuntimeError(self._unknown)
-            assert backward.terms is not None
+                self._find(backward, operation, grad)
+            if self._hidden:
+                raise RuntimeError(
+                    "the last layer is within a checkpoint of use_reentrant=True, where the number of terms of the "
+                    "loss cannot be seen: take use_reentrant=False"
+                )
+            if backward.unknown is not None or backward.terms is None:
+                raise RuntimeError(backward.unknown or "the number of terms of the loss cannot be seen")
             terms = backward.terms.to(grad.device, ACCUMULATOR[grad.dtype])
             if key in backward.counted:
                 return torch.zeros_like(terms)
@@ -131,6 +132,7 @@ class Terms:
             if outer is not None and outer.terms is None:
                 return outer
             backward = _Backward(thread) if outer is None else _Backward(thread, outer.terms, outer.counted)
+            backward.unknown = None if outer is None else outer.unknown
             if task >= 0:
                 self._running[task] = backward
                 Variable._execution_engine.queue_callback(backward)
@@ -138,8 +140,9 @@ class Terms:
 
     # The number.
 
-    def _settle(self, backward: _Backward, operation: Any, grad: Tensor) -> None:
+    def _find(self, backward: _Backward, operation: Any, grad: Tensor) -> None:
         """Find the terms, given the derivative by the last layer's output."""
+        self._hidden = self._hidden or (self._given is None and not backward.outputs and _is_within_checkpoint())
         outputs, backward.outputs = backward.outputs, []
         if self._given is not None:
             backward.terms = torch.full((1,), self._given, dtype=torch.float32, device=grad.device)
@@ -148,8 +151,8 @@ class Terms:
         if rows is not None:
             backward.terms = rows.ne(0).any(1).sum(dtype=torch.float32).reshape(1)
         else:
-            backward.terms = torch.ones(1, dtype=torch.float32, device=grad.device)  # of no use: none is counted
-            self._unknown = (
+            backward.terms = torch.zeros(1, dtype=torch.float32, device=grad.device)
+            backward.unknown = (
                 f"the model's output has shape {tuple(outputs[0].shape)}, that of its last layer {tuple(grad.shape)}, "
                 "and which of its numbers are one term of the loss cannot be seen: take loss_terms='samples' if each "
                 "sample is one, or fisher='sampled'"
@@ -236,8 +239,8 @@ def _fits(module: Any, output: Tensor) -> bool:
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return output.shape[-len(module.normalized_shape) :] == tuple(module.normalized_shape)
     if not _has_channels(module):
-        weight = module._parameters["weight"]
-        features = weight.shape[0] if isinstance(module, nn.Linear) else weight.shape[1]
+        weight = module._parameters.get("weight")
+        features = -1 if weight is None else weight.shape[0] if isinstance(module, nn.Linear) else weight.shape[1]
         return int(output.shape[-1]) == features
     if isinstance(module, nn.modules.conv._ConvNd):
         spatial = len(module.kernel_size)

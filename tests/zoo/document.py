@@ -16,7 +16,7 @@ from tests.zoo.architecture import Architecture
 from tests.zoo.checks import trains
 from tests.zoo.shares import published_sizes, transfer
 
-READERS = ("AdaFisher", "MBF", "KFAC")
+READERS = ("AdaFisher", "MBF")
 WIDTH = 120
 GOAL = 0.95
 """Share of the parameters that rules serve of an architecture without an exemption."""
@@ -102,7 +102,7 @@ def page(counted: Sequence[Counted]) -> str:
         [
             HEAD,
             "## Shares\n",
-            markdown_table(header, overview, right=(2, 3, 4, 5)),
+            markdown_table(header, overview, right=(2, 3, 4)),
             textwrap.fill(caption, WIDTH) + "\n",
             "## What takes a fallback\n",
             _why(),
@@ -114,8 +114,8 @@ def page(counted: Sequence[Counted]) -> str:
 def _why() -> str:
     text = (
         "Everything that no rule of AdaFisher serves, by the class of the module that has it; `*` stands for a number. "
-        "What MBF or KFAC leaves out besides is marked. EKFAC and EKFACAdam read what KFAC reads. Of a weight that "
-        "several layers share one may be served and another not, which is said too."
+        "What MBF alone leaves out is marked. Of a weight that several layers share one may be served and "
+        "another not, which is said too."
     )
     return textwrap.fill(text, WIDTH) + "\n"
 
