@@ -120,7 +120,8 @@ def terms_of(use: Use, output: Tensor | None) -> int:
     if output is not None and output.grad is not None and output.numel() != s.numel():
         d = output.grad
         if d.dim() > 2:
-            d = (d if is_matrix(module) else d.movedim(1, -1)).flatten(0, -2)
+            last = is_matrix(module) or isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.Embedding))
+            d = (d if last else d.movedim(1, -1)).flatten(0, -2)
         return int((d.reshape(len(d), -1) != 0).any(1).sum())
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         rows = s.reshape(-1, math.prod(module.normalized_shape))
