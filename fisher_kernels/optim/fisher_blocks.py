@@ -17,7 +17,7 @@ from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.curvature.sites import Site
 from fisher_kernels.ops import ACCUMULATOR, block_inverse, block_inverse_, factor_ema_
 from fisher_kernels.ops._blocks import pack, unpack
-from fisher_kernels.optim.base import Counters, count
+from fisher_kernels.optim.base import count
 from fisher_kernels.optim.overlap import Overlap, Task
 from fisher_kernels.optim.renewal import NEXT, Renewal
 
@@ -111,7 +111,6 @@ class FisherBlocks(Renewal[Part]):
         parts: all of them; their positions are their numbers.
         version: counts the changes of what :meth:`units` returns.
         known_sites: indices of the sites that have statistics.
-        refused: part -> how often its statistics were refused as not finite, on the device.
         bad: part -> how many blocks kept an older inverse so far, on the device.
     """
 
@@ -126,7 +125,6 @@ class FisherBlocks(Renewal[Part]):
         super().__init__(state, groups, overlap)
         self.parts: list[Part] = []
         self.version = 0
-        self.refused: Counters = {}
         self._of_site: dict[int, list[Part]] = defaultdict(list)
         served: set[Parameter] = set(elsewhere)
         for index, site in enumerate(sites):

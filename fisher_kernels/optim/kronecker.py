@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from fisher_kernels.ops import ACCUMULATOR, capped_step_, direction_sums, heavy_
 from fisher_kernels.optim.base import Counters, count, require_memory, totals
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
 from fisher_kernels.optim.kronecker_factors import UPDATES, KroneckerFactors, Pair
+from fisher_kernels.optim.measure import Measured
 from fisher_kernels.optim.sampled import SampledLabels
 from fisher_kernels.optim.unserved import shown
 
@@ -46,7 +48,7 @@ class Bounds(NamedTuple):
     max_relative_step: float | None
 
 
-class KroneckerOptimizer(SampledLabels[TermRule]):
+class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
     """Base of the optimizers with Kronecker factors; subclasses say what they make of them, and the direction.
 
     Args:
@@ -336,6 +338,18 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
             yield from self._factors.directions(pair, vectors)
 
     # Reports.
+
+    def _figures(self) -> Callable[[], None]:
+        counters = copy.deepcopy((self._skipped, self._capped, self._steps))
+        limits, renewals = dict(self._limits), [(renewal.bad, renewal.refused) for renewal in self._renewals]
+
+        def put_back() -> None:
+            self._skipped, self._capped, self._steps = counters
+            self._limits = limits
+            for renewal, (bad, refused) in zip(self._renewals, renewals, strict=True):  # others, of the state loaded
+                renewal.bad, renewal.refused = bad, refused
+
+        return put_back
 
     @torch.no_grad()
     def metrics(self) -> dict[str, dict[str, float]]:

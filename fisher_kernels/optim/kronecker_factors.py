@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from fisher_kernels.curvature.factor_rules import Basis, FactorRule, Means, TermRule
 from fisher_kernels.curvature.sites import Site
 from fisher_kernels.ops import ACCUMULATOR, block_inverse_, factor_ema_
-from fisher_kernels.optim.base import Counters, count
+from fisher_kernels.optim.base import count
 from fisher_kernels.optim.overlap import Overlap, Task
 from fisher_kernels.optim.renewal import NEXT, Renewal
 
@@ -113,7 +113,6 @@ class KroneckerFactors(Renewal[Pair]):
         pairs: all of them; their positions are their numbers.
         version: counts the changes of what serves which parameter.
         known_sites: indices of the sites that have statistics.
-        refused: number of a pair -> how often its statistics were refused as not finite, on the device.
         bad: number of a pair -> how often a factor could not be used, and what there was stayed.
     """
 
@@ -130,7 +129,6 @@ class KroneckerFactors(Renewal[Pair]):
         super().__init__(state, groups, overlap)
         self.pairs: list[Pair] = []
         self.version = 0
-        self.refused: Counters = {}
         self._aside: frozenset[Parameter] = frozenset()
         self._of_site: dict[int, Pair] = {}
         self.served: set[Parameter] = set()

@@ -27,7 +27,7 @@ from fisher_kernels.ops._blocks import unpack
 from fisher_kernels.optim.base import Counters, count, require_memory, totals
 from fisher_kernels.optim.fisher_blocks import ASIDE, BLOCK_STATE, STORAGES, FisherBlocks, New, Unit
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
-from fisher_kernels.optim.measure import Costs, measure
+from fisher_kernels.optim.measure import Measured
 from fisher_kernels.optim.refresh import RAMP, is_due
 from fisher_kernels.optim.renewal import NEXT
 from fisher_kernels.optim.sampled import SampledLabels
@@ -44,7 +44,7 @@ MUCH = 1 << 30
 """Bytes of the blocks of one layer above which they are worth a warning."""
 
 
-class MBF(SampledLabels[BlockRule]):
+class MBF(Measured, SampledLabels[BlockRule]):
     r"""MBF: heavy-ball momentum preconditioned by a block-diagonal empirical Fisher matrix of many small blocks.
 
     With :math:`g_n` the gradient of sample n in one small group of weights, and λ the weight decay:
@@ -536,32 +536,19 @@ class MBF(SampledLabels[BlockRule]):
 
     # Reports.
 
-    def measure(self, step_fn: Callable[[], object], overhead: float = 0.25, repeats: int = 5) -> Costs:
-        """Time statistics, inverses and an iteration without them, and propose intervals.
-
-        Parameters, gradients, buffers, the state, the settings and torch's random state are as before afterwards. What
-        ``step_fn`` changes besides, a learning rate schedule for one, is not.
-
-        Args:
-            step_fn: one iteration of training: ``zero_grad()``, forward, backward, ``step()``.
-            overhead: the share of an iteration that statistics and inverses may take on average.
-            repeats: how many iterations of each of the three kinds are timed, after two that are not.
-
-        Returns:
-            The times; ``print`` shows them as a table, and ``arguments`` has the intervals.
-
-        Raises:
-            TypeError, ValueError: ``step_fn`` cannot be called, or a number is out of range.
-        """
+    def _figures(self) -> Callable[[], None]:
         counters = copy.deepcopy((self._skipped, self._capped, self._bounded))
         scales = [self._scales.get(id(group)) for group in self.param_groups]
-        try:
-            return measure(self, self._model, step_fn, overhead, repeats)
-        finally:
+        bad, refused = self._blocks.bad, self._blocks.refused
+
+        def put_back() -> None:
             self._skipped, self._capped, self._bounded = counters
-            # By place: groups are other ones where a state was loaded.
+            # By place: groups are other ones where a state was loaded, and the blocks as well.
             pairs = zip(self.param_groups, scales, strict=True)
             self._scales = {id(group): scale for group, scale in pairs if scale is not None}
+            self._blocks.bad, self._blocks.refused = bad, refused
+
+        return put_back
 
     @torch.no_grad()
     def metrics(self) -> dict[str, dict[str, float]]:

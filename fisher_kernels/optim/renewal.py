@@ -44,6 +44,7 @@ class Renewal(Generic[T]):
 
     Attributes:
         bad: number of an item -> how often something could not be made, and what there was stayed, on the device.
+        refused: number of an item -> how often its statistics were refused as not finite, on the device.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Renewal(Generic[T]):
     ) -> None:
         self.state, self.groups = state, groups
         self.bad: Counters = {}
+        self.refused: Counters = {}
         self._overlap = overlap
         self._made: set[int] = set()  # of which something was made
         self._stale: set[int] = set()  # whose averages have changed since
