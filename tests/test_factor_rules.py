@@ -223,6 +223,28 @@ def test_pieces_of_a_batch(layer: str, method: str, monkeypatch: pytest.MonkeyPa
     follow(build(), batch_of(*shape), method)
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "conv1d-stride-padding",
+        "conv2d-dilation",
+        "conv2d-groups",
+        "conv2d-circular",
+        "conv3d",
+        "deconv2d-output-padding",
+    ],
+)
+def test_nothing_is_unfolded_for_whole_factors(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> Tensor:
+        raise AssertionError("patches are written out")
+
+    monkeypatch.setattr(factor_rules, "patches", refuse)
+    build, shape = LAYERS[layer]
+    torch.manual_seed(0)
+    optimizer, _ = follow(build(), batch_of(*shape))
+    assert_no_fallback(optimizer)
+
+
 @pytest.mark.parametrize("shape", [(9,), (3, 5), (2, 3, 4)])
 def test_embedding(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
@@ -254,6 +276,26 @@ def test_linears_that_share_a_weight(biases: tuple[bool, bool]) -> None:
     torch.manual_seed(0)
     for method in METHODS:
         follow(SharedWeight(*biases), batch_of(5, 4), method)
+
+
+class SharedKernel(nn.Module):
+    """Two convolutions that share a weight, of which one has a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(torch.tanh(self.first(x)))
+        return out
+
+
+def test_convolutions_that_share_a_weight() -> None:
+    for method in METHODS:
+        torch.manual_seed(0)
+        optimizer, _ = follow(SharedKernel(), batch_of(3, 2, 4, 5), method)
+        assert_no_fallback(optimizer)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -760,7 +760,7 @@ def test_gradients_set_by_hand_warn_once(make):
 def test_zero_gradients_without_statistics_use_curvature_one(make):
     """What checkpoint tools do to make the state of a fresh optimizer."""
     model = mlp()
-    bounds = {AdaFisher: (), MBF: ("kl_clip",), KFAC: ("kl_clip", "max_relative_step")}[make]
+    bounds = () if make is AdaFisher else ("kl_clip", "max_relative_step")
     optimizer = make(model, lr=0.5, **dict.fromkeys(bounds))
     before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():

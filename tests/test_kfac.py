@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 from torch.nn import functional as F
 
-from fisher_kernels import EKFAC, KFAC, EKFACAdam
+from fisher_kernels import EKFAC, KFAC, MBF, EKFACAdam
 from fisher_kernels.optim.kronecker import KroneckerOptimizer
 from tests.processes import in_two_processes, needs_processes
 from tests.small_network import assert_same_parameters, assert_same_state, network, parameters_of, train
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("host_backend", "one_thread")
 
 EVERY = [KFAC, EKFAC, EKFACAdam]
 every_kind = pytest.mark.parametrize("kind", EVERY)
+every_sampler = pytest.mark.parametrize("kind", [*EVERY, MBF])
 
 ALWAYS: dict[str, Any] = {"refresh": "constant", "update_interval": 1, "inverse_interval": 1}
 BARE: dict[str, Any] = {**ALWAYS, "kl_clip": None, "max_relative_step": None, "momentum": 0.0}
@@ -323,8 +324,13 @@ def true_factor(distribution: str, out: Tensor) -> Tensor:
     return torch.diag((p * (1 - p)).mean(0)) if distribution == "bernoulli" else torch.eye(out.shape[1]).to(out)
 
 
-@pytest.mark.parametrize("loss_reduction", ["mean", "sum"])
-@pytest.mark.parametrize("distribution", ["categorical", "bernoulli", "gaussian"])
+@pytest.mark.parametrize(
+    ("distribution", "loss_reduction"),
+    [
+        ("categorical", "mean"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("bernoulli", "mean"), ("gaussian", "sum"))),
+    ],
+)
 def test_sampled_fisher_is_the_true_one_in_the_mean(distribution: str, loss_reduction: str) -> None:
     torch.manual_seed(0)
     model = nn.Linear(4, 3).double()
@@ -345,8 +351,8 @@ def test_sampled_fisher_is_the_true_one_in_the_mean(distribution: str, loss_redu
     torch.testing.assert_close(optimizer.state[model.weight]["column_factor"][0], h.T @ h / 16, rtol=1e-9, atol=0)
 
 
-@every_kind
-def test_sampling_leaves_gradients_and_random_numbers_alone(kind: type[KroneckerOptimizer]) -> None:
+@every_sampler
+def test_sampling_leaves_gradients_and_random_numbers_alone(kind: Any) -> None:
     model = network()
     optimizer = kind(model, fisher="sampled")
     x = torch.randn(8, 2, 4, 4)
@@ -387,8 +393,8 @@ def test_sampling_does_nothing_in_other_steps_and_for_the_empirical_fisher() -> 
     assert_same_parameters(model, twin)
 
 
-@every_kind
-def test_sampling_resumes_bit_for_bit(kind: type[KroneckerOptimizer]) -> None:
+@every_sampler
+def test_sampling_resumes_bit_for_bit(kind: Any) -> None:
     def go(model: nn.Module, optimizer: Any, steps: range) -> None:
         for step in steps:
             optimizer.zero_grad()
@@ -484,6 +490,28 @@ def test_sampling_from_a_compiled_model() -> None:
     torch._dynamo.reset()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):  # derivatives in another order
         torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-8 * float(q.detach().abs().max()))
+
+
+@pytest.mark.parametrize("kind", [KFAC, MBF])
+def test_whose_labels_count_can_change(kind: Any) -> None:
+    """From the next zero_grad() on, and in the units of either: as if it had been so from the start."""
+    x = torch.randn(8, 4)
+    factor = "row_factor" if kind is KFAC else "fisher_blocks"
+    for first, then in (("empirical", "sampled"), ("sampled", "empirical")):
+        model, twin = nn.Linear(4, 3), nn.Linear(4, 3)
+        twin.load_state_dict(model.state_dict())
+        always = {"refresh": "constant", "update_interval": 1, "inverse_interval": 1, "lr": 0.0, "beta2": 0.0}
+        changed, plain = kind(model, fisher=first, **always), kind(twin, fisher=then, **always)
+        for net, optimizer in ((model, changed), (twin, plain)):
+            for step in range(2):
+                if step == 1:
+                    optimizer.param_groups[0].update(fisher=then, draws=0)
+                optimizer.zero_grad()
+                classify(net, x, optimizer)
+                optimizer.step()
+        assert torch.equal(changed.state[model.weight][factor], plain.state[twin.weight][factor])
+    with pytest.raises(ValueError, match=r"fisher is 'sampled' in some groups.*expected one for all"):
+        changed.add_param_group({"params": [nn.Parameter(torch.zeros(2))], "fisher": "sampled"})
 
 
 def test_a_step_without_samples_says_so() -> None:

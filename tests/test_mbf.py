@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fisher_kernels import MBF
-from tests.naive_mbf import DEFAULTS
+from tests.naive_mbf import DEFAULTS, NaiveMBF
 from tests.small_network import (
     Tied,
     assert_same_parameters,
@@ -39,6 +39,99 @@ def test_defaults() -> None:
     group = MBF(nn.Linear(2, 2)).param_groups[0]
     expected = {**DEFAULTS, "inverse_storage": "full"}
     assert {name: group[name] for name in expected} == expected
+
+
+# Labels drawn from the model.
+
+
+def drawn(model: nn.Module, optimizer: MBF, x: Tensor, y: Tensor, divisor: int = 1, scaler: Any = None) -> Tensor:
+    """A forward, samples, and the backward of the loss; returns the derivative of the labels that were drawn."""
+    out = model(x)
+    derivatives: list[Tensor] = []
+    out.register_hook(derivatives.append)
+    optimizer.sample(out)
+    loss = F.cross_entropy(out, y) / divisor
+    (loss if scaler is None else scaler.scale(loss)).backward()
+    assert len(derivatives) == 2, "one backward of the drawn labels, one of the loss"
+    return derivatives[0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"linear_blocks": "per_output"}, {"sequence": "reduce"}])
+@pytest.mark.parametrize("loss_reduction", ["mean", "sum"])
+def test_blocks_of_drawn_labels_are_theirs(loss_reduction: str, settings: dict[str, Any]) -> None:
+    """Naive code is given the very labels that were drawn, as the derivative of a sum."""
+    model = network(dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    ours = MBF(model, lr=0.0, fisher="sampled", loss_reduction=loss_reduction, beta2=0.6, **settings)
+    naive = NaiveMBF(twin, lr=0.0, loss_reduction="sum", beta2=0.6, **settings)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        x, y = torch.randn(8, 2, 4, 4, generator=generator).double(), torch.randint(3, (8,), generator=generator)
+        ours.zero_grad()
+        naive.zero_grad()
+        labels = drawn(model, ours, x, y)
+        # Of one class for each row: the softmax less that class.
+        chosen = (model(x).softmax(1) - labels).detach()
+        torch.testing.assert_close(chosen.amax(1), torch.ones(8).double())
+        torch.testing.assert_close(chosen.abs().sum(1), torch.ones(8).double())
+        (twin(x) * labels).sum().backward()
+        before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        ours.step()
+        naive.step()
+        names = {id(q): p for p, q in zip(model.parameters(), twin.parameters(), strict=True)}
+        for block in naive.blocks:
+            assert block.average is not None
+            found = ours.state[names[id(block.owner)]]["fisher_blocks"]
+            # Sums of some hundred float64 terms.
+            atol = 1e-12 * float(block.average.abs().max())
+            torch.testing.assert_close(found, block.average.view_as(found), rtol=0, atol=atol)
+        for p, gradient in zip(model.parameters(), before, strict=True):
+            assert p.grad is not None
+            assert torch.equal(p.grad, gradient)
+            if step == 0:  # that of the data, not of the draws
+                torch.testing.assert_close(ours.state[p]["momentum_buffer"], gradient, rtol=1e-12, atol=1e-15)
+
+
+def test_drawn_labels_know_no_scale_and_no_division() -> None:
+    model, twin = network(dtype=torch.float64), network(dtype=torch.float64)
+    for net in (model, twin):
+        net[1] = nn.Identity()  # samples by themselves
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaled = MBF(model, lr=0.0, fisher="sampled", grad_scaler=scaler)
+    naive = NaiveMBF(twin, lr=0.0, loss_reduction="sum")
+    x, y = torch.randn(8, 2, 4, 4, dtype=torch.float64), torch.randint(3, (8,))
+    parts = zip(x.chunk(2), y.chunk(2), strict=True)
+    labels = torch.cat([drawn(model, scaled, part, few, 2, scaler) for part, few in parts])
+    scaler.step(scaled)
+    (twin(x) * labels).sum().backward()
+    naive.step()
+    names = {id(q): p for p, q in zip(model.parameters(), twin.parameters(), strict=True)}
+    for block in naive.blocks:
+        assert block.average is not None
+        found = scaled.state[names[id(block.owner)]]["fisher_blocks"]
+        atol = 1e-12 * float(block.average.abs().max())
+        torch.testing.assert_close(found, block.average.view_as(found), rtol=0, atol=atol)
+
+
+def test_warm_start_of_drawn_labels() -> None:
+    model = nn.Linear(4, 3).double()
+    optimizer = MBF(model, fisher="sampled")
+    x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
+    with pytest.raises(ValueError, match=r"does loss_fn call sample\(output\)\?"):
+        optimizer.warm_start([x], lambda x: F.cross_entropy(model(x), y), progress=False)
+    labels: list[Tensor] = []
+
+    def loss_of(x: Tensor) -> Tensor:
+        out = model(x)
+        out.register_hook(labels.append)
+        optimizer.sample(out)
+        return F.cross_entropy(out, y)
+
+    optimizer.warm_start([x, 2 * x], loss_of, progress=False)
+    h = torch.cat([torch.cat([z, torch.ones_like(z[:, :1])], 1) for z in (x, 2 * x)])
+    weights = torch.cat(labels[::2]).square().sum(1) / 3
+    expected = h.T @ (weights[:, None] * h) / 16
+    torch.testing.assert_close(optimizer.state[model.weight]["fisher_blocks"][0], expected, rtol=1e-12, atol=1e-12)
 
 
 # Checkpoints.
@@ -213,7 +306,9 @@ def test_one_nan_poisons_nothing() -> None:
 
 def test_storage_of_inverses() -> None:
     models = {storage: network() for storage in ("full", "packed", "bfloat16")}
-    optimizers = {storage: MBF(model, inverse_storage=storage) for storage, model in models.items()}
+    optimizers = {
+        storage: MBF(model, inverse_storage=storage, linear_blocks="shared") for storage, model in models.items()
+    }
     for storage, model in models.items():
         train(model, optimizers[storage], range(1))
     inverses = {s: optimizers[s].state[models[s][0].weight]["inverse_blocks"] for s in models}
@@ -538,7 +633,7 @@ def test_inputs_outlive_a_backward_that_ends_above_their_layer() -> None:
 @pytest.mark.filterwarnings("ignore:MBF.* of the trained parameters have no layer rule")
 def test_explain_names_blocks_and_fallbacks() -> None:
     model = network()
-    rows = {row.name: row for row in MBF(model).explain()}
+    rows = {row.name: row for row in MBF(model, linear_blocks="shared").explain()}
     assert rows["0.weight"].detail == "0.weight: 8 blocks of 9 x 9"
     assert rows["1.bias"].detail == "1.bias: beside its weight, 4 blocks of 2 x 2"
     assert rows["4.weight"].detail == "4.weight: beside its bias, 1 block of 65 x 65, shared by 6 rows"
@@ -579,7 +674,7 @@ def test_metrics_are_figures_of_the_inverses() -> None:
 
 def test_a_wide_linear_is_cut_and_named() -> None:
     with pytest.warns(UserWarning, match=r"model\.weight has 10,001 columns.*400,080,004 bytes.*linear_blocks="):
-        ours = MBF(nn.Linear(10_000, 2, device="meta"))
+        ours = MBF(nn.Linear(10_000, 2, device="meta"), linear_blocks="shared")
     assert "10 blocks of 1024 x 1024" in ours.explain()[0].detail
 
 

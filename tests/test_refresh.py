@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -148,3 +149,25 @@ def test_a_step_that_is_skipped_leaves_its_refresh_due() -> None:
     assert ours.param_groups[0]["iteration"] == 1
     ours.found_inf = None
     assert updates(model, ours, range(2, 3)) == [2]
+
+
+def test_curvature_out_of_date_is_named_and_capped() -> None:
+    """Blocks of tiny gradients, kept for long, make steps that are far too long when gradients are not."""
+    model = nn.Linear(4, 3)
+    ours = MBF(model, kl_clip=None, refresh="constant", update_interval=50, inverse_interval=50)
+    x = torch.randn(16, 4)
+
+    def step(scale: float) -> None:
+        ours.zero_grad()
+        (scale * model(x).square().mean()).backward()
+        ours.step()
+
+    step(1e-4)
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    with pytest.warns(UserWarning, match=r"steps of weight, bias were more than 10 times.*inverse_interval=50"):
+        step(100.0)
+    moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+    torch.testing.assert_close(moved.norm(), 0.1 * before.norm(), rtol=1e-4, atol=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(100.0)  # it is said once

@@ -321,7 +321,8 @@ def wrong(kind: str) -> list[Any]:
 def test_arguments_of_the_wrong_type_are_named(backend: str, name: str) -> None:
     call = PUBLIC[name][0]()
     for argument in arguments_of(op(name)._schema):
-        allowed = {"lr": (float, int, bool, list)}.get(argument.name, ())
+        # None is no cap, also among those of each parameter.
+        allowed = {"lr": (float, int, bool, list), "max_relative_step": (type(None),)}.get(argument.name, ())
         if argument.name in ("kernel_size", "stride", "padding", "dilation"):
             allowed = (list,)
         for value in wrong(argument.kind):
@@ -405,6 +406,8 @@ def test_nothing_is_written_twice(backend: str, name: str, argument: str) -> Non
             value += copy.deepcopy(value)
     if call.get("inverses") is not None:
         call["inverses"] = [x for x in call["inverses"] if x is not None]
+    if "sums" in call:
+        call["sums"] = call["sums"][:2].clone()
     run(name, copy.deepcopy(call))
     before = copy.deepcopy(call)
     first = call[argument][0]

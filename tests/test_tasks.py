@@ -366,7 +366,7 @@ def test_a_text_is_read_as_the_constructor_says(optimizer: str, name: str, text:
         ("mbf", "update_interval", "2.5", "is '2.5', expected an integer"),
         ("mbf", "kl_clip", "off", "is 'off', expected none or a finite number"),
         ("mbf", "linear_blocks", "all", "is 'all', expected shared, per_output or an integer"),
-        ("mbf", "betas", "1", "mbf has no hyperparameter 'betas': it takes lr, momentum, damping, kl_clip, beta2"),
+        ("mbf", "betas", "1", "mbf has no hyperparameter 'betas': it takes lr, momentum, damping, kl_clip, kl_along"),
         ("mbf", "params", "1", "mbf has no hyperparameter 'params'"),
         ("lion", "lr", "1", "unknown optimizer 'lion': choose from adamw, sgd"),
     ],

@@ -228,7 +228,7 @@ def cases(tiny: bool, compile_: bool) -> Iterator[Case]:
     optimizers: dict[str, tuple[Callable[[nn.Module], torch.optim.Optimizer], int]] = {
         "AdaFisher": (lambda model: AdaFisher(model, update_interval=NEVER), 20),
         "SOFIM": (lambda model: SOFIM(model.parameters()), 24),
-        "MBF": (lambda model: MBF(model, update_interval=NEVER, inverse_interval=NEVER), 20),
+        "MBF": (lambda model: MBF(model, refresh="constant", update_interval=NEVER, inverse_interval=NEVER), 20),
     }
     for name, (make, bytes_each) in optimizers.items():
         targets = {} if name == "MBF" else {ADAMW: 1.5, f"wall: {ADAMW}": 1.0}

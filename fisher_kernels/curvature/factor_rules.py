@@ -56,7 +56,7 @@ from fisher_kernels.curvature.rules import (
     transposed_windows,
     unsqueeze_batch,
 )
-from fisher_kernels.ops import ACCUMULATOR, column_sum_of_squares
+from fisher_kernels.ops import ACCUMULATOR, column_sum_of_squares, conv_gram_
 
 # The terms of the loss.
 
@@ -376,18 +376,24 @@ class FactorRule(TermRule):
         factors = [grad.new_zeros(self.factor_shape(side), dtype=wide) for side in (0, 1)]
         basis = self.context.bases.get(id(whole._parameters["weight"])) if self.factoring.moments else None
         moments = [grad.new_zeros(self.shape, dtype=wide)] if self.factoring.moments else []
-        count = 0
-        if grad.numel():
-            for sides in self.samples(operation, x, grad):
-                count += sides[0].shape[0] * sides[0].shape[1]
-                for factor, side in zip(factors, sides, strict=True):
-                    _add_gram(factor, side.flatten(0, 1).to(wide))
-                if basis is not None:
-                    _add_moments(moments[0], *sides, basis)
+        count = self._add(operation, x, grad, factors, moments, basis) if grad.numel() else 0
         blocks = self._block_sums(operation, grad)
         vectors = [*blocks.vectors, *(f.flatten() for f in factors), *(v.flatten() for v in moments), terms]
         seen = [0 if basis is None else count] * len(moments)
         return Sums(vectors, [*blocks.counts, count, count, *seen, 1])
+
+    def _add(
+        self, operation: Any, x: Tensor, grad: Tensor, factors: list[Tensor], moments: list[Tensor], basis: Basis | None
+    ) -> int:
+        """Add a batch to both factors, and to second moments if there is a basis; returns the number of its rows."""
+        count = 0
+        for sides in self.samples(operation, x, grad):
+            count += sides[0].shape[0] * sides[0].shape[1]
+            for factor, side in zip(factors, sides, strict=True):
+                _add_gram(factor, side.flatten(0, 1).to(factor.dtype))
+            if basis is not None:
+                _add_moments(moments[0], *sides, basis)
+        return count
 
     def _block_sums(self, operation: Any, grad: Tensor) -> Sums:
         """The raw sums of what has no part in the factors."""
@@ -480,26 +486,70 @@ class LinearFactors(FactorRule):
 
 
 class ConvFactors(FactorRule):
-    """Conv1d/2d/3d: h is the patch that a position reads, [h, 1] with a bias; every group has factors of its own."""
+    """Conv1d/2d/3d: h is the patch that a position reads, [h, 1] with a bias; every group has factors of its own.
+
+    The factor of the patches is made without unfolding them. A diagonal one, and second moments, unfold a few samples
+    at a time.
+    """
 
     name: ClassVar[str] = "conv"
 
     def __init__(self, factoring: Factoring, context: Context, shape: Sequence[int], groups: int, bias: bool) -> None:
         super().__init__(factoring, context, (groups, shape[0] // groups, math.prod(shape[1:])), bias)
 
-    def samples(self, operation: Any, x: Tensor, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        grad = unsqueeze_batch(grad, len(operation.kernel_size))
-        x, padding = padded_input(operation, x)
-        for piece, derivative in zip(*self._pieces(x, grad, math.prod(grad.shape[2:])), strict=True):
-            columns = patches(operation, piece, padding)
-            if self.bias:
-                columns = F.pad(columns, (0, 1), value=float(has_bias(operation)))
-            yield self._channels(derivative), columns
+    def geometry(self, operation: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """What has a number for each position and row of the weight, what the patches are of, and its padding.
 
-    def _pieces(self, x: Tensor, grad: Tensor, positions: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Input and derivative in pieces of so many samples that their patches have bounded memory."""
-        step = max(1, CHUNK // max(1, positions * self.shape[0] * self.shape[2]))
-        return x.split(step), grad.split(step)
+        Both are (samples, channels, positions...); the padding is (before, after) of each spatial dimension, or 0.
+        """
+        x, padding = padded_input(operation, x)
+        return unsqueeze_batch(grad, len(operation.kernel_size)), x, padding
+
+    def _add(
+        self, operation: Any, x: Tensor, grad: Tensor, factors: list[Tensor], moments: list[Tensor], basis: Basis | None
+    ) -> int:
+        rows, images, padding = self.geometry(operation, x, grad)
+        whole, positions = self.is_whole(1), math.prod(rows.shape[2:])
+        if whole:
+            self._add_patches(operation, images, padding, factors[1])
+        unfolds = not whole or basis is not None
+        numbers = positions * self.shape[0] * (self.shape[2] if unfolds else self.shape[1])
+        step = max(1, CHUNK // max(1, numbers))
+        for some, piece in zip(rows.split(step), images.split(step), strict=True):
+            made = self._channels(some)
+            _add_gram(factors[0], made.flatten(0, 1).to(factors[0].dtype))
+            if unfolds:
+                read = self._patches(operation, piece, padding)
+                if not whole:
+                    _add_gram(factors[1], read.flatten(0, 1).to(factors[1].dtype))
+                if basis is not None:
+                    _add_moments(moments[0], made, read, basis)
+        return len(rows) * positions
+
+    def _add_patches(self, operation: Any, images: Tensor, padding: Any, factor: Tensor) -> None:
+        """Add the outer products of the patches to their factor, (groups, n, n)."""
+        bias = self.bias and has_bias(operation)
+        part = factor if bias or not self.bias else torch.zeros_like(factor[:, :-1, :-1]).contiguous()
+        # Numbers of 16 bits are read as they are and summed in float32.
+        images = images if ACCUMULATOR[images.dtype] == factor.dtype else images.to(factor.dtype)
+        conv_gram_(
+            part,
+            images,
+            operation.kernel_size,
+            operation.stride,
+            padding,
+            operation.dilation,
+            operation.groups,
+            bias,
+            1.0,
+        )
+        if part is not factor:  # a use without a bias of a weight that has one elsewhere
+            factor[:, :-1, :-1] += part
+
+    def _patches(self, operation: Any, images: Tensor, padding: Any) -> Tensor:
+        """The patches of some samples, with a 1 behind each if there is a bias."""
+        columns = patches(operation, images, padding)
+        return F.pad(columns, (0, 1), value=float(has_bias(operation))) if self.bias else columns
 
     def _channels(self, x: Tensor) -> Tensor:
         """(samples, channels, positions...) as (samples, positions, groups, channels of a group)."""
@@ -517,12 +567,11 @@ class ConvTransposeFactors(ConvFactors):
         matrices = (groups, shape[0] // groups, math.prod(shape[1:]))
         FactorRule.__init__(self, factoring, context, matrices, False, blocks)
 
-    def samples(self, operation: Any, x: Tensor, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def geometry(self, operation: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Any]:
         spatial = len(operation.kernel_size)
         x, grad = unsqueeze_batch(x, spatial), unsqueeze_batch(grad, spatial)
         windows, padding = transposed_windows(operation, x.shape[2:], grad)
-        for piece, derivative in zip(*self._pieces(x, windows, math.prod(x.shape[2:])), strict=True):
-            yield self._channels(piece), patches(operation, derivative, padding if any(map(any, padding)) else 0)
+        return x, windows, padding if any(map(any, padding)) else 0
 
     def _block_sums(self, operation: Any, grad: Tensor) -> Sums:
         if not self.blocks:

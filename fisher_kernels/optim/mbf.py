@@ -27,10 +27,11 @@ from fisher_kernels.ops._blocks import unpack
 from fisher_kernels.optim.base import Counters, count, require_memory, totals
 from fisher_kernels.optim.fisher_blocks import ASIDE, BLOCK_STATE, STORAGES, FisherBlocks, New, Unit
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
-from fisher_kernels.optim.layerwise import LayerwiseOptimizer
 from fisher_kernels.optim.measure import Costs, measure
 from fisher_kernels.optim.refresh import RAMP, is_due
 from fisher_kernels.optim.renewal import NEXT
+from fisher_kernels.optim.sampled import SampledLabels
+from fisher_kernels.optim.unserved import shown
 from fisher_kernels.optim.warn import warn_once
 
 FLOOR = 1e-3
@@ -39,11 +40,14 @@ FLOOR = 1e-3
 TOGETHER = ("momentum", "decoupled", "maximize", "kl_clip", "kl_along", "max_relative_step", "floor")
 """Settings that are the same for all that one call steps. Groups that share them have one trust region."""
 
+FAR = 0.1
+"""What the cap leaves of a step at most where the curvature is out of date: in healthy runs it leaves half and more."""
+
 MUCH = 1 << 30
 """Bytes of the blocks of one layer above which they are worth a warning."""
 
 
-class MBF(LayerwiseOptimizer[BlockRule]):
+class MBF(SampledLabels[BlockRule]):
     r"""MBF: heavy-ball momentum preconditioned by a block-diagonal empirical Fisher matrix of many small blocks.
 
     With :math:`g_n` the gradient of sample n in one small group of weights, and λ the weight decay:
@@ -59,7 +63,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         m &\leftarrow \mathrm{momentum} \cdot m + g \\
         d &= P m && \text{block by block} \\
         \mathrm{scale} &= \min \left( 1,
-            \sqrt{\frac{\mathrm{kl\_clip}}{\left| \sum \mathrm{lr}^2 \langle d, g \rangle \right|}} \right)
+            \sqrt{\frac{\mathrm{kl\_clip}}{\left| \sum \mathrm{lr}^2 \langle d, m \rangle \right|}} \right)
             && \text{one number for all groups} \\
         \mathrm{cap} &= \min \left( 1, \frac{\mathrm{max\_relative\_step} \cdot
             \max(|W|, \mathrm{floor} \sqrt{n})}{\mathrm{scale}\, |\mathrm{lr}\, d|} \right)
@@ -71,7 +75,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
     layer                blocks
     ==================== ============================================================================================
     Conv, ConvTranspose  one n x n block for each output and input channel, n the kernel's size; the bias 1 x 1
-    Linear               rows [w, b] share one (I + 1) x (I + 1) block, or as ``linear_blocks`` says
+    Linear               rows [w, b] share k x k blocks on their columns, k being ``linear_blocks``
     normalisations       one 2 x 2 block of scale and shift for each channel
     Embedding            1 x 1
     anything else        1 x 1 from N times the squared gradient of the batch of N samples; ``explain()`` names these
@@ -87,14 +91,15 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         lr: learning rate, a number or a tensor of one element.
         momentum: 0 <= momentum < 1.
         damping: added to the diagonal of every block, in the units of squared per-sample gradients.
-        kl_clip: bound of ``|sum lr^2 <d, g>|`` of a step, over all parameter groups that have the same ``kl_clip``,
+        kl_clip: bound of ``|sum lr^2 <d, m>|`` of a step, over all parameter groups that have the same ``kl_clip``,
             ``kl_along``, ``max_relative_step``, ``floor``, ``momentum``, ``decoupled`` and ``maximize``; None for no
             bound. Without it the first steps are nearly SGD at lr / damping / (1 - momentum).
-        kl_along: ``"momentum"``: ``<d, m>``, the change of the model along d, about 1 / (1 - momentum) times ``<d, g>``
-            while gradients agree, so that ``kl_clip`` should be larger by as much; ``"gradient"``: ``<d, g>``, which
-            can vanish while d is large.
+        kl_along: ``"momentum"``: ``<d, m>``, the change of the model along d; ``"gradient"``: ``<d, g>`` in its place,
+            which can vanish while d is large.
         max_relative_step: bound of the step of each layer, weight and bias together, relative to the norm of its
-            weights, after the trust region and before the decay; None for no bound.
+            weights, after the trust region and before the decay; None for no bound. Where it leaves less than a tenth
+            of a step under ``refresh="constant"`` you are warned once: the curvature is out of date (on the CPU; a GPU
+            would be waited for).
         floor: root mean square of a layer's weights below which they count as so large, so that weights that are zero
             at first move too.
         beta2: decay of the blocks, 0 <= beta2 < 1.
@@ -106,9 +111,11 @@ class MBF(LayerwiseOptimizer[BlockRule]):
             min(1, t / ramp))`` steps later, and inverses are made in steps that bring statistics.
         overlap: make inverses beside training, on a thread of their own, and on a GPU on a stream of their own too: the
             step that would make them uses those of the step that would have before. The first are waited for.
-        linear_blocks: ``"shared"``, one block for all outputs of a Linear, or, if it has more than 8192 columns, shared
-            blocks of 1024, with a warning; ``"per_output"``, one for each, (O, I + 1, I + 1) numbers; or an integer:
-            shared blocks of so many columns.
+        fisher: ``"empirical"``: blocks of the labels of the data; ``"sampled"``: of labels drawn from the model's own
+            output, in :meth:`sample`.
+        linear_blocks: blocks of so many columns of a Linear, shared by its outputs; ``"shared"``, one block of all of
+            them, or, if there are more than 8192, blocks of 1024, with a warning; ``"per_output"``, one for each
+            output, (O, I + 1, I + 1) numbers.
         sequence: what a sample is to a Linear on inputs of three dimensions or more, and to layers that are used
             several times: ``"expand"`` takes every row and every use as one; ``"reduce"`` adds up a sample's gradient
             over them first, which is exact, keeps inputs and derivatives until the step, and costs O(O I^2) a sample.
@@ -148,6 +155,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         "mask_zeros": False,
         "refresh": "constant",
         "ramp": RAMP,
+        "fisher": "empirical",
         "kl_along": "gradient",
         "max_relative_step": None,
         "floor": FLOOR,
@@ -162,16 +170,17 @@ class MBF(LayerwiseOptimizer[BlockRule]):
         momentum: float = 0.9,
         damping: float = 1e-3,
         kl_clip: float | None = 1e-3,
-        kl_along: Literal["momentum", "gradient"] = "gradient",
-        max_relative_step: float | None = None,
+        kl_along: Literal["momentum", "gradient"] = "momentum",
+        max_relative_step: float | None = 0.1,
         floor: float = FLOOR,
         beta2: float = 0.9,
-        update_interval: int = 1,
-        inverse_interval: int = 10,
+        update_interval: int = 10,
+        inverse_interval: int = 20,
         refresh: Literal["ramp", "constant"] = "ramp",
         ramp: float = RAMP,
         overlap: bool = False,
-        linear_blocks: Literal["shared", "per_output"] | int = "shared",
+        fisher: Literal["empirical", "sampled"] = "empirical",
+        linear_blocks: Literal["shared", "per_output"] | int = 64,
         sequence: Literal["expand", "reduce"] = "expand",
         loss_reduction: Literal["mean", "sum"] = "mean",
         weight_decay: float = 0.0,
@@ -200,6 +209,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
             "refresh": refresh,
             "ramp": ramp,
             "overlap": overlap,
+            "fisher": fisher,
             "linear_blocks": linear_blocks,
             "sequence": sequence,
             "loss_reduction": loss_reduction,
@@ -283,7 +293,7 @@ class MBF(LayerwiseOptimizer[BlockRule]):
 
     def _rule_for(self, module: nn.Module, owner: Parameter) -> BlockRule | None:
         group = self._groups[owner]
-        return self._rules(module, Sharing(group["linear_blocks"], group["sequence"], group["loss_reduction"]))
+        return self._rules(module, Sharing(group["linear_blocks"], group["sequence"], self._reduction(group)))
 
     def _layers_of(self) -> dict[Parameter, list[tuple[str, Layer[BlockRule]]]]:
         fallbacks = {part.owner for part in self._blocks.unruled}
@@ -418,8 +428,25 @@ class MBF(LayerwiseOptimizer[BlockRule]):
             self._scales[id(group)] = scale
         count(self._skipped, plan.numbers, skipped)
         if groups[0]["max_relative_step"] is not None:
+            if caps.is_cpu and any(group["refresh"] == "constant" for group in groups):
+                self._warn_of_far(plan, caps)
             count(self._capped, plan.numbers, caps.lt(1).to(torch.int64))
             self._bounded[plan.numbers] = self._bounded.get(plan.numbers, 0) + 1
+
+    def _warn_of_far(self, plan: _Plan, caps: Tensor) -> None:
+        """Say which layers take steps along curvature that is out of date."""
+        if not (caps < FAR).any():
+            return
+        names = {p: name for name, p in self._names()}
+        far = [p for p, cap in zip(plan.params, caps.tolist(), strict=True) if cap < FAR]
+        group = self._groups[far[0]]
+        self._warn_once(
+            "far",
+            f"steps of {shown([names[p] for p in far])} were more than {1 / FAR:g} times as long as "
+            f"max_relative_step={group['max_relative_step']} lets them be, and were shortened: their curvature is out "
+            f"of date. refresh='ramp' or less than inverse_interval={group['inverse_interval']} keep it fresh, "
+            "kl_along='momentum' and a smaller kl_clip or lr make steps shorter",
+        )
 
     def _plan(self, groups: list[dict[str, Any]]) -> _Plan:
         plan = _Plan(self._blocks.version)
@@ -442,7 +469,8 @@ class MBF(LayerwiseOptimizer[BlockRule]):
 
         Args:
             batches: what ``loss_fn`` takes, one after another, a DataLoader for one.
-            loss_fn: batch -> loss, with the reduction that ``loss_reduction`` says; it runs the model.
+            loss_fn: batch -> loss, with the reduction that ``loss_reduction`` says; it runs the model, and under
+                ``fisher="sampled"`` it calls :meth:`sample` with the output.
             progress: show a progress bar.
 
         Raises:
@@ -476,7 +504,10 @@ class MBF(LayerwiseOptimizer[BlockRule]):
                 for buffer, value in buffers.items():
                     buffer.copy_(value)
         if not sums:
-            raise ValueError("batches gave no finite statistics of any layer: were there any, and is the loss finite?")
+            drawn = ", and does loss_fn call sample(output)" if self.statistics.sampled else ""
+            raise ValueError(
+                f"batches gave no finite statistics of any layer: were there any, and is the loss finite{drawn}?"
+            )
         with torch.no_grad():
             for number, (total, samples) in sums.items():
                 part = self._blocks.parts[number]

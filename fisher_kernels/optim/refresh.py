@@ -23,7 +23,7 @@ from typing import Any
 
 from fisher_kernels.optim.hyperparameters import require_choice, require_numbers
 
-RAMP = 40
+RAMP = 80
 """Steps over which intervals grow, unless told otherwise."""
 
 NEVER = -1

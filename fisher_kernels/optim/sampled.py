@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._C import _DisableAutocast
 
 from fisher_kernels.curvature.rules import R
+from fisher_kernels.curvature.sites import Layer
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.optim.hyperparameters import require_choice
 from fisher_kernels.optim.layerwise import LayerwiseOptimizer
@@ -50,17 +51,38 @@ outputs are not finite it is not either, and the statistics are refused: drawing
 class SampledLabels(LayerwiseOptimizer[R]):
     """Base of the optimizers that take their statistics of drawn labels where ``fisher="sampled"``."""
 
+    _ruled_for: bool | None = None
+    """Whether the rules take derivatives for those of drawn labels; None where that is not known."""
+
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         require_choice(group, "fisher", ("empirical", "sampled"))
         group.setdefault(DRAWS, 0)
 
-    def _arm(self) -> None:
+    def _find_layers(self) -> list[Layer[R]]:
+        self._ruled_for = self._samples()
+        return super()._find_layers()
+
+    def _samples(self) -> bool:
+        """Whether the groups ask for drawn labels."""
         kinds = {group["fisher"] for group in self.param_groups}
         if len(kinds) > 1:
             raise ValueError("fisher is 'sampled' in some groups and 'empirical' in others, expected one for all")
-        self.statistics.sampled = kinds == {"sampled"}
+        return kinds == {"sampled"}
+
+    def _arm(self) -> None:
+        sampled = self._samples()
+        if self._ruled_for is not None and self._ruled_for != sampled:
+            # Changed since: the rules are to undo another reduction, and what is pending has that of before.
+            self.statistics.clear()
+            self._watch(self.statistics.grad_scaler, self.statistics.process_group)
+            return
+        self._ruled_for = self.statistics.sampled = sampled
         super()._arm()
+
+    def _schedules(self) -> list[tuple[Any, ...]]:
+        kinds = [group["fisher"] for group in self.param_groups]
+        return [(*schedule, kind) for schedule, kind in zip(super()._schedules(), kinds, strict=True)]
 
     def _reduction(self, group: dict[str, Any]) -> str:
         """That of the loss whose derivatives count; of drawn labels they are those of a sum."""
