@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fisher_kernels import use_backend
 from fisher_kernels.backends import available
-from fisher_kernels.ops import ACCUMULATOR, conv_gram_, weighted_gram_
+from fisher_kernels.ops import ACCUMULATOR, conv_gram, conv_gram_, weighted_gram_
 from fisher_kernels.ops._convolution import padding_pairs, per_dimension
 from tests.cases import (
     DTYPES,
@@ -272,6 +272,17 @@ def test_runs_within_a_share(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
     case = Patches((3, 9, 10, 11), 2, bias=True)
     x, out = integers(case.shape, dtype), lost(case, dtype)
     with use_backend("triton"):
+        conv_gram_(out, x, *case.geometry)
+    assert_within(out, defined(case, x), 0.0)
+
+
+@pytest.mark.parametrize("held", [1, 2])
+def test_the_reference_unfolds_a_few_samples_at_a_time(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Patches((5, 4, 5, 6), 2, groups=2, bias=True)
+    x, out = integers(case.shape, torch.float32), lost(case, torch.float32)
+    numbers = 4 * 20 * 4  # of a sample: channels, windows and offsets
+    monkeypatch.setattr(conv_gram, "_PATCHES", held * numbers)
+    with use_backend("reference"):
         conv_gram_(out, x, *case.geometry)
     assert_within(out, defined(case, x), 0.0)
 

@@ -7,15 +7,19 @@ import functools
 import math
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 from torch.nn import functional as F
 
 from fisher_kernels import EKFAC, KFAC, MBF, EKFACAdam
+from fisher_kernels.curvature import statistics
+from fisher_kernels.optim import sampled
 from fisher_kernels.optim.kronecker import KroneckerOptimizer
 from tests.processes import in_two_processes, needs_processes
 from tests.small_network import assert_same_parameters, assert_same_state, network, parameters_of, train
@@ -183,6 +187,8 @@ def test_the_cap_bounds_each_layer() -> None:
         assert math.sqrt(moved) == pytest.approx(bound, rel=1e-9)
         assert report[f"{layer}.weight"]["cap"] < 1
         assert report[f"{layer}.weight"]["capped_share"] == 1
+        beside = {row["cap"] for name, row in report.items() if name.startswith(layer)}
+        assert len(beside) == 1, "weight and bias are shortened together"
 
 
 def test_one_trust_region_over_all_groups() -> None:
@@ -283,7 +289,46 @@ def test_others_by_adam_resume_and_take_over_what_a_layer_served(kind: type[KFAC
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+def test_a_layer_that_is_used_later_is_preconditioned_at_once(kind: type[KFAC]) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]).double()
+    optimizer = kind(model, refresh="constant", update_interval=10, inverse_interval=10)
+    x = torch.randn(8, 4, dtype=torch.float64)
+    for used in (1, 2):
+        optimizer.zero_grad()
+        out = x
+        for layer in list(model)[:used]:
+            out = torch.tanh(layer(out))
+        out.square().sum(1).mean().backward()
+        optimizer.step()
+    state = optimizer.state[model[1].weight]
+    assert int(state["fisher_updates"]) == 1
+    made = state["row_inverse" if kind is KFAC else "row_basis"][0]
+    assert not torch.equal(made, torch.eye(4, dtype=torch.float64))
+
+
 # Factors that cannot be used.
+
+
+@pytest.mark.parametrize("zeros", ["inputs", "derivatives"])
+def test_a_factor_of_zeros_takes_an_equal_share_of_the_damping(zeros: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 2, bias=False)).double()
+    x = torch.randn(8, 4, dtype=torch.float64)
+    if zeros == "inputs":
+        x.zero_()
+    else:
+        nn.init.zeros_(model[1].weight)
+    optimizer = KFAC(model, damping=0.01, **ALWAYS)
+    (model(x) - 1).square().sum(1).mean().backward()
+    optimizer.step()
+    state = optimizer.state[model[0].weight]
+    assert sorted(bool(state[f"{side}_factor"].any()) for side in ("row", "column")) == [False, True]
+    for side in ("row", "column"):
+        factor = state[f"{side}_factor"][0]
+        inverse = torch.linalg.inv(factor + 0.1 * torch.eye(len(factor), dtype=torch.float64))
+        torch.testing.assert_close(state[f"{side}_inverse"][0], inverse, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", [KFAC, EKFAC])
@@ -643,6 +688,65 @@ def test_classes_may_be_in_any_dimension() -> None:
 # Several processes.
 
 
+def _all_reduce(x: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
+    if op == dist.ReduceOp.SUM:
+        x *= 2
+
+
+def _all_gather_object(everywhere: list[Any], x: Any, group: Any = None) -> None:
+    everywhere[:] = [x, x]
+
+
+TWINS = SimpleNamespace(
+    is_available=lambda: True,
+    is_initialized=lambda: True,
+    get_world_size=lambda group: 2,
+    ReduceOp=dist.ReduceOp,
+    all_reduce=_all_reduce,
+    all_gather_object=_all_gather_object,
+)
+"""In place of torch.distributed: this process and another one that has the same data."""
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+def test_processes_of_the_same_data_have_the_statistics_of_one(fisher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DistributedDataParallel averages the gradients of the loss, and not those of drawn labels."""
+    found = []
+    for processes in (1, 2):
+        if processes == 2:
+            monkeypatch.setattr(statistics, "dist", TWINS)
+        model = network(dtype=torch.float64)
+        optimizer = KFAC(model, fisher=fisher, **ALWAYS)  # type: ignore[arg-type]
+        out = model(torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(0)).double())
+        optimizer.sample(out)
+        F.cross_entropy(out, torch.arange(8) % 3).backward()
+        optimizer.step()
+        kept = {
+            (i, name): value for i, p in enumerate(model.parameters()) for name, value in optimizer.state[p].items()
+        }
+        found.append({key: kept[key] for key in kept if key[1].endswith(("_factor", "fisher_blocks"))})
+    assert len(found[0]) == 2 * 3 + 2  # layers with factors, and normalisations
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-12, atol=1e-15)
+
+
+def test_every_draw_and_every_process_has_labels_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[int, list[Tensor]] = {}
+    for number, rank in enumerate((0, 1, 1)):
+        of_rank = {"is_available": lambda: True, "is_initialized": lambda: True}
+        monkeypatch.setattr(sampled, "dist", SimpleNamespace(get_rank=lambda group, rank=rank: rank, **of_rank))
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        optimizer = KFAC(model, fisher="sampled")
+        out = model(torch.randn(64, 4))
+        out.register_hook(drawn.setdefault(number, []).append)
+        for _ in range(2):
+            optimizer.sample(out)
+    assert all(torch.equal(a, b) for a, b in zip(drawn[1], drawn[2], strict=True))
+    first, second = drawn[0]
+    assert len({tuple(x.flatten().tolist()) for x in (first, second, *drawn[1])}) == 4
+
+
 def _train_a_part(rank: int, kind: type[KroneckerOptimizer], fisher: str) -> tuple[list[Any], list[Any]]:
     model = network(dtype=torch.float64)
     model[1] = nn.Identity()  # batch statistics are those of each process
@@ -679,6 +783,6 @@ def test_data_parallel_equals_one_process(kind: type[KroneckerOptimizer], tmp_pa
 
 @pytest.mark.slow
 @needs_processes
-def test_processes_draw_different_labels_and_hold_the_same_bits(tmp_path: Path) -> None:
+def test_processes_that_draw_labels_hold_the_same_bits(tmp_path: Path) -> None:
     first, second = in_two_processes(functools.partial(_train_a_part, kind=KFAC, fisher="sampled"), tmp_path)
     assert first == second

@@ -435,6 +435,21 @@ def test_the_cap_holds_for_weight_and_bias_together() -> None:
         assert all(row["capped_share"] == 1 for row in ours.metrics().values())
 
 
+def test_the_cap_shortens_weight_and_bias_alike() -> None:
+    moves = []
+    for cap in (None, 1e-3):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 3)).double()
+        ours, before = MBF(model, lr=1.0, kl_clip=None, max_relative_step=cap), parameters_of(model)
+        train(model, ours, range(1))
+        moves.append({n: float((p.detach() - before[n]).norm()) for n, p in model.named_parameters()})
+    free, capped = moves
+    for name in ("0", "2"):
+        weight, bias = (capped[f"{name}.{role}"] / free[f"{name}.{role}"] for role in ("weight", "bias"))
+        assert weight == pytest.approx(bias, rel=1e-9)
+        assert weight < 1
+
+
 def test_the_share_of_capped_steps() -> None:
     model = network()
     ours = MBF(model, max_relative_step=1e6)

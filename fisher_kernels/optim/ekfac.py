@@ -18,15 +18,24 @@ from fisher_kernels.curvature.factor_rules import Elementwise, FactorRule, TermR
 from fisher_kernels.curvature.operations import Choice
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.optim.adam_moments import average, unbiased
-from fisher_kernels.optim.kfac import BLOCK_STATE, KFAC, OTHERS_LR
+from fisher_kernels.optim.fisher_blocks import BLOCK_STATE
+from fisher_kernels.optim.kfac import KFAC, OTHERS_LR
 from fisher_kernels.optim.kronecker import KroneckerOptimizer, goes_on
-from fisher_kernels.optim.kronecker_factors import MOMENT_UPDATES, MOMENTS, UPDATES, FactorBases, FactorMoments, Pair
+from fisher_kernels.optim.kronecker_factors import (
+    MOMENT_UPDATES,
+    MOMENTS,
+    UPDATES,
+    FactorBases,
+    FactorMoments,
+    Pair,
+    factor_state,
+)
 from fisher_kernels.optim.refresh import RAMP
 
 TINY = 1e-16
 """Added to second moments beside what is relative to their mean, so that nothing is divided by 0."""
 
-_BASIS_STATE = ("row_factor", "column_factor", "row_basis", "column_basis", MOMENTS)
+_BASIS_STATE = (*factor_state("basis"), MOMENTS)
 
 
 class EKFAC(KFAC):
@@ -79,6 +88,7 @@ class EKFAC(KFAC):
         inverse_interval: int = 20,
         refresh: Literal["ramp", "constant"] = "ramp",
         ramp: float = RAMP,
+        overlap: bool = False,
         fisher: Literal["empirical", "sampled"] = "empirical",
         max_factor_size: int = 4096,
         sequence: Literal["expand", "reduce"] = "expand",
@@ -107,6 +117,7 @@ class EKFAC(KFAC):
             inverse_interval=inverse_interval,
             refresh=refresh,
             ramp=ramp,
+            overlap=overlap,
             fisher=fisher,
             max_factor_size=max_factor_size,
             sequence=sequence,
@@ -220,6 +231,7 @@ class EKFACAdam(KroneckerOptimizer):
         inverse_interval: int = 20,
         refresh: Literal["ramp", "constant"] = "ramp",
         ramp: float = RAMP,
+        overlap: bool = False,
         fisher: Literal["empirical", "sampled"] = "empirical",
         max_factor_size: int = 4096,
         sequence: Literal["expand", "reduce"] = "expand",
@@ -244,6 +256,7 @@ class EKFACAdam(KroneckerOptimizer):
             "inverse_interval": inverse_interval,
             "refresh": refresh,
             "ramp": ramp,
+            "overlap": overlap,
             "fisher": fisher,
             "max_factor_size": max_factor_size,
             "sequence": sequence,

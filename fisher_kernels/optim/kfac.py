@@ -20,15 +20,13 @@ from fisher_kernels.curvature.operations import Choice
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.optim.adam_moments import average, unbiased
 from fisher_kernels.optim.base import totals
-from fisher_kernels.optim.fisher_blocks import ASIDE, STATE, New
+from fisher_kernels.optim.fisher_blocks import ASIDE, BLOCK_STATE, New
 from fisher_kernels.optim.hyperparameters import require_choice, require_numbers
 from fisher_kernels.optim.kronecker import Bounds, KroneckerOptimizer, goes_on
-from fisher_kernels.optim.kronecker_factors import FactorInverses, KroneckerFactors
-from fisher_kernels.optim.refresh import RAMP, inverts, is_due
+from fisher_kernels.optim.kronecker_factors import FactorInverses, KroneckerFactors, factor_state
+from fisher_kernels.optim.refresh import RAMP, is_due
+from fisher_kernels.optim.renewal import NEXT
 from fisher_kernels.optim.term_blocks import TermBlocks
-
-BLOCK_STATE = tuple(prefix + name for prefix in ("", ASIDE) for name in STATE)
-"""State of what has blocks, and of what was not used."""
 
 OTHERS_LR = 0.03
 """Adam's learning rate beside that of the factors."""
@@ -95,6 +93,7 @@ class KFAC(KroneckerOptimizer):
         refresh: ``"ramp"``: both intervals grow from 1 to these over the first steps; ``"constant"``: they are what
             they are from the beginning.
         ramp: over how many steps they grow, as in :class:`MBF`.
+        overlap: invert beside training, as in :class:`MBF`.
         fisher: ``"empirical"``: of the labels of the data; ``"sampled"``: of labels drawn from the model's own output,
             in :meth:`sample`.
         max_factor_size: wider factors are diagonal.
@@ -132,7 +131,7 @@ class KFAC(KroneckerOptimizer):
 
     moment = "momentum_buffer"
     factors_kind: ClassVar[type[KroneckerFactors]] = FactorInverses
-    statistics_state = (*BLOCK_STATE, "row_factor", "column_factor", "row_inverse", "column_inverse")
+    statistics_state = (*BLOCK_STATE, *factor_state("inverse"))
 
     def __init__(
         self,
@@ -148,6 +147,7 @@ class KFAC(KroneckerOptimizer):
         inverse_interval: int = 20,
         refresh: Literal["ramp", "constant"] = "ramp",
         ramp: float = RAMP,
+        overlap: bool = False,
         fisher: Literal["empirical", "sampled"] = "empirical",
         max_factor_size: int = 4096,
         sequence: Literal["expand", "reduce"] = "expand",
@@ -175,6 +175,7 @@ class KFAC(KroneckerOptimizer):
             "inverse_interval": inverse_interval,
             "refresh": refresh,
             "ramp": ramp,
+            "overlap": overlap,
             "fisher": fisher,
             "max_factor_size": max_factor_size,
             "sequence": sequence,
@@ -245,7 +246,9 @@ class KFAC(KroneckerOptimizer):
         super()._rebuild()
         self._by_adam = self._found_by_adam()
         elsewhere = self._factors.served | self._by_adam
-        self._blocks = TermBlocks(self.statistics.sites, self.state, self._groups, elsewhere)  # type: ignore[arg-type]
+        sites: Any = self.statistics.sites
+        self._blocks = TermBlocks(sites, self.state, self._groups, self._overlap, elsewhere)
+        self._renewals = (self._factors, self._blocks)
 
     def _set_aside(self, params: Collection[Parameter]) -> None:
         self._blocks.set_aside([p for p in params if p not in self._by_adam])
@@ -258,7 +261,7 @@ class KFAC(KroneckerOptimizer):
         return self._factors.known_sites | self._blocks.known_sites | by_adam
 
     def _dtype_of(self, p: Parameter, name: str) -> torch.dtype:
-        return super()._dtype_of(p, name.removeprefix(ASIDE))
+        return super()._dtype_of(p, name.removeprefix(NEXT).removeprefix(ASIDE))
 
     def _prepare(self) -> None:
         super()._prepare()
@@ -296,11 +299,6 @@ class KFAC(KroneckerOptimizer):
                     by_terms = torch.mul if group["loss_reduction"] == "mean" else torch.div
                     squares = by_terms(squares, most.to(squares))
                 yield part, squares, 1.0, 1.0
-
-    def _renew(self) -> None:
-        due = {id(group) for group in self.param_groups if inverts(group, self._refreshes(group))}
-        bad = [pair.owner for pair in self._factors.renew(due)]
-        self._warn_of_bad([*bad, *(part.owner for part in self._blocks.invert(due))])
 
     # Step.
 

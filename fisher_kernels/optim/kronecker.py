@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from fisher_kernels.ops import ACCUMULATOR, capped_step_, direction_sums, heavy_
 from fisher_kernels.optim.base import Counters, count, require_memory, totals
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
 from fisher_kernels.optim.kronecker_factors import UPDATES, KroneckerFactors, Pair
-from fisher_kernels.optim.refresh import inverts
+from fisher_kernels.optim.measure import Measured
 from fisher_kernels.optim.sampled import SampledLabels
 from fisher_kernels.optim.unserved import shown
 
@@ -47,7 +48,7 @@ class Bounds(NamedTuple):
     max_relative_step: float | None
 
 
-class KroneckerOptimizer(SampledLabels[TermRule]):
+class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
     """Base of the optimizers with Kronecker factors; subclasses say what they make of them, and the direction.
 
     Args:
@@ -86,7 +87,7 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
         super()._check_group(group)
         require_numbers(group, (self.decay_of_moment, "beta2", "damping", "weight_decay"))
         require_counts(group, ("update_interval", "inverse_interval", "max_factor_size"))
-        require_bools(group, ("decoupled",))
+        require_bools(group, ("decoupled", "overlap"))
         for name in (self.decay_of_moment, "beta2"):
             if not 0 <= group[name] < 1:
                 raise ValueError(f"{name} is {group[name]}, expected 0 <= {name} < 1")
@@ -166,7 +167,8 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
     def _rebuild(self) -> None:
         self._rules = self._new_rules()  # which know parameters by identity: a copy has others
         self._numbers = {p: number for number, p in enumerate(self._groups)}
-        self._factors = self.factors_kind(self.statistics.sites, self.state, self._groups)
+        self._factors = self.factors_kind(self.statistics.sites, self.state, self._groups, self._overlap)
+        self._renewals = (self._factors,)
 
     def _set_aside(self, params: Collection[Parameter]) -> None:
         self._factors.set_aside(params)
@@ -211,8 +213,8 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
 
     def _renew(self) -> None:
         """Make anew what directions are made of, where that is due."""
-        due = {id(group) for group in self.param_groups if inverts(group, self._refreshes(group))}
-        self._warn_of_bad([pair.owner for pair in self._factors.renew(due)])
+        due = self._inverting()
+        self._warn_of_bad([item.owner for renewal in self._renewals for item in renewal.renew(due)])
 
     def _warn_of_bad(self, owners: list[Parameter]) -> None:
         if owners:
@@ -336,6 +338,18 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
             yield from self._factors.directions(pair, vectors)
 
     # Reports.
+
+    def _figures(self) -> Callable[[], None]:
+        counters = copy.deepcopy((self._skipped, self._capped, self._steps))
+        limits, renewals = dict(self._limits), [(renewal.bad, renewal.refused) for renewal in self._renewals]
+
+        def put_back() -> None:
+            self._skipped, self._capped, self._steps = counters
+            self._limits = limits
+            for renewal, (bad, refused) in zip(self._renewals, renewals, strict=True):  # others, of the state loaded
+                renewal.bad, renewal.refused = bad, refused
+
+        return put_back
 
     @torch.no_grad()
     def metrics(self) -> dict[str, dict[str, float]]:
