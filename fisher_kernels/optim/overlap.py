@@ -44,8 +44,8 @@ class Work:
         self._future = pool.submit(self._run)
 
     def is_done(self) -> bool:
-        """Whether a join would not wait."""
-        return not self._tasks
+        """Whether neither the caller nor a stream would wait in a join."""
+        return not self._tasks and len(self._ends) == len(self._lanes) and all(end.query() for end in self._ends)
 
     def join(self) -> None:
         """Wait until all has run; on a GPU the stream in use waits, not the caller."""
