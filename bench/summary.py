@@ -27,7 +27,7 @@ def summary() -> str:
     header = (
         "optimizer",
         f"{metric['name']} after {report['settings']['budget']:g} s",
-        f"as good as {baseline} then after",
+        f"reaches {baseline}'s last after",
         "steps",
         "ms a step",
         "state B/param",
