@@ -41,6 +41,10 @@ FLOOR = 1e-3
 """Root mean square that the cap takes weights to have at least, so that those that start at 0 can leave it."""
 
 
+PLANS = 16
+"""How many sets of parameters that are stepped together are remembered."""
+
+
 class Bounds(NamedTuple):
     """The learning rate of a parameter, and the bounds that count its step."""
 
@@ -332,6 +336,8 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
         key, version = tuple(self._numbers[p] for p in params), self._serving()
         plan = self._plans.get(key)
         if plan is None or plan.version != version:
+            if len(self._plans) >= PLANS:  # of a model that uses other layers in every step
+                self._plans.clear()
             layers = list(self._layers_to_move(params))
             ordered = [p for layer in layers for p in layer]
             places = [place for place, layer in enumerate(layers) for _ in layer]
