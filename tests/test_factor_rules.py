@@ -459,8 +459,8 @@ def test_terms_are_those_of_the_models_output(pool: str) -> None:
 
     def loss(output: Any) -> Tensor:
         output = output["logits"] if isinstance(output, dict) else output
-        total: Tensor = sum(part.square().mean() for part in (output if isinstance(output, tuple) else (output,)))
-        return total
+        parts = output if isinstance(output, tuple) else (output,)
+        return torch.stack([part.square().mean() for part in parts]).sum()
 
     optimizer = trained(model, torch.randn(6, 2, 7, dtype=torch.float64), loss)
     assert terms_seen(optimizer, model.conv, 6 * 5) == pytest.approx(terms, rel=1e-12)
