@@ -486,9 +486,9 @@ def mbf_step_(
 
     The gradient is negated to maximise. The sum is over all parameters, of <d, g> with ``kl_along="gradient"``; without
     ``kl_clip`` the scale is 1. If P is the inverse of the Fisher matrix, ``lr^2 <d, m>`` is twice the change of the
-    model in KL divergence, to second order. The cap is one number for each layer: |W| and |lr d| are norms over the n
-    elements of all its parameters, weight and bias together, and without ``max_relative_step`` it is 1. The floor lets
-    what is zero or very small move. Sums are in float64.
+    model in KL divergence, to second order. The cap is one number for each layer: ``|W|`` and ``|lr d|`` are norms over
+    the n elements of all its parameters, weight and bias together, and without ``max_relative_step`` it is 1. The floor
+    lets what is zero or very small move. Sums are in float64.
 
     The dimensions of an inverse tell how it lies on its parameter, taken in row-major order:
 
@@ -502,8 +502,9 @@ def mbf_step_(
 
     A block whose direction d has a NaN or an infinity, as it has where a gradient in the block is not finite, keeps its
     parameters and momentum and does not enter the sums over d. Under a shared inverse that is one block of one row. A
-    weight that is not finite is left out of |W|. If |lr d|^2 overflows, which takes directions of more than 1e150 in
-    float64, the cap is 0. Where ``found_inf`` is not 0 nothing changes at all (MBF, arXiv 2202.04124, Algorithm 1).
+    weight that is not finite is left out of ``|W|``. If ``|lr d|^2`` overflows, which takes directions of more than
+    1e150 in float64, the cap is 0. Where ``found_inf`` is not 0 nothing changes at all (MBF, arXiv 2202.04124,
+    Algorithm 1).
 
     Args:
         params: float32, float64, bfloat16 or float16, any shapes and strides without overlap. One that is in the list

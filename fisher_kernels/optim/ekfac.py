@@ -47,12 +47,11 @@ class EKFAC(KFAC):
 
     State of a weight: ``momentum_buffer``, ``row_factor``, ``column_factor``, ``row_basis``, ``column_basis`` (groups,
     n, n), ``second_moment`` (groups, rows, columns), ``moment_updates`` and ``fisher_updates``. A factor whose
-    eigenvectors cannot be found keeps those it has, is counted in :meth:`metrics` and warned of once.
+    eigenvectors cannot be found keeps those it has, is counted in :meth:`KFAC.metrics` and warned of once.
+
+    All arguments but these are those of :class:`KFAC`:
 
     Args:
-        model, momentum, kl_clip, max_relative_step, beta2, update_interval, inverse_interval, refresh, ramp, fisher,
-        max_factor_size, sequence, loss_reduction, weight_decay, decoupled, maximize, params, grad_scaler,
-        process_group, fallback, rules: as in :class:`KFAC`.
         lr: learning rate, a number or a tensor of one element.
         damping: added to V, and to the diagonal of blocks, in the units of squared per-sample gradients.
 
@@ -194,9 +193,9 @@ class EKFACAdam(KroneckerOptimizer):
     ``row_factor``, ``column_factor``, ``row_basis``, ``column_basis``, ``fisher_updates``, ``second_moment`` (groups,
     rows, columns) and ``moment_updates``; of what has no factors ``exp_avg_sq``.
 
+    All arguments but these are those of :class:`KFAC`, whose momentum and trust region it has not:
+
     Args:
-        model, update_interval, inverse_interval, refresh, ramp, fisher, max_factor_size, sequence, loss_reduction,
-        weight_decay, decoupled, maximize, params, grad_scaler, process_group, fallback, rules: as in :class:`KFAC`.
         lr: learning rate, a number or a tensor of one element.
         beta1: decay of the moment, 0 <= beta1 < 1.
         beta2: decay of V and of the factors, 0 <= beta2 < 1.
