@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -142,6 +143,15 @@ _AUTO: dict[str, Any] = json.loads(Path(__file__).with_name("auto.json").read_te
 _selected = os.environ.get("FISHER_KERNELS_BACKEND") or "auto"
 
 
+class _Own(threading.local):
+    """What a thread has of its own: work that goes on beside a program keeps what was selected when it began."""
+
+    selected: str | None = None
+
+
+_own = _Own()
+
+
 def _reason(name: str) -> str | None:
     return _REASONS[name] or (_why_not_these_gpus() if name == "cuda" else None)
 
@@ -192,6 +202,21 @@ def use_backend(name: Name | Literal["auto"]) -> Iterator[None]:
         yield
     finally:
         _selected = previous
+
+
+def selected() -> str:
+    """The backend that is selected here, ``"auto"`` or a name."""
+    return _own.selected or _selected
+
+
+@contextmanager
+def of_this_thread(name: str) -> Iterator[None]:
+    """Run every op of this thread on a backend, whatever the process selects meanwhile."""
+    previous, _own.selected = _own.selected, name
+    try:
+        yield
+    finally:
+        _own.selected = previous
 
 
 @contextmanager
@@ -257,17 +282,18 @@ def choose(op: str, device: str, implemented: Iterable[str], argument: Any = Non
     """
     if _calls is not None and argument is not None:
         _calls.append((op, size_of(argument)))
-    if _selected == "auto":
+    name = selected()
+    if name == "auto":
         for fast in _fastest(op, device, argument):
             if _reason(fast) is None and _DEVICES[fast] == device and fast in implemented:
                 return fast
         return "reference"
-    require(_selected)
-    if _selected not in implemented:
-        raise RuntimeError(f"{op}: backend {_selected!r} does not implement this op")
-    if _selected != "reference" and _DEVICES[_selected] != device:
+    require(name)
+    if name not in implemented:
+        raise RuntimeError(f"{op}: backend {name!r} does not implement this op")
+    if name != "reference" and _DEVICES[name] != device:
         raise RuntimeError(
-            f"{op}: backend {_selected!r} runs on {_DEVICES[_selected]} tensors, not on {device} tensors; "
+            f"{op}: backend {name!r} runs on {_DEVICES[name]} tensors, not on {device} tensors; "
             "use_backend('auto') chooses by device"
         )
-    return _selected
+    return name

@@ -43,6 +43,7 @@ DEFAULTS: dict[str, Any] = {
     "beta2": 0.95,
     "update_interval": 1,
     "inverse_interval": 1,
+    "overlap": False,
     "max_factor_size": 4096,
     "sequence": "expand",
     "loss_reduction": "mean",
@@ -113,9 +114,15 @@ def with_one(x: Tensor) -> Tensor:
     return torch.cat([x, torch.ones_like(x[..., :1])], -1)
 
 
-def terms_of(use: Use) -> int:
-    """Rows of the output of the last layer that have a derivative."""
+def terms_of(use: Use, output: Tensor | None) -> int:
+    """Rows of the model's output that have a derivative, and of the last layer's where these are the same numbers."""
     module, s = use.module, use.s
+    if output is not None and output.grad is not None and output.numel() != s.numel():
+        d = output.grad
+        if d.dim() > 2:
+            last = is_matrix(module) or isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.Embedding))
+            d = (d if last else d.movedim(1, -1)).flatten(0, -2)
+        return int((d.reshape(len(d), -1) != 0).any(1).sum())
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         rows = s.reshape(-1, math.prod(module.normalized_shape))
     elif is_matrix(module) or isinstance(module, nn.Embedding):
@@ -153,6 +160,7 @@ class Block:
     group: dict[str, Any]
     averages: list[list[Tensor]] = field(default_factory=list)  # for each matrix its two factors; or one of blocks
     inverted: list[list[Tensor]] = field(default_factory=list)
+    coming: list[list[Tensor]] = field(default_factory=list)  # what is inverted from the next turn on
     bases: list[list[Tensor]] = field(default_factory=list)
     moments: list[Tensor] = field(default_factory=list)
     updates: int = 0
@@ -189,6 +197,13 @@ class NaiveKFAC:
         self.scale = 1.0
         self.caps: list[float] = []
         self.blocks = list(self._blocks(model))
+        self.output: Tensor | None = None
+        model.register_forward_hook(self._keep_output)
+
+    def _keep_output(self, model: nn.Module, args: Any, output: Any) -> None:
+        if self.listening and isinstance(output, Tensor) and output.requires_grad:
+            output.retain_grad()
+            self.output = output
 
     def _blocks(self, model: nn.Module) -> Iterator[Block]:
         served: set[int] = set()
@@ -247,7 +262,7 @@ class NaiveKFAC:
         for use in new:
             use.backward = 0
         if new:
-            self.terms += terms_of(new[-1])
+            self.terms += terms_of(new[-1], self.output)
 
     def _mean(self, block: Block) -> bool:
         return bool(block.group["loss_reduction"] == "mean")
@@ -346,16 +361,24 @@ class NaiveKFAC:
     def invert(self, bases: dict[int, tuple[Tensor, Tensor]]) -> None:
         for n, block in enumerate(self.blocks):
             due = block.group["iteration"] % block.group["inverse_interval"] == 0
+            if due and block.coming:
+                block.inverted, block.coming = block.coming, []
+                self.make(block, bases.get(n), first=False)
             if not block.changed or not (due or not block.inverted):
                 continue
             block.changed = False
-            first = not block.inverted
-            if block.kind != "factors":
-                block.inverted = block.averages
-                continue
-            block.inverted = self.factors_apart(block)
-            if self.method != "kfac":
-                self.turn(block, bases[n], first)
+            now = self.factors_apart(block) if block.kind == "factors" else block.averages
+            if block.group["overlap"] and block.inverted:
+                block.coming = now
+            else:
+                first, block.inverted = not block.inverted, now
+                self.make(block, bases.get(n), first)
+
+    def make(self, block: Block, basis: tuple[Tensor, Tensor] | None, first: bool) -> None:
+        """What is made of the factors that are inverted now."""
+        if block.kind == "factors" and self.method != "kfac":
+            assert basis is not None
+            self.turn(block, basis, first)
 
     def turn(self, block: Block, basis: tuple[Tensor, Tensor], first: bool) -> None:
         """Take over a basis after a check that it is one, and move second moments to it."""

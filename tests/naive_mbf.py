@@ -34,6 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "inverse_interval": 20,
     "refresh": "ramp",
     "ramp": 80,
+    "overlap": False,
     "linear_blocks": 64,
     "sequence": "expand",
     "loss_reduction": "mean",
@@ -187,7 +188,8 @@ class Block:
     role: str  # "joint", "weight", "bias" or "fallback"
     group: dict[str, Any]
     average: Tensor | None = None
-    inverted: Tensor | None = None  # the average as it was when it was inverted last
+    inverted: Tensor | None = None  # the average of which the inverse is in use
+    coming: Tensor | None = None  # that of which it is used from the next turn on
     changed: bool = False
 
 
@@ -360,8 +362,14 @@ class NaiveMBF:
         """Keep the averages that are inverted now: the inverse of a block is formed where it is used."""
         for block in self.blocks:
             due = is_time(block.group, "inverse_interval")
+            if due and block.coming is not None:
+                block.inverted, block.coming = block.coming, None
             if block.changed and (due or block.inverted is None):
-                block.inverted, block.changed = block.average, False
+                block.changed = False
+                if block.group["overlap"] and block.inverted is not None:
+                    block.coming = block.average
+                else:
+                    block.inverted = block.average
 
     # Step.
 

@@ -153,6 +153,7 @@ def test_blocks_of_linear_layers(layer: str, sequence: str, linear_blocks: str |
     )
 
 
+@pytest.mark.filterwarnings("ignore:MBF. steps of .* were longer than the weights")  # without a trust region
 @pytest.mark.parametrize("loss_reduction", ["mean", "sum"])
 @pytest.mark.parametrize("kl_clip", [None, 1e-3])
 @pytest.mark.parametrize("decoupled", [True, False])

@@ -219,6 +219,11 @@ def _configurations() -> Iterator[tuple[str, Make]]:
     packed = {"inverse_storage": "packed", "linear_blocks": "per_output", "inverse_interval": 4}
     yield "MBF-packed", replace(MINI_BLOCKS, settings=packed)
     halves = {"inverse_storage": "bfloat16", "linear_blocks": 5, "sequence": "reduce", **l2}
+    beside = {"update_interval": 2, "inverse_interval": 3, "refresh": "constant", "overlap": True}
+    yield "MBF-overlap", replace(MINI_BLOCKS, settings=beside)
+    yield "KFAC-overlap", replace(KRONECKER, settings=beside)
+    yield "EKFAC-overlap", replace(KRONECKER, optimizer=EKFAC, settings=beside)
+    yield "EKFACAdam-overlap", replace(ADAM_BASIS, settings=beside)
     yield "MBF-bfloat16", replace(MINI_BLOCKS, settings=halves)
     yield "KFAC", KRONECKER
     yield "KFAC-intervals", replace(KRONECKER, settings={**intervals, "weight_decay": 0.01})

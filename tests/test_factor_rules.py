@@ -423,6 +423,126 @@ def test_rows_that_a_mask_leaves_out_are_no_terms() -> None:
     torch.testing.assert_close(products, first, rtol=1e-12, atol=0)
 
 
+def terms_seen(optimizer: KFAC, layer: nn.Module, rows: int) -> float:
+    """The M of a layer with a bias, which has read so many rows: the last entry of A is their number over M."""
+    return rows / float(optimizer.state[layer.weight]["column_factor"][0, -1, -1])  # type: ignore[index]
+
+
+class Pooled(nn.Module):
+    """A convolution whose output something changes before it is the model's."""
+
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.conv, self.change = nn.Conv1d(2, 4, 3), change
+
+    def forward(self, x: Tensor) -> Any:
+        return self.change(self.conv(x))
+
+
+POOLS: dict[str, tuple[Callable[[Tensor], Any], int]] = {
+    "mean": (lambda y: y.mean(2), 6),
+    "in a dictionary": (lambda y: {"logits": y.mean(2), "loss": y.sum()}, 6),
+    "one number each": (lambda y: y.mean((1, 2)), 6),
+    "the last position": (lambda y: y[:, :, -1], 6),
+    "interpolated": (lambda y: nn.functional.interpolate(y, scale_factor=2.0), 6 * 10),
+    "two heads": (lambda y: (y[:, :2], y[:, 2:]), 6 * 5),
+    "transposed": (lambda y: y.mT, 6 * 5),
+    "nothing": (lambda y: y, 6 * 5),
+}
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_terms_are_those_of_the_models_output(pool: str) -> None:
+    change, terms = POOLS[pool]
+    torch.manual_seed(0)
+    model = Pooled(change).double()
+
+    def loss(output: Any) -> Tensor:
+        output = output["logits"] if isinstance(output, dict) else output
+        parts = output if isinstance(output, tuple) else (output,)
+        return torch.stack([part.square().mean() for part in parts]).sum()
+
+    optimizer = trained(model, torch.randn(6, 2, 7, dtype=torch.float64), loss)
+    assert terms_seen(optimizer, model.conv, 6 * 5) == pytest.approx(terms, rel=1e-12)
+    assert_no_fallback(optimizer)
+
+
+@pytest.mark.parametrize("how", ["before", "after", "not held"])
+@pytest.mark.parametrize("samples", [False, True])
+def test_a_last_layer_that_is_not_trained_here_has_the_terms(samples: bool, how: str) -> None:
+    """Each token is a term, though the layer that is trained sees one row of a sample; and the other way round."""
+    torch.manual_seed(0)
+    first, last = nn.Linear(5, 12), nn.Linear(12 if samples else 4, 3)
+    between = nn.Identity() if samples else nn.Unflatten(1, (3, 4))
+    model = nn.Sequential(nn.Flatten(1), first, nn.Tanh(), between, last).double()
+    last.requires_grad_(how != "before")
+    optimizer = KFAC(model, params=first.parameters() if how == "not held" else None, **SETTINGS)
+    last.requires_grad_(False)
+    out = model(torch.randn(6, 5, dtype=torch.float64))
+    out.square().sum(-1).mean().backward()
+    optimizer.step()
+    assert terms_seen(optimizer, first, 6) == pytest.approx(6 if samples else 18, rel=1e-12)
+
+
+def test_a_loss_that_pools_has_a_term_for_each_sample_if_so_said() -> None:
+    torch.manual_seed(0)
+    inside, outside = Pooled(lambda y: y.mean(2)).double(), Pooled(lambda y: y).double()
+    outside.load_state_dict(inside.state_dict())
+    x = torch.randn(6, 2, 7, dtype=torch.float64)
+    plain = trained(inside, x, lambda out: out.square().sum(1).mean())
+    for kind in METHODS:
+        make, own = METHODS[kind]
+        model = copy.deepcopy(outside)
+        said = make(model, loss_terms="samples", **{**SETTINGS, **own})
+        model(x).mean(2).square().sum(1).mean().backward()
+        said.step()
+        for side in ("row", "column"):
+            a, b = (o.state[m.conv.weight][f"{side}_factor"] for o, m in ((plain, inside), (said, model)))
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="loss_terms is 'pixels', expected one of 'rows', 'samples'"):
+        KFAC(outside, loss_terms="pixels")  # type: ignore[arg-type]
+    groups = [{"params": [outside.conv.weight]}, {"params": [outside.conv.bias], "loss_terms": "samples"}]
+    with pytest.raises(ValueError, match="loss_terms is 'rows' in some groups"):
+        KFAC(outside, params=groups)
+
+
+def test_an_output_that_nobody_can_read_is_no_guess_at_the_terms() -> None:
+    torch.manual_seed(0)
+    model = Pooled(lambda y: y.mean(2).unflatten(1, (2, 2))).double()
+    x = torch.randn(6, 2, 7, dtype=torch.float64)
+    said = trained(copy.deepcopy(model), x, lambda out: out.square().mean(), loss_terms="samples")
+    assert_no_fallback(said)
+    with pytest.warns(UserWarning, match=r"output has shape \(6, 2, 2\).*\(6, 4, 5\).*loss_terms='samples'"):
+        optimizer = trained(model, x, lambda out: out.square().mean())
+    assert all(row.fallback for row in optimizer.explain())
+
+
+def test_a_checkpoint_around_the_last_layer_has_the_terms_of_the_models_output() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    class Whole(nn.Module):
+        def __init__(self, recomputed: bool) -> None:
+            super().__init__()
+            self.first, self.last, self.recomputed = nn.Linear(5, 4), nn.Linear(4, 3), recomputed
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.first(x)).mean(1)
+            out: Tensor = checkpoint(self.last, h, use_reentrant=True) if self.recomputed else self.last(h)
+            return out
+
+    torch.manual_seed(0)
+    plain, other = Whole(False).double(), Whole(True).double()
+    other.load_state_dict(plain.state_dict())
+    x = torch.randn(6, 2, 5, dtype=torch.float64)
+    factors = []
+    for model in (plain, other):
+        optimizer = trained(model, x, lambda out: out.square().sum(1).mean())
+        factors.append([optimizer.state[model.first.weight][f"{side}_factor"] for side in ("row", "column")])
+        assert terms_seen(optimizer, model.first, 12) == pytest.approx(6, rel=1e-12)
+    for a, b in zip(*factors, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
 def test_checkpointing_within_a_backward_has_the_terms_of_the_outer_one() -> None:
     from torch.utils.checkpoint import checkpoint
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode
 from torch.utils.checkpoint import checkpoint
 
-from fisher_kernels import MBF, AdaFisher
+from fisher_kernels import EKFAC, KFAC, MBF, AdaFisher, EKFACAdam
 from tests.layer_cases import Conv1D
 from tests.processes import in_two_processes, needs_processes
 
@@ -403,9 +403,17 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "MBF": lambda model: MBF(model, **FREE),
     "MBF reduce": lambda model: MBF(model, **FREE, sequence="reduce"),
     "MBF per output": lambda model: MBF(model, **FREE, linear_blocks="per_output"),
+    "KFAC": lambda model: KFAC(model, **FREE, update_interval=1),
+    "KFAC reduce": lambda model: KFAC(model, **FREE, update_interval=1, sequence="reduce"),
+    "EKFAC": lambda model: EKFAC(model, **FREE, update_interval=1),
+    "EKFACAdam": lambda model: EKFACAdam(model, lr=1e-2, damping=0.1, update_interval=1, inverse_interval=1),
 }
 
-RARE = ("MBF reduce", "MBF per output")
+RARE = ("MBF reduce", "MBF per output", "KFAC reduce", "EKFAC")
+
+every_reader = pytest.mark.parametrize(
+    "optimizer", [AdaFisher, MBF, KFAC, pytest.param(EKFAC, marks=pytest.mark.slow), EKFACAdam]
+)
 
 
 def twins(pair: Pair) -> tuple[nn.Module, nn.Module, Tensor]:
@@ -430,7 +438,7 @@ def fallbacks(optimizer: Any) -> list[str]:
     return [row.name for row in optimizer.explain() if row.fallback]
 
 
-@pytest.mark.parametrize("kind", ["AdaFisher", "MBF", *(pytest.param(k, marks=pytest.mark.slow) for k in RARE)])
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k in RARE else k for k in OPTIMIZERS])
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_function_is_served_as_a_layer(name: str, kind: str) -> None:
     pair = PAIRS[name]
@@ -521,7 +529,7 @@ class Masked(nn.Module):
         return F.linear(h, self.weight) + h @ (self.weight * 0.5)
 
 
-@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+@every_reader
 def test_a_weight_that_other_functions_see_too_is_named(optimizer: Any) -> None:
     model = Masked()
     with silent() as said:
@@ -545,7 +553,7 @@ class TiedByEinsum(nn.Module):
         return torch.einsum("btd,vd->btv", h, self.embed.weight)
 
 
-@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+@every_reader
 def test_a_weight_of_a_layer_that_other_functions_see_too_is_named(optimizer: Any) -> None:
     model = TiedByEinsum()
     with silent() as said:
@@ -572,7 +580,7 @@ class Interrupted(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+@every_reader
 def test_error_waits_for_the_first_refresh_to_refuse_what_functions_may_serve(optimizer: Any) -> None:
     model, x = SelfAttention(False), torch.randn(5, 3, 6)
     train(model, optimizer(model, fallback="error"), x)
@@ -594,11 +602,11 @@ def test_a_forward_that_ends_early_leaves_no_mode(error: type[BaseException]) ->
     assert float(steps.state[model.layer.weight]["factor_weight"]) > 0
 
 
-@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+@every_reader
 def test_a_state_with_functions_is_resumed_to_the_bit(optimizer: Any) -> None:
     with silent():
         model, _, x = twins(PAIRS["attention"])
-        interval = {"update_interval": 2, **({"refresh": "constant"} if optimizer is MBF else {})}
+        interval = {"update_interval": 2, **({} if optimizer is AdaFisher else {"refresh": "constant"})}
         steps = optimizer(model, **interval)
         train(model, steps, x, 1)
         other = copy.deepcopy(model)
@@ -627,7 +635,7 @@ class Checkpointed(nn.Module):
         return checkpoint(self.block, h, use_reentrant=self.kind == "reentrant")  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+@every_reader
 @pytest.mark.parametrize("kind", ["reentrant", "not reentrant"])
 def test_checkpointing(optimizer: Any, kind: str) -> None:
     with silent() as said:
@@ -816,7 +824,7 @@ def test_the_forwards_of_several_optimizers_end() -> None:
                 optimizer.step()
 
 
-@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+@every_reader
 def test_a_layer_that_is_named_in_rules_counts_once(optimizer: Any) -> None:
     """What it does with the derivative is overridden, and the function inside it is not read besides."""
     model, plain = (nn.Sequential(kind(4, 4), nn.Linear(4, 2)) for kind in (Louder, nn.Linear))
@@ -826,7 +834,7 @@ def test_a_layer_that_is_named_in_rules_counts_once(optimizer: Any) -> None:
         for net, steps in ((model, ours), (plain, theirs)):
             torch.manual_seed(1)
             train(net, steps, torch.randn(5, 4), 1)
-    name = "output_factor" if optimizer is AdaFisher else "fisher_blocks"
+    name = {AdaFisher: "output_factor", MBF: "fisher_blocks"}.get(optimizer, "row_factor")
     assert torch.equal(ours.state[model[0].weight][name], theirs.state[plain[0].weight][name])
 
 
@@ -842,7 +850,7 @@ class MergedAdapter(nn.Module):
         return self.last(F.linear(x, self.weight + self.b @ self.a))
 
 
-@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+@every_reader
 def test_products_of_two_parameters_are_named(optimizer: Any) -> None:
     model = MergedAdapter()
     with silent() as said:
@@ -875,7 +883,7 @@ class LateBias(BiasApart):
 
 
 @pytest.mark.parametrize("kind", [ScaledBias, LateBias])
-@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+@every_reader
 def test_a_bias_is_not_served_by_a_function_that_it_is_not_added_to(optimizer: Any, kind: Any) -> None:
     model = kind()
     with silent() as said:
@@ -897,7 +905,7 @@ class Score(nn.Module):
         return self.layer(x) * (x @ self.score).softmax(0).unsqueeze(1)
 
 
-@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+@every_reader
 def test_a_vector_that_is_multiplied_by_is_named_and_resumes(optimizer: Any) -> None:
     model, x = Score(), torch.randn(5, 4)
     with silent() as said:
@@ -914,7 +922,7 @@ def test_a_vector_that_is_multiplied_by_is_named_and_resumes(optimizer: Any) -> 
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+@every_reader
 def test_a_bias_that_another_function_adds(optimizer: Any) -> None:
     """AdaFisher gives it the factor of the output, whoever adds it; blocks of both would have nothing of it."""
     model = BiasApart()

@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("backends",),
     ("ops", "curvature", "curvature.tap", "curvature.broadcast"),
     ("curvature.rules",),
+    ("curvature.terms",),
     ("curvature.proof",),
     ("curvature.operations",),
     ("curvature.diagonal_rules", "curvature.block_rules", "curvature.functions"),

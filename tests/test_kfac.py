@@ -205,6 +205,90 @@ def test_one_trust_region_over_all_groups() -> None:
     assert len({row["trust_scale"] for row in split.metrics().values()}) == 1
 
 
+# What has no factors, by Adam.
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm, self.head = nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(self.norm(self.table(tokens)))
+        return out
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+def test_others_by_adam_are_stepped_as_adam_steps(kind: type[KFAC], decoupled: bool) -> None:
+    """At its share of the rate, and no bound counts them; the head, which has factors, stays where it is."""
+    torch.manual_seed(0)
+    model = Words().double()
+    twin = copy.deepcopy(model)
+    groups: list[dict[str, Any]] = [
+        {"params": [*model.table.parameters(), *model.norm.parameters()]},
+        {"params": model.head.parameters(), "lr": 0.0, "weight_decay": 0.0},
+    ]
+    decay = {"weight_decay": 0.1, "decoupled": decoupled}
+    bounds = {"kl_clip": 1e-9, "max_relative_step": 1e-9}
+    ours = kind(model, lr=0.2, params=groups, others="adam", others_lr=0.05, beta2=0.9, **decay, **bounds)
+    adam = torch.optim.AdamW if decoupled else torch.optim.Adam
+    rest = [*twin.table.parameters(), *twin.norm.parameters()]
+    theirs = adam(rest, lr=0.01, betas=(0.9, 0.9), eps=1e-8, weight_decay=0.1)
+    for step in range(5):
+        tokens = torch.randint(7, (6, 5), generator=torch.Generator().manual_seed(step))
+        for net, optimizer in ((model, ours), (twin, theirs)):
+            optimizer.zero_grad()
+            net(tokens).square().sum(-1).mean().backward()
+            optimizer.step()
+        assert_close_parameters(model, twin)
+    rows = {row.name: row.rule for row in ours.explain()}
+    assert rows["table.weight"] == rows["norm.bias"] == "element-wise"
+    assert rows["head.weight"] == "linear"
+    assert {"momentum_buffer", "exp_avg_sq", "exp_avg_updates"} == ours.state[model.norm.weight].keys()
+    assert ours.metrics()["norm.weight"]["cap"] == 1
+
+
+def assert_close_parameters(model: nn.Module, twin: nn.Module) -> None:
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+def test_others_by_adam_resume_and_take_over_what_a_layer_served(kind: type[KFAC]) -> None:
+    class Gated(nn.Linear):
+        gate = 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight * self.gate, self.bias)
+
+    def build() -> tuple[nn.Sequential, KFAC]:
+        torch.manual_seed(0)
+        model = nn.Sequential(Gated(4, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+        return model, kind(model, lr=0.01, others="adam")
+
+    def go(model: nn.Sequential, optimizer: KFAC, steps: range) -> None:
+        for step in steps:
+            model[0].gate = 1.0 if step < 2 else 2.0  # type: ignore[assignment]
+            optimizer.zero_grad()
+            model(torch.randn(8, 4, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            optimizer.step()
+
+    (model, ours), (twin, resumed) = build(), build()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        go(model, ours, range(4))
+    assert [row.name for row in ours.explain() if row.detail.startswith("Adam")] == ["0.weight", "0.bias"]
+    assert "exp_avg_sq" in ours.state[model[0].weight]
+    twin.load_state_dict(model.state_dict())
+    resumed.load_state_dict(ours.state_dict())
+    go(model, ours, range(4, 7))
+    go(twin, resumed, range(4, 7))
+    assert_same_parameters(model, twin)
+    assert_same_state(resumed.state_dict(), ours.state_dict())
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
 @pytest.mark.parametrize("kind", [KFAC, EKFAC])
 def test_a_layer_that_is_used_later_is_preconditioned_at_once(kind: type[KFAC]) -> None:
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fisher_kernels import MBF
+from fisher_kernels import KFAC, MBF, EKFACAdam
 from fisher_kernels.optim.measure import Costs
 from tests.small_network import assert_same_parameters, assert_same_state, network, train
 
@@ -31,9 +31,10 @@ def test_intervals_keep_to_the_overhead(costs: Any, expected: tuple[int, int]) -
     assert f"update_interval={update}, inverse_interval={inverse}" in str(found)
 
 
-def test_nothing_is_changed() -> None:
+@pytest.mark.parametrize("kind", [MBF, KFAC, pytest.param(EKFACAdam, marks=pytest.mark.slow)])
+def test_nothing_is_changed(kind: Any) -> None:
     model, twin = network(), network()
-    ours, plain = MBF(model, update_interval=3), MBF(twin, update_interval=3)
+    ours, plain = kind(model, update_interval=3), kind(twin, update_interval=3)
     for net, optimizer in ((model, ours), (twin, plain)):
         train(net, optimizer, range(5))
     before, report, random = copy.deepcopy(ours.state_dict()), ours.metrics(), torch.get_rng_state()

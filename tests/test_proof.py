@@ -16,10 +16,14 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fisher_kernels import MBF, AdaFisher
+from fisher_kernels import EKFAC, KFAC, MBF, AdaFisher, EKFACAdam
 from fisher_kernels.curvature import proof
 from fisher_kernels.curvature.proof import MisfitError, Proof, compare
 from tests.layer_cases import LAYERS
+
+every_reader = pytest.mark.parametrize(
+    "optimizer", [AdaFisher, MBF, KFAC, pytest.param(EKFAC, marks=pytest.mark.slow), EKFACAdam]
+)
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -124,7 +128,7 @@ def test_what_is_its_class_is_proven(name: str) -> None:
     assert found.proven or "-vector" in name
 
 
-@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+@every_reader
 @pytest.mark.parametrize("name", ["halved", "standardised"])
 def test_a_misfit_takes_the_fallback_with_the_reason(optimizer: Any, name: str) -> None:
     torch.manual_seed(0)
@@ -158,7 +162,7 @@ def test_a_misfit_takes_the_fallback_with_the_reason(optimizer: Any, name: str) 
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+@every_reader
 def test_a_layer_that_changes_later_is_found_and_drops_its_state(optimizer: Any) -> None:
     class Gated(nn.Linear):
         gate = 1.0
@@ -184,7 +188,7 @@ def test_a_layer_that_changes_later_is_found_and_drops_its_state(optimizer: Any)
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+@every_reader
 def test_error_refuses_to_start_and_to_go_on(optimizer: Any) -> None:
     with pytest.raises(ValueError, match="fallback is 'never'"):
         optimizer(nn.Linear(2, 2), fallback="never")
@@ -271,7 +275,7 @@ def test_the_sample_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 <= rows[0] <= 4096 // (3 * 8 * 4)
 
 
-@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+@every_reader
 @pytest.mark.parametrize("kind", ["selective", "reentrant", "not reentrant"])
 def test_checkpointing_keeps_its_gradients(optimizer: Any, kind: str) -> None:
     gradients = []
@@ -328,7 +332,7 @@ def test_a_users_hook_on_the_output_does_not_make_a_misfit() -> None:
     assert not steps.explain()[0].fallback
 
 
-@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+@every_reader
 def test_a_layer_whose_weight_a_function_applies_is_named(optimizer: Any) -> None:
     class ByFunction(nn.Module):
         def __init__(self) -> None:
@@ -357,7 +361,7 @@ def test_a_layer_whose_weight_a_function_applies_is_named(optimizer: Any) -> Non
     assert not any(noted in row.detail or row.fallback for row in steps.explain())
 
 
-@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+@every_reader
 @pytest.mark.parametrize("role", ["weight", "bias"])
 def test_a_parameter_of_which_another_is_computed_later_is_named(optimizer: Any, role: str) -> None:
     """It is the same object under another name; the layer is served again when the mask has gone."""
@@ -400,7 +404,7 @@ def test_a_bias_whose_weight_is_computed_is_served_by_torchs_own_forward_alone()
     assert [row.fallback for row in steps.explain() if row.name.endswith("bias")] == [False, True, True]
 
 
-@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+@every_reader
 def test_layers_of_a_compiled_model_are_compared_too(optimizer: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 4), OneRowOff(4, 4), nn.Linear(4, 2))
     steps = optimizer(model)
@@ -440,9 +444,9 @@ def test_layers_that_cannot_take_their_input_do_not_end_a_compilation() -> None:
     assert {row.name for row in steps.explain() if not row.fallback} == {"head.weight", "head.bias"}
 
 
-@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+@every_reader
 def test_an_unused_layer_takes_the_fallback_as_named_and_resumes(optimizer: Any) -> None:
-    """Its curvature is that of the others for AdaFisher, its own squared gradient for MBF, and neither 1."""
+    """Its curvature is that of the others for AdaFisher, else its own squared gradient, and never 1."""
 
     class Either(nn.Module):
         by_function = True
@@ -465,18 +469,23 @@ def test_an_unused_layer_takes_the_fallback_as_named_and_resumes(optimizer: Any)
 
     torch.manual_seed(0)
     model = Either()
-    interval = {"update_interval": 3, **({"refresh": "constant"} if optimizer is MBF else {})}
+    interval = {"update_interval": 3, **({} if optimizer is AdaFisher else {"refresh": "constant"})}
     steps = optimizer(model, **interval)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         train(model, steps, 2)
     served, unused = (steps.metrics()[name] for name in ("first.weight", "last.weight"))
+    state = steps.state[model.last.weight]
     if optimizer is AdaFisher:
         assert unused["smallest_step"] == unused["largest_step"] != 1e-3
         assert served["smallest_step"] < unused["largest_step"] < served["largest_step"]
+    elif optimizer is EKFACAdam:  # in the basis of the numbers themselves
+        assert torch.equal(state["row_basis"][0], torch.eye(2))
+        assert float(state["moment_updates"]) == 2
     else:
-        assert unused["smallest_step"] < unused["largest_step"]
-        assert model.last.weight.shape.numel() == steps.state[model.last.weight]["unused_fisher_blocks"].numel()
+        assert model.last.weight.shape.numel() == state["unused_fisher_blocks"].numel()
+        if optimizer is MBF:
+            assert unused["smallest_step"] < unused["largest_step"]
     # A state that is loaded goes on to the bit, also before the next refresh.
     other = copy.deepcopy(model)
     resumed = optimizer(other, **interval)
@@ -493,7 +502,7 @@ def test_an_unused_layer_takes_the_fallback_as_named_and_resumes(optimizer: Any)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+@every_reader
 def test_an_unused_layer_is_refused_if_so_asked(optimizer: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     steps = optimizer(model, fallback="error")
@@ -502,7 +511,7 @@ def test_an_unused_layer_is_refused_if_so_asked(optimizer: Any) -> None:
         steps.step()
 
 
-@pytest.mark.parametrize("optimizer", [AdaFisher, MBF])
+@every_reader
 def test_an_error_of_a_layers_statistics_ends_no_backward(optimizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
     steps, x = optimizer(model), torch.randn(5, 4)

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from fisher_kernels import AdaFisher, _dispatch_keys, ops
 from fisher_kernels._library import native_module
 from fisher_kernels.ops._arguments import arguments_of
-from fisher_kernels.optim import MBF, SOFIM
+from fisher_kernels.optim import EKFAC, KFAC, MBF, SOFIM, EKFACAdam
 from tests.bad_calls import Call
 from tests.comparison import assert_same_bits
 from tests.test_ops import MUTATES, PUBLIC, op
@@ -27,6 +27,9 @@ OPS = tuple(PUBLIC)
 BATCHES = ("weighted_gram_", "conv_gram_", "mini_block_gram_", "conv_mini_block_gram_", "block_apply", "mbf_step_")
 
 each_op = pytest.mark.parametrize("name", OPS)
+every_optimizer = pytest.mark.parametrize(
+    "make", [AdaFisher, MBF, SOFIM, KFAC, pytest.param(EKFAC, marks=pytest.mark.slow), EKFACAdam]
+)
 
 
 def run(name: str, call: Call) -> list[Tensor]:
@@ -181,7 +184,7 @@ def test_products_of_large_blocks_under_autocast(backend: str) -> None:
         assert_same(results(), expected, "under autocast")
 
 
-@pytest.mark.parametrize("make", [AdaFisher, MBF, SOFIM])
+@every_optimizer
 def test_optimizers_step_as_without_autocast(host_backend: str, make: Any) -> None:
     """Its forward pass has autocast either way: statistics and step are what is compared."""
 
@@ -221,7 +224,7 @@ def test_the_default_device_and_dtype_mean_nothing(backend: str, name: str) -> N
     assert_same(found, expected, name)
 
 
-@pytest.mark.parametrize("make", [AdaFisher, MBF, SOFIM])
+@every_optimizer
 def test_optimizers_step_whatever_the_default_device_is(host_backend: str, make: Any) -> None:
     def trained(device: str | None) -> list[Tensor]:
         torch.manual_seed(0)

@@ -9,8 +9,8 @@ product of
 - the row factor G, the mean of ``s s^T`` over them.
 
 So what counts is how many terms the loss has, not how many rows a layer happens to see, and a Linear on sequences has
-the factors of a 1 x 1 convolution. :class:`Terms` counts them. In a transposed convolution the rows read and the
-columns make. Normalisations and embeddings have the 2 x 2 and 1 x 1 blocks of ``block_rules``, in the same units.
+the factors of a 1 x 1 convolution. ``terms`` counts them. In a transposed convolution the rows read and the columns
+make. Normalisations and embeddings have the 2 x 2 and 1 x 1 blocks of ``block_rules``, in the same units.
 
 Sources: Martens and Grosse, arXiv 1503.05671; convolutions: Grosse and Martens, arXiv 1602.01407; weight sharing
 ("expand", "reduce"): Eschenhagen et al., arXiv 2311.00636; second moments in the eigenbasis: George et al., arXiv
@@ -20,21 +20,13 @@ Sources: Martens and Grosse, arXiv 1503.05671; convolutions: Grosse and Martens,
 from __future__ import annotations
 
 import math
-import sys
-import threading
-import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C import _current_graph_task_id
-from torch.autograd import Variable
 from torch.nn import functional as F
-from torch.utils.checkpoint import CheckpointFunction
 
 from fisher_kernels.curvature.block_rules import (
     CHUNK,
@@ -56,100 +48,8 @@ from fisher_kernels.curvature.rules import (
     transposed_windows,
     unsqueeze_batch,
 )
+from fisher_kernels.curvature.terms import Terms
 from fisher_kernels.ops import ACCUMULATOR, column_sum_of_squares, conv_gram_
-
-# The terms of the loss.
-
-
-class _Backward:
-    """A backward that is running: how many terms its loss has, and for which sums that has been counted.
-
-    One that runs within another belongs to the same loss, so what either has counted is counted for both.
-    """
-
-    def __init__(self, terms: Tensor, thread: int, counted: set[Any]) -> None:
-        self.terms, self.thread, self.counted = terms, thread, counted
-
-    def __call__(self) -> None:
-        """What the engine calls at its end; until then it keeps this alive."""
-
-
-class Terms:
-    """How many terms the loss of each backward has.
-
-    The first layer whose derivative arrives is the last one of the forward. Its rows are the terms, but for those whose
-    derivative is zero throughout: samples of a classifier, pixels of a segmentation, tokens of a language model without
-    those that a mask leaves out. A backward within another, as activation checkpointing starts them, has the terms of
-    the outer one; if the last layer is within it, nobody can tell, and none of them has any. Where they are known,
-    :meth:`given` says so.
-    """
-
-    def __init__(self) -> None:
-        self._running: weakref.WeakValueDictionary[int, _Backward] = weakref.WeakValueDictionary()
-        self._lock = threading.Lock()  # backward passes may run in several threads
-        self._given: int | None = None
-        self._hidden = False  # in a backward within another, before that one had brought anything
-
-    @contextmanager
-    def given(self, number: int) -> Iterator[None]:
-        """Let the backward passes that begin within have so many terms."""
-        self._given = number
-        try:
-            yield
-        finally:
-            self._given = None
-
-    def count(self, key: Any, rows: Tensor) -> Tensor:
-        """The number of terms, of shape (1,), where a backward brings the first sums of this kind; else zero.
-
-        Args:
-            key: what the sums are of. Those of several uses add up, and the terms of these uses are the same.
-            rows: the derivative that has arrived, (rows, width).
-        """
-        with self._lock:
-            backward = self._backward(rows)
-            if self._hidden:
-                raise RuntimeError(
-                    "the last layer is within a checkpoint of use_reentrant=True, where the number of terms of the "
-                    "loss cannot be seen: take use_reentrant=False"
-                )
-            terms = backward.terms.to(rows.device, ACCUMULATOR[rows.dtype])
-            if key in backward.counted:
-                return torch.zeros_like(terms)
-            backward.counted.add(key)
-        return terms
-
-    def _backward(self, rows: Tensor) -> _Backward:
-        """The backward that is running, whose first derivative this is unless it is known."""
-        task = _current_graph_task_id()
-        backward = self._running.get(task)
-        if backward is None:
-            # One that has begun within another runs in the same thread; others may run beside it.
-            thread = threading.get_ident()
-            outer = next((other for other in self._running.values() if other.thread == thread), None)
-            if outer is None:
-                backward = _Backward(self._terms_of(rows), thread, set())
-            else:
-                backward = _Backward(outer.terms, thread, outer.counted)
-            if task >= 0:
-                self._running[task] = backward
-                Variable._execution_engine.queue_callback(backward)
-        return backward
-
-    def _terms_of(self, rows: Tensor) -> Tensor:
-        if self._given is not None:
-            return torch.full((1,), self._given, dtype=torch.float32, device=rows.device)
-        self._hidden = self._hidden or _is_within_checkpoint()
-        return rows.ne(0).any(1).sum(dtype=torch.float32).reshape(1)
-
-
-def _is_within_checkpoint() -> bool:
-    """Whether this is called in the backward of a checkpoint that starts one of its own."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not CheckpointFunction.backward.__code__:
-        frame = frame.f_back
-    return frame is not None
-
 
 # What the rules of one optimizer share.
 
@@ -243,7 +143,7 @@ class TermRule(BlockRule):
 
     def _count(self, operation: Any, whole: Any, grad: Tensor) -> Tensor:
         key = id(whole._parameters["weight"]), type(self)
-        return self.context.terms.count(key, _as_rows(operation, grad))
+        return self.context.terms.count(key, operation, grad)
 
     def sum_lengths(self, module: Any) -> list[int | None]:
         return [*super().sum_lengths(module), 1]
@@ -260,19 +160,6 @@ class TermRule(BlockRule):
     def means(self, sums: Sums) -> Means:
         """Raw sums in the units of F."""
         return Means(sums.vectors[-1], self._of_blocks(sums))
-
-
-def _as_rows(module: Any, grad: Tensor) -> Tensor:
-    """A derivative by a layer's output as (rows, features)."""
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        return grad.reshape(-1, math.prod(module.normalized_shape))
-    if isinstance(module, (nn.Linear, nn.Embedding)) or is_transposed_linear(module):
-        return grad.reshape(-1, grad.shape[-1])
-    if isinstance(module, nn.modules.conv._ConvNd):
-        grad = unsqueeze_batch(grad, len(module.kernel_size))
-    elif isinstance(module, nn.modules.instancenorm._InstanceNorm):
-        grad = unsqueeze_batch(grad, module._get_no_batch_dim() - 1)
-    return grad.movedim(1, -1).reshape(-1, grad.shape[1])
 
 
 class NormTerms(TermRule, NormBlocks):
@@ -633,16 +520,24 @@ class FactorRules(WeightUses):
         return list(dict.fromkeys(type(use).__name__ for use in others))
 
 
+def has_rows(module: Any) -> bool:
+    """Whether a module is of a class whose outputs are rows of features, as all that have a rule here are."""
+    known = _kind(module) < len(_KINDS) or is_transposed_linear(module)
+    return known and module._parameters.get("weight") is not None
+
+
+_KINDS: tuple[Any, ...] = (
+    nn.Linear,
+    (),
+    nn.modules.conv._ConvTransposeNd,
+    nn.modules.conv._ConvNd,
+    NORMS,
+    nn.Embedding,
+)
+
+
 def _kind(module: Any) -> int:
     """The number of the kind of a layer; of the kinds that share a weight the one with the lowest has factors."""
     if is_transposed_linear(module):
         return 1
-    kinds: tuple[Any, ...] = (
-        nn.Linear,
-        (),
-        nn.modules.conv._ConvTransposeNd,
-        nn.modules.conv._ConvNd,
-        NORMS,
-        nn.Embedding,
-    )
-    return next((number for number, kind in enumerate(kinds) if isinstance(module, kind)), len(kinds))
+    return next((number for number, kind in enumerate(_KINDS) if isinstance(module, kind)), len(_KINDS))

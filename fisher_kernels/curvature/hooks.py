@@ -112,6 +112,24 @@ class ModelHook(_Hook):
             self.watches.begin(torch.is_grad_enabled() and not traced)
 
 
+class ShowHook(_Hook):
+    """The forward hook that shows what a module has made, where a backward may follow."""
+
+    def __init__(self, show: Callable[[Any], None] | None = None) -> None:
+        self.show = show
+
+    def is_copy(self) -> bool:
+        return self.show is None
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if is_compiling():
+            return
+        if self.show is None:
+            drop_copies(module)
+        elif torch.is_grad_enabled() and peek_interpreter_stack() is None and torch._C._get_tracing_state() is None:
+            self.show(output)
+
+
 class ForwardHook(_Hook):
     """The forward hook of one layer.
 

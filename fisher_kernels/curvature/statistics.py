@@ -30,7 +30,7 @@ from torch.nn import Parameter
 
 from fisher_kernels.curvature.broadcast import Broadcast, may_be_broadcast
 from fisher_kernels.curvature.functions import Call, Watch, Watches
-from fisher_kernels.curvature.hooks import ForwardHook, ModelHook, OutputHook, StackHook, drop_copies
+from fisher_kernels.curvature.hooks import ForwardHook, ModelHook, OutputHook, ShowHook, StackHook, drop_copies
 from fisher_kernels.curvature.proof import Proof, settle
 from fisher_kernels.curvature.rules import R, Sums, Use
 from fisher_kernels.curvature.sites import Kept, Layer, Site, rescale, versions_of
@@ -104,6 +104,7 @@ class Statistics(Generic[R]):
         self._sampling = False
         handles = []
         self._watches: Watches | None = None
+        self._shows = False
         for index, site in enumerate(self.sites):
             for use, layer in enumerate(site.layers):
                 if layer.spec is not None:
@@ -139,6 +140,14 @@ class Statistics(Generic[R]):
             hook = ModelHook(self._watches)
             self._handles.append(model.register_forward_pre_hook(hook))
             self._handles.append(model.register_forward_hook(ModelHook(self._watches, ends=True), always_call=True))
+
+    def show_outputs(self, shows: Iterable[tuple[nn.Module, Callable[[Any], None]]]) -> None:
+        """Hand what modules make in forwards to functions, as long as the hooks are there."""
+        if self.open and not self._shows:
+            self._shows = True
+            for module, show in shows:
+                drop_copies(module)
+                self._handles.append(module.register_forward_hook(ShowHook(show)))
 
     @property
     def looks(self) -> bool:

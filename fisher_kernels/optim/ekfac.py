@@ -5,7 +5,6 @@ Source: George, Laurent, Bouthillier, Ballas and Vincent, arXiv 1806.03884.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
@@ -18,15 +17,25 @@ from torch.optim.optimizer import ParamsT
 from fisher_kernels.curvature.factor_rules import Elementwise, FactorRule, TermRule
 from fisher_kernels.curvature.operations import Choice
 from fisher_kernels.ops import ACCUMULATOR
-from fisher_kernels.optim.kfac import BLOCK_STATE, KFAC
-from fisher_kernels.optim.kronecker import KroneckerOptimizer
-from fisher_kernels.optim.kronecker_factors import MOMENT_UPDATES, MOMENTS, UPDATES, FactorBases, FactorMoments, Pair
+from fisher_kernels.optim.adam_moments import average, unbiased
+from fisher_kernels.optim.fisher_blocks import BLOCK_STATE
+from fisher_kernels.optim.kfac import KFAC, OTHERS_LR
+from fisher_kernels.optim.kronecker import KroneckerOptimizer, goes_on
+from fisher_kernels.optim.kronecker_factors import (
+    MOMENT_UPDATES,
+    MOMENTS,
+    UPDATES,
+    FactorBases,
+    FactorMoments,
+    Pair,
+    factor_state,
+)
 from fisher_kernels.optim.refresh import RAMP
 
 TINY = 1e-16
 """Added to second moments beside what is relative to their mean, so that nothing is divided by 0."""
 
-_BASIS_STATE = ("row_factor", "column_factor", "row_basis", "column_basis", MOMENTS)
+_BASIS_STATE = (*factor_state("basis"), MOMENTS)
 
 
 class EKFAC(KFAC):
@@ -79,10 +88,14 @@ class EKFAC(KFAC):
         inverse_interval: int = 20,
         refresh: Literal["ramp", "constant"] = "ramp",
         ramp: float = RAMP,
+        overlap: bool = False,
         fisher: Literal["empirical", "sampled"] = "empirical",
         max_factor_size: int = 4096,
         sequence: Literal["expand", "reduce"] = "expand",
         loss_reduction: Literal["mean", "sum"] = "mean",
+        loss_terms: Literal["rows", "samples"] = "rows",
+        others: Literal["curvature", "adam"] = "curvature",
+        others_lr: float = OTHERS_LR,
         weight_decay: float = 0.0,
         decoupled: bool = True,
         maximize: bool = False,
@@ -104,10 +117,14 @@ class EKFAC(KFAC):
             inverse_interval=inverse_interval,
             refresh=refresh,
             ramp=ramp,
+            overlap=overlap,
             fisher=fisher,
             max_factor_size=max_factor_size,
             sequence=sequence,
             loss_reduction=loss_reduction,
+            loss_terms=loss_terms,
+            others=others,
+            others_lr=others_lr,
             weight_decay=weight_decay,
             decoupled=decoupled,
             maximize=maximize,
@@ -143,7 +160,7 @@ class AdamBases(FactorBases):
         """Average the squares of the gradient of a batch in; not if ``going_on`` is 0."""
         state, beta2 = self.averages(pair), self.groups[pair.owner]["beta2"]
         squares = [self.into(pair, matrices).square() for _, matrices in pair.given(gradients.get)]
-        _average(state[MOMENTS], torch.stack(squares).sum(0) if len(squares) > 1 else squares[0], beta2, going_on)
+        average(state[MOMENTS], torch.stack(squares).sum(0) if len(squares) > 1 else squares[0], beta2, going_on)
         state[MOMENT_UPDATES].add_(going_on)
 
     def _apply(self, pair: Pair, matrices: Tensor) -> Tensor:
@@ -152,23 +169,9 @@ class AdamBases(FactorBases):
         return self.out_of(pair, self.into(pair, matrices) / scale)
 
 
-def _average(old: Tensor, new: Tensor, decay: float, going_on: float | Tensor) -> None:
-    """Average a tensor in; not if ``going_on`` is 0, which may be known on the device alone."""
-    if isinstance(going_on, Tensor):
-        old.add_((new - old) * ((1 - decay) * going_on).to(old.device, old.dtype))
-    else:
-        old.mul_(decay).add_(new, alpha=1 - decay)
-
-
-def _unbiased(count: Tensor, decay: float) -> Tensor:
-    """The share of an average that has been filled since it was zero; 1 before the first."""
-    share = 1 - decay ** count.double()
-    return torch.where(share > 0, share, 1.0)
-
-
 def _root(moments: Tensor, count: Tensor, group: dict[str, Any]) -> Tensor:
     """What Adam divides by."""
-    filled = moments / _unbiased(count, group["beta2"]).to(moments.dtype)
+    filled = moments / unbiased(count, group["beta2"]).to(moments.dtype)
     return filled.add_(filled.mean() * group["damping"] + TINY).sqrt_()
 
 
@@ -228,10 +231,12 @@ class EKFACAdam(KroneckerOptimizer):
         inverse_interval: int = 20,
         refresh: Literal["ramp", "constant"] = "ramp",
         ramp: float = RAMP,
+        overlap: bool = False,
         fisher: Literal["empirical", "sampled"] = "empirical",
         max_factor_size: int = 4096,
         sequence: Literal["expand", "reduce"] = "expand",
         loss_reduction: Literal["mean", "sum"] = "mean",
+        loss_terms: Literal["rows", "samples"] = "rows",
         weight_decay: float = 0.0,
         decoupled: bool = True,
         maximize: bool = False,
@@ -251,10 +256,12 @@ class EKFACAdam(KroneckerOptimizer):
             "inverse_interval": inverse_interval,
             "refresh": refresh,
             "ramp": ramp,
+            "overlap": overlap,
             "fisher": fisher,
             "max_factor_size": max_factor_size,
             "sequence": sequence,
             "loss_reduction": loss_reduction,
+            "loss_terms": loss_terms,
             "weight_decay": weight_decay,
             "decoupled": decoupled,
             "maximize": maximize,
@@ -305,28 +312,9 @@ class EKFACAdam(KroneckerOptimizer):
         self._gradients.update(gradients)
         return skipped
 
-    def _gradient(
-        self, p: Parameter, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The gradient in the precision of the state, zero where it is bad, and where that is; None for nowhere."""
-        assert p.grad is not None
-        gradient = p.grad.to(ACCUMULATOR[p.dtype])
-        if grad_scale is not None:
-            gradient = gradient / grad_scale.to(gradient.device, gradient.dtype)
-        gradient = -gradient if group["maximize"] else gradient
-        if group["weight_decay"] and not group["decoupled"]:
-            gradient = gradient.add(p.to(gradient.dtype), alpha=group["weight_decay"])
-        # A sum that overflows though no element does costs a second look, nothing else.
-        if found_inf is None and gradient.is_cpu and math.isfinite(float(gradient.sum())):
-            return gradient, None
-        bad = ~gradient.isfinite()
-        bad = bad if found_inf is None else bad | found_inf.to(bad.device).bool()
-        return gradient.masked_fill(bad, 0.0), bad
-
     def _move(self, params: list[Parameter], stays: Mapping[Parameter, Tensor], found_inf: Tensor | None) -> None:
         gradients, self._gradients = self._gradients, {}
-        # On the CPU there is no step where it is not 0.
-        going_on = 1.0 if found_inf is None or found_inf.is_cpu else 1 - found_inf.double().reshape(())
+        going_on = goes_on(found_inf)
         for pair in self._factors.pairs:
             mine = {p: gradients[p] for p in pair.params if p in gradients}
             if mine:
@@ -335,12 +323,12 @@ class EKFACAdam(KroneckerOptimizer):
             if not self._factors.serves(p):
                 if "exp_avg_sq" not in self.state[p]:  # a layer served it before
                     self.state[p]["exp_avg_sq"] = g.square()
-                _average(self.state[p]["exp_avg_sq"], g.square(), self._groups[p]["beta2"], going_on)
+                average(self.state[p]["exp_avg_sq"], g.square(), self._groups[p]["beta2"], going_on)
         super()._move(params, stays, found_inf)
 
     def _directions(self, vectors: Mapping[Parameter, Tensor]) -> Iterator[tuple[Parameter, Tensor]]:
         counts = {p: self.state[p]["exp_avg_updates"] for p in vectors}
-        filled = {p: v / _unbiased(counts[p], self._groups[p]["beta1"]).to(v.dtype) for p, v in vectors.items()}
+        filled = {p: v / unbiased(counts[p], self._groups[p]["beta1"]).to(v.dtype) for p, v in vectors.items()}
         yield from super()._directions(filled)
         for p, vector in filled.items():
             if not self._factors.serves(p) and "exp_avg_sq" in self.state[p]:

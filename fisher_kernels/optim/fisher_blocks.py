@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.curvature.sites import Site
 from fisher_kernels.ops import ACCUMULATOR, block_inverse, block_inverse_, factor_ema_
 from fisher_kernels.ops._blocks import pack, unpack
-from fisher_kernels.optim.base import Counters, count
+from fisher_kernels.optim.base import count
+from fisher_kernels.optim.overlap import Overlap, Task
+from fisher_kernels.optim.renewal import NEXT, Renewal
 
 STORAGES = ("full", "packed", "bfloat16")
 """How inverses are stored: as they are, one triangle of each where there are many small ones, or in 16 bits."""
@@ -26,6 +29,9 @@ STATE = ("fisher_blocks", "inverse_blocks", "fisher_updates")
 
 ASIDE = "unused_"
 """Prefix of the same where a layer was not used, beside those of the layer."""
+
+BLOCK_STATE = tuple(prefix + name for prefix in ("", ASIDE, NEXT, NEXT + ASIDE) for name in STATE)
+"""All names that there may be of these."""
 
 CHUNK = 1 << 20
 """How many numbers of inverses are held on their way into another form of storage."""
@@ -92,7 +98,7 @@ def packs(blocks: Blocks) -> bool:
     return blocks.shared_by is None and blocks.size > 1
 
 
-class FisherBlocks:
+class FisherBlocks(Renewal[Part]):
     """Moving averages of the blocks of every layer, their inverses, and what the step reads of them.
 
     Parameters that something else serves (``elsewhere``) have none, but for those that are set aside.
@@ -105,7 +111,6 @@ class FisherBlocks:
         parts: all of them; their positions are their numbers.
         version: counts the changes of what :meth:`units` returns.
         known_sites: indices of the sites that have statistics.
-        refused: part -> how often its statistics were refused as not finite, on the device.
         bad: part -> how many blocks kept an older inverse so far, on the device.
     """
 
@@ -114,13 +119,12 @@ class FisherBlocks:
         sites: Sequence[Site[BlockRule]],
         state: MutableMapping[Tensor, Any],
         groups: Mapping[Parameter, dict[str, Any]],
+        overlap: Overlap,
         elsewhere: Collection[Parameter] = (),
     ) -> None:
-        self.state, self.groups = state, groups
+        super().__init__(state, groups, overlap)
         self.parts: list[Part] = []
         self.version = 0
-        self.refused: Counters = {}
-        self.bad: Counters = {}
         self._of_site: dict[int, list[Part]] = defaultdict(list)
         served: set[Parameter] = set(elsewhere)
         for index, site in enumerate(sites):
@@ -129,10 +133,10 @@ class FisherBlocks:
         self.unruled = [self._add_single(p) for p in groups if p not in served]
         self._aside: dict[Parameter, Part] = {}  # parts of parameters whose layers are not used now
         self._all_aside: dict[Parameter, Part] = {}  # or were not at some time
-        self._averaged = {part.number for part in self.parts if self._updates(part) > 0}
-        self._inverted = set(self._averaged)
+        self._averaged: set[int] = set()
+        for part in self.parts:
+            self._note_if_known(part)
         self.known_sites = {p.address[0] for p in self.parts if p.address and p.number in self._averaged}
-        self._stale = set(self._averaged)  # they may have been saved after an update and before its inversion
         self._slices: dict[tuple[int, str], Tensor] = {}
         self._arrivals: dict[int, Tensor] = {}
 
@@ -148,10 +152,8 @@ class FisherBlocks:
         if self._aside.keys() != set(params):
             for p in params:
                 if p not in self._all_aside:
-                    part = self._all_aside[p] = self._add_single(p, ASIDE)
-                    if self._updates(part) > 0:
-                        for numbers in (self._averaged, self._inverted, self._stale):
-                            numbers.add(part.number)
+                    self._all_aside[p] = self._add_single(p, ASIDE)
+                    self._note_if_known(self._all_aside[p])
             self._aside = {p: self._all_aside[p] for p in params}
             self.version += 1
 
@@ -192,6 +194,11 @@ class FisherBlocks:
         updates = self.state.get(part.owner, {}).get(part.prefix + "fisher_updates")
         return 0 if updates is None else int(updates)
 
+    def _note_if_known(self, part: Part) -> None:
+        if self._updates(part) > 0:
+            self._averaged.add(part.number)
+            self._note_known(part)
+
     def averages(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
         """The averaged blocks of a part, their inverses and the number of updates; made on first use."""
         state = self.state[part.owner]
@@ -199,6 +206,8 @@ class FisherBlocks:
         if blocks not in state:
             state[blocks], state[inverses] = self._new_averages(part)
             state[updates] = torch.zeros((), dtype=torch.float32, device=part.owner.device)
+            if self._overlaps(part):
+                self._add_next(part)
         return state[blocks], state[inverses], state[updates]
 
     def _new_averages(self, part: Part) -> tuple[Tensor, Tensor]:
@@ -288,49 +297,34 @@ class FisherBlocks:
                 coupled = len(live) == 2 and self.groups[live[0]] is self.groups[live[1]]
                 if live and part.coupled is not coupled:
                     if part.coupled is not None and part.number in self._averaged:
-                        self._stale.add(part.number)
-                        self._inverted.discard(part.number)  # the one that is there is of no use
+                        self._unmake(part.number)
                     part.coupled = coupled
                     self.version += 1
 
-    def invert(self, due: Collection[int]) -> list[Part]:
-        """Invert the averages that have changed, of the groups that are due (by identity) or never inverted before.
+    def _item(self, number: int) -> Part:
+        return self.parts[number]
 
-        Returns:
-            Parts in which some block is not positive definite with its damping: it keeps the inverse it has. Always
-            none on other devices than the CPU, since reading the result would wait for the device.
-        """
-        kept = []
-        for number in sorted(self._stale):
-            part = self.parts[number]
-            if number in self._inverted and id(self.groups[part.owner]) not in due:
-                continue
-            info = self._invert(part)
-            if not info.is_cpu or bool(info.any()):
-                count(self.bad, (number,), info.sum().reshape(1))
-                if info.is_cpu:
-                    kept.append(part)
-            self._stale.discard(number)
-            self._inverted.add(number)
-            self._renew_slices(part, ("weight", "bias"))
-        return kept
+    def _made_names(self, part: Part) -> Sequence[str]:
+        return (part.prefix + "inverse_blocks",)
 
-    def _invert(self, part: Part) -> Tensor:
+    def _renew(self, part: Part) -> Tensor:
         averages, inverses, _ = self.averages(part)
-        damping = self.groups[part.owner]["damping"]
         if part.coupled is False:
             averages = self._without_cross_terms(part, averages)
-        if inverses.shape == averages.shape and inverses.dtype == averages.dtype:
-            return block_inverse_(inverses, averages, damping)
-        infos = []
-        step = max(1, CHUNK // part.blocks.size**2)
-        for old, blocks in zip(inverses.split(step), averages.split(step), strict=True):
-            new, info = block_inverse(blocks, damping)
-            stored = (pack(new) if old.dim() == 2 else new).to(old.dtype)
-            good = (info == 0).view(-1, *[1] * (old.dim() - 1))
-            old.copy_(torch.where(good, stored, old))
-            infos.append(info)
-        return torch.cat(infos)
+        bad = invert_into(inverses, averages, self.groups[part.owner]["damping"]).sum()
+        self._renew_slices(part, ("weight", "bias"))
+        return bad
+
+    def _task(self, part: Part, old: Sequence[Tensor]) -> tuple[Task, Sequence[Tensor]]:
+        averages = self.averages(part)[0]
+        averages = self._without_cross_terms(part, averages) if part.coupled is False else averages.clone()
+        (inverses,) = old
+        damping = float(self.groups[part.owner]["damping"])
+        return partial(_inverted, averages, inverses, damping), (averages, inverses)
+
+    def _put_to_use(self, part: Part, made: Sequence[Tensor]) -> None:
+        self.averages(part)[1].copy_(made[0])
+        self._renew_slices(part, ("weight", "bias"))
 
     def _without_cross_terms(self, part: Part, averages: Tensor) -> Tensor:
         averages = averages.clone()
@@ -402,6 +396,31 @@ class FisherBlocks:
                 new = self._make_slice(part, role)
                 if new.data_ptr() != old.data_ptr():
                     old.copy_(new)
+
+
+def invert_into(inverses: Tensor, averages: Tensor, damping: float) -> Tensor:
+    """Invert blocks, in whatever form inverses are stored.
+
+    Returns:
+        Which blocks are not positive definite with their damping, int64 (count,): they keep the inverse they have.
+    """
+    if inverses.shape == averages.shape and inverses.dtype == averages.dtype:
+        return block_inverse_(inverses, averages, damping)
+    infos = []
+    step = max(1, CHUNK // averages.shape[-1] ** 2)
+    for old, blocks in zip(inverses.split(step), averages.split(step), strict=True):
+        new, info = block_inverse(blocks, damping)
+        stored = (pack(new) if old.dim() == 2 else new).to(old.dtype)
+        good = (info == 0).view(-1, *[1] * (old.dim() - 1))
+        old.copy_(torch.where(good, stored, old))
+        infos.append(info)
+    return torch.cat(infos)
+
+
+def _inverted(averages: Tensor, old: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Inverses, the old ones where blocks are bad, and how many of them are."""
+    new = old.clone()
+    return new, invert_into(new, averages, damping).sum()
 
 
 def _held(layer: Any, role: str) -> Parameter | None:

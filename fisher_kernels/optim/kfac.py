@@ -5,6 +5,7 @@ Sources: Martens and Grosse, arXiv 1503.05671; convolutions: Grosse and Martens,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -14,18 +15,24 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim.optimizer import ParamsT
 
-from fisher_kernels.curvature.factor_rules import Means
+from fisher_kernels.curvature.factor_rules import Elementwise, FactorRule, Means, TermRule
 from fisher_kernels.curvature.operations import Choice
 from fisher_kernels.ops import ACCUMULATOR
+from fisher_kernels.optim.adam_moments import average, unbiased
 from fisher_kernels.optim.base import totals
-from fisher_kernels.optim.fisher_blocks import ASIDE, STATE, New
-from fisher_kernels.optim.kronecker import KroneckerOptimizer
-from fisher_kernels.optim.kronecker_factors import FactorInverses, KroneckerFactors
-from fisher_kernels.optim.refresh import RAMP, inverts, is_due
+from fisher_kernels.optim.fisher_blocks import ASIDE, BLOCK_STATE, New
+from fisher_kernels.optim.hyperparameters import require_choice, require_numbers
+from fisher_kernels.optim.kronecker import Bounds, KroneckerOptimizer, goes_on
+from fisher_kernels.optim.kronecker_factors import FactorInverses, KroneckerFactors, factor_state
+from fisher_kernels.optim.refresh import RAMP, is_due
+from fisher_kernels.optim.renewal import NEXT
 from fisher_kernels.optim.term_blocks import TermBlocks
 
-BLOCK_STATE = tuple(prefix + name for prefix in ("", ASIDE) for name in STATE)
-"""State of what has blocks, and of what was not used."""
+OTHERS_LR = 0.03
+"""Adam's learning rate beside that of the factors."""
+
+EPS = 1e-8
+"""Added to the root of Adam's second moments."""
 
 
 class KFAC(KroneckerOptimizer):
@@ -68,7 +75,8 @@ class KFAC(KroneckerOptimizer):
     State of a weight: ``momentum_buffer``, ``row_factor``, ``column_factor``, (groups, n, n) or (groups, n) if they are
     diagonal, ``row_inverse``, ``column_inverse`` and ``fisher_updates``; what has blocks has the state of :class:`MBF`.
     Before there are statistics the inverse is the identity. A factor that is not positive definite with its damping
-    keeps the inverse it has, is counted in :meth:`metrics` and warned of once.
+    keeps the inverse it has, is counted in :meth:`metrics` and warned of once. What ``others="adam"`` trains has
+    ``momentum_buffer``, ``exp_avg_sq`` and ``exp_avg_updates``.
 
     Args:
         model: its layers are read through hooks; ``close()`` removes them. Inputs of layers are kept until the backward
@@ -85,13 +93,20 @@ class KFAC(KroneckerOptimizer):
         refresh: ``"ramp"``: both intervals grow from 1 to these over the first steps; ``"constant"``: they are what
             they are from the beginning.
         ramp: over how many steps they grow, as in :class:`MBF`.
+        overlap: invert beside training, as in :class:`MBF`.
         fisher: ``"empirical"``: of the labels of the data; ``"sampled"``: of labels drawn from the model's own output,
             in :meth:`sample`.
         max_factor_size: wider factors are diagonal.
         sequence: what a Linear takes for a sample on inputs of three dimensions or more: ``"expand"`` every row;
             ``"reduce"`` the mean of a sample's inputs and the sum of its derivatives.
-        loss_reduction: ``"mean"`` or ``"sum"``: how the loss makes one number of its terms. Their number M is that of
-            the rows of the last layer's output that have a derivative.
+        loss_reduction: ``"mean"`` or ``"sum"``: how the loss makes one number of its terms.
+        loss_terms: what these are. ``"rows"``: the rows of the model's output that have a derivative, pixels or tokens
+            for instance; ``"samples"``: the entries of its first dimension that have one, for a loss that pools the
+            others itself.
+        others: how what has no factors is trained, normalisations, embeddings and parameters without a rule.
+            ``"curvature"``: by its blocks. ``"adam"``: by Adam with the decays ``momentum`` and ``beta2`` and eps 1e-8,
+            at the rate ``others_lr * lr``; neither bound counts it. The bias of a ConvTranspose keeps its blocks.
+        others_lr: that rate beside ``lr``, at least 0.
         weight_decay: at least 0.
         decoupled: decay the weights rather than add the decay to the gradient.
         maximize: ascend.
@@ -116,7 +131,7 @@ class KFAC(KroneckerOptimizer):
 
     moment = "momentum_buffer"
     factors_kind: ClassVar[type[KroneckerFactors]] = FactorInverses
-    statistics_state = (*BLOCK_STATE, "row_factor", "column_factor", "row_inverse", "column_inverse")
+    statistics_state = (*BLOCK_STATE, *factor_state("inverse"))
 
     def __init__(
         self,
@@ -132,10 +147,14 @@ class KFAC(KroneckerOptimizer):
         inverse_interval: int = 20,
         refresh: Literal["ramp", "constant"] = "ramp",
         ramp: float = RAMP,
+        overlap: bool = False,
         fisher: Literal["empirical", "sampled"] = "empirical",
         max_factor_size: int = 4096,
         sequence: Literal["expand", "reduce"] = "expand",
         loss_reduction: Literal["mean", "sum"] = "mean",
+        loss_terms: Literal["rows", "samples"] = "rows",
+        others: Literal["curvature", "adam"] = "curvature",
+        others_lr: float = OTHERS_LR,
         weight_decay: float = 0.0,
         decoupled: bool = True,
         maximize: bool = False,
@@ -156,35 +175,93 @@ class KFAC(KroneckerOptimizer):
             "inverse_interval": inverse_interval,
             "refresh": refresh,
             "ramp": ramp,
+            "overlap": overlap,
             "fisher": fisher,
             "max_factor_size": max_factor_size,
             "sequence": sequence,
             "loss_reduction": loss_reduction,
+            "loss_terms": loss_terms,
+            "others": others,
+            "others_lr": others_lr,
             "weight_decay": weight_decay,
             "decoupled": decoupled,
             "maximize": maximize,
         }
+        self._by_adam: frozenset[Parameter] = frozenset()
         super().__init__(model, params, defaults, grad_scaler, process_group, fallback, rules)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        require_choice(group, "others", ("curvature", "adam"))
+        require_numbers(group, ("others_lr",))
+        if not 0 <= group["others_lr"] < math.inf:
+            raise ValueError(f"others_lr is {group['others_lr']}, expected a finite number of at least 0")
+
+    # What Adam trains.
+
+    def _rule_for(self, module: nn.Module, owner: Parameter) -> TermRule | None:
+        rule = super()._rule_for(module, owner)
+        if rule is None or isinstance(rule, FactorRule) or self._groups[owner]["others"] == "curvature":
+            return rule
+        return Elementwise(rule.factoring, rule.context)
+
+    def _found_by_adam(self) -> frozenset[Parameter]:
+        """The parameters that no factors serve, of groups that say so."""
+        served = set(self._factors.served)
+        for site in self.statistics.sites:
+            if not isinstance(site.rule, Elementwise):  # the bias of a transposed convolution among them
+                served.update(p for layer in site.layers for p in layer.parameters.values())
+        return frozenset(p for p, group in self._groups.items() if group["others"] == "adam" and p not in served)
+
+    def _make_squares(self, p: Parameter, steps: int = 0) -> None:
+        state = self.state[p]
+        state["exp_avg_sq"] = torch.zeros_like(state[self.moment])
+        state["exp_avg_updates"] = torch.full((), steps, dtype=ACCUMULATOR[p.dtype], device=p.device)
+
+    def _observe(self, params: list[Parameter], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Average squared gradients in."""
+        for p in params:
+            state, group = self.state[p], self._groups[p]
+            gradient, _ = self._gradient(p, group, grad_scale, found_inf)
+            if "exp_avg_sq" not in state:  # a layer served it before, and its momentum is that of all steps
+                self._make_squares(p, group["iteration"])
+                state["exp_avg_sq"].add_(gradient.square() * (1 - group["beta2"] ** group["iteration"]))
+            average(state["exp_avg_sq"], gradient.square(), group["beta2"], goes_on(found_inf))
+            state["exp_avg_updates"].add_(goes_on(found_inf))
+
+    def _by_root(self, p: Parameter, vector: Tensor) -> Tensor:
+        """Adam's direction; the momentum is a sum, which 1 - momentum makes an average."""
+        state, group = self.state[p], self._groups[p]
+        count, momentum = state["exp_avg_updates"], group["momentum"]
+        mean = vector * ((1 - momentum) / unbiased(count, momentum)).to(vector.dtype)
+        root = (state["exp_avg_sq"] / unbiased(count, group["beta2"]).to(vector.dtype)).sqrt_()
+        return mean / root.add_(EPS)
 
     # Blocks of what has no factors.
 
     def _fallback_detail(self, parameter: Parameter) -> str:
-        return "1 x 1 blocks from the squared gradient of the batch"
+        return "Adam" if parameter in self._by_adam else "1 x 1 blocks from the squared gradient of the batch"
 
     def _rebuild(self) -> None:
         super()._rebuild()
-        self._blocks = TermBlocks(self.statistics.sites, self.state, self._groups, self._factors.served)  # type: ignore[arg-type]
+        self._by_adam = self._found_by_adam()
+        elsewhere = self._factors.served | self._by_adam
+        sites: Any = self.statistics.sites
+        self._blocks = TermBlocks(sites, self.state, self._groups, self._overlap, elsewhere)
+        self._renewals = (self._factors, self._blocks)
 
     def _set_aside(self, params: Collection[Parameter]) -> None:
-        self._blocks.set_aside(params)
+        self._blocks.set_aside([p for p in params if p not in self._by_adam])
         self._blocks.couple()
         super()._set_aside(params)
 
     def _known_sites(self) -> Collection[int]:
-        return self._factors.known_sites | self._blocks.known_sites
+        sites = enumerate(self.statistics.sites)
+        by_adam = {index for index, site in sites if isinstance(site.rule, Elementwise)}
+        return self._factors.known_sites | self._blocks.known_sites | by_adam
 
     def _dtype_of(self, p: Parameter, name: str) -> torch.dtype:
-        return super()._dtype_of(p, name.removeprefix(ASIDE))
+        return super()._dtype_of(p, name.removeprefix(NEXT).removeprefix(ASIDE))
 
     def _prepare(self) -> None:
         super()._prepare()
@@ -192,6 +269,8 @@ class KFAC(KroneckerOptimizer):
 
     def _make_state(self, p: Parameter) -> None:
         super()._make_state(p)
+        if p in self._by_adam:
+            self._make_squares(p)
         for part in self._blocks.parts:
             if any(p is q for q in part.params):
                 self._blocks.averages(part)
@@ -221,12 +300,25 @@ class KFAC(KroneckerOptimizer):
                     squares = by_terms(squares, most.to(squares))
                 yield part, squares, 1.0, 1.0
 
-    def _renew(self) -> None:
-        due = {id(group) for group in self.param_groups if inverts(group, self._refreshes(group))}
-        bad = [pair.owner for pair in self._factors.renew(due)]
-        self._warn_of_bad([*bad, *(part.owner for part in self._blocks.invert(due))])
-
     # Step.
+
+    def _advance_moments(
+        self, group: dict[str, Any], params: list[Parameter], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> Tensor:
+        skipped = super()._advance_moments(group, params, grad_scale, found_inf)
+        self._observe([p for p in params if p in self._by_adam], grad_scale, found_inf)
+        return skipped
+
+    def _move(self, params: list[Parameter], stays: Mapping[Parameter, Tensor], found_inf: Tensor | None) -> None:
+        by_adam = [p for p in params if p in self._by_adam]
+        if len(by_adam) < len(params):
+            super()._move([p for p in params if p not in self._by_adam], stays, found_inf)
+        if by_adam:
+            super()._move(by_adam, stays, found_inf)
+
+    def _bounds(self, p: Parameter) -> Bounds:
+        group = self._groups[p]
+        return Bounds(group["others_lr"] * group["lr"], None, None) if p in self._by_adam else super()._bounds(p)
 
     def _layers_to_move(self, params: Collection[Parameter]) -> Iterator[list[Parameter]]:
         known = set(params)
@@ -237,6 +329,9 @@ class KFAC(KroneckerOptimizer):
 
     def _directions(self, vectors: Mapping[Parameter, Tensor]) -> Iterator[tuple[Parameter, Tensor]]:
         yield from super()._directions(vectors)
+        for p, v in vectors.items():
+            if p in self._by_adam and "exp_avg_sq" in self.state[p]:
+                yield p, self._by_root(p, v)
         yield from self._blocks.directions({p: v for p, v in vectors.items() if not self._factors.serves(p)})
 
     def _failures(self) -> tuple[dict[Parameter, int], dict[Parameter, int]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,7 +16,15 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim.optimizer import ParamsT
 
-from fisher_kernels.curvature.factor_rules import Context, Factoring, FactorRule, FactorRules, Means, TermRule
+from fisher_kernels.curvature.factor_rules import (
+    Context,
+    Factoring,
+    FactorRule,
+    FactorRules,
+    Means,
+    TermRule,
+    has_rows,
+)
 from fisher_kernels.curvature.operations import Choice
 from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.curvature.sites import Layer
@@ -22,7 +32,7 @@ from fisher_kernels.ops import ACCUMULATOR, capped_step_, direction_sums, heavy_
 from fisher_kernels.optim.base import Counters, count, require_memory, totals
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
 from fisher_kernels.optim.kronecker_factors import UPDATES, KroneckerFactors, Pair
-from fisher_kernels.optim.refresh import inverts
+from fisher_kernels.optim.measure import Measured
 from fisher_kernels.optim.sampled import SampledLabels
 from fisher_kernels.optim.unserved import shown
 
@@ -30,7 +40,15 @@ FLOOR = 1e-3
 """Root mean square that the cap takes weights to have at least, so that those that start at 0 can leave it."""
 
 
-class KroneckerOptimizer(SampledLabels[TermRule]):
+class Bounds(NamedTuple):
+    """The learning rate of a parameter, and the bounds that count its step."""
+
+    lr: float | Tensor
+    kl_clip: float | None
+    max_relative_step: float | None
+
+
+class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
     """Base of the optimizers with Kronecker factors; subclasses say what they make of them, and the direction.
 
     Args:
@@ -69,7 +87,7 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
         super()._check_group(group)
         require_numbers(group, (self.decay_of_moment, "beta2", "damping", "weight_decay"))
         require_counts(group, ("update_interval", "inverse_interval", "max_factor_size"))
-        require_bools(group, ("decoupled",))
+        require_bools(group, ("decoupled", "overlap"))
         for name in (self.decay_of_moment, "beta2"):
             if not 0 <= group[name] < 1:
                 raise ValueError(f"{name} is {group[name]}, expected 0 <= {name} < 1")
@@ -83,12 +101,41 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
                     raise ValueError(f"{name} is {group[name]}, expected a finite number above 0, or None")
         require_choice(group, "sequence", ("expand", "reduce"))
         require_choice(group, "loss_reduction", ("mean", "sum"))
+        require_choice(group, "loss_terms", ("rows", "samples"))
 
     # Layers.
 
     def _watch(self, grad_scaler: Any, process_group: dist.ProcessGroup | None) -> None:
+        self._counts_samples()  # before anything is put in place of what is there
         self._rules = self._new_rules()
         super()._watch(grad_scaler, process_group)
+
+    def _rewatched(self) -> None:
+        if not isinstance(self._model, torch.jit.ScriptModule):
+            self.statistics.show_outputs(self._outputs())
+        super()._rewatched()
+
+    def _outputs(self) -> Iterator[tuple[nn.Module, Callable[[Any], None]]]:
+        """The model and its layers, trained or not, and what looks at the derivatives by what they make."""
+        expect = self._context.terms.expect
+        for module in self._model.modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                operation = self._operations.of(module)[0]
+                if has_rows(operation):
+                    yield module, partial(expect, operation)
+        yield self._model, partial(expect, None)
+
+    def _arm(self) -> None:
+        super()._arm()
+        self._context.terms.wanted = bool(self.statistics.armed)
+        self._context.terms.of_samples = self._counts_samples()
+
+    def _counts_samples(self) -> bool:
+        """Whether each sample is one term of the loss."""
+        kinds = {group["loss_terms"] for group in self.param_groups}
+        if len(kinds) > 1:
+            raise ValueError("loss_terms is 'rows' in some groups and 'samples' in others, expected one for all")
+        return kinds == {"samples"}
 
     def _new_rules(self) -> FactorRules:
         self._rules = FactorRules(self._model, self._operations)
@@ -120,7 +167,8 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
     def _rebuild(self) -> None:
         self._rules = self._new_rules()  # which know parameters by identity: a copy has others
         self._numbers = {p: number for number, p in enumerate(self._groups)}
-        self._factors = self.factors_kind(self.statistics.sites, self.state, self._groups)
+        self._factors = self.factors_kind(self.statistics.sites, self.state, self._groups, self._overlap)
+        self._renewals = (self._factors,)
 
     def _set_aside(self, params: Collection[Parameter]) -> None:
         self._factors.set_aside(params)
@@ -165,8 +213,8 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
 
     def _renew(self) -> None:
         """Make anew what directions are made of, where that is due."""
-        due = {id(group) for group in self.param_groups if inverts(group, self._refreshes(group))}
-        self._warn_of_bad([pair.owner for pair in self._factors.renew(due)])
+        due = self._inverting()
+        self._warn_of_bad([item.owner for renewal in self._renewals for item in renewal.renew(due)])
 
     def _warn_of_bad(self, owners: list[Parameter]) -> None:
         if owners:
@@ -211,28 +259,46 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
             found_inf=found_inf,
         )
 
+    def _gradient(
+        self, p: Parameter, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradient in the precision of the state, zero where it is bad, and where that is; None for nowhere."""
+        assert p.grad is not None
+        gradient = p.grad.to(ACCUMULATOR[p.dtype])
+        if grad_scale is not None:
+            gradient = gradient / grad_scale.to(gradient.device, gradient.dtype)
+        gradient = -gradient if group["maximize"] else gradient
+        if group["weight_decay"] and not group["decoupled"]:
+            gradient = gradient.add(p.to(gradient.dtype), alpha=group["weight_decay"])
+        # A sum that overflows though no element does costs a second look, nothing else.
+        if found_inf is None and gradient.is_cpu and math.isfinite(float(gradient.sum())):
+            return gradient, None
+        bad = ~gradient.isfinite()
+        bad = bad if found_inf is None else bad | found_inf.to(bad.device).bool()
+        return gradient.masked_fill(bad, 0.0), bad
+
     def _move(self, params: list[Parameter], stays: Mapping[Parameter, Tensor], found_inf: Tensor | None) -> None:
         """Step along the directions of the moments, within the trust region and the caps."""
         directions = dict(self._directions(self._vectors(params, stays)))
         layers = list(self._layers_to_move(params))
         params = [p for layer in layers for p in layer]
-        groups = [self._groups[p] for p in params]
+        groups, bounds = [self._groups[p] for p in params], [self._bounds(p) for p in params]
         found = [directions[p].masked_fill(stays[p], 0.0) if p in stays else directions[p] for p in params]
-        clips = [group.get("kl_clip") for group in groups]
-        bound = any(clip is not None for clip in clips)
+        clips = [bound.kl_clip for bound in bounds]
+        clipped = any(clip is not None for clip in clips)
         moments = [self.state[p][self.moment] for p in params]
-        sums = direction_sums(params, found, moments, products=bound)
-        if bound and None in clips:
+        sums = direction_sums(params, found, moments, products=clipped)
+        if clipped and None in clips:
             sums[[i for i, clip in enumerate(clips) if clip is None], 0] = 0.0
         trust, caps, skipped = capped_step_(
             params,
             found,
             sums,
             [number for number, layer in enumerate(layers) for _ in layer],
-            lr=[group["lr"] for group in groups],
+            lr=[bound.lr for bound in bounds],
             weight_decay=[group["weight_decay"] if group["decoupled"] else 0.0 for group in groups],
             kl_clip=min((clip for clip in clips if clip is not None), default=None),
-            max_relative_step=[group["max_relative_step"] for group in groups],
+            max_relative_step=[bound.max_relative_step for bound in bounds],
             floor=FLOOR,
             found_inf=found_inf,
         )
@@ -243,6 +309,11 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
         count(self._capped, numbers, (caps < 1).long())
         count(self._steps, numbers, torch.ones_like(skipped))
         self._limits.update({number: (trust, caps, i) for i, number in enumerate(numbers)})
+
+    def _bounds(self, p: Parameter) -> Bounds:
+        """The rate of a parameter, and what bounds its step."""
+        group = self._groups[p]
+        return Bounds(group["lr"], group.get("kl_clip"), group["max_relative_step"])
 
     def _vectors(self, params: Sequence[Parameter], stays: Mapping[Parameter, Tensor]) -> dict[Parameter, Tensor]:
         """What directions are made of: the moments, but for elements that stay."""
@@ -267,6 +338,18 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
             yield from self._factors.directions(pair, vectors)
 
     # Reports.
+
+    def _figures(self) -> Callable[[], None]:
+        counters = copy.deepcopy((self._skipped, self._capped, self._steps))
+        limits, renewals = dict(self._limits), [(renewal.bad, renewal.refused) for renewal in self._renewals]
+
+        def put_back() -> None:
+            self._skipped, self._capped, self._steps = counters
+            self._limits = limits
+            for renewal, (bad, refused) in zip(self._renewals, renewals, strict=True):  # others, of the state loaded
+                renewal.bad, renewal.refused = bad, refused
+
+        return put_back
 
     @torch.no_grad()
     def metrics(self) -> dict[str, dict[str, float]]:
@@ -315,6 +398,11 @@ class KroneckerOptimizer(SampledLabels[TermRule]):
         gradient = p.grad.to(direction.dtype) * (-1 if self._groups[p]["maximize"] else 1)
         tiny = torch.finfo(direction.dtype).tiny  # norms below eps count as eps
         return float(torch.cosine_similarity(direction.reshape(-1), gradient.reshape(-1), dim=0, eps=tiny))
+
+
+def goes_on(found_inf: Tensor | None) -> float | Tensor:
+    """1, or 0 where a scaler has found what is not finite; on the CPU there is no step then."""
+    return 1.0 if found_inf is None or found_inf.is_cpu else 1 - found_inf.double().reshape(())
 
 
 def _not_finite(params: Sequence[Parameter], skipped: Tensor) -> Iterator[tuple[Parameter, Tensor]]:

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,9 @@ from torch.nn import Parameter
 from fisher_kernels.curvature.factor_rules import Basis, FactorRule, Means, TermRule
 from fisher_kernels.curvature.sites import Site
 from fisher_kernels.ops import ACCUMULATOR, block_inverse_, factor_ema_
-from fisher_kernels.optim.base import Counters, count
+from fisher_kernels.optim.base import count
+from fisher_kernels.optim.overlap import Overlap, Task
+from fisher_kernels.optim.renewal import NEXT, Renewal
 
 SIDES = ("row", "column")
 
@@ -27,6 +30,13 @@ MOMENTS = "second_moment"
 
 MOMENT_UPDATES = "moment_updates"
 """State: how many batches the second moments are of, their first estimate from the factors being one."""
+
+
+def factor_state(made: str) -> tuple[str, ...]:
+    """The names in the state of both factors, and of what is made of them."""
+    found = [f"{side}_{made}" for side in SIDES]
+    return (*(f"{side}_factor" for side in SIDES), *found, *(NEXT + name for name in found))
+
 
 JITTER = 1e-6
 """Added to the diagonal of a factor of mean eigenvalue 1 before its eigenvectors are found, which it does not change: a
@@ -93,7 +103,7 @@ class Pair:
             yield self.biases[bias], matrices[..., columns].reshape(self.biases[bias].shape)
 
 
-class KroneckerFactors:
+class KroneckerFactors(Renewal[Pair]):
     """Moving averages of the factors of every layer, and what directions are made of them.
 
     ``state[owner]`` has ``row_factor`` and ``column_factor``, (groups, n, n) or (groups, n) for diagonals, and
@@ -103,7 +113,6 @@ class KroneckerFactors:
         pairs: all of them; their positions are their numbers.
         version: counts the changes of what serves which parameter.
         known_sites: indices of the sites that have statistics.
-        refused: number of a pair -> how often its statistics were refused as not finite, on the device.
         bad: number of a pair -> how often a factor could not be used, and what there was stayed.
     """
 
@@ -115,12 +124,11 @@ class KroneckerFactors:
         sites: Sequence[Site[TermRule]],
         state: MutableMapping[Tensor, Any],
         groups: Mapping[Parameter, dict[str, Any]],
+        overlap: Overlap,
     ) -> None:
-        self.state, self.groups = state, groups
+        super().__init__(state, groups, overlap)
         self.pairs: list[Pair] = []
         self.version = 0
-        self.refused: Counters = {}
-        self.bad: Counters = {}
         self._aside: frozenset[Parameter] = frozenset()
         self._of_site: dict[int, Pair] = {}
         self.served: set[Parameter] = set()
@@ -131,8 +139,9 @@ class KroneckerFactors:
         self.known_sites = {
             index for index in factored if (pair := self._of_site.get(index)) is None or self._counts[pair.number]
         }
-        self._made = {number for number, updates in self._counts.items() if updates}
-        self._stale = set(self._made)  # they may have been saved after an update and before an inversion
+        for pair in self.pairs:
+            if self._counts[pair.number]:
+                self._note_known(pair)
 
     def _add(self, index: int, site: Site[TermRule]) -> None:
         """The pair of one site. A parameter that another one serves already is not served twice."""
@@ -175,6 +184,8 @@ class KroneckerFactors:
                     (diagonal if len(shape) == 2 else diagonal.diagonal(dim1=1, dim2=2)).fill_(1.0)
             state[UPDATES] = torch.zeros((), dtype=torch.float32, device=pair.owner.device)
             self._make_more(pair, state)
+            if self._overlaps(pair):
+                self._add_next(pair)
         return state
 
     def _make_more(self, pair: Pair, state: dict[str, Tensor]) -> None:
@@ -227,35 +238,38 @@ class KroneckerFactors:
             coupled = len(live) == len(pair.params) == 2 and len(groups) == 1
             if live and pair.coupled is not coupled:
                 if pair.coupled is not None and self.is_known(pair):
-                    self._stale.add(pair.number)
-                    self._made.discard(pair.number)  # what is there is of no use
+                    self._unmake(pair.number)
                 pair.coupled = coupled
                 self.version += 1
 
-    def renew(self, due: Collection[int]) -> list[Pair]:
-        """Make anew what is made of factors that have changed, in the groups that are due or where there is nothing.
+    def _item(self, number: int) -> Pair:
+        return self.pairs[number]
 
-        Returns:
-            Pairs of which a factor could not be used: what there was stays. Always none on other devices than the CPU,
-            where reading the result would wait for the device.
-        """
-        kept = []
-        for number in sorted(self._stale):
-            pair = self.pairs[number]
-            if number in self._made and id(self.groups[pair.owner]) not in due:
-                continue
-            bad = self._renew(pair)
-            if not bad.is_cpu or bool(bad):
-                count(self.bad, (number,), bad.reshape(1))
-                if bad.is_cpu:
-                    kept.append(pair)
-            self._stale.discard(number)
-            self._made.add(number)
-        return kept
+    def _made_names(self, pair: Pair) -> Sequence[str]:
+        return [f"{side}_{kept}" for side in SIDES for kept in self.state_names]
 
     def _renew(self, pair: Pair) -> Tensor:
-        """The same for one pair; returns the number of bad matrices, int64 ()."""
+        state = self.averages(pair)
+        old = [state[name] for name in self._made_names(pair)]
+        *made, bad = self._recipe(pair)(state["row_factor"], self._column_factor(pair), *old)
+        self._put_to_use(pair, made)
+        return bad
+
+    def _task(self, pair: Pair, old: Sequence[Tensor]) -> tuple[Task, Sequence[Tensor]]:
+        rows, columns = self.averages(pair)["row_factor"], self._column_factor(pair)
+        copies = rows.clone(), columns if columns is not self.averages(pair)["column_factor"] else columns.clone()
+        return partial(self._recipe(pair), *copies, *old), (*copies, *old)
+
+    def _recipe(self, pair: Pair) -> Callable[..., tuple[Tensor, ...]]:
+        """What makes new tensors of both factors, taking the place of others: of those where a factor is of no use.
+
+        It refers to nothing here, since it may run beside training; it returns how many factors were bad as well.
+        """
         raise NotImplementedError
+
+    def _put_to_use(self, pair: Pair, made: Sequence[Tensor]) -> None:
+        for name, x in zip(self._made_names(pair), made, strict=True):
+            self.state[pair.owner][name].copy_(x)
 
     def _column_factor(self, pair: Pair) -> Tensor:
         """That of the columns, without what weight and bias have in common where they are stepped apart."""
@@ -322,29 +336,35 @@ class FactorInverses(KroneckerFactors):
 
     state_names = ("inverse",)
 
-    def _renew(self, pair: Pair) -> Tensor:
-        state, root = self.averages(pair), math.sqrt(self.groups[pair.owner]["damping"])
-        rows, columns = state["row_factor"], self._column_factor(pair)
-        ratio = (mean_eigenvalue(columns) / mean_eigenvalue(rows)).sqrt()
-        pi = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
-        bad = _invert_into(state["row_inverse"], rows, root / pi)
-        return bad + _invert_into(state["column_inverse"], columns, root * pi)
+    def _recipe(self, pair: Pair) -> Callable[..., tuple[Tensor, ...]]:
+        return partial(_inverses, math.sqrt(self.groups[pair.owner]["damping"]))
 
     def _apply(self, pair: Pair, matrices: Tensor) -> Tensor:
         state = self.averages(pair)
         return multiplied(state["row_inverse"], matrices, state["column_inverse"])
 
 
-def _invert_into(out: Tensor, factor: Tensor, damping: Tensor) -> Tensor:
-    """Invert a factor with a damping for each of its matrices; returns how many were bad and kept what they had."""
+def _inverses(
+    root: float, rows: Tensor, columns: Tensor, old_rows: Tensor, old_columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both inverses, the old ones where a factor is bad, and how many are; ``root`` is that of the damping."""
+    ratio = (mean_eigenvalue(columns) / mean_eigenvalue(rows)).sqrt()
+    pi = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+    new_rows, bad_rows = _inverse(rows, root / pi, old_rows)
+    new_columns, bad_columns = _inverse(columns, root * pi, old_columns)
+    return new_rows, new_columns, bad_rows + bad_columns
+
+
+def _inverse(factor: Tensor, damping: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of a factor with a damping for each matrix, the old one of a matrix that is bad, how many are."""
     if factor.dim() == 2:
         new = 1 / (factor + damping.unsqueeze(1))
         good = (new.isfinite() & (new > 0)).all(1, keepdim=True)
-        out.copy_(torch.where(good, new, out))
-        return (~good).sum()
+        return torch.where(good, new, old), (~good).sum()
     damped = factor.clone()
     damped.diagonal(dim1=1, dim2=2).add_(damping.unsqueeze(1))
-    return block_inverse_(out, damped, 0.0).sum()
+    new = old.clone()
+    return new, block_inverse_(new, damped, 0.0).sum()
 
 
 class FactorBases(KroneckerFactors):
@@ -361,29 +381,21 @@ class FactorBases(KroneckerFactors):
     def _make_more(self, pair: Pair, state: dict[str, Tensor]) -> None:
         state[MOMENTS] = torch.zeros(pair.rule.shape, dtype=ACCUMULATOR[pair.owner.dtype], device=pair.owner.device)
 
-    def _renew(self, pair: Pair) -> Tensor:
-        state = self.averages(pair)
-        bad = torch.zeros((), dtype=torch.int64, device=pair.owner.device)
-        turns: list[Tensor | None] = []
-        for side, factor in (("row", state["row_factor"]), ("column", self._column_factor(pair))):
-            turns.append(None)
-            if factor.dim() == 3:
-                old = state[f"{side}_basis"]
-                new = _eigenvectors(factor, apart=side == "column" and pair.rule.bias and pair.coupled is False)
-                if new is None:
-                    bad += 1
-                elif not torch.equal(new, old):  # a basis that is made again from the same factor
-                    turns[-1] = (new.mT @ old).square_()
-                    old.copy_(new)
-        self._turn(pair, state, turns)
-        return bad
+    def _recipe(self, pair: Pair) -> Callable[..., tuple[Tensor, ...]]:
+        return partial(_bases, bool(pair.rule.bias and pair.coupled is False))
 
-    def _turn(self, pair: Pair, state: dict[str, Tensor], turns: Sequence[Tensor | None]) -> None:
-        """Move second moments to a new basis, given the squared cosines between new and old vectors of each side."""
-        rows, columns = turns
+    def _put_to_use(self, pair: Pair, made: Sequence[Tensor]) -> None:
+        # Second moments are moved by the squared cosines between new and old vectors. Where a basis was made again of
+        # the same factor they stay to the bit, which takes no waiting for a GPU.
+        state = self.averages(pair)
         moments = state[MOMENTS]
-        moments = moments if rows is None else rows @ moments
-        state[MOMENTS].copy_(moments if columns is None else moments @ columns.mT)
+        for side, (name, new) in enumerate(zip(self._made_names(pair), made, strict=True)):
+            same = (new == state[name]).all()
+            if new.dim() == 3 and not (same.is_cpu and bool(same)):
+                turn = (new.mT @ state[name]).square_()
+                moments = torch.where(same, moments, moments @ turn.mT if side else turn @ moments)
+        state[MOMENTS].copy_(moments)
+        super()._put_to_use(pair, made)
 
     def basis(self, pair: Pair) -> Basis:
         """The eigenvectors; None for those of a diagonal."""
@@ -402,6 +414,23 @@ class FactorBases(KroneckerFactors):
         rows, columns = self.basis(pair)
         matrices = matrices if rows is None else rows @ matrices
         return matrices if columns is None else matrices @ columns.mT
+
+
+def _bases(
+    apart: bool, rows: Tensor, columns: Tensor, old_rows: Tensor, old_columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The eigenvectors of both factors, the old ones where there are none, and how many factors are without.
+
+    Args:
+        apart: whether the last column has nothing to do with the others.
+    """
+    new = [
+        old if factor.dim() == 2 else _eigenvectors(factor, apart=apart and old is old_columns)
+        for factor, old in ((rows, old_rows), (columns, old_columns))
+    ]
+    bad = torch.full((), sum(x is None for x in new), dtype=torch.int64, device=rows.device)
+    found = [old if x is None else x for x, old in zip(new, (old_rows, old_columns), strict=True)]
+    return found[0], found[1], bad
 
 
 def _eigenvectors(factor: Tensor, apart: bool) -> Tensor | None:
@@ -452,8 +481,9 @@ class FactorMoments(FactorBases):
         sites: Sequence[Site[TermRule]],
         state: MutableMapping[Tensor, Any],
         groups: Mapping[Parameter, dict[str, Any]],
+        overlap: Overlap,
     ) -> None:
-        super().__init__(sites, state, groups)
+        super().__init__(sites, state, groups, overlap)
         self._seen = {pair.number: self._estimates(pair) for pair in self.pairs}
         for pair in self.pairs:
             pair.rule.context.bases.clear()  # of weights that may be there no more
@@ -483,8 +513,8 @@ class FactorMoments(FactorBases):
         state[MOMENT_UPDATES].add_(1 - refused)
         self._seen[pair.number] += 1
 
-    def _renew(self, pair: Pair) -> Tensor:
-        bad = super()._renew(pair)
+    def _put_to_use(self, pair: Pair, made: Sequence[Tensor]) -> None:
+        super()._put_to_use(pair, made)
         if not self._seen[pair.number]:
             state, basis = self.averages(pair), self.basis(pair)
             rows = eigenvalues(state["row_factor"], basis.rows)
@@ -493,7 +523,6 @@ class FactorMoments(FactorBases):
             state[MOMENT_UPDATES].fill_(1)
             self._seen[pair.number] = 1
         self._show_basis(pair)
-        return bad
 
     def _apply(self, pair: Pair, matrices: Tensor) -> Tensor:
         if not self._seen[pair.number]:

@@ -20,7 +20,9 @@ from fisher_kernels.curvature.sites import Layer, Site, find_layers
 from fisher_kernels.curvature.statistics import Statistics, times_attached
 from fisher_kernels.optim.base import Explanation, FisherOptimizer, require_memory
 from fisher_kernels.optim.caller import calling
-from fisher_kernels.optim.refresh import advance, check_schedule, is_due
+from fisher_kernels.optim.overlap import Overlap
+from fisher_kernels.optim.refresh import advance, check_schedule, inverts, is_due
+from fisher_kernels.optim.renewal import Renewal
 from fisher_kernels.optim.unserved import UNSERVED, UNUSED, Unserved, has_gradient, shown
 from fisher_kernels.optim.warn import warn, warn_once
 
@@ -51,6 +53,9 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
     """The base of the rules that it reads."""
 
     _unknown: Collection[str] = ()  # parameters that functions may be seen on in the first refresh
+    _renewals: tuple[Renewal[Any], ...] = ()
+    """What keeps something that may be made beside training."""
+
     _looked_at = -1  # so many optimizers had been attached to models when others were looked for
 
     def __init__(
@@ -80,6 +85,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         self._unserved = Unserved()
         self._made: dict[str, tuple[Parameter, nn.Module]] = {}  # by name a parameter, and the function on it
         self._operations = Operations(rules, self.rule_kind)
+        self._overlap = Overlap()
         super().__init__(model.parameters() if params is None else params, defaults)
         if self._groups.keys().isdisjoint(model.parameters()):
             raise ValueError(
@@ -210,6 +216,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _forget(self, params: Iterable[Parameter]) -> None:
         """Drop the statistics of parameters whose rule is another one now."""
+        self._join()
         for p in params:
             state = self.state.get(p, {})
             for name in [name for name in state if name in self.statistics_state]:
@@ -227,6 +234,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         self._rewatched()
 
     def _rewatched(self) -> None:
+        self._join()
         self.statistics.watch_functions(self._model, self._rule_for, self._groups)
         for module in self._unserved.misfits():
             for p in module._parameters.values():
@@ -269,6 +277,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
         ``load_state_dict(assign=True)``, ``to_empty()`` and a module in place of another bring new parameters.
         """
+        self._join()
         now = dict(self._model.named_parameters(remove_duplicate=False))
         there = set(now.values())
         moved: dict[Parameter, Parameter] = {}
@@ -317,6 +326,8 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
     def close(self) -> None:
         """Remove the hooks from the model. The optimizer can go on stepping with the curvature it has."""
         self.statistics.close()
+        self._join()
+        self._overlap.close()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and with them the statistics of the backward passes that produced them.
@@ -358,6 +369,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
                 )
 
     def _advance(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        self._surface_failures()
         if self._looked_at != times_attached():
             self._look_for_other_readers()
         if not self._is_as_noted():
@@ -380,6 +392,34 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             if self._fallback == "warn":
                 self._warn_of_fallbacks(row for row in self.explain() if row.name in self._unknown)
             self._unknown = set()
+
+    # Work beside training.
+
+    def _inverting(self) -> set[int]:
+        """The groups, by identity, that this step makes inverses of."""
+        return {id(group) for group in self.param_groups if inverts(group, self._refreshes(group))}
+
+    def _join(self) -> None:
+        """Wait for all work beside training, and keep what it made in the state."""
+        for renewal in self._renewals:
+            renewal.join()
+
+    def _surface_failures(self) -> None:
+        """Wait for what this step puts to use, and raise an error of that or other work, before anything is changed."""
+        due = self._inverting() if self._renewals else set()
+        for renewal in self._renewals:
+            renewal.join(due)
+        if self._overlap.failed:
+            names = {p: name for name, p in self._names()}
+            first, *others = [names.get(p, "a parameter that is gone") for p, _ in self._overlap.failed]
+            others_too = f", and of {shown(others)}" if others else ""
+            error = self._overlap.failed[0][1]
+            self._overlap.failed = []
+            raise RuntimeError(
+                f"{type(self).__name__}: curvature of {first}{others_too} could not be made beside training "
+                f"({type(error).__name__}: {error}). Nothing was changed in this step; if you go on it is tried again "
+                "with the statistics that are there"
+            ) from error
 
     def _loss_scale(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> Tensor | None:
         """The scale in the derivatives where no scaler was given: that of the one that calls this step, if any does.
@@ -553,6 +593,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
     # State.
 
     def _reloaded(self) -> None:
+        self._overlap.failed = []
         self.statistics.clear()
         misfits = self._unserved.misfits()
         self._unserved.read(self.param_groups, self._named_layers())
@@ -571,10 +612,21 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         layers = [layer for layer in self.statistics.layers() if layer.spec is not None]
         self._made = {layer.name: (layer.parameters["weight"], layer.module) for layer in layers}
         self._unserved.read(self.param_groups, self._named_layers())
+        self._overlap = Overlap()
         self._note_places()
         self._rewatched()
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state, when what is being made beside training is in it."""
+        self._join()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._join()
+        super().load_state_dict(state_dict)
+
     def __getstate__(self) -> dict[str, Any]:
+        self._join()
         kept = ("_model", "_statistics", "_fallback", "_operations")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 

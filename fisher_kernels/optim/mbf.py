@@ -25,10 +25,11 @@ from fisher_kernels.curvature.sites import Layer
 from fisher_kernels.ops import ACCUMULATOR, mbf_step_
 from fisher_kernels.ops._blocks import unpack
 from fisher_kernels.optim.base import Counters, count, require_memory, totals
-from fisher_kernels.optim.fisher_blocks import ASIDE, STATE, STORAGES, FisherBlocks, New, Unit
+from fisher_kernels.optim.fisher_blocks import ASIDE, BLOCK_STATE, STORAGES, FisherBlocks, New, Unit
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
-from fisher_kernels.optim.measure import Costs, measure
-from fisher_kernels.optim.refresh import RAMP, inverts, is_due
+from fisher_kernels.optim.measure import Measured
+from fisher_kernels.optim.refresh import RAMP, is_due
+from fisher_kernels.optim.renewal import NEXT
 from fisher_kernels.optim.sampled import SampledLabels
 from fisher_kernels.optim.unserved import shown
 from fisher_kernels.optim.warn import warn_once
@@ -39,14 +40,11 @@ FLOOR = 1e-3
 TOGETHER = ("momentum", "decoupled", "maximize", "kl_clip", "kl_along", "max_relative_step", "floor")
 """Settings that are the same for all that one call steps. Groups that share them have one trust region."""
 
-FAR = 0.1
-"""What the cap leaves of a step at most where the curvature is out of date: in healthy runs it leaves half and more."""
-
 MUCH = 1 << 30
 """Bytes of the blocks of one layer above which they are worth a warning."""
 
 
-class MBF(SampledLabels[BlockRule]):
+class MBF(Measured, SampledLabels[BlockRule]):
     r"""MBF: heavy-ball momentum preconditioned by a block-diagonal empirical Fisher matrix of many small blocks.
 
     With :math:`g_n` the gradient of sample n in one small group of weights, and λ the weight decay:
@@ -96,8 +94,8 @@ class MBF(SampledLabels[BlockRule]):
         kl_along: ``"momentum"``: ``<d, m>``, the change of the model along d; ``"gradient"``: ``<d, g>`` in its place,
             which can vanish while d is large.
         max_relative_step: bound of the step of each layer, weight and bias together, relative to the norm of its
-            weights, after the trust region and before the decay; None for no bound. Where it leaves less than a tenth
-            of a step under ``refresh="constant"`` you are warned once: the curvature is out of date (on the CPU; a GPU
+            weights, after the trust region and before the decay; None for no bound. Steps longer than the weights
+            themselves along inverses that ``refresh="constant"`` has let grow old are warned of once (on the CPU; a GPU
             would be waited for).
         floor: root mean square of a layer's weights below which they count as so large, so that weights that are zero
             at first move too.
@@ -108,6 +106,8 @@ class MBF(SampledLabels[BlockRule]):
             they are from the beginning.
         ramp: over how many steps they grow: after a refresh in step t the next one comes ``1 + floor((interval - 1)
             min(1, t / ramp))`` steps later, and inverses are made in steps that bring statistics.
+        overlap: make inverses beside training, on a thread of their own, and on a GPU on a stream of their own too: the
+            step that would make them uses those of the step that would have before. The first are waited for.
         fisher: ``"empirical"``: blocks of the labels of the data; ``"sampled"``: of labels drawn from the model's own
             output, in :meth:`sample`.
         linear_blocks: blocks of so many columns of a Linear, shared by its outputs; ``"shared"``, one block of all of
@@ -146,7 +146,7 @@ class MBF(SampledLabels[BlockRule]):
 
     rule_kind = BlockRule
     moment = "momentum_buffer"
-    statistics_state = tuple(prefix + name for prefix in ("", ASIDE) for name in STATE)
+    statistics_state = BLOCK_STATE
     later: ClassVar[Mapping[str, Any]] = {
         "capturable": False,
         "mask_zeros": False,
@@ -156,6 +156,7 @@ class MBF(SampledLabels[BlockRule]):
         "kl_along": "gradient",
         "max_relative_step": None,
         "floor": FLOOR,
+        "overlap": False,
     }
 
     def __init__(
@@ -174,6 +175,7 @@ class MBF(SampledLabels[BlockRule]):
         inverse_interval: int = 20,
         refresh: Literal["ramp", "constant"] = "ramp",
         ramp: float = RAMP,
+        overlap: bool = False,
         fisher: Literal["empirical", "sampled"] = "empirical",
         linear_blocks: Literal["shared", "per_output"] | int = 64,
         sequence: Literal["expand", "reduce"] = "expand",
@@ -203,6 +205,7 @@ class MBF(SampledLabels[BlockRule]):
             "inverse_interval": inverse_interval,
             "refresh": refresh,
             "ramp": ramp,
+            "overlap": overlap,
             "fisher": fisher,
             "linear_blocks": linear_blocks,
             "sequence": sequence,
@@ -247,7 +250,12 @@ class MBF(SampledLabels[BlockRule]):
         bounds = [name for name in ("kl_clip", "max_relative_step") if group[name] is not None]
         require_numbers(group, bounds, "a number or None")
         require_counts(group, ("update_interval", "inverse_interval"))
-        require_bools(group, ("decoupled", "mask_zeros", "capturable"))
+        require_bools(group, ("decoupled", "mask_zeros", "capturable", "overlap"))
+        if group["overlap"] and group["capturable"]:
+            raise ValueError(
+                "overlap is True and so is capturable, expected one of them: a CUDA graph holds nothing of what runs "
+                "beside it"
+            )
         for name in ("momentum", "beta2"):
             if not 0 <= group[name] < 1:
                 raise ValueError(f"{name} is {group[name]}, expected 0 <= {name} < 1")
@@ -302,7 +310,8 @@ class MBF(SampledLabels[BlockRule]):
         self._rules = self._new_rules()  # which know parameters by identity: a copy has others
         self._numbers = {p: number for number, p in enumerate(self._groups)}
         self._plans: dict[tuple[int, ...], _Plan] = {}
-        self._blocks = FisherBlocks(self.statistics.sites, self.state, self._groups)
+        self._blocks = FisherBlocks(self.statistics.sites, self.state, self._groups, self._overlap)
+        self._renewals = (self._blocks,)
 
     def _set_aside(self, params: Collection[Parameter]) -> None:
         self._blocks.set_aside(params)
@@ -312,7 +321,7 @@ class MBF(SampledLabels[BlockRule]):
         return self._blocks.known_sites
 
     def _dtype_of(self, p: Parameter, name: str) -> torch.dtype:
-        name = name.removeprefix(ASIDE)
+        name = name.removeprefix(NEXT).removeprefix(ASIDE)
         if name == "inverse_blocks" and self._groups[p]["inverse_storage"] == "bfloat16":
             return torch.bfloat16
         return torch.float32 if name == "fisher_updates" else super()._dtype_of(p, name)
@@ -357,8 +366,8 @@ class MBF(SampledLabels[BlockRule]):
                 yield part, wide.square().flatten(), 1 / samples if mean else samples, samples
 
     def _invert(self, everything: bool = False) -> None:
-        due = {id(g) for g in self.param_groups if everything or inverts(g, self._refreshes(g))}
-        if kept := self._blocks.invert(due):
+        due = set(map(id, self.param_groups)) if everything else self._inverting()
+        if kept := self._blocks.renew(due, wait=everything):
             names = {p: name for name, p in self._names()}
             self._warn_once(
                 "bad",
@@ -416,25 +425,34 @@ class MBF(SampledLabels[BlockRule]):
             self._scales[id(group)] = scale
         count(self._skipped, plan.numbers, skipped)
         if groups[0]["max_relative_step"] is not None:
-            if caps.is_cpu and any(group["refresh"] == "constant" for group in groups):
-                self._warn_of_far(plan, caps)
+            if caps.is_cpu:
+                self._warn_of_far(groups, plan, caps)
             count(self._capped, plan.numbers, caps.lt(1).to(torch.int64))
             self._bounded[plan.numbers] = self._bounded.get(plan.numbers, 0) + 1
 
-    def _warn_of_far(self, plan: _Plan, caps: Tensor) -> None:
-        """Say which layers take steps along curvature that is out of date."""
-        if not (caps < FAR).any():
+    def _warn_of_far(self, groups: list[dict[str, Any]], plan: _Plan, caps: Tensor) -> None:
+        """Say which layers were to step further than they are large, along inverses of before at constant intervals."""
+        bound = groups[0]["max_relative_step"]
+        if not (caps < bound).any():
             return
-        names = {p: name for name, p in self._names()}
-        far = [p for p, cap in zip(plan.params, caps.tolist(), strict=True) if cap < FAR]
-        group = self._groups[far[0]]
-        self._warn_once(
-            "far",
-            f"steps of {shown([names[p] for p in far])} were more than {1 / FAR:g} times as long as "
-            f"max_relative_step={group['max_relative_step']} lets them be, and were shortened: their curvature is out "
-            f"of date. refresh='ramp' or less than inverse_interval={group['inverse_interval']} keep it fresh, "
-            "kl_along='momentum' and a smaller kl_clip or lr make steps shorter",
-        )
+        fresh = self._inverting()
+        stale = {i for i, g in enumerate(groups) if g["refresh"] == "constant" and id(g) not in fresh}
+        places = zip(plan.params, plan.of_group, caps.tolist(), strict=True)
+        # Of weights that begin at zero every step is far.
+        far = [p for p, i, cap in places if cap < bound and i in stale and p.norm() > self._least(p)]
+        if far:
+            names, group = {p: name for name, p in self._names()}, self._groups[far[0]]
+            self._warn_once(
+                "far",
+                f"steps of {shown([names[p] for p in far])} were longer than the weights themselves, and were cut to "
+                f"{bound} of them: their curvature is out of date. refresh='ramp' or less than "
+                f"inverse_interval={group['inverse_interval']} keeps it fresh, kl_along='momentum' and a smaller "
+                "kl_clip or lr make steps shorter",
+            )
+
+    def _least(self, p: Parameter) -> float:
+        """The norm that a parameter counts as at least."""
+        return float(self._groups[p]["floor"]) * math.sqrt(p.numel())
 
     def _plan(self, groups: list[dict[str, Any]]) -> _Plan:
         plan = _Plan(self._blocks.version)
@@ -518,32 +536,19 @@ class MBF(SampledLabels[BlockRule]):
 
     # Reports.
 
-    def measure(self, step_fn: Callable[[], object], overhead: float = 0.25, repeats: int = 5) -> Costs:
-        """Time statistics, inverses and an iteration without them, and propose intervals.
-
-        Parameters, gradients, buffers, the state, the settings and torch's random state are as before afterwards. What
-        ``step_fn`` changes besides, a learning rate schedule for one, is not.
-
-        Args:
-            step_fn: one iteration of training: ``zero_grad()``, forward, backward, ``step()``.
-            overhead: the share of an iteration that statistics and inverses may take on average.
-            repeats: how many iterations of each of the three kinds are timed, after two that are not.
-
-        Returns:
-            The times; ``print`` shows them as a table, and ``arguments`` has the intervals.
-
-        Raises:
-            TypeError, ValueError: ``step_fn`` cannot be called, or a number is out of range.
-        """
+    def _figures(self) -> Callable[[], None]:
         counters = copy.deepcopy((self._skipped, self._capped, self._bounded))
         scales = [self._scales.get(id(group)) for group in self.param_groups]
-        try:
-            return measure(self, self._model, step_fn, overhead, repeats)
-        finally:
+        bad, refused = self._blocks.bad, self._blocks.refused
+
+        def put_back() -> None:
             self._skipped, self._capped, self._bounded = counters
-            # By place: groups are other ones where a state was loaded.
+            # By place: groups are other ones where a state was loaded, and the blocks as well.
             pairs = zip(self.param_groups, scales, strict=True)
             self._scales = {id(group): scale for group, scale in pairs if scale is not None}
+            self._blocks.bad, self._blocks.refused = bad, refused
+
+        return put_back
 
     @torch.no_grad()
     def metrics(self) -> dict[str, dict[str, float]]:

@@ -54,46 +54,62 @@ class Costs:
         return "\n".join(lines)
 
 
-def measure(
-    optimizer: Optimizer, model: nn.Module, step_fn: Callable[[], object], overhead: float, repeats: int
-) -> Costs:
-    """Time iterations with and without statistics and inverses; all is as it was afterwards.
+class Measured(Optimizer):
+    """Base of the optimizers whose groups have ``refresh``, ``update_interval`` and ``inverse_interval``."""
 
-    Args:
-        optimizer: its groups have ``refresh``, ``update_interval`` and ``inverse_interval``.
-        model: whose parameters and buffers the iterations change.
-        step_fn: one iteration: ``zero_grad()``, forward, backward, ``step()``.
-        overhead: the share of an iteration that is to be kept to, above 0.
-        repeats: how many iterations of each kind are timed, at least 1.
+    _model: nn.Module
 
-    Raises:
-        TypeError, ValueError: ``step_fn`` cannot be called, or a number is out of range; the message names it.
-    """
-    if not callable(step_fn):
-        raise TypeError(f"step_fn is {step_fn!r}, expected a function that runs one iteration")
-    if not 0 < overhead < math.inf:
-        raise ValueError(f"overhead is {overhead}, expected a finite number above 0")
-    if repeats < 1:
-        raise ValueError(f"repeats is {repeats}, expected at least 1")
-    intervals = {"plain": (NOT_NOW, NOT_NOW), "statistics": (1, NOT_NOW), "both": (1, 1)}
-    found: dict[str, list[float]] = {name: [] for name in intervals}
-    with _restored(optimizer, model):
-        _follow(optimizer, 1, 1)
-        for _ in range(WARM_UP):
-            step_fn()
-        # In turn, so that what else the machine does meets all alike.
-        for _ in range(repeats):
-            for name, (update, inverse) in intervals.items():
-                _follow(optimizer, update, inverse)
-                found[name].append(_seconds(step_fn, model))
-    plain, with_statistics, with_both = (statistics.median(found[name]) for name in intervals)
-    return Costs(plain, max(with_statistics - plain, 0.0), max(with_both - with_statistics, 0.0), float(overhead))
+    def _figures(self) -> Callable[[], None]:
+        """Keep what ``metrics()`` counts; returns what puts it back."""
+        raise NotImplementedError
+
+    def measure(self, step_fn: Callable[[], object], overhead: float = 0.25, repeats: int = 5) -> Costs:
+        """Time statistics, inverses and an iteration without them, and propose intervals.
+
+        Parameters, gradients, buffers, the state, the settings and torch's random state are as before afterwards. What
+        ``step_fn`` changes besides, a learning rate schedule for one, is not.
+
+        Args:
+            step_fn: one iteration of training: ``zero_grad()``, forward, backward, ``step()``.
+            overhead: the share of an iteration that statistics and inverses may take on average.
+            repeats: how many iterations of each of the three kinds are timed, after two that are not.
+
+        Returns:
+            The times; ``print`` shows them as a table, and ``arguments`` has the intervals.
+
+        Raises:
+            TypeError, ValueError: ``step_fn`` cannot be called, or a number is out of range; the message names it.
+        """
+        if not callable(step_fn):
+            raise TypeError(f"step_fn is {step_fn!r}, expected a function that runs one iteration")
+        if not 0 < overhead < math.inf:
+            raise ValueError(f"overhead is {overhead}, expected a finite number above 0")
+        if repeats < 1:
+            raise ValueError(f"repeats is {repeats}, expected at least 1")
+        intervals = {"plain": (NOT_NOW, NOT_NOW), "statistics": (1, NOT_NOW), "both": (1, 1)}
+        found: dict[str, list[float]] = {name: [] for name in intervals}
+        put_back = self._figures()
+        try:
+            with _restored(self, self._model):
+                _follow(self, 1, 1)
+                for _ in range(WARM_UP):
+                    step_fn()
+                # In turn, so that what else the machine does meets all alike.
+                for _ in range(repeats):
+                    for name, (update, inverse) in intervals.items():
+                        _follow(self, update, inverse)
+                        found[name].append(_seconds(step_fn, self._model))
+        finally:
+            put_back()
+        plain, with_statistics, with_both = (statistics.median(found[name]) for name in intervals)
+        return Costs(plain, max(with_statistics - plain, 0.0), max(with_both - with_statistics, 0.0), float(overhead))
 
 
 def _follow(optimizer: Optimizer, update: int, inverse: int) -> None:
     for group in optimizer.param_groups:
         # Not the first iteration of the group, which every interval meets.
         group.update(refresh="constant", update_interval=update, inverse_interval=inverse, iteration=1)
+        group.update(overlap=False)  # what inverses cost, whoever pays
     optimizer.zero_grad()  # which tells the hooks
 
 

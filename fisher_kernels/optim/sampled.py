@@ -81,7 +81,7 @@ class SampledLabels(LayerwiseOptimizer[R]):
         super()._arm()
 
     def _schedules(self) -> list[tuple[Any, ...]]:
-        kinds = [group["fisher"] for group in self.param_groups]
+        kinds = [group.get("fisher") for group in self.param_groups]  # none in a list that took its place
         return [(*schedule, kind) for schedule, kind in zip(super()._schedules(), kinds, strict=True)]
 
     def _reduction(self, group: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from fisher_kernels.curvature.block_rules import BlockRule
 from fisher_kernels.curvature.sites import Site
 from fisher_kernels.ops import block_apply
 from fisher_kernels.optim.fisher_blocks import FisherBlocks, Part
+from fisher_kernels.optim.overlap import Overlap
 
 
 class TermBlocks(FisherBlocks):
@@ -23,9 +24,10 @@ class TermBlocks(FisherBlocks):
         sites: Sequence[Site[BlockRule]],
         state: MutableMapping[Tensor, Any],
         groups: Mapping[Parameter, dict[str, Any]],
+        overlap: Overlap,
         elsewhere: Collection[Parameter],
     ) -> None:
-        super().__init__(sites, state, groups, elsewhere)
+        super().__init__(sites, state, groups, overlap, elsewhere)
         self._counts: dict[int, int] = {}
 
     def _decay(self, part: Part) -> float:

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from fisher_kernels import SOFIM, AdaFisher, AdaFisherW
+from fisher_kernels import EKFAC, KFAC, SOFIM, AdaFisher, AdaFisherW, EKFACAdam
+from fisher_kernels.curvature.factor_rules import Elementwise
 from fisher_kernels.optim import MBF
+from fisher_kernels.optim.kronecker import KroneckerOptimizer
 from fisher_kernels.tools.served import Kind, kinds_of
 from tests.small_network import assert_same_parameters, saved_and_loaded
 from tests.zoo.architecture import Architecture, cast, seeded
-from tests.zoo.witness import Witness, check_blocks, check_factors
+from tests.zoo.witness import Witness, check_blocks, check_factors, check_kronecker
 
 BLOCKS = 8
 """Columns of MBF's blocks: few enough that no layer of the zoo has a large one."""
@@ -29,6 +31,9 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "AdaFisherW": lambda model: AdaFisherW(model, lr=1e-4, weight_decay=0.01),
     "MBF": lambda model: MBF(model, lr=1e-3, linear_blocks=BLOCKS, inverse_interval=2),
     "SOFIM": lambda model: SOFIM(model.named_parameters(), lr=1e-3),
+    "KFAC": lambda model: KFAC(model, lr=1e-2),
+    "EKFAC": lambda model: EKFAC(model, lr=1e-2),
+    "EKFACAdam": lambda model: EKFACAdam(model, lr=1e-3),
 }
 
 
@@ -101,15 +106,16 @@ def require_nothing_silent(trial: Trial, by_class: set[str], by_rule: set[str]) 
             assert (p in informed) <= (name in by_rule), f"{name} has statistics, and is said to be a fallback"
 
 
-def _informed(optimizer: AdaFisher | MBF) -> set[Parameter]:
-    """The parameters for whose layers the state has statistics."""
+def _informed(optimizer: AdaFisher | MBF | KroneckerOptimizer) -> set[Parameter]:
+    """The parameters for whose layers the state has statistics, or Adam's moments where that is all they have."""
     found = set()
     for site in optimizer.statistics.sites:
         count = 0.0
         for layer in site.layers:
             for p in layer.parameters.values():
                 state = optimizer.state.get(p, {})
-                count += float(state.get("fisher_updates", state.get("factor_weight", 0.0)))
+                own = "exp_avg_updates" if isinstance(site.rule, Elementwise) else "fisher_updates"
+                count += float(state.get(own, state.get("factor_weight", 0.0)))
         if count > 0:
             found.update(p for layer in site.layers for p in layer.parameters.values())
     return found
@@ -134,6 +140,8 @@ def statistics(architecture: Architecture, optimizer: str) -> None:
             p.copy_(old)
     if isinstance(trial.optimizer, MBF):
         check_blocks(trial.optimizer, witness.seen(), trial.names(), linear_blocks=BLOCKS)
+    elif isinstance(trial.optimizer, KroneckerOptimizer):
+        check_kronecker(trial.optimizer, witness.seen(), trial.names())
     else:
         check_factors(trial.optimizer, witness.seen(), trial.names())
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fisher_kernels import MBF, AdaFisher
-from tests.zoo.witness import Call, Witness, check_blocks, check_factors, explained
+from fisher_kernels import KFAC, MBF, AdaFisher
+from tests.zoo.witness import Call, Witness, check_blocks, check_factors, check_kronecker, explained
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of layers that take a fallback
 
@@ -106,6 +106,10 @@ def mbf(model: nn.Module) -> MBF:
     return MBF(model, lr=0.0, linear_blocks=4)
 
 
+def kfac(model: nn.Module) -> KFAC:
+    return KFAC(model, lr=0.0)
+
+
 @pytest.mark.parametrize("layer", [Attention, Experts])
 def test_parts_of_a_parameter_explain_its_gradient(layer: type[nn.Module]) -> None:
     torch.manual_seed(0)
@@ -126,6 +130,8 @@ def test_every_call_is_seen_and_explains_the_gradients() -> None:
     assert check_factors(optimizer, calls, names) >= 6
     optimizer, calls, names = step(mbf)
     assert check_blocks(optimizer, calls, names, linear_blocks=4) >= 6
+    optimizer, calls, names = step(kfac)
+    assert check_kronecker(optimizer, calls, names) >= 6
 
 
 @pytest.mark.parametrize("name", ["words.weight", "conv.weight", "batch_norm.weight", "matrix.weight", "output.weight"])
@@ -141,6 +147,13 @@ def test_statistics_that_are_off_are_found(name: str) -> None:
     next(optimizer.state[p] for p, own in names.items() if own == name)["fisher_blocks"].mul_(1.001)
     with pytest.raises(AssertionError, match=f"blocks of {name} is off by"):
         check_blocks(optimizer, calls, names, linear_blocks=4)
+    for entry in ("row_factor", "column_factor", "fisher_blocks"):
+        optimizer, calls, names = step(kfac)
+        state = next(optimizer.state[p] for p, own in names.items() if own == name)
+        if entry in state:
+            state[entry][..., 1, 1] *= 1.001
+            with pytest.raises(AssertionError, match=f"of {name} is off by|terms by"):
+                check_kronecker(optimizer, calls, names)
 
 
 def test_a_use_that_was_not_seen_is_found() -> None:

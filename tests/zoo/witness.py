@@ -4,7 +4,8 @@ The optimizers read modules. This looks below them, at every call of a function 
 rewrites the model as a list of plain torch modules, each with the input that it had and the derivative of its output.
 The list is right if it explains the gradients: on those inputs and derivatives the plain modules must have, added up,
 the gradients that the model's backward pass left. Statistics made from it by the implementations that form everything
-(``tests/naive_adafisher.py``, ``tests/naive_mbf.py``) are then what those of the optimizers must be.
+(``tests/naive_adafisher.py``, ``tests/naive_mbf.py``, ``tests/naive_kfac.py``) are then what those of the
+optimizers must be.
 """
 
 from __future__ import annotations
@@ -20,8 +21,18 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fisher_kernels.curvature.factor_rules import (
+    ConvFactors,
+    ConvTransposeFactors,
+    EmbeddingTerms,
+    FactorRule,
+    LinearFactors,
+    NormTerms,
+    TermRule,
+)
 from fisher_kernels.optim import MBF, AdaFisher
-from tests import naive_adafisher, naive_mbf
+from fisher_kernels.optim.kronecker import KroneckerOptimizer
+from tests import naive_adafisher, naive_kfac, naive_mbf
 from tests.layer_cases import Conv1D
 
 ROUNDING = 1e-9
@@ -380,7 +391,7 @@ class Account:
 # Statistics.
 
 
-def _add_biases(optimizer: AdaFisher | MBF, calls: Sequence[Call]) -> None:
+def _add_biases(optimizer: AdaFisher | MBF | KroneckerOptimizer, calls: Sequence[Call]) -> None:
     """Give a call the bias that its layer is served with and that no call takes: something else adds it.
 
     Then the gradients tell whether that is so, as the bias must have the sum of the call's derivatives.
@@ -464,3 +475,92 @@ def check_blocks(optimizer: MBF, calls: Sequence[Call], names: dict[Parameter, s
         waiting.remove(owner)
     assert not waiting, f"there are blocks of {names[waiting.pop()]}, but no function of the model took it"
     return count
+
+
+def _is_read_by(rule: TermRule, plain: Any) -> bool:
+    """Whether the statistics of a rule are of a call: those of a weight's other uses have no part in its factors."""
+    if isinstance(rule, LinearFactors):
+        return naive_mbf.is_matrix(plain) and naive_mbf.is_conv1d(plain) == rule.transposed
+    if isinstance(rule, ConvTransposeFactors):
+        return naive_mbf.is_transposed_conv(plain)
+    if isinstance(rule, ConvFactors):
+        return naive_mbf.is_conv(plain) and not naive_mbf.is_transposed_conv(plain)
+    if isinstance(rule, NormTerms):
+        return naive_mbf.is_norm(plain)
+    return isinstance(rule, EmbeddingTerms) and isinstance(plain, nn.Embedding)
+
+
+def check_kronecker(optimizer: KroneckerOptimizer, calls: Sequence[Call], names: dict[Parameter, str]) -> int:
+    """Compare all factors, and the blocks of what has none, after one step with those of the calls.
+
+    How many terms the loss has is not seen from the calls. It follows from each factor, and must be the same whole
+    number for all.
+
+    Returns:
+        How many layers were compared.
+    """
+    _add_biases(optimizer, calls)
+    account, compared, terms = Account(calls, names), 0, 0
+    sites = sorted(optimizer.statistics.sites, key=lambda site: not isinstance(site.rule, FactorRule))
+    for site in sites:
+        rule, owner, name = site.rule, site.owner, names[site.owner]
+        state = optimizer.state.get(owner, {})
+        if not float(state.get("fisher_updates", 0)):
+            continue
+        owners = {layer.owner for layer in site.layers}
+        mine = [call for call in calls if owners & {*call.parameters.values()} and _is_read_by(rule, call.plain)]
+        assert mine, f"{name} has statistics, but no function of the model took it"
+        tolerance = tolerance_of(mine)
+        whole = not any(rule is not other.rule and other.owner is owner for other in sites)
+        if whole and all(call in mine for call in calls if owners & {*call.parameters.values()}):
+            account.require({p for layer in site.layers for p in layer.parameters.values()}, tolerance)
+        uses = [naive_mbf.Use(call.plain, call.x, {}, Derivative(call.grad), 0) for call in mine]  # type: ignore[arg-type]
+        if isinstance(rule, FactorRule):
+            expected, count = _sums_of_sides(rule, uses)
+            ours = [state[f"{side}_factor"] for side in ("row", "column")]
+            read = int(rule.rows_make)
+            found = _trace(expected[read]) / _trace(ours[read])
+            terms = terms or round(found)
+            assert abs(found - terms) < 1e-4 * terms, f"the loss has {found} terms by {name}, and {terms} by others"
+            scales = (terms**2 / count, 1 / terms)
+            for side, factor in enumerate(ours):
+                scale = scales[0] if side != read else scales[1]
+                require_close(f"factor {side} of {name}", factor, scale * expected[side], tolerance)
+        elif "fisher_blocks" in state:
+            squares = _squares(rule, uses)
+            ours_too = state["fisher_blocks"].reshape(squares.shape)
+            terms = terms or round(float(ours_too.sum() / squares.sum()))
+            require_close(f"blocks of {name}", ours_too, terms * squares, tolerance, account.floor**2)
+        compared += 1
+    return compared
+
+
+def _trace(factor: Tensor) -> float:
+    return float((factor if factor.dim() == 2 else factor.diagonal(dim1=1, dim2=2)).sum())
+
+
+def _sums_of_sides(rule: FactorRule, uses: Sequence[naive_mbf.Use]) -> tuple[list[Tensor], int]:
+    """For rows and columns the sum of the outer products of what they meet, or its diagonal; and of how many."""
+    sides = [naive_kfac.sides_of(use, "expand") for use in uses]
+    found: list[Tensor] = []
+    for side in (0, 1):
+        of_groups = []
+        for g in range(rule.shape[0]):
+            rows = [use[g][side].flatten(0, 1) for use in sides]
+            rows = [F.pad(r, (0, rule.shape[1 + side] - r.shape[1])) for r in rows]  # cuts off what is no parameter
+            of_groups.append(naive_kfac.gram(rows))
+        total = torch.stack(of_groups)
+        found.append(total if rule.is_whole(side) else total.diagonal(dim1=1, dim2=2))
+    return found, sum(use[0][0].shape[0] * use[0][0].shape[1] for use in sides)
+
+
+def _squares(rule: TermRule, uses: Sequence[naive_mbf.Use]) -> Tensor:
+    """The sum of the outer products of the gradients of samples, channel by channel."""
+    (blocks,) = rule.blocks
+    total = torch.zeros(blocks.count, blocks.size, blocks.size, dtype=torch.float64)
+    for use in uses:
+        gradients = naive_mbf.sample_gradients(use, False)
+        parts = [gradients[role].flatten(1) for role in blocks.roles if role in gradients]
+        v = F.pad(torch.stack(parts, -1), (0, blocks.size - len(parts))).double()
+        total += torch.einsum("nci,ncj->cij", v, v)
+    return total
