@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("curvature.factor_rules",),
     ("curvature.sites",),
     ("curvature.hooks",),
-    ("curvature.statistics",),
+    ("curvature.statistics", "curvature.rows"),
     ("optim",),
     ("",),
     ("tools", "tools.environment", "tools.samples"),

@@ -254,6 +254,13 @@ class FactorRule(TermRule):
         """
         raise NotImplementedError
 
+    def rows(self, operation: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What each row of the batch made, (R, rows), and read, (R, columns): the gradient is ``made.T @ read``.
+
+        None where it is no such product, as with several groups.
+        """
+        return None
+
     def contribute(self, module: Any, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor) -> Sums:
         return self._contribute_to(module, module, captured[0], grad)
 
@@ -360,10 +367,14 @@ class LinearFactors(FactorRule):
             wide = ACCUMULATOR[torch.promote_types(x.dtype, grad.dtype)]
             x = x.reshape(len(x), -1, x.shape[-1]).mean(1, dtype=wide)
             grad = grad.reshape(len(grad), -1, grad.shape[-1]).sum(1, dtype=wide)
+        made, read = self.rows(operation, x, grad)
+        yield made[:, None, None], read[:, None, None]
+
+    def rows(self, operation: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         if self.bias:
             x = F.pad(x, (0, 1), value=float(has_bias(operation)))
-        yield grad[:, None, None], x[:, None, None]
+        return grad, x
 
     def contribute_part(
         self, operation: Any, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor, start: int, whole: Any
@@ -432,6 +443,12 @@ class ConvFactors(FactorRule):
         )
         if part is not factor:  # a use without a bias of a weight that has one elsewhere
             factor[:, :-1, :-1] += part
+
+    def rows(self, operation: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.shape[0] > 1 or not self.rows_make:
+            return None
+        made, images, padding = self.geometry(operation, x, grad)
+        return self._channels(made).flatten(0, 2), self._patches(operation, images, padding).flatten(0, 2)
 
     def _patches(self, operation: Any, images: Tensor, padding: Any) -> Tensor:
         """The patches of some samples, with a 1 behind each if there is a bias."""

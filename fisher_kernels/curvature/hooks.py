@@ -55,17 +55,23 @@ def drop_copies(module: nn.Module) -> None:
     pre_hooks = (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
     for kept, *others in (hooks, pre_hooks):
         for number, hook in list(kept.items()):
-            copied = isinstance(hook, _Hook) and hook.is_copy()
+            copied = isinstance(hook, Hook) and hook.is_copy()
             if copied or getattr(hook, "__func__", None) is contextlib.nullcontext.__exit__:
                 for entries in (kept, *others):
                     entries.pop(number, None)  # type: ignore[attr-defined]
+
+
+def remove(handles: list[Any]) -> None:
+    """Take hooks off."""
+    for handle in handles:
+        handle.remove()
 
 
 _Tapped = tuple[Tensor, list[Tensor], Tensor, list[int]]
 """What :func:`tap` takes beside an output."""
 
 
-class _Hook:
+class Hook:
     """Base of the hooks on modules. Copies and pickles of them, which come with copies of the model, do nothing.
 
     A copy goes away when it is first called, or when another optimizer is made for its model.
@@ -83,7 +89,7 @@ class _Hook:
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         return type(self)()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -91,7 +97,7 @@ class _Hook:
         return (getattr, (contextlib.nullcontext(), "__exit__"))
 
 
-class ModelHook(_Hook):
+class ModelHook(Hook):
     """The hook that begins, or ends, to look for functions in a forward of the model."""
 
     def __init__(self, watches: Watches | None = None, ends: bool = False) -> None:
@@ -112,7 +118,7 @@ class ModelHook(_Hook):
             self.watches.begin(torch.is_grad_enabled() and not traced)
 
 
-class ShowHook(_Hook):
+class ShowHook(Hook):
     """The forward hook that shows what a module has made, where a backward may follow."""
 
     def __init__(self, show: Callable[[Any], None] | None = None) -> None:
@@ -130,7 +136,7 @@ class ShowHook(_Hook):
             self.show(output)
 
 
-class ForwardHook(_Hook):
+class ForwardHook(Hook):
     """The forward hook of one layer.
 
     It refers to the engine weakly, because the model must not keep the optimizer's statistics alive.

@@ -30,7 +30,7 @@ from torch.nn import Parameter
 
 from fisher_kernels.curvature.broadcast import Broadcast, may_be_broadcast
 from fisher_kernels.curvature.functions import Call, Watch, Watches
-from fisher_kernels.curvature.hooks import ForwardHook, ModelHook, OutputHook, ShowHook, StackHook, drop_copies
+from fisher_kernels.curvature.hooks import ForwardHook, ModelHook, OutputHook, ShowHook, StackHook, drop_copies, remove
 from fisher_kernels.curvature.proof import Proof, settle
 from fisher_kernels.curvature.rules import R, Sums, Use
 from fisher_kernels.curvature.sites import Kept, Layer, Site, rescale, versions_of
@@ -116,7 +116,7 @@ class Statistics(Generic[R]):
                 self._hooks.setdefault(index, []).append(hook)
                 _readers.setdefault(layer.module, weakref.WeakSet()).add(self)
         self._handles = handles
-        self._detach = weakref.finalize(self, _remove, handles)
+        self._detach = weakref.finalize(self, remove, handles)
         global _attached
         _attached += 1
 
@@ -227,7 +227,7 @@ class Statistics(Generic[R]):
 
     def note_part(self, p: Parameter, name: str) -> None:
         """Note that a function without a rule is part of the gradient of a parameter that a layer serves."""
-        if self._accumulates(p):
+        if self.accumulates(p):
             self.obstacles.setdefault(p, f"functions apply it, of which {name} has no rule")
             self.parts.add(p)
 
@@ -509,7 +509,7 @@ class Statistics(Generic[R]):
         if self.sampled and not self._sampling:
             return
         for p in layer.parameters.values():
-            if p.requires_grad and (self._sampling or self._accumulates(p)):
+            if p.requires_grad and (self._sampling or self.accumulates(p)):
                 break
         else:
             return
@@ -551,7 +551,7 @@ class Statistics(Generic[R]):
     def _runs(self, task: int) -> bool:
         return task in self._running
 
-    def _accumulates(self, parameter: Parameter) -> bool:
+    def accumulates(self, parameter: Parameter) -> bool:
         """Whether the backward that is running will add to ``parameter.grad``."""
         node = self._nodes.get(parameter)
         if node is not None and _executes(node):
@@ -601,11 +601,6 @@ def _executes(node: Any) -> bool:
         return _will_engine_execute_node(node)
     except RuntimeError:
         return False  # autograd.grad with respect to the parameter itself: it returns gradients, it accumulates none
-
-
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 class _Running:

@@ -30,6 +30,7 @@ from fisher_kernels.optim.kronecker_factors import (
     Pair,
     factor_state,
 )
+from fisher_kernels.optim.momentum_image import IMAGE
 from fisher_kernels.optim.refresh import RAMP
 
 TINY = 1e-16
@@ -72,7 +73,7 @@ class EKFAC(KFAC):
 
     factors_kind = FactorMoments
     moments = True
-    statistics_state = (*BLOCK_STATE, *_BASIS_STATE, MOMENT_UPDATES)
+    statistics_state = (*BLOCK_STATE, *_BASIS_STATE, MOMENT_UPDATES, IMAGE)
 
     def __init__(
         self,
@@ -96,6 +97,7 @@ class EKFAC(KFAC):
         loss_terms: Literal["rows", "samples"] = "rows",
         others: Literal["curvature", "adam"] = "curvature",
         others_lr: float = OTHERS_LR,
+        directions: Literal["auto", "dense"] = "auto",
         weight_decay: float = 0.0,
         decoupled: bool = True,
         maximize: bool = False,
@@ -125,6 +127,7 @@ class EKFAC(KFAC):
             loss_terms=loss_terms,
             others=others,
             others_lr=others_lr,
+            directions=directions,
             weight_decay=weight_decay,
             decoupled=decoupled,
             maximize=maximize,

@@ -24,6 +24,7 @@ from fisher_kernels.optim.fisher_blocks import ASIDE, BLOCK_STATE, New
 from fisher_kernels.optim.hyperparameters import require_choice, require_numbers
 from fisher_kernels.optim.kronecker import Bounds, KroneckerOptimizer, goes_on
 from fisher_kernels.optim.kronecker_factors import FactorInverses, KroneckerFactors, factor_state
+from fisher_kernels.optim.momentum_image import IMAGE, MomentumImages
 from fisher_kernels.optim.refresh import RAMP, is_due
 from fisher_kernels.optim.renewal import NEXT
 from fisher_kernels.optim.term_blocks import TermBlocks
@@ -107,6 +108,9 @@ class KFAC(KroneckerOptimizer):
             ``"curvature"``: by its blocks. ``"adam"``: by Adam with the decays ``momentum`` and ``beta2`` and eps 1e-8,
             at the rate ``others_lr * lr``; neither bound counts it. The bias of a ConvTranspose keeps its blocks.
         others_lr: that rate beside ``lr``, at least 0.
+        directions: how P_G m P_A is made between two inversions. ``"auto"``: on the CPU, where the batch has few rows
+            beside the size of a layer, of its last value and of these rows, whose inputs and derivatives are kept until
+            the step. ``"dense"``: always of m.
         weight_decay: at least 0.
         decoupled: decay the weights rather than add the decay to the gradient.
         maximize: ascend.
@@ -131,7 +135,9 @@ class KFAC(KroneckerOptimizer):
 
     moment = "momentum_buffer"
     factors_kind: ClassVar[type[KroneckerFactors]] = FactorInverses
-    statistics_state = (*BLOCK_STATE, *factor_state("inverse"))
+    statistics_state = (*BLOCK_STATE, *factor_state("inverse"), IMAGE)
+
+    _images: MomentumImages | None = None
 
     def __init__(
         self,
@@ -155,6 +161,7 @@ class KFAC(KroneckerOptimizer):
         loss_terms: Literal["rows", "samples"] = "rows",
         others: Literal["curvature", "adam"] = "curvature",
         others_lr: float = OTHERS_LR,
+        directions: Literal["auto", "dense"] = "auto",
         weight_decay: float = 0.0,
         decoupled: bool = True,
         maximize: bool = False,
@@ -183,6 +190,7 @@ class KFAC(KroneckerOptimizer):
             "loss_terms": loss_terms,
             "others": others,
             "others_lr": others_lr,
+            "directions": directions,
             "weight_decay": weight_decay,
             "decoupled": decoupled,
             "maximize": maximize,
@@ -193,6 +201,7 @@ class KFAC(KroneckerOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         require_choice(group, "others", ("curvature", "adam"))
+        require_choice(group, "directions", ("auto", "dense"))
         require_numbers(group, ("others_lr",))
         if not 0 <= group["others_lr"] < math.inf:
             raise ValueError(f"others_lr is {group['others_lr']}, expected a finite number of at least 0")
@@ -249,6 +258,9 @@ class KFAC(KroneckerOptimizer):
         sites: Any = self.statistics.sites
         self._blocks = TermBlocks(sites, self.state, self._groups, self._overlap, elsewhere)
         self._renewals = (self._factors, self._blocks)
+        if self._images is not None:
+            self._images.rows.close()
+        self._images = MomentumImages(self._factors, self.statistics, self.state, self._groups, self.moment)
 
     def _set_aside(self, params: Collection[Parameter]) -> None:
         self._blocks.set_aside([p for p in params if p not in self._by_adam])
@@ -305,6 +317,31 @@ class KFAC(KroneckerOptimizer):
     def _serving(self) -> tuple[int, ...]:
         return (*super()._serving(), self._blocks.version)
 
+    def _arm(self) -> None:
+        super()._arm()
+        if self._images is not None:
+            self._images.arm(self._inverting())
+
+    def _refused(self) -> None:
+        super()._refused()
+        if self._images is not None:
+            self._images.rows.clear()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        if self._images is not None:
+            self._images.rows.clear()
+
+    def close(self) -> None:
+        super().close()
+        if self._images is not None:
+            self._images.rows.close()
+
+    def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        if self._images is not None:
+            self._images.begin(self._inverting(), grad_scale)
+        super()._update(grad_scale, found_inf)
+
     def _advance_moments(
         self, group: dict[str, Any], params: list[Parameter], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> Tensor:
@@ -329,6 +366,12 @@ class KFAC(KroneckerOptimizer):
         beside = {p for unit in joint for p in unit}
         yield from super()._layers_to_move([p for p in params if p not in beside])
         yield from joint
+
+    def _directions_of_step(
+        self, vectors: Mapping[Parameter, Tensor], stays: Collection[Parameter]
+    ) -> dict[Parameter, Tensor]:
+        found = {} if self._images is None else dict(self._images.directions(vectors, stays))
+        return {**found, **dict(self._directions({p: v for p, v in vectors.items() if p not in found}))}
 
     def _directions(self, vectors: Mapping[Parameter, Tensor]) -> Iterator[tuple[Parameter, Tensor]]:
         yield from super()._directions(vectors)

@@ -303,7 +303,7 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
 
     def _move(self, params: list[Parameter], stays: Mapping[Parameter, Tensor], found_inf: Tensor | None) -> None:
         """Step along the directions of the moments, within the trust region and the caps."""
-        directions = dict(self._directions(self._vectors(params, stays)))
+        directions = self._directions_of_step(self._vectors(params, stays), stays)
         plan = self._plan(params)
         params, groups, bounds = plan.params, plan.groups, [self._bounds(p) for p in plan.params]
         found = [directions[p].masked_fill(stays[p], 0.0) if p in stays else directions[p] for p in params]
@@ -376,6 +376,12 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
                 del left[p]
         for p in left:
             yield [p]
+
+    def _directions_of_step(
+        self, vectors: Mapping[Parameter, Tensor], stays: Collection[Parameter]
+    ) -> dict[Parameter, Tensor]:
+        """The inverse curvature times the moments, with which a step has just begun."""
+        return dict(self._directions(vectors))
 
     def _directions(self, vectors: Mapping[Parameter, Tensor]) -> Iterator[tuple[Parameter, Tensor]]:
         """The inverse curvature times vectors."""

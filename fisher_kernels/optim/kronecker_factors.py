@@ -247,8 +247,16 @@ class KroneckerFactors(Renewal[Pair]):
     def _item(self, number: int) -> Pair:
         return self.pairs[number]
 
+    def pair_of(self, index: int) -> Pair | None:
+        """The pair of a site, by the index of that one; None where others serve its parameters."""
+        return self._of_site.get(index)
+
     def _made_names(self, pair: Pair) -> Sequence[str]:
         return [f"{side}_{kept}" for side in SIDES for kept in self.state_names]
+
+    def in_use(self, pair: Pair) -> list[Tensor]:
+        """What is made of the factors, as directions use it now."""
+        return [self.averages(pair)[name] for name in self._made_names(pair)]
 
     def _renew(self, pair: Pair) -> Tensor:
         state = self.averages(pair)
@@ -314,10 +322,22 @@ class KroneckerFactors(Renewal[Pair]):
 
     def _apply(self, pair: Pair, matrices: Tensor) -> Tensor:
         """F^-1 of matrices (groups, rows, columns)."""
+        return self.direction_of(pair, self.image(pair, matrices))
+
+    def sides(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """What the image is made with: ``left @ matrices @ right``, a diagonal having two dimensions."""
+        raise NotImplementedError
+
+    def image(self, pair: Pair, matrices: Tensor) -> Tensor:
+        """That part of F^-1 which is linear in matrices and the same until it is made anew; a new tensor."""
+        return multiplied(*self.sides(pair), matrices)
+
+    def direction_of(self, pair: Pair, image: Tensor) -> Tensor:
+        """F^-1 of what has an image."""
         raise NotImplementedError
 
 
-def multiplied(left: Tensor, matrices: Tensor, right: Tensor) -> Tensor:
+def multiplied(left: Tensor, right: Tensor, matrices: Tensor) -> Tensor:
     """``left @ matrices @ right``, where a factor of two dimensions is a diagonal."""
     if len(matrices) == 1 and left.dim() == right.dim() == 3:  # products of batches are slower on the CPU
         return (left[0] @ matrices[0] @ right[0]).unsqueeze(0)
@@ -345,9 +365,12 @@ class FactorInverses(KroneckerFactors):
     def _recipe(self, pair: Pair) -> Callable[..., tuple[Tensor, ...]]:
         return partial(_inverses, math.sqrt(self.groups[pair.owner]["damping"]))
 
-    def _apply(self, pair: Pair, matrices: Tensor) -> Tensor:
+    def sides(self, pair: Pair) -> tuple[Tensor, Tensor]:
         state = self.averages(pair)
-        return multiplied(state["row_inverse"], matrices, state["column_inverse"])
+        return state["row_inverse"], state["column_inverse"]
+
+    def direction_of(self, pair: Pair, image: Tensor) -> Tensor:
+        return image
 
 
 def _inverses(
@@ -531,7 +554,16 @@ class FactorMoments(FactorBases):
         self._show_basis(pair)
 
     def _apply(self, pair: Pair, matrices: Tensor) -> Tensor:
-        if not self._seen[pair.number]:
-            return matrices
+        return super()._apply(pair, matrices) if self._seen[pair.number] else matrices
+
+    def sides(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        state = self.averages(pair)
+        rows = state["row_basis"]
+        return rows if rows.dim() == 2 else rows.mT, state["column_basis"]
+
+    def image(self, pair: Pair, matrices: Tensor) -> Tensor:
+        return self.into(pair, matrices)
+
+    def direction_of(self, pair: Pair, image: Tensor) -> Tensor:
         state, damping = self.averages(pair), self.groups[pair.owner]["damping"]
-        return self.out_of(pair, self.into(pair, matrices) / (state[MOMENTS] + damping))
+        return self.out_of(pair, image / (state[MOMENTS] + damping))
