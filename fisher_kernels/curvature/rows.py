@@ -125,7 +125,7 @@ class Rows:
 
 
 class RowHook(Hook):
-    """The forward hook of one layer. A compiled model has none of it: there it would be one more copy of each output."""
+    """The forward hook of one layer. In a compiled model it does nothing: there it would copy outputs in each step."""
 
     def __init__(
         self, layer: Layer[Any] | None = None, number: int = -1, rows: Callable[[], Rows | None] = lambda: None

@@ -87,8 +87,10 @@ class MomentumImages:
         for pair in factors.pairs:
             if pair.number not in self._pairs and pair.owner in state:
                 state[pair.owner].pop(IMAGE, None)
-        # What each image was made of, with how often that had been written to.
-        self._made_of = {n: self._sources(pair) for n, pair in self._pairs.items() if IMAGE in state.get(pair.owner, {})}
+        # What each image was made of, with how often that had been written to. An image that is loaded is of the
+        # momentum and the factors that are loaded with it.
+        loaded = [pair for pair in self._pairs.values() if IMAGE in state.get(pair.owner, {})]
+        self._made_of = {pair.number: self._sources(pair) for pair in loaded}
         self._due: Collection[int] = ()
         self._uses: dict[int, list[Piece]] = {}
         self._old: dict[int, Tensor | None] = {}  # of layers that had an image; None where it is of no use any more
@@ -155,7 +157,9 @@ class MomentumImages:
             group = self._groups[p]
             if group["directions"] != "auto" or (group["weight_decay"] and not group["decoupled"]):
                 return False
-            if any(group[name] != first[name] for name in ("momentum", "maximize")) or not self._factors.serves(p):
+            if any(group[name] != first[name] for name in ("momentum", "maximize")):
+                return False
+            if not p.requires_grad or not self._factors.serves(p):
                 return False
         return self._factors.is_known(pair) and not self._has_company()
 
