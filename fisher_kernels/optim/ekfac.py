@@ -57,7 +57,8 @@ class EKFAC(KFAC):
 
     State of a weight: ``momentum_buffer``, ``row_factor``, ``column_factor``, ``row_basis``, ``column_basis`` (groups,
     n, n), ``second_moment`` (groups, rows, columns), ``moment_updates`` and ``fisher_updates``. A factor whose
-    eigenvectors cannot be found keeps those it has, is counted in :meth:`KFAC.metrics` and warned of once.
+    eigenvectors cannot be found keeps those it has, is counted in :meth:`KFAC.metrics` and warned of once. Where the
+    batch has few rows (``directions``) there is ``momentum_image``, the momentum in the basis, (1, rows, columns).
 
     All arguments but these are those of :class:`KFAC`:
 

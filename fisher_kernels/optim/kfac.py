@@ -77,7 +77,8 @@ class KFAC(KroneckerOptimizer):
     diagonal, ``row_inverse``, ``column_inverse`` and ``fisher_updates``; what has blocks has the state of :class:`MBF`.
     Before there are statistics the inverse is the identity. A factor that is not positive definite with its damping
     keeps the inverse it has, is counted in :meth:`metrics` and warned of once. What ``others="adam"`` trains has
-    ``momentum_buffer``, ``exp_avg_sq`` and ``exp_avg_updates``.
+    ``momentum_buffer``, ``exp_avg_sq`` and ``exp_avg_updates``. Where the batch has few rows (``directions``) there is
+    ``momentum_image``, P_G m P_A, (1, rows, columns).
 
     Args:
         model: its layers are read through hooks; ``close()`` removes them. Inputs of layers are kept until the backward

@@ -187,9 +187,11 @@ class MomentumImages:
         """Take the rows of a step into an image, in place; whether they are those of the gradient."""
         if any(lacks_memory(x) for piece in pieces for x in (piece.x, piece.grad)):
             return False
-        sides = [pair.rule.rows(*piece) for piece in pieces]
-        made = torch.cat([side[0] for side in sides if side is not None])
-        read = torch.cat([side[1] for side in sides if side is not None])
+        found = [pair.rule.rows(*piece) for piece in pieces]
+        sides = [side for side in found if side is not None]
+        if len(sides) < len(found):
+            return False
+        made, read = (torch.cat(side) for side in zip(*sides, strict=True))
         scale = self._scale_of(pair, made, read)
         if scale is None:
             return False
