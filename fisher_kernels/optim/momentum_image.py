@@ -99,6 +99,7 @@ class MomentumImages:
 
     def arm(self, due: Collection[int]) -> None:
         """Let the hooks keep what the next step needs, in which the groups in ``due``, by identity, have a turn."""
+        self._uses, self._old = {}, {}
         self.rows.wanted = frozenset(
             number
             for number, pair in self._pairs.items()
