@@ -56,10 +56,11 @@ EVERYTHING = FISHER_KERNELS_CPU=$(or $(FISHER_KERNELS_CPU),all) FISHER_KERNELS_C
 ifndef AT_ONCE
 .NOTPARALLEL:
 endif
-.PHONY: help demo test test-all fuzz mutants bench gpu gpu-sanitize results models inspect docs lint build dist wheels clean FORCE
+.PHONY: help demo readme test test-all fuzz mutants bench gpu gpu-sanitize results models inspect docs lint build dist wheels clean FORCE
 
 help:
 	@echo 'make demo    trains an autoencoder with AdamW, MBF and KFAC, against the clock (under a minute)'
+	@echo 'make readme  runs the demo again for the picture and the table of README.md'
 	@echo 'make test    runs the tests'
 	@echo 'make test-all  runs every case of every test, some under sanitizers'
 	@echo 'make fuzz    draws 10,000 calls of each op at random, next to definitions of their own'
@@ -81,6 +82,11 @@ help:
 
 demo: environment.demo
 	$(PY) -m fisher_kernels compare autoencoder --optimizers $(DEMO) --budget $(DEMO_BUDGET) --force --out $(OUT) $(ARGS)
+
+# On a machine with nothing beside it: what else runs there shares its caches, and every run gets fewer steps.
+readme: build
+	$(MAKE) demo OUT=docs/results/demo
+	$(PY) -m bench.tables
 
 # A process for each core, each on one thread; tests of threads set their number.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal

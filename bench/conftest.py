@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,12 @@ def run_case(benchmark: Any, request: pytest.FixtureRequest) -> RunCase:
         return rows
 
     return run
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest) -> Callable[[list[Row]], None]:
+    """Take up rows that were measured in another way."""
+    return request.config.stash[_ROWS].extend
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

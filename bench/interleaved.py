@@ -68,6 +68,8 @@ class Row:
     fraction_of_limit: float | None
     gate: float | None
     held: bool
+    parts_ms: dict[str, float] | None = None
+    """Of a training iteration: what its time is spent on, in milliseconds."""
 
 
 RunCase = Callable[[Case], list[Row]]
@@ -152,7 +154,26 @@ def print_report(rows: list[Row]) -> None:
             "" if row.gigabytes_per_second is None else f"{row.gigabytes_per_second:.1f}",
             "" if row.fraction_of_limit is None else f"{row.fraction_of_limit:.2f}",
         )
-    Console(width=160).print(table)
+    console = Console(width=160)
+    console.print(table)
+    if any(row.parts_ms for row in rows):
+        console.print(_table_of_parts(rows))
+
+
+def _table_of_parts(rows: list[Row]) -> Table:
+    """What mean iterations are spent on; the goals are times of the baseline's."""
+    table = Table(title="Iterations, mean of a run, in ms of processor time")
+    table.add_column("iteration", no_wrap=True)
+    names = list(dict.fromkeys(name for row in rows for name in row.parts_ms or {}))
+    for column in ("baseline", "all", "times", "goal", *names):
+        table.add_column(column, justify="right")
+    for row in rows:
+        if row.parts_ms is not None:
+            goal = "" if row.gate is None else f"{1 / row.gate:.1f} {'reached' if row.held else '[red]missed[/red]'}"
+            parts = (f"{row.parts_ms[name]:.2f}" if name in row.parts_ms else "" for name in names)
+            times = f"{1 / row.ratio:.2f}"
+            table.add_row(row.shape, f"{row.baseline_ms:.2f}", f"{row.ours_ms:.2f}", times, goal, *parts)
+    return table
 
 
 def write_report(rows: list[Row], path: Path) -> None:

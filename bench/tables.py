@@ -6,7 +6,7 @@ A document says where with a pair of comments, of which the second is ``<!-- end
   A report that is named on the command line takes its place first.
 - ``<!-- from: FILE -->``: a Markdown file that ``fisher-kernels compare`` wrote; its path is relative to the document.
 - ``<!-- gpu -->``: the latest report of ``make gpu`` for each device in ``bench/results/``.
-- ``<!-- summary -->``: the eight rows of README.md.
+- ``<!-- summary -->``: the table of README.md, from the report of the demo in ``docs/results/demo/``.
 """
 
 from __future__ import annotations

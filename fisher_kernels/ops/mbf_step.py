@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -263,22 +263,45 @@ class _Step(NamedTuple):
 
     def gradient(self, entry: _Entry) -> Tensor:
         """The gradient that enters the momentum, as (rows, columns)."""
-        wide = ACCUMULATOR[self.params[entry.position].dtype]
-        g = entry.join(self.grads, wide)
-        if self.grad_scale is not None:
-            g = g / self.grad_scale.to(wide).reshape(())  # on the CPU it may stay there: it enters as a number
-        if self.maximize:
-            g = -g
+        parts = [g for g, _ in self._entering(entry)]
+        return torch.cat(parts, 1) if entry.biased else parts[0].contiguous()
+
+    def _entering(self, entry: _Entry) -> Iterator[tuple[Tensor, Tensor]]:
+        """What enters the momentum of a parameter, and of its bias, and the momentum, each as (rows, columns)."""
+        rows, columns, _ = entry.layout
         decay = self.coupled_decay(entry.position)
-        return g + decay * entry.join(self.params, wide) if decay else g
+        for i, width in ((entry.position, columns - entry.biased), (entry.position + 1, 1))[: 1 + entry.biased]:
+            wide = ACCUMULATOR[self.params[i].dtype]
+            g = self.grads[i].to(wide)
+            if self.grad_scale is not None:
+                g = g / self.grad_scale.to(wide).reshape(())  # on the CPU it may stay there: it enters as a number
+            if self.maximize:
+                g = -g
+            g = g + decay * self.params[i].to(wide) if decay else g
+            yield g.reshape(rows, width), self.momentum_buffers[i].to(wide).reshape(rows, width)
 
     @without_autocast
     def multiply_shared(self, i: int, out: Tensor | None = None) -> Tensor:
         """P m as (blocks, rows, size) where all rows share an inverse: products of matrices, which are for BLAS."""
         entry = self.entry(i)
-        g = self.gradient(entry)
-        new = self.momentum * entry.join(self.momentum_buffers, g.dtype) + g
-        return torch.bmm(entry.in_blocks(new).transpose(0, 1), entry.inverse[0].to(g.dtype), out=out)  # P is symmetric
+        new = self._new_momentum(entry)
+        assert entry.inverse is not None
+        return torch.bmm(new.transpose(0, 1), entry.inverse[0].to(new.dtype), out=out)  # P is symmetric
+
+    def _new_momentum(self, entry: _Entry) -> Tensor:
+        """The momentum after this step as (rows, blocks, size), the last block filled up with zeros.
+
+        It is written where it is multiplied: memory is read and written once, where ``join`` and sums of what it
+        returns would pass over it ten times.
+        """
+        rows, columns, size = entry.layout
+        p, blocks, start = self.params[entry.position], entry.layout.blocks, 0
+        padded = torch.empty((rows, blocks * size), dtype=ACCUMULATOR[p.dtype], device=p.device)
+        padded[:, columns:] = 0
+        for g, m in self._entering(entry):
+            torch.add(g, m, alpha=self.momentum, out=padded[:, start : start + g.shape[1]])
+            start += g.shape[1]
+        return padded.view(rows, blocks, size)
 
 
 Results = tuple[Tensor, Tensor, Tensor]

@@ -275,8 +275,9 @@ class FisherOptimizer(Optimizer):
                     f"a parameter of shape {tuple(p.shape)} has a sparse gradient, expected a dense one: leave it to "
                     "torch.optim.SparseAdam (params=)"
                 )
-            require_memory(f"a parameter of shape {tuple(p.shape)}", p)
-            require_memory(f"the gradient of a parameter of shape {tuple(p.shape)}", p.grad)
+            for x in (p, p.grad):
+                if lacks_memory(x):  # the name is made where it is needed: this runs for every parameter in every step
+                    require_memory(f"{'a' if x is p else 'the gradient of a'} parameter of shape {tuple(p.shape)}", x)
         return stepped
 
     # State.

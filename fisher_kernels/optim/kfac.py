@@ -302,6 +302,9 @@ class KFAC(KroneckerOptimizer):
 
     # Step.
 
+    def _serving(self) -> tuple[int, ...]:
+        return (*super()._serving(), self._blocks.version)
+
     def _advance_moments(
         self, group: dict[str, Any], params: list[Parameter], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> Tensor:

@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -40,12 +41,34 @@ FLOOR = 1e-3
 """Root mean square that the cap takes weights to have at least, so that those that start at 0 can leave it."""
 
 
+PLANS = 16
+"""How many sets of parameters that are stepped together are remembered."""
+
+
 class Bounds(NamedTuple):
     """The learning rate of a parameter, and the bounds that count its step."""
 
     lr: float | Tensor
     kl_clip: float | None
     max_relative_step: float | None
+
+
+@dataclass
+class StepPlan:
+    """What the step of the same parameters takes, while the same curvature serves them.
+
+    Attributes:
+        version: of what serves them.
+        params, groups, numbers, layers: layer by layer the parameters, their groups, numbers and layers.
+        layer_of_each: the layers again, on the device.
+    """
+
+    version: tuple[int, ...]
+    params: list[Parameter]
+    groups: list[dict[str, Any]]
+    numbers: tuple[int, ...]
+    layers: list[int]
+    layer_of_each: Tensor
 
 
 class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
@@ -77,7 +100,7 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
     ) -> None:
         self._context = Context()
         self._capped: Counters = {}
-        self._steps: Counters = {}
+        self._steps: dict[tuple[int, ...], int] = {}  # numbers of parameters -> how often these were stepped together
         self._limits: dict[int, tuple[Tensor, Tensor, int]] = {}  # scale of all, those of layers, which of these
         super().__init__(model, params, defaults, grad_scaler, process_group, fallback, rules)
 
@@ -167,6 +190,7 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
     def _rebuild(self) -> None:
         self._rules = self._new_rules()  # which know parameters by identity: a copy has others
         self._numbers = {p: number for number, p in enumerate(self._groups)}
+        self._plans: dict[tuple[int, ...], StepPlan] = {}
         self._factors = self.factors_kind(self.statistics.sites, self.state, self._groups, self._overlap)
         self._renewals = (self._factors,)
 
@@ -280,9 +304,8 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
     def _move(self, params: list[Parameter], stays: Mapping[Parameter, Tensor], found_inf: Tensor | None) -> None:
         """Step along the directions of the moments, within the trust region and the caps."""
         directions = dict(self._directions(self._vectors(params, stays)))
-        layers = list(self._layers_to_move(params))
-        params = [p for layer in layers for p in layer]
-        groups, bounds = [self._groups[p] for p in params], [self._bounds(p) for p in params]
+        plan = self._plan(params)
+        params, groups, bounds = plan.params, plan.groups, [self._bounds(p) for p in plan.params]
         found = [directions[p].masked_fill(stays[p], 0.0) if p in stays else directions[p] for p in params]
         clips = [bound.kl_clip for bound in bounds]
         clipped = any(clip is not None for clip in clips)
@@ -294,7 +317,7 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
             params,
             found,
             sums,
-            [number for number, layer in enumerate(layers) for _ in layer],
+            plan.layers,
             lr=[bound.lr for bound in bounds],
             weight_decay=[group["weight_decay"] if group["decoupled"] else 0.0 for group in groups],
             kl_clip=min((clip for clip in clips if clip is not None), default=None),
@@ -302,13 +325,35 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
             floor=FLOOR,
             found_inf=found_inf,
         )
-        numbers = tuple(self._numbers[p] for p in params)
-        count(self._skipped, numbers, skipped)
-        sizes = torch.tensor([len(layer) for layer in layers], dtype=torch.int64, device="cpu")
-        caps = caps.repeat_interleave(sizes.to(caps.device), output_size=len(params))
-        count(self._capped, numbers, (caps < 1).long())
-        count(self._steps, numbers, torch.ones_like(skipped))
-        self._limits.update({number: (trust, caps, i) for i, number in enumerate(numbers)})
+        caps = caps[plan.layer_of_each]
+        count(self._skipped, plan.numbers, skipped)
+        count(self._capped, plan.numbers, caps.lt(1).to(torch.int64))
+        self._steps[plan.numbers] = self._steps.get(plan.numbers, 0) + 1
+        self._limits.update({number: (trust, caps, i) for i, number in enumerate(plan.numbers)})
+
+    def _plan(self, params: Sequence[Parameter]) -> StepPlan:
+        """The lists of a step of these parameters, made anew where something else serves them than before."""
+        key, version = tuple(self._numbers[p] for p in params), self._serving()
+        plan = self._plans.get(key)
+        if plan is None or plan.version != version:
+            if len(self._plans) >= PLANS:  # of a model that uses other layers in every step
+                self._plans.clear()
+            layers = list(self._layers_to_move(params))
+            ordered = [p for layer in layers for p in layer]
+            places = [place for place, layer in enumerate(layers) for _ in layer]
+            plan = self._plans[key] = StepPlan(
+                version,
+                ordered,
+                [self._groups[p] for p in ordered],
+                tuple(self._numbers[p] for p in ordered),
+                places,
+                torch.tensor(places, dtype=torch.int64, device=ordered[0].device),
+            )
+        return plan
+
+    def _serving(self) -> tuple[int, ...]:
+        """Changes with what serves the parameters."""
+        return (self._factors.version,)
 
     def _bounds(self, p: Parameter) -> Bounds:
         """The rate of a parameter, and what bounds its step."""
@@ -364,7 +409,11 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
         - ``bad_inverses``: how often a factor could not be used, and what there was stayed, so far.
         - ``refused_statistics``: how often the statistics of the layer were not finite and left out, so far.
         """
-        skipped, capped, steps = totals(self._skipped), totals(self._capped), totals(self._steps)
+        skipped, capped = totals(self._skipped), totals(self._capped)
+        steps: dict[int, int] = defaultdict(int)
+        for numbers, times in self._steps.items():
+            for number in numbers:
+                steps[number] += times
         bad, refused = self._failures()
         stepped = [p for p in self._groups if self.moment in self.state.get(p, {})]
         directions = dict(self._directions(self._vectors(stepped, {})))

@@ -130,6 +130,8 @@ class KroneckerFactors(Renewal[Pair]):
         self.pairs: list[Pair] = []
         self.version = 0
         self._aside: frozenset[Parameter] = frozenset()
+        self._acting: dict[int, tuple[Parameter, ...]] = {}  # number of a pair -> whom it gives directions
+        self._acting_as_of = -1  # the version they are of
         self._of_site: dict[int, Pair] = {}
         self.served: set[Parameter] = set()
         factored = [index for index, site in enumerate(sites) if isinstance(site.rule, FactorRule)]
@@ -297,14 +299,18 @@ class KroneckerFactors(Renewal[Pair]):
 
     def directions(self, pair: Pair, vectors: Mapping[Parameter, Tensor]) -> Iterator[tuple[Parameter, Tensor]]:
         """F^-1 v for those parameters of a pair that have a vector and take their direction from here."""
-
-        def of(p: Parameter) -> Tensor | None:
-            return vectors.get(p) if self.serves(p) else None
-
-        for bias, matrices in pair.given(of):
+        given = {p: v for p in self._acting_of(pair) if (v := vectors.get(p)) is not None}
+        for bias, matrices in pair.given(given.get):
             for p, d in pair.split(self._apply(pair, matrices), bias):
-                if of(p) is not None:
+                if p in given:
                     yield p, d
+
+    def _acting_of(self, pair: Pair) -> tuple[Parameter, ...]:
+        """The parameters of a pair that take their directions from here."""
+        if self._acting_as_of != self.version:
+            self._acting = {pair.number: tuple(filter(self.serves, pair.params)) for pair in self.pairs}
+            self._acting_as_of = self.version
+        return self._acting[pair.number]
 
     def _apply(self, pair: Pair, matrices: Tensor) -> Tensor:
         """F^-1 of matrices (groups, rows, columns)."""

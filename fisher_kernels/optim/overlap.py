@@ -1,8 +1,7 @@
 """Work that runs beside training: on a thread of its own, and where it reads a GPU on a stream of its own there.
 
-A thread alone would keep the processor's work out of the way; the stream keeps the GPU's, and the thread is there for
-solvers that wait for what they find. Nothing here decides when results are used: that is the caller's, so that they
-depend on no timing.
+The thread is there on a GPU too, for solvers that wait for what they find. Nothing here decides when results are used:
+that is the caller's, so that they depend on no timing.
 """
 
 from __future__ import annotations
@@ -27,12 +26,7 @@ Lane = tuple[torch.cuda.Stream, torch.cuda.Event]
 
 
 class Work:
-    """Tasks that run one after another.
-
-    Attributes:
-        results: what they returned, by their numbers; to be read after :meth:`join`.
-        errors: what they raised.
-    """
+    """Tasks that run one after another. After :meth:`join` their results, and errors, are there by their numbers."""
 
     def __init__(self, tasks: Mapping[int, Task], lanes: list[Lane]) -> None:
         self.results: dict[int, tuple[Tensor, ...]] = {}
@@ -50,8 +44,8 @@ class Work:
         self._future = pool.submit(self._run)
 
     def is_done(self) -> bool:
-        """Whether a join would not wait."""
-        return not self._tasks
+        """Whether neither the caller nor a stream would wait in a join."""
+        return not self._tasks and len(self._ends) == len(self._lanes) and all(end.query() for end in self._ends)
 
     def join(self) -> None:
         """Wait until all has run; on a GPU the stream in use waits, not the caller."""
@@ -83,9 +77,7 @@ class Work:
 
 
 class Overlap:
-    """Begins work. Its thread ends with it, in :meth:`close` or when nothing refers to it any more.
-
-    The thread computes with as many threads of its own as ``torch.get_num_threads()`` says when the work begins.
+    """Begins work. Its thread ends in :meth:`close`, or when nothing refers to it any more.
 
     Attributes:
         failed: for its user to fill: parameters on which work raised an error, and the errors.
@@ -120,7 +112,7 @@ class Overlap:
             self._pool.shutdown(wait=False)
 
     def _threads(self) -> ThreadPoolExecutor:
-        # A thread takes over torch's number of threads when it starts, and a forked process has none of its parent's.
+        # A thread computes with as many as torch is told to when it starts; a forked process has none of its parent's.
         here = os.getpid(), torch.get_num_threads()
         if self._pool is None or self._made_for != here:
             self._pool, self._made_for = ThreadPoolExecutor(1, "fisher_kernels"), here

@@ -201,11 +201,14 @@ def _name(
     ends = sorted(
         (height(curves[s.optimizer][1][-1]) if curves[s.optimizer][1] else 1.0, i) for i, s in enumerate(summaries)
     )
-    apart, lowest = 0.058 if len(summaries) > 4 or not any(shares.values()) else 0.1, -1.0
+    # Where there is room, a name has its share below it, and stands as much higher above the next one.
+    show_shares = len(summaries) <= 4
     heights: list[float] = []
-    for end, _ in ends:
-        lowest = max(end, lowest + apart)
-        heights.append(lowest)
+    free = -0.05
+    for end, index in ends:
+        apart = 0.1 if show_shares and shares[summaries[index].optimizer] else 0.058
+        heights.append(max(end, free + apart))
+        free = heights[-1]
     excess = max(0.0, heights[-1] - 1.0)
     for (_, index), place in zip(ends, heights, strict=True):
         summary = summaries[index]
@@ -221,7 +224,7 @@ def _name(
             fontweight="bold",
             annotation_clip=False,
         )
-        if apart > 0.058:  # where there is room
+        if show_shares:
             axes.annotate(
                 shares[summary.optimizer],
                 (1.012, place - excess - 0.042),

@@ -73,9 +73,10 @@ def tables(
             "finished none or has diverged).",
             _time_table(task, summaries, equal_time),
         ]
+    length = "Training: all iterations of a run, without evaluation." if settings.budget is None else ""
     parts += [
         "Cost, medians over iterations and seeds. Step: optimizer.step() alone. Iteration: zero_grad, forward, "
-        "backward and step. Training: all iterations of a run, without evaluation.",
+        f"backward and step. {length}".rstrip(),
         _cost_table(task, settings, summaries),
     ]
     return Group(*parts)
@@ -194,8 +195,10 @@ def _diverged(summary: Summary) -> str:
 def _cost_table(task: Task, settings: Settings, summaries: Sequence[Summary]) -> Table:
     table = Table()
     table.add_column("optimizer", no_wrap=True)
-    made = () if settings.budget is None else ("steps",)
-    for name in ("lr", "weight decay", "step ms", "iteration ms", *made, "training s", "state B/param"):
+    # What is not the same for all of them: how long a run took, or how many steps it made in its time.
+    by_epoch = settings.budget is None
+    length = "training s" if by_epoch else "steps"
+    for name in ("lr", "weight decay", "step ms", "iteration ms", length, "state B/param"):
         table.add_column(name, justify="right", min_width=max(map(len, name.split())))
     epochs = []
     for summary in summaries:
@@ -208,11 +211,10 @@ def _cost_table(task: Task, settings: Settings, summaries: Sequence[Summary]) ->
             _number(summary.hyperparameters.get("weight_decay"), "g"),
             _number(summary.step_ms, ".3f"),
             _number(summary.iteration_ms, ".2f"),
-            *([_number(iterations, ".0f")] if made else []),
-            _number(summary.seconds[-1], ".2f"),
+            _number(summary.seconds[-1], ".2f") if by_epoch else _number(iterations, ".0f"),
             _number(summary.state_bytes_per_parameter, ".2f"),
         )
-    if made and epochs:
+    if epochs and not by_epoch:
         table.caption = f"epochs within the budget: {', '.join(epochs)}"
     return table
 
@@ -262,6 +264,7 @@ def document(task: Task, settings: Settings, records: Sequence[Record], partial:
         "metric": task.metric,
         "also": task.also,
         "settings": settings,
+        "date": datetime.date.today().isoformat(),
         "environment": environment.describe(),
         "summary": summaries,
         "equal_time": None if budget else at_equal_time(part.records, part.laps),
