@@ -499,7 +499,7 @@ class FactorRules(WeightUses):
         if weight is None:
             return None
         uses = self.of(module)
-        if min(map(_kind, uses)) < _kind(module):
+        if self.leaves_out(module):
             return None
         bias = any(has_bias(use) for use in uses if _kind(use) == _kind(module))
         if isinstance(module, nn.Linear) or is_transposed_linear(module):
@@ -513,6 +513,10 @@ class FactorRules(WeightUses):
         if isinstance(module, nn.Embedding):
             return EmbeddingTerms(factoring, context, weight.shape)
         return None
+
+    def leaves_out(self, module: Any) -> bool:
+        """Whether the weight of a module has the factors of another of its uses."""
+        return min(map(_kind, self.of(module))) < _kind(module)
 
     def left_out(self, module: Any) -> list[str]:
         """The classes of the other uses of the weight of a module that have no part in its statistics."""
