@@ -303,7 +303,7 @@ class Pair(NamedTuple):
     by_function: Callable[[], nn.Module]
     by_layers: Callable[[], nn.Module]
     x: Callable[[], Tensor]
-    served: bool = True  # by MBF as well
+    served: bool = True  # by others than AdaFisher as well
 
 
 def images() -> Tensor:
@@ -443,7 +443,8 @@ def fallbacks(optimizer: Any) -> list[str]:
 def test_a_function_is_served_as_a_layer(name: str, kind: str) -> None:
     pair = PAIRS[name]
     part = name in ("experts", "attention across", "grouped", "batched")
-    declined = kind.startswith("MBF") and (not pair.served or (part and kind != "MBF"))
+    declined = kind != "AdaFisher" and not pair.served
+    declined = declined or (part and kind in ("MBF reduce", "MBF per output", "KFAC reduce"))
     declined = declined or (name == "attention" and kind == "MBF reduce")
     model, plain, x = twins(pair)
     exact = not name.startswith("grouped")  # which torch does in float32 at most
