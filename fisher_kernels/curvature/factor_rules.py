@@ -352,7 +352,8 @@ class LinearFactors(FactorRule):
     ) -> None:
         outputs, inputs = reversed(shape) if transposed else shape
         super().__init__(factoring, context, (1, outputs, inputs), bias, transposed=transposed)
-        self.takes_parts = factoring.sequence == "expand" and not transposed
+        self.of_samples = factoring.sequence == "reduce"
+        self.takes_parts = not self.of_samples and not transposed
 
     def samples(self, operation: Any, x: Tensor, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         if self.factoring.sequence == "reduce" and grad.dim() > 2:

@@ -202,7 +202,7 @@ class Statistics(Generic[R]):
         rule = self._rule_for(whole, weight)
         if rule is None and self._leaves_out(whole):
             return
-        if rule is None or not (call.is_whole or rule.takes_parts) or (rule.together and not call.by_sample):
+        if rule is None or not (call.is_whole or rule.takes_parts) or (rule.of_samples and not call.by_sample):
             self.obstacles.setdefault(weight, f"functions apply it in a way that has no rule ({call.spec.name})")
             return
         site = next((s for s in (*self.sites, *self.found) if s.owner is weight and s.rule.layout == rule.layout), None)
