@@ -16,6 +16,9 @@ ROOT = Path(__file__).parent.parent
 SPEED = ROOT / "bench" / "results" / "cpu.json"
 DEMO = ROOT / "docs" / "results" / "demo" / "compare.json"
 
+BUSY = 1.25
+"""Time on the wall by processor time above which a machine was not idle."""
+
 
 def summary() -> str:
     """The table as Markdown, with the machine below."""
@@ -42,6 +45,12 @@ def summary() -> str:
         f"{machine['processor']} with {threads} thread{'s' * (threads > 1)} ({machine['capability']}), torch "
         f"{machine['torch']}, Python {machine['python']}, {report['date']}."
     )
+    wall = max(line["seconds"][-1] or 0.0 for line in report["summary"])
+    if wall > BUSY * report["settings"]["budget"]:
+        caption += (
+            f" Other work shared the machine: a run took up to {wall:.0f} s on the wall, and an idle one makes more "
+            "steps in its time."
+        )
     return markdown_table(header, rows, right=range(1, 6)) + "\n" + textwrap.fill(caption, 120) + "\n"
 
 

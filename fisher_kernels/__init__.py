@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fisher_kernels import backends, ops
 from fisher_kernels.backends import use_backend
-from fisher_kernels.optim import EKFAC, KFAC, MBF, SOFIM, AdaFisher, AdaFisherW, EKFACAdam
+from fisher_kernels.optim import EKFAC, KFAC, MBF, SOFIM, AdaFisher, AdaFisherW, Costs, EKFACAdam
 
 try:
     __version__ = version("fisher_kernels")
@@ -18,6 +18,7 @@ __all__ = [
     "SOFIM",
     "AdaFisher",
     "AdaFisherW",
+    "Costs",
     "EKFACAdam",
     "__version__",
     "backends",

@@ -406,6 +406,7 @@ def test_a_bias_whose_weight_is_computed_is_served_by_torchs_own_forward_alone()
 
 @every_reader
 def test_layers_of_a_compiled_model_are_compared_too(optimizer: Any) -> None:
+    torch._dynamo.reset()  # what it has compiled for other optimizers
     model = nn.Sequential(nn.Linear(4, 4), OneRowOff(4, 4), nn.Linear(4, 2))
     steps = optimizer(model)
     compiled = torch.compile(model, backend="aot_eager")

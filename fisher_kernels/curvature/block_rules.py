@@ -122,7 +122,7 @@ class BlockRule(Rule):
         self.sharing = sharing
         self.blocks = blocks
         self.powers = (2,) * len(blocks)
-        self.together = sharing.sequence == "reduce"
+        self.together = self.of_samples = sharing.sequence == "reduce"
 
     @property
     def layout(self) -> Any:

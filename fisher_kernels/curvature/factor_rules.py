@@ -262,10 +262,9 @@ class FactorRule(TermRule):
         return None
 
     def contribute(self, module: Any, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor) -> Sums:
-        return self._contribute_to(module, module, captured[0], grad)
+        return self._contribute_to(module, captured[0], grad, module, self._count(module, module, grad))
 
-    def _contribute_to(self, whole: Any, operation: Any, x: Tensor, grad: Tensor) -> Sums:
-        terms = self._count(operation, whole, grad)
+    def _contribute_to(self, operation: Any, x: Tensor, grad: Tensor, whole: Any, terms: Tensor) -> Sums:
         wide = ACCUMULATOR[torch.promote_types(x.dtype, grad.dtype)]
         factors = [grad.new_zeros(self.factor_shape(side), dtype=wide) for side in (0, 1)]
         basis = self.context.bases.get(id(whole._parameters["weight"])) if self.factoring.moments else None
@@ -360,7 +359,8 @@ class LinearFactors(FactorRule):
     ) -> None:
         outputs, inputs = reversed(shape) if transposed else shape
         super().__init__(factoring, context, (1, outputs, inputs), bias, transposed=transposed)
-        self.takes_parts = factoring.sequence == "expand" and not transposed
+        self.of_samples = factoring.sequence == "reduce"
+        self.takes_parts = not self.of_samples and not transposed
 
     def samples(self, operation: Any, x: Tensor, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         if self.factoring.sequence == "reduce" and grad.dim() > 2:
@@ -379,8 +379,9 @@ class LinearFactors(FactorRule):
     def contribute_part(
         self, operation: Any, captured: Sequence[Tensor], sizes: Sequence[int], grad: Tensor, start: int, whole: Any
     ) -> Sums:
+        terms = self._count(operation, whole, grad)  # of the features that it has
         grad = F.pad(grad, (start, self.shape[1] - start - grad.shape[-1]))
-        return self._contribute_to(whole, operation, captured[0], grad)
+        return self._contribute_to(operation, captured[0], grad, whole, terms)
 
 
 class ConvFactors(FactorRule):
@@ -516,7 +517,7 @@ class FactorRules(WeightUses):
         if weight is None:
             return None
         uses = self.of(module)
-        if min(map(_kind, uses)) < _kind(module):
+        if self.leaves_out(module):
             return None
         bias = any(has_bias(use) for use in uses if _kind(use) == _kind(module))
         if isinstance(module, nn.Linear) or is_transposed_linear(module):
@@ -530,6 +531,10 @@ class FactorRules(WeightUses):
         if isinstance(module, nn.Embedding):
             return EmbeddingTerms(factoring, context, weight.shape)
         return None
+
+    def leaves_out(self, module: Any) -> bool:
+        """Whether the weight of a module has the factors of another of its uses."""
+        return min(map(_kind, self.of(module))) < _kind(module)
 
     def left_out(self, module: Any) -> list[str]:
         """The classes of the other uses of the weight of a module that have no part in its statistics."""

@@ -69,6 +69,8 @@ class Rule:
     """Whether what it gives to a bias is wrong for a function without one, if another function adds the bias."""
     takes_parts: bool = False
     """Whether a function that is applied to some rows of a weight makes a contribution, by :meth:`contribute_part`."""
+    of_samples: bool = False
+    """Whether it must tell samples from the rows of one: the first dimension of its input has to be theirs."""
     together: bool = False
     """Whether all uses of a layer in one backward make one contribution, by :meth:`contribute_together`."""
 

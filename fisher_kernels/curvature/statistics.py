@@ -125,14 +125,17 @@ class Statistics(Generic[R]):
         model: nn.Module,
         rule_for: Callable[[nn.Module, Parameter], R | None],
         held: Collection[Parameter],
+        leaves_out: Callable[[nn.Module], bool] = lambda operation: False,
     ) -> None:
         """Take statistics of functions that forwards of a model apply to parameters as well.
 
         Args:
             rule_for: (operation, parameter) -> rule.
             held: the parameters of the optimizer.
+            leaves_out: whether an operation without a rule is one of several uses of its weight, of which another has.
         """
         self._model, self._rule_for, self._held = weakref.ref(model), rule_for, held
+        self._leaves_out = leaves_out
         # A scripted model runs as a whole, and takes no hook of this kind.
         if self._watches is None and self.open and not isinstance(model, torch.jit.ScriptModule):
             self._watches = Watches(_Weakly(self))
@@ -197,7 +200,9 @@ class Statistics(Generic[R]):
     def _take_call(self, call: Call, others: Collection[Parameter]) -> None:
         weight, whole = call.weight, call.whole
         rule = self._rule_for(whole, weight)
-        if rule is None or not (call.is_whole or rule.takes_parts) or (rule.together and not call.by_sample):
+        if rule is None and self._leaves_out(whole):
+            return
+        if rule is None or not (call.is_whole or rule.takes_parts) or (rule.of_samples and not call.by_sample):
             self.obstacles.setdefault(weight, f"functions apply it in a way that has no rule ({call.spec.name})")
             return
         site = next((s for s in (*self.sites, *self.found) if s.owner is weight and s.rule.layout == rule.layout), None)

@@ -172,16 +172,9 @@ class Terms:
             dim = 1 if _has_channels(operation) else -1
             if output.shape[dim] == rows.shape[1]:
                 return output.movedim(dim, -1).reshape(-1, rows.shape[1])
-            if _positions(output, dim) == _positions(_batched(operation, grad), dim):  # some of the features
+            if output.numel() == output.shape[dim] * len(rows):  # some of the features, or in another shape
                 return rows
         return None
-
-
-def _positions(x: Tensor, dim: int) -> list[int]:
-    """The sizes of all dimensions but one."""
-    sizes = list(x.shape)
-    del sizes[dim]
-    return sizes
 
 
 def _is_within_checkpoint() -> bool:

@@ -37,6 +37,9 @@ from fisher_kernels.ops._step import (
 
 _MOMENTUM, _SUMS, _STEP = "heavy_ball_", "direction_sums", "capped_step_"
 
+_ROW = 4096
+"""Elements that the reference adds up at a time: few enough for one thread."""
+
 
 # The momentum.
 
@@ -219,15 +222,22 @@ def _sums_fake(s: _Sums) -> Tensor:
     return _new_sums(s)
 
 
+def _total(x: Tensor) -> Tensor:
+    """The sum of all elements, in an order that neither strides nor the number of threads change."""
+    flat = x.reshape(-1)
+    whole = len(flat) // _ROW * _ROW
+    return flat[:whole].view(-1, _ROW).sum(1).sum() + flat[whole:].sum()
+
+
 def _sums_reference(s: _Sums) -> Tensor:
     sums = _sums_fake(s).zero_()
     for i, (w, d, m) in enumerate(zip(*s[:3], strict=True)):
         wide = d.double()
         if s.products:
-            sums[i, 0] = (wide * m.double()).sum()
-        sums[i, 1] = wide.square().sum()
+            sums[i, 0] = _total(wide * m.double())
+        sums[i, 1] = _total(wide.square())
         if s.weights:
-            sums[i, 2] = w.double().square().sum()
+            sums[i, 2] = _total(w.double().square())
     if s.skipped is not None:
         sums.masked_fill_((s.skipped > 0).unsqueeze(1), math.nan)
     return sums

@@ -150,7 +150,8 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
 
     def _arm(self) -> None:
         super()._arm()
-        self._context.terms.wanted = bool(self.statistics.armed)
+        # Functions that no site was known for yet may be seen where no layer collects.
+        self._context.terms.wanted = bool(self.statistics.armed) or self.statistics.awake
         self._context.terms.of_samples = self._counts_samples()
 
     def _counts_samples(self) -> bool:
@@ -170,6 +171,9 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
         group = self._groups[owner]
         settings = Factoring(group["sequence"], self._reduction(group), group["max_factor_size"], self.moments)
         return self._rules(module, settings, self._context)
+
+    def _leaves_out(self, operation: nn.Module) -> bool:
+        return self._rules.leaves_out(operation)
 
     def _detail(self, role: str, layer: Layer[TermRule]) -> str:
         left_out = self._rules.left_out(layer.operation) if role == "weight" else []

@@ -109,6 +109,10 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         """The rule that serves a module whose settings are those of ``owner``'s group."""
         raise NotImplementedError
 
+    def _leaves_out(self, operation: nn.Module) -> bool:
+        """Whether a use of a weight has no rule because another use of it has one, which is known."""
+        return False
+
     def _fallback_detail(self, parameter: Parameter) -> str:
         """What happens to a parameter that no rule serves."""
         raise NotImplementedError
@@ -235,7 +239,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _rewatched(self) -> None:
         self._join()
-        self.statistics.watch_functions(self._model, self._rule_for, self._groups)
+        self.statistics.watch_functions(self._model, self._rule_for, self._groups, self._leaves_out)
         for module in self._unserved.misfits():
             for p in module._parameters.values():
                 if p is not None:

@@ -31,9 +31,9 @@ those that a small model with random weights showed after five steps of training
 in their forward passes that they compute what their class documents. The shares are counted at the published size.
 SOFIM needs no rules and serves every parameter.
 
-The tests train each of these architectures with every optimizer, in float32 and under bfloat16 autocast. The
-statistics of every layer that is served are compared with those of a plain rewriting of the model, which must have the
-model's gradients, and a checkpoint must go on to the same bits.
+The tests train each of these architectures with AdaFisher, AdaFisherW, MBF and SOFIM, in float32 and under bfloat16
+autocast. The statistics of every layer that is served are compared with those of a plain rewriting of the model, which
+must have the model's gradients, and a checkpoint must go on to the same bits.
 
 For your own model:
 
