@@ -206,6 +206,9 @@ OPTIMIZERS = {
     "SOFIM-tensor": replace(RANK_ONE, settings={"scope": "tensor"}),
 }
 
+RARE = ("EKFAC", "EKFAC-overlap", "AdaFisherW-paper", "AdaFisherW-relative")
+"""Those of which others have every part."""
+
 
 def _configurations() -> Iterator[tuple[str, Make]]:
     for variant in ("paper", "release", "relative"):
@@ -235,8 +238,13 @@ def _configurations() -> Iterator[tuple[str, Make]]:
     yield "SOFIM-gradient", replace(RANK_ONE, settings={"direction": "gradient", "rho": 1.0})
 
 
+def _cases(makes: dict[str, Make]) -> list[Any]:
+    """The fast tier leaves out the rare: EKFAC has the bases of EKFACAdam and the step of K-FAC, for one."""
+    return [pytest.param(make, id=name, marks=pytest.mark.slow if name in RARE else ()) for name, make in makes.items()]
+
+
 CONFIGURATIONS = dict(_configurations())
-every_configuration = pytest.mark.parametrize("make", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
+every_configuration = pytest.mark.parametrize("make", _cases(CONFIGURATIONS))
 """In place of the fixture, for tests of what settings bear on: an interval of 3 has a middle to be saved in."""
 
 pytestmark = [
@@ -245,7 +253,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+@pytest.fixture(params=_cases(OPTIMIZERS))
 def make(request: pytest.FixtureRequest) -> Make:
     """Every optimizer."""
     return request.param

@@ -155,7 +155,7 @@ def assert_no_fallback(optimizer: Any) -> None:
 # Every layer.
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["kfac", pytest.param("ekfac", marks=pytest.mark.slow), "adam"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layer(layer: str, method: str) -> None:
     build, shape = LAYERS[layer]

@@ -16,7 +16,8 @@ _SHARES = {"cpu": 1.0, "reference": 0.1, "cuda": 0.05, "triton": 0.01}
 a GPU on the processor take a hundred times as long, and more in Triton's interpreter, for which calls are tiny too.
 """
 _OTHER_CAPABILITIES = 0.1
-_EXAMPLES = 200
+_EXAMPLES = {"fast": 100, "all": 200}
+"""How many calls the CPU's best kernels are given where `--fuzz` does not say."""
 
 
 @pytest.fixture
@@ -31,13 +32,14 @@ def fuzz(
     if getattr(hypothesis, "__file__", None) is None:
         pytest.skip("hypothesis is not installed")
     examples = request.config.getoption("--fuzz")
+    usual = _EXAMPLES["all" if request.config.getoption("--all") else "fast"]
     share = _SHARES[implementation.partition("-")[0]]
     if implementation.startswith("cpu-") and implementation != _best():
         share = _OTHER_CAPABILITIES
 
     def run(strategy: Callable[..., Any], check: Callable[[Call], None]) -> None:
         @hypothesis.settings(
-            max_examples=max(3, round(share * (examples or _EXAMPLES))),
+            max_examples=max(3, round(share * (examples or usual))),
             derandomize=False,
             database=None,
             deadline=None,
