@@ -130,15 +130,15 @@ class Renewal(Generic[T]):
                 reads += read
             else:
                 at_once.append(item)
+        if tasks:
+            work = self._overlap.begin(tasks, reads)
+            self._works.append(work)
+            self._working.update(dict.fromkeys(tasks, work))
         for item, bad in zip(at_once, self._renew(at_once), strict=True):
             self._stale.discard(item.number)
             kept += [item] if self._count_bad(item, bad) else []
             self._made.add(item.number)
             self._forget_next(item)
-        if tasks:
-            work = self._overlap.begin(tasks, reads)
-            self._works.append(work)
-            self._working.update(dict.fromkeys(tasks, work))
         return kept
 
     def _in(self, numbers: Sequence[int], due: Collection[int]) -> Iterator[T]:
