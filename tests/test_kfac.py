@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from fisher_kernels import EKFAC, KFAC, MBF, EKFACAdam
 from fisher_kernels.curvature import statistics
-from fisher_kernels.optim import sampled
+from fisher_kernels.optim import kronecker_factors, sampled
 from fisher_kernels.optim.kronecker import KroneckerOptimizer
 from tests.processes import in_two_processes, needs_processes
 from tests.small_network import assert_same_parameters, assert_same_state, network, parameters_of, train
@@ -329,6 +329,37 @@ def test_a_factor_of_zeros_takes_an_equal_share_of_the_damping(zeros: str) -> No
         factor = state[f"{side}_factor"][0]
         inverse = torch.linalg.inv(factor + 0.1 * torch.eye(len(factor), dtype=torch.float64))
         torch.testing.assert_close(state[f"{side}_inverse"][0], inverse, rtol=1e-9, atol=1e-12)
+
+
+def test_factors_of_a_size_are_inverted_together_as_they_are_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With some room for copies and with none, those of one matrix and of several groups."""
+    sizes: list[tuple[int, ...]] = []
+    inverted = kronecker_factors.block_inverse_
+
+    def counting(out: Tensor, blocks: Tensor, damping: float) -> Tensor:
+        sizes.append(tuple(blocks.shape))
+        return inverted(out, blocks, damping)
+
+    monkeypatch.setattr(kronecker_factors, "block_inverse_", counting)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(4, 4, 1, groups=2), nn.Flatten(), *(nn.Linear(4, 4) for _ in range(3)))
+    states = []
+    for room in (2**26, 50, 1):
+        monkeypatch.setattr(kronecker_factors, "MOST_TOGETHER", room)
+        sizes.clear()
+        twin = copy.deepcopy(model)
+        ours = KFAC(twin, damping=0.1, **ALWAYS)
+        twin(torch.randn(9, 4, 1, generator=torch.Generator().manual_seed(1))).square().sum().backward()
+        ours.step()
+        states.append(ours.state_dict())
+        # Rows of 2 in 2 groups, columns of 3 in 2, and of each linear layer rows of 4 and columns of 5.
+        expected = {
+            2**26: [(2, 2, 2), (2, 3, 3), (3, 4, 4), (3, 5, 5)],
+            50: [(2, 2, 2), (2, 3, 3), *3 * [(1, 4, 4), (1, 5, 5)]],
+        }
+        assert sizes == expected.get(room, expected[50])
+    assert_same_state(states[0], states[1])
+    assert_same_state(states[0], states[2])
 
 
 @pytest.mark.parametrize("kind", [KFAC, EKFAC])

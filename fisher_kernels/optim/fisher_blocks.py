@@ -307,13 +307,14 @@ class FisherBlocks(Renewal[Part]):
     def _made_names(self, part: Part) -> Sequence[str]:
         return (part.prefix + "inverse_blocks",)
 
-    def _renew(self, part: Part) -> Tensor:
-        averages, inverses, _ = self.averages(part)
-        if part.coupled is False:
-            averages = self._without_cross_terms(part, averages)
-        bad = invert_into(inverses, averages, self.groups[part.owner]["damping"]).sum()
-        self._renew_slices(part, ("weight", "bias"))
-        return bad
+    def _renew(self, parts: Sequence[Part]) -> Iterator[Tensor]:
+        for part in parts:
+            averages, inverses, _ = self.averages(part)
+            if part.coupled is False:
+                averages = self._without_cross_terms(part, averages)
+            bad = invert_into(inverses, averages, self.groups[part.owner]["damping"]).sum()
+            self._renew_slices(part, ("weight", "bias"))
+            yield bad
 
     def _task(self, part: Part, old: Sequence[Tensor]) -> tuple[Task, Sequence[Tensor]]:
         averages = self.averages(part)[0]

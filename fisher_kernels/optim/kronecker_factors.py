@@ -42,6 +42,9 @@ JITTER = 1e-6
 """Added to the diagonal of a factor of mean eigenvalue 1 before its eigenvectors are found, which it does not change: a
 factor of few rows is singular to the last bit, and some solvers do not take that."""
 
+MOST_TOGETHER = 2**26
+"""How many numbers the factors may have that are inverted together: there are two copies of them meanwhile."""
+
 
 @dataclass(eq=False)
 class Pair:
@@ -258,12 +261,15 @@ class KroneckerFactors(Renewal[Pair]):
         """What is made of the factors, as directions use it now."""
         return [self.averages(pair)[name] for name in self._made_names(pair)]
 
-    def _renew(self, pair: Pair) -> Tensor:
-        state = self.averages(pair)
-        old = [state[name] for name in self._made_names(pair)]
-        *made, bad = self._recipe(pair)(state["row_factor"], self._column_factor(pair), *old)
-        self._put_to_use(pair, made)
-        return bad
+    def _renew(self, pairs: Sequence[Pair]) -> Iterator[Tensor]:
+        for pair in pairs:
+            *made, bad = self._recipe(pair)(*self._sources(pair))
+            self._put_to_use(pair, made)
+            yield bad
+
+    def _sources(self, pair: Pair) -> list[Tensor]:
+        """Both factors, and what was made of them before."""
+        return [self.averages(pair)["row_factor"], self._column_factor(pair), *self.in_use(pair)]
 
     def _task(self, pair: Pair, old: Sequence[Tensor]) -> tuple[Task, Sequence[Tensor]]:
         rows, columns = self.averages(pair)["row_factor"], self._column_factor(pair)
@@ -363,7 +369,17 @@ class FactorInverses(KroneckerFactors):
     state_names = ("inverse",)
 
     def _recipe(self, pair: Pair) -> Callable[..., tuple[Tensor, ...]]:
-        return partial(_inverses, math.sqrt(self.groups[pair.owner]["damping"]))
+        return partial(_inverses, self._root(pair))
+
+    def _renew(self, pairs: Sequence[Pair]) -> Iterator[Tensor]:
+        for together in _in_runs(pairs):
+            found = _all_inverses([(self._root(pair), *self._sources(pair)) for pair in together])
+            for pair, (*made, bad) in zip(together, found, strict=True):
+                self._put_to_use(pair, made)
+                yield bad
+
+    def _root(self, pair: Pair) -> float:
+        return math.sqrt(self.groups[pair.owner]["damping"])
 
     def sides(self, pair: Pair) -> tuple[Tensor, Tensor]:
         state = self.averages(pair)
@@ -373,27 +389,71 @@ class FactorInverses(KroneckerFactors):
         return image
 
 
-def _inverses(
-    root: float, rows: Tensor, columns: Tensor, old_rows: Tensor, old_columns: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Both inverses, the old ones where a factor is bad, and how many are; ``root`` is that of the damping."""
-    ratio = (mean_eigenvalue(columns) / mean_eigenvalue(rows)).sqrt()
-    pi = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
-    new_rows, bad_rows = _inverse(rows, root / pi, old_rows)
-    new_columns, bad_columns = _inverse(columns, root * pi, old_columns)
-    return new_rows, new_columns, bad_rows + bad_columns
+def _in_runs(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
+    """Pairs one after another, as many at a time as are inverted together."""
+    run: list[Pair] = []
+    size = 0
+    for pair in pairs:
+        numbers = sum(math.prod(pair.rule.factor_shape(side)) for side in range(len(SIDES)))
+        if run and size + numbers > MOST_TOGETHER:
+            yield run
+            run, size = [], 0
+        run.append(pair)
+        size += numbers
+    if run:
+        yield run
 
 
-def _inverse(factor: Tensor, damping: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of a factor with a damping for each matrix, the old one of a matrix that is bad, how many are."""
-    if factor.dim() == 2:
-        new = 1 / (factor + damping.unsqueeze(1))
-        good = (new.isfinite() & (new > 0)).all(1, keepdim=True)
-        return torch.where(good, new, old), (~good).sum()
-    damped = factor.clone()
-    damped.diagonal(dim1=1, dim2=2).add_(damping.unsqueeze(1))
-    new = old.clone()
-    return new, block_inverse_(new, damped, 0.0).sum()
+Inverses = tuple[Tensor, Tensor, Tensor]
+"""Those of both factors, the old ones where a factor is bad, and how many are."""
+
+
+def _inverses(root: float, rows: Tensor, columns: Tensor, old_rows: Tensor, old_columns: Tensor) -> Inverses:
+    """The inverses of one layer; ``root`` is that of the damping."""
+    return _all_inverses([(root, rows, columns, old_rows, old_columns)])[0]
+
+
+def _all_inverses(layers: Sequence[tuple[Any, ...]]) -> list[Inverses]:
+    """The inverses of layers, each with the arguments of :func:`_inverses`. Factors of a size are inverted together."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}  # 2 layer + side -> inverses, and how many are bad
+    alike: dict[tuple[Any, ...], list[tuple[int, Tensor, Tensor, Tensor]]] = defaultdict(list)
+    for layer, (root, rows, columns, old_rows, old_columns) in enumerate(layers):
+        ratio = (mean_eigenvalue(columns) / mean_eigenvalue(rows)).sqrt()
+        pi = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+        sides = ((rows, root / pi, old_rows), (columns, root * pi, old_columns))
+        for side, (factor, damping, old) in enumerate(sides):
+            if factor.dim() == 2:
+                found[2 * layer + side] = _reciprocals(factor, damping, old)
+            else:
+                key = factor.shape[-1], factor.dtype, factor.device
+                alike[key].append((2 * layer + side, factor, damping, old))
+    for members in alike.values():
+        numbers, factors, dampings, olds = zip(*members, strict=True)
+        found.update(zip(numbers, _inverted(factors, dampings, olds), strict=True))
+    both = [(found[2 * layer], found[2 * layer + 1]) for layer in range(len(layers))]
+    return [(rows, columns, bad_rows + bad_columns) for (rows, bad_rows), (columns, bad_columns) in both]
+
+
+def _reciprocals(diagonal: Tensor, damping: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverses of diagonals (groups, n) with a damping for each, the old one of one that is bad, how many are."""
+    new = 1 / (diagonal + damping.unsqueeze(1))
+    good = (new.isfinite() & (new > 0)).all(1, keepdim=True)
+    return torch.where(good, new, old), (~good).sum()
+
+
+def _inverted(
+    factors: Sequence[Tensor], dampings: Sequence[Tensor], olds: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """The inverses of factors (groups, n, n), with a damping for each matrix, the old one of one that is bad.
+
+    Returns:
+        For each factor its inverses, and how many of its matrices are bad.
+    """
+    damped, new = torch.cat([*factors]), torch.cat([*olds])
+    damped.diagonal(dim1=1, dim2=2).add_(torch.cat([*dampings]).unsqueeze(1))
+    sizes = [len(factor) for factor in factors]
+    bad = block_inverse_(new, damped, 0.0).split(sizes)
+    return [(inverses, of_factor.sum()) for inverses, of_factor in zip(new.split(sizes), bad, strict=True)]
 
 
 class FactorBases(KroneckerFactors):

@@ -70,8 +70,8 @@ class Renewal(Generic[T]):
         """The names in the state of what is made."""
         raise NotImplementedError
 
-    def _renew(self, item: T) -> Tensor:
-        """Make it and put it to use; returns how many parts of it were bad and stayed as they were, int64 ()."""
+    def _renew(self, items: Sequence[T]) -> Iterator[Tensor]:
+        """Make it and put it to use; how many parts of each item were bad and stayed as they were, int64 ()."""
         raise NotImplementedError
 
     def _task(self, item: T, old: Sequence[Tensor]) -> tuple[Task, Sequence[Tensor]]:
@@ -119,22 +119,26 @@ class Renewal(Generic[T]):
         kept = [item for item in self._in(sorted(self._coming), due) if self._take_next(item)]
         tasks: dict[int, Task] = {}
         reads: list[Tensor] = []
+        at_once: list[T] = []
         for number in sorted(self._stale):
             item = self._item(number)
             if number in self._made and id(self.groups[item.owner]) not in due:
                 continue
-            self._stale.discard(number)
             if number in self._made and self._overlaps(item) and not wait:
+                self._stale.discard(number)
                 tasks[number], read = self._task(item, self._add_next(item))
                 reads += read
             else:
-                kept += [item] if self._count_bad(item, self._renew(item)) else []
-                self._made.add(number)
-                self._forget_next(item)
+                at_once.append(item)
         if tasks:
             work = self._overlap.begin(tasks, reads)
             self._works.append(work)
             self._working.update(dict.fromkeys(tasks, work))
+        for item, bad in zip(at_once, self._renew(at_once), strict=True):
+            self._stale.discard(item.number)
+            kept += [item] if self._count_bad(item, bad) else []
+            self._made.add(item.number)
+            self._forget_next(item)
         return kept
 
     def _in(self, numbers: Sequence[int], due: Collection[int]) -> Iterator[T]:
