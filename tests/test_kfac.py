@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from fisher_kernels import EKFAC, KFAC, MBF, EKFACAdam
 from fisher_kernels.curvature import statistics
-from fisher_kernels.optim import kronecker_factors, sampled
+from fisher_kernels.optim import factor_inverses, sampled
 from fisher_kernels.optim.kronecker import KroneckerOptimizer
 from tests.processes import in_two_processes, needs_processes
 from tests.small_network import assert_same_parameters, assert_same_state, network, parameters_of, train
@@ -334,18 +334,18 @@ def test_a_factor_of_zeros_takes_an_equal_share_of_the_damping(zeros: str) -> No
 def test_factors_of_a_size_are_inverted_together_as_they_are_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """With some room for copies and with none, those of one matrix and of several groups."""
     sizes: list[tuple[int, ...]] = []
-    inverted = kronecker_factors.block_inverse_
+    inverted = factor_inverses.block_inverse_
 
     def counting(out: Tensor, blocks: Tensor, damping: float) -> Tensor:
         sizes.append(tuple(blocks.shape))
         return inverted(out, blocks, damping)
 
-    monkeypatch.setattr(kronecker_factors, "block_inverse_", counting)
+    monkeypatch.setattr(factor_inverses, "block_inverse_", counting)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(4, 4, 1, groups=2), nn.Flatten(), *(nn.Linear(4, 4) for _ in range(3)))
     states = []
     for room in (2**26, 50, 1):
-        monkeypatch.setattr(kronecker_factors, "MOST_TOGETHER", room)
+        monkeypatch.setattr(factor_inverses, "MOST_TOGETHER", room)
         sizes.clear()
         twin = copy.deepcopy(model)
         ours = KFAC(twin, damping=0.1, **ALWAYS)

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from fisher_kernels import EKFAC, KFAC, MBF, EKFACAdam, backends
-from fisher_kernels.optim import fisher_blocks, kronecker_factors
+from fisher_kernels.optim import factor_bases, factor_inverses, fisher_blocks
 from fisher_kernels.optim.overlap import Overlap, Work
 from tests import test_block_rules, test_factor_rules
 from tests.layer_cases import NETWORKS
@@ -243,8 +243,8 @@ def test_a_cuda_graph_holds_nothing_that_runs_beside_it() -> None:
 def failing(monkeypatch: pytest.MonkeyPatch, kind: Any, size: int) -> list[bool]:
     """Work on what has so many columns fails while the list has a True."""
     broken = [True]
-    where, name = (fisher_blocks, "_inverted") if kind is MBF else (kronecker_factors, "_inverses")
-    name = "_bases" if kind in (EKFAC, EKFACAdam) else name
+    others = {MBF: (fisher_blocks, "_inverted"), KFAC: (factor_inverses, "_inverses")}
+    where, name = others.get(kind, (factor_bases, "_bases"))
     make = getattr(where, name)
 
     def fail(*arguments: Any) -> Any:

@@ -18,18 +18,11 @@ from fisher_kernels.curvature.factor_rules import Elementwise, FactorRule, TermR
 from fisher_kernels.curvature.operations import Choice
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.optim.adam_moments import average, unbiased
+from fisher_kernels.optim.factor_bases import MOMENT_UPDATES, MOMENTS, FactorBases, FactorMoments
 from fisher_kernels.optim.fisher_blocks import BLOCK_STATE
 from fisher_kernels.optim.kfac import KFAC, OTHERS_LR
 from fisher_kernels.optim.kronecker import KroneckerOptimizer, goes_on
-from fisher_kernels.optim.kronecker_factors import (
-    MOMENT_UPDATES,
-    MOMENTS,
-    UPDATES,
-    FactorBases,
-    FactorMoments,
-    Pair,
-    factor_state,
-)
+from fisher_kernels.optim.kronecker_factors import UPDATES, Pair, factor_state
 from fisher_kernels.optim.momentum_image import IMAGE
 from fisher_kernels.optim.refresh import RAMP
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fisher_kernels.curvature.factor_rules import Basis, FactorRule, Means, TermRule
+from fisher_kernels.curvature.factor_rules import FactorRule, Means, TermRule
 from fisher_kernels.curvature.sites import Site
-from fisher_kernels.ops import ACCUMULATOR, block_inverse_, factor_ema_
+from fisher_kernels.ops import ACCUMULATOR, factor_ema_
 from fisher_kernels.optim.base import count
 from fisher_kernels.optim.overlap import Overlap, Task
 from fisher_kernels.optim.renewal import NEXT, Renewal
@@ -25,25 +24,11 @@ SIDES = ("row", "column")
 UPDATES = "fisher_updates"
 """State: how many batches were averaged."""
 
-MOMENTS = "second_moment"
-"""State: second moments in the basis of the factors."""
-
-MOMENT_UPDATES = "moment_updates"
-"""State: how many batches the second moments are of, their first estimate from the factors being one."""
-
 
 def factor_state(made: str) -> tuple[str, ...]:
     """The names in the state of both factors, and of what is made of them."""
     found = [f"{side}_{made}" for side in SIDES]
     return (*(f"{side}_factor" for side in SIDES), *found, *(NEXT + name for name in found))
-
-
-JITTER = 1e-6
-"""Added to the diagonal of a factor of mean eigenvalue 1 before its eigenvectors are found, which it does not change: a
-factor of few rows is singular to the last bit, and some solvers do not take that."""
-
-MOST_TOGETHER = 2**26
-"""How many numbers the factors may have that are inverted together: there are two copies of them meanwhile."""
 
 
 @dataclass(eq=False)
@@ -354,276 +339,3 @@ def multiplied(left: Tensor, right: Tensor, matrices: Tensor) -> Tensor:
 def mean_eigenvalue(factor: Tensor) -> Tensor:
     """Of each matrix of a factor, or of each diagonal: (groups,)."""
     return (factor if factor.dim() == 2 else factor.diagonal(dim1=1, dim2=2)).mean(1)
-
-
-class FactorInverses(KroneckerFactors):
-    r"""K-FAC: both factors are inverted with their share of the damping.
-
-    .. math:: \pi = \sqrt{\frac{\operatorname{tr} A / d_A}{\operatorname{tr} G / d_G}}, \quad
-        (A + \pi \sqrt{\lambda}\, I)^{-1}, \quad (G + \sqrt{\lambda} / \pi\, I)^{-1}
-
-    π is 1 where a trace is 0. ``state[owner]`` has ``row_inverse`` and ``column_inverse``, identities at first. A
-    factor that is not positive definite with its damping keeps the inverse it has.
-    """
-
-    state_names = ("inverse",)
-
-    def _recipe(self, pair: Pair) -> Callable[..., tuple[Tensor, ...]]:
-        return partial(_inverses, self._root(pair))
-
-    def _renew(self, pairs: Sequence[Pair]) -> Iterator[Tensor]:
-        for together in _in_runs(pairs):
-            found = _all_inverses([(self._root(pair), *self._sources(pair)) for pair in together])
-            for pair, (*made, bad) in zip(together, found, strict=True):
-                self._put_to_use(pair, made)
-                yield bad
-
-    def _root(self, pair: Pair) -> float:
-        return math.sqrt(self.groups[pair.owner]["damping"])
-
-    def sides(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        state = self.averages(pair)
-        return state["row_inverse"], state["column_inverse"]
-
-    def direction_of(self, pair: Pair, image: Tensor) -> Tensor:
-        return image
-
-
-def _in_runs(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
-    """Pairs one after another, as many at a time as are inverted together."""
-    run: list[Pair] = []
-    size = 0
-    for pair in pairs:
-        numbers = sum(math.prod(pair.rule.factor_shape(side)) for side in range(len(SIDES)))
-        if run and size + numbers > MOST_TOGETHER:
-            yield run
-            run, size = [], 0
-        run.append(pair)
-        size += numbers
-    if run:
-        yield run
-
-
-Inverses = tuple[Tensor, Tensor, Tensor]
-"""Those of both factors, the old ones where a factor is bad, and how many are."""
-
-
-def _inverses(root: float, rows: Tensor, columns: Tensor, old_rows: Tensor, old_columns: Tensor) -> Inverses:
-    """The inverses of one layer; ``root`` is that of the damping."""
-    return _all_inverses([(root, rows, columns, old_rows, old_columns)])[0]
-
-
-def _all_inverses(layers: Sequence[tuple[Any, ...]]) -> list[Inverses]:
-    """The inverses of layers, each with the arguments of :func:`_inverses`. Factors of a size are inverted together."""
-    found: dict[int, tuple[Tensor, Tensor]] = {}  # 2 layer + side -> inverses, and how many are bad
-    alike: dict[tuple[Any, ...], list[tuple[int, Tensor, Tensor, Tensor]]] = defaultdict(list)
-    for layer, (root, rows, columns, old_rows, old_columns) in enumerate(layers):
-        ratio = (mean_eigenvalue(columns) / mean_eigenvalue(rows)).sqrt()
-        pi = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
-        sides = ((rows, root / pi, old_rows), (columns, root * pi, old_columns))
-        for side, (factor, damping, old) in enumerate(sides):
-            if factor.dim() == 2:
-                found[2 * layer + side] = _reciprocals(factor, damping, old)
-            else:
-                key = factor.shape[-1], factor.dtype, factor.device
-                alike[key].append((2 * layer + side, factor, damping, old))
-    for members in alike.values():
-        numbers, factors, dampings, olds = zip(*members, strict=True)
-        found.update(zip(numbers, _inverted(factors, dampings, olds), strict=True))
-    both = [(found[2 * layer], found[2 * layer + 1]) for layer in range(len(layers))]
-    return [(rows, columns, bad_rows + bad_columns) for (rows, bad_rows), (columns, bad_columns) in both]
-
-
-def _reciprocals(diagonal: Tensor, damping: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverses of diagonals (groups, n) with a damping for each, the old one of one that is bad, how many are."""
-    new = 1 / (diagonal + damping.unsqueeze(1))
-    good = (new.isfinite() & (new > 0)).all(1, keepdim=True)
-    return torch.where(good, new, old), (~good).sum()
-
-
-def _inverted(
-    factors: Sequence[Tensor], dampings: Sequence[Tensor], olds: Sequence[Tensor]
-) -> list[tuple[Tensor, Tensor]]:
-    """The inverses of factors (groups, n, n), with a damping for each matrix, the old one of one that is bad.
-
-    Returns:
-        For each factor its inverses, and how many of its matrices are bad.
-    """
-    damped, new = torch.cat([*factors]), torch.cat([*olds])
-    damped.diagonal(dim1=1, dim2=2).add_(torch.cat([*dampings]).unsqueeze(1))
-    sizes = [len(factor) for factor in factors]
-    bad = block_inverse_(new, damped, 0.0).split(sizes)
-    return [(inverses, of_factor.sum()) for inverses, of_factor in zip(new.split(sizes), bad, strict=True)]
-
-
-class FactorBases(KroneckerFactors):
-    r"""The eigenvectors of both factors, in float64 where float32 finds none.
-
-    ``state[owner]`` has ``row_basis`` and ``column_basis``, identities at first, and ``second_moment`` in that basis,
-    (groups, rows, columns). In a new basis a second moment becomes what it would be if its entries were uncorrelated:
-
-    .. math:: V' = (Q_G'^T Q_G)^{\circ 2}\, V\, (Q_A'^T Q_A)^{\circ 2\, T}
-    """
-
-    state_names = ("basis",)
-
-    def _make_more(self, pair: Pair, state: dict[str, Tensor]) -> None:
-        state[MOMENTS] = torch.zeros(pair.rule.shape, dtype=ACCUMULATOR[pair.owner.dtype], device=pair.owner.device)
-
-    def _recipe(self, pair: Pair) -> Callable[..., tuple[Tensor, ...]]:
-        return partial(_bases, bool(pair.rule.bias and pair.coupled is False))
-
-    def _put_to_use(self, pair: Pair, made: Sequence[Tensor]) -> None:
-        # Second moments are moved by the squared cosines between new and old vectors. Where a basis was made again of
-        # the same factor they stay to the bit, which takes no waiting for a GPU.
-        state = self.averages(pair)
-        moments = state[MOMENTS]
-        for side, (name, new) in enumerate(zip(self._made_names(pair), made, strict=True)):
-            same = (new == state[name]).all()
-            if new.dim() == 3 and not (same.is_cpu and bool(same)):
-                turn = (new.mT @ state[name]).square_()
-                moments = torch.where(same, moments, moments @ turn.mT if side else turn @ moments)
-        state[MOMENTS].copy_(moments)
-        super()._put_to_use(pair, made)
-
-    def basis(self, pair: Pair) -> Basis:
-        """The eigenvectors; None for those of a diagonal."""
-        state = self.averages(pair)
-        found = [state[f"{side}_basis"] if pair.rule.is_whole(i) else None for i, side in enumerate(SIDES)]
-        return Basis(*found)
-
-    def into(self, pair: Pair, matrices: Tensor) -> Tensor:
-        """Matrices (groups, rows, columns) in the basis."""
-        rows, columns = self.basis(pair)
-        matrices = matrices if rows is None else rows.mT @ matrices
-        return matrices if columns is None else matrices @ columns
-
-    def out_of(self, pair: Pair, matrices: Tensor) -> Tensor:
-        """Undoes :meth:`into`."""
-        rows, columns = self.basis(pair)
-        matrices = matrices if rows is None else rows @ matrices
-        return matrices if columns is None else matrices @ columns.mT
-
-
-def _bases(
-    apart: bool, rows: Tensor, columns: Tensor, old_rows: Tensor, old_columns: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The eigenvectors of both factors, the old ones where there are none, and how many factors are without.
-
-    Args:
-        apart: whether the last column has nothing to do with the others.
-    """
-    new = [
-        old if factor.dim() == 2 else _eigenvectors(factor, apart=apart and old is old_columns)
-        for factor, old in ((rows, old_rows), (columns, old_columns))
-    ]
-    bad = torch.full((), sum(x is None for x in new), dtype=torch.int64, device=rows.device)
-    found = [old if x is None else x for x, old in zip(new, (old_rows, old_columns), strict=True)]
-    return found[0], found[1], bad
-
-
-def _eigenvectors(factor: Tensor, apart: bool) -> Tensor | None:
-    """Those of each matrix, as columns; None if they cannot be found.
-
-    Args:
-        apart: whether the last column has nothing to do with the others, so that the last vector is its own.
-    """
-    if apart:
-        body = _eigenvectors(factor[:, :-1, :-1], False) if factor.shape[1] > 1 else factor[:, :-1, :-1]
-        if body is None:
-            return None
-        whole = torch.zeros_like(factor)
-        whole[:, :-1, :-1] = body
-        whole[:, -1, -1] = 1
-        return whole
-    mean = mean_eigenvalue(factor)[:, None, None]
-    scaled = torch.where(mean == 0, 0.0, factor / mean)
-    scaled.diagonal(dim1=1, dim2=2).add_(JITTER)
-    for dtype in (factor.dtype, torch.float64):
-        try:
-            vectors = torch.linalg.eigh(scaled.to(dtype)).eigenvectors
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            continue
-        if bool(vectors.isfinite().all()):
-            return vectors.to(factor.dtype)
-    return None
-
-
-def eigenvalues(factor: Tensor, basis: Tensor | None) -> Tensor:
-    """The diagonal of a factor in a basis: (groups, n)."""
-    if basis is None:
-        return factor
-    return (basis * (factor @ basis)).sum(1).clamp_(min=0)
-
-
-class FactorMoments(FactorBases):
-    r"""EKFAC: second moments V of per-sample gradients in the eigenbasis in place of products of eigenvalues.
-
-    .. math:: D = Q_G \left( \frac{Q_G^T m\, Q_A}{V + \lambda} \right) Q_A^T
-
-    V is averaged as the factors are, and begins as the products of their eigenvalues. ``state[owner]`` has
-    ``moment_updates``, how many estimates it is of.
-    """
-
-    def __init__(
-        self,
-        sites: Sequence[Site[TermRule]],
-        state: MutableMapping[Tensor, Any],
-        groups: Mapping[Parameter, dict[str, Any]],
-        overlap: Overlap,
-    ) -> None:
-        super().__init__(sites, state, groups, overlap)
-        self._seen = {pair.number: self._estimates(pair) for pair in self.pairs}
-        for pair in self.pairs:
-            pair.rule.context.bases.clear()  # of weights that may be there no more
-        for pair in self.pairs:
-            self._show_basis(pair)
-
-    def _estimates(self, pair: Pair) -> int:
-        seen = self.state.get(pair.owner, {}).get(MOMENT_UPDATES)
-        return 0 if seen is None else int(seen)
-
-    def _show_basis(self, pair: Pair) -> None:
-        """Let the rule take second moments in the basis, if there is one."""
-        bases = pair.rule.context.bases
-        if self._seen[pair.number]:
-            bases[pair.key] = self.basis(pair)
-        else:
-            bases.pop(pair.key, None)
-
-    def _make_more(self, pair: Pair, state: dict[str, Tensor]) -> None:
-        super()._make_more(pair, state)
-        state[MOMENT_UPDATES] = torch.zeros((), dtype=ACCUMULATOR[pair.owner.dtype], device=pair.owner.device)
-
-    def _fold_moments(self, pair: Pair, new: Tensor) -> None:
-        state = self.averages(pair)
-        decay = min(1 - 1 / (self._seen[pair.number] + 1), self.groups[pair.owner]["beta2"])
-        (refused,) = factor_ema_([state[MOMENTS].view(-1)], [new.reshape(-1)], decay, 1 - decay)
-        state[MOMENT_UPDATES].add_(1 - refused)
-        self._seen[pair.number] += 1
-
-    def _put_to_use(self, pair: Pair, made: Sequence[Tensor]) -> None:
-        super()._put_to_use(pair, made)
-        if not self._seen[pair.number]:
-            state, basis = self.averages(pair), self.basis(pair)
-            rows = eigenvalues(state["row_factor"], basis.rows)
-            columns = eigenvalues(self._column_factor(pair), basis.columns)
-            state[MOMENTS].copy_(rows.unsqueeze(2) * columns.unsqueeze(1))
-            state[MOMENT_UPDATES].fill_(1)
-            self._seen[pair.number] = 1
-        self._show_basis(pair)
-
-    def _apply(self, pair: Pair, matrices: Tensor) -> Tensor:
-        return super()._apply(pair, matrices) if self._seen[pair.number] else matrices
-
-    def sides(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        state = self.averages(pair)
-        rows = state["row_basis"]
-        return rows if rows.dim() == 2 else rows.mT, state["column_basis"]
-
-    def image(self, pair: Pair, matrices: Tensor) -> Tensor:
-        return self.into(pair, matrices)
-
-    def direction_of(self, pair: Pair, image: Tensor) -> Tensor:
-        state, damping = self.averages(pair), self.groups[pair.owner]["damping"]
-        return self.out_of(pair, image / (state[MOMENTS] + damping))

@@ -1,0 +1,200 @@
+"""The eigenbases of the averaged Kronecker factors, and the second moments that EKFAC and EKFACAdam keep in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fisher_kernels.curvature.factor_rules import Basis, TermRule
+from fisher_kernels.curvature.sites import Site
+from fisher_kernels.ops import ACCUMULATOR, factor_ema_
+from fisher_kernels.optim.kronecker_factors import SIDES, KroneckerFactors, Pair, mean_eigenvalue
+from fisher_kernels.optim.overlap import Overlap
+
+MOMENTS = "second_moment"
+"""State: second moments in the basis of the factors."""
+
+MOMENT_UPDATES = "moment_updates"
+"""State: how many batches the second moments are of, their first estimate from the factors being one."""
+
+JITTER = 1e-6
+"""Added to the diagonal of a factor of mean eigenvalue 1 before its eigenvectors are found, which it does not change: a
+factor of few rows is singular to the last bit, and some solvers do not take that."""
+
+
+class FactorBases(KroneckerFactors):
+    r"""The eigenvectors of both factors, in float64 where float32 finds none.
+
+    ``state[owner]`` has ``row_basis`` and ``column_basis``, identities at first, and ``second_moment`` in that basis,
+    (groups, rows, columns). In a new basis a second moment becomes what it would be if its entries were uncorrelated:
+
+    .. math:: V' = (Q_G'^T Q_G)^{\circ 2}\, V\, (Q_A'^T Q_A)^{\circ 2\, T}
+    """
+
+    state_names = ("basis",)
+
+    def _make_more(self, pair: Pair, state: dict[str, Tensor]) -> None:
+        state[MOMENTS] = torch.zeros(pair.rule.shape, dtype=ACCUMULATOR[pair.owner.dtype], device=pair.owner.device)
+
+    def _recipe(self, pair: Pair) -> Callable[..., tuple[Tensor, ...]]:
+        return partial(_bases, bool(pair.rule.bias and pair.coupled is False))
+
+    def _put_to_use(self, pair: Pair, made: Sequence[Tensor]) -> None:
+        # Second moments are moved by the squared cosines between new and old vectors. Where a basis was made again of
+        # the same factor they stay to the bit, which takes no waiting for a GPU.
+        state = self.averages(pair)
+        moments = state[MOMENTS]
+        for side, (name, new) in enumerate(zip(self._made_names(pair), made, strict=True)):
+            same = (new == state[name]).all()
+            if new.dim() == 3 and not (same.is_cpu and bool(same)):
+                turn = (new.mT @ state[name]).square_()
+                moments = torch.where(same, moments, moments @ turn.mT if side else turn @ moments)
+        state[MOMENTS].copy_(moments)
+        super()._put_to_use(pair, made)
+
+    def basis(self, pair: Pair) -> Basis:
+        """The eigenvectors; None for those of a diagonal."""
+        state = self.averages(pair)
+        found = [state[f"{side}_basis"] if pair.rule.is_whole(i) else None for i, side in enumerate(SIDES)]
+        return Basis(*found)
+
+    def into(self, pair: Pair, matrices: Tensor) -> Tensor:
+        """Matrices (groups, rows, columns) in the basis."""
+        rows, columns = self.basis(pair)
+        matrices = matrices if rows is None else rows.mT @ matrices
+        return matrices if columns is None else matrices @ columns
+
+    def out_of(self, pair: Pair, matrices: Tensor) -> Tensor:
+        """Undoes :meth:`into`."""
+        rows, columns = self.basis(pair)
+        matrices = matrices if rows is None else rows @ matrices
+        return matrices if columns is None else matrices @ columns.mT
+
+
+def _bases(
+    apart: bool, rows: Tensor, columns: Tensor, old_rows: Tensor, old_columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The eigenvectors of both factors, the old ones where there are none, and how many factors are without.
+
+    Args:
+        apart: whether the last column has nothing to do with the others.
+    """
+    new = [
+        old if factor.dim() == 2 else _eigenvectors(factor, apart=apart and old is old_columns)
+        for factor, old in ((rows, old_rows), (columns, old_columns))
+    ]
+    bad = torch.full((), sum(x is None for x in new), dtype=torch.int64, device=rows.device)
+    found = [old if x is None else x for x, old in zip(new, (old_rows, old_columns), strict=True)]
+    return found[0], found[1], bad
+
+
+def _eigenvectors(factor: Tensor, apart: bool) -> Tensor | None:
+    """Those of each matrix, as columns; None if they cannot be found.
+
+    Args:
+        apart: whether the last column has nothing to do with the others, so that the last vector is its own.
+    """
+    if apart:
+        body = _eigenvectors(factor[:, :-1, :-1], False) if factor.shape[1] > 1 else factor[:, :-1, :-1]
+        if body is None:
+            return None
+        whole = torch.zeros_like(factor)
+        whole[:, :-1, :-1] = body
+        whole[:, -1, -1] = 1
+        return whole
+    mean = mean_eigenvalue(factor)[:, None, None]
+    scaled = torch.where(mean == 0, 0.0, factor / mean)
+    scaled.diagonal(dim1=1, dim2=2).add_(JITTER)
+    for dtype in (factor.dtype, torch.float64):
+        try:
+            vectors = torch.linalg.eigh(scaled.to(dtype)).eigenvectors
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            continue
+        if bool(vectors.isfinite().all()):
+            return vectors.to(factor.dtype)
+    return None
+
+
+def eigenvalues(factor: Tensor, basis: Tensor | None) -> Tensor:
+    """The diagonal of a factor in a basis: (groups, n)."""
+    if basis is None:
+        return factor
+    return (basis * (factor @ basis)).sum(1).clamp_(min=0)
+
+
+class FactorMoments(FactorBases):
+    r"""EKFAC: second moments V of per-sample gradients in the eigenbasis in place of products of eigenvalues.
+
+    .. math:: D = Q_G \left( \frac{Q_G^T m\, Q_A}{V + \lambda} \right) Q_A^T
+
+    V is averaged as the factors are, and begins as the products of their eigenvalues. ``state[owner]`` has
+    ``moment_updates``, how many estimates it is of.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site[TermRule]],
+        state: MutableMapping[Tensor, Any],
+        groups: Mapping[Parameter, dict[str, Any]],
+        overlap: Overlap,
+    ) -> None:
+        super().__init__(sites, state, groups, overlap)
+        self._seen = {pair.number: self._estimates(pair) for pair in self.pairs}
+        for pair in self.pairs:
+            pair.rule.context.bases.clear()  # of weights that may be there no more
+        for pair in self.pairs:
+            self._show_basis(pair)
+
+    def _estimates(self, pair: Pair) -> int:
+        seen = self.state.get(pair.owner, {}).get(MOMENT_UPDATES)
+        return 0 if seen is None else int(seen)
+
+    def _show_basis(self, pair: Pair) -> None:
+        """Let the rule take second moments in the basis, if there is one."""
+        bases = pair.rule.context.bases
+        if self._seen[pair.number]:
+            bases[pair.key] = self.basis(pair)
+        else:
+            bases.pop(pair.key, None)
+
+    def _make_more(self, pair: Pair, state: dict[str, Tensor]) -> None:
+        super()._make_more(pair, state)
+        state[MOMENT_UPDATES] = torch.zeros((), dtype=ACCUMULATOR[pair.owner.dtype], device=pair.owner.device)
+
+    def _fold_moments(self, pair: Pair, new: Tensor) -> None:
+        state = self.averages(pair)
+        decay = min(1 - 1 / (self._seen[pair.number] + 1), self.groups[pair.owner]["beta2"])
+        (refused,) = factor_ema_([state[MOMENTS].view(-1)], [new.reshape(-1)], decay, 1 - decay)
+        state[MOMENT_UPDATES].add_(1 - refused)
+        self._seen[pair.number] += 1
+
+    def _put_to_use(self, pair: Pair, made: Sequence[Tensor]) -> None:
+        super()._put_to_use(pair, made)
+        if not self._seen[pair.number]:
+            state, basis = self.averages(pair), self.basis(pair)
+            rows = eigenvalues(state["row_factor"], basis.rows)
+            columns = eigenvalues(self._column_factor(pair), basis.columns)
+            state[MOMENTS].copy_(rows.unsqueeze(2) * columns.unsqueeze(1))
+            state[MOMENT_UPDATES].fill_(1)
+            self._seen[pair.number] = 1
+        self._show_basis(pair)
+
+    def _apply(self, pair: Pair, matrices: Tensor) -> Tensor:
+        return super()._apply(pair, matrices) if self._seen[pair.number] else matrices
+
+    def sides(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        state = self.averages(pair)
+        rows = state["row_basis"]
+        return rows if rows.dim() == 2 else rows.mT, state["column_basis"]
+
+    def image(self, pair: Pair, matrices: Tensor) -> Tensor:
+        return self.into(pair, matrices)
+
+    def direction_of(self, pair: Pair, image: Tensor) -> Tensor:
+        state, damping = self.averages(pair), self.groups[pair.owner]["damping"]
+        return self.out_of(pair, image / (state[MOMENTS] + damping))
