@@ -22,7 +22,7 @@ HYPERPARAMETERS: dict[str, Hyperparameters] = {
     "mbf": {"lr": 1e-4, "weight_decay": 1e-2},
     "adafisherw:release": {"lr": 1e-3, "weight_decay": 1e-2},
     "sofim": {"lr": 0.1, "weight_decay": 5e-4},
-    "kfac": {"lr": 0.03, "max_relative_step": None, "weight_decay": 1e-2},
+    "kfac": {"lr": 0.03, "weight_decay": 1e-2},
     "ekfac": {"lr": 0.03, "weight_decay": 1e-2},
     "ekfacadam": {"lr": 1e-2, "weight_decay": 1e-2},
 }
