@@ -231,10 +231,11 @@ def test_others_by_adam_are_stepped_as_adam_steps(kind: type[KFAC], decoupled: b
     ]
     decay = {"weight_decay": 0.1, "decoupled": decoupled}
     bounds = {"kl_clip": 1e-9, "max_relative_step": 1e-9}
-    ours = kind(model, lr=0.2, params=groups, others="adam", others_lr=0.05, beta2=0.9, **decay, **bounds)
+    decays = {"momentum": 0.9, "beta2": 0.8}
+    ours = kind(model, lr=0.2, params=groups, others="adam", others_lr=0.05, **decays, **decay, **bounds)
     adam = torch.optim.AdamW if decoupled else torch.optim.Adam
     rest = [*twin.table.parameters(), *twin.norm.parameters()]
-    theirs = adam(rest, lr=0.01, betas=(0.9, 0.9), eps=1e-8, weight_decay=0.1)
+    theirs = adam(rest, lr=0.01, betas=(0.9, 0.8), eps=1e-8, weight_decay=0.1)
     for step in range(5):
         tokens = torch.randint(7, (6, 5), generator=torch.Generator().manual_seed(step))
         for net, optimizer in ((model, ours), (twin, theirs)):
