@@ -283,13 +283,13 @@ def test_a_wheel_is_installed_by_pip_in_isolation(unpacked_sdist: Path, tmp_path
     shutil.copytree(unpacked_sdist, source)
     for command in (("init", "-q"), ("add", "."), ("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a")):
         subprocess.run(["git", *command], cwd=source, check=True)
-    for number, url in enumerate((source, f"git+file://{source}")):
-        target = tmp_path / str(number)
-        variables = {"FISHER_KERNELS_CPU": "baseline", "FISHER_KERNELS_CUDA": "off", "FISHER_KERNELS_NATIVE": "on"}
+    for url, native in ((source, "off"), (f"git+file://{source}", "on")):  # one compilation is enough
+        target = tmp_path / native
+        variables = {"FISHER_KERNELS_CPU": "baseline", "FISHER_KERNELS_CUDA": "off", "FISHER_KERNELS_NATIVE": native}
         arguments = ("-m", "pip", "install", "--no-deps", "--no-cache-dir", "--verbose", "--target", target, url)
         result = run(*arguments, cwd=tmp_path, **variables)
         if "No matching distribution found for setuptools" in result.stderr:
             pytest.skip("pip cannot fetch the build's requirements here")
         assert result.returncode == 0, result.stdout + result.stderr
         assert not re.search(r"^ *(Collecting|Downloading|Using cached) torch", result.stdout, re.MULTILINE)
-        assert list((target / "fisher_kernels").glob("_native.*.so"))
+        assert bool(list((target / "fisher_kernels").glob("_native.*.so"))) == (native == "on")
