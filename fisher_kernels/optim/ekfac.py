@@ -21,10 +21,9 @@ from fisher_kernels.optim.adam_moments import average, unbiased
 from fisher_kernels.optim.factor_bases import MOMENT_UPDATES, MOMENTS, FactorBases, FactorMoments
 from fisher_kernels.optim.fisher_blocks import BLOCK_STATE
 from fisher_kernels.optim.kfac import KFAC, OTHERS_LR
-from fisher_kernels.optim.kronecker import KroneckerOptimizer, goes_on
+from fisher_kernels.optim.kronecker import RAMP, KroneckerOptimizer, goes_on
 from fisher_kernels.optim.kronecker_factors import UPDATES, Pair, factor_state
 from fisher_kernels.optim.momentum_image import IMAGE
-from fisher_kernels.optim.refresh import RAMP
 
 TINY = 1e-16
 """Added to second moments beside what is relative to their mean, so that nothing is divided by 0."""

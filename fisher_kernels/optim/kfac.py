@@ -23,10 +23,10 @@ from fisher_kernels.optim.base import totals
 from fisher_kernels.optim.factor_inverses import FactorInverses
 from fisher_kernels.optim.fisher_blocks import ASIDE, BLOCK_STATE, New
 from fisher_kernels.optim.hyperparameters import require_choice, require_numbers
-from fisher_kernels.optim.kronecker import Bounds, KroneckerOptimizer, goes_on
+from fisher_kernels.optim.kronecker import RAMP, Bounds, KroneckerOptimizer, goes_on
 from fisher_kernels.optim.kronecker_factors import KroneckerFactors, factor_state
 from fisher_kernels.optim.momentum_image import IMAGE, MomentumImages
-from fisher_kernels.optim.refresh import RAMP, is_due
+from fisher_kernels.optim.refresh import is_due
 from fisher_kernels.optim.renewal import NEXT
 from fisher_kernels.optim.term_blocks import TermBlocks
 

@@ -41,6 +41,9 @@ FLOOR = 1e-3
 """Root mean square that the cap takes weights to have at least, so that those that start at 0 can leave it."""
 
 
+RAMP = 40
+"""Steps over which intervals grow, unless told otherwise; inverses of whole factors are dear in short runs."""
+
 PLANS = 16
 """How many sets of parameters that are stepped together are remembered."""
 
