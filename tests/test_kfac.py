@@ -155,7 +155,7 @@ def test_weights_that_start_at_zero_learn(kind: type[KroneckerOptimizer]) -> Non
     model = nn.Linear(4, 3).double()
     nn.init.zeros_(model.weight)
     nn.init.zeros_(model.bias)
-    wide = {} if kind is EKFACAdam else {"kl_clip": 0.1}  # the cap is what binds at first
+    wide = {} if kind is EKFACAdam else {"kl_clip": 0.1, "momentum": 0.9}  # the cap is what binds at first
     optimizer = kind(model, lr=0.05, max_relative_step=0.1, **wide)
     x = torch.randn(16, 4, dtype=torch.float64)
     y = x @ torch.randn(4, 3, dtype=torch.float64)
