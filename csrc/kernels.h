@@ -170,14 +170,16 @@ struct MbfArrays {
 
 /// One inverse of a step and what it acts on: a parameter in row-major order, and a bias as one more column if there is
 /// one, seen as [rows, columns]. Its inverse is one block for each row, [rows, columns, columns], or of each the lower
-/// triangle row after row, [rows, columns (columns + 1) / 2]. Or the directions come from elsewhere: then each row has
-/// blocks of `size`, the last one of what is left, and the direction of number k of a block is
+/// triangle row after row, [rows, columns (columns + 1) / 2]. Or all rows share one of several blocks, [ceil(columns / size),
+/// size, size]: a row has blocks of `size`, and the last one is of what is left. These are for the CPU; elsewhere, and where
+/// they are large, the directions come from matrix products: number k of a block of a row has
 /// directions[row * row_stride + block * block_stride + k].
 struct MbfParameter {
   MbfArrays weight;
   MbfArrays bias;  // [rows]
   bool biased;
   bool packed;
+  bool shared;
   DType dtype;
   DType inverse_dtype;     // accumulation_dtype(dtype), or bfloat16 beside float32
   const void* inverse;     // null where there are directions
@@ -186,7 +188,7 @@ struct MbfParameter {
   int64_t block_stride;
   int64_t rows;
   int64_t columns;
-  int64_t size;  // columns where there is an inverse
+  int64_t size;  // columns where each row has an inverse
   int64_t* skipped;
   double* cap;    // of the layer; followed by that of the bias
   int64_t layer;  // 0 <= layer < MbfStep::layers

@@ -5,6 +5,7 @@
 
 #include "../kernels.h"
 #include "integers.h"
+#include "panels.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "strided.h"
@@ -21,7 +22,12 @@ constexpr int64_t kChunk = 128;
 constexpr int64_t kWholeRows = 16;  // as many of them fill whole registers
 constexpr int kMostRegisters = 4;  // of a row for which the whole direction is kept in registers
 
+// The same where rows share their inverse, which serves all rows of a chunk when it has come into the caches.
+constexpr int64_t kSharedChunk = 2048;
+constexpr int64_t kSharedRows = 8;
+
 int64_t chunk_rows(const MbfParameter& p) {
+  if (p.shared) return ceil_div(larger(1, kSharedChunk / p.columns), kSharedRows) * kSharedRows;
   return p.columns * kWholeRows <= 4 * kChunk ? ceil_div(kChunk, p.columns * kWholeRows) * kWholeRows
                                               : larger(1, kChunk / p.columns);
 }
@@ -47,6 +53,7 @@ struct Sums {
 
 /// Words moved for a chunk, about: what threads share evenly.
 int64_t chunk_cost(const MbfParameter& p) {
+  if (p.shared) return chunk_rows(p) * p.columns * (5 + p.size / 16);  // as many products take as long as a word
   const int64_t inverse = p.inverse != nullptr ? block_numbers(p) : p.columns;
   return chunk_rows(p) * (inverse + 5 * p.columns);
 }
@@ -148,6 +155,66 @@ inline void multiply_block(const S* block, int64_t n, bool packed, const A* m, A
   }
 }
 
+/// d = m P for kRows rows, `stride` numbers from one another, in kRegisters registers of columns of P, which has rows of n
+/// numbers: `count` of them, and as many numbers of a row of m and, from these columns on, of d, are there. A register of P
+/// that reaches past the end of a row is read in part where kWhole says so.
+template <int kRows, int kRegisters, bool kWhole, class A, class S>
+inline void multiply_rows(const S* block, int64_t n, int64_t column, const A* m, int64_t stride, int64_t count, A* d) {
+  constexpr int64_t kLength = kLanes<A>;
+  Vector<A> sums[kRows][kRegisters] = {};
+  const S* row = block + column;
+  for (int64_t k = 0; k < count; ++k, row += n) {
+    Vector<A> entries[kRegisters];
+    for (int v = 0; v < kRegisters; ++v) {
+      entries[v] = kWhole ? Vector<A>(load(row + v * kLength)) : Vector<A>(load(row + v * kLength, n - column));
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const A factor = m[i * stride + k];
+      for (int v = 0; v < kRegisters; ++v) sums[i][v] += factor * entries[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    for (int v = 0; v < kRegisters; ++v) {
+      const int64_t at = column + v * kLength, left = count - at;
+      if (left >= kLength) {
+        store(d + i * stride + at, sums[i][v]);
+      } else if (left > 0) {
+        store(d + i * stride + at, sums[i][v], left);
+      }
+    }
+  }
+}
+
+/// d = m P for rows that share a block. The columns of P that are being read stay in the nearest cache.
+template <class A, class S>
+inline void multiply_shared(const S* block, int64_t n, const A* m, int64_t rows, int64_t stride, int64_t count, A* d) {
+  const auto all_rows = [&](auto registers, auto whole, int64_t column) {
+    constexpr int kRegisters = decltype(registers)::value;
+    constexpr bool kWhole = decltype(whole)::value;
+    int64_t r = 0;
+    for (; r + kTileRows <= rows; r += kTileRows) {
+      multiply_rows<kTileRows, kRegisters, kWhole>(block, n, column, m + r * stride, stride, count, d + r * stride);
+    }
+    for (; r < rows; ++r) {
+      multiply_rows<1, kRegisters, kWhole>(block, n, column, m + r * stride, stride, count, d + r * stride);
+    }
+  };
+  using std::integral_constant;
+  int64_t column = 0;
+  for (; column + kWidth<A> <= n && column < count; column += kWidth<A>) {
+    all_rows(integral_constant<int, 2>{}, integral_constant<bool, true>{}, column);
+  }
+  for (; column < smaller(n, count); column += kLanes<A>) {
+    if (column + kLanes<A> <= n) {
+      all_rows(integral_constant<int, 1>{}, integral_constant<bool, true>{}, column);
+    } else {
+      all_rows(integral_constant<int, 1>{}, integral_constant<bool, false>{}, column);
+    }
+  }
+}
+
 /// Calls body(n, packed), with constants for what is common.
 template <class Body>
 inline void with_size(int64_t n, bool packed, const Body& body) {
@@ -205,6 +272,7 @@ class Rows {
         columns_(p.columns),
         width_(p.columns - p.biased),
         in_place_(weight.contiguous && !p.biased),
+        dense_(weight.contiguous),
         biased_(p.biased),
         data_(static_cast<T*>(weight.data)),
         bias_data_(static_cast<T*>(bias.data)),
@@ -212,6 +280,11 @@ class Rows {
 
   T* read(int64_t first, int64_t count) const {
     if (in_place_) return data_ + first * columns_;
+    if (dense_) {
+      for (int64_t r = 0; r < count; ++r) copy_run(data_ + (first + r) * width_, width_, buffer_ + r * columns_);
+      read_bias(first, count);
+      return buffer_;
+    }
     // The elements of the weight go to the end of the buffer, from where they move to their rows in order.
     T* const from = buffer_ + count * (columns_ - width_);
     if (width_ > 0) gather(data_, weight_, first * width_, count * width_, from);
@@ -219,9 +292,7 @@ class Rows {
       for (int64_t r = 0; r < count; ++r) {
         for (int64_t c = 0; c < width_; ++c) buffer_[r * columns_ + c] = from[r * width_ + c];
       }
-      bias_.visit(first, count, [&](int64_t i, int64_t offset, int64_t run, int64_t stride) {
-        for (int64_t k = 0; k < run; ++k) buffer_[(i + k) * columns_ + width_] = bias_data_[offset + k * stride];
-      });
+      read_bias(first, count);
     }
     return buffer_;
   }
@@ -237,6 +308,10 @@ class Rows {
       bias_.visit(first, count, [&](int64_t i, int64_t offset, int64_t run, int64_t stride) {
         for (int64_t k = 0; k < run; ++k) bias_data_[offset + k * stride] = rows[(i + k) * columns_ + width_];
       });
+      if (dense_) {
+        for (int64_t r = 0; r < count; ++r) copy_run(rows + r * columns_, width_, data_ + (first + r) * width_);
+        return;
+      }
       for (int64_t r = 0; r < count; ++r) {
         for (int64_t c = 0; c < width_; ++c) rows[r * width_ + c] = rows[r * columns_ + c];
       }
@@ -245,11 +320,19 @@ class Rows {
   }
 
  private:
+  /// Into the last column of what was read.
+  void read_bias(int64_t first, int64_t count) const {
+    bias_.visit(first, count, [&](int64_t i, int64_t offset, int64_t run, int64_t stride) {
+      for (int64_t k = 0; k < run; ++k) buffer_[(i + k) * columns_ + width_] = bias_data_[offset + k * stride];
+    });
+  }
+
   const Walk weight_;
   const Walk bias_;
   const int64_t columns_;
   const int64_t width_;  // columns of the weight
   const bool in_place_;
+  const bool dense_;  // the weight fills its memory, row after row
   const bool biased_;
   T* const data_;
   T* const bias_data_;
@@ -329,6 +412,13 @@ class Stepper {
   void multiply_by(const S* inverse, int64_t first, int64_t rows) {
     const A* const m = buffers_.moment();
     A* const d = buffers_.direction();
+    if (p_.shared) {
+      for (int64_t c = 0; c < p_.columns; c += p_.size) {
+        const int64_t block = c / p_.size * p_.size * p_.size;
+        multiply_shared<A>(inverse + block, p_.size, m + c, rows, p_.columns, smaller(p_.size, p_.columns - c), d + c);
+      }
+      return;
+    }
     if (p_.columns == 1) {
       for_registers<A>(rows, [&](int64_t i, const auto& load, const auto&) {
         store(d + i, load(m + i) * load(inverse + first + i));
@@ -440,7 +530,7 @@ template <class Body>
 void with_stepper(const MbfStep& step, const MbfParameter& p, const Body& body) {
   with_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const int64_t block = p.inverse != nullptr ? block_numbers(p) : 0;
+    const int64_t block = p.inverse != nullptr && !p.shared ? block_numbers(p) : 0;
     const Buffers<Accumulator<T>> buffers(chunk_rows(p) * p.columns, block, p.columns);
     const auto with = [&](auto stepper) {
       body(stepper);

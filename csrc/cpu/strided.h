@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "../kernels.h"
 #include "integers.h"
@@ -60,11 +61,23 @@ class Walk {
   int64_t strides_[kMaxDims];
 };
 
+/// Runs from this length on are copied by memcpy; shorter ones cost less in a loop than a call does.
+constexpr int64_t kCopied = 32;
+
+template <class T>
+inline void copy_run(const T* from, int64_t run, T* to) {
+  if (run >= kCopied) {
+    std::memcpy(to, from, run * sizeof(T));
+  } else {
+    for (int64_t k = 0; k < run; ++k) to[k] = from[k];
+  }
+}
+
 template <class T>
 void gather(const T* data, const Walk& walk, int64_t first, int64_t count, T* out) {
   walk.visit(first, count, [&](int64_t i, int64_t offset, int64_t run, int64_t stride) {
     if (stride == 1) {  // rows of a matrix with longer rows: a copy
-      for (int64_t k = 0; k < run; ++k) out[i + k] = data[offset + k];
+      copy_run(data + offset, run, out + i);
     } else {
       for (int64_t k = 0; k < run; ++k) out[i + k] = data[offset + k * stride];
     }
@@ -75,7 +88,7 @@ template <class T>
 void scatter(const T* in, int64_t first, int64_t count, const Walk& walk, T* data) {
   walk.visit(first, count, [&](int64_t i, int64_t offset, int64_t run, int64_t stride) {
     if (stride == 1) {
-      for (int64_t k = 0; k < run; ++k) data[offset + k] = in[i + k];
+      copy_run(in + i, run, data + offset);
     } else {
       for (int64_t k = 0; k < run; ++k) data[offset + k * stride] = in[i + k];
     }

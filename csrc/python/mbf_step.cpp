@@ -98,6 +98,12 @@ void set_layout(const Call& call, MbfParameter& parameter, const TensorView& inv
     if (!matrix.fits || inverse.sizes[0] != 1 || inverse.sizes[3] != n || (blocks - 1) * n >= matrix.columns ||
         matrix.columns > blocks * n)
       refuse_shape(call, inverse, matrix, param, bias, i);
+    parameter.size = n;
+    if (directions_object.is_none() && !call.place.runs_cuda()) {
+      parameter.inverse = inverse.data;
+      parameter.shared = true;
+      return;
+    }
     const Argument argument{call, "directions", i};
     const TensorView directions = read_tensor(directions_object, argument);
     check_dtype(directions, accumulation_dtype(param.dtype), argument);
@@ -106,7 +112,6 @@ void set_layout(const Call& call, MbfParameter& parameter, const TensorView& inv
     parameter.directions = directions.data;
     parameter.row_stride = n;
     parameter.block_stride = matrix.rows * n;
-    parameter.size = n;
     return;
   }
   if (inverse.dims != 2 && inverse.dims != 3) refuse_shape(call, inverse, matrix, param, bias, i);

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import increment_version
 
-from fisher_kernels._library import Native
+from fisher_kernels._library import CPU, Native
 from fisher_kernels.ops._arguments import lacks_memory, without_autocast
 from fisher_kernels.ops._blocks import unpack
 from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define, device_of
@@ -410,10 +410,15 @@ def _caps(s: _Step, moved: Sequence[_Moved], scale: float) -> list[float]:
     return [caps[s.layer(m.entry.position)] for m in moved]
 
 
-def _directions(s: _Step) -> list[Tensor | None]:
-    """Those of parameters under shared inverses, which the kernels do not form."""
+LARGEST_SHARED = 256
+"""The CPU's kernel multiplies with shared inverses of up to this size; larger products are for BLAS."""
+
+
+def _directions(s: _Step, largest: int) -> list[Tensor | None]:
+    """Those of parameters under shared inverses larger than that, which the kernels do not form."""
     directions: list[Tensor | None] = [None] * len(s.params)
-    shared = [i for i, inverse in enumerate(s.inverses) if inverse is not None and inverse.dim() == 4]
+    fours = [(i, inverse) for i, inverse in enumerate(s.inverses) if inverse is not None and inverse.dim() == 4]
+    shared = [i for i, inverse in fours if inverse.shape[-1] > largest]
     if shared:
         s.check_lengths()
         s.check_each()
@@ -430,7 +435,7 @@ def _directions(s: _Step) -> list[Tensor | None]:
 
 
 def _native(on: Native, s: _Step) -> Results:
-    directions = _directions(s)
+    directions = _directions(s, LARGEST_SHARED if on is CPU else 0)
     # The kernel multiplies in float32 or float64, and widens bfloat16 to the former.
     inverses = [
         x.double() if x is not None and x.dtype == torch.bfloat16 and p.dtype == torch.float64 else x

@@ -59,6 +59,10 @@ PARAMETERS = (
     Parameter((130, 33), (1, 1, 34, 34)),
     Parameter((130,), None),
     Parameter((3, 2100), (1, 21, 100, 100)),
+    Parameter((19, 100), (1, 2, 64, 64)),  # rows and columns that fill no tile of a product
+    Parameter((19,), None),
+    Parameter((17, 40), (1, 1, 40, 40)),
+    Parameter((2, 300), (1, 2, 257, 257)),  # larger than the CPU's kernel takes
 )
 
 
