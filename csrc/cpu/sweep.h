@@ -10,7 +10,7 @@
 // Inverts one symmetric positive definite matrix A in place by symmetric sweeps (Gauss-Jordan elimination without
 // pivoting), a panel of columns K at a time. With A_KK = L D L^T, for all rows i and j outside of K, before it or after:
 //
-//   V_i = A_iK L^-T    Y_i = V_i D^-1    A_ij <- A_ij - Y_i V_j^T    A_iK <- Y_i L^-1    A_KK <- -A_KK^-1
+//   V_i = A_iK L^-T   Y_i = V_i D^-1   A_ij <- A_ij - Y_i V_j^T   A_iK <- Y_i L^-1   A_KK <- -A_KK^-1
 //
 // After all panels -A^-1 is left. L is applied by substitution: a product with A_KK^-1 would round by as much as the
 // condition of A_KK, which the rest of the matrix then multiplies with its own.
@@ -47,39 +47,39 @@ inline int64_t panel_width(int64_t n) {
   return n <= kLargestNarrow ? kNarrow : kMostSwept<A>;
 }
 
-/// A matrix and what sweeping it takes. The lower triangle is cut into strips of columns, which lie row after row one
-/// after the other and begin with the row of their first column. Behind the last row follow ones on the diagonal up to a
-/// whole tile, and zeros up to a whole strip.
+/// A matrix and what sweeping it takes. The lower triangle is cut into strips of columns, one after the other, row after
+/// row from that of their first column on. Behind the last row follow ones on the diagonal up to a whole tile, and zeros
+/// up to a whole strip.
 template <class A>
 struct Sweep {
-  int64_t rows;    // in whole tiles
+  int64_t rows;  // in whole tiles
   int64_t strips;
   A* entries;
-  A* right;        // [strips, kMostSwept, kStrip], V^T of the rows of a strip
-  A* left;         // the same of Y
-  A* upper;        // [kMostSwept, kMostSwept], L^T of the panel above its diagonal
-  A* lower;        // L below it
-  A* diagonal;     // [kMostSwept, kMostSwept], where it is factored
-  A* reciprocal;   // [kMostSwept], of D
+  A* right;       // [strips, kMostSwept, kStrip], V^T of the rows of a strip
+  A* left;        // the same of Y
+  A* upper;       // [kMostSwept, kMostSwept], L^T of the panel above its diagonal
+  A* lower;       // L below it
+  A* diagonal;    // [kMostSwept, kMostSwept], where it is factored
+  A* reciprocal;  // [kMostSwept], of D
 
-  /// What an n x n matrix has in all.
+  /// In memory for size(n) numbers.
+  Sweep(int64_t n, A* memory) : rows(ceil_div(n, kTileHeight) * kTileHeight), strips(ceil_div(n, kStrip<A>)) {
+    constexpr int64_t kSquare = kMostSwept<A> * kMostSwept<A>;
+    entries = memory;
+    right = entries + triangle(strips);
+    left = right + strips * kStep;
+    upper = left + strips * kStep;
+    lower = upper + kSquare;
+    diagonal = lower + kSquare;
+    reciprocal = diagonal + kSquare;
+  }
+
   static int64_t size(int64_t n) {
     const int64_t strips = ceil_div(n, kStrip<A>);
-    const int64_t square = kStrip<A> * kStrip<A>, panel = kMostSwept<A>;
-    return strips * (strips + 1) / 2 * square + 2 * strips * kStrip<A> * panel + 3 * panel * panel + panel;
+    return triangle(strips) + 2 * strips * kStep + 3 * kMostSwept<A> * kMostSwept<A> + kMostSwept<A>;
   }
 
-  Sweep(int64_t n, A* memory) : rows(ceil_div(n, kTileHeight) * kTileHeight), strips(ceil_div(n, kStrip<A>)) {
-    constexpr int64_t kPanel = kMostSwept<A>;
-    const int64_t panels = strips * kStrip<A> * kPanel;
-    entries = memory;
-    right = entries + strips * (strips + 1) / 2 * kStrip<A> * kStrip<A>;
-    left = right + panels;
-    upper = left + panels;
-    lower = upper + kPanel * kPanel;
-    diagonal = lower + kPanel * kPanel;
-    reciprocal = diagonal + kPanel * kPanel;
-  }
+  static int64_t triangle(int64_t strips) { return strips * (strips + 1) / 2 * kStrip<A> * kStrip<A>; }
 
   /// A row of a strip.
   A* at(int64_t strip, int64_t row) const {
@@ -298,7 +298,7 @@ inline void update_squares(const Sweep<A>& sweep, Panel<A> panel, int64_t begin,
   }
 }
 
-/// Leaves -A^-1 of a matrix, or returns false if it is not positive definite. What a thread does changes no bit.
+/// Leaves -A^-1 of a matrix, or returns false if it is not positive definite. Who does what changes no bit.
 template <class A>
 inline bool sweep_all(const Sweep<A>& sweep, int threads) {
   const int64_t width = panel_width<A>(sweep.rows), squares = sweep.strips * (sweep.strips + 1) / 2;
@@ -324,7 +324,8 @@ inline void load_strips(const A* a, int64_t n, A damping, const Sweep<A>& sweep)
     for (int64_t row = column; row < sweep.strips * kStrip<A>; ++row) {
       A* const to = sweep.at(strip, row);
       const int64_t filled = row < n ? smaller(kStrip<A>, row + 1 - column) : 0;
-      for_registers<A>(filled, [&](int64_t j, auto load, auto store) { store(to + j, load(a + row * n + column + j)); });
+      const A* const from = a + row * n + column;
+      for_registers<A>(filled, [&](int64_t j, auto load, auto store) { store(to + j, load(from + j)); });
       for (int64_t j = filled; j < kStrip<A>; ++j) to[j] = 0;
       if (row >= column + kStrip<A>) continue;
       to[row - column] = row < n ? to[row - column] + damping : row < sweep.rows ? 1 : 0;
