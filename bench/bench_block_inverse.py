@@ -15,6 +15,9 @@ SHAPES = {9: 65_536, 25: 8_192, 49: 2_048}
 DAMPING = 0.1
 GATES = {9: 20.0, 25: 16.0, 49: 16.0}
 
+LARGE_GATES = {65: 2.0, 128: 2.5, 256: 2.0, 512: 1.5, 1024: 1.3}
+"""Size of a single block -> the least ratio to LAPACK."""
+
 each_shape = pytest.mark.parametrize(("n", "count"), SHAPES.items())
 
 
@@ -79,6 +82,29 @@ def test_few_blocks(run_case: RunCase, n: int, count: int, least: float) -> None
             baselines={"linalg.inv": lambda: torch.linalg.inv(ready)},
             gates={"linalg.inv": least},
             repeat=20,
+        )
+    )
+
+
+@pytest.mark.parametrize(("n", "least"), LARGE_GATES.items())
+def test_large_blocks(run_case: RunCase, n: int, least: float) -> None:
+    """As K-FAC's factors; the limit is a matrix product of n^3 operations."""
+    a = blocks(1, n)
+    ready = damped(a)
+    left, right = a[0, :, : n // 2].contiguous(), a[0, : n // 2].contiguous()
+    run_case(
+        Case(
+            op="block_inverse",
+            shape=f"1 x {n} x {n}",
+            dtype=torch.float32,
+            ours=lambda: block_inverse(a, DAMPING),
+            baselines={
+                "cholesky_inverse(cholesky)": lambda: torch.cholesky_inverse(torch.linalg.cholesky(ready)),
+                "linalg.inv": lambda: torch.linalg.inv(ready),
+            },
+            gates={"cholesky_inverse(cholesky)": least, "linalg.inv": 1.0},
+            limit=lambda: left @ right,
+            repeat=max(1, 2048 // n),
         )
     )
 

@@ -17,7 +17,7 @@ from fisher_kernels._library import CUDA, native_module
 from fisher_kernels.backends import available
 from fisher_kernels.ops import block_apply, block_inverse, block_inverse_, block_solve
 from tests.cases import LAYOUTS, WRITABLE_LAYOUTS, integers, random, unaligned
-from tests.cases.block_inverse import COUNTS, SIZES, blocks, conditioned
+from tests.cases.block_inverse import COUNTS, LARGE, SIZES, blocks, conditioned
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
 from tests.rounding import Array, textbook_inverse, to_bits
 
@@ -125,7 +125,7 @@ def test_product(implementation: str, n: int, count: int, dtype: torch.dtype) ->
 
 
 @each_dtype
-@pytest.mark.parametrize("n", [1, 2, 7, 16, 33, 64])
+@pytest.mark.parametrize("n", [1, 2, 7, 16, 33, 64, 65, 130])
 def test_powers_of_two_are_exact(implementation: str, n: int, dtype: torch.dtype) -> None:
     """Diagonal blocks of powers of four, whose roots and reciprocals round nothing."""
     values = 4.0 ** integers((20, n), torch.float64, limit=3)
@@ -477,6 +477,167 @@ def test_the_lower_triangle_is_what_is_inverted(implementation: str, n: int, dty
     other = a.tril() + random(a.shape, dtype, 2).triu(1)
     assert_same_bits(block_inverse(other, 0.1)[0], block_inverse(a.tril() + a.tril(-1).mT, 0.1)[0])
     assert_same_bits(block_solve(other, 0.1, rhs)[0], block_solve(a.tril() + a.tril(-1).mT, 0.1, rhs)[0])
+
+
+# Blocks that are too large for lanes.
+
+
+def skip_what_lapack_does(implementation: str) -> None:
+    if implementation != "reference" and not implementation.startswith("cpu"):
+        pytest.skip("larger blocks go to LAPACK, as those of the reference")
+
+
+@each_dtype
+@pytest.mark.parametrize("n", LARGE)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_large_inverse(implementation: str, n: int, count: int, dtype: torch.dtype) -> None:
+    skip_what_lapack_does(implementation)
+    a = blocks(count, n, dtype)
+    before = a.clone()
+    inverse, info = block_inverse(a, 0.1)
+    assert_same_bits(info, good(count))
+    check_inverse(inverse, a, 0.1)
+    out = unaligned(torch.full_like(a, math.nan))
+    around = surroundings(out)
+    assert_same_bits(block_inverse_(out, a, 0.1), info)
+    assert_same_bits(out, inverse, "in place")
+    assert_same_bits(surroundings(out), around, "the memory around the result")
+    assert_same_bits(a, before, "the input")
+
+
+def whole_numbers(count: int, n: int) -> tuple[Tensor, Tensor]:
+    """Blocks L D L^T and their inverses, exact in float32: rows of L have one more 1 or -1, and D powers of four."""
+    factors = torch.eye(n, dtype=torch.float64).repeat(count, 1, 1)
+    before = (torch.rand(count, n, generator=torch.Generator().manual_seed(n)) * torch.arange(n)).long()
+    signs = 2 * (integers((count, n), torch.float64, 1) > 0).double() - 1
+    for i in range(1, n):
+        factors[torch.arange(count), i, before[:, i]] = signs[:, i]
+    pivots = 4.0 ** integers((count, n), torch.float64, 2, limit=1)
+    inverses = torch.linalg.solve_triangular(factors, torch.eye(n, dtype=torch.float64), upper=False)
+    return (factors * pivots[:, None]) @ factors.mT, (inverses.mT / pivots[:, None]) @ inverses
+
+
+@each_dtype
+@pytest.mark.parametrize("n", [*LARGE, 333, 513, 1000])
+def test_whole_numbers_are_exact(implementation: str, n: int, dtype: torch.dtype) -> None:
+    skip_what_lapack_does(implementation)
+    a, expected = whole_numbers(2, n)
+    inverse, info = block_inverse(a.to(dtype), 0.0)
+    assert_same_bits(info, good(2))
+    assert_within(inverse, expected, 0.0)
+
+
+def graded(n: int) -> Tensor:
+    scales = torch.logspace(-4, 0, n, dtype=torch.float64)
+    return conditioned(1, n, 1e2, torch.float64) * scales * scales[:, None]
+
+
+def of_rank(rank: int, n: int) -> Tensor:
+    x = random((1, n, rank), torch.float64)
+    return x @ x.mT / n
+
+
+HARD: dict[str, Callable[[int, float], tuple[Tensor, float]]] = {
+    "a condition of 1 / (100 u)": lambda n, u: (conditioned(1, n, 0.01 / u, torch.float64), 0.0),
+    "scales up": lambda n, u: (graded(n), 0.0),
+    "scales down": lambda n, u: (graded(n).flip(1, 2), 0.0),
+    "rank 8": lambda n, u: (of_rank(8, n), 100 * u),
+    "a quarter of the rank": lambda n, u: (of_rank(n // 4, n), 100 * u),
+}
+"""What is damped, in float64, and the damping."""
+
+
+@each_dtype
+@pytest.mark.parametrize("n", [65, 130])
+@pytest.mark.parametrize("kind", HARD)
+def test_error_of_a_large_inverse_is_that_of_rounding(
+    implementation: str, kind: str, n: int, dtype: torch.dtype
+) -> None:
+    """Sweeps that multiply by the inverse of a panel's square exceed the bound, or find no inverse."""
+    skip_what_lapack_does(implementation)
+    a, damping = HARD[kind](n, unit_roundoff(dtype))
+    a = a.to(dtype)
+    inverse, info = block_inverse(a, damping)
+    assert_same_bits(info, good(1))
+    check_inverse(inverse, a, damping)
+    if not has_more_bits(dtype):
+        pytest.skip("this machine has no format with more bits")
+    wide = (a + damping * torch.eye(n, dtype=dtype)).numpy().astype(np.longdouble)
+    assert mean_error(inverse.numpy(), wide, textbook_inverse(wide), unit_roundoff(dtype)) <= ROUNDINGS
+
+
+def pivot(place: int) -> Callable[[Tensor], None]:
+    """The matrix above and left of this entry is positive definite, and not with it."""
+
+    def spoil(a: Tensor) -> None:
+        a[place, place] = 0.0
+
+    return spoil
+
+
+def overflowing(a: Tensor) -> None:
+    a[40], a[:, 40] = 0.0, 0.0
+    a[40, 40] = torch.finfo(a.dtype).tiny / 1e5
+
+
+SPOILED_LARGE: dict[str, Callable[[Tensor], None]] = {
+    **SPOILED,
+    "the first pivot is 0": pivot(0),
+    "one on the way is 0": pivot(50),
+    "the last pivot is 0": pivot(-1),
+    "the inverse overflows": overflowing,
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("fault", SPOILED_LARGE)
+@pytest.mark.parametrize("n", [65, 97, 130])
+def test_bad_large_blocks(implementation: str, n: int, fault: str, dtype: torch.dtype) -> None:
+    skip_what_lapack_does(implementation)
+    a = blocks(4, n, dtype)
+    a.diagonal(dim1=1, dim2=2).add_(0.5)
+    clean = block_inverse(a, 0.0)[0]
+    for b in (1, 2):
+        SPOILED_LARGE[fault](a[b])
+    inverse, info = block_inverse(a, 0.0)
+    assert info.tolist() == [0, 1, 1, 0]
+    assert inverse[1:3].isnan().all()
+    assert_same_bits(inverse[::3], clean[::3])
+    out = unaligned(random(a.shape, dtype, 2))
+    before, around = out.clone(), surroundings(out)
+    assert_same_bits(block_inverse_(out, a, 0.0), info)
+    assert_same_bits(out[1:3], before[1:3])
+    assert_same_bits(out[::3], clean[::3])
+    assert_same_bits(surroundings(out), around, "the memory around the result")
+
+
+@each_dtype
+@pytest.mark.parametrize("n", [65, 97, 130])
+def test_the_lower_triangle_of_a_large_block_is_what_is_inverted(
+    implementation: str, n: int, dtype: torch.dtype
+) -> None:
+    skip_what_lapack_does(implementation)
+    a = blocks(2, n, dtype)
+    other = a.tril() + random(a.shape, dtype, 2).triu(1)
+    assert_same_bits(block_inverse(other, 0.1)[0], block_inverse(a.tril() + a.tril(-1).mT, 0.1)[0])
+
+
+@each_dtype
+@pytest.mark.parametrize("n", [65, 300, 513])
+def test_threads_and_neighbours_change_no_bit_of_a_large_inverse(
+    implementation: str, set_threads: Callable[[int], None], n: int, dtype: torch.dtype
+) -> None:
+    """Threads share out the blocks, or the tiles of one where there are fewer blocks than threads."""
+    if not implementation.startswith("cpu"):
+        pytest.skip("LAPACK promises no such thing")
+    a = blocks(3, n, dtype)
+    a[1, -1, -1] = -1.0
+    expected, info = block_inverse(a, 0.1)
+    assert info.tolist() == [0, 1, 0]
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        for first, last in ((0, 1), (1, 3), (0, 3)):
+            assert_same_bits(block_inverse(a[first:last], 0.1)[0], expected[first:last])
 
 
 # Determinism.

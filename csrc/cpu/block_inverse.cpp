@@ -3,8 +3,10 @@
 #include "../kernels.h"
 #include "integers.h"
 #include "lanes.h"
+#include "panels.h"
 #include "parallel.h"
 #include "scratch.h"
+#include "sweep.h"
 #include "vector.h"
 
 namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
@@ -336,9 +338,41 @@ inline void for_groups(const A* blocks, int64_t count, int64_t n, double damping
   });
 }
 
+/// Blocks of more rows are inverted one by one: there a register holds numbers of one block.
+constexpr int64_t kLargestInverseInLanes = 64;
+
+/// Inverts a block; out is written to only if it is good.
+template <class A>
+inline bool invert_by_sweeps(const A* block, int64_t n, A damping, const Sweep<A>& sweep, int threads, A* out) {
+  if (!all_finite(block, n * n)) return false;
+  load_strips(block, n, damping, sweep);
+  if (!sweep_all(sweep, threads) || !all_finite(sweep.entries, sweep.right - sweep.entries)) return false;
+  store_negative(sweep, n, out);
+  return true;
+}
+
+/// Threads share out the blocks, or the work on each of them where there are fewer blocks than threads.
+template <class A>
+inline void invert_large(const BlockInverse& b) {
+  const int64_t size = b.n * b.n, needed = ceil_div(Sweep<A>::size(b.n), kLanes<A>) * kLanes<A>;
+  const bool shared_out = b.count >= b.threads;
+  const int each = shared_out ? 1 : b.threads, together = shared_out ? b.threads : 1;
+  const Scratch<A> scratch(together * needed + kLanes<A>);
+  A* const memory = align(scratch.data());
+  parallel_for(together, b.count, [&](int thread, int64_t begin, int64_t end) {
+    const Sweep<A> sweep(b.n, memory + thread * needed);
+    for (int64_t i = begin; i < end; ++i) {
+      const A* const block = static_cast<const A*>(b.blocks) + i * size;
+      A* const out = static_cast<A*>(b.out) + i * size;
+      b.info[i] = invert_by_sweeps(block, b.n, static_cast<A>(b.damping), sweep, each, out) ? 0 : 1;
+      if (!b.keep_bad) fill_bad(out, size, b.info + i, 1);
+    }
+  });
+}
+
 // A product with a matrix reads it once. Rows shorter than a few registers leave lanes idle, and adding up the lanes
 // costs as much as the row: there one matrix in each lane is faster.
-constexpr int64_t kLargestInLanes = 24;
+constexpr int64_t kLargestProductInLanes = 24;
 
 template <class A>
 inline void apply_in_lanes(const A* blocks, const A* vectors, A* out, int64_t count, int64_t n, int threads) {
@@ -381,6 +415,7 @@ inline void apply_by_rows(const A* blocks, const A* vectors, A* out, int64_t cou
 void block_inverse(const BlockInverse& b) {
   with_type(b.dtype, [&](auto* type) {
     using A = Accumulator<std::remove_pointer_t<decltype(type)>>;
+    if (b.n > kLargestInverseInLanes) return invert_large<A>(b);
     A* const out = static_cast<A*>(b.out);
     const int64_t size = b.n * b.n;
     const bool streamed = worth_streaming(out, b.count * size);
@@ -423,7 +458,7 @@ void block_apply(const BlockApply& b) {
     const A* const blocks = static_cast<const A*>(b.blocks);
     const A* const vectors = static_cast<const A*>(b.vectors);
     A* const out = static_cast<A*>(b.out);
-    if (b.n <= kLargestInLanes) {
+    if (b.n <= kLargestProductInLanes) {
       apply_in_lanes(blocks, vectors, out, b.count, b.n, b.threads);
     } else {
       apply_by_rows(blocks, vectors, out, b.count, b.n, b.threads);

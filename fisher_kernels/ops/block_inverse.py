@@ -8,13 +8,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fisher_kernels._library import Native
+from fisher_kernels._library import CPU, Native
 from fisher_kernels.ops._arguments import without_autocast
 from fisher_kernels.ops._blocks import check_blocks, check_partner, new_info
 from fisher_kernels.ops._define import define
 
 LARGEST = 64
-"""The kernels for inverses take blocks of up to this size; larger ones go to LAPACK, or on a GPU to its solvers."""
+"""Blocks of up to this size are inverted and solved with many at a time.
+
+Of larger ones the CPU kernel inverts one after the other. Solutions with them, and on a GPU their inverses, are left to
+LAPACK or to the solvers of the GPU.
+"""
 
 
 def _check_damping(op: str, damping: float) -> None:
@@ -61,6 +65,10 @@ def _invert(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     return inverse.contiguous(), bad | _not_finite(inverse)
 
 
+def _kernel_inverts(on: Native, blocks: Tensor) -> bool:
+    return blocks.dim() == 3 and (on is CPU or blocks.shape[-1] <= LARGEST)
+
+
 # block_inverse
 
 
@@ -78,7 +86,7 @@ def _reference(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 
 
 def _native(on: Native, blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    if blocks.dim() != 3 or blocks.shape[-1] > LARGEST:
+    if not _kernel_inverts(on, blocks):
         return _reference(blocks, damping)
     blocks = blocks.contiguous()
     inverse, info = torch.empty_like(blocks), new_info(blocks)
@@ -146,7 +154,7 @@ def _into_reference(out: Tensor, blocks: Tensor, damping: float) -> Tensor:
 
 
 def _into_native(on: Native, out: Tensor, blocks: Tensor, damping: float) -> Tensor:
-    if blocks.dim() != 3 or blocks.shape[-1] > LARGEST:
+    if not _kernel_inverts(on, blocks):
         return _into_reference(out, blocks, damping)
     info, dense = new_info(blocks), out.contiguous()
     on.kernels.block_inverse_(dense, blocks.contiguous(), damping, info, on.place(blocks.device))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fisher_kernels.ops import block_inverse_
+from fisher_kernels.ops.block_inverse import LARGEST
 from fisher_kernels.optim.kronecker_factors import SIDES, KroneckerFactors, Pair, mean_eigenvalue
 
 MOST_TOGETHER = 2**26
@@ -76,7 +77,10 @@ def _inverses(root: float, rows: Tensor, columns: Tensor, old_rows: Tensor, old_
 
 
 def _all_inverses(layers: Sequence[tuple[Any, ...]]) -> list[Inverses]:
-    """The inverses of layers, each with the arguments of :func:`_inverses`. Factors of a size are inverted together."""
+    """The inverses of layers, each with the arguments of :func:`_inverses`.
+
+    Factors of a size are inverted together, but for those on the CPU that its kernel takes one by one anyway.
+    """
     found: dict[int, tuple[Tensor, Tensor]] = {}  # 2 layer + side -> inverses, and how many are bad
     alike: dict[tuple[Any, ...], list[tuple[int, Tensor, Tensor, Tensor]]] = defaultdict(list)
     for layer, (root, rows, columns, old_rows, old_columns) in enumerate(layers):
@@ -86,6 +90,8 @@ def _all_inverses(layers: Sequence[tuple[Any, ...]]) -> list[Inverses]:
         for side, (factor, damping, old) in enumerate(sides):
             if factor.dim() == 2:
                 found[2 * layer + side] = _reciprocals(factor, damping, old)
+            elif factor.is_cpu and factor.shape[-1] > LARGEST:
+                found[2 * layer + side] = _inverted_alone(factor, damping, old)
             else:
                 key = factor.shape[-1], factor.dtype, factor.device
                 alike[key].append((2 * layer + side, factor, damping, old))
@@ -116,3 +122,11 @@ def _inverted(
     sizes = [len(factor) for factor in factors]
     bad = block_inverse_(new, damped, 0.0).split(sizes)
     return [(inverses, of_factor.sum()) for inverses, of_factor in zip(new.split(sizes), bad, strict=True)]
+
+
+def _inverted_alone(factor: Tensor, damping: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for one factor, of which nothing is copied."""
+    new = old.clone()
+    each = zip(new.split(1), factor.split(1), damping.tolist(), strict=True)
+    bad = [block_inverse_(inverse, matrix, value) for inverse, matrix, value in each]
+    return new, torch.cat(bad).sum()

@@ -82,6 +82,7 @@ def _samples() -> Iterator[Sample]:
     for op, (names, tolerance) in _OPS.items():
         yield Sample(op, "18 of 5 x 5", FACTOR_DTYPES, partial(_inputs, names, 18, 5, False), tolerance)
         yield Sample(op, "2 of 65 x 65", FACTOR_DTYPES, partial(_inputs, names, 2, 65, False), tolerance)
+        yield Sample(op, "4 of 130 x 130", FACTOR_DTYPES, partial(_inputs, names, 4, 130, False), tolerance)
         yield Sample(op, "strided", FACTOR_DTYPES, partial(_inputs, names, 5, 4, True), tolerance)
 
 
