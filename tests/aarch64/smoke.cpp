@@ -222,7 +222,7 @@ int main() {
   check_conv_gram(1, 2);
   check_conv_gram(1, 9);
   check_conv_gram(6, 1);
-  for (const int64_t n : {1, 3, 6, 17}) {
+  for (const int64_t n : {1, 3, 6, 17, 70, 100}) {
     check_block_inverse<float>(DType::float32, n);
     check_block_inverse<double>(DType::float64, n);
   }
