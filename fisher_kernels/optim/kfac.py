@@ -23,7 +23,7 @@ from fisher_kernels.optim.base import totals
 from fisher_kernels.optim.factor_inverses import FactorInverses
 from fisher_kernels.optim.fisher_blocks import ASIDE, BLOCK_STATE, New
 from fisher_kernels.optim.hyperparameters import require_choice, require_numbers
-from fisher_kernels.optim.kronecker import RAMP, Bounds, KroneckerOptimizer, goes_on
+from fisher_kernels.optim.kronecker import RAMP, Bounds, KroneckerOptimizer
 from fisher_kernels.optim.kronecker_factors import KroneckerFactors, factor_state
 from fisher_kernels.optim.momentum_image import IMAGE, MomentumImages
 from fisher_kernels.optim.refresh import is_due
@@ -230,15 +230,15 @@ class KFAC(KroneckerOptimizer):
         state["exp_avg_updates"] = torch.full((), steps, dtype=ACCUMULATOR[p.dtype], device=p.device)
 
     def _observe(self, params: list[Parameter], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Average squared gradients in."""
+        """Average squared gradients in, but for elements that stay."""
         for p in params:
             state, group = self.state[p], self._groups[p]
-            gradient, _ = self._gradient(p, group, grad_scale, found_inf)
+            gradient, bad = self._gradient(p, group, grad_scale, found_inf)
             if "exp_avg_sq" not in state:  # a layer served it before, and its momentum is that of all steps
                 self._make_squares(p, group["iteration"])
                 state["exp_avg_sq"].add_(gradient.square() * (1 - group["beta2"] ** group["iteration"]))
-            average(state["exp_avg_sq"], gradient.square(), group["beta2"], goes_on(found_inf))
-            state["exp_avg_updates"].add_(goes_on(found_inf))
+            average(state["exp_avg_sq"], gradient.square(), group["beta2"], 1.0 if bad is None else ~bad)
+            state["exp_avg_updates"].add_(1.0 if bad is None else (~bad).any())
 
     def _by_root(self, p: Parameter, vector: Tensor) -> Tensor:
         """Adam's direction; the momentum is a sum, which 1 - momentum makes an average."""
