@@ -88,7 +88,7 @@ class EKFAC(KFAC):
         sequence: Literal["expand", "reduce"] = "expand",
         loss_reduction: Literal["mean", "sum"] = "mean",
         loss_terms: Literal["rows", "samples"] = "rows",
-        others: Literal["curvature", "adam"] = "curvature",
+        others: Literal["curvature", "adam"] = "adam",
         others_lr: float = OTHERS_LR,
         directions: Literal["auto", "dense"] = "auto",
         weight_decay: float = 0.0,
