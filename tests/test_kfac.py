@@ -291,6 +291,42 @@ def test_others_by_adam_resume_and_take_over_what_a_layer_served(kind: type[KFAC
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
+class Queries(nn.Module):
+    """An Embedding that is not called: its table is what is looked up with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.tanh(x + self.table.weight))
+        return out
+
+
+@every_kind
+def test_what_adam_trains_needs_no_use_of_its_layer(kind: type[KroneckerOptimizer]) -> None:
+    """It takes no fallback, and nothing is refused or warned of; with blocks it does."""
+    for others in ("adam", "curvature"):
+        own = {} if kind is EKFACAdam else {"others": others}
+        for fallback in ("error", "warn"):
+            torch.manual_seed(0)
+            model = Queries()
+            optimizer = kind(model, fallback=fallback, **own)  # type: ignore[call-arg,arg-type]
+            model(torch.randn(2, 5, 4)).square().mean().backward()
+            if kind is EKFACAdam or others == "adam":
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    optimizer.step()
+                assert optimizer.explain()[0].rule == "element-wise"
+            elif fallback == "error":
+                with pytest.raises(RuntimeError, match=r"table\.weight"):
+                    optimizer.step()
+            else:
+                with pytest.warns(UserWarning, match=r"saw no use of them: table\."):
+                    optimizer.step()
+                assert optimizer.explain()[0].fallback
+
+
 @pytest.mark.parametrize("said", [True, False])
 @pytest.mark.parametrize("kind", [KFAC, EKFAC])
 def test_a_state_from_before_adam_was_the_default_keeps_its_meaning(kind: type[KFAC], said: bool) -> None:
@@ -478,7 +514,7 @@ def test_explain_says_what_serves_each_parameter(kind: type[KroneckerOptimizer])
     assert tied.rule == "linear"
     assert "head.weight: factors of 7, diagonal and 5, without the statistics of its use by Embedding" in tied.detail
     assert rows["head.bias"].detail == "head.bias: factors of 7, diagonal and 5"
-    assert rows["norm.weight"].rule == "element-wise"
+    assert (rows["norm.weight"].rule, rows["norm.weight"].detail) == ("element-wise", "norm.weight: Adam")
     assert not any(row.fallback for row in rows.values())
     if kind is not EKFACAdam:
         by_blocks = {row.name: row for row in kind(model, others="curvature").explain()}  # type: ignore[call-arg]
