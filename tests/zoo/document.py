@@ -37,8 +37,8 @@ it knows, and what takes a fallback. Its column is the share of the numbers that
 the same. A weight that is an embedding as well as a linear map has the factors of the linear map. A factor of more than
 4096 rows, as the head of a language model has for its tokens, is diagonal.
 
-The tests train each of these architectures with all of them, in float32 and under bfloat16 autocast. The statistics of
-every layer that is served are compared with those of a plain rewriting of the model, which must have the model's
+The tests train each of these architectures with every optimizer, in float32 and under bfloat16 autocast. The statistics
+of every layer that is served are compared with those of a plain rewriting of the model, which must have the model's
 gradients, and a checkpoint must go on to the same bits.
 
 For your own model:
