@@ -291,6 +291,29 @@ def test_others_by_adam_resume_and_take_over_what_a_layer_served(kind: type[KFAC
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+@pytest.mark.parametrize("others", ["adam", "curvature"])
+def test_a_layer_is_trained_as_the_group_of_its_weight_says(kind: type[KFAC], others: str) -> None:
+    """As its curvature has the settings of that group; what explain() says is what is done."""
+    torch.manual_seed(0)
+    model = Words()
+    other = "curvature" if others == "adam" else "adam"
+    rest = [*model.table.parameters(), *model.head.parameters()]
+    groups = [{"params": [model.norm.weight], "others": others}, {"params": [model.norm.bias], "others": other}]
+    ours = kind(model, params=[*groups, {"params": rest}])
+    for _ in range(2):
+        ours.zero_grad()
+        model(torch.randint(7, (6, 5))).square().mean().backward()
+        ours.step()
+    by_adam = {row.name: row.detail.endswith(": Adam") for row in ours.explain() if row.name.startswith("norm")}
+    assert by_adam == dict.fromkeys(("norm.weight", "norm.bias"), others == "adam")
+    for p in model.norm.parameters():
+        assert ("exp_avg_sq" in ours.state[p]) == (others == "adam")
+        assert (ours.metrics()[f"norm.{'weight' if p is model.norm.weight else 'bias'}"]["trust_scale"] == 1) == (
+            others == "adam"
+        )
+
+
 class Queries(nn.Module):
     """An Embedding that is not called: its table is what is looked up with."""
 

@@ -220,12 +220,14 @@ class KFAC(KroneckerOptimizer):
         return Elementwise(rule.factoring, rule.context)
 
     def _found_by_adam(self) -> frozenset[Parameter]:
-        """The parameters that no factors serve, of groups that say so."""
-        served = set(self._factors.served)
+        """The parameters that no factors serve, where their group says so, or that of the weight of their layer."""
+        served, elementwise = set(self._factors.served), set[Parameter]()
         for site in self.statistics.sites:
-            if not isinstance(site.rule, Elementwise):  # the bias of a transposed convolution among them
-                served.update(p for layer in site.layers for p in layer.parameters.values())
-        return frozenset(p for p, group in self._groups.items() if group["others"] == "adam" and p not in served)
+            # The bias of a transposed convolution is served.
+            of_rule = elementwise if isinstance(site.rule, Elementwise) else served
+            of_rule.update(p for layer in site.layers for p in layer.parameters.values())
+        adam = {p for p, group in self._groups.items() if group["others"] == "adam" or p in elementwise}
+        return frozenset(adam - served)
 
     def _make_squares(self, p: Parameter, steps: int = 0) -> None:
         state = self.state[p]
