@@ -304,6 +304,8 @@ def check(
         terminal.show(_served_table(kinds), width=max(Console().width, 100))
         total = sum(kind.parameters for kind in kinds)
         _show_line(f"{type(reader).__name__} serves {_percent(share)} of {total:,} trained parameters by a rule")
+        if by_adam := served.share_by_adam(kinds):
+            _show_line(f"{_percent(by_adam)} have a rule and no factors: Adam trains them, and what has no rule")
         if inputs is None:
             _show_line("by the classes of the layers alone: return (model, example inputs) to see what they compute")
     if share < at_least:

@@ -47,11 +47,14 @@ DEFAULTS: dict[str, Any] = {
     "max_factor_size": 4096,
     "sequence": "expand",
     "loss_reduction": "mean",
+    "others": "adam",
+    "others_lr": 0.1,
     "weight_decay": 0.0,
     "decoupled": True,
     "maximize": False,
 }
 FLOOR = 1e-3
+EPS = 1e-8
 
 Sides = tuple[Tensor, Tensor]
 """What rows and columns of one matrix meet, each (samples, positions, n)."""
@@ -197,6 +200,8 @@ class NaiveKFAC:
         self.scale = 1.0
         self.caps: list[float] = []
         self.blocks = list(self._blocks(model))
+        beside = [b for b in self.blocks if self.method != "adam" and self.by_adam(b)]
+        self.free = {id(p) for block in beside for p in block.params.values()}  # no bound counts their steps
         self.output: Tensor | None = None
         model.register_forward_hook(self._keep_output)
 
@@ -264,6 +269,13 @@ class NaiveKFAC:
         if new:
             self.terms += terms_of(new[-1], self.output)
 
+    def by_adam(self, block: Block) -> bool:
+        """Whether Adam steps it, element by element."""
+        if self.method == "adam" or block.kind == "factors":
+            return block.kind != "factors"
+        beside = bool(block.modules) and is_transposed_conv(block.modules[0])  # the bias of one
+        return bool(block.group["others"] == "adam") and not beside
+
     def _mean(self, block: Block) -> bool:
         return bool(block.group["loss_reduction"] == "mean")
 
@@ -318,7 +330,7 @@ class NaiveKFAC:
         any_layer = any(use.out.grad is not None for use in self.uses)
         layers = [b for b in self.blocks if b.kind != "fallback"]
         for block in due:
-            if (self.method == "adam" and block.kind != "factors") or not (any_layer or not layers):
+            if self.by_adam(block) or not (any_layer or not layers):
                 continue
             new = self._new(block)
             if not new:
@@ -488,7 +500,7 @@ class NaiveKFAC:
         """What the cap takes together."""
         for block in self.blocks:
             members = [p for p in block.params.values() if id(p) in moving]
-            if block.kind == "block" and (self.method == "adam" or not self.coupled(block)):
+            if self.by_adam(block) or (block.kind == "block" and not self.coupled(block)):
                 yield from ([p] for p in members)
             elif members:
                 yield members
@@ -525,11 +537,13 @@ class NaiveKFAC:
         self.scale = self.trust(directions, vectors)
         self.caps = []
         for layer in self.layers(gradients):
-            scale = self.scale * self.cap(layer, directions)
+            free = id(layer[0]) in self.free
+            scale = 1.0 if free else self.scale * self.cap(layer, directions)
             for p in layer:
                 group = self.group_of[id(p)]
                 decay = group["weight_decay"] * p if group["decoupled"] else 0.0
-                p -= group["lr"] * (scale * directions[id(p)] + decay)
+                rate = group["others_lr"] * group["lr"] if free else group["lr"]
+                p -= rate * (scale * directions[id(p)] + decay)
         for group in self.groups:
             group["iteration"] += 1
 
@@ -539,13 +553,17 @@ class NaiveKFAC:
             mine = {id(p): gradients[id(p)] for p in block.params.values() if id(p) in gradients}
             if not mine:
                 continue
-            if self.method == "adam" and block.kind != "factors":
+            if self.by_adam(block):
                 for key, g in mine.items():
                     group, n = self.group_of[key], self.counts[key]
                     old = self.squares.get(key, torch.zeros_like(g))
                     self.squares[key] = group["beta2"] * old + (1 - group["beta2"]) * g.square()
                     filled = self.squares[key] / (1 - group["beta2"] ** n)
-                    found[key] = vectors[key] / (filled + group["damping"] * filled.mean() + 1e-16).sqrt()
+                    if self.method == "adam":
+                        found[key] = vectors[key] / (filled + group["damping"] * filled.mean() + 1e-16).sqrt()
+                    else:  # the momentum is a sum, of which an average is 1 - momentum
+                        mean = (1 - group["momentum"]) * vectors[key] / (1 - group["momentum"] ** n)
+                        found[key] = mean / (filled.sqrt() + EPS)
                 continue
             if self.method == "adam":
                 self.observe(block, mine)
@@ -555,7 +573,7 @@ class NaiveKFAC:
     def trust(self, directions: dict[int, Tensor], vectors: dict[int, Tensor]) -> float:
         total = 0.0
         for key, d in directions.items():
-            if self.method != "adam" and self.group_of[key]["kl_clip"] is not None:
+            if self.method != "adam" and key not in self.free and self.group_of[key]["kl_clip"] is not None:
                 total += self.group_of[key]["lr"] ** 2 * float((d * vectors[key]).sum())
         clip = self.groups[0]["kl_clip"]
         if self.method == "adam" or clip is None or abs(total) <= clip:

@@ -62,6 +62,9 @@ def scaled():
 def proven():
     return scaled()[0][:2], torch.randn(5, 3)
 
+def normalised():
+    return nn.Sequential(nn.Embedding(2, 3), nn.LayerNorm(3), nn.Linear(3, 4)), torch.tensor([0, 1])
+
 def without_derivative():
     return nn.Flatten(), torch.randn(5, 3)
 
@@ -119,7 +122,7 @@ def test_layers_are_taken_for_what_their_class_says_without_inputs(name: str) ->
 
 
 @pytest.mark.parametrize("inputs", ["one", "names", "places"])
-@pytest.mark.parametrize("optimizer", ["adafisher", "mbf"])
+@pytest.mark.parametrize("optimizer", ["adafisher", "mbf", "kfac"])
 def test_layers_prove_themselves_on_inputs(name: str, inputs: str, optimizer: str) -> None:
     found = kinds(check(f"{name}:with_{inputs}", "--json", "--optimizer", optimizer))
     assert found["output.weight"] == ("linear", "")
@@ -139,6 +142,15 @@ def test_a_layer_that_does_something_else_is_named_with_the_reason(name: str) ->
     assert "its output is not what nn.Linear computes" in " ".join(result.stdout.split())
     assert "61.5 % of 26" in result.stdout
     assert "example inputs" not in result.stdout
+
+
+def test_what_kfac_trains_with_adam_is_said(name: str) -> None:
+    result = check(f"{name}:normalised", "--optimizer", "kfac")
+    assert result.exit_code == 0, result.output
+    assert "KFAC serves 100.0 % of 28 trained parameters by a rule" in result.stdout
+    assert "42.8 % have a rule and no factors: Adam trains them" in result.stdout
+    assert "no factors: Adam trains it" in result.stdout
+    assert "Adam" not in check(f"{name}:normalised", "--optimizer", "mbf").stdout
 
 
 def test_the_exit_status_says_whether_enough_is_served(name: str) -> None:

@@ -148,7 +148,7 @@ MINI_BLOCKS = Make(
 KRONECKER = Make(
     KFAC,
     count="fisher_updates",
-    others={"sequence": "reduce", "max_factor_size": 5, "lr": 2e-3},
+    others={"sequence": "reduce", "max_factor_size": 5, "others": "curvature", "lr": 2e-3},
     bad=(
         ("momentum", 1.0),
         ("momentum", -0.1),
@@ -169,15 +169,21 @@ KRONECKER = Make(
         ("fisher", "true"),
         ("sequence", "flatten"),
         ("loss_reduction", "none"),
+        ("others", "sgd"),
+        ("others_lr", -0.1),
+        ("others_lr", math.nan),
+        ("others_lr", math.inf),
+        ("directions", "sparse"),
     ),
 )
 ADAM_BASIS = replace(
     KRONECKER,
     optimizer=EKFACAdam,
+    others={"sequence": "reduce", "max_factor_size": 5, "lr": 2e-3},
     bad=(
         ("beta1", 1.0),
         ("beta1", -0.1),
-        *(x for x in KRONECKER.bad if x[0] not in ("momentum", "kl_clip")),
+        *(x for x in KRONECKER.bad if x[0] not in ("momentum", "kl_clip", "others", "others_lr", "directions")),
     ),
 )
 RANK_ONE = Make(
@@ -231,7 +237,8 @@ def _configurations() -> Iterator[tuple[str, Make]]:
     yield "EKFACAdam-overlap", replace(ADAM_BASIS, settings=beside)
     yield "MBF-bfloat16", replace(MINI_BLOCKS, settings=halves)
     yield "KFAC", KRONECKER
-    yield "KFAC-intervals", replace(KRONECKER, settings={**intervals, "weight_decay": 0.01})
+    blocks = {"others": "curvature", "weight_decay": 0.01}
+    yield "KFAC-intervals", replace(KRONECKER, settings={**intervals, **blocks})
     yield "KFAC-diagonal", replace(KRONECKER, settings={"max_factor_size": 6, "sequence": "reduce", **l2})
     yield "EKFAC", replace(KRONECKER, optimizer=EKFAC, settings={**intervals, "weight_decay": 0.01})
     yield "EKFACAdam", replace(ADAM_BASIS, settings={**intervals, **l2})

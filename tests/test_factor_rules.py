@@ -53,10 +53,12 @@ SETTINGS: dict[str, Any] = {
 """What the tests use where they do not say otherwise: every coefficient has an effect within a few steps."""
 
 METHODS: dict[str, tuple[type[Any], dict[str, Any]]] = {
-    "kfac": (KFAC, {"momentum": 0.6, "kl_clip": None}),
-    "ekfac": (EKFAC, {"momentum": 0.6, "kl_clip": None}),
+    "kfac": (KFAC, {"momentum": 0.6, "kl_clip": None, "others": "curvature"}),
+    "ekfac": (EKFAC, {"momentum": 0.6, "kl_clip": None, "others": "curvature"}),
     "adam": (EKFACAdam, {"beta1": 0.6}),
 }
+"""Those that have blocks beside factors make everything of the curvature, unless told otherwise."""
+BY_ADAM: dict[str, Any] = {"others": "adam", "others_lr": 0.3}
 
 Groups = Callable[[nn.Module], list[dict[str, Any]]]
 
@@ -250,6 +252,7 @@ def test_embedding(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     for method in METHODS:
         follow(nn.Embedding(7, 4, padding_idx=2), tokens(*shape), method, weight_decay=0.01)
+    follow(nn.Embedding(7, 4, padding_idx=2), tokens(*shape), weight_decay=0.01, **BY_ADAM)
 
 
 # Uses and micro-batches that add up.
@@ -322,11 +325,51 @@ def test_network(network: str, method: str) -> None:
 @pytest.mark.parametrize("fallback", ["bilinear", "free-parameter", "embedding-bag"])
 def test_fallback(fallback: str) -> None:
     build, call, names = FALLBACKS[fallback]
-    for method in METHODS:
+    runs: list[tuple[str, dict[str, Any]]] = [*((method, {}) for method in METHODS), ("kfac", BY_ADAM)]
+    for method, own in runs:
         torch.manual_seed(0)
-        optimizer, _ = follow(WithFallback(build(), call), batch_of(6, 4), method)
+        optimizer, _ = follow(WithFallback(build(), call), batch_of(6, 4), method, **own)
         rows = {row.name for row in optimizer.explain() if row.fallback}
         assert rows == {f"fallback.{name}" for name in names}
+
+
+# What has no factors, by Adam.
+
+
+@pytest.mark.parametrize("method", ["kfac", "ekfac"])
+@pytest.mark.parametrize("decoupled", [True, False])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_others_by_adam(network: str, decoupled: bool, method: str) -> None:
+    """Beside layers with factors, whose bounds do not count it."""
+    build, batch = NETWORKS[network]
+    torch.manual_seed(0)
+    optimizer, naive = follow(
+        build(),
+        batch,
+        method,
+        steps=5,
+        decoupled=decoupled,
+        weight_decay=0.1,
+        maximize=not decoupled,
+        update_interval=2,
+        inverse_interval=3,
+        max_relative_step=1e-3,
+        kl_clip=1e-4,
+        **BY_ADAM,
+    )
+    assert naive.scale < 1
+    assert min(naive.caps) < 1
+    assert_no_fallback(optimizer)
+
+
+@pytest.mark.parametrize("layer", ["batchnorm2d", "layernorm-3d", "groupnorm", "deconv2d-stride-padding"])
+def test_layers_by_adam(layer: str) -> None:
+    """The bias of a transposed convolution keeps its blocks."""
+    build, shape = LAYERS[layer]
+    torch.manual_seed(0)
+    optimizer, _ = follow(build(), batch_of(4, *shape[1:]), parts=2, weight_decay=0.01, **BY_ADAM)
+    by_adam = ["exp_avg_sq" in optimizer.state[p] for p in optimizer.param_groups[0]["params"]]
+    assert by_adam == [not layer.startswith("deconv")] * 2
 
 
 # What is trained, and in which group.
@@ -352,9 +395,10 @@ def test_weight_and_bias_in_different_groups(layer: str) -> None:
         return [{"params": [model.get_parameter("weight")]}, bias]
 
     build, shape = LAYERS[layer]
-    for method in METHODS:
+    runs: list[tuple[str, dict[str, Any]]] = [*((method, {}) for method in METHODS), ("kfac", BY_ADAM)]
+    for method, own in runs:
         torch.manual_seed(0)
-        follow(build(), batch_of(*shape), method, params=groups)
+        follow(build(), batch_of(*shape), method, params=groups, **own)
 
 
 @pytest.mark.parametrize("layer", HALVES[:-1])

@@ -760,8 +760,8 @@ def test_gradients_set_by_hand_warn_once(make):
 def test_zero_gradients_without_statistics_use_curvature_one(make):
     """What checkpoint tools do to make the state of a fresh optimizer."""
     model = mlp()
-    bounds = () if make is AdaFisher else ("kl_clip", "max_relative_step")
-    optimizer = make(model, lr=0.5, **dict.fromkeys(bounds))
+    settings = {} if make is AdaFisher else {"kl_clip": None, "max_relative_step": None}
+    optimizer = make(model, lr=0.5, **settings, **({"others": "curvature"} if make is KFAC else {}))
     before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
         p.grad = torch.zeros_like(p)

@@ -195,10 +195,11 @@ def test_the_cap_bounds_each_layer() -> None:
 def test_one_trust_region_over_all_groups() -> None:
     """Groups with decay and without are stepped as one."""
     model, twin = network(dtype=torch.float64), network(dtype=torch.float64)
-    whole = KFAC(model, kl_clip=1e-6, momentum=0.0)
+    settings: dict[str, Any] = {"kl_clip": 1e-6, "momentum": 0.0, "others": "curvature"}
+    whole = KFAC(model, **settings)
     norms = [p for p in twin.parameters() if p.dim() == 1]
     weights = [p for p in twin.parameters() if p.dim() > 1]
-    split = KFAC(twin, kl_clip=1e-6, momentum=0.0, params=[{"params": weights}, {"params": norms}])
+    split = KFAC(twin, **settings, params=[{"params": weights}, {"params": norms}])
     for net, optimizer in ((model, whole), (twin, split)):
         train(net, optimizer, range(1))
     scales = {row["trust_scale"] for optimizer in (whole, split) for row in optimizer.metrics().values()}
@@ -289,6 +290,123 @@ def test_others_by_adam_resume_and_take_over_what_a_layer_served(kind: type[KFAC
     assert_same_parameters(model, twin)
     assert_same_state(resumed.state_dict(), ours.state_dict())
     assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+@pytest.mark.parametrize("others", ["adam", "curvature"])
+def test_a_layer_is_trained_as_the_group_of_its_weight_says(kind: type[KFAC], others: str) -> None:
+    """As its curvature has the settings of that group; what explain() says is what is done."""
+    torch.manual_seed(0)
+    model = Words()
+    other = "curvature" if others == "adam" else "adam"
+    rest = [*model.table.parameters(), *model.head.parameters()]
+    groups = [{"params": [model.norm.weight], "others": others}, {"params": [model.norm.bias], "others": other}]
+    ours = kind(model, params=[*groups, {"params": rest}])
+    for _ in range(2):
+        ours.zero_grad()
+        model(torch.randint(7, (6, 5))).square().mean().backward()
+        ours.step()
+    by_adam = {row.name: row.detail.endswith(": Adam") for row in ours.explain() if row.name.startswith("norm")}
+    assert by_adam == dict.fromkeys(("norm.weight", "norm.bias"), others == "adam")
+    for p in model.norm.parameters():
+        assert ("exp_avg_sq" in ours.state[p]) == (others == "adam")
+        assert (ours.metrics()[f"norm.{'weight' if p is model.norm.weight else 'bias'}"]["trust_scale"] == 1) == (
+            others == "adam"
+        )
+
+
+class Queries(nn.Module):
+    """An Embedding that is not called: its table is what is looked up with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.tanh(x + self.table.weight))
+        return out
+
+
+@every_kind
+def test_what_adam_trains_needs_no_use_of_its_layer(kind: type[KroneckerOptimizer]) -> None:
+    """It takes no fallback, and nothing is refused or warned of; with blocks it does."""
+    for others in ("adam", "curvature"):
+        own = {} if kind is EKFACAdam else {"others": others}
+        for fallback in ("error", "warn"):
+            torch.manual_seed(0)
+            model = Queries()
+            optimizer = kind(model, fallback=fallback, **own)  # type: ignore[call-arg,arg-type]
+            model(torch.randn(2, 5, 4)).square().mean().backward()
+            if kind is EKFACAdam or others == "adam":
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    optimizer.step()
+                assert optimizer.explain()[0].rule == "element-wise"
+            elif fallback == "error":
+                with pytest.raises(RuntimeError, match=r"table\.weight"):
+                    optimizer.step()
+            else:
+                with pytest.warns(UserWarning, match=r"saw no use of them: table\."):
+                    optimizer.step()
+                assert optimizer.explain()[0].fallback
+
+
+@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+def test_a_state_from_before_adam_was_the_default_keeps_its_meaning(kind: type[KFAC], said: bool) -> None:
+    """Its groups say "curvature", or nothing of it."""
+    torch.manual_seed(0)
+    model, twin = Words(), Words()
+    ours, resumed = kind(model, others="curvature"), kind(twin)
+
+    def go(net: nn.Module, optimizer: KFAC, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            net(torch.randint(7, (6, 5), generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            optimizer.step()
+
+    go(model, ours, range(3))
+    go(twin, resumed, range(1))
+    saved = ours.state_dict()
+    if not said:
+        for group in saved["param_groups"]:
+            del group["others"], group["others_lr"]
+    twin.load_state_dict(model.state_dict())
+    resumed.load_state_dict(saved)
+    assert resumed.param_groups[0]["others"] == "curvature"
+    go(model, ours, range(3, 6))
+    go(twin, resumed, range(3, 6))
+    assert_same_parameters(model, twin)
+    assert "exp_avg_sq" not in resumed.state[twin.norm.weight]
+    assert int(resumed.state[twin.norm.weight]["fisher_updates"]) == 6
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC, EKFACAdam])
+def test_others_by_adam_stay_where_gradients_are_not_finite(kind: type[KroneckerOptimizer]) -> None:
+    """One element, which goes on as if the step had not been, and then all."""
+    torch.manual_seed(0)
+    model = Words()
+    ours = kind(model)
+    bad = None
+    for step in range(3):
+        ours.zero_grad()
+        model(torch.randint(7, (6, 5))).square().mean().backward()
+        before = [{k: v.clone() for k, v in ours.state[model.norm.weight].items()}, parameters_of(model)]
+        bad = (slice(1, 2), slice(None))[step - 1] if step else slice(0)
+        for p in (model.norm.weight, model.norm.bias):
+            p.grad[bad] = math.nan  # type: ignore[index]
+        ours.step()
+        state, counted = ours.state[model.norm.weight], 2 if step == 2 else step + 1
+        for name, value in state.items():
+            if name == "exp_avg_updates":
+                assert int(value) == counted
+            elif step:
+                assert torch.equal(value[bad], before[0][name][bad]), name
+                assert step == 2 or not torch.equal(value, before[0][name])
+        if step:
+            assert torch.equal(model.norm.weight[bad], before[1]["norm.weight"][bad])
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert ours.metrics()["norm.weight"]["skipped_elements"] == 5
 
 
 @pytest.mark.parametrize("kind", [KFAC, EKFAC])
@@ -446,8 +564,11 @@ def test_explain_says_what_serves_each_parameter(kind: type[KroneckerOptimizer])
     assert tied.rule == "linear"
     assert "head.weight: factors of 7, diagonal and 5, without the statistics of its use by Embedding" in tied.detail
     assert rows["head.bias"].detail == "head.bias: factors of 7, diagonal and 5"
-    assert rows["norm.weight"].rule == ("element-wise" if kind is EKFACAdam else "norm")
+    assert (rows["norm.weight"].rule, rows["norm.weight"].detail) == ("element-wise", "norm.weight: Adam")
     assert not any(row.fallback for row in rows.values())
+    if kind is not EKFACAdam:
+        by_blocks = {row.name: row for row in kind(model, others="curvature").explain()}  # type: ignore[call-arg]
+        assert by_blocks["norm.weight"].rule == "norm"
 
 
 # State.
@@ -775,7 +896,7 @@ def test_processes_of_the_same_data_have_the_statistics_of_one(fisher: str, monk
         if processes == 2:
             monkeypatch.setattr(statistics, "dist", TWINS)
         model = network(dtype=torch.float64)
-        optimizer = KFAC(model, fisher=fisher, **ALWAYS)  # type: ignore[arg-type]
+        optimizer = KFAC(model, fisher=fisher, others="curvature", **ALWAYS)  # type: ignore[arg-type]
         out = model(torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(0)).double())
         optimizer.sample(out)
         F.cross_entropy(out, torch.arange(8) % 3).backward()

@@ -183,6 +183,7 @@ class Elementwise(TermRule):
 
     name: ClassVar[str] = "element-wise"
     keeps_input = False
+    needs_uses = False
 
     def __init__(self, factoring: Factoring, context: Context) -> None:
         super().__init__(factoring.sharing, ())

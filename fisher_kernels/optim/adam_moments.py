@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def average(old: Tensor, new: Tensor, decay: float, going_on: float | Tensor) -> None:
-    """Average a tensor in; not if ``going_on`` is 0, which may be known on the device alone."""
+    """Average a tensor in; not where ``going_on`` is 0, which may be known on the device alone."""
     if isinstance(going_on, Tensor):
-        old.add_((new - old) * ((1 - decay) * going_on).to(old.device, old.dtype))
+        old.copy_(torch.where(going_on.to(old.device).bool(), old.mul(decay).add_(new, alpha=1 - decay), old))
     else:
         old.mul_(decay).add_(new, alpha=1 - decay)
 

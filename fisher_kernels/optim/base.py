@@ -54,7 +54,9 @@ class Explanations(tuple[Explanation, ...]):
         for row in self:
             rule = f"{row.rule}, frozen" if row.frozen else row.rule
             shape = " x ".join(map(str, row.shape)) or "scalar"
-            rows.append((row.name, shape, str(row.group), rule, f"{row.state_bytes:,}", row.detail))
+            # Its own name stands beside it; where other layers serve it too, each is named.
+            detail = row.detail.removeprefix(f"{row.name}: ") if "; " not in row.detail else row.detail
+            rows.append((row.name, shape, str(row.group), rule, f"{row.state_bytes:,}", detail))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
         # The detail is a sentence: it goes on below itself, so that lines stay within a terminal.
         room = max(_WIDTH - sum(widths) - 2 * len(widths), 24)

@@ -88,7 +88,7 @@ class EKFAC(KFAC):
         sequence: Literal["expand", "reduce"] = "expand",
         loss_reduction: Literal["mean", "sum"] = "mean",
         loss_terms: Literal["rows", "samples"] = "rows",
-        others: Literal["curvature", "adam"] = "curvature",
+        others: Literal["curvature", "adam"] = "adam",
         others_lr: float = OTHERS_LR,
         directions: Literal["auto", "dense"] = "auto",
         weight_decay: float = 0.0,
@@ -319,7 +319,8 @@ class EKFACAdam(KroneckerOptimizer):
             if not self._factors.serves(p):
                 if "exp_avg_sq" not in self.state[p]:  # a layer served it before
                     self.state[p]["exp_avg_sq"] = g.square()
-                average(self.state[p]["exp_avg_sq"], g.square(), self._groups[p]["beta2"], going_on)
+                moving = ~stays[p] * going_on if p in stays else going_on
+                average(self.state[p]["exp_avg_sq"], g.square(), self._groups[p]["beta2"], moving)
         super()._move(params, stays, found_inf)
 
     def _directions(self, vectors: Mapping[Parameter, Tensor]) -> Iterator[tuple[Parameter, Tensor]]:

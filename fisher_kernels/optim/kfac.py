@@ -23,14 +23,14 @@ from fisher_kernels.optim.base import totals
 from fisher_kernels.optim.factor_inverses import FactorInverses
 from fisher_kernels.optim.fisher_blocks import ASIDE, BLOCK_STATE, New
 from fisher_kernels.optim.hyperparameters import require_choice, require_numbers
-from fisher_kernels.optim.kronecker import RAMP, Bounds, KroneckerOptimizer, goes_on
+from fisher_kernels.optim.kronecker import RAMP, Bounds, KroneckerOptimizer
 from fisher_kernels.optim.kronecker_factors import KroneckerFactors, factor_state
 from fisher_kernels.optim.momentum_image import IMAGE, MomentumImages
 from fisher_kernels.optim.refresh import is_due
 from fisher_kernels.optim.renewal import NEXT
 from fisher_kernels.optim.term_blocks import TermBlocks
 
-OTHERS_LR = 0.03
+OTHERS_LR = 0.1
 """Adam's learning rate beside that of the factors."""
 
 EPS = 1e-8
@@ -69,15 +69,17 @@ class KFAC(KroneckerOptimizer):
     Linear               A of [h, 1], G of s
     Conv                 A of [patch, 1] at each position, G of s; for each group apart
     ConvTranspose        A of h, G of the patch of derivatives that a position makes; the bias has 1 x 1 blocks
-    normalisations       one 2 x 2 block of scale and shift for each channel
-    Embedding            1 x 1
-    anything else        1 x 1 from M times the squared gradient of the batch; ``explain()`` names these
+    normalisations       none: by Adam; ``others="curvature"``: one 2 x 2 block of scale and shift for each channel
+    Embedding            the same; 1 x 1
+    anything else        the same; 1 x 1 from M times the squared gradient of the batch; ``explain()`` names these
     ==================== ============================================================================================
+
+    Adam has a rate of its own, ``others_lr * lr``; ν and c count nothing of what it trains.
 
     State of a weight: ``momentum_buffer``, ``row_factor``, ``column_factor``, (groups, n, n) or (groups, n) if they are
     diagonal, ``row_inverse``, ``column_inverse`` and ``fisher_updates``; what has blocks has the state of :class:`MBF`.
     Before there are statistics the inverse is the identity. A factor that is not positive definite with its damping
-    keeps the inverse it has, is counted in :meth:`metrics` and warned of once. What ``others="adam"`` trains has
+    keeps the inverse it has, is counted in :meth:`metrics` and warned of once. What Adam trains has
     ``momentum_buffer``, ``exp_avg_sq`` and ``exp_avg_updates``. Where the batch has few rows (``directions``) there is
     ``momentum_image``, P_G m P_A, (1, rows, columns).
 
@@ -107,8 +109,8 @@ class KFAC(KroneckerOptimizer):
             for instance; ``"samples"``: the entries of its first dimension that have one, for a loss that pools the
             others itself.
         others: how what has no factors is trained, normalisations, embeddings and parameters without a rule.
-            ``"curvature"``: by its blocks. ``"adam"``: by Adam with the decays ``momentum`` and ``beta2`` and eps 1e-8,
-            at the rate ``others_lr * lr``; neither bound counts it. The bias of a ConvTranspose keeps its blocks.
+            ``"adam"``: by Adam with the decays ``momentum`` and ``beta2`` and eps 1e-8, at the rate ``others_lr * lr``;
+            neither bound counts it. ``"curvature"``: by its blocks. The bias of a ConvTranspose always has blocks.
         others_lr: that rate beside ``lr``, at least 0.
         directions: how P_G m P_A is made between two inversions. ``"auto"``: on the CPU, where the batch has few rows
             beside the size of a layer, of its last value and of these rows, whose inputs and derivatives are kept until
@@ -138,6 +140,7 @@ class KFAC(KroneckerOptimizer):
     moment = "momentum_buffer"
     factors_kind: ClassVar[type[KroneckerFactors]] = FactorInverses
     statistics_state = (*BLOCK_STATE, *factor_state("inverse"), IMAGE)
+    later: ClassVar[Mapping[str, Any]] = {"others": "curvature", "others_lr": OTHERS_LR}
 
     _images: MomentumImages | None = None
 
@@ -161,7 +164,7 @@ class KFAC(KroneckerOptimizer):
         sequence: Literal["expand", "reduce"] = "expand",
         loss_reduction: Literal["mean", "sum"] = "mean",
         loss_terms: Literal["rows", "samples"] = "rows",
-        others: Literal["curvature", "adam"] = "curvature",
+        others: Literal["curvature", "adam"] = "adam",
         others_lr: float = OTHERS_LR,
         directions: Literal["auto", "dense"] = "auto",
         weight_decay: float = 0.0,
@@ -217,12 +220,14 @@ class KFAC(KroneckerOptimizer):
         return Elementwise(rule.factoring, rule.context)
 
     def _found_by_adam(self) -> frozenset[Parameter]:
-        """The parameters that no factors serve, of groups that say so."""
-        served = set(self._factors.served)
+        """The parameters that no factors serve, where their group says so, or that of the weight of their layer."""
+        served, elementwise = set(self._factors.served), set[Parameter]()
         for site in self.statistics.sites:
-            if not isinstance(site.rule, Elementwise):  # the bias of a transposed convolution among them
-                served.update(p for layer in site.layers for p in layer.parameters.values())
-        return frozenset(p for p, group in self._groups.items() if group["others"] == "adam" and p not in served)
+            # The bias of a transposed convolution is served.
+            of_rule = elementwise if isinstance(site.rule, Elementwise) else served
+            of_rule.update(p for layer in site.layers for p in layer.parameters.values())
+        adam = {p for p, group in self._groups.items() if group["others"] == "adam" or p in elementwise}
+        return frozenset(adam - served)
 
     def _make_squares(self, p: Parameter, steps: int = 0) -> None:
         state = self.state[p]
@@ -230,15 +235,15 @@ class KFAC(KroneckerOptimizer):
         state["exp_avg_updates"] = torch.full((), steps, dtype=ACCUMULATOR[p.dtype], device=p.device)
 
     def _observe(self, params: list[Parameter], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Average squared gradients in."""
+        """Average squared gradients in, but for elements that stay."""
         for p in params:
             state, group = self.state[p], self._groups[p]
-            gradient, _ = self._gradient(p, group, grad_scale, found_inf)
+            gradient, bad = self._gradient(p, group, grad_scale, found_inf)
             if "exp_avg_sq" not in state:  # a layer served it before, and its momentum is that of all steps
                 self._make_squares(p, group["iteration"])
                 state["exp_avg_sq"].add_(gradient.square() * (1 - group["beta2"] ** group["iteration"]))
-            average(state["exp_avg_sq"], gradient.square(), group["beta2"], goes_on(found_inf))
-            state["exp_avg_updates"].add_(goes_on(found_inf))
+            average(state["exp_avg_sq"], gradient.square(), group["beta2"], 1.0 if bad is None else ~bad)
+            state["exp_avg_updates"].add_(1.0 if bad is None else (~bad).any())
 
     def _by_root(self, p: Parameter, vector: Tensor) -> Tensor:
         """Adam's direction; the momentum is a sum, which 1 - momentum makes an average."""

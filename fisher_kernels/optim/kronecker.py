@@ -19,6 +19,7 @@ from torch.optim.optimizer import ParamsT
 
 from fisher_kernels.curvature.factor_rules import (
     Context,
+    Elementwise,
     Factoring,
     FactorRule,
     FactorRules,
@@ -184,12 +185,12 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
         return f"{layer.place(role)}{self._kinds(role, layer.rule)}{without}"
 
     def _kinds(self, role: str, rule: TermRule) -> str:
-        """What the factors or blocks of a layer are."""
+        """What the factors or blocks of a layer are, or what trains it without."""
         for blocks in rule.blocks:
             if role in blocks.roles:
                 return f": {blocks}"
         if not isinstance(rule, FactorRule):
-            return ""
+            return ": Adam" if isinstance(rule, Elementwise) else ""
         groups, rows, columns = rule.shape
         kinds = [f"{n}{'' if rule.is_whole(side) else ', diagonal'}" for side, n in enumerate((rows, columns))]
         return f": factors of {kinds[0]} and {kinds[1]}{f' in each of {groups} groups' if groups > 1 else ''}"

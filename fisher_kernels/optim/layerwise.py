@@ -527,7 +527,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         for layer in again:
             self._unserved.remove(layer, self._groups[layer.owner])
         used = {p for i in taken for layer in sites[i].layers for p in layer.parameters.values()}
-        expected = self.statistics.armed - taken - self.statistics.late
+        expected = {i for i in self.statistics.armed - taken - self.statistics.late if sites[i].rule.needs_uses}
         self.statistics.late.clear()
         lacking = {i for i in expected if self._has_other_gradients(sites[i], used)}
         unused = lacking if taken and self.statistics.awake else set()

@@ -11,15 +11,19 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from fisher_kernels.optim import MBF, AdaFisher
+from fisher_kernels.curvature.factor_rules import Elementwise
+from fisher_kernels.optim import KFAC, MBF, AdaFisher
 from fisher_kernels.optim.base import Explanation, FisherOptimizer
 from fisher_kernels.optim.unserved import UNUSED
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], FisherOptimizer]] = {
     "adafisher": lambda model: AdaFisher(model, lr=0.0),
     "mbf": lambda model: MBF(model, lr=0.0, linear_blocks=64),
+    "kfac": lambda model: KFAC(model, lr=0.0),
 }
 """Those that read layers, so that a step leaves a model as it is."""
+
+BY_ADAM = "no factors: Adam trains it"
 
 _FOUND_OUT = re.compile(r"not served for (?:(\S+): )?(.*?)(?=; not served for|$)")
 _OFF = re.compile(r"its output is off by \S+ from what (\S+) computes.*")
@@ -33,7 +37,7 @@ class Kind:
         rule: what serves them; ``"fallback"`` if nothing does.
         layer: class of the modules that have them.
         reason: why no rule serves them; empty if one does.
-        remark: what one of several layers that share them does not serve, and why.
+        remark: what one of several layers that share them does not serve, and why; or that a rule has no factors.
         names: of the parameters.
         parameters: how many numbers they have together.
     """
@@ -77,6 +81,12 @@ def share_served(kinds: Sequence[Kind]) -> float:
     """The share of all numbers that a rule serves."""
     total = sum(kind.parameters for kind in kinds)
     return sum(kind.parameters for kind in kinds if kind.served) / total if total else 1.0
+
+
+def share_by_adam(kinds: Sequence[Kind]) -> float:
+    """The share of all numbers whose layers have a rule and no factors."""
+    total = sum(kind.parameters for kind in kinds)
+    return sum(kind.parameters for kind in kinds if kind.remark == BY_ADAM) / max(total, 1)
 
 
 @dataclass(frozen=True)
@@ -124,7 +134,9 @@ def _reason(row: Explanation, home: _Home | None) -> str:
 
 
 def _remark(row: Explanation) -> str:
-    """Which layers do not serve a parameter that another one serves."""
+    """Which layers do not serve a parameter that another one serves, and what trains one without factors."""
+    if row.rule == Elementwise.name:
+        return BY_ADAM
     return "; ".join(f"not as {name}: {_in_short(why)}" for name, why in _FOUND_OUT.findall(row.detail))
 
 

@@ -30,14 +30,14 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "AdaFisher": lambda model: AdaFisher(model, lr=1e-4),
     "AdaFisherW": lambda model: AdaFisherW(model, lr=1e-4, weight_decay=0.01),
     "MBF": lambda model: MBF(model, lr=1e-3, linear_blocks=BLOCKS, inverse_interval=2),
+    "KFAC": lambda model: KFAC(model, lr=1e-2),
     "SOFIM": lambda model: SOFIM(model.named_parameters(), lr=1e-3),
 }
-FACTORED: dict[str, Callable[[nn.Module], Any]] = {
-    "KFAC": lambda model: KFAC(model, lr=1e-2),
-    "EKFAC": lambda model: EKFAC(model, lr=1e-2),
+RARE: dict[str, Callable[[nn.Module], Any]] = {
+    "EKFAC": lambda model: EKFAC(model, lr=1e-2, others="curvature"),
     "EKFACAdam": lambda model: EKFACAdam(model, lr=1e-3),
 }
-"""Examined where they are asked for by name (``--optimizers``)."""
+"""Those that read layers as K-FAC does: the slow tier alone examines them, and ``--optimizers`` by name."""
 
 
 class Trial:
@@ -49,7 +49,7 @@ class Trial:
         self.model = seeded(seed, lambda: architecture.build(True)).to(dtype).train()
         if dtype == torch.float64 and hasattr(self.model, "set_experts_implementation"):
             self.model.set_experts_implementation("eager")  # torch's grouped products are not for float64
-        self.optimizer = {**OPTIMIZERS, **FACTORED}[optimizer](self.model)
+        self.optimizer = {**OPTIMIZERS, **RARE}[optimizer](self.model)
 
     def loss(self, step: int) -> Tensor:
         batch = self.architecture.batch(torch.Generator().manual_seed(step))

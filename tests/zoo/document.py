@@ -5,18 +5,19 @@ from __future__ import annotations
 import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from fisher_kernels.tools.environment import version
 from fisher_kernels.tools.markdown import markdown_table
-from fisher_kernels.tools.served import Kind, share_served
+from fisher_kernels.tools.served import BY_ADAM, Kind, share_served
 from tests.zoo.architecture import Architecture
 from tests.zoo.checks import trains
 from tests.zoo.shares import published_sizes, transfer
 
-READERS = ("AdaFisher", "MBF")
+READERS = ("AdaFisher", "MBF", "KFAC")
 WIDTH = 120
 GOAL = 0.95
 """Share of the parameters that rules serve of an architecture without an exemption."""
@@ -31,9 +32,14 @@ those that a small model with random weights showed after five steps of training
 in their forward passes that they compute what their class documents. The shares are counted at the published size.
 SOFIM needs no rules and serves every parameter.
 
-The tests train each of these architectures with AdaFisher, AdaFisherW, MBF and SOFIM, in float32 and under bfloat16
-autocast. The statistics of every layer that is served are compared with those of a plain rewriting of the model, which
-must have the model's gradients, and a checkpoint must go on to the same bits.
+KFAC gives Kronecker factors to linear maps and convolutions, and trains all else with Adam: norms and embeddings, which
+it knows, and what takes a fallback. Its column is the share of the numbers that have factors. EKFAC and EKFACAdam have
+the same. A weight that is an embedding as well as a linear map has the factors of the linear map. A factor of more than
+4096 rows, as the head of a language model has for its tokens, is diagonal.
+
+The tests train each of these architectures with every optimizer, in float32 and under bfloat16 autocast. The statistics
+of every layer that is served are compared with those of a plain rewriting of the model, which must have the model's
+gradients, and a checkpoint must go on to the same bits.
 
 For your own model:
 
@@ -89,11 +95,12 @@ def page(counted: Sequence[Counted]) -> str:
     overview, left = [], []
     for entry in counted:
         architecture, total = entry.architecture, max(entry.parameters, 1)
-        shares = [share_served(entry.kinds[name]) for name in READERS]
+        shares = [share_served(entry.kinds[name]) for name in READERS[:-1]] + [_share_factored(entry.kinds["KFAC"])]
         rules = _by_rule(entry.kinds[READERS[0]], total)
         overview.append((architecture.published, architecture.source, _size(total), *map(percent, shares), rules))
         left += [(architecture.published, *row) for row in _left(entry.kinds, total)]
-    header = ("model", "configuration", "parameters", *(f"{name} serves" for name in READERS), "by rule of AdaFisher")
+    serves = [f"{name} serves" for name in READERS[:-1]]
+    header = ("model", "configuration", "parameters", *serves, "KFAC has factors", "by rule of AdaFisher")
     caption = (
         f"Counted with torch {torch.__version__.partition('+')[0]} and transformers {version('transformers')}. Tied "
         "weights count once. Shares are rounded down."
@@ -102,7 +109,7 @@ def page(counted: Sequence[Counted]) -> str:
         [
             HEAD,
             "## Shares\n",
-            markdown_table(header, overview, right=(2, 3, 4)),
+            markdown_table(header, overview, right=(2, 3, 4, 5)),
             textwrap.fill(caption, WIDTH) + "\n",
             "## What takes a fallback\n",
             _why(),
@@ -114,10 +121,15 @@ def page(counted: Sequence[Counted]) -> str:
 def _why() -> str:
     text = (
         "Everything that no rule of AdaFisher serves, by the class of the module that has it; `*` stands for a number. "
-        "What MBF alone leaves out is marked. Of a weight that several layers share one may be served and "
-        "another not, which is said too."
+        "MBF takes a fallback for the same, and KFAC trains it with Adam. What these leave out besides is marked. Of a "
+        "weight that several layers share one may be served and another not, which is said too."
     )
     return textwrap.fill(text, WIDTH) + "\n"
+
+
+def _share_factored(kinds: Sequence[Kind]) -> float:
+    """The share of all numbers that Kronecker factors serve; Adam trains the rest."""
+    return share_served([replace(kind, reason=kind.remark) if kind.remark == BY_ADAM else kind for kind in kinds])
 
 
 def _by_rule(kinds: Iterable[Kind], total: int) -> str:
@@ -132,10 +144,12 @@ def _by_rule(kinds: Iterable[Kind], total: int) -> str:
 def _left(kinds: dict[str, list[Kind]], total: int) -> list[tuple[str, str, str, str]]:
     rows = [_row(kind, total, "") for kind in kinds["AdaFisher"] if kind.reason or kind.remark]
     without = {name for kind in kinds["AdaFisher"] if not kind.served for name in kind.names}
+    alone: dict[tuple[str, str, str, str], list[str]] = {}
     for name in READERS[1:]:
-        found = (kind for kind in kinds[name] if not kind.served and not without & {*kind.names})
-        rows += [_row(kind, total, f"{name}: ") for kind in found]
-    return rows
+        for kind in kinds[name]:
+            if not kind.served and not without & {*kind.names}:
+                alone.setdefault(_row(kind, total, ""), []).append(name)
+    return rows + [(*row, f"{' and '.join(names)}: {why}") for (*row, why), names in alone.items()]
 
 
 def _row(kind: Kind, total: int, mark: str) -> tuple[str, str, str, str]:

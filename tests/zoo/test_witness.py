@@ -107,7 +107,7 @@ def mbf(model: nn.Module) -> MBF:
 
 
 def kfac(model: nn.Module) -> KFAC:
-    return KFAC(model, lr=0.0)
+    return KFAC(model, lr=0.0, others="curvature")
 
 
 @pytest.mark.parametrize("layer", [Attention, Experts])
@@ -132,6 +132,8 @@ def test_every_call_is_seen_and_explains_the_gradients() -> None:
     assert check_blocks(optimizer, calls, names, linear_blocks=4) >= 6
     optimizer, calls, names = step(kfac)
     assert check_kronecker(optimizer, calls, names) >= 6
+    optimizer, calls, names = step(lambda model: KFAC(model, lr=0.0))  # whose norms and embeddings are Adam's
+    assert check_kronecker(optimizer, calls, names) == 4
 
 
 @pytest.mark.parametrize("name", ["words.weight", "conv.weight", "batch_norm.weight", "matrix.weight", "output.weight"])

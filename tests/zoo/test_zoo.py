@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.zoo import GROUPS, MODELS
+from tests.zoo.checks import OPTIMIZERS, RARE
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,7 +48,7 @@ def test_each_architecture_with_one_of_the_optimizers(groups: tuple[str, ...]) -
 @pytest.mark.parametrize("group", GROUPS)  # a process for each architecture would import for longer than it trains
 def test_each_architecture_with_every_optimizer(group: str) -> None:
     require(group)
-    assert_all_pass(list(GROUPS[group]))
+    assert_all_pass(list(GROUPS[group]), "--optimizers", ",".join({**OPTIMIZERS, **RARE}))
 
 
 @pytest.mark.slow
