@@ -24,7 +24,7 @@ HYPERPARAMETERS: dict[str, Hyperparameters] = {
     "adafisher:relative": {"lr": 0.3, "weight_decay": 5e-4},
     "adafisher:release": {"lr": 3e-4, "weight_decay": 5e-4},
     "adafisherw:relative": {"lr": 0.3, "weight_decay": 1e-4},
-    "mbf": {"lr": 1e-3, "weight_decay": 1e-2},
+    "mbf": {"lr": 3e-4, "weight_decay": 1e-2},
     "adafisherw:release": {"lr": 3e-4, "weight_decay": 1e-2},
     "sofim": {"lr": 0.3, "weight_decay": 5e-4},
     "kfac": {"lr": 0.1, "weight_decay": 1e-2},
