@@ -168,12 +168,12 @@ struct MbfArrays {
   StridedArray moment;    // accumulation_dtype(dtype)
 };
 
-/// One inverse of a step and what it acts on: a parameter in row-major order, and a bias as one more column if there is
-/// one, seen as [rows, columns]. Its inverse is one block for each row, [rows, columns, columns], or of each the lower
-/// triangle row after row, [rows, columns (columns + 1) / 2]. Or all rows share one of several blocks, [ceil(columns / size),
-/// size, size]: a row has blocks of `size`, and the last one is of what is left. These are for the CPU; elsewhere, and where
-/// they are large, the directions come from matrix products: number k of a block of a row has
-/// directions[row * row_stride + block * block_stride + k].
+/// One inverse of a step and what it acts on: a parameter in row-major order, and a bias as one more column if there
+/// is one, seen as [rows, columns]. Its inverse is one block for each row, [rows, columns, columns], or of each the
+/// lower triangle row after row, [rows, columns (columns + 1) / 2]. Or all rows share one of several blocks,
+/// [ceil(columns / size), size, size]: a row has blocks of `size`, and the last one is of what is left. These are for
+/// the CPU; elsewhere, and where they are large, the directions come from matrix products: number k of a block of a
+/// row has directions[row * row_stride + block * block_stride + k].
 struct MbfParameter {
   MbfArrays weight;
   MbfArrays bias;  // [rows]

@@ -155,9 +155,9 @@ inline void multiply_block(const S* block, int64_t n, bool packed, const A* m, A
   }
 }
 
-/// d = m P for kRows rows, `stride` numbers from one another, in kRegisters registers of columns of P, which has rows of n
-/// numbers: `count` of them, and as many numbers of a row of m and, from these columns on, of d, are there. A register of P
-/// that reaches past the end of a row is read in part where kWhole says so.
+/// d = m P for kRows rows, `stride` numbers from one another, in kRegisters registers of columns of P, which has rows
+/// of n numbers: `count` of them, and as many numbers of a row of m and, from these columns on, of d, are there. A
+/// register of P that reaches past the end of a row is read in part where kWhole says so.
 template <int kRows, int kRegisters, bool kWhole, class A, class S>
 inline void multiply_rows(const S* block, int64_t n, int64_t column, const A* m, int64_t stride, int64_t count, A* d) {
   constexpr int64_t kLength = kLanes<A>;
