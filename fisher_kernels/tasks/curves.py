@@ -11,8 +11,8 @@ pixel at the distance d from it has the intensity exp(-d^2 / (2 INK^2)).
 The loss is that of the task ``autoencoder``, the binary cross-entropy of the pixels in nats an image, and so are the
 units: ReLU, none at the code.
 
-The learning rates of AdamW, MBF and K-FAC below are the best of three or four by the clock, in 24 to 30 seconds with one
-seed; the others are not tuned, and follow the scale of those of the task ``autoencoder``.
+The learning rates of AdamW, MBF and K-FAC below are the best of three or four by the clock, in 24 to 30 seconds with
+one seed; the others are not tuned, and follow the scale of those of the task ``autoencoder``.
 """
 
 from __future__ import annotations
