@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fisher_kernels import use_backend
-from fisher_kernels.ops import ACCUMULATOR
+from fisher_kernels.ops import ACCUMULATOR, sofim_step_
 from tests.cases import (
     DTYPES,
     LAYOUTS_OF_A_STEP,
@@ -636,6 +636,30 @@ def test_a_parameter_that_is_not_finite_concerns_nobody_else(implementation: str
 
 
 # Bits.
+
+
+def test_a_rate_and_a_decay_whose_product_overflows(implementation: str) -> None:
+    """lr * decay is infinite in float32, and neither of them nor decay * w is: a weight of 0 stays where it is."""
+    params = [torch.tensor([0.0, -0.0, 1e-20, 2.0]), torch.tensor([0.0, 3.0])]
+    zeros = [torch.zeros_like(p) for p in params]
+    sofim_step_(
+        params,
+        zeros,
+        [z.clone() for z in zeros],
+        [torch.zeros(()) for _ in params],
+        lr=1e30,
+        beta=0.9,
+        rho=0.5,
+        direction="momentum",
+        scope="global",
+        weight_decay=1e10,
+        decoupled=True,
+        maximize=False,
+    )
+    assert params[0].tolist()[:2] == [0.0, 0.0]
+    assert params[0][2].item() == pytest.approx(-1e20, rel=1e-6)  # a few roundings
+    assert params[0][3].item() == params[1][1].item() == -math.inf
+    assert params[1][0].item() == 0.0
 
 
 @each_form

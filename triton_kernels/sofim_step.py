@@ -22,7 +22,7 @@ _PARAM, _GRAD, _MOMENT, _STEP, _RATE_TENSOR, _RATE, _DECAY = (tl.constexpr(k) fo
 # The layout: size, first chunk, and what a learning rate on the device is.
 _WIDTH = tl.constexpr(3)
 # Coefficients of the second pass, float64 [3, count].
-_ALONG_MOMENT, _ALONG_GRADIENT, _SHRINKAGE = (tl.constexpr(k) for k in range(3))
+_ALONG_MOMENT, _ALONG_GRADIENT, _ALONG_DECAY = (tl.constexpr(k) for k in range(3))
 
 _BLOCK = 2048  # of the second pass: 16 bytes of any dtype a thread, with warps of 32 lanes and of 64
 _WARPS_STRIDED = 8  # four elements a thread: finding them takes many registers
@@ -178,7 +178,6 @@ def solve_kernel(
     coefficients,  # [3, count]
     lr: tl.float64,
     lr_factor,
-    weight_decay: tl.float64,
     rho: tl.float64,
     found_inf,
     GLOBAL: tl.constexpr,
@@ -208,10 +207,8 @@ def solve_kernel(
         correction = tl.load(corrections + i, there, 1.0)
         if EACH:
             rate = rate_of(addresses, count, layouts + i.to(tl.int64) * _WIDTH + 2, _RATE_TENSOR, _RATE, i, there)
-            decay = number(addresses, count, _DECAY, i, there)
         else:
             rate = times(lr, lr_factor) + tl.zeros_like(i).to(tl.float64)
-            decay = tl.full((), weight_decay, tl.float64)
         bottom = rho + square
         if ALONG_GRADIENT:
             fits = is_finite(square) & is_finite(product)  # if not, the solution counts as 0
@@ -222,7 +219,7 @@ def solve_kernel(
             along_gradient = tl.zeros_like(rate)
         tl.store(coefficients + _ALONG_MOMENT * count + i, along_moment, there)
         tl.store(coefficients + _ALONG_GRADIENT * count + i, along_gradient, there)
-        tl.store(coefficients + _SHRINKAGE * count + i, rate * decay, there)
+        tl.store(coefficients + _ALONG_DECAY * count + i, rate, there)
 
 
 @triton.jit
@@ -235,7 +232,7 @@ def _descend(
     Those show by their gradients, as their moments have not changed. (One that has cannot overflow now, between itself
     and g, unless both are within rounding of the largest number.)
     """
-    along_moment, along_gradient, shrinkage = rates
+    along_moment, along_gradient, rate = rates
     w, m = tl.load(param, mask), tl.load(moment, mask)
     wide = w.to(m.dtype)
     change = along_moment * m
@@ -246,7 +243,7 @@ def _descend(
         g = _gradient(grad, param, suspect, inverse_scale, decay, COUPLED)
     if not COUPLED:
         # Not even a NaN of the parameter gets into the change where there is no decay.
-        change += tl.where(decay != 0, shrinkage * wide, 0)
+        change += tl.where(decay != 0, rate * (decay * wide), 0)
     new = narrow(wide - change, w.dtype)
     if suspect is not None:
         new = tl.where(is_finite(beta * m + gain * g) | ~suspect, new, w)
@@ -294,7 +291,7 @@ def descend_kernel(
         gain = (1 - tl.full((), beta, tl.float64)).to(A)
         along_moment = tl.load(coefficients + _ALONG_MOMENT * count + i).to(A)
         along_gradient = tl.load(coefficients + _ALONG_GRADIENT * count + i).to(A)
-        rates = along_moment, along_gradient, tl.load(coefficients + _SHRINKAGE * count + i).to(A)
+        rates = along_moment, along_gradient, tl.load(coefficients + _ALONG_DECAY * count + i).to(A)
         lanes = tl.arange(0, BLOCK)
         left = tl.minimum(tl.load(layout) - start, CHUNK).to(tl.int32)
         suspects = tl.where(tl.load(left_out + tl.load(layout + 1) + number_of_chunk) > 0, left, 0)
@@ -371,7 +368,7 @@ def step(s: Any) -> tuple[Tensor, Tensor]:
     launch(
         solve_kernel, triton.cdiv(plan.count, _PARAMS.value), device,
         plan.addresses, plan.count, plan.layout, sums, corrections, squares, coefficients,
-        rate, rate_factor, decay, s.rho, s.found_inf,
+        rate, rate_factor, s.rho, s.found_inf,
         GLOBAL=s.scope == "global", ALONG_GRADIENT=along_gradient, EACH=each, fuse=False,
     )  # fmt: skip
     for dtype, wide, strided, chunks in plan.launches:

@@ -29,11 +29,13 @@ struct Sums {
   }
 };
 
-/// The second pass takes along_moment * m + along_gradient * g + shrinkage * w off each parameter.
+/// The second pass takes along_moment * m + along_gradient * g + rate * (decay * w) off each parameter. The product of
+/// rate and decay may be beyond the range of its dtype where that of decay and w is not.
 struct Rates {
   double along_moment;
   double along_gradient;
-  double shrinkage;
+  double rate;
+  double decay;
 };
 
 /// Gradients and moments of a parameter's elements, a register of them or one.
@@ -118,7 +120,7 @@ class Stepper {
   template <bool kSomeWereSkipped>
   void descend(int64_t first, int64_t count, const Rates& rates) {
     const A along_moment = static_cast<A>(rates.along_moment), along_gradient = static_cast<A>(rates.along_gradient),
-            shrinkage = static_cast<A>(rates.shrinkage);
+            rate = static_cast<A>(rates.rate), decay = static_cast<A>(rates.decay);
     T* const w = parameter_.read(first, count);
     const T* const gradient = kAlongGradient || kSomeWereSkipped ? gradient_.read(first, count) : nullptr;
     const A* const moment = moment_.read(first, count);
@@ -126,7 +128,7 @@ class Stepper {
     for_registers<A>(count, [&](int64_t i, const auto& load, const auto& store) {
       const V old = load(w + i), m = load(moment + i);
       V change = along_moment * m;
-      if constexpr (kDecay == WeightDecay::decoupled) change += shrinkage * old;
+      if constexpr (kDecay == WeightDecay::decoupled) change += rate * (decay * old);
       if constexpr (kAlongGradient || kSomeWereSkipped) {
         const V g = momentum.gradient(load, gradient + i, w + i);
         if constexpr (kAlongGradient) change += along_gradient * g;
@@ -174,10 +176,10 @@ inline bool is_finite(double x) { return x - x == 0; }
 /// The solve of one vector, given the sums of its moments u = m / correction in place of m.
 Rates solve(const SofimStep& step, const SofimParameter& p, const Sums& sums) {
   const double square = sums.square, product = sums.product;
-  const double shrinkage = p.decay == WeightDecay::decoupled ? p.lr.value * p.weight_decay : 0.0;
-  if (!step.along_gradient) return {p.lr.value / (p.correction * (step.rho + square)), 0.0, shrinkage};
-  if (!is_finite(square) || !is_finite(product)) return {0.0, 0.0, shrinkage};
-  return {-p.lr.value * product / (p.correction * step.rho * (step.rho + square)), p.lr.value / step.rho, shrinkage};
+  const double rate = p.lr.value, decay = p.weight_decay, bottom = step.rho + square;
+  if (!step.along_gradient) return {rate / (p.correction * bottom), 0.0, rate, decay};
+  if (!is_finite(square) || !is_finite(product)) return {0.0, 0.0, rate, decay};
+  return {-rate * product / (p.correction * step.rho * bottom), rate / step.rho, rate, decay};
 }
 
 /// Calls body(stepper, parameter, chunk, first, count) for the chunks of all parameters on several threads.

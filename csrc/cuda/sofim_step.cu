@@ -28,7 +28,7 @@ struct Sums {
 };
 
 /// What a parameter adds to a dot product, and what is taken off it: along_moment * m + along_gradient * g +
-/// shrinkage * w.
+/// lr * (decay * w). The product of lr and decay may be beyond the range of its dtype where that of decay and w is not.
 struct Solution {
   double square;   // u . u
   double product;  // u . g
@@ -36,7 +36,7 @@ struct Solution {
   double lr;
   double along_moment;
   double along_gradient;
-  double shrinkage;
+  double decay;
 };
 
 /// Of both passes.
@@ -133,7 +133,8 @@ struct Descend {
   Momentum<A> momentum;
   A along_moment;
   A along_gradient;
-  A shrinkage;
+  A rate;
+  A decay;
   bool goes_along_gradient;
   bool some_were_left_out;
 
@@ -141,7 +142,8 @@ struct Descend {
       : momentum(shared, entry),
         along_moment(static_cast<A>(shared.solutions[entry.index].along_moment)),
         along_gradient(static_cast<A>(shared.solutions[entry.index].along_gradient)),
-        shrinkage(static_cast<A>(shared.solutions[entry.index].shrinkage)),
+        rate(static_cast<A>(shared.solutions[entry.index].lr)),
+        decay(static_cast<A>(shared.solutions[entry.index].decay)),
         goes_along_gradient(shared.along_gradient),
         some_were_left_out(shared.sums[entry.first_chunk + chunk].left_out > 0) {}
 
@@ -171,7 +173,7 @@ struct Descend {
     A change = rounded_product(along_moment, moment);
     if (goes_along_gradient) change = fma(along_gradient, g, change);
     // Not even a NaN of the parameter gets into the change where there is no decay.
-    if (shrinkage != 0) change = fma(shrinkage, w, change);
+    if (decay != 0) change = fma(rate, rounded_product(decay, w), change);
     parameter = narrow<T>(w - change);
   }
 
@@ -268,7 +270,7 @@ __device__ Solution open(const Shared& shared, const Entry& entry, const Sums& s
   solution.square = sums.square / (solution.correction * solution.correction);
   solution.product = sums.product / solution.correction;
   solution.lr = load(entry.lr);
-  solution.shrinkage = solution.lr * entry.weight_decay;
+  solution.decay = entry.weight_decay;
   return solution;
 }
 
