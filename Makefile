@@ -56,7 +56,7 @@ EVERYTHING = FISHER_KERNELS_CPU=$(or $(FISHER_KERNELS_CPU),all) FISHER_KERNELS_C
 ifndef AT_ONCE
 .NOTPARALLEL:
 endif
-.PHONY: help demo readme test test-all fuzz mutants bench gpu gpu-sanitize results models inspect docs lint build dist wheels clean FORCE
+.PHONY: help demo readme test test-all fuzz mutants bench gpu gpu-sanitize results data models inspect docs lint build dist wheels clean FORCE
 
 help:
 	@echo 'make demo    trains an autoencoder with AdamW, MBF and KFAC, against the clock (under a minute)'
@@ -69,6 +69,7 @@ help:
 	@echo 'make gpu     proves and measures the kernels on a CUDA GPU, in ten minutes; installs nothing'
 	@echo 'make gpu-sanitize  runs the self-test of the CUDA kernels under compute-sanitizer, on a CUDA GPU'
 	@echo 'make results compares the optimizers on every task, into docs/results.md (half an hour)'
+	@echo 'make data    brings the images of Fashion-MNIST to build/data, from the Debian package'
 	@echo 'make models  counts what of published models has a rule, into docs/models.md'
 	@echo 'make inspect compiles every GPU kernel for GPUs that need not be here, and reads its code (ten minutes)'
 	@echo 'make docs    builds the documentation as a site, in build/site, and checks its links'
@@ -118,6 +119,15 @@ gpu-sanitize:
 results: build
 	set -e; for task in $(TASKS); do $(PY) -m fisher_kernels compare $$task --force --out docs/results/$$task $(ARGS); done
 	$(PY) -m bench.tables
+
+# Fashion-MNIST, for the tasks on it, out of Debian's package of it; needs apt-get and dpkg, and no root.
+data: build/data/usr/share/datasets/fashion-mnist
+build/data/usr/share/datasets/fashion-mnist:
+	@command -v apt-get dpkg >/dev/null || { echo 'make data needs apt-get and dpkg; docs/environment.md says where else the data may lie' >&2; exit 1; }
+	rm -rf build/debian && mkdir -p build/debian
+	cd build/debian && apt-get --quiet=2 download dataset-fashion-mnist
+	dpkg -x build/debian/dataset-fashion-mnist_*.deb build/data
+	rm -r build/debian
 
 models: build
 	$(PY) -m tests.zoo --page docs/models.md $(ARGS)

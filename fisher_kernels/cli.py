@@ -19,7 +19,7 @@ from rich.table import Table
 
 from fisher_kernels import __version__, backends, tasks, terminal
 from fisher_kernels.runs import Run
-from fisher_kernels.tasks import files
+from fisher_kernels.tasks import fashion_images, files
 from fisher_kernels.tasks.files import Destination
 from fisher_kernels.tasks.optimizers import Recipe, hyperparameter
 from fisher_kernels.tasks.task import Task
@@ -37,7 +37,8 @@ app = typer.Typer(
 
 _TASKS = ", ".join(tasks.TASKS)
 _OPTIMIZERS = ", ".join(
-    name + "".join(f", {name}:{variant}" for variant in entry.variants[1:]) for name, entry in tasks.OPTIMIZERS.items()
+    name + "".join(f", {name}:{variant}" for variant in entry.variants[1:])
+    for name, entry in {**tasks.OPTIMIZERS, **tasks.CONTESTANTS}.items()
 )
 
 _MOST_SEEDS = 1000
@@ -56,6 +57,12 @@ BatchSize = Annotated[int | None, typer.Option(min=1, help="Samples per iteratio
 MaxSteps = Annotated[int | None, typer.Option(min=1, help="Stop every epoch after so many iterations.")]
 Schedule = Annotated[str, typer.Option(help="Learning rate over the run: cosine (to zero) or constant.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads.", show_default="the task's")]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER", help="Where Fashion-MNIST lies, for the tasks on it.", show_default="build/data, or /usr"
+    ),
+]
 Out = Annotated[Path | None, typer.Option(help="Folder for the files.", show_default="results/TASK")]
 Force = Annotated[bool, typer.Option("--force", help="Replace files of that name; by default new ones get a number.")]
 Resume = Annotated[
@@ -138,12 +145,14 @@ def train(
     max_steps: MaxSteps = None,
     schedule: Schedule = "cosine",
     threads: Threads = None,
+    data: Data = None,
     out: Out = None,
     force: Force = False,
     resume: Resume = None,
     as_json: Json = False,
 ) -> None:
     """Train one optimizer on a task. Exits with 1 if training diverges, with 130 if Ctrl-C ends it."""
+    _look_in(data)
     if resume is not None:
         run = _resumed(context, resume, task)
     else:
@@ -202,6 +211,7 @@ def compare(
     max_steps: MaxSteps = None,
     schedule: Schedule = "cosine",
     threads: Threads = None,
+    data: Data = None,
     out: Out = None,
     force: Force = False,
     resume: Resume = None,
@@ -214,6 +224,7 @@ def compare(
 
     A run that diverges is reported as such and does not stop the others. Exits with 130 if Ctrl-C ends it.
     """
+    _look_in(data)
     if resume is not None:
         run = _resumed(context, resume, task)
     else:
@@ -447,6 +458,15 @@ def _selftest_table(results: Sequence[selftest.Result]) -> Table:
     return table
 
 
+def _look_in(data: Path | None) -> None:
+    """Let data sets be looked for in a folder."""
+    if data is not None:
+        try:
+            fashion_images.look_in(data)
+        except tasks.MissingDataError as error:
+            terminal.refuse("--data", str(error))
+
+
 def _task(name: str | None) -> Task:
     with terminal.refusing("TASK"):
         if name is None:
@@ -554,11 +574,14 @@ def _run(
     return Run(command, comparison, Destination(out or Path("results") / task.name, stem), force)
 
 
+_BESIDE_RESUME = ("context", "task", "threads", "data", "resume", "as_json")
+
+
 def _resumed(context: typer.Context, place: Path, task: str | None) -> Run:
     """What was interrupted, with the settings that it began with."""
     for name in context.params:
         source = context.get_parameter_source(name)
-        if name not in ("context", "task", "threads", "resume", "as_json") and source and source.name == "COMMANDLINE":
+        if name not in _BESIDE_RESUME and source and source.name == "COMMANDLINE":
             terminal.refuse("--resume", f"goes on with the settings that the run began with: leave out {_option(name)}")
     with terminal.refusing("--resume"):
         restored = files.restore(str(context.info_name), place)

@@ -72,7 +72,7 @@ class Run:
                         raise tasks.Interrupted
 
                 self.comparison.run(watch, on_lap)
-        except tasks.MissingExtraError as error:
+        except (tasks.MissingExtraError, tasks.MissingDataError) as error:
             terminal.fail(str(error))
         except (KeyboardInterrupt, Exception) as error:
             return error

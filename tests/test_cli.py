@@ -348,7 +348,7 @@ def test_a_diverging_training_is_reported_and_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("compare", "mnist"), "unknown task 'mnist': choose from digits, autoencoder, curves, text"),
+        (("compare", "mnist"), "unknown task 'mnist': choose from digits, autoencoder, curves, fashion"),
         (("compare", "digits", "--optimizers", "adamw,lion"), "unknown optimizer 'lion': choose from adamw, sgd"),
         (("train", "digits", "--optimizer", "adafisher:fast"), "unknown variant 'fast' of adafisher"),
         (("train", "digits", "--optimizer", "sgd", "--damping", "1"), "sgd has no hyperparameter 'damping'"),
@@ -358,7 +358,7 @@ def test_a_diverging_training_is_reported_and_fails(tmp_path: Path) -> None:
         (("compare", "digits", "--seeds", "3,18446744073709551616"), "--seeds: seeds is '3,18446744073709551616'"),
         (("compare", "digits", "--seeds", "1000000000"), "at most 1000"),
         (("compare", "digits", "--optimizers", ","), "--optimizers: is ',', expected names"),
-        (("compare",), "TASK: is missing, expected one of digits, autoencoder, curves, text"),
+        (("compare",), "TASK: is missing, expected one of digits, autoencoder, curves, fashion"),
         (("train", "digits", "--optimizer", "sgd", "--seed", "99999999999999"), "--seed"),
         (("train", "digits", "--optimizer", "sgd", "--lr", "much"), "--lr"),
         (("train", "digits", "--optimizer", "sofim", "--rho", "0"), "--rho: is 0.0, expected a finite number above 0"),

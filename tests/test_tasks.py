@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fisher_kernels.tasks import (
+    CONTESTANTS,
     OPTIMIZERS,
     TASKS,
     Comparison,
@@ -28,18 +32,31 @@ from fisher_kernels.tasks import (
     compare,
     curves,
     digit_images,
+    fashion_images,
     find_task,
+    finetune,
+    graph,
     recipe,
     summarize,
 )
 from fisher_kernels.tasks import text as text_task
 from fisher_kernels.tasks import training as training_module
 from fisher_kernels.tasks.comparison import EqualTime, Reached, Spread, Summary, reached
-from fisher_kernels.tasks.optimizers import Recipe, hyperparameter
+from fisher_kernels.tasks.optimizers import Entry, Packaged, Recipe, hyperparameter
 from fisher_kernels.tasks.options import options
 from fisher_kernels.tasks.report import document, markdown, tables
-from fisher_kernels.tasks.task import Batch, Figures, Metric, evaluation, seeded, shuffled
+from fisher_kernels.tasks.task import (
+    Batch,
+    Figures,
+    Metric,
+    MissingDataError,
+    MissingExtraError,
+    evaluation,
+    seeded,
+    shuffled,
+)
 from fisher_kernels.tasks.training import LAPS, Record, Timing, Training, cosine, state_bytes
+from tests import idx
 
 if TYPE_CHECKING:
     from numbers import Rational
@@ -61,6 +78,25 @@ def few_curves(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     curves.load.cache_clear()
     yield
     curves.load.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def few_images(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fashion-MNIST need not be there."""
+    monkeypatch.setattr(fashion_images, "_folders", [])
+    fashion_images.look_in(idx.fashion(tmp_path_factory.mktemp("fashion")))
+    yield
+    fashion_images.load.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def little_text(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Adapters of a model that has read little."""
+    first, training, held_out = finetune.halves()
+    monkeypatch.setattr(finetune, "halves", lambda: (first[:6_000], training[:6_000], held_out[:3_000]))
+    finetune.pretrained.cache_clear()
+    yield
+    finetune.pretrained.cache_clear()
 
 
 class Clock:
@@ -198,7 +234,11 @@ def test_autoencoder_sees_the_images_of_digits_in_the_same_order() -> None:
 
 @pytest.mark.parametrize(
     ("name", "widths"),
-    [("autoencoder", [64, 500, 250, 30]), ("curves", [784, 400, 200, 100, 50, 25, 6])],
+    [
+        ("autoencoder", [64, 500, 250, 30]),
+        ("curves", [784, 400, 200, 100, 50, 25, 6]),
+        ("fashion-autoencoder", [784, 1000, 500, 250, 30]),
+    ],
 )
 def test_autoencoders_are_deep_and_linear_at_the_code_and_at_the_end(name: str, widths: list[int]) -> None:
     layers = list(find_task(name).make_model(0).children())
@@ -268,6 +308,225 @@ def test_curves_learn() -> None:
     assert record.metric[-1] < 0.6 * record.metric[0]
 
 
+def test_fashion_is_read_as_it_is_in_the_files(tmp_path: Path) -> None:
+    idx.fashion(tmp_path, training=30, test=20, suffix="")
+    fashion_images.look_in(tmp_path)
+    (images, labels), (test_images, _) = fashion_images.load()
+    assert images.shape == (30, 1, 28, 28)
+    assert len(test_images) == 20
+    assert labels.tolist() == [*range(10)] * 3
+    content = (tmp_path / "train-images-idx3-ubyte").read_bytes()
+    assert bytes(images[7].flatten().tolist()) == content[16 + 7 * 784 : 16 + 8 * 784]
+    batches = list(find_task("fashion").batches(0, 1, 8))
+    assert sorted(torch.cat([y for _, y in batches]).tolist()) == sorted(labels.tolist())
+    assert torch.equal(
+        torch.cat([x for x, _ in batches]).sum().double(),
+        torch.cat([(x * 255).round() for x, _ in batches]).div(255).sum().double(),
+    )
+    flat, targets = next(find_task("fashion-autoencoder").batches(0, 1, 8))
+    assert targets is flat
+    assert torch.equal(flat, batches[0][0].flatten(1))
+
+
+@pytest.mark.parametrize("below", ["", "usr/share/datasets/fashion-mnist", "FashionMNIST/raw", "raw"])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_fashion_is_found_where_packages_have_it(
+    below: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idx.fashion(tmp_path / below, training=10, test=10, suffix=suffix)
+    expected = [tmp_path / below / f"{name}-images-idx3-ubyte{suffix}" for name in ("train", "t10k")]
+    fashion_images.look_in(tmp_path)
+    assert [images for images, _ in fashion_images.find()] == expected
+    monkeypatch.setattr(fashion_images, "_folders", [])
+    monkeypatch.setenv(fashion_images.VARIABLE, str(tmp_path))
+    assert [images for images, _ in fashion_images.find()] == expected
+
+
+def test_fashion_that_is_nowhere_says_where_it_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MissingDataError, match=re.escape(f"{tmp_path} has no Fashion-MNIST: expected the files")):
+        fashion_images.look_in(tmp_path)
+    monkeypatch.setattr(fashion_images, "_folders", [])
+    monkeypatch.setattr(fashion_images, "PLACES", (tmp_path / "one", tmp_path / "two"))
+    monkeypatch.delenv(fashion_images.VARIABLE, raising=False)
+    message = f"Fashion-MNIST is not in {tmp_path / 'one'}, {tmp_path / 'two'}: `make data` in a checkout"
+    with pytest.raises(MissingDataError, match=re.escape(message)):
+        fashion_images.find()
+    idx.fashion(tmp_path / "two", training=10, test=10)
+    assert fashion_images.find()[0][0].parent == tmp_path / "two"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "begins with , expected 00 00 08"),
+        (b"\0\0\x0d\1\0\0\0\1\0", "begins with 00 00 0d 01, expected 00 00 08"),
+        (b"\0\0\x08\1\0\0\0\3\1\2", "has 10 bytes, expected 11 for sizes (3,)"),
+        (b"\0\0\x08\2\0\0\0\3", "has 8 bytes, expected"),
+    ],
+)
+def test_what_is_no_idx_file_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fashion_images.read_idx(path)
+    compressed = tmp_path / "file.gz"
+    compressed.write_bytes(gzip.compress(b"\0\0\x08\1\0\0\0\1\5")[:-6])
+    with pytest.raises(ValueError, match="cannot be decompressed"):
+        fashion_images.read_idx(compressed)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        (
+            "train-images-idx3-ubyte",
+            torch.zeros(4, 27, 28, dtype=torch.uint8),
+            "has shape (4, 27, 28), expected",
+        ),
+        ("train-labels-idx1-ubyte", torch.zeros(9, dtype=torch.uint8), "has shape (9,), expected (10,)"),
+        ("t10k-labels-idx1-ubyte", torch.full((10,), 10, dtype=torch.uint8), "has the label 10, expected 0 to 9"),
+    ],
+)
+def test_files_that_do_not_fit_together_are_refused(name: str, values: Tensor, message: str, tmp_path: Path) -> None:
+    idx.fashion(tmp_path, training=10, test=10, suffix="")
+    idx.write(tmp_path / name, values)
+    fashion_images.look_in(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name} {message}")):
+        fashion_images.load()
+
+
+@pytest.mark.parametrize(("name", "epochs"), [("fashion", 8), ("vit", 12)])
+def test_images_of_clothes_are_learnt(name: str, epochs: int) -> None:
+    task = find_task(name)
+    (record,) = compare(task, [recipe(task, "adamw")], [0], Settings(epochs=epochs, batch_size=20))
+    assert record.metric[0] < 40
+    assert record.metric[-1] > 60
+
+
+def test_graph_averages_over_neighbours() -> None:
+    count = len(graph.load()[1])
+    assert count == 1797
+    features = graph.load()[0].double()
+    squares = features.square().sum(1)
+    distances = squares[:, None] + squares - 2 * features @ features.T
+    # Where several lie as far away as the tenth, any of them may be a neighbour; nothing else may differ.
+    order = distances.fill_diagonal_(math.inf).sort(1).values
+    found = graph.adjacency().to_dense()
+    assert torch.equal(found, found.T)
+    edges = found.bool().fill_diagonal_(False)
+    sure = distances < order[:, 9:10] - 1e-9
+    assert bool(edges[sure].all())
+    allowed = distances <= order[:, 9:10] + 1e-9
+    assert not bool((edges & ~(allowed | allowed.T)).any())
+    degrees = found.bool().sum(1).double()
+    expected = found.bool().double() / (degrees[:, None] * degrees).sqrt()
+    assert (found.double() - expected).abs().max() < 1e-6
+    labelled, others = graph.split()
+    assert torch.cat([labelled, others]).sort().values.tolist() == [*range(count)]
+    assert graph.load()[1][labelled].bincount().tolist() == [20] * 10
+
+
+def test_graph_learns() -> None:
+    task = find_task("graph")
+    (record,) = compare(task, [recipe(task, "adamw")], [0], Settings(epochs=20, batch_size=200))
+    assert record.metric[0] < 30
+    assert record.metric[-1] > 85
+
+
+def test_adapters_alone_are_trained_and_do_nothing_at_first() -> None:
+    task = find_task("finetune")
+    model, base = task.make_model(3), finetune.pretrained()
+    inputs, _ = next(task.batches(0, 1, 2))
+    assert torch.equal(model(inputs), base(inputs))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if ".up." in name or ".down." in name}
+    assert len(trained) == 2 * 6 * text_task.BLOCKS
+    frozen = {name: p.clone() for name, p in model.named_parameters() if name not in trained}
+    training = Training(task, recipe(task, "kfac"), 3, Settings(epochs=1, batch_size=8))
+    model = training.model
+    training.run_lap()
+    training.close()
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    assert all(bool(p.any()) for name, p in model.named_parameters() if name in trained)
+    assert torch.equal(base(inputs), finetune.pretrained()(inputs))
+
+
+def test_adapters_learn_the_other_half() -> None:
+    task = find_task("finetune")
+    (record,) = compare(task, [recipe(task, "adamw")], [0], Settings(epochs=2, batch_size=8))
+    assert record.metric[-1] < record.metric[0]
+
+
+def test_the_halves_of_the_text_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    first, training, held_out = finetune.halves()
+    assert torch.equal(torch.cat([first, training, held_out]), text_task.corpus())
+    assert abs(len(first) - len(training) - len(held_out)) <= 1
+    assert len(held_out) == (len(training) + len(held_out)) // 5
+
+
+@pytest.mark.parametrize("name", CONTESTANTS)
+def test_optimizers_of_other_libraries_train(name: str) -> None:
+    """On the CNN of digits for one epoch, at rates that are those of their papers or near."""
+    if isinstance(CONTESTANTS[name].constructor, Packaged):
+        pytest.importorskip("pytorch_optimizer")
+    rates = {"adagrad": 1e-2, "rmsprop": 1e-3, "lbfgs": 1.0, "shampoo": 0.1, "adahessian": 0.1, "muon": 0.02}
+    rate = rates.get(name, 3e-3)
+    digits = find_task("digits")
+    model = recipe(digits, name, {"lr": rate})
+    (record,) = compare(digits, [model], [0], Settings(epochs=1, batch_size=64, cosine=False))
+    assert record.diverged is None
+    assert record.metric[-1] > record.metric[0] + 10
+    assert record.title == CONTESTANTS[name].title
+
+
+def test_muon_takes_hidden_weights_alone() -> None:
+    model = find_task("digits").make_model(0)
+    hidden, others = CONTESTANTS["muon"].of(model)
+    names = {p: name for name, p in model.named_parameters()}
+    assert {names[p] for p in hidden["params"]} == {"0.weight", "3.weight", "7.weight", "12.weight"}
+    assert len(hidden["params"]) + len(others["params"]) == len(names)
+    assert (hidden["use_muon"], others["use_muon"]) == (True, False)
+
+
+def test_a_step_that_evaluates_the_loss_begins_with_the_one_there_is() -> None:
+    """And goes on with new ones, of the parameters it has tried."""
+    asked: list[float] = []
+
+    class Twice(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            for _ in range(2):
+                asked.append(closure().item())
+                super().step()
+
+    entry = Entry("twice", Twice, lambda model: model.parameters(), {"lr": 0.1}, takes_closure=True)
+    training = Training(
+        LINE, Recipe("twice", "twice", entry.build, {}, takes_closure=True), 0, Settings(epochs=1, batch_size=SAMPLES)
+    )
+    batch = next(_line(0, 1, SAMPLES))
+    before = LINE.loss(training.model, batch).item()
+    assert training.iterate(batch) == asked[0] == before
+    plain = LINE.make_model(0)
+    for _ in range(2):
+        plain.zero_grad()
+        LINE.loss(plain, batch).backward()
+        with torch.no_grad():
+            for p in plain.parameters():
+                p -= 0.1 * p.grad
+    assert len(asked) == 2
+    assert asked[1] < asked[0]
+    for ours, theirs in zip(training.model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7)  # a few roundings of numbers of order 1
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    entry = replace(CONTESTANTS["soap"])
+    message = r"the optimizer SOAP needs pytorch_optimizer.*pip install 'fisher_kernels\[compare\]'"
+    with pytest.raises(MissingExtraError, match=message):
+        entry.build(nn.Linear(2, 2))
+
+
 def test_text_targets_are_the_next_bytes() -> None:
     inputs, targets = next(find_task("text").batches(0, 1, 4))
     assert inputs.shape == targets.shape == (4, text_task.CONTEXT)
@@ -324,7 +583,7 @@ def test_recipe_puts_overrides_before_the_table() -> None:
 
 
 def test_find_task_names_the_alternatives() -> None:
-    with pytest.raises(ValueError, match="unknown task 'mnist': choose from digits, autoencoder, curves, text"):
+    with pytest.raises(ValueError, match="unknown task 'mnist': choose from digits, autoencoder, curves, fashion"):
         find_task("mnist")
 
 

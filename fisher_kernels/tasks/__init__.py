@@ -8,18 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fisher_kernels.tasks import autoencoder, curves, digits, text
+from fisher_kernels.tasks import (
+    autoencoder,
+    curves,
+    digits,
+    fashion,
+    fashion_autoencoder,
+    finetune,
+    graph,
+    text,
+    vit,
+)
 from fisher_kernels.tasks.comparison import Comparison, at_equal_time, compare, presentable, summarize
-from fisher_kernels.tasks.optimizers import OPTIMIZERS, recipe
-from fisher_kernels.tasks.task import LARGEST_SEED, MissingExtraError, Task
+from fisher_kernels.tasks.optimizers import CONTESTANTS, OPTIMIZERS, recipe
+from fisher_kernels.tasks.task import LARGEST_SEED, MissingDataError, MissingExtraError, Task
 from fisher_kernels.tasks.training import Interrupted, Settings
 
 __all__ = [
+    "CONTESTANTS",
     "LARGEST_SEED",
     "OPTIMIZERS",
     "TASKS",
     "Comparison",
     "Interrupted",
+    "MissingDataError",
     "MissingExtraError",
     "Settings",
     "Task",
@@ -31,7 +43,10 @@ __all__ = [
     "summarize",
 ]
 
-TASKS: Mapping[str, Task] = {task.name: task for task in (digits.TASK, autoencoder.TASK, curves.TASK, text.TASK)}
+TASKS: Mapping[str, Task] = {
+    module.TASK.name: module.TASK
+    for module in (digits, autoencoder, curves, fashion, fashion_autoencoder, vit, text, finetune, graph)
+}
 
 
 def find_task(name: str) -> Task:

@@ -20,17 +20,21 @@ Hyperparameters = Mapping[str, Any]
 
 
 class MissingExtraError(ImportError):
-    """A package of the ``demo`` extra is not installed."""
+    """A package of an extra is not installed."""
 
 
-def require(module: str, distribution: str, purpose: str) -> ModuleType:
+class MissingDataError(FileNotFoundError):
+    """The files of a data set are not there."""
+
+
+def require(module: str, distribution: str, purpose: str, extra: str = "demo") -> ModuleType:
     """Imports ``module``, or raises ``MissingExtraError`` with the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtraError(
             f"{purpose} needs {distribution}, which could not be imported ({error}); "
-            "install it with: pip install 'fisher_kernels[demo]'"
+            f"install it with: pip install 'fisher_kernels[{extra}]'"
         ) from error
 
 

@@ -26,6 +26,7 @@ from fisher_kernels.tasks.task import (
     seeded,
     shuffled,
 )
+from fisher_kernels.tasks.transformer import Block
 
 CONTEXT = 128
 WIDTH = 64
@@ -52,13 +53,18 @@ HYPERPARAMETERS: dict[str, Hyperparameters] = {
 
 
 @cache
-def _load() -> tuple[Tensor, Tensor]:
-    """The bytes for training and those held out, int64 vectors."""
+def corpus() -> Tensor:
+    """The bytes of the text, an int64 vector."""
     from pydoc_data.topics import topics
 
     paragraphs = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
     unique = dict.fromkeys(paragraph.strip("\n") for paragraph in paragraphs)
-    data = torch.frombuffer(bytearray("\n\n".join(unique), "utf-8"), dtype=torch.uint8).long()
+    return torch.frombuffer(bytearray("\n\n".join(unique), "utf-8"), dtype=torch.uint8).long()
+
+
+def _load() -> tuple[Tensor, Tensor]:
+    """The bytes for training and those held out."""
+    data = corpus()
     split = len(data) - int(HELD_OUT * len(data))
     return data[:split], data[split:]
 
@@ -70,45 +76,6 @@ def _windows(data: Tensor, offset: int = 0) -> Batch:
     return data[offset:end].view(count, CONTEXT), data[offset + 1 : end + 1].view(count, CONTEXT)
 
 
-class Attention(nn.Module):
-    """Causal self-attention from four Linear layers, each with its own factors, unlike ``nn.MultiheadAttention``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.query = nn.Linear(WIDTH, WIDTH)
-        self.key = nn.Linear(WIDTH, WIDTH)
-        self.value = nn.Linear(WIDTH, WIDTH)
-        self.out = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix positions; x and the result are [N, T, WIDTH]."""
-
-        def heads(projection: nn.Linear) -> Tensor:
-            split: Tensor = projection(x).unflatten(-1, (HEADS, WIDTH // HEADS))  # [N, T, HEADS, WIDTH / HEADS]
-            return split.transpose(1, 2)
-
-        mixed = F.scaled_dot_product_attention(heads(self.query), heads(self.key), heads(self.value), is_causal=True)
-        result: Tensor = self.out(mixed.transpose(1, 2).flatten(-2))
-        return result
-
-
-class Block(nn.Module):
-    """Attention and a two-layer perceptron, each after a LayerNorm and with a residual connection."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(WIDTH)
-        self.attention = Attention()
-        self.mlp_norm = nn.LayerNorm(WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """One layer of the transformer; x and the result are [N, T, WIDTH]."""
-        x = x + self.attention(self.attention_norm(x))
-        x = x + self.mlp(self.mlp_norm(x))
-        return x
-
-
 class LanguageModel(nn.Module):
     """A decoder-only transformer over single bytes, with learned positions."""
 
@@ -116,7 +83,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(BYTES, WIDTH)
         self.position = nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.Sequential(*(Block() for _ in range(BLOCKS)))
+        self.blocks = nn.Sequential(*(Block(WIDTH, HEADS, causal=True) for _ in range(BLOCKS)))
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, BYTES)
 
@@ -131,33 +98,31 @@ def _make_model(seed: int) -> nn.Module:
     return seeded(seed, LanguageModel)
 
 
-def _batches(seed: int, epoch: int, batch_size: int) -> Iterator[Batch]:
-    training = _load()[0]
+def batches(training: Tensor, seed: int, epoch: int, batch_size: int) -> Iterator[Batch]:
+    """Windows of bytes and of those that follow each, [N, CONTEXT], in an order that the seed and the epoch fix."""
     # Windows start somewhere else in every epoch; one window is given up so that their number stays the same.
     offset = int(torch.randint(CONTEXT, (), generator=generator(seed, epoch)))
     inputs, targets = _windows(training, offset)
-    for indices in torch.split(shuffled(_training_windows(), seed, epoch), batch_size):
+    for indices in torch.split(shuffled(count_windows(training), seed, epoch), batch_size):
         yield inputs[indices], targets[indices]
 
 
-def _training_windows() -> int:
-    return (len(_load()[0]) - 1) // CONTEXT - 1
+def count_windows(training: Tensor) -> int:
+    """How many windows an epoch has."""
+    return (len(training) - 1) // CONTEXT - 1
 
 
-def _steps_per_epoch(batch_size: int) -> int:
-    return math.ceil(_training_windows() / batch_size)
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """In nats per byte."""
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def _evaluate(model: nn.Module) -> Figures:
-    """Mean cross-entropy of the held-out bytes, in nats per byte."""
-    inputs, targets = _windows(_load()[1])
+def evaluate(model: nn.Module, held_out: Tensor) -> Figures:
+    """Mean cross-entropy of bytes, in nats per byte."""
+    inputs, targets = _windows(held_out)
     parts = zip(torch.split(inputs, 64), torch.split(targets, 64), strict=True)
     with evaluation(model):
-        total = sum(_cross_entropy(model(x), y).item() * len(x) for x, y in parts)
+        total = sum(cross_entropy(model(x), y).item() * len(x) for x, y in parts)
     return Figures(total / len(inputs))
 
 
@@ -168,10 +133,10 @@ TASK = Task(
     epochs=3,
     batch_size=8,
     make_model=_make_model,
-    batches=_batches,
-    steps_per_epoch=_steps_per_epoch,
-    criterion=_cross_entropy,
+    batches=lambda seed, epoch, batch_size: batches(_load()[0], seed, epoch, batch_size),
+    steps_per_epoch=lambda batch_size: math.ceil(count_windows(_load()[0]) / batch_size),
+    criterion=cross_entropy,
     distribution="categorical",
-    evaluate=_evaluate,
+    evaluate=lambda model: evaluate(model, _load()[1]),
     hyperparameters=HYPERPARAMETERS,
 )

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -154,6 +155,7 @@ class Training:
         self.record = Record(recipe.name, recipe.title, seed, hyperparameters, recipe.overrides)
         # Of optimizers that draw labels from the output, in the iterations in which they want any.
         self._sample: Callable[..., None] | None = getattr(self.optimizer, "sample", None)
+        self._takes_closure, self._differentiates_twice = recipe.takes_closure, recipe.differentiates_twice
         self._length = settings.length(task)
         self._losses: list[float] = []  # of the lap that has begun
         self._step_seconds: list[float] = []
@@ -230,21 +232,36 @@ class Training:
     def iterate(self, batch: Batch) -> float:
         """One iteration, timed; returns the training loss before it."""
         processor, begin = time.process_time(), time.perf_counter()
-        inputs, targets = batch
-        self.optimizer.zero_grad()
-        output = self.model(inputs)
-        loss = self.task.criterion(output, targets)
-        if self._sample is not None:
-            self._sample(output, self.task.distribution)
-        loss.backward()
+        loss = self._backward(batch)
         before_step = time.perf_counter()
-        self.optimizer.step()
+        if self._takes_closure:
+            first = [loss]  # a step begins by asking for the loss, which is there
+            self.optimizer.step(lambda: first.pop() if first else self._backward(batch))  # type: ignore[arg-type, return-value]
+        else:
+            self.optimizer.step()
         end = time.perf_counter()
         self._processor_seconds += time.process_time() - processor
         self._step_seconds.append(end - before_step)
         self._iteration_seconds.append(end - begin)
         self.schedule.step()
         return loss.item()
+
+    def _backward(self, batch: Batch) -> torch.Tensor:
+        """The loss of a batch, whose gradients are in place of those there were."""
+        inputs, targets = batch
+        self.optimizer.zero_grad()
+        output = self.model(inputs)
+        loss = self.task.criterion(output, targets)
+        if self._sample is not None:
+            self._sample(output, self.task.distribution)
+        if self._differentiates_twice:
+            with warnings.catch_warnings():
+                # Gradients that refer to themselves are dropped by the next zero_grad().
+                warnings.filterwarnings("ignore", "Using backward.. with create_graph=True", UserWarning)
+                loss.backward(create_graph=True)
+        else:
+            loss.backward()
+        return loss.detach()
 
     def measure(self) -> None:
         """Records what the iterations so far have cost."""
