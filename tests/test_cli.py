@@ -29,7 +29,7 @@ import fisher_kernels
 from fisher_kernels import runs, terminal
 from fisher_kernels.cli import app
 from fisher_kernels.ops import ACCUMULATOR
-from fisher_kernels.tasks import Comparison, Settings, digit_images, find_task, recipe, training
+from fisher_kernels.tasks import CONTESTANTS, Comparison, Settings, digit_images, find_task, recipe, training
 from fisher_kernels.tasks.training import LAPS, WARM_UP_STEPS, Record, Training
 from fisher_kernels.tools import selftest
 from fisher_kernels.tools.samples.sample import Sample
@@ -414,6 +414,26 @@ def test_a_backend_that_cannot_run_is_explained() -> None:
     result = invoke("train", "digits", "--optimizer", "sgd", *SHORT, FISHER_KERNELS_BACKEND="fpga")
     assert result.exit_code == 1
     assert "FISHER_KERNELS_BACKEND: backend is 'fpga', expected one of 'auto', 'reference'" in result.stderr
+
+
+@pytest.mark.parametrize("setting", [(), ("-o", "betas=0.9,0.95")])
+def test_a_missing_package_of_a_contestant_is_named(
+    setting: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    monkeypatch.setitem(
+        cast("dict[str, Any]", CONTESTANTS), "soap", replace(CONTESTANTS["soap"])
+    )  # one that has not loaded its class yet
+    result = invoke("train", "digits", "--optimizer", "soap", *setting, "--out", str(tmp_path))
+    assert result.exit_code == 1
+    assert "error: the optimizer SOAP needs pytorch_optimizer" in result.stderr
+    assert "pip install 'fisher_kernels[compare]'" in result.stderr
+
+
+def test_a_folder_without_the_data_is_named(tmp_path: Path) -> None:
+    result = invoke("train", "fashion", "--optimizer", "adamw", "--data", str(tmp_path))
+    assert result.exit_code == 2
+    assert f"error: --data: {tmp_path} has no Fashion-MNIST" in result.stderr
 
 
 def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,12 @@ Hyperparameters = Mapping[str, Any]
 class MissingExtraError(ImportError):
     """A package of an extra is not installed."""
 
+    exit_code = 1
+
+    def format_message(self) -> str:
+        """What the command line says of it, wherever it comes up."""
+        return str(self)
+
 
 class MissingDataError(FileNotFoundError):
     """The files of a data set are not there."""
