@@ -1,7 +1,7 @@
 """Task ``fashion``: a CNN with BatchNorm on Fashion-MNIST.
 
 Three convolutions of 16, 32 and 64 channels, each with BatchNorm, ReLU and pooling, and two Linear layers. The learning
-rates below are not tuned yet, but for those that docs/tuning.md has.
+rates below are not tuned yet.
 """
 
 from __future__ import annotations

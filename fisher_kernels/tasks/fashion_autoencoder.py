@@ -2,8 +2,7 @@
 
 784 pixels go through 1000, 500 and 250 units to a code of 30 and back the same way: the autoencoder of MNIST of Hinton
 and Salakhutdinov (Science 313, 2006), on which second-order methods are compared, on images that are harder. Units and
-loss are those of the task ``autoencoder``. The learning rates below are not tuned yet, but for those that
-docs/tuning.md has.
+loss are those of the task ``autoencoder``. The learning rates below are not tuned yet.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The model of the task ``text`` is trained on the first half of the corpus with AdamW, once for all runs, and stays as it
 is. Each of its Linear layers within the blocks gets an adapter, W x + 2 U D x with D of 8 rows and U zero at first
 (LoRA, arXiv 2106.09685), which is trained on the second half, whose last fifth is held out. The learning rates below
-are not tuned yet, but for those that docs/tuning.md has.
+are not tuned yet.
 """
 
 from __future__ import annotations

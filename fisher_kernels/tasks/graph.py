@@ -3,7 +3,7 @@
 A node is one of the 1,797 images, its features are the 64 pixels, and it is joined to its ten nearest neighbours. The
 network has three layers of arXiv 1609.02907: H <- ReLU(S H W), S being the adjacency with loops, made symmetric and
 normalised by the degrees. Twenty nodes of each class are labelled, and all others test. The learning rates below are
-not tuned yet, but for those that docs/tuning.md has.
+not tuned yet.
 """
 
 from __future__ import annotations

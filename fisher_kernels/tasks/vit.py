@@ -1,8 +1,7 @@
 """Task ``vit``: a small vision transformer on Fashion-MNIST.
 
 Sixteen patches of 7 x 7 pixels, width 64, four blocks of attention and perceptron, and the mean over positions into a
-Linear layer: the plan of arXiv 2010.11929, small, without a class token. The learning rates below are not tuned yet,
-but for those that docs/tuning.md has.
+Linear layer: the plan of arXiv 2010.11929, small, without a class token. The learning rates below are not tuned yet.
 """
 
 from __future__ import annotations
