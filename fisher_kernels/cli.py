@@ -532,7 +532,7 @@ def _settings(
         terminal.refuse("--budget", "goes without --epochs: a run lasts for the one or for the other")
     elif not 0 < budget < math.inf:
         terminal.refuse("--budget", f"is {budget}, expected seconds above 0")
-    return Settings(epochs, batch_size or task.batch_size, schedule == "cosine", max_steps, budget)
+    return Settings(epochs, batch_size or task.batch_size, schedule == "cosine", max_steps, budget, task.evaluations)
 
 
 def _option(name: str) -> str:

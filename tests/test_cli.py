@@ -30,7 +30,8 @@ from fisher_kernels import runs, terminal
 from fisher_kernels.cli import app
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.tasks import CONTESTANTS, Comparison, Settings, digit_images, find_task, recipe, training
-from fisher_kernels.tasks.training import LAPS, WARM_UP_STEPS, Record, Training
+from fisher_kernels.tasks.task import EVALUATIONS
+from fisher_kernels.tasks.training import WARM_UP_STEPS, Record, Training
 from fisher_kernels.tools import selftest
 from fisher_kernels.tools.samples.sample import Sample
 
@@ -300,7 +301,7 @@ def test_compare_with_a_budget(tmp_path: Path) -> None:
     assert data["equal_time"] is None
     assert set(data["reached"]["seconds"]) == {"adamw", "sgd"}
     for run in data["runs"]:
-        assert len(run["metric"]) == len(run["processor_seconds"]) == len(run["iterations"]) == LAPS + 1
+        assert len(run["metric"]) == len(run["processor_seconds"]) == len(run["iterations"]) == EVALUATIONS + 1
         assert run["processor_seconds"][-1] >= 0.06
         assert run["metric"][-1] < run["metric"][0]
     assert data["runs"][0]["hyperparameters"]["betas"] == [0.8, 0.99]

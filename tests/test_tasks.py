@@ -55,7 +55,8 @@ from fisher_kernels.tasks.task import (
     seeded,
     shuffled,
 )
-from fisher_kernels.tasks.training import LAPS, Record, Timing, Training, cosine, state_bytes
+from fisher_kernels.tasks.task import EVALUATIONS
+from fisher_kernels.tasks.training import Record, Timing, Training, cosine, state_bytes
 from tests import idx
 
 if TYPE_CHECKING:
@@ -947,7 +948,7 @@ def test_settings_are_epochs_or_a_budget() -> None:
 
 @pytest.mark.parametrize("is_cosine", [True, False])
 def test_the_learning_rate_is_planned_for_the_budget(is_cosine: bool, clock: Clock) -> None:
-    settings = _budget(2.0 * LAPS, is_cosine)
+    settings = _budget(2.0 * EVALUATIONS, is_cosine)
     rates: list[float] = []
 
     def look(training: Training) -> None:
@@ -955,12 +956,12 @@ def test_the_learning_rate_is_planned_for_the_budget(is_cosine: bool, clock: Clo
 
     (record,) = compare(LINE, [recipe(LINE, "sgd")], [0], settings, look)
     # The rate after each iteration, with which the next one steps.
-    expected = [cosine(k, 2 * LAPS) if is_cosine else 1.0 for k in range(1, 2 * LAPS + 1)]
+    expected = [cosine(k, 2 * EVALUATIONS) if is_cosine else 1.0 for k in range(1, 2 * EVALUATIONS + 1)]
     assert rates == pytest.approx([0.1 * factor for factor in expected], abs=1e-12)
-    assert record.iterations == [2 * lap for lap in range(LAPS + 1)]
-    assert record.processor_seconds == [2.0 * lap for lap in range(LAPS + 1)]
-    assert len(record.metric) == len(record.seconds) == LAPS + 1
-    assert record.laps == LAPS
+    assert record.iterations == [2 * lap for lap in range(EVALUATIONS + 1)]
+    assert record.processor_seconds == [2.0 * lap for lap in range(EVALUATIONS + 1)]
+    assert len(record.metric) == len(record.seconds) == EVALUATIONS + 1
+    assert record.laps == EVALUATIONS
     assert record.hyperparameters["lr"] == 0.1
 
 
@@ -972,10 +973,10 @@ def test_a_run_ends_with_the_iteration_in_which_its_budget_ends(cost: float, clo
     assert record.iterations[-1] == math.ceil(12 / cost)
     # Whatever an iteration costs, there are as many evaluations, each at its part of the budget or at the end of the
     # iteration that went beyond.
-    assert len(record.metric) == len(record.training_loss) + 1 == LAPS + 1
+    assert len(record.metric) == len(record.training_loss) + 1 == EVALUATIONS + 1
     for lap, seconds in enumerate(record.processor_seconds):
-        assert 12 * lap / LAPS - 1e-9 <= seconds < 12 * lap / LAPS + cost
-    for before, after in zip(range(LAPS), range(1, LAPS + 1), strict=True):
+        assert 12 * lap / EVALUATIONS - 1e-9 <= seconds < 12 * lap / EVALUATIONS + cost
+    for before, after in zip(range(EVALUATIONS), range(1, EVALUATIONS + 1), strict=True):
         if record.iterations[before] == record.iterations[after]:
             assert record.metric[before] == record.metric[after]
 
@@ -1065,7 +1066,7 @@ def test_tables_of_a_budget_are_at_its_eighths(clock: Clock) -> None:
     for width in (80, 120):
         console = Console(width=width, no_color=True)
         with console.capture() as capture:
-            console.print(tables(LINE, settings, summarize(records, LAPS), None))
+            console.print(tables(LINE, settings, summarize(records, EVALUATIONS), None))
         text = capture.get()
         assert "…" not in text
         assert max(map(len, text.splitlines())) <= width

@@ -54,7 +54,7 @@ class Comparison:
             on_lap: called after every lap, when its figures are in the record.
         """
         for recipe in self.recipes:
-            _warm_up(self.task, recipe, self.settings)
+            warm_up(self.task, recipe, self.settings)
         done = {record.seed for record in self._done}
         for seed in self.seeds:
             if seed not in done:
@@ -323,7 +323,7 @@ def _first_at(value: float, metric: Metric, points: Sequence[tuple[float, float]
     return None
 
 
-def _warm_up(task: Task, recipe: Recipe, settings: Settings) -> None:
+def warm_up(task: Task, recipe: Recipe, settings: Settings) -> None:
     """Lets the process do what it does only once, before anything is timed."""
     with closing(Training(task, recipe, 0, settings)) as training:
         for batch in islice(task.batches(0, 0, settings.batch_size), WARM_UP_STEPS):

@@ -70,4 +70,5 @@ TASK = Task(
     hyperparameters=HYPERPARAMETERS,
     # So that processor time is the time that passes.
     threads=1,
+    evaluations=8,
 )

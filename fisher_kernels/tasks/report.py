@@ -26,7 +26,7 @@ from fisher_kernels.tasks.comparison import (
     summarize,
 )
 from fisher_kernels.tasks.task import Metric, Task
-from fisher_kernels.tasks.training import LAPS, Record, Settings
+from fisher_kernels.tasks.training import Record, Settings
 from fisher_kernels.tools import environment
 from fisher_kernels.tools.markdown import markdown_table
 
@@ -63,7 +63,7 @@ def tables(
             f"{settings.batch_size}, {schedule} learning rate" + (" planned for that time" if settings.cosine else ""),
             *_overrides(summaries),
             f"{metric} at equal training time, {over}",
-            _budget_table(task, settings.budget, summaries),
+            _budget_table(task, settings.budget, settings.laps, summaries),
         ]
     if equal_time is not None and len(summaries) > 1:
         baseline = _title(equal_time.baseline, summaries)
@@ -137,16 +137,16 @@ def _add_also(table: Table, also: Metric, summaries: Sequence[Summary]) -> None:
     table.add_row(also.name, *cells)
 
 
-def _budget_table(task: Task, budget: float, summaries: Sequence[Summary]) -> Table:
+def _budget_table(task: Task, budget: float, all_laps: int, summaries: Sequence[Summary]) -> Table:
     """At the eighths of the budget; of several optimizers, when each had come as far as the baseline comes."""
     table = Table()
     table.add_column("seconds", justify="right")
     _add_columns(table, summaries)
     laps = len(summaries[0].metric) - 1  # fewer where the runs were stopped
-    shown = [lap for lap in range(1, laps + 1) if lap % (LAPS // TIME_POINTS) == 0] or [laps]
+    shown = [lap for lap in range(1, laps + 1) if lap % max(all_laps // TIME_POINTS, 1) == 0] or [laps]
     for lap in shown:
         cells = [_cell(task.metric, summary.metric[lap], summary, _diverged(summary)) for summary in summaries]
-        table.add_row(f"{budget * lap / LAPS:.2f}", *cells, style="bold" if lap == laps == LAPS else None)
+        table.add_row(f"{budget * lap / all_laps:.2f}", *cells, style="bold" if lap == laps == all_laps else None)
     captions = []
     if task.also is not None:
         captions.append(f"{task.also.name} ({task.also.unit}) at the end")

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 # A multiple of a seed is what torch is seeded with, in 64 bits.
 LARGEST_SEED = 2**32 - 1
 
+# Of a run with a budget, unless a task has its own number; tables show it at its eighths.
+EVALUATIONS = 24
+
 Batch = tuple[Tensor, Tensor]
 Hyperparameters = Mapping[str, Any]
 
@@ -84,6 +87,7 @@ class Task:
         steps_per_epoch: batch_size -> the number of batches of an epoch.
         hyperparameters: what each optimizer (``"name"`` or ``"name:variant"``) uses unless told otherwise.
         threads: processor threads that suit the task; None for one on each core.
+        evaluations: of a run with a budget, at equal distances: a multiple of 8, smaller where one takes seconds.
     """
 
     name: str
@@ -100,6 +104,7 @@ class Task:
     hyperparameters: Mapping[str, Hyperparameters]
     also: Metric | None = None
     threads: int | None = None
+    evaluations: int = EVALUATIONS
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean training loss of a batch."""

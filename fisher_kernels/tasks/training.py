@@ -26,13 +26,10 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from fisher_kernels.tasks.optimizers import Recipe
-from fisher_kernels.tasks.task import Batch, Hyperparameters, Task
+from fisher_kernels.tasks.task import EVALUATIONS, Batch, Hyperparameters, Task
 
 # The first iterations of a run allocate memory and build plans; they are left out of the timings.
 WARM_UP_STEPS = 5
-
-# Evaluations within a budget, at equal distances; the tables show a third of them, at its eighths.
-LAPS = 24
 
 OnStep = Callable[["Training"], None]
 
@@ -50,6 +47,7 @@ class Settings:
         cosine: whether the learning rate falls to zero over the run, or stays.
         max_steps: iterations after which every epoch ends; None for all of them.
         budget: seconds of processor time; None where there are epochs.
+        evaluations: within a budget, at equal distances.
     """
 
     epochs: int | None
@@ -57,6 +55,7 @@ class Settings:
     cosine: bool = True
     max_steps: int | None = None
     budget: float | None = None
+    evaluations: int = EVALUATIONS
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.budget is None):
@@ -65,7 +64,7 @@ class Settings:
     @property
     def laps(self) -> int:
         """How often a run is evaluated."""
-        return LAPS if self.epochs is None else self.epochs
+        return self.evaluations if self.epochs is None else self.epochs
 
     def steps_per_epoch(self, task: Task) -> int:
         """Iterations of one epoch."""

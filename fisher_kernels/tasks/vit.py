@@ -70,4 +70,5 @@ TASK = Task(
     evaluate=fashion.evaluate,
     hyperparameters=HYPERPARAMETERS,
     threads=1,
+    evaluations=8,
 )
