@@ -46,6 +46,7 @@ from fisher_kernels.tasks.optimizers import Entry, Packaged, Recipe, hyperparame
 from fisher_kernels.tasks.options import options
 from fisher_kernels.tasks.report import document, markdown, tables
 from fisher_kernels.tasks.task import (
+    EVALUATIONS,
     Batch,
     Figures,
     Metric,
@@ -55,7 +56,6 @@ from fisher_kernels.tasks.task import (
     seeded,
     shuffled,
 )
-from fisher_kernels.tasks.task import EVALUATIONS
 from fisher_kernels.tasks.training import Record, Timing, Training, cosine, state_bytes
 from tests import idx
 
@@ -469,9 +469,18 @@ def test_the_halves_of_the_text_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("name", CONTESTANTS)
 def test_optimizers_of_other_libraries_train(name: str) -> None:
     """On the CNN of digits for one epoch, at rates that are those of their papers or near."""
-    if isinstance(CONTESTANTS[name].constructor, Packaged):
-        pytest.importorskip("pytorch_optimizer")
-    rates = {"adagrad": 1e-2, "rmsprop": 1e-3, "lbfgs": 1.0, "shampoo": 0.1, "adahessian": 0.1, "muon": 0.02}
+    constructor = CONTESTANTS[name].constructor
+    if isinstance(constructor, Packaged):
+        pytest.importorskip({"asdfghjkl": "asdl"}.get(constructor.distribution, constructor.distribution))
+    rates = {
+        "kbfgs": 0.1,
+        "adagrad": 1e-2,
+        "rmsprop": 1e-3,
+        "lbfgs": 1.0,
+        "shampoo": 0.1,
+        "adahessian": 0.1,
+        "muon": 0.02,
+    }
     rate = rates.get(name, 3e-3)
     digits = find_task("digits")
     model = recipe(digits, name, {"lr": rate})

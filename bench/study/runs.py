@@ -27,6 +27,7 @@ import torch
 
 from fisher_kernels.tasks import Settings, find_task, recipe
 from fisher_kernels.tasks.comparison import warm_up
+from fisher_kernels.tasks.task import EVALUATIONS
 from fisher_kernels.tasks.training import Record, Training
 from fisher_kernels.tools import environment
 
@@ -64,8 +65,8 @@ class Run:
     @property
     def settings(self) -> Settings:
         """As a comparison has them."""
-        more = {} if self.evaluations is None else {"evaluations": self.evaluations}
-        return Settings(self.epochs, self.batch_size, max_steps=self.max_steps, budget=self.seconds, **more)
+        evaluations = self.evaluations or EVALUATIONS  # which are those of a run with a budget
+        return Settings(self.epochs, self.batch_size, True, self.max_steps, self.seconds, evaluations)
 
     def carry_out(self) -> Line:
         """Trains from the first iteration to the last; what stops it is in the line."""
@@ -128,8 +129,8 @@ class Line:
             iterations=some(record.iterations),
             seconds=some(record.seconds),
             processor_seconds=some(record.processor_seconds),
-            step_ms=record.step_ms and _rounded(record.step_ms.median),
-            iteration_ms=record.iteration_ms and _rounded(record.iteration_ms.median),
+            step_ms=_rounded(record.step_ms.median) if record.step_ms else None,
+            iteration_ms=_rounded(record.iteration_ms.median) if record.iteration_ms else None,
             state_bytes_per_parameter=_rounded(record.state_bytes_per_parameter),
             diverged=record.diverged,
             took=round(took, 1),

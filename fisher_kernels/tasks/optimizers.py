@@ -1,6 +1,7 @@
 """The optimizers that tasks can be trained with. Adding one is one entry in ``OPTIMIZERS``.
 
-``CONTESTANTS`` are of other libraries, to compare with: of torch, and of pytorch_optimizer (the extra ``compare``).
+``CONTESTANTS`` are of other libraries, to compare with: of torch, of pytorch_optimizer and of asdfghjkl (the extra
+``compare``).
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ CONTESTANTS: Mapping[str, Entry] = {
     "muon": Entry("Muon", Packaged("Muon"), _muon_groups),
     "psgd": Entry("PSGD-Kron", Packaged("Kron"), _trained),
     "shampoo": Entry("Shampoo", Packaged("ScalableShampoo"), _trained),
+    "kbfgs": Entry("K-BFGS", Packaged("KBFGS", "fisher_kernels.tasks.kbfgs", "asdfghjkl")),
     "adahessian": Entry("AdaHessian", Packaged("AdaHessian"), _trained, differentiates_twice=True),
 }
 

@@ -154,6 +154,8 @@ class Training:
         self.record = Record(recipe.name, recipe.title, seed, hyperparameters, recipe.overrides)
         # Of optimizers that draw labels from the output, in the iterations in which they want any.
         self._sample: Callable[..., None] | None = getattr(self.optimizer, "sample", None)
+        # Of optimizers that are no more than a way to change gradients.
+        self._forward_and_backward: Callable[..., Any] | None = getattr(self.optimizer, "forward_and_backward", None)
         self._takes_closure, self._differentiates_twice = recipe.takes_closure, recipe.differentiates_twice
         self._length = settings.length(task)
         self._losses: list[float] = []  # of the lap that has begun
@@ -247,8 +249,11 @@ class Training:
 
     def _backward(self, batch: Batch) -> torch.Tensor:
         """The loss of a batch, whose gradients are in place of those there were."""
-        inputs, targets = batch
         self.optimizer.zero_grad()
+        if self._forward_and_backward is not None:
+            made: torch.Tensor = self._forward_and_backward(self.model, self.task.criterion, batch)
+            return made.detach()
+        inputs, targets = batch
         output = self.model(inputs)
         loss = self.task.criterion(output, targets)
         if self._sample is not None:
