@@ -72,6 +72,11 @@ def main(report: Annotated[Path | None, typer.Argument(help="JSON report of make
         if lost:  # of a run of some benchmarks only
             raise typer.BadParameter(f"{report} has no figures for {', '.join(sorted(lost))}")
         SPEED.write_text(report.read_text())
+    update()
+
+
+def update() -> None:
+    """Puts the figures of the committed reports into all documents."""
     for document in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         new = filled(document)
         if new != document.read_text():

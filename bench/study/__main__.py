@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench.study import plan, runs, tuning
+import bench.tables
+from bench.study import pages, pictures, plan, results, runs, tuning
+from fisher_kernels.tasks import files
+
+PAGES = Path(__file__).parent.parent.parent / "docs" / "results" / "study"
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False)
 Names = Annotated[list[str] | None, typer.Argument(help="Tasks; all of them without one.")]
@@ -31,6 +36,25 @@ def run(names: Names = None) -> None:
         lrs = tuning.chosen(task, size)
         planned += [*plan.runs_at_equal_time(task, size, lrs), *plan.runs_at_equal_steps(task, size, lrs)]
     _work("runs", runs.ensure, [(run,) for run in planned])
+
+
+@app.command()
+def report(names: Names = None) -> None:
+    """Write the tables and pictures of what has been run to docs/results/, and into the documents."""
+    found = []
+    for task, size in _places(names):
+        try:
+            files.write(PAGES / f"rates-{task}-{size}.md", pages.rates_table(task, size).encode())
+            found.append(results.results(task, size))
+        except LookupError as error:
+            typer.echo(f"{task} at batches of {size} is left out: {error.args[0]}")
+            continue
+        stem = PAGES / f"{task}-{size}"
+        files.write(stem.with_suffix(".md"), pages.tables(found[-1]).encode())
+        files.write(stem.with_suffix(".png"), pictures.picture(found[-1]))
+    if names is None and found:
+        files.write(PAGES / "overview.md", pages.overview(found).encode())
+    bench.tables.update()
 
 
 def _places(names: list[str] | None) -> list[tuple[str, int]]:

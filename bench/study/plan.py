@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from bench.study.runs import Run
-from fisher_kernels.tasks import CONTESTANTS, OPTIMIZERS, find_task
+from fisher_kernels.tasks import CONTESTANTS, OPTIMIZERS, find_task, recipe
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ GUESSES: Mapping[str, float] = {
     "adafisherw": 3e-3,
     "adafisher:relative": 0.3,
     "mbf": 1e-3,
-    "sofim": 0.1,
+    "sofim": 0.3,
     "kfac": 0.1,
     "ekfac": 3e-2,
     "ekfacadam": 1e-2,
@@ -65,7 +65,7 @@ GUESSES: Mapping[str, float] = {
     "muon": 1e-2,
     "psgd": 1e-3,
     "shampoo": 1e-2,
-    "kbfgs": 0.1,
+    "kbfgs": 0.03,
     "adahessian": 0.1,
 }
 """Learning rates around which to search, the same on all tasks."""
@@ -75,6 +75,12 @@ def contestants(task: str, batch_size: int) -> list[str]:
     """The optimizers that are compared on a task."""
     outside = task in FROM_OUTSIDE and batch_size == own_batch_size(task)
     return [*OURS, *(CONTESTANTS if outside else ())]
+
+
+def titles() -> dict[str, str]:
+    """What pages call the optimizers."""
+    known = {name: entry.title for name, entry in (*OPTIMIZERS.items(), *CONTESTANTS.items())}
+    return {**known, **{name: recipe(find_task("digits"), name).title for name in OURS}}
 
 
 def own_batch_size(task: str) -> int:
@@ -95,15 +101,15 @@ def tuning_run(task: str, batch_size: int, optimizer: str, lr: float, seed: int)
 def runs_at_equal_time(task: str, batch_size: int, lrs: Mapping[str, float]) -> Iterator[Run]:
     """Those of the table at equal time, with the chosen rates."""
     seconds, evaluations = LENGTHS[task][batch_size].seconds, find_task(task).evaluations
-    for optimizer in contestants(task, batch_size):
+    for optimizer, lr in lrs.items():
         for seed in SEEDS:
-            yield Run(task, optimizer, lrs[optimizer], batch_size, seed, seconds=seconds, evaluations=evaluations)
+            yield Run(task, optimizer, lr, batch_size, seed, seconds=seconds, evaluations=evaluations)
 
 
 def runs_at_equal_steps(task: str, batch_size: int, lrs: Mapping[str, float]) -> Iterator[Run]:
     """Those of the table at equal steps, of our own optimizers and torch's, with the chosen rates."""
     length = LENGTHS[task][batch_size]
-    for optimizer in OURS:
+    for optimizer in filter(lrs.__contains__, OURS):
         for seed in SEEDS:
             yield Run(
                 task, optimizer, lrs[optimizer], batch_size, seed, epochs=length.epochs, max_steps=length.max_steps

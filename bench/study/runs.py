@@ -166,11 +166,15 @@ def known(task: str) -> dict[str, Line]:
     return {line.key: line for line in lines}
 
 
-def find(run: Run, lines: dict[str, Line]) -> Line | None:
-    """The line of a run, if it holds on this machine."""
-    line = lines.get(run.key)
-    if line is None or (run.seconds is not None and line.machine != machine()):
-        return None
+def look_up(run: Run) -> Line:
+    """The line of a run, of whatever machine.
+
+    Raises:
+        LookupError: there is none.
+    """
+    line = known(run.task).get(run.key)
+    if line is None:
+        raise LookupError(f"{run.task}, {run.optimizer} at {run.lr:g}, seed {run.seed}: has not been run")
     return line
 
 
@@ -183,10 +187,15 @@ def keep(line: Line) -> None:
         file.flush()
 
 
-def ensure(run: Run) -> Line:
-    """The line of a run, which is carried out if it is not known."""
-    line = find(run, known(run.task))
-    if line is None:
+def ensure(run: Run, here: bool = True) -> Line:
+    """The line of a run, which is carried out if it is not known.
+
+    Args:
+        run: one run.
+        here: of what was planned for a time, only a line of this machine will do.
+    """
+    line = known(run.task).get(run.key)
+    if line is None or (here and run.seconds is not None and line.machine != machine()):
         line = run.carry_out()
         keep(line)
     return line

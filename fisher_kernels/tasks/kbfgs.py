@@ -14,8 +14,8 @@ from fisher_kernels.tasks.task import Batch
 class KBFGS(SGD):
     """Gradients multiplied by BFGS estimates of the inverses of both Kronecker factors: arXiv 2006.08877.
 
-    Linear and Conv2d layers are preconditioned, all others take the gradient as it is. A step runs the last batch
-    through the model a second time, so it costs nearly two iterations.
+    Linear and Conv2d layers are preconditioned, all others take the gradient as it is; Linear layers have to be called
+    with matrices. A step runs the last batch through the model a second time, so it costs nearly two iterations.
 
     Args:
         model: what to train.
@@ -45,8 +45,9 @@ class KBFGS(SGD):
         """Puts the preconditioned gradients in place; returns the loss."""
         inputs, targets = batch
         self._config.data_size = len(inputs)
-        output = self._maker.setup_model_call(model, inputs)
-        self._maker.setup_loss_call(criterion, output, targets)
+        # The maker goes through the inputs of the last batch again, so the targets have to come with them.
+        made = self._maker.setup_model_call(lambda x, y: (model(x), y), inputs, targets)
+        self._maker.setup_loss_call(criterion, made[0], made[1])
         self._maker.forward_and_backward()
         loss: Tensor = self._maker.loss
         return loss

@@ -97,7 +97,7 @@ def _by_clock(figure: Any, task: Task, settings: Settings, summaries: Sequence[S
         high = [mean + deviation for mean, deviation in zip(means, deviations, strict=True)]
         axes.fill_between(seconds, low, high, color=color, alpha=0.16, linewidth=0)
     axes.set_xlim(0, budget)
-    _frame(axes, task.metric, [curve for curve in curves.values() if curve[0]])
+    frame(axes, task.metric, [curve for curve in curves.values() if curve[0]])
     goal = reached(task.metric, summaries)
     if goal is not None and len(summaries) > 1:
         _draw_goal(axes, task.metric, goal, summaries, colors)
@@ -139,7 +139,7 @@ def _curve(summary: Summary) -> Curve:
     return seconds, means, deviations
 
 
-def _frame(axes: Axes, metric: Metric, curves: Sequence[Curve]) -> None:
+def frame(axes: Axes, metric: Metric, curves: Sequence[Curve]) -> None:
     """An axis with room for the ends of the runs; their first steps, and who is far off, may leave it."""
     if _is_accuracy(metric):
         _stretch_towards_100(axes)

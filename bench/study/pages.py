@@ -1,0 +1,201 @@
+"""The tables of the study in Markdown, for ``bench.tables`` to put into the documents."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+
+from bench.study import plan, rates, runs, tuning
+from bench.study.results import Results
+from fisher_kernels.tasks import CONTESTANTS, find_task
+from fisher_kernels.tasks.comparison import BASELINE, Summary
+from fisher_kernels.tools.markdown import markdown_table
+
+STRANGERS = ("adamw", "sgd", *CONTESTANTS)
+"""Optimizers that are not ours."""
+LINE = 120
+
+
+def tables(results: Results) -> str:
+    """Both tables of a task at a batch size."""
+    seeds = ", ".join(map(str, plan.SEEDS))
+    metric = results.task.metric
+    better = "higher" if metric.higher_is_better else "lower"
+    length = plan.LENGTHS[results.task.name][results.batch_size]
+    steps = results.at_equal_steps[0].iterations[-1]
+    machine = results.machine
+    parts = [
+        f"**Equal time.** Every run is planned for {length.seconds:g} s of processor time on one thread. "
+        f"{_capital(metric.name)} in {metric.unit}, {better} is better: mean and deviation over the seeds {seeds}.",
+        _time_table(results),
+        f"**Equal steps.** {steps:.0f} steps for every optimizer, with the same rates.",
+        _steps_table(results),
+        f"Batches of {results.batch_size}; measured on {machine['processor']} ({machine['capability']}), torch "
+        f"{machine['torch']}, Python {machine['python']}, fisher_kernels {machine['fisher_kernels']}.",
+    ]
+    return "\n\n".join(part if part.startswith("|") else textwrap.fill(part, LINE) for part in parts) + "\n"
+
+
+def _time_table(results: Results) -> str:
+    metric, goal = results.task.metric, results.goal
+    header = (
+        "optimizer",
+        "lr",
+        metric.name,
+        "reaches AdamW's last after",
+        "steps",
+        "ms a step",
+        "wall s",
+        "processor s",
+        "state B/param",
+    )
+    rows: list[tuple[str, ...]] = []
+    for summary in _ranked(results.at_equal_time, metric.higher_is_better):
+        seconds = goal.seconds[summary.optimizer] if goal else None
+        base = goal.seconds[goal.baseline] if goal else None
+        share = f" ({seconds / base:.2f})" if seconds and base and summary.optimizer != BASELINE else ""
+        steps, processor = summary.iterations[-1], summary.processor_seconds[-1]
+        per_step = 1e3 * processor / steps if steps and processor else None
+        rows.append(
+            (
+                summary.title,
+                f"{summary.hyperparameters['lr']:g}",
+                _figure(results, summary, -1),
+                "never" if seconds is None else f"{seconds:.2f} s{share}",
+                _number(steps, ".0f"),
+                _number(per_step, ".2f"),
+                _number(summary.seconds[-1], ".1f"),
+                _number(processor, ".1f"),
+                _number(summary.state_bytes_per_parameter, ".1f"),
+            )
+        )
+    titles = {**plan.titles(), **{summary.optimizer: summary.title for summary in results.at_equal_time}}
+    rows += [(titles[name], "", "diverges at every rate tried", *[""] * 6) for name in results.lost]
+    return markdown_table(header, rows, right=range(1, len(header))).rstrip()
+
+
+def _steps_table(results: Results) -> str:
+    summaries = _ranked(results.at_equal_steps, results.task.metric.higher_is_better)
+    laps = len(results.at_equal_steps[0].metric) - 1
+    shown = [max(1, round(laps * part)) for part in (0.25, 0.5, 1.0)]
+    steps = [results.at_equal_steps[0].iterations[lap] for lap in shown]
+    header = ("optimizer", *(f"after {_number(step, '.0f')}" for step in steps), "wall s", "processor s")
+    rows = [
+        (
+            summary.title,
+            *(_figure(results, summary, lap) for lap in shown),
+            _number(summary.seconds[-1], ".1f"),
+            _number(summary.processor_seconds[-1], ".1f"),
+        )
+        for summary in summaries
+    ]
+    return markdown_table(header, rows, right=range(1, len(header))).rstrip()
+
+
+def overview(all_results: Sequence[Results]) -> str:
+    """A line for each task and batch size: AdamW beside the best of ours, and of the others."""
+    header = (
+        "task",
+        "batch",
+        "s",
+        "AdamW",
+        "best of ours",
+        "first of ours at AdamW's last",
+        "best of other libraries",
+        "equal steps: AdamW",
+        "equal steps: best of ours",
+    )
+    rows = []
+    for results in all_results:
+        higher = results.task.metric.higher_is_better
+        time = {summary.optimizer: summary for summary in _ranked(results.at_equal_time, higher)}
+        steps = {summary.optimizer: summary for summary in _ranked(results.at_equal_steps, higher)}
+        ours = [summary for name, summary in time.items() if name not in STRANGERS]
+        others = [summary for name, summary in time.items() if name in STRANGERS and name != BASELINE]
+        best_in_steps = next(summary for name, summary in steps.items() if name not in STRANGERS)
+        rows.append(
+            (
+                f"`{results.task.name}`",
+                results.batch_size,
+                f"{plan.LENGTHS[results.task.name][results.batch_size].seconds:g}",
+                _figure(results, time[BASELINE], -1),
+                _titled(results, ours[0]),
+                _first(results, ours),
+                _titled(results, others[0]),
+                _figure(results, steps[BASELINE], -1),
+                _titled(results, best_in_steps),
+            )
+        )
+    return markdown_table(header, rows, right=(1, 2, 3, 7))
+
+
+def _first(results: Results, summaries: Sequence[Summary]) -> str:
+    """Who of some is the first where AdamW ends, and in which part of the time that takes AdamW."""
+    goal = results.goal
+    if goal is None:
+        return "-"
+    times = {summary.title: goal.seconds[summary.optimizer] for summary in summaries}
+    known = {title: seconds for title, seconds in times.items() if seconds is not None}
+    base = goal.seconds[goal.baseline]
+    if not known or base is None:
+        return "none"
+    title = min(known, key=lambda name: known[name])
+    return f"{title} in {known[title] / base:.2f} of its time"
+
+
+def rates_table(task: str, batch_size: int) -> str:
+    """Every rate that was tried on a task, and what it led to."""
+    metric, titles = find_task(task).metric, plan.titles()
+    sign = -1 if metric.higher_is_better else 1
+    rows = []
+    for name, losses in tuning.tried(task, batch_size).items():
+        lost = not any(map(math.isfinite, losses.values()))
+        best = None if lost else rates.best(losses)
+        cells = [
+            f"{lr:g}: {metric.format(sign * loss) if math.isfinite(loss) else 'diverges'}"
+            for lr, loss in losses.items()
+        ]
+        marked = [f"**{cell}**" if lr == best else cell for lr, cell in zip(losses, cells, strict=True)]
+        rows.append((titles[name], ", ".join(marked)))
+    return markdown_table(("optimizer", "rate: what it led to"), rows)
+
+
+def machines(task: str) -> str:
+    """Where the rates of a task were found."""
+    found = {f"{m['processor']} ({m['capability']}), torch {m['torch']}" for m in _machines(task)}
+    return "; ".join(sorted(found))
+
+
+def _machines(task: str) -> list[dict[str, str]]:
+    return [line.machine for line in runs.known(task).values() if line.run["seed"] in plan.TUNING_SEEDS]
+
+
+def _ranked(summaries: Sequence[Summary], higher_is_better: bool) -> list[Summary]:
+    """The best first, those that diverged last."""
+
+    def loss(summary: Summary) -> float:
+        last = summary.metric[-1]
+        return math.inf if last is None or summary.diverged else (-last.mean if higher_is_better else last.mean)
+
+    return sorted(summaries, key=loss)
+
+
+def _figure(results: Results, summary: Summary, lap: int) -> str:
+    spread = summary.metric[lap] if -len(summary.metric) <= lap < len(summary.metric) else None
+    if spread is None or (lap == -1 and summary.diverged):
+        return f"diverged ({len(summary.diverged)} of {len(summary.seeds)})"
+    form: Callable[[float], str] = results.task.metric.format
+    return f"{form(spread.mean)} ± {form(spread.deviation)}"
+
+
+def _titled(results: Results, summary: Summary) -> str:
+    return f"{summary.title} {_figure(results, summary, -1)}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
