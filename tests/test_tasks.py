@@ -466,6 +466,7 @@ def test_the_halves_of_the_text_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(held_out) == (len(training) + len(held_out)) // 5
 
 
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")  # of asdfghjkl
 @pytest.mark.parametrize("name", CONTESTANTS)
 def test_optimizers_of_other_libraries_train(name: str) -> None:
     """On the CNN of digits for one epoch, at rates that are those of their papers or near."""

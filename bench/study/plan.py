@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from bench.study.runs import Run
 from fisher_kernels.tasks import CONTESTANTS, OPTIMIZERS, find_task, recipe
@@ -77,6 +78,7 @@ def contestants(task: str, batch_size: int) -> list[str]:
     return [*OURS, *(CONTESTANTS if outside else ())]
 
 
+@cache
 def titles() -> dict[str, str]:
     """What pages call the optimizers."""
     known = {name: entry.title for name, entry in (*OPTIMIZERS.items(), *CONTESTANTS.items())}

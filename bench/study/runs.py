@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,13 @@ def known(task: str) -> dict[str, Line]:
     path = FOLDER / f"{task}.jsonl"
     if not path.exists():
         return {}
+    state = path.stat()
+    return _read(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, *_: int) -> dict[str, Line]:
+    """As the file is at a time and of a size."""
     lines = (Line(**json.loads(text)) for text in path.read_text().splitlines())
     return {line.key: line for line in lines}
 
