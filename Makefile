@@ -5,9 +5,9 @@
 # BASE_PYTHON=python  what .venv is made with (default: the first of python3, python3.14, ... that is 3.10 or newer)
 # TORCH=requirement   what pip installs as torch, options included; with PYTHON= only if there is no torch at all
 # OUT=folder          where the demo writes its curves and numbers
-# ARGS=arguments      more arguments for pytest, the demo, the comparison of the results, the inspection, make wheels,
+# ARGS=arguments      more arguments for pytest, the demo, the comparison of the inspection, make wheels,
 #                     gpu or gpu-sanitize; a part of the names of mutants
-# TASKS=names         tasks that make results compares the optimizers on (default: all)
+# TASKS=names         tasks that make results and make tune are about (default: all)
 # FISHER_KERNELS_NATIVE=auto|on|off, FISHER_KERNELS_CPU=native|all|avx2|..., FISHER_KERNELS_CUDA=auto|on|off,
 # FISHER_KERNELS_CUDA_ARCHS=80,90,100, FISHER_KERNELS_WERROR=ON|OFF, CXX=compiler
 #                     settings of the native build, from the environment as well; by default it is for this machine
@@ -16,7 +16,7 @@ TORCH = torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export PIP_NO_COMPILE ?= 1# Python compiles what is imported, which is little of it
 OUT = build/demo
-TASKS = digits autoencoder text
+TASKS =
 
 # The demo: optimizers against the clock, in seconds of training for each run, on the autoencoder.
 DEMO = adamw,mbf,kfac
@@ -56,7 +56,7 @@ EVERYTHING = FISHER_KERNELS_CPU=$(or $(FISHER_KERNELS_CPU),all) FISHER_KERNELS_C
 ifndef AT_ONCE
 .NOTPARALLEL:
 endif
-.PHONY: help demo readme test test-all fuzz mutants bench gpu gpu-sanitize results data models inspect docs lint build dist wheels clean FORCE
+.PHONY: help demo readme test test-all fuzz mutants bench gpu gpu-sanitize tune results data models inspect docs lint build dist wheels clean FORCE
 
 help:
 	@echo 'make demo    trains an autoencoder with AdamW, MBF and KFAC, against the clock (under a minute)'
@@ -68,7 +68,8 @@ help:
 	@echo 'make bench   measures the kernels against their baselines'
 	@echo 'make gpu     proves and measures the kernels on a CUDA GPU, in ten minutes; installs nothing'
 	@echo 'make gpu-sanitize  runs the self-test of the CUDA kernels under compute-sanitizer, on a CUDA GPU'
-	@echo 'make results compares the optimizers on every task, into docs/results.md (half an hour)'
+	@echo 'make tune    searches for the learning rate of every optimizer on every task (two hours)'
+	@echo 'make results compares the optimizers on every task, into docs/results.md (two to three hours)'
 	@echo 'make data    brings the images of Fashion-MNIST to build/data, from the Debian package'
 	@echo 'make models  counts what of published models has a rule, into docs/models.md'
 	@echo 'make inspect compiles every GPU kernel for GPUs that need not be here, and reads its code (ten minutes)'
@@ -116,9 +117,13 @@ gpu:
 gpu-sanitize:
 	$(or $(PYTHON),python3) -m bench.gpu.sanitize $(ARGS)
 
+# Both go on where they were interrupted: bench/results/study/ has what is known.
+tune: build
+	$(PY) -m bench.study tune $(TASKS)
+
 results: build
-	set -e; for task in $(TASKS); do $(PY) -m fisher_kernels compare $$task --force --out docs/results/$$task $(ARGS); done
-	$(PY) -m bench.tables
+	$(PY) -m bench.study run $(TASKS)
+	$(PY) -m bench.study report $(TASKS)
 
 # Fashion-MNIST, for the tasks on it, out of Debian's package of it; needs apt-get and dpkg, and no root.
 data: build/data/usr/share/datasets/fashion-mnist
@@ -126,7 +131,8 @@ build/data/usr/share/datasets/fashion-mnist:
 	@command -v apt-get dpkg >/dev/null || { echo 'make data needs apt-get and dpkg; docs/environment.md says where else the data may lie' >&2; exit 1; }
 	rm -rf build/debian && mkdir -p build/debian
 	cd build/debian && apt-get --quiet=2 download dataset-fashion-mnist
-	dpkg -x build/debian/dataset-fashion-mnist_*.deb build/data
+	dpkg -x build/debian/dataset-fashion-mnist_*.deb build/debian/content
+	mkdir -p $(@D) && mv build/debian/content/usr/share/datasets/fashion-mnist $(@D)/
 	rm -r build/debian
 
 models: build

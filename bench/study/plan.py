@@ -29,7 +29,7 @@ LENGTHS: Mapping[str, Mapping[int, Length]] = {
     "autoencoder": {32: Length(4, 20), 256: Length(4, 60)},
     "curves": {500: Length(20, 10)},
     "fashion": {64: Length(15, 8, 50), 256: Length(15, 8, 20)},
-    "fashion-autoencoder": {256: Length(24, 8, 40)},
+    "fashion-autoencoder": {256: Length(24, 8, 20)},
     "vit": {64: Length(20, 8, 50), 256: Length(20, 8, 20)},
     "text": {8: Length(10, 8, 40), 32: Length(10, 8, 16)},
     "finetune": {8: Length(8, 8, 36), 32: Length(8, 8, 12)},
