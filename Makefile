@@ -5,7 +5,7 @@
 # BASE_PYTHON=python  what .venv is made with (default: the first of python3, python3.14, ... that is 3.10 or newer)
 # TORCH=requirement   what pip installs as torch, options included; with PYTHON= only if there is no torch at all
 # OUT=folder          where the demo writes its curves and numbers
-# ARGS=arguments      more arguments for pytest, the demo, the comparison of the inspection, make wheels,
+# ARGS=arguments      more arguments for pytest, the demo, the inspection, make wheels,
 #                     gpu or gpu-sanitize; a part of the names of mutants
 # TASKS=names         tasks that make results and make tune are about (default: all)
 # FISHER_KERNELS_NATIVE=auto|on|off, FISHER_KERNELS_CPU=native|all|avx2|..., FISHER_KERNELS_CUDA=auto|on|off,

@@ -116,6 +116,11 @@ class Site(Generic[R]):
         """Whether any parameter of its layers is."""
         return any(p.requires_grad for layer in self.layers for p in layer.parameters.values())
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is pending, as in most steps."""
+        return self.sums is None and not self.uses and not self.tasks
+
     def settle(self, running: Callable[[int], bool] = lambda task: False) -> Sums | None:
         """The pending sums, with what the uses of each backward that is not running any more make together."""
         for task in [task for task in self.uses if not running(task)]:

@@ -323,7 +323,8 @@ class Statistics(Generic[R]):
         with self._lock:
             self._broadcasts = []
             for site in (*self.sites, *self.found):
-                site.clear()
+                if not site.is_empty:
+                    site.clear()
 
     def layers(self) -> Iterator[Layer[R]]:
         """The layers of all sites."""
@@ -356,7 +357,8 @@ class Statistics(Generic[R]):
         before = {layer.proof for layer in self.layers() if layer.proof.reason}
         settle(layer.proof for layer in self.layers())
         with self._lock:
-            taken = {index: sums for index, site in enumerate(self.sites) if (sums := self._settled(site)) is not None}
+            pending = ((index, site) for index, site in enumerate(self.sites) if not site.is_empty)
+            taken = {index: sums for index, site in pending if (sums := self._settled(site)) is not None}
             self.clear()
         if grad_scale is not None and self.grad_scaler is None:
             for index, sums in taken.items():

@@ -575,7 +575,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _warn_if_silent(self) -> None:
         """Say once that a refresh step had gradients and no statistics."""
-        if self._has_told("silent"):
+        if not any(map(is_due, self.param_groups)) or self._has_told("silent"):
             return
         waiting = [site.owner.grad for site in self.statistics.sites if is_due(self._groups[site.owner])]
         for grad in waiting:
