@@ -25,7 +25,7 @@ extensions = [
     "_site.mathml",
     "_site.public_names",
 ]
-exclude_patterns = ["results/*/compare.md"]  # included by results.md
+exclude_patterns = ["results/*/compare.md", "results/study/*.md"]  # included by results.md
 
 # Pages. Anchors are those that GitHub makes of headings, so that links work in both places.
 myst_enable_extensions = ["dollarmath", "colon_fence"]

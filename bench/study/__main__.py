@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import bench.tables
 from bench.study import pages, pictures, plan, results, runs, tuning
-from fisher_kernels.tasks import files
+from fisher_kernels.tasks import MissingDataError, MissingExtraError, files
 
 PAGES = Path(__file__).parent.parent.parent / "docs" / "results" / "study"
 
@@ -68,7 +68,12 @@ def _work(what: str, work: Callable[..., Any], calls: Sequence[tuple[Any, ...]])
     columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns) as progress:
         bar = progress.add_task("", total=len(calls))
-        runs.each(work, calls, lambda: progress.advance(bar))
+        try:
+            runs.each(work, calls, lambda: progress.advance(bar))
+        except (MissingDataError, MissingExtraError) as error:
+            progress.stop()
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":
