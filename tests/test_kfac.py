@@ -409,6 +409,28 @@ def test_others_by_adam_stay_where_gradients_are_not_finite(kind: type[Kronecker
     assert ours.metrics()["norm.weight"]["skipped_elements"] == 5
 
 
+def test_moments_in_a_basis_learn_nothing_of_a_gradient_that_is_nowhere_finite() -> None:
+    """Of a layer in which anything is finite they take that; all of the rest of the model goes on."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    optimizer = EKFACAdam(model, refresh="constant")  # with one basis for all steps
+    states = [optimizer.state[layer.weight] for layer in model]
+    bad_ones = [[], [model[0].weight, model[0].bias], [model[0].weight]]
+    learnt = []
+    for bad in bad_ones:
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().mean().backward()
+        for p in bad:
+            p.grad.fill_(math.nan)
+        before = [state["second_moment"].clone() if state else None for state in states]
+        optimizer.step()
+        pairs = zip(states, before, strict=True)
+        learnt.append([then is None or not torch.equal(now["second_moment"], then) for now, then in pairs])
+    assert learnt == [[True, True], [False, True], [True, True]]
+    assert [int(state["moment_updates"]) for state in states] == [2, 3]
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
 @pytest.mark.parametrize("kind", [KFAC, EKFAC])
 def test_a_layer_that_is_used_later_is_preconditioned_at_once(kind: type[KFAC]) -> None:
     torch.manual_seed(0)

@@ -5,7 +5,7 @@ Source: George, Laurent, Bouthillier, Ballas and Vincent, arXiv 1806.03884.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -314,7 +314,7 @@ class EKFACAdam(KroneckerOptimizer):
         for pair in self._factors.pairs:
             mine = {p: gradients[p] for p in pair.params if p in gradients}
             if mine:
-                self._factors.observe(pair, mine, going_on)
+                self._factors.observe(pair, mine, going_on * _is_any_known([*mine], stays))
         for p, g in gradients.items():
             if not self._factors.serves(p):
                 if "exp_avg_sq" not in self.state[p]:  # a layer served it before
@@ -330,3 +330,9 @@ class EKFACAdam(KroneckerOptimizer):
         for p, vector in filled.items():
             if not self._factors.serves(p) and "exp_avg_sq" in self.state[p]:
                 yield p, vector / _root(self.state[p]["exp_avg_sq"], counts[p], self._groups[p])
+
+
+def _is_any_known(params: Sequence[Parameter], stays: Mapping[Parameter, Tensor]) -> float | Tensor:
+    """1, or 0 where the gradients of all of these parameters have no finite element, of which nothing is learnt."""
+    unknown = [stays[p].all() for p in params if p in stays]
+    return 1.0 if len(unknown) < len(params) else 1 - torch.stack(unknown).all().double()
