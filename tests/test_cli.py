@@ -29,8 +29,7 @@ import fisher_kernels
 from fisher_kernels import runs, terminal
 from fisher_kernels.cli import app
 from fisher_kernels.ops import ACCUMULATOR
-from fisher_kernels.tasks import CONTESTANTS, Comparison, Settings, digit_images, find_task, recipe, training
-from fisher_kernels.tasks.task import EVALUATIONS
+from fisher_kernels.tasks import CONTESTANTS, TASKS, Comparison, Settings, digit_images, find_task, recipe, training
 from fisher_kernels.tasks.training import WARM_UP_STEPS, Record, Training
 from fisher_kernels.tools import selftest
 from fisher_kernels.tools.samples.sample import Sample
@@ -281,7 +280,9 @@ def test_train_adafisher(optimizer: str, tmp_path: Path) -> None:
     assert_picture(tmp_path / f"{optimizer}-relative.png")
 
 
-def test_compare_with_a_budget(tmp_path: Path) -> None:
+def test_compare_with_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many evaluations as the task has in one."""
+    monkeypatch.setitem(TASKS, "autoencoder", replace(find_task("autoencoder"), evaluations=8))
     result = invoke(
         "compare", "autoencoder", "--optimizers", "adamw,sgd", "--seeds", "2", "--budget", "0.06", "--batch-size", "16",
         "-o", "adamw.betas=0.8,0.99", "-o", "sgd.nesterov=true", "--out", str(tmp_path),
@@ -297,11 +298,13 @@ def test_compare_with_a_budget(tmp_path: Path) -> None:
         assert words in result.stdout
     assert "| seconds | AdamW | SGD |\n" in (tmp_path / "compare.md").read_text()
     data = json.loads((tmp_path / "compare.json").read_text())
-    assert data["settings"] == {"epochs": None, "batch_size": 16, "cosine": True, "max_steps": None, "budget": 0.06}
+    assert data["settings"] == {
+        "epochs": None, "batch_size": 16, "cosine": True, "max_steps": None, "budget": 0.06, "evaluations": 8
+    }  # fmt: skip
     assert data["equal_time"] is None
     assert set(data["reached"]["seconds"]) == {"adamw", "sgd"}
     for run in data["runs"]:
-        assert len(run["metric"]) == len(run["processor_seconds"]) == len(run["iterations"]) == EVALUATIONS + 1
+        assert len(run["metric"]) == len(run["processor_seconds"]) == len(run["iterations"]) == 9
         assert run["processor_seconds"][-1] >= 0.06
         assert run["metric"][-1] < run["metric"][0]
     assert data["runs"][0]["hyperparameters"]["betas"] == [0.8, 0.99]

@@ -41,7 +41,7 @@ from fisher_kernels.tasks import (
 )
 from fisher_kernels.tasks import text as text_task
 from fisher_kernels.tasks import training as training_module
-from fisher_kernels.tasks.comparison import EqualTime, Reached, Spread, Summary, reached
+from fisher_kernels.tasks.comparison import TIME_POINTS, EqualTime, Reached, Spread, Summary, reached
 from fisher_kernels.tasks.optimizers import Entry, Packaged, Recipe, hyperparameter
 from fisher_kernels.tasks.options import options
 from fisher_kernels.tasks.report import document, markdown, tables
@@ -174,6 +174,10 @@ def test_a_seed_fixes_the_model_and_the_batches_and_nothing_else(task: Task) -> 
 def test_an_epoch_has_the_announced_number_of_batches(task: Task) -> None:
     for size in (task.batch_size, 37):
         assert sum(1 for _ in task.batches(0, 1, size)) == task.steps_per_epoch(size)
+
+
+def test_tables_can_show_the_eighths_of_a_budget(task: Task) -> None:
+    assert task.evaluations % TIME_POINTS == 0 < task.evaluations
 
 
 def test_every_optimizer_has_tuned_hyperparameters(task: Task) -> None:
@@ -1067,16 +1071,17 @@ def test_reached_is_when_a_mean_first_comes_to_where_the_baseline_ends() -> None
     assert without.baseline == "slow"
 
 
-def test_tables_of_a_budget_are_at_its_eighths(clock: Clock) -> None:
+@pytest.mark.parametrize("evaluations", [8, EVALUATIONS])
+def test_tables_of_a_budget_are_at_its_eighths(clock: Clock, evaluations: int) -> None:
     recipes = [recipe(LINE, "adamw"), recipe(LINE, "sgd", {"lr": 0.2, "nesterov": True})]
-    settings = _budget(24.0)
+    settings = replace(_budget(24.0), evaluations=evaluations)
     records = compare(LINE, recipes, [0, 1], settings)
     for record in records:
         record.step_ms = record.iteration_ms = Timing(median=1234.567, mean=0, p20=0, p80=0)  # of a busy machine
     for width in (80, 120):
         console = Console(width=width, no_color=True)
         with console.capture() as capture:
-            console.print(tables(LINE, settings, summarize(records, EVALUATIONS), None))
+            console.print(tables(LINE, settings, summarize(records, evaluations), None))
         text = capture.get()
         assert "…" not in text
         assert max(map(len, text.splitlines())) <= width
