@@ -21,8 +21,11 @@ from torch.optim.optimizer import ParamsT
 
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.ops._arguments import lacks_memory
+from fisher_kernels.optim.caller import is_within
 from fisher_kernels.optim.hyperparameters import require_bools, require_numbers
 from fisher_kernels.optim.warn import warn
+
+_STATE_DICTS = "torch.distributed.checkpoint.state_dict"
 
 _WIDTH = 120
 """Columns of what is printed."""
@@ -107,6 +110,10 @@ class FisherOptimizer(Optimizer):
         super().__init__(params, defaults)
 
     # What subclasses define.
+
+    def _prepare(self) -> None:
+        """Make the state that the step of the parameters with a gradient needs, before anything is changed."""
+        raise NotImplementedError
 
     def _advance(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Update every parameter that has a gradient."""
@@ -209,6 +216,10 @@ class FisherOptimizer(Optimizer):
             What the closure returned, or None.
         """
         self._take_up_groups()
+        # torch.distributed.checkpoint takes a step without gradients to have something to load into.
+        if not self.state and is_within(_STATE_DICTS, "_init_optim_state"):
+            self._prepare()
+            return None
         self._take_turn()
         loss = evaluate_closure(closure)
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)

@@ -177,20 +177,23 @@ class SOFIM(FisherOptimizer):
             )
             count(self._skipped, batch.numbers, skipped)
 
+    def _prepare(self) -> None:
+        for _, p in self._with_gradients():
+            if "step" not in (state := self.state[p]):
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state["exp_avg"] = torch.zeros_like(p, dtype=ACCUMULATOR[p.dtype])
+
     def _scopes(self) -> list[str]:
         return [group["scope"] for group in self.param_groups]
 
     def _make_plan(self) -> Plan[_Batch]:
         """One call for all groups of scope "global"; for the others one for each group and device."""
+        self._prepare()
         batches: dict[Any, _Batch] = {}
         numbers = {p: number for number, p in enumerate(self._groups)}
         for group, p in self._with_gradients():
-            state = self.state[p]
-            if "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                state["exp_avg"] = torch.zeros_like(p, dtype=ACCUMULATOR[p.dtype])
             key = GLOBAL if group["scope"] == GLOBAL else (id(group), p.device)
-            batches.setdefault(key, _Batch()).add(numbers[p], p, state, group)
+            batches.setdefault(key, _Batch()).add(numbers[p], p, self.state[p], group)
         waiting = [p for p in self._groups if p.grad is None]
         return Plan(list(batches.values()), waiting, self._scopes())
 
