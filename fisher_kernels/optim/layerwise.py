@@ -69,6 +69,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         fallback: Literal["warn", "error"] = "warn",
         rules: Mapping[type, Choice] | None = None,
     ) -> None:
+        self._check_whole({})  # its parameters are what is given for the model there
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"model is a {type(model).__name__}, expected a torch.nn.Module: {type(self).__name__} reads its "
@@ -296,6 +297,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             stay = [q for p in group["params"] if (q := moved.get(p, p)) is p or q not in taken]
             group["params"] = list(dict.fromkeys(stay))
             taken.update(stay)
+            self._check_params(group)
         self._find_groups()
         for p, q in moved.items():
             if (state := self.state.pop(p, None)) is not None and not p.is_meta and q not in self.state:

@@ -6,7 +6,6 @@ Source: SOFIM, arXiv 2403.02833, Algorithm 1.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,8 +17,8 @@ from torch.optim.optimizer import ParamsT
 from fisher_kernels.ops import ACCUMULATOR, sofim_step_
 from fisher_kernels.ops.sofim_step import DIRECTIONS, SCOPES
 from fisher_kernels.optim.base import Batch, FisherOptimizer, Plan, count, require_memory, totals
-from fisher_kernels.optim.caller import calling
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_numbers
+from fisher_kernels.optim.shares import divider
 
 SHARED = ("rho", "beta", "direction", "decoupled", "maximize")
 """Hyperparameters on which all groups of scope ``"global"`` agree: they have one Fisher matrix."""
@@ -118,7 +117,6 @@ class SOFIM(FisherOptimizer):
 
     def _regrouped(self) -> None:
         self._check_shared()
-        self._check_whole()
         self._restored()
 
     def _restored(self) -> None:
@@ -134,16 +132,11 @@ class SOFIM(FisherOptimizer):
                         "value: groups of scope 'global' share a matrix; scope='tensor' gives each parameter its own"
                     )
 
-    def _check_whole(self) -> None:
-        """Refuse to be one of the optimizers among which ZeroRedundancyOptimizer divides the parameters."""
-        module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-        if module is None or not any(group["scope"] == GLOBAL for group in self.param_groups):
-            return
-        sharded = calling(module.ZeroRedundancyOptimizer)
-        if sharded is not None and sharded.world_size > 1:
+    def _check_whole(self, group: dict[str, Any]) -> None:
+        if group["scope"] == GLOBAL and (name := divider()) is not None:
             raise ValueError(
-                "SOFIM of scope 'global' needs the norm over all parameters, and ZeroRedundancyOptimizer gives each "
-                "process a share of them: scope='tensor' is exact there"
+                f"SOFIM of scope 'global' needs the norm over all parameters, and {name} gives each process a share of "
+                "them: scope='tensor' is exact there"
             )
 
     # Step.
