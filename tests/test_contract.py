@@ -9,11 +9,13 @@ import math
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -1182,19 +1184,46 @@ def test_state_of_other_groups_is_refused(make: Make) -> None:
 
 @every_configuration
 @pytest.mark.parametrize("flatten", [False, True])
-def test_distributed_checkpoint_of_one_process(make: Make, flatten: bool) -> None:
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_distributed_checkpoint_of_one_process(make: Make, flatten: bool, on_disk: bool, tmp_path: Path) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     model = network()
     ours = make(model)
     train(model, ours, range(4))
-    stored = saved_and_loaded(get_optimizer_state_dict(model, ours, options=options))
+    stored = get_optimizer_state_dict(model, ours, options=options)
     twin = network(seed=1)
     twin.load_state_dict(model.state_dict())
     resumed = make(twin)
+    if on_disk:
+        dcp.save({"optimizer": stored}, checkpoint_id=tmp_path, no_dist=True)
+        stored = get_optimizer_state_dict(twin, resumed, options=options)  # what is loaded into
+        dcp.load({"optimizer": stored}, checkpoint_id=tmp_path, no_dist=True)
+    else:
+        stored = saved_and_loaded(stored)
     set_optimizer_state_dict(twin, resumed, stored, options=options)
+    assert_same_state(resumed.state_dict(), ours.state_dict())
     train(model, ours, range(4, 9))
     train(twin, resumed, range(4, 9))
     assert_same_parameters(model, twin)
+    assert_same_state(resumed.state_dict(), ours.state_dict())
+
+
+@every_configuration
+def test_being_asked_for_its_state_changes_nothing(make: Make) -> None:
+    """torch.distributed.checkpoint takes a step with gradients of zero where there is no state yet."""
+    model, ours, twin, asked = twins(make)
+    before, groups = parameters_of(twin), copy.deepcopy(asked.state_dict()["param_groups"])
+    state = get_optimizer_state_dict(twin, asked)["state"]
+    assert state.keys() == before.keys()
+    assert all(torch.equal(p, before[name]) for name, p in twin.named_parameters())
+    assert asked.state_dict()["param_groups"] == groups
+    assert all(math.isfinite(x) or math.isnan(x) for row in asked.metrics().values() for x in row.values())
+    train(model, ours, range(7))
+    train(twin, asked, range(7))
+    assert_same_parameters(model, twin)
+    assert_same_state(asked.state_dict(), ours.state_dict())
+    assert asked.metrics() == ours.metrics()
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fisher_kernels import EKFAC, KFAC
 from fisher_kernels.curvature.factor_rules import Context, Factoring, LinearFactors
 from fisher_kernels.optim import momentum_image
-from fisher_kernels.optim.momentum_image import IMAGE, MomentumImages
+from fisher_kernels.optim.momentum_image import HOLDS, IMAGE, MomentumImages
 from tests.small_network import assert_same_parameters, assert_same_state, parameters_of, saved_and_loaded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,7 +107,8 @@ def step_with(
 
 
 def images_of(optimizer: KFAC) -> dict[int, Tensor]:
-    return {i: state[IMAGE] for i, state in optimizer.state_dict()["state"].items() if IMAGE in state}
+    """Those that are in use."""
+    return {i: state[IMAGE] for i, state in optimizer.state_dict()["state"].items() if state.get(HOLDS, 0)}
 
 
 def assert_as_dense(optimizer: KFAC) -> int:
@@ -118,8 +119,9 @@ def assert_as_dense(optimizer: KFAC) -> int:
     """
     images = 0
     for pair in optimizer._factors.pairs:
-        if (image := optimizer.state[pair.owner].get(IMAGE)) is None:
+        if not optimizer.state[pair.owner].get(HOLDS, 0):
             continue
+        image = optimizer.state[pair.owner][IMAGE]
         matrices = pair.matrices(lambda p: optimizer.state[p]["momentum_buffer"])
         left, right = optimizer._factors.sides(pair)
         norms = math.prod(float(x.norm()) for x in (left, matrices, right))

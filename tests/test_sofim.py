@@ -565,19 +565,3 @@ def test_squares_that_overflow_stop_the_step(direction: str) -> None:
     p.grad = torch.tensor([1e200, 1.0], dtype=torch.float64)
     ours.step()
     assert torch.equal(p, torch.ones(2, dtype=torch.float64))
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:`torch.jit:DeprecationWarning")
-def test_a_share_of_the_parameters_is_refused_where_one_norm_is_meant() -> None:
-    """ZeroRedundancyOptimizer makes the optimizer within itself, with the share of its process."""
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
-    class Sharded(ZeroRedundancyOptimizer):
-        def __init__(self, processes: int, scope: Any) -> None:
-            self.world_size = processes
-            self.optim = SOFIM(nn.Linear(2, 2).parameters(), scope=scope)
-
-    with pytest.raises(ValueError, match="ZeroRedundancyOptimizer gives each process a share"):
-        Sharded(2, "global")
-    Sharded(2, "tensor")
-    Sharded(1, "global")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 import textwrap
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,8 +20,12 @@ from torch.optim.optimizer import ParamsT
 
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.ops._arguments import lacks_memory
+from fisher_kernels.optim.caller import is_within
 from fisher_kernels.optim.hyperparameters import require_bools, require_numbers
+from fisher_kernels.optim.shares import divider, is_distributed, is_flattened
 from fisher_kernels.optim.warn import warn
+
+_STATE_DICTS = "torch.distributed.checkpoint.state_dict"
 
 _WIDTH = 120
 """Columns of what is printed."""
@@ -108,6 +111,10 @@ class FisherOptimizer(Optimizer):
 
     # What subclasses define.
 
+    def _prepare(self) -> None:
+        """Make the state that the step of the parameters with a gradient needs, before anything is changed."""
+        raise NotImplementedError
+
     def _advance(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Update every parameter that has a gradient."""
         raise NotImplementedError
@@ -141,6 +148,7 @@ class FisherOptimizer(Optimizer):
         """Add a parameter group; a group that is refused changes nothing."""
         super().add_param_group(param_group)
         try:
+            self._check_whole(self.param_groups[-1])
             self._check_params(self.param_groups[-1])
             self._check_group(self.param_groups[-1])
             self._find_groups()
@@ -164,6 +172,14 @@ class FisherOptimizer(Optimizer):
         if not 0 <= lr < math.inf:
             raise ValueError(f"lr is {float(lr)}, expected a finite number of at least 0")
 
+    def _check_whole(self, group: dict[str, Any]) -> None:
+        """Refuse to be one of the optimizers among which another one divides the parameters."""
+        if (name := divider()) is not None:
+            raise ValueError(
+                f"{type(self).__name__} needs all parameters of the model, and {name} gives each process a share of "
+                "them: use DistributedDataParallel alone, with this optimizer in every process"
+            )
+
     def _check_params(self, group: dict[str, Any]) -> None:
         """Refuse parameters that no step takes, and one that is there twice: it would be stepped twice, or once."""
         places: dict[Parameter, int] = {}
@@ -176,10 +192,16 @@ class FisherOptimizer(Optimizer):
             if p.is_nested or p.layout != torch.strided:
                 kind = "a nested tensor" if p.is_nested else f"of layout {p.layout}"
                 raise TypeError(f"params[{i}] is {kind}, expected a strided tensor with a shape")
-            if _is_distributed(p):
+            if is_distributed(p):
                 raise TypeError(
                     f"params[{i}] is a DTensor, of which each process has a part, as in FSDP and tensor parallel "
                     f"training: {type(self).__name__} needs whole parameters, as in DistributedDataParallel"
+                )
+            if is_flattened(p):
+                raise TypeError(
+                    f"params[{i}] is one of FullyShardedDataParallel, of which each process has a part: "
+                    f"{type(self).__name__} needs whole parameters, as in DistributedDataParallel, which is also what "
+                    "ShardingStrategy.NO_SHARD does"
                 )
             if p.dtype not in ACCUMULATOR:
                 raise TypeError(
@@ -209,6 +231,13 @@ class FisherOptimizer(Optimizer):
             What the closure returned, or None.
         """
         self._take_up_groups()
+        if not self.state:
+            for group in self.param_groups:  # they may have been divided since
+                self._check_params(group)
+            # torch.distributed.checkpoint takes a step without gradients to have something to load into.
+            if is_within(_STATE_DICTS, "_init_optim_state"):
+                self._prepare()
+                return None
         self._take_turn()
         loss = evaluate_closure(closure)
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
@@ -392,11 +421,6 @@ class FisherOptimizer(Optimizer):
 _living: weakref.WeakSet[FisherOptimizer] = weakref.WeakSet()
 _changes = 0  # of the groups of any optimizer
 _turns = itertools.count(1)
-
-
-def _is_distributed(p: Parameter) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # which takes its time to import
-    return module is not None and isinstance(p, module.DTensor)
 
 
 def require_memory(name: str, x: Tensor | None) -> None:

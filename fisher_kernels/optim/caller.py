@@ -26,6 +26,20 @@ def calling(kind: type[T]) -> T | None:
     return None
 
 
+def is_within(module: str, function: str) -> bool:
+    """Whether a function of a module is running; one of a module that is not imported is not."""
+    found = getattr(sys.modules.get(module), function, None)
+    if found is None:
+        return False
+    code = inspect.unwrap(found).__code__
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
 def _codes(kind: type) -> Iterator[CodeType]:
     for function in vars(kind).values():
         if callable(function) and inspect.isfunction(own := inspect.unwrap(function)):

@@ -23,7 +23,7 @@ from fisher_kernels.optim.fisher_blocks import BLOCK_STATE
 from fisher_kernels.optim.kfac import KFAC, OTHERS_LR
 from fisher_kernels.optim.kronecker import RAMP, KroneckerOptimizer, goes_on
 from fisher_kernels.optim.kronecker_factors import UPDATES, Pair, factor_state
-from fisher_kernels.optim.momentum_image import IMAGE
+from fisher_kernels.optim.momentum_image import HOLDS, IMAGE
 
 TINY = 1e-16
 """Added to second moments beside what is relative to their mean, so that nothing is divided by 0."""
@@ -49,8 +49,9 @@ class EKFAC(KFAC):
 
     State of a weight: ``momentum_buffer``, ``row_factor``, ``column_factor``, ``row_basis``, ``column_basis`` (groups,
     n, n), ``second_moment`` (groups, rows, columns), ``moment_updates`` and ``fisher_updates``. A factor whose
-    eigenvectors cannot be found keeps those it has, is counted in :meth:`KFAC.metrics` and warned of once. Where the
-    batch has few rows (``directions``) there is ``momentum_image``, the momentum in the basis, (1, rows, columns).
+    eigenvectors cannot be found keeps those it has, is counted in :meth:`KFAC.metrics` and warned of once. Large layers
+    on the CPU have room for the momentum in the basis, ``momentum_image`` (1, rows, columns), unless
+    ``directions="dense"``; ``image_holds`` is 1 where it is that.
 
     All arguments but these are those of :class:`KFAC`:
 
@@ -66,7 +67,7 @@ class EKFAC(KFAC):
 
     factors_kind = FactorMoments
     moments = True
-    statistics_state = (*BLOCK_STATE, *_BASIS_STATE, MOMENT_UPDATES, IMAGE)
+    statistics_state = (*BLOCK_STATE, *_BASIS_STATE, MOMENT_UPDATES, IMAGE, HOLDS)
 
     def __init__(
         self,

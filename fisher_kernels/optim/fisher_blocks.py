@@ -161,6 +161,11 @@ class FisherBlocks(Renewal[Part]):
         """The parts that take their blocks from gradients."""
         return [*self.unruled, *self._aside.values()]
 
+    def aside_without_state(self) -> list[Parameter]:
+        """The parameters set aside whose own blocks are not in the state."""
+        name = ASIDE + "fisher_updates"
+        return [p for p in self._aside if p in self.state and name not in self.state[p]]
+
     def is_averaged(self, part: Part) -> bool:
         """Whether a part has statistics."""
         return part.number in self._averaged

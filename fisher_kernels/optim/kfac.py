@@ -25,7 +25,7 @@ from fisher_kernels.optim.fisher_blocks import ASIDE, BLOCK_STATE, New
 from fisher_kernels.optim.hyperparameters import require_choice, require_numbers
 from fisher_kernels.optim.kronecker import RAMP, Bounds, KroneckerOptimizer
 from fisher_kernels.optim.kronecker_factors import KroneckerFactors, factor_state
-from fisher_kernels.optim.momentum_image import IMAGE, MomentumImages
+from fisher_kernels.optim.momentum_image import HOLDS, IMAGE, MomentumImages
 from fisher_kernels.optim.refresh import is_due
 from fisher_kernels.optim.renewal import NEXT
 from fisher_kernels.optim.term_blocks import TermBlocks
@@ -80,8 +80,8 @@ class KFAC(KroneckerOptimizer):
     diagonal, ``row_inverse``, ``column_inverse`` and ``fisher_updates``; what has blocks has the state of :class:`MBF`.
     Before there are statistics the inverse is the identity. A factor that is not positive definite with its damping
     keeps the inverse it has, is counted in :meth:`metrics` and warned of once. What Adam trains has
-    ``momentum_buffer``, ``exp_avg_sq`` and ``exp_avg_updates``. Where the batch has few rows (``directions``) there is
-    ``momentum_image``, P_G m P_A, (1, rows, columns).
+    ``momentum_buffer``, ``exp_avg_sq`` and ``exp_avg_updates``. Large layers on the CPU have room for P_G m P_A,
+    ``momentum_image`` (1, rows, columns), unless ``directions="dense"``; ``image_holds`` is 1 where it is that.
 
     Args:
         model: its layers are read through hooks; ``close()`` removes them. Inputs of layers are kept until the backward
@@ -139,7 +139,7 @@ class KFAC(KroneckerOptimizer):
 
     moment = "momentum_buffer"
     factors_kind: ClassVar[type[KroneckerFactors]] = FactorInverses
-    statistics_state = (*BLOCK_STATE, *factor_state("inverse"), IMAGE)
+    statistics_state = (*BLOCK_STATE, *factor_state("inverse"), IMAGE, HOLDS)
     later: ClassVar[Mapping[str, Any]] = {"others": "curvature", "others_lr": OTHERS_LR}
 
     _images: MomentumImages | None = None
@@ -279,12 +279,18 @@ class KFAC(KroneckerOptimizer):
         by_adam = {index for index, site in sites if isinstance(site.rule, Elementwise)}
         return self._factors.known_sites | self._blocks.known_sites | by_adam
 
+    def _without_statistics(self) -> Iterator[Parameter]:
+        yield from super()._without_statistics()
+        yield from self._blocks.aside_without_state()
+
     def _dtype_of(self, p: Parameter, name: str) -> torch.dtype:
         return super()._dtype_of(p, name.removeprefix(NEXT).removeprefix(ASIDE))
 
     def _prepare(self) -> None:
         super()._prepare()
         self._blocks.couple()
+        if self._images is not None:
+            self._images.make_room()
 
     def _make_state(self, p: Parameter) -> None:
         super()._make_state(p)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Generic, Literal
@@ -68,6 +69,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         fallback: Literal["warn", "error"] = "warn",
         rules: Mapping[type, Choice] | None = None,
     ) -> None:
+        self._check_whole({})  # its parameters are what is given for the model there
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"model is a {type(model).__name__}, expected a torch.nn.Module: {type(self).__name__} reads its "
@@ -127,10 +129,6 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _known_sites(self) -> Collection[int]:
         """Indices of the sites that have statistics."""
-        raise NotImplementedError
-
-    def _prepare(self) -> None:
-        """Make the state that the step needs, before anything is changed."""
         raise NotImplementedError
 
     def _fold(self, taken: list[tuple[int, Sums]], grad_scale: Tensor | None) -> None:
@@ -299,6 +297,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             stay = [q for p in group["params"] if (q := moved.get(p, p)) is p or q not in taken]
             group["params"] = list(dict.fromkeys(stay))
             taken.update(stay)
+            self._check_params(group)
         self._find_groups()
         for p, q in moved.items():
             if (state := self.state.pop(p, None)) is not None and not p.is_meta and q not in self.state:
@@ -316,7 +315,10 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         group.setdefault("iteration", 0)
-        group.setdefault(UNSERVED, {})
+        for name in (UNSERVED, FUNCTIONS):
+            kept = group.setdefault(name, {})
+            if isinstance(kept, str):  # as state_dict() has it
+                group[name] = json.loads(kept)
         super()._check_group(group)
         if "refresh" in group:
             check_schedule(group)
@@ -610,6 +612,27 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             self._rewatched()
         else:  # the settings that came along have other rules
             self._watch(self.statistics.grad_scaler, self.statistics.process_group)
+        self._tell_of_lost_statistics()
+
+    def _without_statistics(self) -> Iterator[Parameter]:
+        """The parameters that keep statistics of layers, and have none where these layers have a moment."""
+        kept = set(self.statistics_state)
+        for site in self.statistics.sites:
+            if site.rule.needs_uses and kept.isdisjoint(self.state.get(site.owner, {})):
+                params = (p for layer in site.layers for p in layer.parameters.values())
+                if any(self.moment in self.state.get(p, {}) for p in params):
+                    yield site.owner
+
+    def _tell_of_lost_statistics(self) -> None:
+        """Name once what was loaded without the statistics of its layer."""
+        names = {p: name for name, p in self._names()}
+        if lost := shown([names[p] for p in self._without_statistics()]):
+            self._warn_once(
+                f"lost statistics {lost}",
+                f"the state that was loaded has no statistics of {lost}, which begin anew. "
+                "torch.distributed.checkpoint loads no more than what the optimizer has before: weights that functions "
+                "apply are known after a step of training, and the state of frozen parameters is left out",
+            )
 
     def _restored(self) -> None:
         self._unserved = Unserved()
@@ -621,9 +644,15 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         self._rewatched()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, when what is being made beside training is in it."""
+        """The state, when what is being made beside training is in it.
+
+        What groups say of layers is text: torch.distributed.checkpoint loads no keys that are not there before.
+        """
         self._join()
-        return super().state_dict()
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            group.update({name: json.dumps(group[name]) for name in (UNSERVED, FUNCTIONS) if name in group})
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._join()

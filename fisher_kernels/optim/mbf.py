@@ -320,6 +320,10 @@ class MBF(Measured, SampledLabels[BlockRule]):
     def _known_sites(self) -> Collection[int]:
         return self._blocks.known_sites
 
+    def _without_statistics(self) -> Iterator[Parameter]:
+        yield from super()._without_statistics()
+        yield from self._blocks.aside_without_state()
+
     def _dtype_of(self, p: Parameter, name: str) -> torch.dtype:
         name = name.removeprefix(NEXT).removeprefix(ASIDE)
         if name == "inverse_blocks" and self._groups[p]["inverse_storage"] == "bfloat16":

@@ -19,7 +19,8 @@ of least squares. Where they differ by more than rounding X is made of m in this
 sum of the two, since elements stay or decay enters the gradient.
 
 The random vector follows from the number of the step, and X is part of the state, so a state that is loaded goes on to
-the bit.
+the bit. There is room for X from the beginning, and a number that says whether it is that of the momentum beside it:
+torch.distributed.checkpoint loads what is there before.
 """
 
 from __future__ import annotations
@@ -37,11 +38,15 @@ from fisher_kernels.curvature.factor_rules import TermRule
 from fisher_kernels.curvature.rows import Piece, Rows, Watched
 from fisher_kernels.curvature.sites import versions_of
 from fisher_kernels.curvature.statistics import Statistics
+from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.ops._arguments import lacks_memory
 from fisher_kernels.optim.kronecker_factors import KroneckerFactors, Pair
 
 IMAGE = "momentum_image"
 """State of the owner of a layer's factors: X, (1, rows, columns)."""
+
+HOLDS = "image_holds"
+"""State beside it: 1 where X is that of the momentum, 0 where it is of no use, ()."""
 
 SHARE = 0.5
 """Of the operations of the dense product, how many rows may take at most."""
@@ -86,10 +91,11 @@ class MomentumImages:
         self.rows = Rows(watched if statistics.open else {}, statistics.accumulates)
         for pair in factors.pairs:
             if pair.number not in self._pairs and pair.owner in state:
-                state[pair.owner].pop(IMAGE, None)
+                for name in (IMAGE, HOLDS):
+                    state[pair.owner].pop(name, None)
         # What each image was made of, with how often that had been written to. An image that is loaded is of the
         # momentum and the factors that are loaded with it.
-        loaded = [pair for pair in self._pairs.values() if IMAGE in state.get(pair.owner, {})]
+        loaded = [pair for pair in self._pairs.values() if state.get(pair.owner, {}).get(HOLDS, 0)]
         self._made_of = {pair.number: self._sources(pair) for pair in loaded}
         self._due: Collection[int] = ()
         self._uses: dict[int, list[Piece]] = {}
@@ -106,25 +112,35 @@ class MomentumImages:
             if id(self._groups[pair.owner]) not in due and self._applies(pair)
         )
 
+    def make_room(self) -> None:
+        """Make the state of images that there may be, of parameters that have a momentum."""
+        for pair in self._pairs.values():
+            state, group = self._state.get(pair.owner, {}), self._groups[pair.owner]
+            if self._moment in state and HOLDS not in state and group["directions"] == "auto":
+                dtype, device = ACCUMULATOR[pair.owner.dtype], pair.owner.device
+                state[IMAGE] = torch.zeros(pair.rule.shape, dtype=dtype, device=device)
+                state[HOLDS] = torch.zeros((), dtype=dtype, device=device)
+
     def begin(self, due: Collection[int], grad_scale: Tensor | None) -> None:
         """Take up what there is before the momentum advances, in a step in which the groups in ``due`` have a turn.
 
-        Images are out of the state until the step has come to their layer: one that ends in an error leaves none that
-        is not of the momentum beside it.
+        No image is said to hold until the step has come to its layer: one that ends in an error leaves none that is not
+        of the momentum beside it.
 
         Args:
             grad_scale: what gradients will be divided by.
         """
         self._uses, self._due, self._old, self._grad_scale = self.rows.take(), due, {}, grad_scale
         for number, pair in self._pairs.items():
-            if IMAGE not in self._state.get(pair.owner, {}):
+            state = self._state.get(pair.owner, {})
+            if not state.get(HOLDS, 0):
                 continue
             same = not self._has_turn(pair) and self._applies(pair) and self._is_as_made(pair)
             advances = any(p.grad is not None for p in pair.params)
             if advances or not same:
-                image = self._state[pair.owner].pop(IMAGE)
+                state[HOLDS].zero_()
                 if advances:
-                    self._old[number] = image if same else None
+                    self._old[number] = state[IMAGE] if same else None
 
     def directions(
         self, vectors: Mapping[Parameter, Tensor], stays: Collection[Parameter]
@@ -144,7 +160,9 @@ class MomentumImages:
             image = self._old.pop(number, None)
             if pieces is None or image is None or not self._advance(pair, image, pieces):
                 image = self._factors.image(pair, pair.matrices(vectors.get))
-            self._state[pair.owner][IMAGE] = image
+            state = self._state[pair.owner]
+            state[IMAGE] = image
+            state[HOLDS].fill_(1)
             self._made_of[number] = self._sources(pair)
             yield from pair.split(self._factors.direction_of(pair, image))
 

@@ -6,7 +6,6 @@ Source: SOFIM, arXiv 2403.02833, Algorithm 1.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,8 +17,8 @@ from torch.optim.optimizer import ParamsT
 from fisher_kernels.ops import ACCUMULATOR, sofim_step_
 from fisher_kernels.ops.sofim_step import DIRECTIONS, SCOPES
 from fisher_kernels.optim.base import Batch, FisherOptimizer, Plan, count, require_memory, totals
-from fisher_kernels.optim.caller import calling
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_numbers
+from fisher_kernels.optim.shares import divider
 
 SHARED = ("rho", "beta", "direction", "decoupled", "maximize")
 """Hyperparameters on which all groups of scope ``"global"`` agree: they have one Fisher matrix."""
@@ -118,7 +117,6 @@ class SOFIM(FisherOptimizer):
 
     def _regrouped(self) -> None:
         self._check_shared()
-        self._check_whole()
         self._restored()
 
     def _restored(self) -> None:
@@ -134,16 +132,11 @@ class SOFIM(FisherOptimizer):
                         "value: groups of scope 'global' share a matrix; scope='tensor' gives each parameter its own"
                     )
 
-    def _check_whole(self) -> None:
-        """Refuse to be one of the optimizers among which ZeroRedundancyOptimizer divides the parameters."""
-        module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-        if module is None or not any(group["scope"] == GLOBAL for group in self.param_groups):
-            return
-        sharded = calling(module.ZeroRedundancyOptimizer)
-        if sharded is not None and sharded.world_size > 1:
+    def _check_whole(self, group: dict[str, Any]) -> None:
+        if group["scope"] == GLOBAL and (name := divider()) is not None:
             raise ValueError(
-                "SOFIM of scope 'global' needs the norm over all parameters, and ZeroRedundancyOptimizer gives each "
-                "process a share of them: scope='tensor' is exact there"
+                f"SOFIM of scope 'global' needs the norm over all parameters, and {name} gives each process a share of "
+                "them: scope='tensor' is exact there"
             )
 
     # Step.
@@ -177,20 +170,23 @@ class SOFIM(FisherOptimizer):
             )
             count(self._skipped, batch.numbers, skipped)
 
+    def _prepare(self) -> None:
+        for _, p in self._with_gradients():
+            if "step" not in (state := self.state[p]):
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state["exp_avg"] = torch.zeros_like(p, dtype=ACCUMULATOR[p.dtype])
+
     def _scopes(self) -> list[str]:
         return [group["scope"] for group in self.param_groups]
 
     def _make_plan(self) -> Plan[_Batch]:
         """One call for all groups of scope "global"; for the others one for each group and device."""
+        self._prepare()
         batches: dict[Any, _Batch] = {}
         numbers = {p: number for number, p in enumerate(self._groups)}
         for group, p in self._with_gradients():
-            state = self.state[p]
-            if "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                state["exp_avg"] = torch.zeros_like(p, dtype=ACCUMULATOR[p.dtype])
             key = GLOBAL if group["scope"] == GLOBAL else (id(group), p.device)
-            batches.setdefault(key, _Batch()).add(numbers[p], p, state, group)
+            batches.setdefault(key, _Batch()).add(numbers[p], p, self.state[p], group)
         waiting = [p for p in self._groups if p.grad is None]
         return Plan(list(batches.values()), waiting, self._scopes())
 
