@@ -495,6 +495,17 @@ def test_optimizers_of_other_libraries_train(name: str) -> None:
     assert record.title == CONTESTANTS[name].title
 
 
+def test_attention_is_differentiated_twice_where_a_step_needs_that() -> None:
+    """The kernels that compute it fastest have no second derivative."""
+    pytest.importorskip("pytorch_optimizer")
+    text = find_task("text")
+    settings = Settings(epochs=1, batch_size=2, max_steps=1)
+    training = Training(text, recipe(text, "adahessian", {"lr": 0.1}), 0, settings)
+    before = [p.detach().clone() for p in training.model.parameters()]
+    training.iterate(next(text.batches(0, 1, 2)))
+    assert all(not torch.equal(p, old) for p, old in zip(training.model.parameters(), before, strict=True))
+
+
 def test_muon_takes_hidden_weights_alone() -> None:
     model = find_task("digits").make_model(0)
     hidden, others = CONTESTANTS["muon"].of(model)

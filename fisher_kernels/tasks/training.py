@@ -18,11 +18,13 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import LambdaLR
 
 from fisher_kernels.tasks.optimizers import Recipe
@@ -254,7 +256,9 @@ class Training:
             made: torch.Tensor = self._forward_and_backward(self.model, self.task.criterion, batch)
             return made.detach()
         inputs, targets = batch
-        output = self.model(inputs)
+        # Of the ways to compute attention one alone has a second derivative.
+        with sdpa_kernel(SDPBackend.MATH) if self._differentiates_twice else nullcontext():
+            output = self.model(inputs)
         loss = self.task.criterion(output, targets)
         if self._sample is not None:
             self._sample(output, self.task.distribution)
