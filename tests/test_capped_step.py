@@ -620,6 +620,22 @@ def test_layers_at_zero_move_as_far_as_the_floor_lets_them(implementation: str, 
     assert not any(w.any() for w in case.params[:2])
 
 
+def test_the_smallest_floor_of_a_layer_counts(implementation: str) -> None:
+    """Beside a layer that is larger than its floors, and is capped by what it is."""
+    shapes = [(6, 8), (6,), (3, 5), (3,), (7, 9)]
+    options = {"kl_clip": None, "max_relative_step": 0.02, "floor": [0.3, 0.1, 0.01, 0.03, 1e-3], "lr": 100.0}
+    case = step(shapes, torch.float64, **options)
+    for w in case.params[:4]:
+        w.zero_()
+    refresh(case)
+    before = case.copy()
+    check(case)
+    squares = [float((now - then).square().sum()) for now, then in zip(case.params, before.params, strict=True)]
+    moved = [math.sqrt(sum(squares[i : i + 2])) for i in (0, 2, 4)]
+    wanted = [0.1 * math.sqrt(54), 0.01 * math.sqrt(18), float(before.params[4].norm())]
+    assert moved == pytest.approx([0.02 * x for x in wanted], rel=1e-9)
+
+
 def test_directions_of_zero(implementation: str) -> None:
     """Nothing divides by them: scale and factors are 1, and the decay goes on."""
     case = step(FEW, torch.float32, weight_decay=0.1)

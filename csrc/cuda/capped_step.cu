@@ -310,7 +310,7 @@ __device__ int64_t next_layer(const Bounds& bounds, int64_t i) {
   return i;
 }
 
-__device__ double factor_of(const Bounds& bounds, const Term& layer, double scale) {
+__device__ double factor_of(const Term& layer, double scale) {
   if (!layer.is_finite) return 0;
   const double weight = sqrt(layer.weight), least = layer.floor * sqrt(static_cast<double>(layer.elements));
   const double limit = layer.most * (weight > least ? weight : least), size = scale * sqrt(layer.size);
@@ -341,7 +341,7 @@ __global__ void __launch_bounds__(kThreads) solve_kernel(const Bounds bounds) {
   const double scale = memory.scale;
   for (int64_t i = next_layer(bounds, threadIdx.x); i < bounds.count; i = next_layer(bounds, i + kThreads)) {
     const Layer layer = gather(bounds, i);
-    const double factor = is_off ? 1 : factor_of(bounds, layer.sums, scale);
+    const double factor = is_off ? 1 : factor_of(layer.sums, scale);
     bounds.factors[layer.sums.layer] = factor;
     for (int64_t k = i; k < layer.end; ++k) {
       Term& term = bounds.terms[k];
