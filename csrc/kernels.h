@@ -192,6 +192,7 @@ struct MbfParameter {
   int64_t* skipped;
   double* cap;    // of the layer; followed by that of the bias
   int64_t layer;  // 0 <= layer < MbfStep::layers
+  double floor;   // of the layer: the same for all its parameters
   Scalar lr;
   double weight_decay;
   WeightDecay decay;
@@ -216,7 +217,6 @@ struct MbfStep {
   double kl_clip;  // 0 for none
   bool along_gradient;
   double max_relative_step;  // 0 for none
-  double floor;
   int threads;
 
   /// Whether the step must wait for sums.
@@ -304,13 +304,14 @@ struct CappedParameter {
   int64_t layer;  // in order: that of the parameter before, or the next one
   Scalar lr;
   double weight_decay;
-  double max_relative_step;  // infinite for none
+  double max_relative_step;  // infinite for none; of a layer the smallest of its parameters
+  double floor;              // likewise
   DType dtype;
 };
 
 /// With the sums of DirectionSums over parameters i and layers l that have none that is not finite:
 ///   scale = min(1, sqrt(kl_clip / |sum of lr_i^2 (d . m)_i|)), or 1 without kl_clip;
-///   factor_l = min(1, max_relative_step * max(|w_l|, floor sqrt(n_l)) / (scale sqrt(sum of lr_i^2 (d . d)_i)));
+///   factor_l = min(1, max_relative_step_l * max(|w_l|, floor_l sqrt(n_l)) / (scale sqrt(sum of lr_i^2 (d . d)_i)));
 ///   w_i <- w_i - lr_i (scale factor_l d_i + weight_decay_i w_i).
 /// The other layers stay as they are: their factors are 0 and their elements count as skipped.
 struct CappedStep {
@@ -319,7 +320,6 @@ struct CappedStep {
   int64_t layers;
   const double* sums;  // [count, 3]
   double kl_clip;      // 0 for none
-  double floor;
   Scalar found_inf;  // as in GradientScale
   double* scale;
   double* factors;   // [layers]

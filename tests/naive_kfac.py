@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from tests.naive_mbf import (
     Use,
+    fan_in,
     is_conv,
     is_conv1d,
     is_matrix,
@@ -40,6 +41,7 @@ DEFAULTS: dict[str, Any] = {
     "damping": 1e-3,
     "kl_clip": 1e-3,
     "max_relative_step": 0.02,
+    "floor": 0.3,
     "beta2": 0.95,
     "update_interval": 1,
     "inverse_interval": 1,
@@ -53,7 +55,6 @@ DEFAULTS: dict[str, Any] = {
     "decoupled": True,
     "maximize": False,
 }
-FLOOR = 1e-3
 EPS = 1e-8
 
 Sides = tuple[Tensor, Tensor]
@@ -191,6 +192,7 @@ class NaiveKFAC:
         for group in params or [{"params": model.parameters()}]:
             self.groups.append({**DEFAULTS, **given, **group, "params": list(group["params"]), "iteration": 0})
         self.group_of = {id(p): group for group in self.groups for p in group["params"]}
+        self.fans = {id(p): fan_in(model, p) for group in self.groups for p in group["params"]}
         self.first: dict[int, Tensor] = {}
         self.counts: dict[int, int] = {}
         self.squares: dict[int, Tensor] = {}
@@ -586,7 +588,8 @@ class NaiveKFAC:
         if limit is None:
             return 1.0
         size = math.sqrt(sum(float(p.square().sum()) for p in layer))
-        size = max(size, FLOOR * math.sqrt(sum(p.numel() for p in layer)))
+        least = min(self.group_of[id(p)]["floor"] / math.sqrt(self.fans[id(p)]) for p in layer)
+        size = max(size, least * math.sqrt(sum(p.numel() for p in layer)))
         lengths = [self.group_of[id(p)]["lr"] ** 2 * float(directions[id(p)].square().sum()) for p in layer]
         step = self.scale * math.sqrt(sum(lengths))
         self.caps.append(min(1.0, limit * size / step) if step else 1.0)

@@ -28,7 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "kl_clip": 1e-3,
     "kl_along": "momentum",
     "max_relative_step": 0.1,
-    "floor": 1e-3,
+    "floor": 0.3,
     "beta2": 0.9,
     "update_interval": 10,
     "inverse_interval": 20,
@@ -72,6 +72,19 @@ def is_conv(module: nn.Module) -> bool:
 
 def is_norm(module: nn.Module) -> bool:
     return isinstance(module, (*CHANNEL_NORMS, nn.LayerNorm, nn.RMSNorm))
+
+
+def fan_in(model: nn.Module, parameter: Tensor) -> int:
+    """What torch draws the weight of the layer of a parameter relative to."""
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is None or not any(p is parameter for p in module._parameters.values()):
+            continue
+        if is_matrix(module) or is_conv(module):
+            return nn.init._calculate_fan_in_and_fan_out(weight.T if is_conv1d(module) else weight)[0]
+        if is_norm(module) or isinstance(module, nn.Embedding):
+            return 1
+    return parameter.numel() // len(parameter) if parameter.dim() > 1 else 1
 
 
 # The gradients of single samples.
@@ -226,6 +239,7 @@ class NaiveMBF:
             self.groups.append({**DEFAULTS, **given, **group, "params": list(group["params"]), "iteration": 0})
             self.groups[-1]["done"] = {"update_interval": [], "inverse_interval": []}  # in which steps
         self.group_of = {id(p): group for group in self.groups for p in group["params"]}
+        self.fans = {id(p): fan_in(model, p) for group in self.groups for p in group["params"]}
         self.moments: dict[int, Tensor] = {}
         self.uses: list[Use] = []
         self.backwards = 0
@@ -489,7 +503,7 @@ class NaiveMBF:
 
     def regions(self) -> list[list[dict[str, Any]]]:
         """Groups that have one trust region."""
-        names = ("momentum", "decoupled", "maximize", "kl_clip", "kl_along", "max_relative_step", "floor")
+        names = ("momentum", "decoupled", "maximize", "kl_clip", "kl_along", "max_relative_step")
         found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for group in self.groups:
             found.setdefault(tuple(group[name] for name in names), []).append(group)
@@ -502,7 +516,8 @@ class NaiveMBF:
             return 1.0
         weights = torch.cat([p.flatten() for p, _, _ in layer])
         steps = torch.cat([scale * self.group_of[id(p)]["lr"] * d.flatten() for p, d, _ in layer])
-        size = max(float(weights.norm()), settings["floor"] * len(weights) ** 0.5)
+        least = [self.group_of[id(p)]["floor"] / self.fans[id(p)] ** 0.5 for p, _, _ in layer]
+        size = max(float(weights.norm()), min(least) * len(weights) ** 0.5)
         return min(1.0, settings["max_relative_step"] * size / max(float(steps.norm()), 1e-300))
 
     def check_samples(self) -> None:

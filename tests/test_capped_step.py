@@ -412,6 +412,7 @@ class Defined:
         rates = [float(x) for x in per_parameter(case, "lr")]
         decays = per_parameter(case, "weight_decay")
         caps = [math.inf if x is None else x for x in per_parameter(case, "max_relative_step", None)]
+        floors = per_parameter(case, "floor", 1e-3)
         rows = o["sums"].tolist()
         layers = members(case)
         taken = [all(map(math.isfinite, itertools.chain(*(rows[i] for i in m)))) for m in layers]
@@ -433,7 +434,7 @@ class Defined:
                 continue
             size = self.scale * math.sqrt(math.fsum(rates[i] ** 2 * rows[i][1] for i in m))
             weight = math.sqrt(math.fsum(rows[i][2] for i in m))
-            limit = min(caps[i] for i in m) * max(weight, o.get("floor", 1e-3) * math.sqrt(numel))
+            limit = min(caps[i] for i in m) * max(weight, min(floors[i] for i in m) * math.sqrt(numel))
             self.factors.append(min(1.0, limit / size) if size else 1.0)
             for i in m:
                 w, d = case.params[i].double(), case.directions[i].double()
@@ -504,6 +505,7 @@ def test_step_of_mixed_dtypes(implementation: str, options: dict[str, Any]) -> N
         {"kl_clip": 1e-2 * (1 + 1e-3)},
         {"max_relative_step": 0.2 * (1 + 1e-3)},
         {"floor": 0.3},
+        {"floor": [1e-3, 1e-3, 0.3, 0.3, 1e-3, 1e-3]},
         {"weight_decay": 0.1 * (1 + 1e-3)},
         {"kl_clip": None},
         {"max_relative_step": None},
@@ -542,7 +544,8 @@ def refresh(case: Step) -> None:
 def test_what_differs_from_parameter_to_parameter(
     implementation: str, kl_clip: float | None, dtype: torch.dtype
 ) -> None:
-    """Rates (numbers, or tensors of either dtype), decays and caps; a layer's cap is the smallest of its parameters."""
+    """Rates (numbers, or tensors of either dtype), decays, caps and floors; of the latter two a layer's is the smallest
+    of its parameters."""
     shapes = shapes_for(implementation)
     kinds = (float, scalar, lambda x: scalar(x, torch.float64), lambda x: torch.full((1, 1), x))
     count = len(shapes)
@@ -551,12 +554,13 @@ def test_what_differs_from_parameter_to_parameter(
         "lr": [kinds[i % 4](0.0625 * (i % 5)) for i in range(count)],
         "weight_decay": [(0.0, 0.1, 0.02)[i % 3] for i in range(count)],
         "max_relative_step": [(None, 0.02, 0.01, 0.5)[i % 4] for i in range(count)],
+        "floor": [(0.0, 10.0, 1.0, 1e-3, 2.0)[i % 5] for i in range(count)],
     }
     check(step(shapes, dtype, layers=layers, kl_clip=kl_clip, **options))
     one = step(FEW[:3], dtype, kl_clip=kl_clip)
     for lr in (0.1, [0.1], (0.1, 0.1, 0.1), [scalar(0.1, torch.float64)] * 3):
         other, same = one.copy(), one.copy()
-        other.options.update(lr=lr, max_relative_step=[0.02], weight_decay=[0.0])
+        other.options.update(lr=lr, max_relative_step=[0.02], weight_decay=[0.0], floor=[1e-3] * len(one.params))
         assert_same_results(other.run(), same.run())
         assert_unchanged(other, same, ("params",))
 
@@ -614,6 +618,22 @@ def test_layers_at_zero_move_as_far_as_the_floor_lets_them(implementation: str, 
     assert float(factors[1]) > 0.0
     assert skipped.tolist() == [0, 0, 0, 0]
     assert not any(w.any() for w in case.params[:2])
+
+
+def test_the_smallest_floor_of_a_layer_counts(implementation: str) -> None:
+    """Beside a layer that is larger than its floors, and is capped by what it is."""
+    shapes = [(6, 8), (6,), (3, 5), (3,), (7, 9)]
+    options = {"kl_clip": None, "max_relative_step": 0.02, "floor": [0.3, 0.1, 0.01, 0.03, 1e-3], "lr": 100.0}
+    case = step(shapes, torch.float64, **options)
+    for w in case.params[:4]:
+        w.zero_()
+    refresh(case)
+    before = case.copy()
+    check(case)
+    squares = [float((now - then).square().sum()) for now, then in zip(case.params, before.params, strict=True)]
+    moved = [math.sqrt(sum(squares[i : i + 2])) for i in (0, 2, 4)]
+    wanted = [0.1 * math.sqrt(54), 0.01 * math.sqrt(18), float(before.params[4].norm())]
+    assert moved == pytest.approx([0.02 * x for x in wanted], rel=1e-9)
 
 
 def test_directions_of_zero(implementation: str) -> None:

@@ -160,6 +160,8 @@ KRONECKER = Make(
         ("kl_clip", math.inf),
         ("max_relative_step", 0.0),
         ("max_relative_step", math.nan),
+        ("floor", -1e-3),
+        ("floor", math.inf),
         ("beta2", 1.0),
         ("beta2", math.nan),
         ("update_interval", 0),

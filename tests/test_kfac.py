@@ -179,12 +179,13 @@ def test_the_cap_bounds_each_layer() -> None:
     report = optimizer.metrics()
     for layer in ("0", "4", "6"):
         moved, size, n = 0.0, 0.0, 0
+        fan_in = model.get_submodule(layer).weight[0].numel()
         for name, p in model.named_parameters():
             if name.startswith(layer):
                 moved += float((p.detach() - before[name]).square().sum())
                 size += float(before[name].square().sum())
                 n += p.numel()
-        bound = 0.01 * max(math.sqrt(size), 1e-3 * math.sqrt(n))
+        bound = 0.01 * max(math.sqrt(size), 0.3 * math.sqrt(n / fan_in))
         assert math.sqrt(moved) == pytest.approx(bound, rel=1e-9)
         assert report[f"{layer}.weight"]["cap"] < 1
         assert report[f"{layer}.weight"]["capped_share"] == 1

@@ -127,9 +127,9 @@ def places(case: Step, i: int) -> list[tuple[Any, list[Place | None]]]:
     return [(matrix, flat[b * n : (b + 1) * n]) for b, matrix in enumerate(matrices)]
 
 
-def of_each(case: Step, name: str) -> list[float]:
+def of_each(case: Step, name: str, default: float | None = None) -> list[float]:
     """A setting of each parameter."""
-    value = case.options[name]
+    value = case.options.get(name, default)
     return [float(x) for x in (value if isinstance(value, list) else [value] * len(case.params))]
 
 
@@ -162,13 +162,14 @@ def naive(case: Step) -> tuple[list[Tensor], list[Tensor], float, list[float]]:
                     total += lr[p] ** 2 * directions[p][e] * (gs if o.get("kl_along") == "gradient" else m)[k]
     clip, most = o.get("kl_clip"), o.get("max_relative_step")
     scale = 1.0 if clip is None or total == 0 else min(1.0, math.sqrt(clip / abs(total)))
-    layers = layers_of(case)
+    layers, floors = layers_of(case), of_each(case, "floor", 1e-3)
     caps = dict.fromkeys(layers, 1.0)
     for layer in caps if most is not None else ():
         members = [p for p, of in enumerate(layers) if of == layer]
         size = math.sqrt(sum(w * w for p in members for w in params[p]))
         length = math.sqrt(sum((scale * lr[p] * d) ** 2 for p in members for d in directions[p]))
-        bound = most * max(size, o.get("floor", 1e-3) * math.sqrt(sum(len(params[p]) for p in members)))
+        least = min(floors[p] for p in members) * math.sqrt(sum(len(params[p]) for p in members))
+        bound = most * max(size, least)
         caps[layer] = bound / length if length > bound else 1.0
     for p, (weights, along) in enumerate(zip(params, directions, strict=True)):
         for e, d in enumerate(along):
@@ -268,13 +269,13 @@ def cap_errors(case: Step, size: Sizes, scale: float, of_scale: float, caps: Seq
     |lr d| is off by at most the norm of the errors of d; where a layer is capped, scale |lr d| is bound / cap.
     """
     o, rates, layers = case.options, of_each(case, "lr"), layers_of(case)
-    floor, u = o.get("floor", 1e-3), 64 * unit_roundoff(torch.float64)
+    floors, u = of_each(case, "floor", 1e-3), 64 * unit_roundoff(torch.float64)
     errors = []
     for i, layer in enumerate(layers):
         members = [p for p, of in enumerate(layers) if of == layer]
         weight = math.sqrt(sum(float(size.weights[p].square().sum()) for p in members))
         count = sum(size.weights[p].numel() for p in members)
-        bound = o["max_relative_step"] * max(weight, floor * math.sqrt(count))
+        bound = o["max_relative_step"] * max(weight, min(floors[p] for p in members) * math.sqrt(count))
         off = [
             rates[p] * 2 * unit_roundoff(ACCUMULATOR[case.params[p].dtype]) * size.roundings[p] * size.directions[p]
             for p in members
@@ -656,6 +657,53 @@ def test_the_floor_lets_zeros_move(implementation: str) -> None:
         for i, (p, then) in enumerate(zip(case.params, before.params, strict=True)):
             if p.numel() and case.inverses[i] is not None:
                 assert bool((p == then).all()) == (floor == 0.0), i
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_floors_of_each(implementation: str, dtype: torch.dtype) -> None:
+    """A layer's is the smallest of its parameters, wherever in the list they are."""
+    some = parameters_for(implementation, FEW, SOME, SOME)
+    first = [i - (inverse is None) for i, (_, inverse) in enumerate(some)]
+    floors = [(0.0, 10.0, 0.5, 2.0, 1e-3)[i % 5] for i in first]
+    options = {"max_relative_step": 1e-3, "weight_decay": 0.1, "decoupled": True, "floor": floors}
+    check(step(some, dtype, **options))
+    options |= {"layers": [10 * (i % 3) for i in first], "kl_clip": 0.1}
+    check(step(some, dtype, **options))
+    case = step(some, torch.float64, **options)
+    wanted = naive(case)[3]
+    assert case.run_with_caps()[2].tolist() == pytest.approx(wanted, rel=1e-9)
+    assert len({round(cap, 12) for cap in wanted}) == 3
+
+
+def test_floors_of_many(implementation: str) -> None:
+    """More than one launch takes."""
+    many = [Parameter((3,), (3, 1, 1))] * (20 if implementation == "triton" else 200)
+    layers = [i // 2 for i in range(len(many))]
+    check(step(many, torch.float32, max_relative_step=1e-3, floor=[0.1 * (i % 37) for i in layers], layers=layers))
+
+
+def test_zeros_move_as_far_as_the_floor_of_their_layer(implementation: str) -> None:
+    """Beside a large layer, whose floor is below its weights and which is capped by these."""
+    some = [Parameter((6, 8), (1, 1, 8, 8)), Parameter((3, 5), (3, 5, 5)), Parameter((9, 4), (1, 1, 4, 4))]
+    floors = [0.1, 0.01, 1e-3]
+    case = step(some, torch.float64, max_relative_step=0.02, floor=floors, lr=100.0)
+    for p in case.params[:2]:
+        p.zero_()
+    before = case.copy()
+    check(case)
+    moved = [float((now - then).norm()) for now, then in zip(case.params, before.params, strict=True)]
+    wanted = [0.02 * 0.1 * math.sqrt(48), 0.02 * 0.01 * math.sqrt(15), 0.02 * float(before.params[2].norm())]
+    assert moved == pytest.approx(wanted, rel=1e-9)
+
+
+def test_one_floor_is_that_of_each(implementation: str) -> None:
+    """To the bit."""
+    some = parameters_for(implementation, FEW, SOME, SOME)
+    case = step(some, torch.float32, max_relative_step=1e-3, floor=2.0)
+    other = case.copy()
+    other.options["floor"] = [2.0] * len(some)
+    assert_same_bits(case.run_with_caps()[2], other.run_with_caps()[2])
+    assert_unchanged(case, other)
 
 
 def test_what_is_not_finite_is_in_no_norm(implementation: str) -> None:

@@ -452,7 +452,7 @@ def test_empty_lists_take_no_gpu() -> None:
         *ops.capped_step._step_native(
             on_a_gpu,
             ops.capped_step._Step(
-                [], [], torch.zeros(0, 3, dtype=torch.float64), [], [common["lr"]], [0.1], 0.1, [0.1], 1e-3
+                [], [], torch.zeros(0, 3, dtype=torch.float64), [], [common["lr"]], [0.1], 0.1, [0.1], [1e-3]
             ),
         ),
     )  # fmt: skip

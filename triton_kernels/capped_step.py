@@ -266,7 +266,7 @@ def add_up(s: Any, out: Tensor) -> Tensor:
 
 # The step. Its lists, in order, of which the third one is the second again, and the numbers after them:
 _STEPPED, _DIRECTION = (tl.constexpr(k) for k in range(2))
-_RATE_TENSOR, _RATE, _DECAY, _CAP = (tl.constexpr(k) for k in range(3, 7))
+_RATE_TENSOR, _RATE, _DECAY, _CAP, _FLOOR = (tl.constexpr(k) for k in range(3, 8))
 # The layout: size, first parameter of the layer, how many it has, its number, kind of a learning rate on the device.
 _WIDTH = tl.constexpr(5)
 _SIZE, _FIRST, _MEMBERS, _LAYER, _KIND = (tl.constexpr(k) for k in range(5))
@@ -360,7 +360,11 @@ def solve_kernel(
         length, weight, elements, cap, finite = _gather(
             addresses, count, layouts, sums, i, there, lr, lr_factor, most, EACH
         )
-        least = floor * tl.sqrt(elements.to(tl.float64))
+        if EACH:
+            lowest = number(addresses, count, _FLOOR, i, there)
+        else:
+            lowest = tl.full((), floor, tl.float64)
+        least = lowest * tl.sqrt(elements.to(tl.float64))
         norm = tl.sqrt(weight)
         limit = cap * tl.where(norm > least, norm, least)
         length = scale * tl.sqrt(length)
@@ -437,7 +441,7 @@ def _plan(s: Any, each: bool) -> tuple[Table, tuple[float, Tensor | None]]:
     on_device, kinds, numbers = of_each(s.lr, s.weight_decay, count, each)
     if each:
         caps = s.max_relative_step
-        numbers = *numbers, caps if len(caps) == count else [*caps] * count
+        numbers = *numbers, caps if len(caps) == count else [*caps] * count, s.floors()
 
     def layout() -> list[tuple[int, ...]]:
         s.check_lists()
@@ -456,14 +460,14 @@ def _plan(s: Any, each: bool) -> tuple[Table, tuple[float, Tensor | None]]:
 def step(s: Any, scale: Tensor, factors: Tensor, skipped: Tensor) -> None:
     """Take the step, and fill what the op returns; arguments as for ``advance_momentum``."""
     device = s.params[0].device
-    each = max(len(s.lr), len(s.weight_decay), len(s.max_relative_step)) > 1
+    each = max(map(len, (s.lr, s.weight_decay, s.max_relative_step, s.floor))) > 1
     plan, (rate, rate_factor) = _plan(s, each)
     coefficients = s.sums.new_empty(2, plan.count)
     launch(
         solve_kernel, triton.cdiv(plan.count, _PARAMS.value), device,
         plan.addresses, plan.count, plan.layout, s.sums, coefficients, scale, factors, skipped,
         rate, rate_factor, 0.0 if each else s.weight_decay[0], float("inf") if each else s.max_relative_step[0],
-        s.kl_clip or 0.0, s.floor, s.found_inf, CLIPS=s.kl_clip is not None, EACH=each, fuse=False,
+        s.kl_clip or 0.0, 0.0 if each else s.floor[0], s.found_inf, CLIPS=s.kl_clip is not None, EACH=each, fuse=False,
     )  # fmt: skip
     for dtype, wide, strided, chunks in plan.launches:
         launch(

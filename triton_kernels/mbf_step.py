@@ -546,8 +546,14 @@ def clip(totals, count, scale, kl_clip: tl.float64, found_inf):
 
 
 @triton.jit(do_not_specialize=["count"])
-def shorten(layouts, count, totals, scale, caps, max_relative_step: tl.float64, floor: tl.float64, found_inf):
-    """What the layer of a parameter is shortened by. All programs of a layer add up the same in the same order."""
+def shorten(
+    addresses, count, layouts, totals, scale, caps, max_relative_step: tl.float64, floor: tl.float64, found_inf,
+    FLOORS: tl.constexpr,
+):  # fmt: skip
+    """What the layer of a parameter is shortened by. All programs of a layer add up the same in the same order.
+
+    FLOORS says which of the numbers are the floors of layers; 0 where all have one.
+    """
     if not is_off(found_inf):
         i = tl.program_id(0).to(tl.int64)
         layer = tl.load(layouts + i * _WIDTH + _LAYER)
@@ -561,7 +567,11 @@ def shorten(layouts, count, totals, scale, caps, max_relative_step: tl.float64, 
             square += tl.load(totals + _SQUARE * count + other, its, 0.0)
             weight += tl.load(totals + _WEIGHT * count + other, its, 0.0)
             elements += tl.where(its, tl.load(at + _ROWS, its, 0) * tl.load(at + _COLUMNS, its, 0), 0).to(tl.float64)
-        least = tl.full((), floor, tl.float64) * tl.sqrt(tl.sum(elements))
+        if FLOORS:
+            lowest = number(addresses, count, FLOORS, i)
+        else:
+            lowest = tl.full((), floor, tl.float64)
+        least = lowest * tl.sqrt(tl.sum(elements))
         size = tl.sqrt(tl.sum(weight))
         bound = tl.full((), max_relative_step, tl.float64) * tl.where(size > least, size, least)
         length = tl.load(scale) * tl.sqrt(tl.sum(square))  # not finite if the sum overflows
@@ -728,13 +738,20 @@ def _of(plan: Table, *kernels: str) -> Iterator[tuple[_Kind, Launches]]:
 _KERNELS = {"blocks": blocks, "diagonals": diagonals, "along": along}
 
 
-def _plan(s: Any, each: bool) -> tuple[Table, tuple[float, Tensor | None], float]:
-    """The table; and learning rate and weight decay of all, which count for nothing where each has its own."""
+def _plan(s: Any, each: bool) -> tuple[Table, tuple[float, Tensor | None], float, int]:
+    """The table, and the numbers of all.
+
+    These are learning rate and weight decay, which count for nothing where each has its own; then comes which of the
+    table's numbers are the floors of layers, 0 where all have one.
+    """
     on_device, kinds, numbers = of_each(s.lr, s.weight_decay, len(s.params), each)
     lists = s.params, s.grads, s.momentum_buffers, s.inverses, on_device
+    floors = 0
+    if len(s.floor) > 1:
+        floors, numbers = len(lists) + len(numbers), (*numbers, s.floors())
     key = s.waits, None if s.layers is None else tuple(s.layers)
     plan = table(_OP, lists, lambda: _lay_out(s, kinds), key, numbers=numbers, written=(0, 2))
-    return plan, (1.0, None) if each else scalar(s.lr[0]), 0.0 if each else s.weight_decay[0]
+    return plan, (1.0, None) if each else scalar(s.lr[0]), 0.0 if each else s.weight_decay[0], floors
 
 
 def step(s: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -745,14 +762,14 @@ def step(s: Any) -> tuple[Tensor, Tensor, Tensor]:
             lists, which need it where they are new, and lists the parameters that have an inverse: their positions,
             inverses, layouts and whether a bias follows. ``s.multiply_shared(i, out)`` writes the directions of
             parameter i, which has a shared inverse, to a tensor (blocks, rows, size). ``s.waits`` says whether the step
-            waits for sums, ``s.layer(i)`` which layer parameter i is of.
+            waits for sums, ``s.layer(i)`` which layer parameter i is of, ``s.floors()`` the floor of each one's layer.
 
     Returns:
         How many blocks of each parameter were skipped, the scale, and the cap of the layer of each.
     """
     device, bounded = s.params[0].device, s.max_relative_step is not None
     each = len(s.lr) > 1 or len(s.weight_decay) > 1
-    plan, (rate, rate_factor), decay = _plan(s, each)
+    plan, (rate, rate_factor), decay, floors = _plan(s, each)
     scale, scale_factor = scalar(s.grad_scale)
     coupled = not s.decoupled and any(s.weight_decay)
     coefficients = s.momentum, -scale if s.maximize else scale, scale_factor, s.found_inf
@@ -795,8 +812,8 @@ def step(s: Any) -> tuple[Tensor, Tensor, Tensor]:
             launch(clip, 1, device, totals, plan.count, clipped, s.kl_clip, s.found_inf, warps=8)
         if bounded:
             launch(
-                shorten, plan.count, device, plan.layout, plan.count, totals, clipped, caps, s.max_relative_step,
-                s.floor, s.found_inf,
+                shorten, plan.count, device, *lists_on_device, totals, clipped, caps, s.max_relative_step,
+                s.floor[0], s.found_inf, FLOORS=floors,
             )  # fmt: skip
     for kind, (dtype, wide, _, chunks) in _of(plan, "descend"):
         launch(

@@ -121,12 +121,14 @@ struct Layer {
   double size;       // sum of lr^2 d . d
   double weight;     // w . w
   double most;       // max_relative_step
+  double floor;
   int64_t elements;
   bool is_taken;     // whether all its sums are finite
 };
 
 Layer measure(const CappedStep& step, int64_t first, int64_t last) {
-  Layer layer{0, 0, std::numeric_limits<double>::infinity(), 0, true};
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  Layer layer{0, 0, kInfinity, kInfinity, 0, true};
   for (int64_t i = first; i < last; ++i) {
     const CappedParameter& p = step.parameters[i];
     const double* const sums = step.sums + 3 * i;
@@ -134,6 +136,7 @@ Layer measure(const CappedStep& step, int64_t first, int64_t last) {
     layer.size += p.lr.value * p.lr.value * sums[1];
     layer.weight += sums[2];
     layer.most = p.max_relative_step < layer.most ? p.max_relative_step : layer.most;
+    layer.floor = p.floor < layer.floor ? p.floor : layer.floor;
     layer.elements += p.size;
   }
   return layer;
@@ -165,7 +168,7 @@ double scale_of(const CappedStep& step) {
 double factor_of(const CappedStep& step, const Layer& layer) {
   if (!layer.is_taken) return 0;
   const double weight = __builtin_sqrt(layer.weight),
-               least = step.floor * __builtin_sqrt(static_cast<double>(layer.elements)),
+               least = layer.floor * __builtin_sqrt(static_cast<double>(layer.elements)),
                limit = layer.most * (weight > least ? weight : least),
                size = *step.scale * __builtin_sqrt(layer.size);
   return size > limit ? limit / size : 1;

@@ -573,11 +573,12 @@ void for_chunks(const MbfStep& step, const Body& body) {
   });
 }
 
-/// What the steps of layers are shortened by, from the sums of each and the number of its elements.
-void find_caps(const MbfStep& step, const Sums* of_layers, const int64_t* elements, double* caps) {
+/// What the steps of layers are shortened by, from the sums of each, the number of its elements and its floor.
+void find_caps(const MbfStep& step, const Sums* of_layers, const int64_t* elements, const double* floors,
+               double* caps) {
   for (int64_t layer = 0; layer < step.layers; ++layer) {
     const double weight = __builtin_sqrt(of_layers[layer].weight),
-                 least = step.floor * __builtin_sqrt(static_cast<double>(elements[layer])),
+                 least = floors[layer] * __builtin_sqrt(static_cast<double>(elements[layer])),
                  bound = step.max_relative_step * (weight > least ? weight : least),
                  length = *step.scale * __builtin_sqrt(of_layers[layer].square);  // not finite if the sum overflows
     caps[layer] = length <= bound ? 1.0 : __builtin_isfinite(length) ? bound / length : 0.0;
@@ -593,7 +594,7 @@ void find_bounds(const MbfStep& step, const Sums* sums) {
   const bool caps = step.max_relative_step > 0;
   const Scratch<Sums> of_layers(step.layers);
   const Scratch<int64_t> elements(step.layers);
-  const Scratch<double> of_each(step.layers);
+  const Scratch<double> floors(step.layers), of_each(step.layers);
   for (int64_t layer = 0; layer < step.layers; ++layer) {
     of_layers.data()[layer] = {};
     elements.data()[layer] = 0;
@@ -601,6 +602,7 @@ void find_bounds(const MbfStep& step, const Sums* sums) {
   double change = 0;
   for (int64_t i = 0; i < step.count; ++i) {
     const MbfParameter& p = step.parameters[i];
+    floors.data()[p.layer] = p.floor;
     if (numel(p) == 0) continue;
     elements.data()[p.layer] += numel(p);
     for (int64_t chunk = 0; chunk < chunk_count(p); ++chunk, ++sums) {
@@ -610,7 +612,7 @@ void find_bounds(const MbfStep& step, const Sums* sums) {
   }
   const double size = change < 0 ? -change : change;
   if (step.kl_clip > 0 && size > step.kl_clip) *step.scale = __builtin_sqrt(step.kl_clip / size);
-  if (caps) find_caps(step, of_layers.data(), elements.data(), of_each.data());
+  if (caps) find_caps(step, of_layers.data(), elements.data(), floors.data(), of_each.data());
 }
 
 }  // namespace

@@ -220,6 +220,7 @@ struct Term {
   double size;     // lr^2 d . d
   double weight;   // w . w
   double most;     // max_relative_step
+  double floor;
   double lr;
   double along;    // lr * scale * factor
   double shrinkage;
@@ -240,6 +241,7 @@ struct Entry {
   Scalar lr;
   double weight_decay;
   double most;
+  double floor;
   int64_t elements;
   int64_t layer;
   int64_t index;
@@ -258,6 +260,7 @@ __global__ void __launch_bounds__(kThreads) weigh_kernel(const __grid_constant__
                                      lr * lr * sums.direction,
                                      sums.weight,
                                      entry.most,
+                                     entry.floor,
                                      lr,
                                      0,
                                      lr * entry.weight_decay,
@@ -272,7 +275,6 @@ __global__ void __launch_bounds__(kThreads) weigh_kernel(const __grid_constant__
 struct Bounds {
   Scalar found_inf;
   double kl_clip;  // 0 for none
-  double floor;
   int64_t count;
   Term* terms;
   double* scale;
@@ -295,6 +297,7 @@ __device__ Layer gather(const Bounds& bounds, int64_t first) {
     layer.sums.size += term.size;
     layer.sums.weight += term.weight;
     layer.sums.most = term.most < layer.sums.most ? term.most : layer.sums.most;
+    layer.sums.floor = term.floor < layer.sums.floor ? term.floor : layer.sums.floor;
     layer.sums.elements += term.elements;
     layer.sums.is_finite = layer.sums.is_finite && term.is_finite;
   }
@@ -307,9 +310,9 @@ __device__ int64_t next_layer(const Bounds& bounds, int64_t i) {
   return i;
 }
 
-__device__ double factor_of(const Bounds& bounds, const Term& layer, double scale) {
+__device__ double factor_of(const Term& layer, double scale) {
   if (!layer.is_finite) return 0;
-  const double weight = sqrt(layer.weight), least = bounds.floor * sqrt(static_cast<double>(layer.elements));
+  const double weight = sqrt(layer.weight), least = layer.floor * sqrt(static_cast<double>(layer.elements));
   const double limit = layer.most * (weight > least ? weight : least), size = scale * sqrt(layer.size);
   return size > limit ? limit / size : 1;
 }
@@ -338,7 +341,7 @@ __global__ void __launch_bounds__(kThreads) solve_kernel(const Bounds bounds) {
   const double scale = memory.scale;
   for (int64_t i = next_layer(bounds, threadIdx.x); i < bounds.count; i = next_layer(bounds, i + kThreads)) {
     const Layer layer = gather(bounds, i);
-    const double factor = is_off ? 1 : factor_of(bounds, layer.sums, scale);
+    const double factor = is_off ? 1 : factor_of(layer.sums, scale);
     bounds.factors[layer.sums.layer] = factor;
     for (int64_t k = i; k < layer.end; ++k) {
       Term& term = bounds.terms[k];
@@ -412,7 +415,7 @@ void weigh(const CappedStep& step, Term* terms, const Stream& stream) {
     table->count = static_cast<int32_t>(std::min<int64_t>(step.count - first, WeighingTable::kCapacity));
     for (int k = 0; k < table->count; ++k) {
       const CappedParameter& p = step.parameters[first + k];
-      table->entries[k] = {p.lr, p.weight_decay, p.max_relative_step, p.size, p.layer, first + k};
+      table->entries[k] = {p.lr, p.weight_decay, p.max_relative_step, p.floor, p.size, p.layer, first + k};
     }
     launch("capped_step_", weighing::weigh_kernel, divide_up(table->count, weighing::kThreads), weighing::kThreads, 0,
            stream, *table);
@@ -484,8 +487,8 @@ void capped_step_(const CappedStep& step, const Stream& stream) {
   const DeviceGuard guard(stream);
   const Scratch terms(stream, step.count * sizeof(Term));
   weigh(step, terms.as<Term>(), stream);
-  const Bounds bounds{step.found_inf, step.kl_clip, step.floor,   step.count,
-                      terms.as<Term>(), step.scale, step.factors, step.skipped};
+  const Bounds bounds{step.found_inf,   step.kl_clip, step.count,  terms.as<Term>(),
+                      step.scale, step.factors, step.skipped};
   launch(kName, solve_kernel, 1, kThreads, sizeof(Memory), stream, bounds);
   const Shared shared{bounds.terms};
   const auto entry_of = [&](int64_t i) {

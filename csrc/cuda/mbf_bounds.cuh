@@ -77,7 +77,6 @@ struct Shared {
   int64_t count;  // of all totals
   const double* scale;
   double max_relative_step;  // 0 for none
-  double floor;
 };
 
 /// A parameter, which is one block's.
@@ -88,6 +87,7 @@ struct Entry {
   double* cap;
   int64_t elements;
   int64_t layer;
+  double floor;   // of the layer
   int64_t index;  // among all totals
   bool biased;
 };
@@ -138,7 +138,7 @@ static __global__ void __launch_bounds__(kThreads) shorten(const __grid_constant
     }
     square = block_sum(square, partials[0]);
     weight = sqrt(block_sum(weight, partials[1]));
-    const double least = shared.floor * sqrt(block_sum(elements, partials[2])),
+    const double least = entry.floor * sqrt(block_sum(elements, partials[2])),
                  bound = shared.max_relative_step * (weight > least ? weight : least),
                  length = *shared.scale * sqrt(square);  // not finite if the sum overflows
     cap = length <= bound ? 1.0 : is_finite(length) ? bound / length : 0.0;
@@ -174,15 +174,15 @@ static __global__ void __launch_bounds__(kClipThreads) find_scale(const __grid_c
 /// From the sums of tiles to how long steps are.
 inline void launch(const MbfStep& step, const Plan& plan, char* memory, const Stream& stream) {
   Total* const totals = plan.totals(memory);
-  const Shared shared{step.gradient_scale, totals, plan.count(), step.scale, step.max_relative_step, step.floor};
+  const Shared shared{step.gradient_scale, totals, plan.count(), step.scale, step.max_relative_step};
   using Writer = TableWriter<Table<Entry, Shared>>;
   const auto for_items = [&](auto* kernel, const auto& add_more) {
     Writer table(kName, kernel, kThreads, sizeof(double[3][kWarps]), stream, shared);
     for (int64_t i = 0; i < plan.count(); ++i) {
       const Item& item = plan.items[i];
       const MbfParameter& p = *item.parameter;
-      table.add({item.entry.sums, tiles_of(item), item.entry.coefficients, p.cap, p.rows * p.columns, p.layer, i,
-                 p.biased},
+      table.add({item.entry.sums, tiles_of(item), item.entry.coefficients, p.cap, p.rows * p.columns, p.layer,
+                 p.floor, i, p.biased},
                 1);
     }
     add_more(table);
@@ -196,7 +196,7 @@ inline void launch(const MbfStep& step, const Plan& plan, char* memory, const St
   for_items(shorten, [&](Writer& table) {
     for (int64_t i = 0; i < step.count; ++i) {
       const MbfParameter& p = step.parameters[i];
-      if (p.rows * p.columns == 0) table.add({nullptr, 0, nullptr, p.cap, 0, p.layer, 0, p.biased}, 1);
+      if (p.rows * p.columns == 0) table.add({nullptr, 0, nullptr, p.cap, 0, p.layer, p.floor, 0, p.biased}, 1);
     }
   });
 }

@@ -121,7 +121,7 @@ int64_t check_layers(const Call& call, const std::vector<int64_t>& layers, py::s
 
 void capped_step_(py::handle params, py::handle directions, py::handle sums_object, const std::vector<int64_t>& layers,
                   py::handle lr, const std::vector<double>& weight_decay, py::handle kl_clip_object,
-                  const std::vector<double>& max_relative_step, double floor, py::handle found_inf,
+                  const std::vector<double>& max_relative_step, const std::vector<double>& floor, py::handle found_inf,
                   py::handle scale_object, py::handle factors_object, py::handle skipped_object, const Place& place) {
   const Call call("capped_step_", place);
   const List param_list(params, {call, "params"});
@@ -131,16 +131,19 @@ void capped_step_(py::handle params, py::handle directions, py::handle sums_obje
   const double kl_clip = kl_clip_object.is_none() ? 0.0 : kl_clip_object.cast<double>();
   check_range(kl_clip, kl_clip_object.is_none() || (std::isfinite(kl_clip) && kl_clip > 0),
               "a finite number > 0, or None", {call, "kl_clip"});
-  check_coefficient(floor, {call, "floor"});
   const std::vector<Scalar> rates = read_rates(call, List(lr, {call, "lr"}), count);
   check_one_or_each(call, weight_decay.size(), count, "weight_decay");
   check_one_or_each(call, max_relative_step.size(), count, "max_relative_step");
+  check_one_or_each(call, floor.size(), count, "floor");
   for (size_t i = 0; i < weight_decay.size(); ++i) {
     check_coefficient(weight_decay[i], {call, "weight_decay", static_cast<py::ssize_t>(i)});
   }
   for (size_t i = 0; i < max_relative_step.size(); ++i) {
     check_range(max_relative_step[i], max_relative_step[i] > 0, "a number > 0, or None",
                 {call, "max_relative_step", static_cast<py::ssize_t>(i)});
+  }
+  for (size_t i = 0; i < floor.size(); ++i) {
+    check_coefficient(floor[i], {call, "floor", static_cast<py::ssize_t>(i)});
   }
   Scalar found{0.0};
   if (!found_inf.is_none()) found = read_scalar(found_inf, {call, "found_inf"});
@@ -167,6 +170,7 @@ void capped_step_(py::handle params, py::handle directions, py::handle sums_obje
     p.lr = of_each(rates, i);
     p.weight_decay = of_each(weight_decay, i);
     p.max_relative_step = of_each(max_relative_step, i);
+    p.floor = of_each(floor, i);
     p.dtype = param.dtype;
     beginnings.add(p.parameter, i);
   }
@@ -179,7 +183,7 @@ void capped_step_(py::handle params, py::handle directions, py::handle sums_obje
     return;
   }
   const py::gil_scoped_release release;
-  run(call, CappedStep{parameters.data(), count, layer_count, sums, kl_clip, floor, found, scale, factors, skipped,
+  run(call, CappedStep{parameters.data(), count, layer_count, sums, kl_clip, found, scale, factors, skipped,
                        place.threads},
       FISHER_KERNELS_VARIANTS(capped_step_));
 }

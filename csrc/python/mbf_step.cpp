@@ -166,13 +166,15 @@ double read_bound(const Call& call, py::handle object, const char* name) {
 /// The settings that each parameter may have for itself.
 class Settings {
  public:
-  Settings(const Call& call, py::handle lr, const std::vector<double>& weight_decay,
+  Settings(const Call& call, py::handle lr, const std::vector<double>& weight_decay, const std::vector<double>& floor,
            const std::optional<std::vector<int64_t>>& layers, py::ssize_t count)
-      : call_(call), rates_(read_rates(call, List(lr, {call, "lr"}), count)), decays_(weight_decay), layers_(layers) {
-    check_one_or_each(call, static_cast<py::ssize_t>(decays_.size()), count, "weight_decay");
-    for (size_t i = 0; i < decays_.size(); ++i) {
-      check_coefficient(decays_[i], {call, "weight_decay", static_cast<py::ssize_t>(i)});
-    }
+      : call_(call),
+        rates_(read_rates(call, List(lr, {call, "lr"}), count)),
+        decays_(weight_decay),
+        floors_(floor),
+        layers_(layers) {
+    check(decays_, count, "weight_decay");
+    check(floors_, count, "floor");
     if (layers_ && static_cast<py::ssize_t>(layers_->size()) != count) {
       value_error({call, "layers"}, "has " + std::to_string(layers_->size()) + " entries, expected " +
                                         std::to_string(count) + ", the length of params");
@@ -183,6 +185,7 @@ class Settings {
   void check_joined(py::ssize_t i) const {
     if (rates_.size() > 1 && !is_same(rates_[i], rates_[i - 1])) refuse("lr", i);
     if (decays_.size() > 1 && decays_[i] != decays_[i - 1]) refuse("weight_decay", i);
+    if (floors_.size() > 1 && floors_[i] != floors_[i - 1]) refuse("floor", i);
     if (layers_ && (*layers_)[i] != (*layers_)[i - 1]) refuse("layers", i);
   }
 
@@ -192,11 +195,22 @@ class Settings {
     parameter.decay = decay_form(parameter.weight_decay, decoupled);
     const int64_t layer = layers_ ? (*layers_)[i] : i;
     parameter.layer = numbers_.try_emplace(layer, static_cast<int64_t>(numbers_.size())).first->second;
+    const double floor = floors_[floors_.size() > 1 ? i : 0];
+    if (parameter.layer == static_cast<int64_t>(of_layers_.size())) of_layers_.push_back(floor);
+    of_layers_[parameter.layer] = std::min(of_layers_[parameter.layer], floor);
   }
 
   int64_t layers() const { return static_cast<int64_t>(numbers_.size()); }
 
+  /// The floor of a layer of which all parameters are set: the smallest of theirs.
+  double floor(int64_t layer) const { return of_layers_[layer]; }
+
  private:
+  void check(const std::vector<double>& values, py::ssize_t count, const char* name) const {
+    check_one_or_each(call_, static_cast<py::ssize_t>(values.size()), count, name);
+    for (size_t i = 0; i < values.size(); ++i) check_coefficient(values[i], {call_, name, static_cast<py::ssize_t>(i)});
+  }
+
   static bool is_same(const Scalar& x, const Scalar& y) { return x.value == y.value && x.data == y.data; }
 
   [[noreturn]] void refuse(const char* name, py::ssize_t i) const {
@@ -208,25 +222,26 @@ class Settings {
   const Call& call_;
   const std::vector<Scalar> rates_;
   const std::vector<double>& decays_;
+  const std::vector<double>& floors_;
   const std::optional<std::vector<int64_t>>& layers_;
   std::map<int64_t, int64_t> numbers_;  // of layers
+  std::vector<double> of_layers_;       // floors
 };
 
 void mbf_step_(py::handle params, py::handle grads, py::handle momentum_buffers, py::handle inverses,
                py::handle directions, py::handle lr, double momentum, const std::vector<double>& weight_decay,
                bool decoupled, bool maximize, py::handle kl_clip_object, const std::string& kl_along,
-               py::handle max_relative_step_object, double floor, const std::optional<std::vector<int64_t>>& layers,
-               py::handle grad_scale, py::handle found_inf, py::handle skipped_object, py::handle scale_object,
-               py::handle caps_object, const Place& place) {
+               py::handle max_relative_step_object, const std::vector<double>& floor,
+               const std::optional<std::vector<int64_t>>& layers, py::handle grad_scale, py::handle found_inf,
+               py::handle skipped_object, py::handle scale_object, py::handle caps_object, const Place& place) {
   const Call call("mbf_step_", place);
   const MbfLists lists(call, params, grads, momentum_buffers, inverses, directions);
   const py::ssize_t count = lists.params.size();
-  Settings settings(call, lr, weight_decay, layers, count);
+  Settings settings(call, lr, weight_decay, floor, layers, count);
   check_range(momentum, momentum >= 0 && momentum < 1, "a number in [0, 1)", {call, "momentum"});
   const double kl_clip = read_bound(call, kl_clip_object, "kl_clip");
   const bool along_gradient = read_choice(call, kl_along, "momentum", "gradient", "kl_along");
   const double max_relative_step = read_bound(call, max_relative_step_object, "max_relative_step");
-  check_coefficient(floor, {call, "floor"});
   const GradientScale gradient_scale = read_gradient_scale(grad_scale, found_inf, maximize, call);
   auto* const skipped = read_output<int64_t>(skipped_object, DType::int64, {count}, {call, "skipped"});
   auto* const scale = read_output<double>(scale_object, DType::float64, {}, {call, "scale"});
@@ -255,6 +270,7 @@ void mbf_step_(py::handle params, py::handle grads, py::handle momentum_buffers,
       begin(parameter.bias, i + 1);
     }
   }
+  for (MbfParameter& parameter : parameters) parameter.floor = settings.floor(parameter.layer);
   param_beginnings.check();
   moment_beginnings.check();
 
@@ -267,7 +283,7 @@ void mbf_step_(py::handle params, py::handle grads, py::handle momentum_buffers,
   const py::gil_scoped_release release;
   run(call,
       MbfStep{parameters.data(), static_cast<int64_t>(parameters.size()), settings.layers(), skipped, caps, count, scale,
-              momentum, gradient_scale, kl_clip, along_gradient, max_relative_step, floor, call.place.threads},
+              momentum, gradient_scale, kl_clip, along_gradient, max_relative_step, call.place.threads},
       FISHER_KERNELS_VARIANTS(mbf_step_));
 }
 

@@ -9,6 +9,7 @@ A rule says what one type of layer yields for one kind of curvature:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
@@ -141,6 +142,26 @@ def is_transposed_linear(module: Any) -> bool:
         return True
     weight = module._parameters.get("weight")
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and weight is not None and weight.dim() == 2
+
+
+def fan_in(weight: Tensor, operation: Any = None) -> int:
+    """How many numbers a weight reads for one that it makes, as torch counts when it draws weights.
+
+    1 for what is multiplied or added element by element, or looked up. A stack of matrices has that of each of them; a
+    transposed convolution that of its weight as it lies, which is what torch takes.
+
+    Args:
+        operation: the layer, as one of torch; None where no layer is known.
+    """
+    if weight.dim() < 2 or isinstance(operation, (nn.Embedding, nn.EmbeddingBag, *NORMS)):
+        return 1
+    if isinstance(operation, nn.Linear):
+        read = weight.shape[-1]
+    elif operation is not None and is_transposed_linear(operation):
+        read = weight.shape[-2]
+    else:
+        read = math.prod(weight.shape[1:])
+    return max(1, read)
 
 
 def has_bias(module: nn.Module) -> bool:

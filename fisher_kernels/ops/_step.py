@@ -45,12 +45,20 @@ def rates_of(op: str, lr: Any) -> list[Tensor]:
     ]
 
 
-def decays_of(op: str, weight_decay: Any) -> list[float]:
-    """Weight decays as floats: one for all parameters, or one for each."""
+def numbers_of(op: str, name: str, values: Any) -> list[float]:
+    """Numbers as floats: one for all parameters, or one for each."""
     return [
-        x if isinstance(x, (float, int)) else real(op, f"weight_decay[{i}]", x)
-        for i, x in enumerate(one_or_each(weight_decay))
+        x if isinstance(x, (float, int)) else real(op, f"{name}[{i}]", x) for i, x in enumerate(one_or_each(values))
     ]
+
+
+def floors_of_layers(floor: Sequence[float], layers: Sequence[int]) -> list[float]:
+    """The floor of each parameter's layer, the smallest of its parameters."""
+    of_each = floor if len(floor) == len(layers) else [*floor] * len(layers)
+    least: dict[int, float] = {}
+    for layer, x in zip(layers, of_each, strict=True):
+        least[layer] = min(x, least.get(layer, x))
+    return [least[layer] for layer in layers]
 
 
 def check_lists(op: str, lists: Mapping[str, Any]) -> None:

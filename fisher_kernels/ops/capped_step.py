@@ -28,8 +28,9 @@ from fisher_kernels.ops._step import (
     check_rates,
     check_result,
     check_written,
-    decays_of,
+    floors_of_layers,
     found_on_device,
+    numbers_of,
     one_or_each,
     rates_of,
     real,
@@ -327,7 +328,7 @@ class _Step(NamedTuple):
     weight_decay: Sequence[float]
     kl_clip: float | None
     max_relative_step: Sequence[float]
-    floor: float
+    floor: Sequence[float]
     found_inf: Tensor | None = None
 
     @property
@@ -335,14 +336,18 @@ class _Step(NamedTuple):
         """What it is where the numbers of the layers are good, and no more than there can be where they are not."""
         return max(0, min(self.layers[-1] + 1, len(self.layers))) if self.layers else 0
 
+    def floors(self) -> list[float]:
+        """The floor of the layer of each parameter."""
+        return floors_of_layers(self.floor, self.layers)
+
     def check_numbers(self) -> None:
         if self.kl_clip is not None and not 0 < self.kl_clip < math.inf:
             raise ValueError(f"{_STEP}: kl_clip is {self.kl_clip}, expected a finite number above 0, or None")
-        check_coefficient(_STEP, "floor", self.floor)
-        for name in ("lr", "weight_decay", "max_relative_step"):
+        for name in ("lr", "weight_decay", "max_relative_step", "floor"):
             check_one_or_each(_STEP, name, getattr(self, name), self.params)
-        for i, decay in enumerate(self.weight_decay):
-            check_coefficient(_STEP, f"weight_decay[{i}]", decay)
+        for name in ("weight_decay", "floor"):
+            for i, value in enumerate(getattr(self, name)):
+                check_coefficient(_STEP, f"{name}[{i}]", value)
         for i, most in enumerate(self.max_relative_step):
             if not most > 0:
                 raise ValueError(f"{_STEP}: max_relative_step[{i}] is {most}, expected a number above 0, or None")
@@ -422,7 +427,7 @@ def _step_reference(s: _Step) -> tuple[Tensor, Tensor, Tensor]:
             total += rates[i] ** 2 * s.sums[i, 0]
     if s.kl_clip is not None and not total.abs() <= s.kl_clip:
         scale.copy_(torch.where(total.isfinite(), (s.kl_clip / total.abs()).sqrt(), 0.0))
-    caps, decays = _of_each(s.max_relative_step, s), _of_each(s.weight_decay, s)
+    caps, floors, decays = _of_each(s.max_relative_step, s), s.floors(), _of_each(s.weight_decay, s)
     for layer, members in enumerate(layers):
         if not taken[layer]:
             factors[layer] = 0
@@ -433,7 +438,7 @@ def _step_reference(s: _Step) -> tuple[Tensor, Tensor, Tensor]:
         for i in members:
             length += rates[i] ** 2 * s.sums[i, 1]
             weight += s.sums[i, 2]
-        least = s.floor * math.sqrt(sum(s.params[i].numel() for i in members))
+        least = floors[members.start] * math.sqrt(sum(s.params[i].numel() for i in members))
         limit = min(caps[i] for i in members) * weight.sqrt().clamp(min=least)
         length = scale * length.sqrt()
         if length > limit:
@@ -472,7 +477,7 @@ def _step_triton(s: _Step) -> tuple[Tensor, Tensor, Tensor]:
 
 _capped_step = define(
     "capped_step_(Tensor(a!)[] params, Tensor[] directions, Tensor sums, int[] layers, *, Tensor[] lr, "
-    "float[] weight_decay, float? kl_clip, float[] max_relative_step, float floor, Tensor? found_inf=None) "
+    "float[] weight_decay, float? kl_clip, float[] max_relative_step, float[] floor, Tensor? found_inf=None) "
     "-> (Tensor, Tensor, Tensor)",
     arguments=_Step,
     fake=_step_fake,
@@ -501,7 +506,7 @@ def capped_step_(
     weight_decay: float | Sequence[float] = 0.0,
     kl_clip: float | None = None,
     max_relative_step: float | Sequence[float | None] | None = None,
-    floor: float = 1e-3,
+    floor: float | Sequence[float] = 1e-3,
     found_inf: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""One step of a list of parameters along given directions, in place, in one pass over memory.
@@ -515,7 +520,7 @@ def capped_step_(
         \mathrm{scale} &= \min \left( 1,
             \sqrt{\frac{\mathrm{kl\_clip}}{\left| \sum_i \mathrm{lr}_i^2 \langle d_i, m_i \rangle \right|}} \right) \\
         \mathrm{factor}_l &= \min \left( 1, \frac{\mathrm{max\_relative\_step} \cdot
-            \max \left( |w_l|, \mathrm{floor} \sqrt{n_l} \right)}
+            \max \left( |w_l|, \mathrm{floor}_l \sqrt{n_l} \right)}
             {\mathrm{scale} \sqrt{\sum_{i \in l} \mathrm{lr}_i^2 |d_i|^2}} \right) \\
         w_i &\leftarrow w_i - \mathrm{lr}_i \left(
             \mathrm{scale} \cdot \mathrm{factor}_l\, d_i + \mathrm{weight\_decay}_i\, w_i \right)
@@ -539,7 +544,8 @@ def capped_step_(
         kl_clip: bound of ``|sum of lr^2 <d, m>|``, finite and above 0, or None.
         max_relative_step: bound of the norm of a layer's step (without the decay) by that of its parameters, above 0,
             or None; one, or one for each parameter, of which the smallest in a layer counts.
-        floor: the least root mean square that a layer's parameters count as, at least 0.
+        floor: the least root mean square that a layer's parameters count as, at least 0; one, or one for each
+            parameter, of which the smallest in a layer counts.
         found_inf: one element; the whole call does nothing where it is not 0.
 
     Returns:
@@ -557,8 +563,8 @@ def capped_step_(
     try:
         s = _Step(
             list(params), list(directions), sums, list(layers),
-            lr=rates_of(_STEP, lr), weight_decay=decays_of(_STEP, weight_decay), kl_clip=kl_clip,
-            max_relative_step=_caps(max_relative_step), floor=floor, found_inf=found_inf,
+            lr=rates_of(_STEP, lr), weight_decay=numbers_of(_STEP, "weight_decay", weight_decay), kl_clip=kl_clip,
+            max_relative_step=_caps(max_relative_step), floor=numbers_of(_STEP, "floor", floor), found_inf=found_inf,
         )  # fmt: skip
     except TypeError:
         given = {"params": params, "directions": directions, "layers": layers}

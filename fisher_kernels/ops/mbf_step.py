@@ -24,8 +24,9 @@ from fisher_kernels.ops._step import (
     check_one_or_each,
     check_rate,
     check_written,
-    decays_of,
+    floors_of_layers,
     found_on_device,
+    numbers_of,
     rates_of,
 )
 
@@ -129,7 +130,7 @@ class _Step(NamedTuple):
     kl_clip: float | None = None
     kl_along: str = "momentum"
     max_relative_step: float | None = None
-    floor: float = 1e-3
+    floor: Sequence[float] = (1e-3,)
     layers: Sequence[int] | None = None
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
@@ -155,6 +156,10 @@ class _Step(NamedTuple):
         """The layer of parameter i, which has an inverse; without a list each is one, with its bias."""
         return i if self.layers is None else self.layers[i]
 
+    def floors(self) -> list[float]:
+        """The floor of the layer of each parameter."""
+        return floors_of_layers(self.floor, range(len(self.params)) if self.layers is None else self.layers)
+
     def check(self) -> list[_Entry]:
         """All but the value of the learning rate; returns the parameters that have an inverse."""
         self.check_lengths()
@@ -171,8 +176,8 @@ class _Step(NamedTuple):
 
     def check_each(self) -> None:
         """There is one of a setting for all parameters, or one for each."""
-        check_one_or_each(_OP, "lr", self.lr, self.params)
-        check_one_or_each(_OP, "weight_decay", self.weight_decay, self.params)
+        for name in ("lr", "weight_decay", "floor"):
+            check_one_or_each(_OP, name, getattr(self, name), self.params)
         count = len(self.params)
         if self.layers is not None and len(self.layers) != count:
             raise ValueError(f"{_OP}: layers has {len(self.layers)} entries, expected {count}, the length of params")
@@ -185,11 +190,11 @@ class _Step(NamedTuple):
             bound = getattr(self, name)
             if bound is not None and not 0 < bound < math.inf:
                 raise ValueError(f"{_OP}: {name} is {bound}, expected a finite number above 0, or None")
-        check_coefficient(_OP, "floor", self.floor)
         if self.kl_along not in ALONG:
             raise ValueError(f"{_OP}: kl_along is {self.kl_along!r}, expected one of {', '.join(map(repr, ALONG))}")
-        for i, decay in enumerate(self.weight_decay):
-            check_coefficient(_OP, f"weight_decay[{i}]", decay)
+        for name in ("weight_decay", "floor"):
+            for i, value in enumerate(getattr(self, name)):
+                check_coefficient(_OP, f"{name}[{i}]", value)
         scalars = {f"lr[{i}]": rate for i, rate in enumerate(self.lr)}
         for name, scalar in (*scalars.items(), ("grad_scale", self.grad_scale), ("found_inf", self.found_inf)):
             check_one_element(_OP, name, scalar, device_of(self.params))
@@ -200,7 +205,7 @@ class _Step(NamedTuple):
     def check_joined(self, i: int) -> None:
         """A bias takes its step with the parameter before it."""
         beside: dict[str, Sequence[object] | None] = {
-            "lr": self.lr, "weight_decay": self.weight_decay, "layers": self.layers,
+            "lr": self.lr, "weight_decay": self.weight_decay, "floor": self.floor, "layers": self.layers,
         }  # fmt: skip
         for name, values in beside.items():
             if values is not None and i < len(values) and not _is_same(values[i], values[i - 1]):
@@ -398,13 +403,14 @@ def _caps(s: _Step, moved: Sequence[_Moved], scale: float) -> list[float]:
     if s.max_relative_step is None:
         return [1.0] * len(moved)
     layers: dict[int, list[_Moved]] = {}
+    floors = s.floors()
     for m in moved:
         layers.setdefault(s.layer(m.entry.position), []).append(m)
     caps = {}
     for layer, of in layers.items():
         numel = sum(m.entry.layout.rows * m.entry.layout.columns for m in of)
         length = scale * math.sqrt(sum(m.square for m in of))  # not finite if the sum overflows
-        size = max(math.sqrt(sum(m.weight for m in of)), s.floor * math.sqrt(numel))
+        size = max(math.sqrt(sum(m.weight for m in of)), floors[of[0].entry.position] * math.sqrt(numel))
         bound = s.max_relative_step * size
         caps[layer] = 1.0 if length <= bound else bound / length if math.isfinite(length) else 0.0
     return [caps[s.layer(m.entry.position)] for m in moved]
@@ -466,7 +472,7 @@ def _triton(s: _Step) -> Results:
 _step = define(
     "mbf_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor?[] inverses, *, Tensor[] lr, "
     "float momentum, float[] weight_decay, bool decoupled, bool maximize, float? kl_clip=None, "
-    "str kl_along='momentum', float? max_relative_step=None, float floor=0.001, int[]? layers=None, "
+    "str kl_along='momentum', float? max_relative_step=None, float[] floor=[0.001], int[]? layers=None, "
     "Tensor? grad_scale=None, Tensor? found_inf=None) -> (Tensor, Tensor, Tensor)",
     arguments=_Step,
     fake=_fake,
@@ -490,7 +496,7 @@ def mbf_step_(
     kl_clip: float | None = None,
     kl_along: str = "momentum",
     max_relative_step: float | None = None,
-    floor: float = 1e-3,
+    floor: float | Sequence[float] = 1e-3,
     layers: Sequence[int] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -550,7 +556,8 @@ def mbf_step_(
         kl_clip: bound of ``|sum of lr^2 <d, m>|``, finite and above 0, or None.
         kl_along: ``"momentum"`` or ``"gradient"``: what d is multiplied by in that sum.
         max_relative_step: bound of the step of a layer relative to its weights, finite and above 0, or None.
-        floor: root mean square of weights below which they count as so large in that bound, at least 0.
+        floor: root mean square of a layer's weights below which they count as so large in that bound, at least 0; one
+            number, or one for each parameter, of which the smallest in a layer counts.
         layers: number of the layer of each parameter; None takes each inverse's parameters as one.
         grad_scale: one element by which gradients are divided, or None.
         found_inf: one element; the whole call does nothing where it is not 0.
@@ -567,8 +574,9 @@ def mbf_step_(
     try:
         s = _Step(
             list(params), list(grads), list(momentum_buffers), list(inverses),
-            lr=rates_of(_OP, lr), momentum=momentum, weight_decay=decays_of(_OP, weight_decay), decoupled=decoupled,
-            maximize=maximize, kl_clip=kl_clip, kl_along=kl_along, max_relative_step=max_relative_step, floor=floor,
+            lr=rates_of(_OP, lr), momentum=momentum, weight_decay=numbers_of(_OP, "weight_decay", weight_decay),
+            decoupled=decoupled, maximize=maximize, kl_clip=kl_clip, kl_along=kl_along,
+            max_relative_step=max_relative_step, floor=numbers_of(_OP, "floor", floor),
             layers=None if layers is None else list(layers), grad_scale=grad_scale, found_inf=found_inf,
         )  # fmt: skip
     except TypeError:

@@ -22,8 +22,8 @@ from fisher_kernels.ops._step import (
     check_one_or_each,
     check_rate,
     check_written,
-    decays_of,
     found_on_device,
+    numbers_of,
     rates_of,
 )
 
@@ -270,8 +270,8 @@ def sofim_step_(
         s = _Step(
             list(params), list(grads), list(exp_avgs), list(steps),
             lr=rates_of(_OP, lr), beta=beta, rho=rho, direction=direction, scope=scope,
-            weight_decay=decays_of(_OP, weight_decay), decoupled=decoupled, maximize=maximize, grad_scale=grad_scale,
-            found_inf=found_inf,
+            weight_decay=numbers_of(_OP, "weight_decay", weight_decay), decoupled=decoupled, maximize=maximize,
+            grad_scale=grad_scale, found_inf=found_inf,
         )  # fmt: skip
     except TypeError:
         check_lists(_OP, dict(zip(_Step._fields, (params, grads, exp_avgs, steps), strict=False)))

@@ -20,6 +20,7 @@ from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.optim.adam_moments import average, unbiased
 from fisher_kernels.optim.factor_bases import MOMENT_UPDATES, MOMENTS, FactorBases, FactorMoments
 from fisher_kernels.optim.fisher_blocks import BLOCK_STATE
+from fisher_kernels.optim.floors import FLOOR
 from fisher_kernels.optim.kfac import KFAC, OTHERS_LR
 from fisher_kernels.optim.kronecker import RAMP, KroneckerOptimizer, goes_on
 from fisher_kernels.optim.kronecker_factors import UPDATES, Pair, factor_state
@@ -78,6 +79,7 @@ class EKFAC(KFAC):
         damping: float = 1e-3,
         kl_clip: float | None = 1e-3,
         max_relative_step: float | None = 0.05,
+        floor: float = FLOOR,
         beta2: float = 0.95,
         update_interval: int = 10,
         inverse_interval: int = 20,
@@ -108,6 +110,7 @@ class EKFAC(KFAC):
             damping=damping,
             kl_clip=kl_clip,
             max_relative_step=max_relative_step,
+            floor=floor,
             beta2=beta2,
             update_interval=update_interval,
             inverse_interval=inverse_interval,
@@ -224,6 +227,7 @@ class EKFACAdam(KroneckerOptimizer):
         beta2: float = 0.95,
         damping: float = 1e-3,
         max_relative_step: float | None = None,
+        floor: float = FLOOR,
         update_interval: int = 10,
         inverse_interval: int = 20,
         refresh: Literal["ramp", "constant"] = "ramp",
@@ -249,6 +253,7 @@ class EKFACAdam(KroneckerOptimizer):
             "beta2": beta2,
             "damping": damping,
             "max_relative_step": max_relative_step,
+            "floor": floor,
             "update_interval": update_interval,
             "inverse_interval": inverse_interval,
             "refresh": refresh,

@@ -22,6 +22,7 @@ from fisher_kernels.optim.adam_moments import average, unbiased
 from fisher_kernels.optim.base import totals
 from fisher_kernels.optim.factor_inverses import FactorInverses
 from fisher_kernels.optim.fisher_blocks import ASIDE, BLOCK_STATE, New
+from fisher_kernels.optim.floors import FLOOR
 from fisher_kernels.optim.hyperparameters import require_choice, require_numbers
 from fisher_kernels.optim.kronecker import RAMP, Bounds, KroneckerOptimizer
 from fisher_kernels.optim.kronecker_factors import KroneckerFactors, factor_state
@@ -59,8 +60,8 @@ class KFAC(KroneckerOptimizer):
         \nu &= \min \left( 1,
             \sqrt{\frac{\mathrm{kl\_clip}}{\left| \sum \mathrm{lr}^2 \langle D, m \rangle \right|}} \right)
             && \text{one number for all parameters} \\
-        c &= \min \left( 1, \frac{\mathrm{max\_relative\_step} \cdot \max(|W|, 0.001 \sqrt{n})}
-            {\mathrm{lr}\, \nu\, |D|} \right) && \text{one for each layer of n numbers} \\
+        c &= \min \left( 1, \frac{\mathrm{max\_relative\_step} \cdot \max(|W|, \mathrm{floor} \sqrt{n / f})}
+            {\mathrm{lr}\, \nu\, |D|} \right) && \text{one for each layer of n numbers and fan-in f} \\
         W &\leftarrow W - \mathrm{lr}\, (c\, \nu\, D \quad (+\, \mathrm{weight\_decay} \cdot W \text{ if decoupled}))
 
     ==================== ============================================================================================
@@ -92,6 +93,7 @@ class KFAC(KroneckerOptimizer):
         kl_clip: bound of ``sum lr^2 <D, m>``, twice the change of the model's distribution, over all parameters; None
             for no bound.
         max_relative_step: how long the step of a layer may be beside its weights; None for no bound.
+        floor: a layer's weights count there as at least ``floor / sqrt(fan_in)`` each, as in :class:`MBF`.
         beta2: decay of the factors, 0 <= beta2 < 1.
         update_interval: statistics are taken every so many steps; in between the hooks do nothing.
         inverse_interval: factors that have changed are inverted every so many steps.
@@ -140,7 +142,7 @@ class KFAC(KroneckerOptimizer):
     moment = "momentum_buffer"
     factors_kind: ClassVar[type[KroneckerFactors]] = FactorInverses
     statistics_state = (*BLOCK_STATE, *factor_state("inverse"), IMAGE, HOLDS)
-    later: ClassVar[Mapping[str, Any]] = {"others": "curvature", "others_lr": OTHERS_LR}
+    later: ClassVar[Mapping[str, Any]] = {"others": "curvature", "others_lr": OTHERS_LR, "floor": FLOOR}
 
     _images: MomentumImages | None = None
 
@@ -153,6 +155,7 @@ class KFAC(KroneckerOptimizer):
         damping: float = 1e-3,
         kl_clip: float | None = 1e-2,
         max_relative_step: float | None = 0.05,
+        floor: float = FLOOR,
         beta2: float = 0.95,
         update_interval: int = 10,
         inverse_interval: int = 20,
@@ -182,6 +185,7 @@ class KFAC(KroneckerOptimizer):
             "damping": damping,
             "kl_clip": kl_clip,
             "max_relative_step": max_relative_step,
+            "floor": floor,
             "beta2": beta2,
             "update_interval": update_interval,
             "inverse_interval": inverse_interval,

@@ -32,15 +32,12 @@ from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.curvature.sites import Layer
 from fisher_kernels.ops import ACCUMULATOR, capped_step_, direction_sums, heavy_ball_
 from fisher_kernels.optim.base import Counters, count, require_memory, totals
+from fisher_kernels.optim.floors import FLOOR, fan_ins
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
 from fisher_kernels.optim.kronecker_factors import UPDATES, KroneckerFactors, Pair
 from fisher_kernels.optim.measure import Measured
 from fisher_kernels.optim.sampled import SampledLabels
 from fisher_kernels.optim.unserved import shown
-
-FLOOR = 1e-3
-"""Root mean square that the cap takes weights to have at least, so that those that start at 0 can leave it."""
-
 
 RAMP = 40
 """Steps over which intervals grow, unless told otherwise; inverses of whole factors are dear in short runs."""
@@ -64,6 +61,7 @@ class StepPlan:
     Attributes:
         version: of what serves them.
         params, groups, numbers, layers: layer by layer the parameters, their groups, numbers and layers.
+        roots: of the fan-ins.
         layer_of_each: the layers again, on the device.
     """
 
@@ -72,6 +70,7 @@ class StepPlan:
     groups: list[dict[str, Any]]
     numbers: tuple[int, ...]
     layers: list[int]
+    roots: list[float]
     layer_of_each: Tensor
 
 
@@ -91,6 +90,8 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
 
     decay_of_moment: ClassVar[str] = "momentum"
     """The hyperparameter by which the moment runs out."""
+
+    later: ClassVar[Mapping[str, Any]] = {"floor": FLOOR}
 
     def __init__(
         self,
@@ -112,13 +113,13 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        require_numbers(group, (self.decay_of_moment, "beta2", "damping", "weight_decay"))
+        require_numbers(group, (self.decay_of_moment, "beta2", "damping", "weight_decay", "floor"))
         require_counts(group, ("update_interval", "inverse_interval", "max_factor_size"))
         require_bools(group, ("decoupled", "overlap"))
         for name in (self.decay_of_moment, "beta2"):
             if not 0 <= group[name] < 1:
                 raise ValueError(f"{name} is {group[name]}, expected 0 <= {name} < 1")
-        for name in ("damping", "weight_decay"):
+        for name in ("damping", "weight_decay", "floor"):
             if not 0 <= group[name] < math.inf:
                 raise ValueError(f"{name} is {group[name]}, expected a finite number of at least 0")
         for name in ("kl_clip", "max_relative_step"):
@@ -201,6 +202,7 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
         self._plans: dict[tuple[int, ...], StepPlan] = {}
         self._factors = self.factors_kind(self.statistics.sites, self.state, self._groups, self._overlap)
         self._renewals = (self._factors,)
+        self._fan_ins = fan_ins(self.statistics.sites, self._groups)
 
     def _set_aside(self, params: Collection[Parameter]) -> None:
         self._factors.set_aside(params)
@@ -330,7 +332,7 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
             weight_decay=[group["weight_decay"] if group["decoupled"] else 0.0 for group in groups],
             kl_clip=min((clip for clip in clips if clip is not None), default=None),
             max_relative_step=[bound.max_relative_step for bound in bounds],
-            floor=FLOOR,
+            floor=[group["floor"] / root for group, root in zip(groups, plan.roots, strict=True)],
             found_inf=found_inf,
         )
         caps = caps[plan.layer_of_each]
@@ -355,6 +357,7 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
                 [self._groups[p] for p in ordered],
                 tuple(self._numbers[p] for p in ordered),
                 places,
+                [math.sqrt(self._fan_ins[p]) for p in ordered],
                 torch.tensor(places, dtype=torch.int64, device=ordered[0].device),
             )
         return plan

@@ -26,6 +26,7 @@ from fisher_kernels.ops import ACCUMULATOR, mbf_step_
 from fisher_kernels.ops._blocks import unpack
 from fisher_kernels.optim.base import Counters, count, require_memory, totals
 from fisher_kernels.optim.fisher_blocks import ASIDE, BLOCK_STATE, STORAGES, FisherBlocks, New, Unit
+from fisher_kernels.optim.floors import FLOOR, fan_ins
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
 from fisher_kernels.optim.measure import Measured
 from fisher_kernels.optim.refresh import RAMP, is_due
@@ -34,10 +35,7 @@ from fisher_kernels.optim.sampled import SampledLabels
 from fisher_kernels.optim.unserved import shown
 from fisher_kernels.optim.warn import warn_once
 
-FLOOR = 1e-3
-"""Root mean square of weights that count as no smaller, unless told otherwise."""
-
-TOGETHER = ("momentum", "decoupled", "maximize", "kl_clip", "kl_along", "max_relative_step", "floor")
+TOGETHER = ("momentum", "decoupled", "maximize", "kl_clip", "kl_along", "max_relative_step")
 """Settings that are the same for all that one call steps. Groups that share them have one trust region."""
 
 MUCH = 1 << 30
@@ -63,8 +61,8 @@ class MBF(Measured, SampledLabels[BlockRule]):
             \sqrt{\frac{\mathrm{kl\_clip}}{\left| \sum \mathrm{lr}^2 \langle d, m \rangle \right|}} \right)
             && \text{one number for all groups} \\
         \mathrm{cap} &= \min \left( 1, \frac{\mathrm{max\_relative\_step} \cdot
-            \max(|W|, \mathrm{floor} \sqrt{n})}{\mathrm{scale}\, |\mathrm{lr}\, d|} \right)
-            && \text{one number for each layer, of } n \text{ weights} \\
+            \max(|W|, \mathrm{floor} \sqrt{n / f})}{\mathrm{scale}\, |\mathrm{lr}\, d|} \right)
+            && \text{one number for each layer, of } n \text{ weights and fan-in } f \\
         w &\leftarrow w - \mathrm{lr}\, (\mathrm{scale} \cdot \mathrm{cap} \cdot d
             \quad (+\, \lambda w \text{ if decoupled}))
 
@@ -89,16 +87,17 @@ class MBF(Measured, SampledLabels[BlockRule]):
         momentum: 0 <= momentum < 1.
         damping: added to the diagonal of every block, in the units of squared per-sample gradients.
         kl_clip: bound of ``|sum lr^2 <d, m>|`` of a step, over all parameter groups that have the same ``kl_clip``,
-            ``kl_along``, ``max_relative_step``, ``floor``, ``momentum``, ``decoupled`` and ``maximize``; None for no
-            bound. Without it the first steps are nearly SGD at lr / damping / (1 - momentum).
+            ``kl_along``, ``max_relative_step``, ``momentum``, ``decoupled`` and ``maximize``; None for no bound.
+            Without it the first steps are nearly SGD at lr / damping / (1 - momentum).
         kl_along: ``"momentum"``: ``<d, m>``, the change of the model along d; ``"gradient"``: ``<d, g>`` in its place,
             which can vanish while d is large.
         max_relative_step: bound of the step of each layer, weight and bias together, relative to the norm of its
             weights, after the trust region and before the decay; None for no bound. Steps longer than the weights
             themselves along inverses that ``refresh="constant"`` has let grow old are warned of once (on the CPU; a GPU
             would be waited for).
-        floor: root mean square of a layer's weights below which they count as so large, so that weights that are zero
-            at first move too.
+        floor: a layer's weights count there as at least ``floor / sqrt(fan_in)`` each, so that weights that are zero at
+            first move too; torch draws weights of 0.58 / sqrt(fan_in). The fan-in is the number of inputs of one
+            output, of vectors and embeddings 1.
         beta2: decay of the blocks, 0 <= beta2 < 1.
         update_interval: statistics are taken every so many steps; in between the hooks do nothing.
         inverse_interval: blocks that have changed are inverted every so many steps.
@@ -312,6 +311,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
         self._plans: dict[tuple[int, ...], _Plan] = {}
         self._blocks = FisherBlocks(self.statistics.sites, self.state, self._groups, self._overlap)
         self._renewals = (self._blocks,)
+        self._fan_ins = fan_ins(self.statistics.sites, self._groups)
 
     def _set_aside(self, params: Collection[Parameter]) -> None:
         self._blocks.set_aside(params)
@@ -418,6 +418,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
             plan.inverses,
             lr=_one_or_each([group["lr"] for group in groups], plan.of_group),
             weight_decay=_one_or_each([group["weight_decay"] for group in groups], plan.of_group),
+            floor=[groups[i]["floor"] / root for i, root in zip(plan.of_group, plan.roots, strict=True)],
             layers=plan.layers,
             grad_scale=grad_scale,
             found_inf=found_inf,
@@ -456,7 +457,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
 
     def _least(self, p: Parameter) -> float:
         """The norm that a parameter counts as at least."""
-        return float(self._groups[p]["floor"]) * math.sqrt(p.numel())
+        return float(self._groups[p]["floor"]) * math.sqrt(p.numel() / self._fan_ins[p])
 
     def _plan(self, groups: list[dict[str, Any]]) -> _Plan:
         plan = _Plan(self._blocks.version)
@@ -465,7 +466,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
         for part in self._blocks.parts:
             for unit in self._blocks.units(part, lambda p: p.grad is not None):
                 if (place := places.get(id(self._groups[unit.params[0]]))) is not None:
-                    plan.add(unit, self._numbers, place)
+                    plan.add(unit, self._numbers, place, self._fan_ins[unit.params[0]])
         return plan
 
     # Blocks of a whole data set.
@@ -639,9 +640,10 @@ class _Plan:
     stacks: list[int] = field(default_factory=list)
     of_group: list[int] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
+    roots: list[float] = field(default_factory=list)  # of the fan-ins
     waiting: list[Parameter] = field(default_factory=list)
 
-    def add(self, unit: Unit, numbers: dict[Parameter, int], group: int) -> None:
+    def add(self, unit: Unit, numbers: dict[Parameter, int], group: int, fan_in: int) -> None:
         if unit.transposed:
             self.transposed.append(len(self.params))
         if unit.is_stack:
@@ -651,6 +653,7 @@ class _Plan:
         self.numbers += tuple(numbers[p] for p in unit.params)
         self.of_group += [group] * len(unit.params)
         self.layers += [unit.layer] * len(unit.params)
+        self.roots += [math.sqrt(fan_in)] * len(unit.params)
 
     def holds(self) -> bool:
         return all(p.grad is not None for p in self.params) and all(p.grad is None for p in self.waiting)

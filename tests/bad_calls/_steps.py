@@ -116,8 +116,8 @@ def bad_numbers(**values: Sequence[float]) -> Faults:
 NO_COEFFICIENTS = (-1.0, math.inf, math.nan)
 
 
-def bad_one_or_each(count: int) -> Faults:
-    """Settings of which there is one for all of ``count`` parameters, or one for each."""
+def bad_one_or_each(count: int, numbers: Sequence[str] = ("weight_decay",)) -> Faults:
+    """Settings of which there is one for all of ``count`` parameters, or one for each: the rate, and numbers."""
     return {
         **{
             f"{name} of {length}": (
@@ -125,15 +125,16 @@ def bad_one_or_each(count: int) -> Faults:
                 ValueError,
                 rf"{name} has {length} entries, expected 1 or {count}, the length of params",
             )
-            for name in ("lr", "weight_decay")
+            for name in ("lr", *numbers)
             for length in (0, count + 1)
         },
         **{
-            f"weight_decay[{i}] {number}": (
-                value("weight_decay", [0.1] * i + [number] + [0.1] * (count - 1 - i) * (i > 0)),
+            f"{name}[{i}] {number}": (
+                value(name, [0.1] * i + [number] + [0.1] * (count - 1 - i) * (i > 0)),
                 ValueError,
-                rf"weight_decay\[{i}\] is {number}, expected",
+                rf"{name}\[{i}\] is {number}, expected",
             )
+            for name in numbers
             for i in (0, 1)
             for number in NO_COEFFICIENTS
         },

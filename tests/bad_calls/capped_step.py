@@ -140,14 +140,14 @@ STEP_FAULTS: Faults = {
             ([0, -1], r"layers\[1\] is -1, expected 0 or 1"),
         )
     },
-    **bad_numbers(kl_clip=(0.0, *NO_COEFFICIENTS), floor=NO_COEFFICIENTS),
+    **bad_numbers(kl_clip=(0.0, *NO_COEFFICIENTS)),
     **{
         f"{name} of {length}": (
             value(name, [0.1] * length),
             ValueError,
             rf"{name} has {length} entries, expected 1 or 2, the length of params",
         )
-        for name in ("lr", "weight_decay", "max_relative_step")
+        for name in ("lr", "weight_decay", "max_relative_step", "floor")
         for length in (0, 3)
     },
     **{
@@ -157,7 +157,11 @@ STEP_FAULTS: Faults = {
             rf"{name}\[{i}\] is {number}, expected",
         )
         for i in (0, 1)
-        for name, numbers in (("weight_decay", NO_COEFFICIENTS), ("max_relative_step", (0.0, -1.0, math.nan)))
+        for name, numbers in (
+            ("weight_decay", NO_COEFFICIENTS),
+            ("max_relative_step", (0.0, -1.0, math.nan)),
+            ("floor", NO_COEFFICIENTS),
+        )
         for number in numbers
     },
     **bad_scalars("found_inf"),

@@ -51,6 +51,7 @@ def good() -> Call:
 OF_EACH: dict[str, list[Any]] = {
     "lr": [0.1, 0.1, 0.1, 0.2, 0.1],
     "weight_decay": [0.1, 0.1, 0.1, 0.2, 0.1],
+    "floor": [0.1, 0.1, 0.1, 0.2, 0.1],
     "layers": [0, 1, 2, 3, 0],
 }
 
@@ -115,7 +116,6 @@ FAULTS: Faults = {
         momentum=(-0.1, 1.0, 1.5, math.nan),
         kl_clip=(0.0, *NO_COEFFICIENTS),
         max_relative_step=(0.0, *NO_COEFFICIENTS),
-        floor=NO_COEFFICIENTS,
     ),
     **bad_scalars("grad_scale", "found_inf"),
     **{
@@ -126,7 +126,7 @@ FAULTS: Faults = {
         )
         for name in ("", "Momentum", "moment")
     },
-    **bad_one_or_each(5),
+    **bad_one_or_each(5, ("weight_decay", "floor")),
     **{
         f"layers of {length}": (
             value("layers", [0] * length),

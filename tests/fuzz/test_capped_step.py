@@ -144,7 +144,7 @@ def step_calls(draw: Draw, tiny: bool) -> Call:
         "weight_decay": one_or_each(st.sampled_from(steps.DECAYS)),
         "kl_clip": draw(st.sampled_from((None, 1e-3, 1.0, 1e-30))),
         "max_relative_step": one_or_each(st.sampled_from((None, 0.02, 1.0, 1e-20))),
-        "floor": draw(st.sampled_from((1e-3, 0.0, 1.0, 1e10))),
+        "floor": one_or_each(st.sampled_from((1e-3, 0.0, 1.0, 1e10))),
     }
     if draw(st.integers(0, 3)) == 3:
         arguments["found_inf"] = Operand(torch.full((1,), draw(st.sampled_from((0.0, 0.0, 1.0)))))
@@ -175,6 +175,7 @@ def compare(a: dict[str, Any], outcome: Any) -> None:
     rates = np.array([steps.number(x) for x in _each(a["lr"], count)], dtype=np.longdouble)
     decays = np.array(_each(a["weight_decay"], count), dtype=np.longdouble)
     caps = np.array([np.inf if x is None else x for x in _each(a["max_relative_step"], count)], dtype=np.longdouble)
+    floors = np.array(_each(a["floor"], count), dtype=np.longdouble)
     rows = a["sums"].values.numpy().astype(np.longdouble)
     sizes = np.array([w.values.numel() for w in a["params"]], dtype=np.longdouble)
     good = [i for i in range(count) if np.isfinite(rows[layers == layers[i]]).all()]
@@ -199,7 +200,7 @@ def compare(a: dict[str, Any], outcome: Any) -> None:
         if vague:
             continue
         length = nu * np.sqrt((rates[mine] ** 2 * rows[mine, 1]).sum())
-        limit = caps[mine].min() * max(np.sqrt(rows[mine, 2].sum()), a["floor"] * np.sqrt(sizes[mine].sum()))
+        limit = caps[mine].min() * max(np.sqrt(rows[mine, 2].sum()), floors[mine].min() * np.sqrt(sizes[mine].sum()))
         factor = limit / length if length > limit else np.longdouble(1)
         extreme = bool((rates[mine] ** 2 * rows[mine, 1] > 1e300).any() or (length > 0 and nu < 1e-290))
         assert_close(f"factors[{layer}]", factors[layer], np.asarray(factor), 4 * spread * factor, unknown=extreme)

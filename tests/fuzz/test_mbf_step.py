@@ -14,6 +14,7 @@ from tests.fuzz.closeness import assert_close, largest, least, storing, unit
 from tests.fuzz.operands import Array, Draw, Operand, accumulator, contiguous_layouts, numbers, wide
 
 NAMES = ("params", "grads", "momentum_buffers")
+_FLOORS = st.sampled_from((1e-3, 0.0, 1.0, 1e10))
 
 
 def dense(values: Array) -> Array:
@@ -70,11 +71,22 @@ def calls(draw: Draw, tiny: bool) -> Call:
         **draw(steps.options()),
         "kl_clip": draw(st.sampled_from((None, 1e-3, 1e-30, 1e30))),
         "kl_along": draw(st.sampled_from(("momentum", "gradient"))),
+        "max_relative_step": draw(st.sampled_from((None, 1e-3, 1.0, 1e-20, 1e20))),
     }
+    # What a bias has of its own is that of the parameter before it.
+    first = [i - (inverse is None) for i, inverse in enumerate(lists["inverses"])]
+    if draw(st.booleans()):
+        arguments["floor"] = draw(_FLOORS)
+    elif first:
+        floors = [draw(_FLOORS) for _ in first]
+        arguments["floor"] = [floors[i] for i in first]
+    if draw(st.booleans()):
+        numbers_of_layers = [draw(st.integers(-1, 2)) for _ in first]
+        arguments["layers"] = [numbers_of_layers[i] for i in first]
     return Call("mbf_step_", arguments, frozenset((NAMES[0], NAMES[2])), draw(surroundings), draw(threads))
 
 
-class _Layer:
+class _Joined:
     """A parameter with its bias, as one vector; which of its elements, or none (-1), each block acts on."""
 
     def __init__(self, a: dict[str, Any], i: int) -> None:
@@ -131,16 +143,59 @@ class _Layer:
         return np.where(kept, self.d * g, 0).sum(), np.where(kept, off + 2.0**-1074, 0).sum()
 
 
+class _Caps:
+    """What the steps of layers are shortened by, and how far rounding may take that; None where that is not known."""
+
+    def __init__(self, a: dict[str, Any], joined: list[_Joined], scale: Any, vary: Any, known: bool) -> None:
+        count = len(a["params"])
+        self.layers = a.get("layers") or [x.first for i in range(count) for x in joined if i in x.members]
+        floor = a.get("floor", 1e-3)
+        floors = floor if isinstance(floor, list) else [floor] * count
+        self.found: dict[int, tuple[Any, Any] | None] = {}
+        for layer in set(self.layers):
+            mine = [x for x in joined if self.layers[x.first] == layer]
+            least = min(floors[x.first] for x in mine)
+            self.found[layer] = self._find(a, mine, least, scale, vary) if known else None
+
+    @staticmethod
+    def _find(a: dict[str, Any], mine: list[_Joined], floor: float, scale: Any, vary: Any) -> tuple[Any, Any] | None:
+        most, lr = a["max_relative_step"], np.longdouble(steps.number(a["lr"]))
+        if most is None:
+            return np.longdouble(1), np.longdouble(0)
+        if any(x.vague.any() for x in mine):
+            return None
+        kept = [~x.skipped[:, None] & x.there for x in mine]
+        squares = [np.where(k, lr * x.d, 0) ** 2 for k, x in zip(kept, mine, strict=True)]
+        errors = [np.where(k, lr * x.error, 0) ** 2 for k, x in zip(kept, mine, strict=True)]
+        weights = [np.where(np.isfinite(x.w), x.w, 0) ** 2 for x in mine]
+        # What is lost, or too large, in float64, which is added up.
+        for xs in (*squares, *weights):
+            if xs.sum() > 1e290 or ((xs > 0) & (xs < 1e-290)).any():
+                return None
+        norm, off = (np.sqrt(sum((x.sum() for x in xs), np.longdouble(0))) for xs in (squares, errors))
+        size = np.sqrt(sum((x.sum() for x in weights), np.longdouble(0)))
+        bound = most * max(size, floor * np.sqrt(np.longdouble(sum(len(x.w) for x in mine))))
+        length, off = scale * norm, (scale + vary) * off + vary * norm
+        low, high = (bound / x if x > bound else np.longdouble(1) for x in (length + off, max(length - off, 0)))
+        cap = bound / length if length > bound else np.longdouble(1)
+        return cap, max(cap - low, high - cap) + 1e-13 * cap
+
+    def of(self, i: int) -> tuple[Any, Any] | None:
+        """The cap of parameter i, and its error."""
+        return self.found[self.layers[i]]
+
+
 def check(implementation: str, call: Call) -> None:
     # Products with shared inverses are the vendor's, which may divide them among threads.
     shared = any(x is not None and x.values.dim() == 4 for x in call.arguments["inverses"])
     outcome = call.run() if implementation == "reference" or shared else call.run_repeatably()
     if outcome is None:
         return
-    a, (skipped, scale, _) = call.arguments, outcome.result
+    a, (skipped, scale, caps) = call.arguments, outcome.result
     if steps.does_nothing(a):
         assert not skipped.any()
         assert scale == 1
+        assert bool((caps == 1).all())
         steps.assert_untouched(outcome, a, (NAMES[0], NAMES[2]))
         return
     with np.errstate(all="ignore"):
@@ -148,8 +203,8 @@ def check(implementation: str, call: Call) -> None:
 
 
 def compare(call: Call, outcome: Any) -> None:
-    a, (skipped, found_scale, _) = call.arguments, outcome.result
-    layers = [_Layer(a, i) for i, inverse in enumerate(a["inverses"]) if inverse is not None]
+    a, (skipped, found_scale, found_caps) = call.arguments, outcome.result
+    layers = [_Joined(a, i) for i, inverse in enumerate(a["inverses"]) if inverse is not None]
     lr, decay, clip = steps.number(a["lr"]), a["weight_decay"], a["kl_clip"]
     total, off = (
         (sum(parts) for parts in zip(*(x.product(a["kl_along"] == "momentum") for x in layers), strict=True))
@@ -166,6 +221,10 @@ def compare(call: Call, outcome: Any) -> None:
         vary = max(scale - 1 / np.sqrt(max(high, 1)), 1 / np.sqrt(max(low, 1)) - scale) + 1e-14 * scale
     if known:
         assert_close("scale", found_scale, np.asarray(scale), vary + 1e-15)
+    caps = _Caps(a, layers, scale, vary, known)
+    for i, found_cap in enumerate(found_caps):
+        if (wanted := caps.of(i)) is not None:
+            assert_close(f"caps[{i}]", found_cap, np.asarray(wanted[0]), wanted[1])
     by_first = {x.first: x for x in layers}
     for i in range(len(a["params"])):
         layer = by_first.get(i)
@@ -179,14 +238,16 @@ def compare(call: Call, outcome: Any) -> None:
         moment = np.where(skip, x.old, x.new)
         off_moment = np.where(skip, 0, 6 * u * np.nan_to_num(x.size) + 3 * tiny)
         d, error = x.spread(x.d), x.spread(x.error)
-        step = scale * d + (decay * x.w if a["decoupled"] and decay else 0)
-        size = np.abs(scale * d) + (decay * np.abs(x.w) if a["decoupled"] and decay else 0)
+        cap, vary_cap = caps.of(x.first) or (np.longdouble(1), np.longdouble(0))
+        along, off = scale * cap, vary * cap + (scale + vary) * vary_cap
+        step = along * d + (decay * x.w if a["decoupled"] and decay else 0)
+        size = np.abs(along * d) + (decay * np.abs(x.w) if a["decoupled"] and decay else 0)
         expected = np.where(skip, x.w, x.w - lr * step)
-        bound = lr * (scale * error + vary * np.abs(d)) + 8 * u * (np.abs(x.w) + lr * size)
+        bound = lr * (along * error + off * np.abs(d)) + 8 * u * (np.abs(x.w) + lr * size)
         bound = bound + tiny * (4 + np.abs(d) + lr * (1 + np.abs(x.w))) + storing(expected, x.dtype)
         bound = np.where(skip, 0, np.nan_to_num(bound, nan=0, posinf=0))
         hard = ~(lr * size < half) | (lr * decay > half) | (lr > half) | ~(bound < half)
-        hard |= ~np.isfinite(expected) | (not known)
+        hard |= ~np.isfinite(expected) | (caps.of(x.first) is None)
         hard = vague | hard & ~skip
         begin = 0
         for k in x.members:

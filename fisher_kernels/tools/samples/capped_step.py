@@ -178,8 +178,8 @@ def _step_of_each(source: Source) -> Inputs:
     rates = [torch.full((), 0.01 * i, dtype=d, device=source.device) for i, d in zip(range(5), dtypes, strict=False)]
     return step(
         _FEW, (source.dtype, torch.bfloat16), device=source.device, layers=[0, 0, 0, 1, 2], lr=rates,
-        weight_decay=[0.1, 0.0, 0.2, 0.3, 0.4], max_relative_step=[None, 0.02, 0.01, None, 0.03], floor=0.1,
-        found_inf=torch.zeros(1, device=source.device),
+        weight_decay=[0.1, 0.0, 0.2, 0.3, 0.4], max_relative_step=[None, 0.02, 0.01, None, 0.03],
+        floor=[0.1, 0.1, 0.2, 2.0, 0.0], found_inf=torch.zeros(1, device=source.device),
     )  # fmt: skip
 
 
