@@ -22,7 +22,7 @@ from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.ops._arguments import lacks_memory
 from fisher_kernels.optim.caller import is_within
 from fisher_kernels.optim.hyperparameters import require_bools, require_numbers
-from fisher_kernels.optim.shares import divider, is_distributed, is_flattened
+from fisher_kernels.optim.shares import divider, is_distributed, is_flattened, local
 from fisher_kernels.optim.warn import warn
 
 _STATE_DICTS = "torch.distributed.checkpoint.state_dict"
@@ -90,6 +90,9 @@ class FisherOptimizer(Optimizer):
 
     statistics_state: ClassVar[tuple[str, ...]] = ()
     """State: what is averaged of a layer's statistics, and what is made of it."""
+
+    takes_shards: ClassVar[bool] = False
+    """Whether parameters may be DTensors, of which each process has a shard."""
 
     later: ClassVar[Mapping[str, Any]] = {}
     """Hyperparameters that states saved by earlier versions lack -> as what they load."""
@@ -192,7 +195,7 @@ class FisherOptimizer(Optimizer):
             if p.is_nested or p.layout != torch.strided:
                 kind = "a nested tensor" if p.is_nested else f"of layout {p.layout}"
                 raise TypeError(f"params[{i}] is {kind}, expected a strided tensor with a shape")
-            if is_distributed(p):
+            if is_distributed(p) and not self.takes_shards:
                 raise TypeError(
                     f"params[{i}] is a DTensor, of which each process has a part, as in FSDP and tensor parallel "
                     f"training: {type(self).__name__} needs whole parameters, as in DistributedDataParallel"
@@ -412,7 +415,7 @@ class FisherOptimizer(Optimizer):
         for name, p in self._names():
             rule, detail = served(p)
             state = self.state.get(p, {})
-            size = sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, Tensor))
+            size = sum(local(v).numel() * v.element_size() for v in state.values() if isinstance(v, Tensor))
             group = group_index[id(self._groups[p])]
             rows.append(Explanation(name, tuple(p.shape), group, rule, detail, size, not p.requires_grad))
         return Explanations(rows)

@@ -6,9 +6,12 @@ whole, and nothing would tell. Torch's own optimizers work on one number at a ti
 
 from __future__ import annotations
 
+import math
 import sys
+from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn import Parameter
 
 from fisher_kernels.optim.caller import calling
@@ -17,10 +20,36 @@ _ZERO = ("torch.distributed.optim.zero_redundancy_optimizer", "ZeroRedundancyOpt
 _REMOTE = ("torch.distributed.optim.optimizer", "_LocalOptimizer")
 
 
-def is_distributed(p: Parameter) -> bool:
-    """Whether a parameter is a DTensor, as ``fully_shard`` and ``parallelize_module`` make them."""
+def is_distributed(x: Tensor) -> bool:
+    """Whether a tensor is a DTensor, as ``fully_shard`` and ``parallelize_module`` make parameters."""
     module = sys.modules.get("torch.distributed.tensor")  # which takes its time to import
-    return module is not None and isinstance(p, module.DTensor)
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def local(x: Any) -> Tensor:
+    """What this process has of a tensor; gradients are to be off."""
+    return x.to_local() if is_distributed(x) else x
+
+
+def like_parameter(p: Any, gradient: Any) -> Tensor:
+    """What this process has of the gradient of a parameter, where it has that of the parameter."""
+    if is_distributed(gradient) and gradient.placements != p.placements:
+        gradient = gradient.redistribute(placements=p.placements)
+    return local(gradient)
+
+
+def copies(p: Any) -> int:
+    """How many processes of the mesh of a DTensor have the same shard."""
+    sizes = zip(p.placements, p.device_mesh.shape, strict=True)
+    return math.prod(size for placement, size in sizes if placement.is_replicate())
+
+
+def sum_over_mesh(x: Tensor, mesh: Any) -> Tensor:
+    """The sum over all processes of a mesh: one all-reduce for each of its dimensions."""
+    total = x.to(mesh.device_type)
+    for dimension in range(mesh.ndim):
+        dist.all_reduce(total, group=mesh.get_group(dimension))
+    return total.to(x.device)
 
 
 def is_flattened(p: Parameter) -> bool:

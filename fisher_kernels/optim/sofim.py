@@ -6,7 +6,7 @@ Source: SOFIM, arXiv 2403.02833, Algorithm 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,9 +16,11 @@ from torch.optim.optimizer import ParamsT
 
 from fisher_kernels.ops import ACCUMULATOR, sofim_step_
 from fisher_kernels.ops.sofim_step import DIRECTIONS, SCOPES
+from fisher_kernels.optim import shard_products
 from fisher_kernels.optim.base import Batch, FisherOptimizer, Plan, count, require_memory, totals
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_numbers
-from fisher_kernels.optim.shares import divider
+from fisher_kernels.optim.shard_products import Shard
+from fisher_kernels.optim.shares import divider, is_distributed, like_parameter, local
 
 SHARED = ("rho", "beta", "direction", "decoupled", "maximize")
 """Hyperparameters on which all groups of scope ``"global"`` agree: they have one Fisher matrix."""
@@ -50,7 +52,8 @@ class SOFIM(FisherOptimizer):
     step there can be is :math:`\mathrm{lr} / (2 \sqrt{\rho})`, at :math:`|u| = \sqrt{\rho}`.
 
     The state is one moment for each parameter (float32, or float64 for float64 parameters) and a step count for each
-    tensor.
+    tensor. Parameters may be DTensors, as ``fully_shard`` and ``parallelize_module`` make them: their moments are, too,
+    and dot products are summed over the processes of their mesh, in one all-reduce for each of its dimensions.
 
     Args:
         params: parameters or parameter groups, each with any of these hyperparameters; no model is needed.
@@ -73,6 +76,7 @@ class SOFIM(FisherOptimizer):
     """
 
     moment = "exp_avg"
+    takes_shards = True
 
     def __init__(
         self,
@@ -150,25 +154,52 @@ class SOFIM(FisherOptimizer):
             plan = self._plan = self._make_plan()
             gradients = plan.gradients()
             assert gradients is not None
-        for batch, grads in zip(plan.batches, gradients, strict=True):
+        lists = self._lists(plan.batches, gradients, grad_scale)
+        for batch, (params, grads, moments, steps) in zip(plan.batches, lists, strict=True):
             settings = batch.groups[0]
             skipped, batch.squares = sofim_step_(
-                batch.params,
+                params,
                 grads,
-                batch.of_each("exp_avg"),
-                batch.of_each("step"),
+                moments,
+                steps,
                 lr=batch.setting("lr"),
                 weight_decay=batch.setting("weight_decay"),
                 rho=settings["rho"],
                 beta=settings["beta"],
                 direction=settings["direction"],
-                scope=settings["scope"],
+                scope=GLOBAL if batch.is_divided else settings["scope"],
                 decoupled=settings["decoupled"],
                 maximize=settings["maximize"],
                 grad_scale=grad_scale,
                 found_inf=found_inf,
             )
-            count(self._skipped, batch.numbers, skipped)
+            count(self._skipped, batch.numbers, skipped[:-1] if batch.is_divided else skipped)
+
+    def _lists(
+        self, batches: Sequence[_Batch], gradients: Sequence[Sequence[Tensor]], grad_scale: Tensor | None
+    ) -> list[tuple[Sequence[Tensor], ...]]:
+        """Parameters, gradients, moments and counts of each batch; of divided ones the shards that are here.
+
+        Behind them is then the number that stands for those of other processes.
+        """
+        pairs = list(zip(batches, gradients, strict=True))
+        shards = {i: batch.shards(grads) for i, (batch, grads) in enumerate(pairs) if batch.is_divided}
+        lists: list[tuple[Sequence[Tensor], ...]] = [
+            () if i in shards else (batch.params, grads, batch.of_each("exp_avg"), batch.of_each("step"))
+            for i, (batch, grads) in enumerate(pairs)
+        ]
+        if shards:
+            others = shard_products.of_others(
+                [
+                    [(s, shard_products.products(s, batches[i].groups[0], grad_scale)) for s in mine]
+                    for i, mine in shards.items()
+                ]
+            )
+            for (i, mine), sums in zip(shards.items(), others, strict=True):
+                number = shard_products.stand_in(sums, batches[i].groups[0], grad_scale)
+                rows = [shard.tensors for shard in mine] + [number]
+                lists[i] = tuple(zip(*rows, strict=True))
+        return lists
 
     def _prepare(self) -> None:
         for _, p in self._with_gradients():
@@ -185,7 +216,7 @@ class SOFIM(FisherOptimizer):
         batches: dict[Any, _Batch] = {}
         numbers = {p: number for number, p in enumerate(self._groups)}
         for group, p in self._with_gradients():
-            key = GLOBAL if group["scope"] == GLOBAL else (id(group), p.device)
+            key = GLOBAL if group["scope"] == GLOBAL else (id(group), p.device, p if is_distributed(p) else None)
             batches.setdefault(key, _Batch()).add(numbers[p], p, self.state[p], group)
         waiting = [p for p in self._groups if p.grad is None]
         return Plan(list(batches.values()), waiting, self._scopes())
@@ -216,11 +247,11 @@ class SOFIM(FisherOptimizer):
         report = {}
         for batch in self._plan.batches if self._plan is not None else ():
             squares, group = batch.squares.tolist(), batch.groups[0]
-            scopes = {GLOBAL: [*range(len(squares))]}
+            scopes = {GLOBAL: [*range(len(batch.params))]}
             if group["scope"] != GLOBAL:
                 scopes = {names[number]: [i] for i, number in enumerate(batch.numbers)}
             for name, members in scopes.items():
-                square = sum(squares[i] for i in members)
+                square = sum(squares if batch.is_divided else (squares[i] for i in members))
                 report[name] = {
                     "moment_norm": math.sqrt(square),
                     "shrinkage": 1 / (group["rho"] + square),
@@ -239,7 +270,7 @@ class SOFIM(FisherOptimizer):
             require_memory("a gradient", p.grad)
             g = p.grad.double()
             u = state["exp_avg"].double() / (1 - group["beta"] ** state["step"].double())
-            gg, ug, uu = gg + float(g.square().sum()), ug + float((u * g).sum()), uu + float(u.square().sum())
+            gg, ug, uu = (a + _number(x) for a, x in ((gg, g.square()), (ug, u * g), (uu, u.square())))
         if group["maximize"]:
             ug = -ug
         along, square = ug, uu  # of F^-1 x, times a positive number: the product with g, and with itself
@@ -249,8 +280,16 @@ class SOFIM(FisherOptimizer):
         return along / math.sqrt(square * gg) if square * gg > 0 else math.nan
 
 
+def _number(x: Any) -> float:
+    """The sum of a tensor, of all its shards if it has any."""
+    total = x.sum()
+    return float(total.full_tensor() if is_distributed(total) else total)
+
+
 class _Batch(Batch):
     """The lists that one call of the step takes."""
+
+    is_divided = False  # whether other processes have shards of the parameters
 
     def __init__(self) -> None:
         super().__init__()
@@ -260,10 +299,25 @@ class _Batch(Batch):
     def add(self, number: int, p: Parameter, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         self.append(number, p, state)
         self.groups.append(group)
+        self.is_divided = self.is_divided or is_distributed(p)
+
+    def shards(self, gradients: Sequence[Tensor]) -> list[Shard]:
+        """What this process has of each parameter."""
+        return [
+            Shard(
+                p,
+                local(p),
+                like_parameter(p, g),
+                local(state["exp_avg"]),
+                state["step"],
+                0.0 if group["decoupled"] else group["weight_decay"],
+            )
+            for p, g, state, group in zip(self.params, gradients, self.states, self.groups, strict=True)
+        ]
 
     def setting(self, name: str) -> Any:
-        """A hyperparameter: one value if there is one group, otherwise one for each parameter."""
-        first = self.groups[0]
-        if self.groups[-1] is first:  # parameters come group by group
+        """A hyperparameter: one value if there is one group, otherwise one for each parameter of the call."""
+        first, last = self.groups[0], self.groups[-1]
+        if last is first:  # parameters come group by group
             return first[name]
-        return [group[name] for group in self.groups]
+        return [group[name] for group in (*self.groups, *([last] if self.is_divided else []))]

@@ -1,0 +1,314 @@
+"""Optimizers whose parameters are shared out among processes, compared with one process on the joint batch."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn import functional as F
+
+from fisher_kernels import EKFAC, KFAC, MBF, SOFIM, AdaFisher, AdaFisherW, EKFACAdam
+from fisher_kernels.optim import shard_products, shares
+from tests.processes import in_two_processes, needs_processes
+from tests.threads import in_threads
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STEPS = 20
+BATCH = 16
+
+_making = threading.Lock()  # torch's random numbers are those of all threads
+
+
+def network(dtype: torch.dtype) -> nn.Sequential:
+    """Rows that few numbers of processes divide, and fewer of them than processes."""
+    with _making:
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(6, 12), nn.LayerNorm(12), nn.Tanh(), nn.Linear(12, 7), nn.Tanh(), nn.Linear(7, 3)
+        )
+    return model.to(dtype)
+
+
+def batch(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(BATCH, 6, generator=generator, dtype=torch.float64)
+    return x.to(dtype), torch.randint(3, (BATCH,), generator=generator)
+
+
+def train(model: nn.Module, optimizer: Any, dtype: torch.dtype, rank: int = 0, world: int = 1, parts: int = 1) -> None:
+    """On a share of each batch, in so many parts."""
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        x, y = (part.chunk(world)[rank] for part in batch(step, dtype))
+        for i, (xi, yi) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True)):
+            if parts > 1:
+                model.set_requires_gradient_sync(i == parts - 1)  # type: ignore[operator]
+            (F.cross_entropy(model(xi), yi) / parts).backward()
+        optimizer.step()
+
+
+def sharded(model: nn.Module, shape: tuple[int, ...], **settings: Any) -> nn.Module:
+    names = ("replicate", "shard")[-len(shape) :]
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    for layer in model.children():
+        if list(layer.parameters()):
+            fully_shard(layer, mesh=mesh, **settings)
+    fully_shard(model, mesh=mesh, **settings)
+    return model
+
+
+def whole(model: nn.Module) -> list[Tensor]:
+    return [p.full_tensor().detach() if hasattr(p, "full_tensor") else p.detach() for p in model.parameters()]
+
+
+def assert_close(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
+    bound = 1e-12 if dtype == torch.float64 else 1e-5
+    for p, q in zip(found, expected, strict=True):
+        assert float((p - q).abs().max()) <= bound * float(q.abs().max())
+
+
+SOFIMS: dict[str, dict[str, Any]] = {
+    "momentum": {"lr": 0.05},
+    "gradient": {"lr": 0.05, "direction": "gradient", "rho": 1.0},
+    "without memory": {"lr": 0.05, "direction": "gradient", "rho": 1.0, "beta": 0.0},
+    "by tensor": {"lr": 0.05, "scope": "tensor"},
+    "decay": {"lr": 0.05, "weight_decay": 0.1},
+    "l2, maximize": {"lr": 0.005, "weight_decay": 0.1, "decoupled": False, "maximize": True},
+}
+
+RANKS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "2": ((2,), {}),
+    "4, without resharding": ((4,), {"reshard_after_forward": False}),
+    "8": ((8,), {}),
+    "2 x 2": ((2, 2), {}),
+}
+
+
+FAST = {
+    ("momentum", "8", torch.float64),
+    ("momentum", "2 x 2", torch.float32),
+    ("gradient", "2 x 2", torch.float64),
+    ("without memory", "2", torch.float64),
+    ("by tensor", "4, without resharding", torch.float64),
+    ("l2, maximize", "2 x 2", torch.float64),
+}
+"""Every setting and every mesh once; the others are in the slow tier."""
+
+CASES = [
+    pytest.param(*case, marks=() if case in FAST else pytest.mark.slow, id=", ".join(map(str, case)))
+    for case in itertools.product(SOFIMS, RANKS, (torch.float64, torch.float32))
+]
+
+
+def trained(settings: dict[str, Any], dtype: torch.dtype) -> tuple[list[Tensor], dict[str, dict[str, float]]]:
+    """What one process makes of the joint batches."""
+    model = network(dtype)
+    optimizer = SOFIM(model.parameters(), **settings)
+    train(model, optimizer, dtype)
+    return whole(model), optimizer.metrics()
+
+
+@pytest.mark.parametrize(("settings", "ranks", "dtype"), CASES)
+def test_sofim(settings: str, ranks: str, dtype: torch.dtype) -> None:
+    shape, how = RANKS[ranks]
+    world = torch.Size(shape).numel()
+
+    def work(rank: int) -> tuple[list[Tensor], dict[str, dict[str, float]]]:
+        model = sharded(network(dtype), shape, **how)
+        optimizer = SOFIM(model.parameters(), **SOFIMS[settings])
+        train(model, optimizer, dtype, rank, world)
+        return whole(model), optimizer.metrics()
+
+    expected, figures = trained(SOFIMS[settings], dtype)
+    for found, metrics in in_threads(work, world):
+        assert_close(found, expected, dtype)
+        for row, other in zip(metrics.values(), figures.values(), strict=True):
+            assert row == pytest.approx(other, rel=1e-3 if dtype == torch.float32 else 1e-9)
+
+
+def test_gradients_that_are_accumulated() -> None:
+    def work(rank: int) -> list[Tensor]:
+        model = sharded(network(torch.float64), (2,))
+        train(model, SOFIM(model.parameters(), **SOFIMS["momentum"]), torch.float64, rank, 2, parts=2)
+        return whole(model)
+
+    expected, _ = trained(SOFIMS["momentum"], torch.float64)
+    for found in in_threads(work, 2):
+        assert_close(found, expected, torch.float64)
+
+
+def test_groups_and_parameters_that_are_not_sharded() -> None:
+    def made(model: nn.Module) -> SOFIM:
+        first, *others = model.parameters()
+        return SOFIM([{"params": others, "lr": 0.02, "weight_decay": 0.1}, {"params": [first], "lr": 0.05}])
+
+    def work(rank: int) -> list[Tensor]:
+        model = network(torch.float64)
+        last = model[-1]
+        mesh = init_device_mesh("cpu", (2,))
+        for p in last.parameters():  # a gradient of each process's own
+            p.register_hook(lambda g: dist.all_reduce(g.div_(2)) or g)
+        fully_shard(model, mesh=mesh, ignored_params=set(last.parameters()))
+        train(model, made(model), torch.float64, rank, 2)
+        return whole(model)
+
+    model = network(torch.float64)
+    train(model, made(model), torch.float64)
+    for found in in_threads(work, 2):
+        assert_close(found, whole(model), torch.float64)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
+def test_tensor_parallel_and_both() -> None:
+    """Normalisations are whole in tensor parallel training, and shards of another mesh where it is combined."""
+
+    def work(rank: int) -> list[list[Tensor]]:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+        found = []
+        for both in (False, True):
+            model: nn.Module = network(torch.float64)
+            plan = {"3": RowwiseParallel(input_layouts=Replicate()), "5": ColwiseParallel(output_layouts=Replicate())}
+            parallelize_module(model, mesh["tensor"], plan)
+            if both:
+                fully_shard(model, mesh=mesh["data"])
+            part = (mesh.get_local_rank("data"), 2) if both else (0, 1)
+            train(model, SOFIM(model.parameters(), **SOFIMS["momentum"]), torch.float64, *part)
+            found.append(whole(model))
+        return found
+
+    expected, _ = trained(SOFIMS["momentum"], torch.float64)
+    for found in in_threads(work, 4):
+        for one in found:
+            assert_close(one, expected, torch.float64)
+
+
+@pytest.mark.parametrize(("direction", "numbers"), [("momentum", 1), ("gradient", 2)])
+def test_a_step_sends_one_number(direction: str, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    sum_over_mesh = shares.sum_over_mesh
+
+    def counting(x: Tensor, mesh: Any) -> Tensor:
+        sent.append(x.numel())
+        return sum_over_mesh(x, mesh)
+
+    monkeypatch.setattr(shard_products, "sum_over_mesh", counting)
+
+    def work(rank: int) -> None:
+        model = sharded(network(torch.float64), (2,))
+        train(model, SOFIM(model.parameters(), lr=0.05, direction=direction, rho=1.0), torch.float64, rank, 2)
+
+    in_threads(work, 2)
+    assert sent == [numbers] * (2 * STEPS)
+
+
+def test_what_is_not_finite_stays_where_it_is_and_what_overflows_stops_the_step() -> None:
+    def work(rank: int) -> tuple[list[Tensor], list[Tensor]]:
+        model = sharded(network(torch.float64), (2,))
+        optimizer = SOFIM(model.parameters(), **SOFIMS["momentum"])
+        train(model, optimizer, torch.float64, rank, 2)
+        first = next(model.parameters())
+        found = []
+        for value in (math.nan, 1e200):
+            x, y = (part.chunk(2)[rank] for part in batch(STEPS, torch.float64))
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            if rank == 0:
+                first.grad.to_local()[0, 0] = value  # type: ignore[union-attr]
+            before = whole(model)
+            optimizer.step()
+            found.append([after - b for after, b in zip(whole(model), before, strict=True)])
+        return found[0], found[1]
+
+    for spared, stopped in in_threads(work, 2):
+        assert spared[0][0, 0] == 0
+        assert all(bool(d.any()) for d in spared)
+        assert not any(bool(d.any()) for d in stopped)
+
+
+def test_states_are_shards_and_being_asked_for_them_changes_nothing() -> None:
+    def work(rank: int) -> tuple[list[Tensor], list[Tensor]]:
+        found = []
+        for asked in (False, True):
+            model = sharded(network(torch.float64), (2,))
+            optimizer = SOFIM(model.parameters(), **SOFIMS["momentum"])
+            if asked:
+                state = get_optimizer_state_dict(model, optimizer)["state"]["0.weight"]
+                assert state["exp_avg"].placements == next(model.parameters()).placements  # type: ignore[attr-defined]
+            train(model, optimizer, torch.float64, rank, 2)
+            fresh = SOFIM(model.parameters(), **SOFIMS["momentum"])
+            set_optimizer_state_dict(model, fresh, get_optimizer_state_dict(model, optimizer))
+            train(model, fresh if asked else optimizer, torch.float64, rank, 2)
+            assert fresh.explain()[0].state_bytes == 8 * 6 * 6 + 4
+            found.append(whole(model))
+        return found[0], found[1]
+
+    for plain, resumed in in_threads(work, 2):
+        for p, q in zip(plain, resumed, strict=True):
+            assert torch.equal(p, q)
+
+
+def _over_gloo(rank: int, folder: Path) -> list[Tensor]:
+    model = sharded(network(torch.float64), (2,))
+    optimizer = SOFIM(model.parameters(), **SOFIMS["momentum"])
+    train(model, optimizer, torch.float64, rank, 2)
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.save(state, checkpoint_id=folder)
+    return whole(model)
+
+
+@needs_processes
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_two_processes_and_their_checkpoint_in_one(tmp_path: Path) -> None:
+    model = network(torch.float64)
+    optimizer = SOFIM(model.parameters(), **SOFIMS["momentum"])
+    train(model, optimizer, torch.float64)
+    for found in in_two_processes(functools.partial(_over_gloo, folder=tmp_path / "state"), tmp_path):
+        assert_close(found, whole(model), torch.float64)
+    twin = network(torch.float64)
+    resumed = SOFIM(twin.parameters(), **SOFIMS["momentum"])
+    state = {"model": get_model_state_dict(twin), "optimizer": get_optimizer_state_dict(twin, resumed)}
+    dcp.load(state, checkpoint_id=tmp_path / "state", no_dist=True)
+    set_model_state_dict(twin, state["model"])
+    set_optimizer_state_dict(twin, resumed, state["optimizer"])
+    train(model, optimizer, torch.float64)
+    train(twin, resumed, torch.float64)
+    assert_close(whole(twin), whole(model), torch.float64)
+
+
+@pytest.mark.parametrize("kind", [AdaFisher, AdaFisherW, MBF, KFAC, EKFAC, EKFACAdam])
+def test_readers_of_layers_are_refused(kind: Any) -> None:
+    """Also where the parameters were divided after the optimizer was made."""
+
+    def work(rank: int) -> None:
+        after = network(torch.float64)
+        optimizer = kind(after)
+        optimizer.close()
+        model = sharded(after, (2,))
+        with pytest.raises(TypeError, match=f"DTensor, .*: {kind.__name__} needs whole parameters"):
+            kind(model)
+        x, y = batch(0, torch.float64)
+        F.cross_entropy(model(x), y).backward()
+        with pytest.raises(TypeError, match=f"DTensor, .*: {kind.__name__} needs whole parameters"):
+            optimizer.step()
+
+    in_threads(work, 2)
