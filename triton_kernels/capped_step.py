@@ -458,7 +458,10 @@ def _plan(s: Any, each: bool) -> tuple[Table, tuple[float, Tensor | None]]:
 
 
 def step(s: Any, scale: Tensor, factors: Tensor, skipped: Tensor) -> None:
-    """Take the step, and fill what the op returns; arguments as for ``advance_momentum``."""
+    """Take the step, and fill what the op returns.
+
+    Arguments as for ``advance_momentum``; ``s.floors()`` gives the floor of each parameter's layer.
+    """
     device = s.params[0].device
     each = max(map(len, (s.lr, s.weight_decay, s.max_relative_step, s.floor))) > 1
     plan, (rate, rate_factor) = _plan(s, each)

@@ -171,6 +171,7 @@ def _samples() -> Iterator[Sample]:
         ("weight decay in the gradient, maximised", _LAYERS, False, {**_DECAY, "maximize": True}),
         ("clipped, decoupled weight decay", _LAYERS, False, {**_DECAY, "decoupled": True, **_UNLIMITED}),
         ("capped, a weight and its bias apart", _LAYERS, False, {**_CAPPED, "layers": [0, 1, 0, 0]}),
+        ("capped, floors of each", _LAYERS, False, {**_CAPPED, "floor": [0.1, 2.0, 0.5, 0.5]}),
         ("channels last", _LAYERS, True, _UNLIMITED),
         ("other sizes", _OTHERS, False, {}),
         ("other sizes, clipped", _OTHERS, False, _UNLIMITED),
