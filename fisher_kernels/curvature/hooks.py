@@ -31,6 +31,9 @@ class Engine(Protocol):
     def look(self, index: int, use: int, x: Tensor, output: Tensor) -> bool:
         """Whether nothing speaks against a layer, by its site and its place there."""
 
+    def note_gathered(self, layer: Layer[Any], module: nn.Module) -> None:
+        """Remember what a layer has in its forward in the place of DTensors."""
+
     def look_behind(self, x: Any) -> None:
         """Look behind the input of a layer for what broadcasts the output of another."""
 
@@ -188,6 +191,7 @@ class ForwardHook(Hook):
         x, engine = layer.input(layer.module, args, kwargs, output), self.engine()
         if x is None or engine is None or layer.proof.reason is not None:
             return None
+        engine.note_gathered(layer, layer.module)
         _, index, use = self.address
         # What is as large as an input is kept as autograd keeps its own: checkpointing then recomputes it.
         if layer.rule.keeps_input and _top_saved_tensors_default_hooks(True) is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from fisher_kernels.curvature.functions import Spec
+from fisher_kernels.curvature.gathered import is_distributed, is_gathered
 from fisher_kernels.curvature.operations import Operations
 from fisher_kernels.curvature.proof import Proof, choose
 from fisher_kernels.curvature.rules import R, Rule, Sums, Use, has_bias
@@ -58,7 +59,8 @@ class Layer(Generic[R]):
             return None
         trained = False
         for role, p in self.parameters.items():
-            if module._parameters.get(self.places.get(role, role)) is not p:
+            found = module._parameters.get(self.places.get(role, role))
+            if found is not p and not is_gathered(p, found):
                 return None  # swapped, as functional_call does, or renamed, as pruning does: another is computed of it
             trained = trained or p.requires_grad
         if not trained:
@@ -100,6 +102,7 @@ class Site(Generic[R]):
     sums: Sums | None = None
     uses: dict[int, list[Kept[R]]] = field(default_factory=dict)  # of each backward, where they contribute together
     tasks: set[int] = field(default_factory=set)  # the backward passes that have contributed
+    had_gradient: bool = False  # whether one of them found a gradient that is kept
     by_function: bool = False  # whether functions outside of modules that are served apply the weight
 
     @cached_property
@@ -136,7 +139,13 @@ class Site(Generic[R]):
         self.sums = sums if self.sums is None else self.sums + sums
 
     def clear(self) -> None:
-        self.sums, self.uses, self.tasks = None, {}, set()
+        self.sums, self.uses, self.tasks, self.had_gradient = None, {}, set(), False
+
+    def begins_anew(self, anchor: Parameter) -> bool:
+        """Whether the gradients of the backward passes that have contributed are gone."""
+        before, self.had_gradient = self.had_gradient, anchor.grad is not None
+        # fully_shard keeps gradients elsewhere until processes have added them up.
+        return anchor.grad is None and (before or not is_distributed(anchor))
 
 
 def find_layers(

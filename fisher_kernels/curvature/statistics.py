@@ -96,6 +96,7 @@ class Statistics(Generic[R]):
         self._running: weakref.WeakValueDictionary[int, _Running] = weakref.WeakValueDictionary()
         self._hooks: dict[int, list[ForwardHook]] = {}
         self._nodes: dict[Parameter, Any] = {}
+        self._gathered: dict[Parameter, Any] = {}  # what forwards had in the place of DTensors
         self.armed: frozenset[int] = frozenset()
         self.waiting: frozenset[int] = frozenset()
         self.awake = False
@@ -472,6 +473,13 @@ class Statistics(Generic[R]):
             layer.proof.fail(error)
             return False
 
+    def note_gathered(self, layer: Layer[R], module: nn.Module) -> None:
+        """Remember the whole parameters that a layer has in its forward: the backward accumulates their gradients."""
+        for role, p in layer.parameters.items():
+            found = module._parameters.get(layer.places.get(role, role))
+            if found is not p:
+                self._gathered[p] = found
+
     def expect_rows(self, x: Tensor, output: Tensor) -> Broadcast:
         """Look from now on for what broadcasts the output of a layer."""
         found = Broadcast(x, output)
@@ -525,7 +533,7 @@ class Statistics(Generic[R]):
             if task not in site.tasks:
                 anchor = site.owner if site.owner.requires_grad else p
                 # A backward in another thread, or around this one, may have contributed and not accumulated yet.
-                if anchor.grad is None and not any(map(self._runs, site.tasks)):
+                if site.begins_anew(anchor) and not any(map(self._runs, site.tasks)):
                     site.clear()
                 site.settle(self._runs)
                 site.tasks = {*filter(self._runs, site.tasks), task}
@@ -560,6 +568,7 @@ class Statistics(Generic[R]):
 
     def accumulates(self, parameter: Parameter) -> bool:
         """Whether the backward that is running will add to ``parameter.grad``."""
+        parameter = self._gathered.get(parameter, parameter)
         node = self._nodes.get(parameter)
         if node is not None and _executes(node):
             return True

@@ -6,7 +6,7 @@ Source: AdaFisher, arXiv 2405.16397 (ICLR 2025), Eq. 3, Eq. 4 and Algorithm 1; t
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn import Parameter
 from torch.optim.optimizer import ParamsT
 
 from fisher_kernels.curvature.diagonal_rules import DiagonalRule, rule_for
+from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.curvature.operations import Choice
 from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.curvature.sites import Layer
@@ -24,6 +25,8 @@ from fisher_kernels.optim.base import Batch, Plan, count, require_memory, totals
 from fisher_kernels.optim.diagonal_factors import VARIANTS, DiagonalFactors, Place
 from fisher_kernels.optim.hyperparameters import require_choice, require_counts, require_numbers
 from fisher_kernels.optim.layerwise import LayerwiseOptimizer
+from fisher_kernels.optim.row_pieces import is_by_rows, pieces_of
+from fisher_kernels.optim.shares import gathered_by, group_of, whole
 
 
 class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
@@ -43,7 +46,8 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
     F is never formed: the step reads one number for each row and one for each column. The state is one moment for each
     parameter (float32, or float64 for float64 parameters) and one number for each row and column of a layer. Linear,
     convolutions and transposed convolutions, normalisations and Embedding have rules; other parameters take a fallback
-    that ``explain()`` names.
+    that ``explain()`` names. Parameters may be DTensors whose rows ``fully_shard`` has divided; factors are whole in
+    every process.
 
     ========== ============================================= ================================ ======================
     variant    averaged over time                            F                                lr, damping, interval
@@ -88,6 +92,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
     decoupled: ClassVar[bool] = False
     rule_kind = DiagonalRule
     moment = "exp_avg"
+    takes_shards = True
     statistics_state = tuple(
         prefix + name
         for prefix in ("", "tied_")
@@ -130,6 +135,17 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
 
     # Groups.
 
+    def _check_params(self, group: dict[str, Any]) -> None:
+        super()._check_params(group)
+        sharded = [(i, p) for i, p in enumerate(group["params"]) if is_distributed(p)]
+        divided = gathered_by(self._model) if sharded else set()
+        for i, p in sharded:
+            if p not in divided or not is_by_rows(p):
+                raise TypeError(
+                    f"params[{i}] is a DTensor with placements {p.placements}, expected one whose rows fully_shard has "
+                    f"divided among processes: {type(self).__name__} does not take those of tensor parallel training"
+                )
+
     def _check_group(self, group: dict[str, Any]) -> None:
         require_choice(group, "variant", VARIANTS)
         variant = VARIANTS[group["variant"]]
@@ -151,6 +167,9 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
                 raise ValueError(f"{name} is {group[name]}, expected a finite number of at least 0")
 
     # Layers.
+
+    def _watch(self, grad_scaler: Any, process_group: dist.ProcessGroup | None) -> None:
+        super()._watch(grad_scaler, group_of(self._groups) if process_group is None else process_group)
 
     def _rule_for(self, module: nn.Module, owner: Parameter) -> DiagonalRule | None:
         return rule_for(module, self._groups[owner]["variant"])
@@ -217,13 +236,9 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
         assert gradients is not None
         for batch, grads, damping in zip(plan.batches, gradients, (group["damping"], 0.0), strict=True):
             if grads:
+                numbers, *lists = batch.lists(grads)
                 skipped = adafisher_step_(
-                    batch.params,
-                    grads,
-                    batch.of_each("exp_avg"),
-                    batch.of_each("step"),
-                    batch.row_factors,
-                    batch.column_factors,
+                    *lists,
                     lr=group["lr"],
                     beta=group["beta"],
                     damping=damping,
@@ -233,7 +248,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
                     grad_scale=grad_scale,
                     found_inf=found_inf,
                 )
-                count(self._skipped, batch.numbers, skipped)
+                count(self._skipped, numbers, skipped)
 
     def _plan(self, group: dict[str, Any]) -> _Plan:
         served, constant, waiting = _Batch(), _Batch(), []
@@ -273,11 +288,11 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
                 continue
             curvature, damping = self._curvature(p)
             step = float(group["lr"]) / curvature
-            direction = state["exp_avg"] / curvature
+            direction = whole(state["exp_avg"]) / curvature
             cosine = math.nan
             if p.grad is not None:
                 require_memory("a gradient", p.grad)
-                gradient = p.grad.to(direction)
+                gradient = whole(p.grad).to(direction)
                 # Norms below eps count as eps: its default of 1e-8 is no small gradient.
                 eps = torch.finfo(direction.dtype).tiny
                 cosine = float(torch.cosine_similarity(direction.flatten(), gradient.flatten(), dim=0, eps=eps))
@@ -293,7 +308,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
 
     def _curvature(self, p: Parameter) -> tuple[Tensor, float]:
         """The curvature F of one parameter, which a step never forms, and the damping in it."""
-        exp_avg = self.state[p]["exp_avg"]
+        exp_avg = whole(self.state[p]["exp_avg"])
         place = self._factors.place_of(p)
         if place is None:
             constant = self._factors.constant(p)
@@ -317,6 +332,8 @@ class AdaFisherW(AdaFisher):
 class _Batch(Batch):
     """The lists that one call of the step takes."""
 
+    is_divided = False  # whether other processes have rows of the parameters
+
     def __init__(self) -> None:
         super().__init__()
         self.row_factors: list[Tensor | None] = []
@@ -326,6 +343,17 @@ class _Batch(Batch):
         self.append(number, p, state)
         self.row_factors.append(place[0])
         self.column_factors.append(place[1])
+        self.is_divided = self.is_divided or is_distributed(p)
+
+    def lists(self, gradients: Sequence[Tensor]) -> tuple[Any, ...]:
+        """Numbers, parameters, gradients, moments, counts, row and column factors; of what is divided the pieces."""
+        moments, steps = self.of_each("exp_avg"), self.of_each("step")
+        if not self.is_divided:
+            return self.numbers, self.params, gradients, moments, steps, self.row_factors, self.column_factors
+        places = zip(self.row_factors, self.column_factors, strict=True)
+        each = zip(self.numbers, self.params, gradients, self.states, places, strict=True)
+        pieces = [piece for number, p, g, state, place in each for piece in pieces_of(number, p, g, state, place)]
+        return tuple(zip(*((piece.number, *piece.tensors, *piece.place) for piece in pieces), strict=True))
 
 
 class _Plan(Plan[_Batch]):

@@ -18,11 +18,12 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.ops._arguments import lacks_memory
 from fisher_kernels.optim.caller import is_within
 from fisher_kernels.optim.hyperparameters import require_bools, require_numbers
-from fisher_kernels.optim.shares import divider, is_distributed, is_flattened, local
+from fisher_kernels.optim.shares import divider, is_flattened, local
 from fisher_kernels.optim.warn import warn
 
 _STATE_DICTS = "torch.distributed.checkpoint.state_dict"

@@ -24,6 +24,7 @@ from fisher_kernels.optim.caller import calling
 from fisher_kernels.optim.overlap import Overlap
 from fisher_kernels.optim.refresh import advance, check_schedule, inverts, is_due
 from fisher_kernels.optim.renewal import Renewal
+from fisher_kernels.optim.shares import whole
 from fisher_kernels.optim.unserved import UNSERVED, UNUSED, Unserved, has_gradient, shown
 from fisher_kernels.optim.warn import warn, warn_once
 
@@ -583,7 +584,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         for grad in waiting:
             require_memory("a gradient", grad)
         # Whether a gradient is all zeros is read on the CPU alone: elsewhere the step would wait for the device.
-        if any(not grad.is_cpu or bool(grad.any()) for grad in waiting if grad is not None):
+        if any(not grad.is_cpu or bool(whole(grad.any())) for grad in waiting if grad is not None):
             self._warn_once("silent", self._silence())
 
     def _silence(self) -> str:

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fisher_kernels.optim.shares import copies, is_distributed, sum_over_mesh
+from fisher_kernels.curvature.gathered import is_distributed
+from fisher_kernels.optim.shares import copies, sum_over_mesh
 
 TOO_LARGE = 1e200
 """Its square overflows."""

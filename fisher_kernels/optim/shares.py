@@ -8,27 +8,62 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.optim.caller import calling
 
 _ZERO = ("torch.distributed.optim.zero_redundancy_optimizer", "ZeroRedundancyOptimizer")
 _REMOTE = ("torch.distributed.optim.optimizer", "_LocalOptimizer")
 
 
-def is_distributed(x: Tensor) -> bool:
-    """Whether a tensor is a DTensor, as ``fully_shard`` and ``parallelize_module`` make parameters."""
-    module = sys.modules.get("torch.distributed.tensor")  # which takes its time to import
-    return module is not None and isinstance(x, module.DTensor)
-
-
 def local(x: Any) -> Tensor:
     """What this process has of a tensor; gradients are to be off."""
     return x.to_local() if is_distributed(x) else x
+
+
+def whole(x: Any) -> Tensor:
+    """All of a tensor; of a DTensor every process has to ask."""
+    return x.full_tensor() if is_distributed(x) else x
+
+
+def rows(p: Any) -> tuple[int, int]:
+    """The rows of a DTensor parameter that this process has, as the first and the one behind the last."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    return (offset[0], offset[0] + shape[0]) if math.prod(shape) else (0, 0)
+
+
+def group_of(params: Iterable[Any]) -> dist.ProcessGroup | None:
+    """The processes that have the shards of parameters; None for those of the default group.
+
+    Raises:
+        ValueError: they are some of all processes, on a mesh of several dimensions, or there are several meshes.
+    """
+    meshes = {p.device_mesh for p in params if is_distributed(p)}
+    if all(mesh.size() == dist.get_world_size() for mesh in meshes):
+        return None
+    if len(meshes) > 1 or next(iter(meshes)).ndim > 1:
+        raise ValueError(
+            f"process_group is None, and the parameters are on {', '.join(map(str, meshes))}: expected the group of "
+            "the processes that train the model"
+        )
+    group: dist.ProcessGroup = next(iter(meshes)).get_group()
+    return group
+
+
+def gathered_by(model: Any) -> set[Any]:
+    """The parameters of a model that ``fully_shard`` has divided."""
+    module = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_state")
+    states = [] if module is None else [module._get_module_fsdp_state(m) for m in model.modules()]
+    groups = [group for state in states if state is not None for group in state._fsdp_param_groups]
+    return {fsdp_param.sharded_param for group in groups for fsdp_param in group.fsdp_params}
 
 
 def like_parameter(p: Any, gradient: Any) -> Tensor:

@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.optimizer import ParamsT
 
+from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.ops import ACCUMULATOR, sofim_step_
 from fisher_kernels.ops.sofim_step import DIRECTIONS, SCOPES
 from fisher_kernels.optim import shard_products
 from fisher_kernels.optim.base import Batch, FisherOptimizer, Plan, count, require_memory, totals
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_numbers
 from fisher_kernels.optim.shard_products import Shard
-from fisher_kernels.optim.shares import divider, is_distributed, like_parameter, local
+from fisher_kernels.optim.shares import divider, like_parameter, local
 
 SHARED = ("rho", "beta", "direction", "decoupled", "maximize")
 """Hyperparameters on which all groups of scope ``"global"`` agree: they have one Fisher matrix."""

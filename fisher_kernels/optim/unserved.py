@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from fisher_kernels.curvature.sites import Layer
 from fisher_kernels.optim.base import require_memory
+from fisher_kernels.optim.shares import whole
 
 UNSERVED = "unserved"
 """Key of parameter groups: name of each layer that is not served -> the reason."""
@@ -78,7 +79,7 @@ def has_gradient(p: Parameter) -> bool:
     require_memory(f"the gradient of a parameter of shape {tuple(p.shape)}", p.grad)
     if p.grad.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    return bool(p.grad.any())
+    return bool(whole(p.grad.any()))
 
 
 def shown(names: list[str]) -> str:
