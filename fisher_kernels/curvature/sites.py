@@ -122,7 +122,7 @@ class Site(Generic[R]):
     @property
     def is_empty(self) -> bool:
         """Whether nothing is pending, as in most steps."""
-        return self.sums is None and not self.uses and not self.tasks
+        return self.sums is None and not self.uses and not self.tasks and not self.had_gradient
 
     def settle(self, running: Callable[[int], bool] = lambda task: False) -> Sums | None:
         """The pending sums, with what the uses of each backward that is not running any more make together."""
