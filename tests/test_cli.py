@@ -220,7 +220,14 @@ def test_compare_writes_tables_a_picture_and_json(tmp_path: Path) -> None:
     data = json.loads((tmp_path / "compare.json").read_text())
     assert data["task"] == "digits"
     assert data["metric"]["unit"] == "%"
-    assert data["settings"] == {"epochs": 2, "batch_size": 64, "cosine": True, "max_steps": 2, "budget": None, "evaluations": 24}
+    assert data["settings"] == {
+        "epochs": 2,
+        "batch_size": 64,
+        "cosine": True,
+        "max_steps": 2,
+        "budget": None,
+        "evaluations": 24,
+    }
     assert data["reached"] is None
     assert data["environment"]["threads"] == 1
     assert [(run["optimizer"], run["seed"]) for run in data["runs"]] == [

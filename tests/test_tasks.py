@@ -433,7 +433,7 @@ def test_graph_averages_over_neighbours() -> None:
 
 def test_graph_learns() -> None:
     task = find_task("graph")
-    (record,) = compare(task, [recipe(task, "adamw")], [0], Settings(epochs=20, batch_size=200))
+    (record,) = compare(task, [recipe(task, "adamw", {"lr": 3e-3})], [0], Settings(epochs=20, batch_size=200))
     assert record.metric[0] < 30
     assert record.metric[-1] > 85
 

@@ -42,6 +42,7 @@ def run(names: Names = None) -> None:
 def report(names: Names = None) -> None:
     """Write the tables and pictures of what has been run to docs/results/, and into the documents."""
     found = []
+    PAGES.mkdir(parents=True, exist_ok=True)
     for task, size in _places(names):
         try:
             files.write(PAGES / f"rates-{task}-{size}.md", pages.rates_table(task, size).encode())

@@ -145,7 +145,7 @@ def _first(results: Results, summaries: Sequence[Summary]) -> str:
 
 
 def rates_table(task: str, batch_size: int) -> str:
-    """Every rate that was tried on a task, and what it led to."""
+    """Every rate that was tried on a task, what it led to, and on which machines."""
     metric, titles = find_task(task).metric, plan.titles()
     sign = -1 if metric.higher_is_better else 1
     rows = []
@@ -158,17 +158,16 @@ def rates_table(task: str, batch_size: int) -> str:
         ]
         marked = [f"**{cell}**" if lr == best else cell for lr, cell in zip(losses, cells, strict=True)]
         rows.append((titles[name], ", ".join(marked)))
-    return markdown_table(("optimizer", "rate: what it led to"), rows)
+    return f"{markdown_table(('optimizer', 'rate: what it led to'), rows)}\n{_machines(task, batch_size)}\n"
 
 
-def machines(task: str) -> str:
-    """Where the rates of a task were found."""
-    found = {f"{m['processor']} ({m['capability']}), torch {m['torch']}" for m in _machines(task)}
-    return "; ".join(sorted(found))
-
-
-def _machines(task: str) -> list[dict[str, str]]:
-    return [line.machine for line in runs.known(task).values() if line.run["seed"] in plan.TUNING_SEEDS]
+def _machines(task: str, batch_size: int) -> str:
+    """Where the rates of a task were tried, for how long and from which seeds."""
+    seeds = plan.tuning_seeds(task, batch_size)
+    tried = [line for line in runs.known(task).values() if line.run["seed"] in seeds]
+    found = {f"{m['processor']} ({m['capability']}), torch {m['torch']}" for m in (line.machine for line in tried)}
+    shown = f"seed{'s' * (len(seeds) > 1)} {' and '.join(map(str, seeds))}"
+    return f"Runs of {plan.LENGTHS[task][batch_size].seconds:g} s, {shown}, on {'; '.join(sorted(found))}."
 
 
 def _ranked(summaries: Sequence[Summary], higher_is_better: bool) -> list[Summary]:
