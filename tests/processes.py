@@ -19,6 +19,7 @@ def _process(rank: int, store: str, work: Callable[[int], Any], results: Any) ->
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     results[rank] = work(rank)
+    dist.barrier()  # nobody closes what another one still reads from
     dist.destroy_process_group()
 
 
@@ -32,6 +33,6 @@ def in_two_processes(work: Callable[[int], Any], folder: Path) -> tuple[Any, Any
         for process in processes:
             process.start()
         for process in processes:
-            process.join(60)
+            process.join(180)
         assert [process.exitcode for process in processes] == [0, 0]
         return results[0], results[1]
