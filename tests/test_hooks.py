@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
+from torch.overrides import _get_current_function_mode
 from torch.utils.checkpoint import checkpoint
 
 from fisher_kernels import KFAC, MBF, AdaFisher
@@ -911,3 +914,27 @@ def test_data_parallel_equals_one_process(tmp_path, variant):
     assert calls == ([1, 0, 1, 0] if variant == "paper" else [2, 0, 2, 0])
     # DDP averages gradients of halves: sums of 16 terms in another order, divided by F down to the damping.
     assert_same([torch.tensor(t) for t in first], expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize("kind", [AdaFisher, KFAC])
+def test_an_optimizer_may_be_collected_in_the_middle_of_a_forward(kind: Any) -> None:
+    """With its hooks, between others of the same layer, and where it looks for functions."""
+
+    def collect(*_: Any) -> None:
+        gc.collect()
+
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    old, ours = kind(model), kind(model)
+    old.itself = old  # collected in a cycle alone
+    gone = weakref.ref(old)
+    gc.disable()
+    try:
+        del old
+        model[0].register_forward_hook(collect, prepend=True)
+        model(torch.randn(5, 3)).square().sum().backward()
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert _get_current_function_mode() is None
+    ours.step()
+    assert len(model[0]._forward_hooks) == len(model[1]._forward_hooks) + 1 == 1 + (2 if kind is KFAC else 1)

@@ -100,6 +100,11 @@ class Hook:
         return (getattr, (contextlib.nullcontext(), "__exit__"))
 
 
+REMOVED: Any = object()
+"""In the place of an output: torch calls a hook without its keyword arguments if it was removed while those before it
+ran, as happens where Python collects an old optimizer in the middle of a forward."""
+
+
 class ModelHook(Hook):
     """The hook that begins, or ends, to look for functions in a forward of the model."""
 
@@ -161,7 +166,9 @@ class ForwardHook(Hook):
     def is_copy(self) -> bool:
         return self.layer is None
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = REMOVED) -> Any:
+        if output is REMOVED:
+            return None
         compiling = is_compiling()
         if self.layer is None:
             if not compiling:

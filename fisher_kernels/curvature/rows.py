@@ -22,7 +22,7 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from fisher_kernels.curvature.functions import take_derivative
-from fisher_kernels.curvature.hooks import Hook, drop_copies, remove
+from fisher_kernels.curvature.hooks import REMOVED, Hook, drop_copies, remove
 from fisher_kernels.curvature.sites import Layer, Site
 from fisher_kernels.ops import ACCUMULATOR
 
@@ -135,8 +135,8 @@ class RowHook(Hook):
     def is_copy(self) -> bool:
         return self.layer is None
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if is_compiling():
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = REMOVED) -> None:
+        if output is REMOVED or is_compiling():
             return
         if self.layer is None:
             drop_copies(module)

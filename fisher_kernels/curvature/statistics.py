@@ -140,6 +140,8 @@ class Statistics(Generic[R]):
         # A scripted model runs as a whole, and takes no hook of this kind.
         if self._watches is None and self.open and not isinstance(model, torch.jit.ScriptModule):
             self._watches = Watches(_Weakly(self))
+            # With its hooks goes what would end a watch, if that is in the middle of a forward.
+            weakref.finalize(self, self._watches.abandon).atexit = False
             drop_copies(model)
             hook = ModelHook(self._watches)
             self._handles.append(model.register_forward_pre_hook(hook))
