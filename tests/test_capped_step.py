@@ -948,3 +948,16 @@ def test_launches_and_uploads(monkeypatch: pytest.MonkeyPatch) -> None:
     counts(case, lr=[0.1 * i for i in range(length)])
     assert counts(case) == (2, 0)
     assert counts(case, lr=[0.2 * i for i in range(length)]) == (2, 1)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_parameters_that_momentum_does_not_read_are_checked_all_the_same(backend: str) -> None:
+    """Also where gradients and moments are those of a call before."""
+    grads, buffers = ([torch.ones(2, 3)] for _ in range(2))
+    heavy_ball_([torch.ones(2, 3)], grads, buffers, momentum=0.5)
+    before = buffers[0].clone()
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    for params, message in (([nested], "nested"), ([torch.ones(3, 2)], "shape")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            heavy_ball_(params, grads, buffers, momentum=0.5)
+        assert torch.equal(buffers[0], before)

@@ -118,8 +118,10 @@ def advance_momentum(s: Any, skipped: Tensor) -> Tensor:
         return [()] * len(s.params)
 
     decays = bool(s.weight_decay)
-    # Parameters that are not read do not say in what order the others are walked.
+    # Parameters that are not read do not say in what order the others are walked, and no table is of them.
     lists = s.params if decays else s.grads, s.grads, s.momentum_buffers
+    if not decays and not all(map(_are_alike, s.params, s.grads)):
+        s.check_lists()
     plan = table("heavy_ball_", lists, layout, key=decays, written=(2,))
     scale, scale_factor = scalar(s.grad_scale)
     scale = -scale if s.maximize else scale
@@ -132,6 +134,11 @@ def advance_momentum(s: Any, skipped: Tensor) -> Tensor:
             warps=_WARPS_STRIDED if strided else 4,
         )  # fmt: skip
     return skipped
+
+
+def _are_alike(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are of one kind, shape and dtype, at a glance."""
+    return not x.is_nested and x.layout == y.layout and x.dtype == y.dtype and x.shape == y.shape
 
 
 # The sums. Their lists, in order:
