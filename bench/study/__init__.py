@@ -1,5 +1,6 @@
-"""All optimizers on all tasks: the runs behind ``docs/results.md``, ``docs/choosing.md`` and ``docs/tuning.md``.
+"""All optimizers on all tasks, at equal time and at equal steps; ``docs/tuning.md`` has the rates it has found so far.
 
-``plan`` says what is compared and how long a run is, ``search`` finds learning rates, ``runs`` carries runs out and
-keeps their figures in ``bench/results/study/``, ``pages`` makes tables and pictures of them.
+``plan`` says what is compared and how long a run is, ``tuning`` finds learning rates by the search of ``rates``,
+``runs`` carries runs out and keeps their figures in ``bench/results/study/``, ``results`` sums them up over the seeds,
+``pages`` and ``pictures`` show them.
 """

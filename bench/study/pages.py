@@ -164,7 +164,8 @@ def rates_table(task: str, batch_size: int) -> str:
 def _machines(task: str, batch_size: int) -> str:
     """Where the rates of a task were tried, for how long and from which seeds."""
     seeds = plan.tuning_seeds(task, batch_size)
-    tried = [line for line in runs.known(task).values() if line.run["seed"] in seeds]
+    places = [(line.run["seed"], line.run["batch_size"], line) for line in runs.known(task).values()]
+    tried = [line for seed, size, line in places if seed in seeds and size == batch_size]
     found = {f"{m['processor']} ({m['capability']}), torch {m['torch']}" for m in (line.machine for line in tried)}
     shown = f"seed{'s' * (len(seeds) > 1)} {' and '.join(map(str, seeds))}"
     return f"Runs of {plan.LENGTHS[task][batch_size].seconds:g} s, {shown}, on {'; '.join(sorted(found))}."

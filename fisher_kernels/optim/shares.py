@@ -58,11 +58,19 @@ def group_of(params: Iterable[Any]) -> dist.ProcessGroup | None:
     return group
 
 
+def _groups_of(state: Any) -> list[Any]:
+    """What ``fully_shard`` gathers together for a module; releases without a list of them have one or none."""
+    found = getattr(state, "_fsdp_param_groups", None)
+    if found is None:
+        return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+    return [*found]
+
+
 def gathered_by(model: Any) -> set[Any]:
     """The parameters of a model that ``fully_shard`` has divided."""
     module = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_state")
     states = [] if module is None else [module._get_module_fsdp_state(m) for m in model.modules()]
-    groups = [group for state in states if state is not None for group in state._fsdp_param_groups]
+    groups = [group for state in states if state is not None for group in _groups_of(state)]
     return {fsdp_param.sharded_param for group in groups for fsdp_param in group.fsdp_params}
 
 
