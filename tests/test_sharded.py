@@ -267,30 +267,59 @@ def test_states_are_shards_and_being_asked_for_them_changes_nothing() -> None:
             assert torch.equal(p, q)
 
 
-ADAFISHERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "paper": (AdaFisher, {"lr": 1e-3}),
-    "release": (AdaFisher, {"lr": 1e-3, "variant": "release", "update_interval": 3}),
-    "relative": (AdaFisher, {"lr": 0.02, "variant": "relative"}),
-    "decoupled": (AdaFisherW, {"lr": 1e-3, "weight_decay": 0.1}),
+READERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "AdaFisher": (AdaFisher, {"lr": 1e-3}),
+    "AdaFisher, release": (AdaFisher, {"lr": 1e-3, "variant": "release", "update_interval": 3}),
+    "AdaFisher, relative": (AdaFisher, {"lr": 0.02, "variant": "relative"}),
+    "AdaFisherW": (AdaFisherW, {"lr": 1e-3, "weight_decay": 0.1}),
+    "MBF": (MBF, {"lr": 1e-3}),
+    "MBF, along gradients": (
+        MBF,
+        {"lr": 1e-3, "linear_blocks": 3, "kl_along": "gradient", "weight_decay": 0.1, "decoupled": False},
+    ),
+    "MBF, packed": (
+        MBF,
+        {
+            "lr": 1e-3,
+            "linear_blocks": "per_output",
+            "inverse_storage": "packed",
+            "max_relative_step": 0.01,
+            "maximize": True,
+            "mask_zeros": True,
+        },
+    ),
+    "KFAC": (KFAC, {"lr": 0.1}),
+    "KFAC beside Adam": (KFAC, {"lr": 0.1, "others": "adam", "weight_decay": 0.1, "decoupled": False}),
+    "EKFAC": (EKFAC, {"lr": 0.03}),
+    "EKFACAdam": (EKFACAdam, {"lr": 0.01, "max_relative_step": 0.1}),
 }
 
 FAST_READERS = {
-    ("paper", "8", torch.float64),
-    ("paper", "2", torch.float32),
-    ("release", "2 x 2", torch.float64),
-    ("relative", "4, without resharding", torch.float64),
-    ("decoupled", "2", torch.float64),
+    ("AdaFisher", "8", torch.float64),
+    ("AdaFisher", "2", torch.float32),
+    ("AdaFisher, release", "2 x 2", torch.float64),
+    ("AdaFisher, relative", "4, without resharding", torch.float64),
+    ("AdaFisherW", "2", torch.float64),
+    ("MBF", "8", torch.float64),
+    ("MBF, along gradients", "2 x 2", torch.float64),
+    ("MBF, packed", "2", torch.float64),
+    ("KFAC", "2 x 2", torch.float64),
+    ("KFAC beside Adam", "4, without resharding", torch.float64),
+    ("EKFAC", "2", torch.float64),
+    ("EKFACAdam", "2 x 2", torch.float64),
 }
 
 READER_CASES = [
     pytest.param(*case, marks=() if case in FAST_READERS else pytest.mark.slow, id=", ".join(map(str, case)))
-    for case in itertools.product(ADAFISHERS, RANKS, (torch.float64, torch.float32))
+    for case in itertools.product(READERS, RANKS, (torch.float64, torch.float32))
+    # In float32 the others invert, or find eigenvectors of, factors of condition numbers beyond its precision.
+    if case[2] == torch.float64 or case[0].startswith("AdaFisher")
 ]
 
 
 @pytest.mark.parametrize(("settings", "ranks", "dtype"), READER_CASES)
-def test_adafisher(settings: str, ranks: str, dtype: torch.dtype) -> None:
-    kind, made = ADAFISHERS[settings]
+def test_readers_of_layers(settings: str, ranks: str, dtype: torch.dtype) -> None:
+    kind, made = READERS[settings]
     shape, how = RANKS[ranks]
     world = torch.Size(shape).numel()
 
@@ -337,23 +366,76 @@ def layers(dtype: torch.dtype) -> Tokens:
     return model.to(dtype)
 
 
-@pytest.mark.parametrize("variant", ["paper", "release", "relative"])
-def test_adafisher_on_every_kind_of_layer(variant: str) -> None:
-    made = {"lr": 1e-3, "variant": variant, "update_interval": 2}
+# Not EKFAC: factors of few samples have eigenvalues that are equal, and its moments follow what eigenvectors of these
+# rounding makes. Of a model whose weights are off by 1e-15 its steps are off by 6e-3.
+ON_EVERY_LAYER = [
+    "AdaFisher",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("AdaFisher, release", "AdaFisher, relative", "MBF")),
+    "MBF, packed",
+    "KFAC",
+    pytest.param("EKFACAdam", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("settings", ON_EVERY_LAYER)
+def test_every_kind_of_layer(settings: str) -> None:
+    kind, made = READERS[settings]
 
     def work(rank: int) -> tuple[list[Tensor], list[Any]]:
         model = sharded(layers(torch.float64), (4,))
-        optimizer = AdaFisher(model, **made)
+        optimizer = kind(model, **made)
         train(model, optimizer, torch.float64, rank, 4)
         return whole(model), [(row.name, row.rule) for row in optimizer.explain()]
 
     model = layers(torch.float64)
-    optimizer = AdaFisher(model, **made)
+    optimizer = kind(model, **made)
     train(model, optimizer, torch.float64)
     for found, served in in_threads(work, 4):
         assert served == [(row.name, row.rule) for row in optimizer.explain()]
         assert not any(rule == "fallback" for _, rule in served)
         assert_close(found, whole(model), torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "all_of_it"),
+    [
+        ("MBF", False),
+        ("KFAC beside Adam", True),
+        ("EKFACAdam", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("MBF", True), ("KFAC", False), ("EKFACAdam", False)]
+        ),
+    ],
+)
+def test_gradients_that_are_not_finite(settings: str, all_of_it: bool) -> None:
+    """Some numbers of one process, or all that any process has of a bias, which leave the same alone everywhere."""
+    kind, made = READERS[settings]
+
+    def spoil(model: nn.Module, first: int) -> None:
+        weight, norm = model[0].weight.grad, model[1].bias.grad  # type: ignore[index,union-attr]
+        (weight.to_local() if hasattr(weight, "to_local") else weight)[:first, 1] = math.nan
+        norm = norm.to_local() if hasattr(norm, "to_local") else norm
+        norm[: None if all_of_it else first] = math.inf
+
+    def steps(model: nn.Module, rank: int, world: int) -> tuple[list[Tensor], dict[str, dict[str, float]]]:
+        optimizer = kind(model, **made)
+        train(model, optimizer, torch.float64, rank, world)
+        for step in range(2):
+            x, y = (part.chunk(world)[rank] for part in batch(STEPS + step, torch.float64))
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            if step == 0:
+                spoil(model, 2 if rank == 0 else 0)
+            optimizer.step()
+        return whole(model), optimizer.metrics()
+
+    expected, figures = steps(network(torch.float64), 0, 1)
+    for found, metrics in in_threads(lambda rank: steps(sharded(network(torch.float64), (4,)), rank, 4), 4):
+        assert all(bool(p.isfinite().all()) for p in found)
+        assert_close(found, expected, torch.float64)
+        for row, other in zip(metrics.values(), figures.values(), strict=True):
+            assert row == pytest.approx(other, rel=1e-9)
 
 
 def test_a_refresh_of_adafisher_sends_its_sums_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,20 +489,22 @@ def test_weights_that_functions_apply_take_the_fallback_and_are_named() -> None:
     assert found == [parts, parts]
 
 
-def test_adafisher_made_before_its_model_is_sharded() -> None:
-    """It follows the parameters by name in the first step, whose statistics have gone by."""
+@pytest.mark.parametrize("kind", [AdaFisher, MBF, KFAC, EKFACAdam])
+def test_readers_made_before_their_model_is_sharded(kind: Any) -> None:
+    """They follow the parameters by name in the first step, whose statistics have gone by."""
 
     def work(rank: int) -> list[str]:
         model = network(torch.float64)
-        optimizer = AdaFisher(model, lr=1e-3)
+        optimizer = kind(model, lr=1e-3)
         train(sharded(model, (2,)), optimizer, torch.float64, rank, 2)
         assert {p for group in optimizer.param_groups for p in group["params"]} == set(model.parameters())
         return [row.rule for row in optimizer.explain()]
 
-    assert in_threads(work, 2) == [["linear", "linear", "norm", "norm", *["linear"] * 4]] * 2
+    assert in_threads(work, 2) == [[row.rule for row in kind(network(torch.float64)).explain()]] * 2
 
 
-def test_adafisher_refuses_tensor_parallel_parameters() -> None:
+@pytest.mark.parametrize("kind", [AdaFisher, MBF, KFAC, EKFAC, EKFACAdam])
+def test_tensor_parallel_parameters_are_refused(kind: Any) -> None:
     def work(rank: int) -> None:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
         for both in (False, True):
@@ -429,40 +513,52 @@ def test_adafisher_refuses_tensor_parallel_parameters() -> None:
             if both:
                 fully_shard(model, mesh=mesh["data"])
             with pytest.raises(TypeError, match=r"placements .* does not take those of tensor parallel training"):
-                AdaFisher(model)
+                kind(model)
 
     in_threads(work, 4)
 
 
-def test_adafisher_needs_to_know_the_processes() -> None:
+@pytest.mark.parametrize("kind", [AdaFisher, MBF, KFAC])
+def test_readers_know_the_processes(kind: Any) -> None:
     """Those of the mesh, which may be some of all."""
 
     def work(rank: int) -> list[Tensor]:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("model", "shard"))
         model = network(torch.float64)
         fully_shard(model, mesh=mesh["shard"])
-        train(model, AdaFisher(model, lr=1e-3), torch.float64, mesh.get_local_rank("shard"), 2)
+        train(model, kind(model, lr=1e-3), torch.float64, mesh.get_local_rank("shard"), 2)
         return whole(model)
 
     model = network(torch.float64)
-    train(model, AdaFisher(model, lr=1e-3), torch.float64)
+    train(model, kind(model, lr=1e-3), torch.float64)
     for found in in_threads(work, 4):
         assert_close(found, whole(model), torch.float64)
 
 
 @pytest.mark.filterwarnings("ignore:.*layers have a gradient, and a refresh saw no use of them")
-def test_states_of_adafisher_are_loaded() -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "AdaFisher, release",
+        "MBF",
+        "KFAC beside Adam",
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ("EKFAC", "EKFACAdam")),
+    ],
+)
+def test_states_of_readers_are_loaded(settings: str) -> None:
+    kind, made = READERS[settings]
+
     def work(rank: int) -> tuple[list[Tensor], list[Tensor]]:
         found = []
         for asked in (False, True):
             model = sharded(network(torch.float64), (2,))
-            optimizer = AdaFisher(model, lr=1e-3, update_interval=3)
+            optimizer = kind(model, **made)
             if asked:
                 state = get_optimizer_state_dict(model, optimizer)["state"]["0.weight"]
-                assert state["exp_avg"].placements == next(model.parameters()).placements  # type: ignore[attr-defined]
+                assert state[kind.moment].placements == next(model.parameters()).placements  # type: ignore[attr-defined]
             train(model, optimizer, torch.float64, rank, 2)
             if asked:
-                fresh = AdaFisher(model, lr=1e-3, update_interval=3)
+                fresh = kind(model, **made)
                 set_optimizer_state_dict(model, fresh, get_optimizer_state_dict(model, optimizer))
                 optimizer.close()
                 optimizer = fresh
@@ -475,60 +571,71 @@ def test_states_of_adafisher_are_loaded() -> None:
             assert torch.equal(p, q)
 
 
-def test_adafisher_accumulates() -> None:
+@pytest.mark.parametrize("kind", [AdaFisher, MBF, KFAC])
+def test_readers_accumulate(kind: Any) -> None:
     def work(rank: int) -> list[Tensor]:
         model = sharded(network(torch.float64), (2,))
-        train(model, AdaFisher(model, lr=1e-3), torch.float64, rank, 2, parts=2)
+        train(model, kind(model, lr=1e-3), torch.float64, rank, 2, parts=2)
         return whole(model)
 
     model = network(torch.float64)
-    train(model, AdaFisher(model, lr=1e-3), torch.float64)
+    train(model, kind(model, lr=1e-3), torch.float64)
     for found in in_threads(work, 2):
         assert_close(found, whole(model), torch.float64)
 
 
-def _over_gloo(rank: int, folder: Path) -> list[Tensor]:
-    model = sharded(network(torch.float64), (2,))
-    optimizer = SOFIM(model.parameters(), **SOFIMS["momentum"])
-    train(model, optimizer, torch.float64, rank, 2)
-    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.save(state, checkpoint_id=folder)
-    return whole(model)
+OVER_GLOO: dict[str, tuple[Any, dict[str, Any]]] = {
+    "SOFIM": (lambda model, **made: SOFIM(model.parameters(), **made), SOFIMS["momentum"]),
+    **{name: READERS[name] for name in ("AdaFisher", "MBF", "KFAC beside Adam", "EKFACAdam")},
+}
+
+
+def _state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+def _load(model: nn.Module, optimizer: Any, folder: Path, **how: Any) -> None:
+    state = _state(model, optimizer)
+    dcp.load(state, checkpoint_id=folder, **how)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+
+def _over_gloo(rank: int, folder: Path) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+    """Trained from the beginning, with a checkpoint, and trained on from that of one process."""
+    found = {}
+    for name, (make, made) in OVER_GLOO.items():
+        model, other = (sharded(network(torch.float64), (2,)) for _ in range(2))
+        optimizer = make(model, **made)
+        train(model, optimizer, torch.float64, rank, 2)
+        dcp.save(_state(model, optimizer), checkpoint_id=folder / f"{name} of two")
+        resumed = make(other, **made)
+        _load(other, resumed, folder / f"{name} of one")
+        train(other, resumed, torch.float64, rank, 2)
+        found[name] = whole(model), whole(other)
+    return found
 
 
 @needs_processes
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-def test_two_processes_and_their_checkpoint_in_one(tmp_path: Path) -> None:
-    model = network(torch.float64)
-    optimizer = SOFIM(model.parameters(), **SOFIMS["momentum"])
-    train(model, optimizer, torch.float64)
-    for found in in_two_processes(functools.partial(_over_gloo, folder=tmp_path / "state"), tmp_path):
-        assert_close(found, whole(model), torch.float64)
-    twin = network(torch.float64)
-    resumed = SOFIM(twin.parameters(), **SOFIMS["momentum"])
-    state = {"model": get_model_state_dict(twin), "optimizer": get_optimizer_state_dict(twin, resumed)}
-    dcp.load(state, checkpoint_id=tmp_path / "state", no_dist=True)
-    set_model_state_dict(twin, state["model"])
-    set_optimizer_state_dict(twin, resumed, state["optimizer"])
-    train(model, optimizer, torch.float64)
-    train(twin, resumed, torch.float64)
-    assert_close(whole(twin), whole(model), torch.float64)
-
-
-@pytest.mark.parametrize("kind", [MBF, KFAC, EKFAC, EKFACAdam])
-def test_readers_of_layers_are_refused(kind: Any) -> None:
-    """Also where the parameters were divided after the optimizer was made."""
-
-    def work(rank: int) -> None:
-        after = network(torch.float64)
-        optimizer = kind(after)
-        optimizer.close()
-        model = sharded(after, (2,))
-        with pytest.raises(TypeError, match=f"DTensor, .*: {kind.__name__} needs whole parameters"):
-            kind(model)
-        x, y = batch(0, torch.float64)
-        F.cross_entropy(model(x), y).backward()
-        with pytest.raises(TypeError, match=f"DTensor, .*: {kind.__name__} needs whole parameters"):
-            optimizer.step()
-
-    in_threads(work, 2)
+@pytest.mark.filterwarnings("ignore:.*layers have a gradient, and a refresh saw no use of them")
+def test_checkpoints_of_two_processes_in_one_and_of_one_in_two(tmp_path: Path) -> None:
+    ours = {}
+    for name, (make, made) in OVER_GLOO.items():
+        model = network(torch.float64)
+        ours[name] = model, make(model, **made)
+        train(*ours[name], torch.float64)
+        dcp.save(_state(*ours[name]), checkpoint_id=tmp_path / f"{name} of one", no_dist=True)
+    once = {name: [p.clone() for p in whole(model)] for name, (model, _) in ours.items()}
+    for model, optimizer in ours.values():
+        train(model, optimizer, torch.float64)
+    for found in in_two_processes(functools.partial(_over_gloo, folder=tmp_path), tmp_path):
+        for name, (trained_once, trained_on) in found.items():
+            assert_close(trained_once, once[name], torch.float64)
+            assert_close(trained_on, whole(ours[name][0]), torch.float64)
+    for name, (make, made) in OVER_GLOO.items():
+        twin = network(torch.float64)
+        resumed = make(twin, **made)
+        _load(twin, resumed, tmp_path / f"{name} of two", no_dist=True)
+        train(twin, resumed, torch.float64)
+        assert_close(whole(twin), whole(ours[name][0]), torch.float64)

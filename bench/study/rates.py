@@ -2,7 +2,8 @@
 
 Rates lie on a grid of quarters of a decade: 1, 1.7, 3, 5.5, 10 and so on. Three rates half a decade apart come first,
 around a guess; then one at a time, as many as are asked for: half a decade beyond the best one where that is at an end
-of those tried, else a quarter of a decade from it, towards the better of its neighbours.
+of those tried, else a quarter of a decade from it, towards the better of its neighbours. Where the best of all these
+still lies at an end, whichever optimizer it is, up to ``BEYOND`` more rates follow, each half a decade further out.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 STEPS = (1.0, 1.7, 3.0, 5.5)
 HALF = 2
 """Quarters in half a decade."""
+BEYOND = 2
 
 
 def rate(quarter: int) -> float:
@@ -27,7 +29,10 @@ def quarters(lr: float) -> int:
 
 
 def search(guess: int, trials: int, loss: Callable[[float], float]) -> dict[float, float]:
-    """``loss`` of so many rates, at least three; it is infinite for one that diverges."""
+    """``loss`` of so many rates, at least three, and of up to ``BEYOND`` more while the best one is at an end.
+
+    It is infinite for a rate that diverges.
+    """
     tried: dict[int, float] = {}
 
     def attempt(quarter: int) -> None:
@@ -36,6 +41,8 @@ def search(guess: int, trials: int, loss: Callable[[float], float]) -> dict[floa
     for quarter in (guess, guess - HALF, guess + HALF):
         attempt(quarter)
     while len(tried) < trials:
+        attempt(_next(tried))
+    while len(tried) < trials + BEYOND and _best_is_at_an_end(tried):
         attempt(_next(tried))
     return {rate(quarter): tried[quarter] for quarter in sorted(tried)}
 
@@ -52,11 +59,19 @@ def best(losses: dict[float, float]) -> float:
     return chosen
 
 
+def _best_is_at_an_end(tried: dict[int, float]) -> bool:
+    return min(tried.values()) < math.inf and _chosen(tried) in (min(tried), max(tried))
+
+
+def _chosen(tried: dict[int, float]) -> int:
+    return min(sorted(tried), key=lambda quarter: tried[quarter])
+
+
 def _next(tried: dict[int, float]) -> int:
     lowest, highest = min(tried), max(tried)
     if all(map(math.isinf, tried.values())):
         return lowest - HALF
-    chosen = min(sorted(tried), key=lambda quarter: tried[quarter])
+    chosen = _chosen(tried)
     if chosen == lowest:
         return chosen - HALF
     if chosen == highest:

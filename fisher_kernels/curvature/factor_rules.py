@@ -66,12 +66,18 @@ class Context:
 
     Attributes:
         terms: of its losses.
-        bases: identity of a weight -> the basis in which its second moments are taken, once there is one.
+        bases: identity of a weight, and of each operation on it -> the basis in which its second moments are taken,
+            once there is one.
     """
 
     def __init__(self) -> None:
         self.terms = Terms()
         self.bases: dict[int, Basis] = {}
+
+    def basis_of(self, operation: Any) -> Basis | None:
+        """That of an operation's weight. One that was gathered for this pass is another tensor than what is held."""
+        found = self.bases.get(id(operation._parameters["weight"]))
+        return self.bases.get(id(operation)) if found is None else found
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Context, ()
@@ -268,7 +274,7 @@ class FactorRule(TermRule):
     def _contribute_to(self, operation: Any, x: Tensor, grad: Tensor, whole: Any, terms: Tensor) -> Sums:
         wide = ACCUMULATOR[torch.promote_types(x.dtype, grad.dtype)]
         factors = [grad.new_zeros(self.factor_shape(side), dtype=wide) for side in (0, 1)]
-        basis = self.context.bases.get(id(whole._parameters["weight"])) if self.factoring.moments else None
+        basis = self.context.basis_of(whole) if self.factoring.moments else None
         moments = [grad.new_zeros(self.shape, dtype=wide)] if self.factoring.moments else []
         count = self._add(operation, x, grad, factors, moments, basis) if grad.numel() else 0
         blocks = self._block_sums(operation, grad)

@@ -25,8 +25,8 @@ from fisher_kernels.optim.base import Batch, Plan, count, require_memory, totals
 from fisher_kernels.optim.diagonal_factors import VARIANTS, DiagonalFactors, Place
 from fisher_kernels.optim.hyperparameters import require_choice, require_counts, require_numbers
 from fisher_kernels.optim.layerwise import LayerwiseOptimizer
-from fisher_kernels.optim.row_pieces import is_by_rows, pieces_of
-from fisher_kernels.optim.shares import gathered_by, group_of, whole
+from fisher_kernels.optim.row_pieces import pieces_of
+from fisher_kernels.optim.shares import whole
 
 
 class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
@@ -92,7 +92,6 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
     decoupled: ClassVar[bool] = False
     rule_kind = DiagonalRule
     moment = "exp_avg"
-    takes_shards = True
     statistics_state = tuple(
         prefix + name
         for prefix in ("", "tied_")
@@ -135,17 +134,6 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
 
     # Groups.
 
-    def _check_params(self, group: dict[str, Any]) -> None:
-        super()._check_params(group)
-        sharded = [(i, p) for i, p in enumerate(group["params"]) if is_distributed(p)]
-        divided = gathered_by(self._model) if sharded else set()
-        for i, p in sharded:
-            if p not in divided or not is_by_rows(p):
-                raise TypeError(
-                    f"params[{i}] is a DTensor with placements {p.placements}, expected one whose rows fully_shard has "
-                    f"divided among processes: {type(self).__name__} does not take those of tensor parallel training"
-                )
-
     def _check_group(self, group: dict[str, Any]) -> None:
         require_choice(group, "variant", VARIANTS)
         variant = VARIANTS[group["variant"]]
@@ -167,9 +155,6 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
                 raise ValueError(f"{name} is {group[name]}, expected a finite number of at least 0")
 
     # Layers.
-
-    def _watch(self, grad_scaler: Any, process_group: dist.ProcessGroup | None) -> None:
-        super()._watch(grad_scaler, group_of(self._groups) if process_group is None else process_group)
 
     def _rule_for(self, module: nn.Module, owner: Parameter) -> DiagonalRule | None:
         return rule_for(module, self._groups[owner]["variant"])

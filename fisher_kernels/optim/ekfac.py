@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from torch.optim.optimizer import ParamsT
 
 from fisher_kernels.curvature.factor_rules import Elementwise, FactorRule, TermRule
+from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.curvature.operations import Choice
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.optim.adam_moments import average, unbiased
@@ -25,6 +26,7 @@ from fisher_kernels.optim.kfac import KFAC, OTHERS_LR
 from fisher_kernels.optim.kronecker import RAMP, KroneckerOptimizer, goes_on
 from fisher_kernels.optim.kronecker_factors import UPDATES, Pair, factor_state
 from fisher_kernels.optim.momentum_image import HOLDS, IMAGE
+from fisher_kernels.optim.shares import gathered, local, some_anywhere, whole
 
 TINY = 1e-16
 """Added to second moments beside what is relative to their mean, so that nothing is divided by 0."""
@@ -169,10 +171,11 @@ class AdamBases(FactorBases):
         return self.out_of(pair, self.into(pair, matrices) / scale)
 
 
-def _root(moments: Tensor, count: Tensor, group: dict[str, Any]) -> Tensor:
-    """What Adam divides by."""
-    filled = moments / unbiased(count, group["beta2"]).to(moments.dtype)
-    return filled.add_(filled.mean() * group["damping"] + TINY).sqrt_()
+def _root(moments: Tensor, count: Tensor, group: dict[str, Any], mean: Tensor | None = None) -> Tensor:
+    """What Adam divides by; ``mean`` is that of all moments, if those here are a part of them."""
+    share = unbiased(count, group["beta2"]).to(moments.dtype)
+    filled = moments / share
+    return filled.add_((filled.mean() if mean is None else mean / share) * group["damping"] + TINY).sqrt_()
 
 
 class EKFACAdam(KroneckerOptimizer):
@@ -300,17 +303,19 @@ class EKFACAdam(KroneckerOptimizer):
     ) -> Tensor:
         skipped = torch.zeros(len(params), dtype=torch.int64, device=params[0].device)
         gradients: dict[Parameter, Tensor] = {}
-        for i, p in enumerate(params):
+        known: list[Tensor | float] = []
+        for i, (p, moment) in enumerate(zip(params, self._local_moments(params), strict=True)):
             gradients[p], bad = self._gradient(p, group, grad_scale, found_inf)
-            state = self.state[p]
-            new = state[self.moment].lerp(gradients[p], 1 - group["beta1"])
+            new = moment.lerp(gradients[p], 1 - group["beta1"])
             if bad is None:
-                state[self.moment].copy_(new)
-                state["exp_avg_updates"].add_(1)
+                moment.copy_(new)
+                known.append(float(new.numel() > 0 or p.numel() == 0))
             else:
-                state[self.moment].copy_(torch.where(bad, state[self.moment], new))
-                state["exp_avg_updates"].add_(1 - bad.all().to(state["exp_avg_updates"]))
+                moment.copy_(torch.where(bad, moment, new))
+                known.append((~bad).any())
                 skipped[i] = bad.sum()
+        for p, some in zip(params, some_anywhere(params, known) if self._is_divided else known, strict=True):
+            self.state[p]["exp_avg_updates"].add_(some)
         self._gradients.update(gradients)
         return skipped
 
@@ -318,16 +323,20 @@ class EKFACAdam(KroneckerOptimizer):
         gradients, self._gradients = self._gradients, {}
         going_on = goes_on(found_inf)
         for pair in self._factors.pairs:
-            mine = {p: gradients[p] for p in pair.params if p in gradients}
+            mine = {p: gathered(p, gradients[p]) for p in pair.params if p in gradients}
             if mine:
                 self._factors.observe(pair, mine, going_on * _is_any_known([*mine], stays))
         for p, g in gradients.items():
             if not self._factors.serves(p):
                 if "exp_avg_sq" not in self.state[p]:  # a layer served it before
-                    self.state[p]["exp_avg_sq"] = g.square()
+                    self.state[p]["exp_avg_sq"] = torch.zeros_like(self.state[p][self.moment])
+                    local(self.state[p]["exp_avg_sq"]).copy_(g.square())
                 moving = ~stays[p] * going_on if p in stays else going_on
-                average(self.state[p]["exp_avg_sq"], g.square(), self._groups[p]["beta2"], moving)
+                average(local(self.state[p]["exp_avg_sq"]), g.square(), self._groups[p]["beta2"], moving)
         super()._move(params, stays, found_inf)
+
+    def _is_elementwise(self, p: Parameter) -> bool:
+        return not self._factors.serves(p)
 
     def _directions(self, vectors: Mapping[Parameter, Tensor]) -> Iterator[tuple[Parameter, Tensor]]:
         counts = {p: self.state[p]["exp_avg_updates"] for p in vectors}
@@ -335,10 +344,12 @@ class EKFACAdam(KroneckerOptimizer):
         yield from super()._directions(filled)
         for p, vector in filled.items():
             if not self._factors.serves(p) and "exp_avg_sq" in self.state[p]:
-                yield p, vector / _root(self.state[p]["exp_avg_sq"], counts[p], self._groups[p])
+                squares = self.state[p]["exp_avg_sq"]
+                mean = whole(squares.sum()) / p.numel() if is_distributed(p) else None
+                yield p, vector / _root(local(squares), counts[p], self._groups[p], mean)
 
 
 def _is_any_known(params: Sequence[Parameter], stays: Mapping[Parameter, Tensor]) -> float | Tensor:
     """1, or 0 where the gradients of all of these parameters have no finite element, of which nothing is learnt."""
-    unknown = [stays[p].all() for p in params if p in stays]
+    unknown = [gathered(p, stays[p].to(torch.uint8)).all() for p in params if p in stays]
     return 1.0 if len(unknown) < len(params) else 1 - torch.stack(unknown).all().double()

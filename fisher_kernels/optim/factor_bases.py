@@ -157,10 +157,11 @@ class FactorMoments(FactorBases):
     def _show_basis(self, pair: Pair) -> None:
         """Let the rule take second moments in the basis, if there is one."""
         bases = pair.rule.context.bases
-        if self._seen[pair.number]:
-            bases[pair.key] = self.basis(pair)
-        else:
-            bases.pop(pair.key, None)
+        for key in pair.keys:
+            if self._seen[pair.number]:
+                bases[key] = self.basis(pair)
+            else:
+                bases.pop(key, None)
 
     def _make_more(self, pair: Pair, state: dict[str, Tensor]) -> None:
         super()._make_more(pair, state)

@@ -29,6 +29,7 @@ from fisher_kernels.optim.kronecker_factors import KroneckerFactors, factor_stat
 from fisher_kernels.optim.momentum_image import HOLDS, IMAGE, MomentumImages
 from fisher_kernels.optim.refresh import is_due
 from fisher_kernels.optim.renewal import NEXT
+from fisher_kernels.optim.shares import local, some_anywhere, whole
 from fisher_kernels.optim.term_blocks import TermBlocks
 
 OTHERS_LR = 0.1
@@ -240,21 +241,24 @@ class KFAC(KroneckerOptimizer):
 
     def _observe(self, params: list[Parameter], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Average squared gradients in, but for elements that stay."""
+        known = []
         for p in params:
             state, group = self.state[p], self._groups[p]
             gradient, bad = self._gradient(p, group, grad_scale, found_inf)
             if "exp_avg_sq" not in state:  # a layer served it before, and its momentum is that of all steps
                 self._make_squares(p, group["iteration"])
-                state["exp_avg_sq"].add_(gradient.square() * (1 - group["beta2"] ** group["iteration"]))
-            average(state["exp_avg_sq"], gradient.square(), group["beta2"], 1.0 if bad is None else ~bad)
-            state["exp_avg_updates"].add_(1.0 if bad is None else (~bad).any())
+                local(state["exp_avg_sq"]).add_(gradient.square() * (1 - group["beta2"] ** group["iteration"]))
+            average(local(state["exp_avg_sq"]), gradient.square(), group["beta2"], 1.0 if bad is None else ~bad)
+            known.append(float(gradient.numel() > 0 or p.numel() == 0) if bad is None else (~bad).any())
+        for p, some in zip(params, some_anywhere(params, known) if self._is_divided else known, strict=True):
+            self.state[p]["exp_avg_updates"].add_(some)
 
     def _by_root(self, p: Parameter, vector: Tensor) -> Tensor:
         """Adam's direction; the momentum is a sum, which 1 - momentum makes an average."""
         state, group = self.state[p], self._groups[p]
         count, momentum = state["exp_avg_updates"], group["momentum"]
         mean = vector * ((1 - momentum) / unbiased(count, momentum)).to(vector.dtype)
-        root = (state["exp_avg_sq"] / unbiased(count, group["beta2"]).to(vector.dtype)).sqrt_()
+        root = (local(state["exp_avg_sq"]) / unbiased(count, group["beta2"]).to(vector.dtype)).sqrt_()
         return mean / root.add_(EPS)
 
     # Blocks of what has no factors.
@@ -320,7 +324,7 @@ class KFAC(KroneckerOptimizer):
             group, gradient = self._groups[part.owner], part.owner.grad
             due = is_due(group) or not self._blocks.is_averaged(part)
             if gradient is not None and due and gradient.numel():
-                wide = gradient.to(ACCUMULATOR[gradient.dtype])
+                wide = whole(gradient).to(ACCUMULATOR[gradient.dtype])
                 if grad_scale is not None:
                     wide = wide / grad_scale.to(wide.device, wide.dtype)
                 squares = wide.square().flatten()
@@ -372,6 +376,9 @@ class KFAC(KroneckerOptimizer):
             super()._move([p for p in params if p not in self._by_adam], stays, found_inf)
         if by_adam:
             super()._move(by_adam, stays, found_inf)
+
+    def _is_elementwise(self, p: Parameter) -> bool:
+        return p in self._by_adam
 
     def _bounds(self, p: Parameter) -> Bounds:
         group = self._groups[p]

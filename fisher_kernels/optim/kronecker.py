@@ -27,6 +27,7 @@ from fisher_kernels.curvature.factor_rules import (
     TermRule,
     has_rows,
 )
+from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.curvature.operations import Choice
 from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.curvature.sites import Layer
@@ -37,6 +38,8 @@ from fisher_kernels.optim.hyperparameters import require_bools, require_choice, 
 from fisher_kernels.optim.kronecker_factors import UPDATES, KroneckerFactors, Pair
 from fisher_kernels.optim.measure import Measured
 from fisher_kernels.optim.sampled import SampledLabels
+from fisher_kernels.optim.shard_bounds import left_alone, of_all_shards
+from fisher_kernels.optim.shares import gathered, like_parameter, local, over_processes, own_rows, whole
 from fisher_kernels.optim.unserved import shown
 
 RAMP = 40
@@ -202,6 +205,7 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
         self._plans: dict[tuple[int, ...], StepPlan] = {}
         self._factors = self.factors_kind(self.statistics.sites, self.state, self._groups, self._overlap)
         self._renewals = (self._factors,)
+        self._is_divided = any(map(is_distributed, self._groups))
         self._fan_ins = fan_ins(self.statistics.sites, self._groups)
 
     def _set_aside(self, params: Collection[Parameter]) -> None:
@@ -272,6 +276,8 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
         stays: dict[Parameter, Tensor] = {}
         for params in by_group.values():
             skipped = self._advance_moments(self._groups[params[0]], params, grad_scale, found_inf)
+            if self._is_divided:
+                skipped = over_processes(params, skipped.double()).to(torch.int64)
             count(self._skipped, tuple(self._numbers[p] for p in params), skipped)
             stays.update(_not_finite(params, skipped))
         params = [p for of_group in by_group.values() for p in of_group]
@@ -283,9 +289,9 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
     ) -> Tensor:
         """Take gradients into the moments; returns how many elements stayed because theirs is not finite."""
         return heavy_ball_(
-            params,
-            [p.grad for p in params],  # type: ignore[misc]
-            [self.state[p][self.moment] for p in params],
+            [local(p) for p in params],
+            [like_parameter(p, p.grad) for p in params],
+            self._local_moments(params),
             momentum=group["momentum"],
             weight_decay=0.0 if group["decoupled"] else group["weight_decay"],
             maximize=group["maximize"],
@@ -293,17 +299,24 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
             found_inf=found_inf,
         )
 
+    def _local_moments(self, params: Iterable[Parameter]) -> list[Tensor]:
+        """What this process has of the moments."""
+        return [local(self.state[p][self.moment]) for p in params]
+
     def _gradient(
         self, p: Parameter, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The gradient in the precision of the state, zero where it is bad, and where that is; None for nowhere."""
+        """The gradient in the precision of the state, zero where it is bad, and where that is; None for nowhere.
+
+        Of a DTensor what this process has.
+        """
         assert p.grad is not None
-        gradient = p.grad.to(ACCUMULATOR[p.dtype])
+        gradient = like_parameter(p, p.grad).to(ACCUMULATOR[p.dtype])
         if grad_scale is not None:
             gradient = gradient / grad_scale.to(gradient.device, gradient.dtype)
         gradient = -gradient if group["maximize"] else gradient
         if group["weight_decay"] and not group["decoupled"]:
-            gradient = gradient.add(p.to(gradient.dtype), alpha=group["weight_decay"])
+            gradient = gradient.add(local(p).to(gradient.dtype), alpha=group["weight_decay"])
         # A sum that overflows though no element does costs a second look, nothing else.
         if found_inf is None and gradient.is_cpu and math.isfinite(float(gradient.sum())):
             return gradient, None
@@ -316,15 +329,19 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
         directions = self._directions_of_step(self._vectors(params, stays), stays)
         plan = self._plan(params)
         params, groups, bounds = plan.params, plan.groups, [self._bounds(p) for p in plan.params]
-        found = [directions[p].masked_fill(stays[p], 0.0) if p in stays else directions[p] for p in params]
+        weights = [local(p) for p in params]
+        found = [directions[p] if self._is_elementwise(p) else own_rows(p, directions[p]) for p in params]
+        found = [d.masked_fill(stays[p], 0.0) if p in stays else d for p, d in zip(params, found, strict=True)]
         clips = [bound.kl_clip for bound in bounds]
         clipped = any(clip is not None for clip in clips)
-        moments = [self.state[p][self.moment] for p in params]
-        sums = direction_sums(params, found, moments, products=clipped)
+        sums = direction_sums(weights, found, self._local_moments(params), products=clipped)
+        floors = [group["floor"] / root for group, root in zip(groups, plan.roots, strict=True)]
+        if self._is_divided:
+            sums, floors = of_all_shards(params, sums, plan.layers, floors), [0.0]
         if clipped and None in clips:
             sums[[i for i, clip in enumerate(clips) if clip is None], 0] = 0.0
         trust, caps, skipped = capped_step_(
-            params,
+            weights,
             found,
             sums,
             plan.layers,
@@ -332,9 +349,11 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
             weight_decay=[group["weight_decay"] if group["decoupled"] else 0.0 for group in groups],
             kl_clip=min((clip for clip in clips if clip is not None), default=None),
             max_relative_step=[bound.max_relative_step for bound in bounds],
-            floor=[group["floor"] / root for group, root in zip(groups, plan.roots, strict=True)],
+            floor=floors,
             found_inf=found_inf,
         )
+        if self._is_divided:
+            skipped = left_alone(params, sums, plan.layers)
         caps = caps[plan.layer_of_each]
         count(self._skipped, plan.numbers, skipped)
         count(self._capped, plan.numbers, caps.lt(1).to(torch.int64))
@@ -372,9 +391,17 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
         return Bounds(group["lr"], group.get("kl_clip"), group["max_relative_step"])
 
     def _vectors(self, params: Sequence[Parameter], stays: Mapping[Parameter, Tensor]) -> dict[Parameter, Tensor]:
-        """What directions are made of: the moments, but for elements that stay."""
-        moments = {p: self.state[p][self.moment] for p in params}
-        return {p: m.masked_fill(stays[p], 0.0) if p in stays else m for p, m in moments.items()}
+        """What directions are made of: the moments, but for elements that stay.
+
+        Of a DTensor all of it, unless its directions are made number by number.
+        """
+        moments = zip(params, self._local_moments(params), strict=True)
+        found = {p: m.masked_fill(stays[p], 0.0) if p in stays else m for p, m in moments}
+        return {p: m if self._is_elementwise(p) else gathered(p, m) for p, m in found.items()}
+
+    def _is_elementwise(self, p: Parameter) -> bool:
+        """Whether the direction of each number of a parameter is made of that number alone."""
+        return False
 
     def _layers_to_move(self, params: Collection[Parameter]) -> Iterator[list[Parameter]]:
         """The parameters that have a gradient, those of one layer together."""
@@ -461,7 +488,8 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
         if p.grad is None:
             return math.nan
         require_memory("a gradient", p.grad)
-        gradient = p.grad.to(direction.dtype) * (-1 if self._groups[p]["maximize"] else 1)
+        direction = gathered(p, direction) if self._is_elementwise(p) else direction
+        gradient = whole(p.grad).to(direction.dtype) * (-1 if self._groups[p]["maximize"] else 1)
         tiny = torch.finfo(direction.dtype).tiny  # norms below eps count as eps
         return float(torch.cosine_similarity(direction.reshape(-1), gradient.reshape(-1), dim=0, eps=tiny))
 
@@ -476,7 +504,7 @@ def _not_finite(params: Sequence[Parameter], skipped: Tensor) -> Iterator[tuple[
     known = skipped.tolist() if skipped.is_cpu else [1] * len(params)
     for p, some in zip(params, known, strict=True):
         if some and p.grad is not None:
-            yield p, ~p.grad.isfinite()
+            yield p, ~like_parameter(p, p.grad).isfinite()
 
 
 def _by_param(pairs: Iterable[Pair], counts: Mapping[int, int]) -> dict[Parameter, int]:

@@ -37,6 +37,7 @@ class Pair:
 
     Attributes:
         weight: None where the optimizer does not hold it.
+        keys: what hooks know it by: the identity of the weight, and of the operations of its layers.
         coupled: whether weight and bias are stepped together. If not, they are taken for uncorrelated. None before it
             is known.
     """
@@ -46,7 +47,7 @@ class Pair:
     rule: FactorRule
     weight: Parameter | None
     biases: tuple[Parameter, ...]
-    key: int
+    keys: tuple[int, ...]
     coupled: bool | None = None
 
     @property
@@ -145,9 +146,9 @@ class KroneckerFactors(Renewal[Pair]):
         if not any(held.values()):
             return
         weight, biases = next(iter(held["weight"]), None), tuple(held["bias"])
-        key = id(site.module._parameters["weight"])
+        keys = id(site.module._parameters["weight"]), *(id(layer.operation) for layer in site.layers)
         owner = biases[0] if weight is None else weight
-        self._of_site[index] = Pair(len(self.pairs), owner, site.rule, weight, biases, key)
+        self._of_site[index] = Pair(len(self.pairs), owner, site.rule, weight, biases, keys)
         self.pairs.append(self._of_site[index])
 
     # State.

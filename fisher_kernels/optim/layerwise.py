@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from torch.optim.optimizer import ParamsT
 
 from fisher_kernels.curvature.functions import Spec
+from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.curvature.operations import MATRICES, Choice, Operations, flattened
 from fisher_kernels.curvature.rules import R, Rule, Sums
 from fisher_kernels.curvature.sites import Layer, Site, find_layers
@@ -24,7 +25,7 @@ from fisher_kernels.optim.caller import calling
 from fisher_kernels.optim.overlap import Overlap
 from fisher_kernels.optim.refresh import advance, check_schedule, inverts, is_due
 from fisher_kernels.optim.renewal import Renewal
-from fisher_kernels.optim.shares import whole
+from fisher_kernels.optim.shares import gathered_by, group_of, is_by_rows, whole
 from fisher_kernels.optim.unserved import UNSERVED, UNUSED, Unserved, has_gradient, shown
 from fisher_kernels.optim.warn import warn, warn_once
 
@@ -50,6 +51,8 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         fallback: ``"warn"`` of parameters that no layer serves, or ``"error"``: refuse to train them.
         rules: class of a layer -> how it is served.
     """
+
+    takes_shards = True
 
     rule_kind: ClassVar[type[Rule]]
     """The base of the rules that it reads."""
@@ -227,7 +230,8 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _watch(self, grad_scaler: Any, process_group: dist.ProcessGroup | None) -> None:
         old = self._statistics
-        self._statistics = Statistics(self._find_layers(), grad_scaler, process_group)
+        group = group_of(self._groups) if process_group is None else process_group
+        self._statistics = Statistics(self._find_layers(), grad_scaler, group)
         if old is not None:
             self._statistics.adopt(old)
             if not old.open:
@@ -313,6 +317,17 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
                 f"the model has no such parameters any more, or others of another shape, and they are not trained: "
                 f"{shown(lost)}. Make a new optimizer, or pass what took their place to add_param_group()",
             )
+
+    def _check_params(self, group: dict[str, Any]) -> None:
+        super()._check_params(group)
+        sharded = [(i, p) for i, p in enumerate(group["params"]) if is_distributed(p)]
+        divided = gathered_by(self._model) if sharded else set()
+        for i, p in sharded:
+            if p not in divided or not is_by_rows(p):
+                raise TypeError(
+                    f"params[{i}] is a DTensor with placements {p.placements}, expected one whose rows fully_shard has "
+                    f"divided among processes: {type(self).__name__} does not take those of tensor parallel training"
+                )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         group.setdefault("iteration", 0)

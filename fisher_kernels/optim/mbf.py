@@ -19,12 +19,14 @@ from torch.nn import Parameter
 from torch.optim.optimizer import ParamsT
 
 from fisher_kernels.curvature.block_rules import WIDEST, BlockRule, BlockRules, Blocks, LinearBlocks, Sharing
+from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.curvature.operations import Choice, flattened
 from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.curvature.sites import Layer
 from fisher_kernels.ops import ACCUMULATOR, mbf_step_
 from fisher_kernels.ops._blocks import unpack
 from fisher_kernels.optim.base import Counters, count, require_memory, totals
+from fisher_kernels.optim.block_shards import Settings, step_shards
 from fisher_kernels.optim.fisher_blocks import ASIDE, BLOCK_STATE, STORAGES, FisherBlocks, New, Unit
 from fisher_kernels.optim.floors import FLOOR, fan_ins
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
@@ -32,6 +34,7 @@ from fisher_kernels.optim.measure import Measured
 from fisher_kernels.optim.refresh import RAMP, is_due
 from fisher_kernels.optim.renewal import NEXT
 from fisher_kernels.optim.sampled import SampledLabels
+from fisher_kernels.optim.shares import like_parameter, local, whole
 from fisher_kernels.optim.unserved import shown
 from fisher_kernels.optim.warn import warn_once
 
@@ -363,7 +366,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
             group, gradient = self._groups[part.owner], part.owner.grad
             due = is_due(group) or not self._blocks.is_averaged(part)
             if gradient is not None and due and gradient.numel():
-                wide = gradient.to(ACCUMULATOR[gradient.dtype])
+                wide = whole(gradient).to(ACCUMULATOR[gradient.dtype])
                 if grad_scale is not None:
                     wide = wide / grad_scale.to(wide.device, wide.dtype)
                 mean = group["loss_reduction"] == "mean"
@@ -398,34 +401,31 @@ class MBF(Measured, SampledLabels[BlockRule]):
         if not plan.params:
             return
         params: list[Tensor] = list(plan.params)
-        gradients = [p.grad for p in params]
+        gradients: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
         moments = [self.state[p][self.moment] for p in plan.params]
-        zeros = {
-            p: p.eq(0) & g.eq(0)
+        zeros = [
+            (local(p), local(p).eq(0) & like_parameter(p, g).eq(0))
             for p, g, group in zip(params, gradients, plan.of_group, strict=True)
-            if groups[group]["mask_zeros"] and g is not None
-        }
-        for i in plan.transposed:  # a weight that lies the other way round
-            params[i], moments[i] = params[i].t(), moments[i].t()
-            gradients[i] = gradients[i].t()  # type: ignore[union-attr]
-        for i in plan.stacks:
-            params[i], moments[i] = flattened(params[i]), flattened(moments[i])
-            gradients[i] = gradients[i].flatten(0, 1)  # type: ignore[union-attr]
-        skipped, scale, caps = mbf_step_(
-            params,
-            gradients,  # type: ignore[arg-type]
-            moments,
-            plan.inverses,
-            lr=_one_or_each([group["lr"] for group in groups], plan.of_group),
-            weight_decay=_one_or_each([group["weight_decay"] for group in groups], plan.of_group),
-            floor=[groups[i]["floor"] / root for i, root in zip(plan.of_group, plan.roots, strict=True)],
-            layers=plan.layers,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
+            if groups[group]["mask_zeros"]
+        ]
+        settings: dict[str, Any] = {
+            **{name: [groups[i][name] for i in plan.of_group] for name in ("lr", "weight_decay")},
             **{name: groups[0][name] for name in TOGETHER},
-        )
-        for p, mask in zeros.items():
-            p.masked_fill_(mask, 0)
+            "floor": [groups[i]["floor"] / root for i, root in zip(plan.of_group, plan.roots, strict=True)],
+            "layers": plan.layers,
+            "grad_scale": grad_scale,
+            "found_inf": found_inf,
+        }
+        if plan.is_divided:
+            skipped, scale, caps = step_shards(params, moments, plan.inverses, plan.view, Settings(**settings))
+        else:
+            for name in ("lr", "weight_decay"):
+                settings[name] = _one_if_the_same(settings[name])
+            seen, moments = ([plan.view(i, x) for i, x in enumerate(xs)] for xs in (params, moments))
+            gradients = [plan.view(i, g.contiguous() if i in plan.stacks else g) for i, g in enumerate(gradients)]
+            skipped, scale, caps = mbf_step_(seen, gradients, moments, plan.inverses, **settings)
+        for weight, mask in zeros:
+            weight.masked_fill_(mask, 0)
         for group in groups:
             self._scales[id(group)] = scale
         count(self._skipped, plan.numbers, skipped)
@@ -444,7 +444,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
         stale = {i for i, g in enumerate(groups) if g["refresh"] == "constant" and id(g) not in fresh}
         places = zip(plan.params, plan.of_group, caps.tolist(), strict=True)
         # Of weights that begin at zero every step is far.
-        far = [p for p, i, cap in places if cap < bound and i in stale and p.norm() > self._least(p)]
+        far = [p for p, i, cap in places if cap < bound and i in stale and whole(p.norm()) > self._least(p)]
         if far:
             names, group = {p: name for name, p in self._names()}, self._groups[far[0]]
             self._warn_once(
@@ -609,7 +609,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
             return math.nan
         for p in unit.params:
             require_memory("a gradient", p.grad)
-        moments = [self.state[p][self.moment] for p in unit.params]
+        moments = [whole(self.state[p][self.moment]) for p in unit.params]
         if unit.transposed:
             moments[0] = moments[0].t()
         if unit.is_stack:
@@ -622,7 +622,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
         if unit.transposed:
             moved[0] = moved[0].t()
         direction = torch.cat([x.flatten() for x in moved])
-        gradient = torch.cat([p.grad.flatten() for p in unit.params if p.grad is not None]).to(direction)
+        gradient = torch.cat([whole(p.grad).flatten() for p in unit.params if p.grad is not None]).to(direction)
         # Norms below eps count as eps: its default of 1e-8 is no small gradient.
         tiny = torch.finfo(direction.dtype).tiny
         return float(torch.cosine_similarity(direction, gradient, dim=0, eps=tiny))
@@ -636,34 +636,42 @@ class _Plan:
     numbers: tuple[int, ...] = ()
     params: list[Parameter] = field(default_factory=list)
     inverses: list[Tensor | None] = field(default_factory=list)
-    transposed: list[int] = field(default_factory=list)
-    stacks: list[int] = field(default_factory=list)
+    transposed: set[int] = field(default_factory=set)
+    stacks: set[int] = field(default_factory=set)
     of_group: list[int] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
     roots: list[float] = field(default_factory=list)  # of the fan-ins
     waiting: list[Parameter] = field(default_factory=list)
+    is_divided: bool = False  # whether other processes have rows of some
 
     def add(self, unit: Unit, numbers: dict[Parameter, int], group: int, fan_in: int) -> None:
         if unit.transposed:
-            self.transposed.append(len(self.params))
+            self.transposed.add(len(self.params))
         if unit.is_stack:
-            self.stacks.append(len(self.params))
+            self.stacks.add(len(self.params))
         self.params += unit.params
+        self.is_divided = self.is_divided or any(map(is_distributed, unit.params))
         self.inverses += [unit.inverse, *[None] * (len(unit.params) - 1)]
         self.numbers += tuple(numbers[p] for p in unit.params)
         self.of_group += [group] * len(unit.params)
         self.layers += [unit.layer] * len(unit.params)
         self.roots += [math.sqrt(fan_in)] * len(unit.params)
 
+    def view(self, i: int, x: Tensor) -> Tensor:
+        """A tensor of the shape of a parameter as blocks lie in it."""
+        if i in self.transposed:  # a weight that lies the other way round
+            return x.t()
+        return flattened(x) if i in self.stacks else x
+
     def holds(self) -> bool:
         return all(p.grad is not None for p in self.params) and all(p.grad is None for p in self.waiting)
 
 
-def _one_or_each(of_groups: list[Any], of_group: list[int]) -> Any:
-    """A setting that all groups have in common, or that of each parameter."""
-    if all(value is of_groups[0] or (isinstance(value, float | int) and value == of_groups[0]) for value in of_groups):
-        return of_groups[0]
-    return [of_groups[i] for i in of_group]
+def _one_if_the_same(of_each: list[Any]) -> Any:
+    """A setting of each parameter, as one where they have it in common."""
+    first = of_each[0]
+    same = all(value is first or (isinstance(value, float | int) and value == first) for value in of_each)
+    return first if same else of_each
 
 
 def _share(number: int, part: Mapping[int, int], whole: Mapping[int, int]) -> float:

@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fisher_kernels.curvature.factor_rules import TermRule
+from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.curvature.rows import Piece, Rows, Watched
 from fisher_kernels.curvature.sites import versions_of
 from fisher_kernels.curvature.statistics import Statistics
@@ -276,7 +277,13 @@ def _most_rows(pair: Pair) -> int:
     On a GPU it never is: the host would have to wait to learn whether the rows are those of the gradient.
     """
     (groups, rows, columns), owner = pair.rule.shape, pair.owner
-    if groups > 1 or not pair.rule.rows_make or not owner.is_cpu or owner.dtype not in (torch.float32, torch.float64):
+    if (
+        is_distributed(owner)
+        or groups > 1
+        or not pair.rule.rows_make
+        or not owner.is_cpu
+        or owner.dtype not in (torch.float32, torch.float64)
+    ):
         return 0
     if pair.weight is None or len(pair.biases) != pair.rule.bias:
         return 0

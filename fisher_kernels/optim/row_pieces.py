@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -18,12 +18,6 @@ class Piece(NamedTuple):
     number: int
     tensors: tuple[Tensor, Tensor, Tensor, Tensor]
     place: Place
-
-
-def is_by_rows(p: Any) -> bool:
-    """Whether a DTensor has its rows divided among the processes of one dimension of its mesh, or none."""
-    kinds = [placement for placement in p.placements if not placement.is_replicate()]
-    return all(type(kind).__name__ == "Shard" and kind.dim == 0 for kind in kinds) and len(kinds) < 2
 
 
 def pieces_of(number: int, p: Tensor, gradient: Tensor, state: Mapping[str, Tensor], place: Place) -> Iterator[Piece]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
@@ -32,12 +33,34 @@ def whole(x: Any) -> Tensor:
     return x.full_tensor() if is_distributed(x) else x
 
 
+def gathered(p: Any, x: Tensor) -> Tensor:
+    """All of a tensor like a parameter, given what this process has of it; of a DTensor every process has to ask."""
+    if not is_distributed(p):
+        return x
+    from torch.distributed.tensor import DTensor
+
+    found = DTensor.from_local(x, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+    all_of_it: Tensor = found.full_tensor()
+    return all_of_it
+
+
+def own_rows(p: Any, x: Tensor) -> Tensor:
+    """What this process has of a parameter, of a tensor that is like all of it."""
+    return x[slice(*rows(p))] if is_distributed(p) else x
+
+
 def rows(p: Any) -> tuple[int, int]:
     """The rows of a DTensor parameter that this process has, as the first and the one behind the last."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
     return (offset[0], offset[0] + shape[0]) if math.prod(shape) else (0, 0)
+
+
+def is_by_rows(p: Any) -> bool:
+    """Whether a DTensor has its rows divided among the processes of one dimension of its mesh, or none."""
+    kinds = [placement for placement in p.placements if not placement.is_replicate()]
+    return all(type(kind).__name__ == "Shard" and kind.dim == 0 for kind in kinds) and len(kinds) < 2
 
 
 def group_of(params: Iterable[Any]) -> dist.ProcessGroup | None:
@@ -93,6 +116,28 @@ def sum_over_mesh(x: Tensor, mesh: Any) -> Tensor:
     for dimension in range(mesh.ndim):
         dist.all_reduce(total, group=mesh.get_group(dimension))
     return total.to(x.device)
+
+
+def over_processes(params: Sequence[Any], sums: Tensor) -> Tensor:
+    """Sums over what this process has of parameters, a row for each, as sums over all of them.
+
+    One all-reduce for each dimension of each mesh; every process gets the same to the bit.
+    """
+    total = sums.clone()
+    by_mesh: dict[Any, list[int]] = {}
+    for i, p in enumerate(params):
+        if is_distributed(p):
+            by_mesh.setdefault(p.device_mesh, []).append(i)
+    for mesh, members in by_mesh.items():
+        times = sums.new_tensor([copies(params[i]) for i in members]).reshape(-1, *[1] * (sums.dim() - 1))
+        total[members] = sum_over_mesh(sums[members] / times, mesh)
+    return total
+
+
+def some_anywhere(params: Sequence[Any], flags: Sequence[Tensor | float]) -> list[Tensor]:
+    """1 for each parameter of which any process that has a part of it says so, else 0."""
+    here = torch.stack([torch.as_tensor(flag, device=p.device).double() for p, flag in zip(params, flags, strict=True)])
+    return list((over_processes(params, here) > 0).double())
 
 
 def is_flattened(p: Parameter) -> bool:
