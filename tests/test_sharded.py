@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn import functional as F
 
 from fisher_kernels import EKFAC, KFAC, MBF, SOFIM, AdaFisher, AdaFisherW, EKFACAdam
-from fisher_kernels.optim import shard_products, shares
+from fisher_kernels.optim import block_shards, shard_products, shares
 from tests.processes import in_two_processes, needs_processes
 from tests.threads import in_threads
 
@@ -378,7 +378,9 @@ ON_EVERY_LAYER = [
 
 
 @pytest.mark.parametrize("settings", ON_EVERY_LAYER)
-def test_every_kind_of_layer(settings: str) -> None:
+def test_every_kind_of_layer(settings: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for no more than a few layers at a time."""
+    monkeypatch.setattr(block_shards, "AT_ONCE", 100)
     kind, made = READERS[settings]
 
     def work(rank: int) -> tuple[list[Tensor], list[Any]]:

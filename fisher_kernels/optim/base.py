@@ -18,7 +18,6 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.ops._arguments import lacks_memory
 from fisher_kernels.optim.caller import is_within
@@ -91,9 +90,6 @@ class FisherOptimizer(Optimizer):
 
     statistics_state: ClassVar[tuple[str, ...]] = ()
     """State: what is averaged of a layer's statistics, and what is made of it."""
-
-    takes_shards: ClassVar[bool] = False
-    """Whether parameters may be DTensors, of which each process has a shard."""
 
     later: ClassVar[Mapping[str, Any]] = {}
     """Hyperparameters that states saved by earlier versions lack -> as what they load."""
@@ -196,11 +192,6 @@ class FisherOptimizer(Optimizer):
             if p.is_nested or p.layout != torch.strided:
                 kind = "a nested tensor" if p.is_nested else f"of layout {p.layout}"
                 raise TypeError(f"params[{i}] is {kind}, expected a strided tensor with a shape")
-            if is_distributed(p) and not self.takes_shards:
-                raise TypeError(
-                    f"params[{i}] is a DTensor, of which each process has a part, as in FSDP and tensor parallel "
-                    f"training: {type(self).__name__} needs whole parameters, as in DistributedDataParallel"
-                )
             if is_flattened(p):
                 raise TypeError(
                     f"params[{i}] is one of FullyShardedDataParallel, of which each process has a part: "

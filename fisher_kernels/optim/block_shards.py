@@ -7,7 +7,7 @@ momentum and from zero, along the negative of what it is given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 from fisher_kernels.ops import capped_step_, direction_sums, mbf_step_
 from fisher_kernels.optim.shard_bounds import of_all_shards
 from fisher_kernels.optim.shares import gathered, like_parameter, local, own_rows
+
+AT_ONCE = 1 << 24
+"""Of how many numbers all is gathered at a time, if a weight does not have more."""
 
 View = Callable[[int, Tensor], Tensor]
 """The number of a parameter and a tensor of its shape -> the tensor as blocks lie in it."""
@@ -89,13 +92,38 @@ def _directions(
     params: Sequence[Any], vectors: Sequence[Tensor], inverses: Sequence[Tensor | None], view: View
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """The own rows of directions, where they are not left alone, and how many blocks are, given own rows of vectors."""
+    directions: list[Tensor] = []
+    kept: list[Tensor] = []
+    counts = []
+    for some in _portions(params, inverses):
+        found = _directions_of(some, [params[i] for i in some], [vectors[i] for i in some], inverses, view)
+        directions += found[0]
+        kept += found[1]
+        counts.append(found[2])
+    return directions, kept, torch.cat(counts)
+
+
+def _portions(params: Sequence[Any], inverses: Sequence[Tensor | None]) -> Iterator[range]:
+    """Numbers of parameters of which all is gathered at a time; a bias stays with its weight."""
+    begin, numel = 0, 0
+    for i, p in enumerate(params):
+        if i > begin and inverses[i] is not None and numel + p.numel() > AT_ONCE:
+            yield range(begin, i)
+            begin, numel = i, 0
+        numel += p.numel()
+    yield range(begin, len(params))
+
+
+def _directions_of(
+    some: range, params: Sequence[Any], vectors: Sequence[Tensor], inverses: Sequence[Tensor | None], view: View
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
     whole = [gathered(p, v) for p, v in zip(params, vectors, strict=True)]
     moved = [torch.zeros_like(v) for v in whole]
     # What is left alone keeps this, which is not what it would become.
     marks = [(v == -1).to(v.dtype) + 1 for v in whole]
     skipped, _, _ = mbf_step_(
-        *_views(view, moved, whole, marks),
-        inverses,
+        *_views(some, view, moved, whole, marks),
+        [inverses[i] for i in some],
         lr=1.0,
         momentum=0.0,
         weight_decay=0.0,
@@ -107,8 +135,8 @@ def _directions(
     return directions, kept, skipped
 
 
-def _views(view: View, *lists: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    first, second, third = ([view(i, x) for i, x in enumerate(xs)] for xs in lists)
+def _views(some: range, view: View, *lists: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    first, second, third = ([view(i, x) for i, x in zip(some, xs, strict=True)] for xs in lists)
     return first, second, third
 
 

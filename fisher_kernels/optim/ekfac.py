@@ -27,6 +27,7 @@ from fisher_kernels.optim.kronecker import RAMP, KroneckerOptimizer, goes_on
 from fisher_kernels.optim.kronecker_factors import UPDATES, Pair, factor_state
 from fisher_kernels.optim.momentum_image import HOLDS, IMAGE
 from fisher_kernels.optim.shares import gathered, local, some_anywhere, whole
+from fisher_kernels.optim.vectors import Vectors
 
 TINY = 1e-16
 """Added to second moments beside what is relative to their mean, so that nothing is divided by 0."""
@@ -340,13 +341,18 @@ class EKFACAdam(KroneckerOptimizer):
 
     def _directions(self, vectors: Mapping[Parameter, Tensor]) -> Iterator[tuple[Parameter, Tensor]]:
         counts = {p: self.state[p]["exp_avg_updates"] for p in vectors}
-        filled = {p: v / unbiased(counts[p], self._groups[p]["beta1"]).to(v.dtype) for p, v in vectors.items()}
+
+        def of(p: Parameter) -> Tensor:
+            v = vectors[p]
+            return v / unbiased(counts[p], self._groups[p]["beta1"]).to(v.dtype)
+
+        filled = Vectors(vectors, of)
         yield from super()._directions(filled)
-        for p, vector in filled.items():
+        for p in filled:
             if not self._factors.serves(p) and "exp_avg_sq" in self.state[p]:
                 squares = self.state[p]["exp_avg_sq"]
                 mean = whole(squares.sum()) / p.numel() if is_distributed(p) else None
-                yield p, vector / _root(local(squares), counts[p], self._groups[p], mean)
+                yield p, filled[p] / _root(local(squares), counts[p], self._groups[p], mean)
 
 
 def _is_any_known(params: Sequence[Parameter], stays: Mapping[Parameter, Tensor]) -> float | Tensor:

@@ -31,6 +31,7 @@ from fisher_kernels.optim.refresh import is_due
 from fisher_kernels.optim.renewal import NEXT
 from fisher_kernels.optim.shares import local, some_anywhere, whole
 from fisher_kernels.optim.term_blocks import TermBlocks
+from fisher_kernels.optim.vectors import only
 
 OTHERS_LR = 0.1
 """Adam's learning rate beside that of the factors."""
@@ -393,16 +394,17 @@ class KFAC(KroneckerOptimizer):
 
     def _directions_of_step(
         self, vectors: Mapping[Parameter, Tensor], stays: Collection[Parameter]
-    ) -> dict[Parameter, Tensor]:
+    ) -> Iterator[tuple[Parameter, Tensor]]:
         found = {} if self._images is None else dict(self._images.directions(vectors, stays))
-        return {**found, **dict(self._directions({p: v for p, v in vectors.items() if p not in found}))}
+        yield from found.items()
+        yield from super()._directions_of_step(only(vectors, lambda p: p not in found), stays)
 
     def _directions(self, vectors: Mapping[Parameter, Tensor]) -> Iterator[tuple[Parameter, Tensor]]:
         yield from super()._directions(vectors)
-        for p, v in vectors.items():
+        for p in vectors:
             if p in self._by_adam and "exp_avg_sq" in self.state[p]:
-                yield p, self._by_root(p, v)
-        yield from self._blocks.directions({p: v for p, v in vectors.items() if not self._factors.serves(p)})
+                yield p, self._by_root(p, vectors[p])
+        yield from self._blocks.directions(only(vectors, lambda p: not self._factors.serves(p)))
 
     def _failures(self) -> tuple[dict[Parameter, int], dict[Parameter, int]]:
         found = super()._failures()

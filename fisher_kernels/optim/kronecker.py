@@ -41,6 +41,7 @@ from fisher_kernels.optim.sampled import SampledLabels
 from fisher_kernels.optim.shard_bounds import left_alone, of_all_shards
 from fisher_kernels.optim.shares import gathered, like_parameter, local, over_processes, own_rows, whole
 from fisher_kernels.optim.unserved import shown
+from fisher_kernels.optim.vectors import Vectors
 
 RAMP = 40
 """Steps over which intervals grow, unless told otherwise; inverses of whole factors are dear in short runs."""
@@ -326,11 +327,11 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
 
     def _move(self, params: list[Parameter], stays: Mapping[Parameter, Tensor], found_inf: Tensor | None) -> None:
         """Step along the directions of the moments, within the trust region and the caps."""
-        directions = self._directions_of_step(self._vectors(params, stays), stays)
+        directions = dict(self._directions_of_step(self._vectors(params, stays), stays))
         plan = self._plan(params)
         params, groups, bounds = plan.params, plan.groups, [self._bounds(p) for p in plan.params]
         weights = [local(p) for p in params]
-        found = [directions[p] if self._is_elementwise(p) else own_rows(p, directions[p]) for p in params]
+        found = [directions[p] for p in params]
         found = [d.masked_fill(stays[p], 0.0) if p in stays else d for p, d in zip(params, found, strict=True)]
         clips = [bound.kl_clip for bound in bounds]
         clipped = any(clip is not None for clip in clips)
@@ -390,14 +391,18 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
         group = self._groups[p]
         return Bounds(group["lr"], group.get("kl_clip"), group["max_relative_step"])
 
-    def _vectors(self, params: Sequence[Parameter], stays: Mapping[Parameter, Tensor]) -> dict[Parameter, Tensor]:
+    def _vectors(self, params: Sequence[Parameter], stays: Mapping[Parameter, Tensor]) -> Vectors:
         """What directions are made of: the moments, but for elements that stay.
 
         Of a DTensor all of it, unless its directions are made number by number.
         """
-        moments = zip(params, self._local_moments(params), strict=True)
-        found = {p: m.masked_fill(stays[p], 0.0) if p in stays else m for p, m in moments}
-        return {p: m if self._is_elementwise(p) else gathered(p, m) for p, m in found.items()}
+
+        def vector(p: Parameter) -> Tensor:
+            m = local(self.state[p][self.moment])
+            m = m.masked_fill(stays[p], 0.0) if p in stays else m
+            return m if self._is_elementwise(p) else gathered(p, m)
+
+        return Vectors(params, vector)
 
     def _is_elementwise(self, p: Parameter) -> bool:
         """Whether the direction of each number of a parameter is made of that number alone."""
@@ -417,9 +422,10 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
 
     def _directions_of_step(
         self, vectors: Mapping[Parameter, Tensor], stays: Collection[Parameter]
-    ) -> dict[Parameter, Tensor]:
-        """The inverse curvature times the moments, with which a step has just begun."""
-        return dict(self._directions(vectors))
+    ) -> Iterator[tuple[Parameter, Tensor]]:
+        """The inverse curvature times the moments, with which a step has just begun: of DTensors the own rows."""
+        for p, direction in self._directions(vectors):
+            yield p, direction if self._is_elementwise(p) else own_rows(p, direction)
 
     def _directions(self, vectors: Mapping[Parameter, Tensor]) -> Iterator[tuple[Parameter, Tensor]]:
         """The inverse curvature times vectors."""
@@ -460,17 +466,17 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
                 steps[number] += times
         bad, refused = self._failures()
         stepped = [p for p in self._groups if self.moment in self.state.get(p, {})]
-        directions = dict(self._directions(self._vectors(stepped, {})))
+        cosines = {p: self._cosine(p, d) for p, d in self._directions(self._vectors(stepped, {}))}
         report = {}
         for name, p in self._names():
             number = self._numbers[p]
-            if p in directions and number in self._limits:
+            if p in cosines and number in self._limits:
                 trust, scales, i = self._limits[number]
                 report[name] = {
                     "trust_scale": float(trust),
                     "cap": float(scales[i]),
                     "capped_share": capped[number] / steps[number],
-                    "cosine_with_sgd": self._cosine(p, directions[p]),
+                    "cosine_with_sgd": cosines[p],
                     "skipped_elements": skipped.get(number, 0),
                     "bad_inverses": bad.get(p, 0),
                     "refused_statistics": refused.get(p, 0),

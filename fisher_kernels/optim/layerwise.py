@@ -52,8 +52,6 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         rules: class of a layer -> how it is served.
     """
 
-    takes_shards = True
-
     rule_kind: ClassVar[type[Rule]]
     """The base of the rules that it reads."""
 

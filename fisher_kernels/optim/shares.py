@@ -45,8 +45,8 @@ def gathered(p: Any, x: Tensor) -> Tensor:
 
 
 def own_rows(p: Any, x: Tensor) -> Tensor:
-    """What this process has of a parameter, of a tensor that is like all of it."""
-    return x[slice(*rows(p))] if is_distributed(p) else x
+    """What this process has of a parameter, of a tensor that is like all of it; of a DTensor as a copy."""
+    return x[slice(*rows(p))].clone() if is_distributed(p) else x  # a view would keep all of it
 
 
 def rows(p: Any) -> tuple[int, int]:

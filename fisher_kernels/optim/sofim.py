@@ -77,7 +77,6 @@ class SOFIM(FisherOptimizer):
     """
 
     moment = "exp_avg"
-    takes_shards = True
 
     def __init__(
         self,
