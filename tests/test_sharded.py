@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -21,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
@@ -571,6 +572,62 @@ def test_states_of_readers_are_loaded(settings: str) -> None:
     for plain, resumed in in_threads(work, 2):
         for p, q in zip(plain, resumed, strict=True):
             assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("how", ["offloaded", "checkpointed"])
+@pytest.mark.parametrize("settings", ["MBF", *(pytest.param(s, marks=pytest.mark.slow) for s in ("AdaFisher", "KFAC"))])
+def test_parameters_on_the_cpu_and_activations_that_are_made_again(settings: str, how: str) -> None:
+    kind, made = READERS[settings]
+
+    def work(rank: int) -> list[Tensor]:
+        model = network(torch.float64)
+        if how == "offloaded":
+            sharded(model, (2,), offload_policy=CPUOffloadPolicy(pin_memory=False))
+        else:
+            for i in (0, 3):
+                model[i] = checkpoint_wrapper(model[i])
+            sharded(model, (2,))
+        train(model, kind(model, **made), torch.float64, rank, 2)
+        return whole(model)
+
+    model = network(torch.float64)
+    train(model, kind(model, **made), torch.float64)
+    for found in in_threads(work, 2):
+        assert_close(found, whole(model), torch.float64)
+
+
+@pytest.mark.parametrize("settings", ["AdaFisher", "MBF", "KFAC"])
+def test_mixed_precision(settings: str) -> None:
+    """Statistics are those of one process that trains in bfloat16 on the same parts; weights are in float32.
+
+    Those of that process are rounded to 8 bits, before the step and after it.
+    """
+    kind, made = READERS[settings]
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+    def one_step(model: nn.Module, optimizer: Any, dtype: torch.dtype, parts: list[int]) -> dict[str, Tensor]:
+        for part in parts:
+            x, y = (half.chunk(2)[part] for half in batch(0, dtype))
+            (F.cross_entropy(model(x), y) / len(parts)).backward()
+        optimizer.step()
+        states = ((name, optimizer.state[p]) for name, p in model.named_parameters())
+        return {f"{n} {k}": v for n, state in states for k, v in state.items() if k in kind.statistics_state}
+
+    def work(rank: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+        model = sharded(network(torch.float32), (2,), mp_policy=policy)
+        found = one_step(model, kind(model, **made), torch.float32, [rank])
+        return whole(model), found
+
+    twin = network(torch.bfloat16)
+    expected = one_step(twin, kind(twin, **made), torch.bfloat16, [0, 1])
+    for weights, found in in_threads(work, 2):
+        assert len(found) > 8
+        assert found.keys() == expected.keys()
+        for name, statistic in expected.items():
+            assert_close([found[name]], [statistic], torch.float32)
+        for p, q in zip(weights, whole(twin), strict=True):
+            assert p.dtype == torch.float32
+            assert float((p - q.float()).abs().max()) <= 2 * 2**-8 * float(p.abs().max())
 
 
 @pytest.mark.parametrize("kind", [AdaFisher, MBF, KFAC])
