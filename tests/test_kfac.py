@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from fisher_kernels import EKFAC, KFAC, MBF, EKFACAdam
 from fisher_kernels.curvature import statistics
-from fisher_kernels.optim import factor_inverses, sampled
+from fisher_kernels.curvature.processes import Processes
+from fisher_kernels.optim import factor_inverses
 from fisher_kernels.optim.kronecker import KroneckerOptimizer
 from fisher_kernels.optim.kronecker_factors import mean_eigenvalue
 from tests.processes import in_two_processes, needs_processes
@@ -936,8 +937,7 @@ def test_processes_of_the_same_data_have_the_statistics_of_one(fisher: str, monk
 def test_every_draw_and_every_process_has_labels_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: dict[int, list[Tensor]] = {}
     for number, rank in enumerate((0, 1, 1)):
-        of_rank = {"is_available": lambda: True, "is_initialized": lambda: True}
-        monkeypatch.setattr(sampled, "dist", SimpleNamespace(get_rank=lambda group, rank=rank: rank, **of_rank))
+        monkeypatch.setattr(Processes, "rank", rank)
         torch.manual_seed(0)
         model = nn.Linear(4, 3)
         optimizer = KFAC(model, fisher="sampled")

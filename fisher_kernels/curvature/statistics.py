@@ -31,6 +31,7 @@ from torch.nn import Parameter
 from fisher_kernels.curvature.broadcast import Broadcast, may_be_broadcast
 from fisher_kernels.curvature.functions import Call, Watch, Watches
 from fisher_kernels.curvature.hooks import ForwardHook, ModelHook, OutputHook, ShowHook, StackHook, drop_copies, remove
+from fisher_kernels.curvature.processes import Processes
 from fisher_kernels.curvature.proof import Proof, settle
 from fisher_kernels.curvature.rules import R, Sums, Use
 from fisher_kernels.curvature.sites import Kept, Layer, Site, rescale, versions_of
@@ -54,9 +55,11 @@ class Statistics(Generic[R]):
     Args:
         layers: the modules to watch.
         grad_scaler: its scale is divided out of every derivative as the backward delivers it.
-        process_group: over which :meth:`take` adds sums; None takes the default group where there is one.
+        process_group: over which :meth:`take` adds sums; None takes that of the DistributedDataParallel which averages
+            the gradients, if ``processes`` have been looked for.
 
     Attributes:
+        processes: over which sums are added up.
         refresh: number of the refresh that is being collected, from 1.
         armed: indices of the sites that collect.
         waiting: of those among them that have no statistics yet, outside a refresh.
@@ -72,7 +75,7 @@ class Statistics(Generic[R]):
         self, layers: Iterable[Layer[R]], grad_scaler: Any = None, process_group: dist.ProcessGroup | None = None
     ) -> None:
         self.grad_scaler = grad_scaler
-        self.process_group = process_group
+        self.processes = Processes(process_group)
         self.sampled = False
         self.refresh = 1
         self.found: list[Site[R]] = []
@@ -245,13 +248,12 @@ class Statistics(Generic[R]):
         Args:
             due: whether this step refreshes any statistics, which is the same everywhere.
         """
-        group = self.process_group
-        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
+        if self.processes.count == 1:
             return found
         if not (self.looks and due):
             return {}
-        everywhere: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everywhere, found, group=group)
+        everywhere: list[Any] = [None] * self.processes.count
+        dist.all_gather_object(everywhere, found, group=self.processes.group)
         return dict(sorted({name: spec for one in everywhere for name, spec in one.items()}.items()))
 
     def claim(self, layer: Layer[R], inputs: Iterable[Any], output: Tensor) -> bool:
@@ -291,7 +293,7 @@ class Statistics(Generic[R]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy watches the copied modules, with hooks of its own: those that came along with the modules are inert.
-        self.sites, self.grad_scaler, self.process_group = state["sites"], state["grad_scaler"], None
+        self.sites, self.grad_scaler, self.processes = state["sites"], state["grad_scaler"], Processes()
         self.sampled = False
         self.refresh, self.obstacles, self.found = state.get("refresh", 1), state.get("obstacles", {}), []
         self.parts = set()
@@ -336,6 +338,8 @@ class Statistics(Generic[R]):
     def adopt(self, other: Statistics[R]) -> None:
         """Take over what another engine holds pending for the same weights, and what it knows of their layers."""
         self.refresh = other.refresh
+        if self.processes.given is other.processes.given:
+            self.processes = other.processes
         proofs = {layer.module: layer.proof for layer in other.layers()}
         taken_for = {layer.module: (layer.operation, layer.candidates) for layer in other.layers()}
         for layer in self.layers():
@@ -366,7 +370,7 @@ class Statistics(Generic[R]):
         if grad_scale is not None and self.grad_scaler is None:
             for index, sums in taken.items():
                 rescale(sums, self.sites[index].rule, grad_scale)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1:
+        if self.processes.count > 1:
             taken = self._reduce(taken)
         self.refresh += bool(taken)
         return [(index, sums) for index, sums in taken.items() if not self._is_spoilt(self.sites[index], before)]
@@ -399,7 +403,7 @@ class Statistics(Generic[R]):
         if not armed:
             return {}
         # Drawn labels are those of a sum over the terms of all processes, which nothing averages.
-        world = 1 if self.sampled else dist.get_world_size(self.process_group)
+        world = 1 if self.sampled else self.processes.count
         lengths = self._sum_lengths(armed, taken)
         flat = []
         for index in armed:
@@ -415,7 +419,7 @@ class Statistics(Generic[R]):
         flat.append(torch.tensor(flags, dtype=torch.float64, device="cpu"))
         device = self.sites[armed[0]].owner.device
         total = torch.cat([part.to(device) for part in flat])
-        dist.all_reduce(total, group=self.process_group)
+        dist.all_reduce(total, group=self.processes.group)
         total, anywhere, inner = total.split([len(total) - 2 * len(proofs), len(proofs), len(proofs)])
         for proof, found, seen in zip(proofs, anywhere.tolist(), inner.tolist(), strict=True):
             proof.inner = bool(seen)
@@ -439,7 +443,7 @@ class Statistics(Generic[R]):
             return set()
         used = [i in taken or any(layer.proof.reason for layer in self.sites[i].layers) for i in waiting]
         flags = torch.tensor(used, dtype=torch.int32, device=self.sites[waiting[0]].owner.device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.process_group)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.processes.group)
         return {index for index, flag in zip(waiting, flags.tolist(), strict=True) if not flag}
 
     def _sum_lengths(self, armed: Sequence[int], taken: dict[int, Sums]) -> dict[int, list[int]]:
@@ -449,7 +453,7 @@ class Statistics(Generic[R]):
         if unknown:  # a length that only the data tell: whoever has seen them says
             seen = [taken[i].vectors[lengths[i].index(None)].numel() if i in taken else 0 for i in unknown]
             longest = torch.tensor(seen, dtype=torch.int64, device=self.sites[armed[0]].owner.device)
-            dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=self.process_group)
+            dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=self.processes.group)
             for index, length in zip(unknown, longest.tolist(), strict=True):
                 lengths[index] = [length if n is None else n for n in lengths[index]]
         return {index: [n for n in ns if n is not None] for index, ns in lengths.items()}

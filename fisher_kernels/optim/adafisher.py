@@ -76,8 +76,8 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
             manual ``unscale_``.
         fallback_curvature: F of parameters without a rule; None takes the median over layers of ``mean(S') mean(H') +
             damping``, or 1 for ``"release"``.
-        process_group: over which statistics are added up, one all-reduce a refresh; None takes the default group where
-            torch.distributed is initialised.
+        process_group: over which statistics are added up, one all-reduce a refresh; None takes the processes of the
+            mesh of sharded parameters, or those of the DistributedDataParallel that averages the gradients.
         fallback: ``"warn"`` of parameters that no layer rule serves, or ``"error"``: refuse to start, or to go on,
             training them.
         rules: class of a layer -> the name of the operation it computes, ``"rms_norm"`` for example, or a function that

@@ -127,8 +127,8 @@ class KFAC(KroneckerOptimizer):
             and bias are taken for uncorrelated.
         grad_scaler: the ``torch.amp.GradScaler`` in use, so that factors are in the units of unscaled gradients also
             after a manual ``unscale_``.
-        process_group: over which statistics are added up, one all-reduce a refresh; None takes the default group where
-            torch.distributed is initialised.
+        process_group: over which statistics are added up, one all-reduce a refresh; None takes the processes of the
+            mesh of sharded parameters, or those of the DistributedDataParallel that averages the gradients.
         fallback: ``"warn"`` of parameters that no layer rule serves, or ``"error"``: refuse to start, or to go on,
             training them.
         rules: class of a layer -> the name of the operation it computes, ``"rms_norm"`` for example, or a function that

@@ -47,7 +47,8 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         params: parameter groups as every torch optimizer takes them; None takes all parameters of the model.
         defaults: hyperparameters of groups that do not set them.
         grad_scaler: the ``torch.amp.GradScaler`` whose scale is in the derivatives.
-        process_group: over which statistics are added up; None takes the default group where there is one.
+        process_group: over which statistics are added up; None takes the processes of the mesh of sharded parameters,
+            or those of the DistributedDataParallel that averages the gradients.
         fallback: ``"warn"`` of parameters that no layer serves, or ``"error"``: refuse to train them.
         rules: class of a layer -> how it is served.
     """
@@ -208,7 +209,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             group = self._groups[params[name]]
             group[FUNCTIONS] = {**group.get(FUNCTIONS, {}), name: [operation, bias, settings]}
             self._forget(p for n in (name, bias) if (p := params.get(n)) is not None and p not in self._layers_of())
-        self._watch(self.statistics.grad_scaler, self.statistics.process_group)
+        self._watch(self.statistics.grad_scaler, self.statistics.processes.given)
         left = {(id(site.owner), site.rule.layout) for site in self.statistics.sites}
         if gone := [owner for key, owner in old.items() if key not in left]:
             self._forget(gone)
@@ -253,7 +254,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _regrouped(self) -> None:
         if self._statistics is not None:
-            self._watch(self._statistics.grad_scaler, self._statistics.process_group)
+            self._watch(self._statistics.grad_scaler, self._statistics.processes.given)
             self._require_rules()
 
     def _note_places(self) -> None:
@@ -394,6 +395,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             self._look_for_other_readers()
         if not self._is_as_noted():
             self._follow()
+        self._look_for_processes()
         self._serve_functions()
         self._prepare()
         taken = self.statistics.take(self._loss_scale(grad_scale, found_inf))
@@ -412,6 +414,25 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             if self._fallback == "warn":
                 self._warn_of_fallbacks(row for row in self.explain() if row.name in self._unknown)
             self._unknown = set()
+
+    def _look_for_processes(self) -> None:
+        """Find out whose statistics are added to those of this process, before that happens."""
+        processes = self.statistics.processes
+        if self.statistics.armed:
+            processes.look(self._groups)
+        if processes.count > 1 and processes.may_leave:
+            raise RuntimeError(
+                f"{type(self).__name__} adds up statistics over processes, and in a Join those that have come to the "
+                "end of their data take no part in it: give all processes as many batches, or use SOFIM"
+            )
+        if processes.strangers:
+            self._warn_once(
+                "strangers",
+                f"{processes.strangers} other processes are there, and no DistributedDataParallel averages the "
+                "gradients of this model: its statistics are those of this process alone. If gradients are averaged "
+                "by other means, say over which processes: process_group=torch.distributed.group.WORLD, or another "
+                "group. If every process trains a model of its own, give it a group of its own, or ignore this",
+            )
 
     # Work beside training.
 
@@ -501,7 +522,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         for layer, reason in found:
             self._unserved.add(layer, self._groups[layer.owner], reason)
         self._drop_state_of_misfits()
-        self._watch(self.statistics.grad_scaler, self.statistics.process_group)
+        self._watch(self.statistics.grad_scaler, self.statistics.processes.given)
         self._prepare()
         if self._fallback == "warn":
             told = "; ".join(f"{layer.name or 'model'} ({reason})" for layer, reason in found)
@@ -625,7 +646,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         if same and all(self._rule_if_served(la.module, la.operation, la.owner) == la.rule for la in layers):
             self._rewatched()
         else:  # the settings that came along have other rules
-            self._watch(self.statistics.grad_scaler, self.statistics.process_group)
+            self._watch(self.statistics.grad_scaler, self.statistics.processes.given)
         self._tell_of_lost_statistics()
 
     def _without_statistics(self) -> Iterator[Parameter]:

@@ -132,8 +132,8 @@ class MBF(Measured, SampledLabels[BlockRule]):
         inverse_storage: ``"full"``; ``"packed"``, one triangle of each block that is not shared; ``"bfloat16"``.
         capturable: on a GPU, keep new statistics at fixed addresses, so that a CUDA graph can capture a step that takes
             them; it costs a copy of them and their memory. Other steps can be captured without it.
-        process_group: over which statistics are added up, one all-reduce a refresh; None takes the default group where
-            torch.distributed is initialised.
+        process_group: over which statistics are added up, one all-reduce a refresh; None takes the processes of the
+            mesh of sharded parameters, or those of the DistributedDataParallel that averages the gradients.
         fallback: ``"warn"`` of parameters that no layer rule serves, or ``"error"``: refuse to start, or to go on,
             training them.
         rules: class of a layer -> the name of the operation it computes, ``"rms_norm"`` for example, or a function that

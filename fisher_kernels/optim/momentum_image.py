@@ -30,7 +30,6 @@ from collections.abc import Collection, Iterator, Mapping, MutableMapping, Seque
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -185,9 +184,7 @@ class MomentumImages:
 
     def _has_company(self) -> bool:
         """Whether gradients are those of several processes, of whose rows this one has its own."""
-        if not dist.is_available() or not dist.is_initialized():
-            return False
-        return dist.get_world_size(self._statistics.process_group) > 1
+        return self._statistics.processes.count > 1
 
     def _sources(self, pair: Pair) -> tuple[list[Tensor], list[int]]:
         moments = [m for p in pair.params if (m := self._state.get(p, {}).get(self._moment)) is not None]

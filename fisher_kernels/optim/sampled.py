@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._C import _DisableAutocast
 
@@ -75,7 +74,7 @@ class SampledLabels(LayerwiseOptimizer[R]):
         if self._ruled_for is not None and self._ruled_for != sampled:
             # Changed since: the rules are to undo another reduction, and what is pending has that of before.
             self.statistics.clear()
-            self._watch(self.statistics.grad_scaler, self.statistics.process_group)
+            self._watch(self.statistics.grad_scaler, self.statistics.processes.given)
             return
         self._ruled_for = self.statistics.sampled = sampled
         super()._arm()
@@ -164,9 +163,9 @@ class SampledLabels(LayerwiseOptimizer[R]):
 
     def _generator(self, device: torch.device) -> torch.Generator:
         """That of the next draw."""
-        group, world = self.param_groups[0], dist.is_available() and dist.is_initialized()
-        rank = dist.get_rank(self.statistics.process_group) if world else 0
-        seed, group[DRAWS] = group[DRAWS] * RANKS + rank, group[DRAWS] + 1
+        group, processes = self.param_groups[0], self.statistics.processes
+        processes.look(self._groups)
+        seed, group[DRAWS] = group[DRAWS] * RANKS + processes.rank, group[DRAWS] + 1
         return torch.Generator(device).manual_seed(seed)
 
 

@@ -64,14 +64,14 @@ def is_by_rows(p: Any) -> bool:
 
 
 def group_of(params: Iterable[Any]) -> dist.ProcessGroup | None:
-    """The processes that have the shards of parameters; None for those of the default group.
+    """The processes that have the shards of parameters; None where there are no shards.
 
     Raises:
         ValueError: they are some of all processes, on a mesh of several dimensions, or there are several meshes.
     """
     meshes = {p.device_mesh for p in params if is_distributed(p)}
     if all(mesh.size() == dist.get_world_size() for mesh in meshes):
-        return None
+        return dist.group.WORLD if meshes else None
     if len(meshes) > 1 or next(iter(meshes)).ndim > 1:
         raise ValueError(
             f"process_group is None, and the parameters are on {', '.join(map(str, meshes))}: expected the group of "
