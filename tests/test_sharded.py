@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from fisher_kernels import EKFAC, KFAC, MBF, SOFIM, AdaFisher, AdaFisherW, EKFACAdam
 from fisher_kernels.optim import block_shards, shard_products, shares
+from tests.collectives import Collectives, watched
 from tests.processes import in_two_processes, needs_processes
 from tests.threads import in_threads
 
@@ -463,6 +464,45 @@ def test_a_refresh_of_adafisher_sends_its_sums_once(monkeypatch: pytest.MonkeyPa
     in_threads(work, 2)
     sums = (6 + 12) + 12 + (12 + 7) + (7 + 3)
     assert sent == [sums + 2 + 1 + 2 + 2 + 2 * 4] * (2 * STEPS // 5)
+
+
+LINEARS = [(6, 12), (12, 7), (7, 3)]
+BLOCK_NUMBERS = sum((i + 1) ** 2 for i, _ in LINEARS) + 12 * 2 * 2
+FACTOR_NUMBERS = sum((i + 1) ** 2 + o**2 for i, o in LINEARS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers", "gathers"),
+    [(MBF, BLOCK_NUMBERS, 1), (KFAC, FACTOR_NUMBERS, 1), (EKFACAdam, FACTOR_NUMBERS, 2)],
+)
+def test_what_a_step_and_a_refresh_send(kind: Any, numbers: int, gathers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The statistics once in a refresh, in float32; the shards of what has a matrix, and a few numbers for bounds."""
+    watched(monkeypatch)
+
+    def work(rank: int) -> list[list[tuple[str, int]]]:
+        model = sharded(network(torch.float32), (2,))
+        optimizer = kind(model, refresh="constant", update_interval=3, inverse_interval=3)
+        sent = []
+        for step in range(8):
+            optimizer.zero_grad()
+            x, y = (part.chunk(2)[rank] for part in batch(step, torch.float32))
+            F.cross_entropy(model(x), y).backward()
+            with Collectives() as collectives:
+                optimizer.step()
+            sent.append(collectives.calls)
+        return sent[-2:]
+
+    shards = [4 * -(-o // 2) * n for i, o in LINEARS for n in (i, 1)]
+    shards += [4 * 6, 4 * 6] if kind is MBF else []  # the normalisation has blocks, and Adam in the others
+    for refresh, other in in_threads(work, 2):
+        (name, size), *rest = refresh
+        assert name == "all-reduce"
+        assert 4 * numbers <= size <= 4 * (numbers + 8 * 4)  # counts and flags of four layers
+        assert rest == other
+        assert sorted(size for name, size in other if name == "all-gather") == sorted(gathers * shards)
+        # Of eight parameters three sums for the bounds and two counts; of the normalisation's Adam two means.
+        assert sum(size for name, size in other if name == "all-reduce") <= 8 * (3 + 2) * 8 + 2 * 4
+        assert {name for name, _ in other} == {"all-gather", "all-reduce"}
 
 
 def test_weights_that_functions_apply_take_the_fallback_and_are_named() -> None:

@@ -393,7 +393,7 @@ class Statistics(Generic[R]):
             return None
 
     def _reduce(self, taken: dict[int, Sums]) -> dict[int, Sums]:
-        """Add the sums of all processes in one flat all-reduce.
+        """Add the sums of all processes in one flat all-reduce, in float64 where any parameter is, else in float32.
 
         Every process lists the same sites, one that saw nothing as zeros, so that all agree on the layout, and which
         layers it found not to be what their class documents, so that all agree on which are served. Data parallel
@@ -405,18 +405,19 @@ class Statistics(Generic[R]):
         # Drawn labels are those of a sum over the terms of all processes, which nothing averages.
         world = 1 if self.sampled else self.processes.count
         lengths = self._sum_lengths(armed, taken)
+        wide = torch.float64 if any(site.owner.dtype == torch.float64 for site in self.sites) else torch.float32
         flat = []
         for index in armed:
             site = self.sites[index]
             if index in taken:
                 vectors, counts = taken[index].padded(lengths[index]), taken[index].counts
-                flat += [v.double() / world**power for v, power in zip(vectors, site.rule.powers, strict=True)]
-                flat.append(torch.tensor(counts, dtype=torch.float64, device=vectors[0].device))
+                flat += [v.to(wide) / world**power for v, power in zip(vectors, site.rule.powers, strict=True)]
+                flat.append(torch.tensor(counts, dtype=wide, device=vectors[0].device))
             else:
-                flat.append(torch.zeros(sum(lengths[index]) + len(lengths[index]), dtype=torch.float64, device="cpu"))
+                flat.append(torch.zeros(sum(lengths[index]) + len(lengths[index]), dtype=wide, device="cpu"))
         proofs = [layer.proof for layer in self.layers()]
         flags = [float(bool(p.reason)) for p in proofs] + [float(p.inner) for p in proofs]
-        flat.append(torch.tensor(flags, dtype=torch.float64, device="cpu"))
+        flat.append(torch.tensor(flags, dtype=wide, device="cpu"))
         device = self.sites[armed[0]].owner.device
         total = torch.cat([part.to(device) for part in flat])
         dist.all_reduce(total, group=self.processes.group)
@@ -429,8 +430,8 @@ class Statistics(Generic[R]):
         reduced = {}
         for index in armed:
             owner = self.sites[index].owner
-            wide = torch.promote_types(owner.dtype, torch.float32)
-            vectors = [next(parts).to(owner.device, wide) for _ in lengths[index]]
+            own = torch.promote_types(owner.dtype, torch.float32)
+            vectors = [next(parts).to(owner.device, own) for _ in lengths[index]]
             counts = next(parts).tolist()
             if any(counts):
                 reduced[index] = Sums(vectors, counts)

@@ -1,0 +1,59 @@
+"""What is sent between processes: the calls of torch.distributed in a stretch of code, with their bytes."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+GATHERS = {
+    "all_gather_into_tensor": "all-gather",
+    "all_reduce": "all-reduce",
+    "reduce_scatter_tensor": "reduce-scatter",
+}
+
+_here = threading.local()
+
+
+class Collectives(TorchDispatchMode):
+    """Notes the calls of this thread: what each is, and the bytes that this process puts in.
+
+    DTensors call functions that a mode sees, everything else ``dist.all_reduce``, for which there is ``watched``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __enter__(self) -> Any:
+        _here.mode = self
+        return super().__enter__()
+
+    def __exit__(self, *about: Any) -> None:
+        _here.mode = None
+        super().__exit__(*about)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        if func.namespace in ("c10d", "_c10d_functional") and name not in ("wait_tensor", "_wrap_tensor_autograd"):
+            self.note(GATHERS.get(name, name), args[0])
+        return func(*args, **(kwargs or {}))
+
+    def note(self, name: str, x: Tensor) -> None:
+        self.calls.append((name, x.numel() * x.element_size()))
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let calls of ``dist.all_reduce`` be noted."""
+    all_reduce = dist.all_reduce
+
+    def noting(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if (mode := getattr(_here, "mode", None)) is not None:
+            mode.note("all-reduce", x)
+        return all_reduce(x, *args, **kwargs)
+
+    monkeypatch.setattr(dist, "all_reduce", noting)
