@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import (
@@ -29,6 +31,10 @@ from torch.nn import functional as F
 
 from fisher_kernels import EKFAC, KFAC, MBF, SOFIM, AdaFisher, AdaFisherW, EKFACAdam
 from fisher_kernels.optim import block_shards, shard_products, shares
+from fisher_kernels.optim.factor_bases import FactorBases
+from fisher_kernels.optim.factor_inverses import FactorInverses
+from fisher_kernels.optim.fisher_blocks import FisherBlocks
+from fisher_kernels.optim.inverse_sharing import owners
 from tests.collectives import Collectives, watched
 from tests.processes import in_two_processes, needs_processes
 from tests.threads import in_threads
@@ -464,6 +470,55 @@ def test_a_refresh_of_adafisher_sends_its_sums_once(monkeypatch: pytest.MonkeyPa
     in_threads(work, 2)
     sums = (6 + 12) + 12 + (12 + 7) + (7 + 3)
     assert sent == [sums + 2 + 1 + 2 + 2 + 2 * 4] * (2 * STEPS // 5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "renewing"),
+    [
+        ("MBF, packed", FisherBlocks),
+        ("KFAC", FactorInverses),
+        pytest.param("EKFAC", FactorBases, marks=pytest.mark.slow),
+        pytest.param("EKFACAdam", FactorBases, marks=pytest.mark.slow),
+    ],
+)
+def test_inverses_that_one_process_makes_for_all(settings: str, renewing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, made = READERS[settings]
+    here = threading.local()
+    renew = renewing._renew
+
+    def noting(self: Any, items: Any) -> Any:
+        here.numbers.append([item.number for item in items])
+        return renew(self, items)
+
+    monkeypatch.setattr(renewing, "_renew", noting)
+
+    def work(rank: int) -> tuple[list[Tensor], list[list[int]]]:
+        here.numbers = []
+        model = sharded(network(torch.float64), (2,))
+        train(model, kind(model, **made, inverse_sharing="one_owner"), torch.float64, rank, 2)
+        return whole(model), here.numbers
+
+    here.numbers = []
+    model = network(torch.float64)
+    train(model, kind(model, **made, inverse_sharing="one_owner"), torch.float64)
+    alone = here.numbers
+    (first, ours), (second, others) = in_threads(work, 2)
+    for found in (first, second):
+        assert_close(found, whole(model), torch.float64)
+    assert sum(map(len, alone)) > 20
+    for all_of_them, mine, theirs in zip(alone, ours, others, strict=True):
+        assert sorted([*mine, *theirs]) == all_of_them
+        assert len(all_of_them) < 2 or (mine and theirs)
+
+
+@given(st.lists(st.integers(1, 1000), max_size=30), st.integers(1, 9))
+def test_work_is_shared_out_evenly(costs: list[int], processes: int) -> None:
+    """Nobody has more than an even share and the dearest piece."""
+    found = owners(costs, processes)
+    assert len(found) == len(costs)
+    loads = [sum(c for c, owner in zip(costs, found, strict=True) if owner == rank) for rank in range(processes)]
+    assert sum(loads) == sum(costs)
+    assert max(loads) <= sum(costs) / processes + max(costs, default=0)
 
 
 LINEARS = [(6, 12), (12, 7), (7, 3)]

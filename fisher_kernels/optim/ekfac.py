@@ -22,6 +22,7 @@ from fisher_kernels.optim.adam_moments import average, unbiased
 from fisher_kernels.optim.factor_bases import MOMENT_UPDATES, MOMENTS, FactorBases, FactorMoments
 from fisher_kernels.optim.fisher_blocks import BLOCK_STATE
 from fisher_kernels.optim.floors import FLOOR
+from fisher_kernels.optim.inverse_sharing import EVERY_RANK
 from fisher_kernels.optim.kfac import KFAC, OTHERS_LR
 from fisher_kernels.optim.kronecker import RAMP, KroneckerOptimizer, goes_on
 from fisher_kernels.optim.kronecker_factors import UPDATES, Pair, factor_state
@@ -89,6 +90,7 @@ class EKFAC(KFAC):
         refresh: Literal["ramp", "constant"] = "ramp",
         ramp: float = RAMP,
         overlap: bool = False,
+        inverse_sharing: Literal["every_rank", "one_owner"] = EVERY_RANK,
         fisher: Literal["empirical", "sampled"] = "empirical",
         max_factor_size: int = 4096,
         sequence: Literal["expand", "reduce"] = "expand",
@@ -120,6 +122,7 @@ class EKFAC(KFAC):
             refresh=refresh,
             ramp=ramp,
             overlap=overlap,
+            inverse_sharing=inverse_sharing,
             fisher=fisher,
             max_factor_size=max_factor_size,
             sequence=sequence,
@@ -237,6 +240,7 @@ class EKFACAdam(KroneckerOptimizer):
         refresh: Literal["ramp", "constant"] = "ramp",
         ramp: float = RAMP,
         overlap: bool = False,
+        inverse_sharing: Literal["every_rank", "one_owner"] = EVERY_RANK,
         fisher: Literal["empirical", "sampled"] = "empirical",
         max_factor_size: int = 4096,
         sequence: Literal["expand", "reduce"] = "expand",
@@ -263,6 +267,7 @@ class EKFACAdam(KroneckerOptimizer):
             "refresh": refresh,
             "ramp": ramp,
             "overlap": overlap,
+            "inverse_sharing": inverse_sharing,
             "fisher": fisher,
             "max_factor_size": max_factor_size,
             "sequence": sequence,

@@ -321,6 +321,9 @@ class FisherBlocks(Renewal[Part]):
             self._renew_slices(part, ("weight", "bias"))
             yield bad
 
+    def _cost(self, part: Part) -> float:
+        return part.blocks.count * part.blocks.size**3
+
     def _task(self, part: Part, old: Sequence[Tensor]) -> tuple[Task, Sequence[Tensor]]:
         averages = self.averages(part)[0]
         averages = self._without_cross_terms(part, averages) if part.coupled is False else averages.clone()

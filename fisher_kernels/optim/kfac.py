@@ -24,6 +24,7 @@ from fisher_kernels.optim.factor_inverses import FactorInverses
 from fisher_kernels.optim.fisher_blocks import ASIDE, BLOCK_STATE, New
 from fisher_kernels.optim.floors import FLOOR
 from fisher_kernels.optim.hyperparameters import require_choice, require_numbers
+from fisher_kernels.optim.inverse_sharing import EVERY_RANK
 from fisher_kernels.optim.kronecker import RAMP, Bounds, KroneckerOptimizer
 from fisher_kernels.optim.kronecker_factors import KroneckerFactors, factor_state
 from fisher_kernels.optim.momentum_image import HOLDS, IMAGE, MomentumImages
@@ -103,6 +104,7 @@ class KFAC(KroneckerOptimizer):
             they are from the beginning.
         ramp: over how many steps they grow, as in :class:`MBF`.
         overlap: invert beside training, as in :class:`MBF`.
+        inverse_sharing: who inverts where several processes train the model, as in :class:`MBF`.
         fisher: ``"empirical"``: of the labels of the data; ``"sampled"``: of labels drawn from the model's own output,
             in :meth:`sample`.
         max_factor_size: wider factors are diagonal.
@@ -144,7 +146,11 @@ class KFAC(KroneckerOptimizer):
     moment = "momentum_buffer"
     factors_kind: ClassVar[type[KroneckerFactors]] = FactorInverses
     statistics_state = (*BLOCK_STATE, *factor_state("inverse"), IMAGE, HOLDS)
-    later: ClassVar[Mapping[str, Any]] = {"others": "curvature", "others_lr": OTHERS_LR, "floor": FLOOR}
+    later: ClassVar[Mapping[str, Any]] = {
+        **KroneckerOptimizer.later,
+        "others": "curvature",
+        "others_lr": OTHERS_LR,
+    }
 
     _images: MomentumImages | None = None
 
@@ -164,6 +170,7 @@ class KFAC(KroneckerOptimizer):
         refresh: Literal["ramp", "constant"] = "ramp",
         ramp: float = RAMP,
         overlap: bool = False,
+        inverse_sharing: Literal["every_rank", "one_owner"] = EVERY_RANK,
         fisher: Literal["empirical", "sampled"] = "empirical",
         max_factor_size: int = 4096,
         sequence: Literal["expand", "reduce"] = "expand",
@@ -194,6 +201,7 @@ class KFAC(KroneckerOptimizer):
             "refresh": refresh,
             "ramp": ramp,
             "overlap": overlap,
+            "inverse_sharing": inverse_sharing,
             "fisher": fisher,
             "max_factor_size": max_factor_size,
             "sequence": sequence,
@@ -274,6 +282,7 @@ class KFAC(KroneckerOptimizer):
         sites: Any = self.statistics.sites
         self._blocks = TermBlocks(sites, self.state, self._groups, self._overlap, elsewhere)
         self._renewals = (self._factors, self._blocks)
+        self._share_out()
         if self._images is not None:
             self._images.rows.close()
         self._images = MomentumImages(self._factors, self.statistics, self.state, self._groups, self.moment)

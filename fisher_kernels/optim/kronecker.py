@@ -35,6 +35,7 @@ from fisher_kernels.ops import ACCUMULATOR, capped_step_, direction_sums, heavy_
 from fisher_kernels.optim.base import Counters, count, require_memory, totals
 from fisher_kernels.optim.floors import FLOOR, fan_ins
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
+from fisher_kernels.optim.inverse_sharing import EVERY_RANK
 from fisher_kernels.optim.kronecker_factors import UPDATES, KroneckerFactors, Pair
 from fisher_kernels.optim.measure import Measured
 from fisher_kernels.optim.sampled import SampledLabels
@@ -95,7 +96,7 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
     decay_of_moment: ClassVar[str] = "momentum"
     """The hyperparameter by which the moment runs out."""
 
-    later: ClassVar[Mapping[str, Any]] = {"floor": FLOOR}
+    later: ClassVar[Mapping[str, Any]] = {"floor": FLOOR, "inverse_sharing": EVERY_RANK}
 
     def __init__(
         self,
@@ -206,6 +207,7 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
         self._plans: dict[tuple[int, ...], StepPlan] = {}
         self._factors = self.factors_kind(self.statistics.sites, self.state, self._groups, self._overlap)
         self._renewals = (self._factors,)
+        self._share_out()
         self._is_divided = any(map(is_distributed, self._groups))
         self._fan_ins = fan_ins(self.statistics.sites, self._groups)
 

@@ -257,6 +257,10 @@ class KroneckerFactors(Renewal[Pair]):
         """Both factors, and what was made of them before."""
         return [self.averages(pair)["row_factor"], self._column_factor(pair), *self.in_use(pair)]
 
+    def _cost(self, pair: Pair) -> float:
+        groups, rows, columns = pair.rule.shape
+        return groups * sum(n**3 if pair.rule.is_whole(side) else n for side, n in enumerate((rows, columns)))
+
     def _task(self, pair: Pair, old: Sequence[Tensor]) -> tuple[Task, Sequence[Tensor]]:
         rows, columns = self.averages(pair)["row_factor"], self._column_factor(pair)
         copies = rows.clone(), columns if columns is not self.averages(pair)["column_factor"] else columns.clone()

@@ -22,6 +22,8 @@ from fisher_kernels.curvature.sites import Layer, Site, find_layers
 from fisher_kernels.curvature.statistics import Statistics, times_attached
 from fisher_kernels.optim.base import Explanation, FisherOptimizer, require_memory
 from fisher_kernels.optim.caller import calling
+from fisher_kernels.optim.hyperparameters import require_choice
+from fisher_kernels.optim.inverse_sharing import ONE_OWNER, SHARINGS
 from fisher_kernels.optim.overlap import Overlap
 from fisher_kernels.optim.refresh import advance, check_schedule, inverts, is_due
 from fisher_kernels.optim.renewal import Renewal
@@ -337,6 +339,13 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         super()._check_group(group)
         if "refresh" in group:
             check_schedule(group)
+        if "inverse_sharing" in group:
+            require_choice(group, "inverse_sharing", SHARINGS)
+            if group["inverse_sharing"] == ONE_OWNER and group["overlap"]:
+                raise ValueError(
+                    "inverse_sharing is 'one_owner' and overlap is True, expected one of them: what is made beside "
+                    "training ends at another time in each process"
+                )
 
     def _take_up_groups(self) -> None:
         before = self._groups
@@ -435,6 +444,11 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             )
 
     # Work beside training.
+
+    def _share_out(self) -> None:
+        """Let those that keep something say which processes make it together."""
+        for renewal in self._renewals:
+            renewal.processes = self.statistics.processes
 
     def _inverting(self) -> set[int]:
         """The groups, by identity, that this step makes inverses of."""

@@ -30,6 +30,7 @@ from fisher_kernels.optim.block_shards import Settings, step_shards
 from fisher_kernels.optim.fisher_blocks import ASIDE, BLOCK_STATE, STORAGES, FisherBlocks, New, Unit
 from fisher_kernels.optim.floors import FLOOR, fan_ins
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
+from fisher_kernels.optim.inverse_sharing import EVERY_RANK
 from fisher_kernels.optim.measure import Measured
 from fisher_kernels.optim.refresh import RAMP, is_due
 from fisher_kernels.optim.renewal import NEXT
@@ -110,6 +111,8 @@ class MBF(Measured, SampledLabels[BlockRule]):
             min(1, t / ramp))`` steps later, and inverses are made in steps that bring statistics.
         overlap: make inverses beside training, on a thread of their own, and on a GPU on a stream of their own too: the
             step that would make them uses those of the step that would have before. The first are waited for.
+        inverse_sharing: where several processes train the model, ``"every_rank"`` makes all inverses, or each is made
+            by ``"one_owner"`` and sent to the others; not together with overlap.
         fisher: ``"empirical"``: blocks of the labels of the data; ``"sampled"``: of labels drawn from the model's own
             output, in :meth:`sample`.
         linear_blocks: blocks of so many columns of a Linear, shared by its outputs; ``"shared"``, one block of all of
@@ -159,6 +162,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
         "max_relative_step": None,
         "floor": FLOOR,
         "overlap": False,
+        "inverse_sharing": EVERY_RANK,
     }
 
     def __init__(
@@ -178,6 +182,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
         refresh: Literal["ramp", "constant"] = "ramp",
         ramp: float = RAMP,
         overlap: bool = False,
+        inverse_sharing: Literal["every_rank", "one_owner"] = EVERY_RANK,
         fisher: Literal["empirical", "sampled"] = "empirical",
         linear_blocks: Literal["shared", "per_output"] | int = 64,
         sequence: Literal["expand", "reduce"] = "expand",
@@ -208,6 +213,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
             "refresh": refresh,
             "ramp": ramp,
             "overlap": overlap,
+            "inverse_sharing": inverse_sharing,
             "fisher": fisher,
             "linear_blocks": linear_blocks,
             "sequence": sequence,
@@ -314,6 +320,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
         self._plans: dict[tuple[int, ...], _Plan] = {}
         self._blocks = FisherBlocks(self.statistics.sites, self.state, self._groups, self._overlap)
         self._renewals = (self._blocks,)
+        self._share_out()
         self._fan_ins = fan_ins(self.statistics.sites, self._groups)
 
     def _set_aside(self, params: Collection[Parameter]) -> None:

@@ -16,10 +16,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from fisher_kernels.curvature.processes import Processes
 from fisher_kernels.optim.base import Counters, count
+from fisher_kernels.optim.inverse_sharing import ONE_OWNER, owners, send
 from fisher_kernels.optim.overlap import Overlap, Task, Work
 
 NEXT = "next_"
@@ -45,6 +48,7 @@ class Renewal(Generic[T]):
     Attributes:
         bad: number of an item -> how often something could not be made, and what there was stayed, on the device.
         refused: number of an item -> how often its statistics were refused as not finite, on the device.
+        processes: those that have the same averages, and may share out what is to be made.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Renewal(Generic[T]):
         self.state, self.groups = state, groups
         self.bad: Counters = {}
         self.refused: Counters = {}
+        self.processes = Processes()
         self._overlap = overlap
         self._made: set[int] = set()  # of which something was made
         self._stale: set[int] = set()  # whose averages have changed since
@@ -79,6 +84,10 @@ class Renewal(Generic[T]):
         raise NotImplementedError
 
     def _put_to_use(self, item: T, made: Sequence[Tensor]) -> None:
+        raise NotImplementedError
+
+    def _cost(self, item: T) -> float:
+        """What it takes to make it, beside others."""
         raise NotImplementedError
 
     # State.
@@ -134,12 +143,36 @@ class Renewal(Generic[T]):
             work = self._overlap.begin(tasks, reads)
             self._works.append(work)
             self._working.update(dict.fromkeys(tasks, work))
-        for item, bad in zip(at_once, self._renew(at_once), strict=True):
+        for item, bad in zip(at_once, self._renew_together(at_once), strict=True):
             self._stale.discard(item.number)
             kept += [item] if self._count_bad(item, bad) else []
             self._made.add(item.number)
             self._forget_next(item)
         return kept
+
+    def _renew_together(self, items: Sequence[T]) -> Iterator[Tensor]:
+        """As ``_renew``; of what groups share out each process makes a part, and gets the rest from the others."""
+        shared = [item for item in items if self._is_shared(item)]
+        if not shared:
+            yield from self._renew(items)
+            return
+        makers = owners([self._cost(item) for item in shared], self.processes.count)
+        owner = {item.number: rank for item, rank in zip(shared, makers, strict=True)}
+        mine = [item for item in items if owner.get(item.number, self.processes.rank) == self.processes.rank]
+        bad = {item.number: n for item, n in zip(mine, self._renew(mine), strict=True)}
+        sent = []
+        for item in shared:
+            made = [self.state[item.owner][name] for name in self._made_names(item)]
+            none = torch.zeros((), dtype=torch.int64, device=item.owner.device)
+            sent.append((owner[item.number], [*made, bad.get(item.number, none)]))
+        for item, (*made, number) in zip(shared, send(sent, self.processes), strict=True):
+            if item.number not in bad:
+                self._put_to_use(item, made)
+            bad[item.number] = number
+        yield from (bad[item.number] for item in items)
+
+    def _is_shared(self, item: T) -> bool:
+        return self.processes.count > 1 and self.groups[item.owner].get("inverse_sharing") == ONE_OWNER
 
     def _in(self, numbers: Sequence[int], due: Collection[int]) -> Iterator[T]:
         for number in numbers:
