@@ -24,7 +24,8 @@ from fisher_kernels.tasks.files import Destination
 from fisher_kernels.tasks.optimizers import Recipe, hyperparameter
 from fisher_kernels.tasks.task import Task
 from fisher_kernels.tasks.training import Settings
-from fisher_kernels.tools import environment, inspection, selftest, served, user_model
+from fisher_kernels.tools import environment, inspection, plan_models, selftest, served, user_model
+from fisher_kernels.tools import plan as planning
 
 app = typer.Typer(
     name="fisher-kernels",
@@ -340,6 +341,74 @@ def _served_table(kinds: Sequence[served.Kind]) -> Table:
         cells = (str(len(kind.names)), f"{kind.parameters:,}", share, escape(why))
         table.add_row(f"[{colour}]{kind.rule}[/{colour}]", escape(kind.layer), *cells)
     return table
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help=f"One of {', '.join(plan_models.MODELS)}, or PACKAGE.MODULE:FUNCTION that returns a model.",
+        ),
+    ],
+    mesh: Annotated[str, typer.Option(help="Processes: SHARDS, or REPLICASxSHARDS.")] = "8",
+    optimizers: Annotated[
+        str, typer.Option(help=f"Separated by commas, of: {', '.join(planning.OPTIMIZERS)}.")
+    ] = ",".join(planning.OPTIMIZERS),
+    dtype: Annotated[str, typer.Option(help="Of what is gathered for the passes: bfloat16 or float32.")] = "bfloat16",
+    option: Annotated[
+        list[str] | None, typer.Option("-o", metavar="NAME=VALUE", help="An argument of all optimizers but AdamW.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Count what optimizers take on many processes: memory in each, and what they send, from shapes alone.
+
+    Parameters are divided by rows over the shards of a replica, as fully_shard divides them.
+    """
+    if dtype not in ("bfloat16", "float32"):
+        terminal.refuse("--dtype", f"is {dtype!r}, expected bfloat16 or float32")
+    names = [name.strip() for name in optimizers.split(",")]
+    for name in names:
+        if name not in planning.OPTIMIZERS:
+            terminal.refuse("--optimizers", f"has {name!r}, expected some of {', '.join(planning.OPTIMIZERS)}")
+    with terminal.refusing("MODEL"):
+        made = plan_models.find(model)
+    settings = dict(_setting(text, "NAME=VALUE") for text in option or ())
+    with terminal.refusing("--mesh"):
+        on = planning.Mesh.of(mesh)
+    plans = []
+    for name in names:
+        of_its_own = {} if name == "adamw" else {key: hyperparameter(name, key, v) for key, v in settings.items()}
+        with terminal.refusing(f"--optimizers {name}"):
+            plans.append(planning.plan(made, name, on, getattr(torch, dtype), **of_its_own))
+    if as_json:
+        terminal.show_json({"model": model, "plans": [dataclasses.asdict(one) for one in plans]})
+        return
+    terminal.show(_plan_table(plans), width=max(Console().width, 100))
+    _show_line(f"{plans[0].parameters:,} parameters; fully_shard itself moves {_size(plans[0].sent_by_model)} a step")
+    for note in dict.fromkeys(f"{one.optimizer}: {note}" for one in plans for note in one.notes):
+        _show_line(escape(note))
+
+
+def _plan_table(plans: Sequence[planning.Plan]) -> Table:
+    table = Table(caption="for each process: bytes that stay, and bytes that pass the network")
+    table.add_column("optimizer")
+    for name in ("weights, gradients", "moments", "curvature", "gathered at a time", "each step", "a refresh more"):
+        table.add_column(name, justify="right")
+    for one in plans:
+        stay = (one.weights, one.moments, one.curvature, one.largest)
+        table.add_row(one.optimizer, *map(_size, (*stay, one.received_in_a_step, one.sent_in_a_refresh)))
+    return table
+
+
+def _size(size: float) -> str:
+    """A number of bytes with three digits."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1000 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.3g} {unit}" if size < 1000 else f"{size:,.0f} {unit}"
 
 
 def _percent(share: float) -> str:

@@ -35,6 +35,7 @@ from fisher_kernels.optim.factor_bases import FactorBases
 from fisher_kernels.optim.factor_inverses import FactorInverses
 from fisher_kernels.optim.fisher_blocks import FisherBlocks
 from fisher_kernels.optim.inverse_sharing import owners
+from fisher_kernels.tools.plan import Mesh, plan
 from tests.collectives import Collectives, watched
 from tests.processes import in_two_processes, needs_processes
 from tests.threads import in_threads
@@ -547,16 +548,21 @@ def test_what_a_step_and_a_refresh_send(kind: Any, numbers: int, gathers: int, m
             sent.append(collectives.calls)
         return sent[-2:]
 
+    foreseen = plan(network(torch.float32), kind.__name__.lower(), Mesh(1, 2))
     shards = [4 * -(-o // 2) * n for i, o in LINEARS for n in (i, 1)]
     shards += [4 * 6, 4 * 6] if kind is MBF else []  # the normalisation has blocks, and Adam in the others
     for refresh, other in in_threads(work, 2):
         (name, size), *rest = refresh
         assert name == "all-reduce"
         assert 4 * numbers <= size <= 4 * (numbers + 8 * 4)  # counts and flags of four layers
+        assert size == foreseen.refresh
         assert rest == other
         assert sorted(size for name, size in other if name == "all-gather") == sorted(gathers * shards)
+        assert sum(size for name, size in other if name == "all-gather") == foreseen.gathers[0]
         # Of eight parameters three sums for the bounds and two counts; of the normalisation's Adam two means.
-        assert sum(size for name, size in other if name == "all-reduce") <= 8 * (3 + 2) * 8 + 2 * 4
+        sums = sum(size for name, size in other if name == "all-reduce")
+        assert sums <= 8 * (3 + 2) * 8 + 2 * 4
+        assert foreseen.bounds - 2 * 4 <= sums <= foreseen.bounds  # where means count as 8 bytes
         assert {name for name, _ in other} == {"all-gather", "all-reduce"}
 
 

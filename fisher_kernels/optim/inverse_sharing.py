@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import Final
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from fisher_kernels.curvature.processes import Processes
 
-EVERY_RANK, ONE_OWNER = SHARINGS = ("every_rank", "one_owner")
+EVERY_RANK: Final = "every_rank"
+ONE_OWNER: Final = "one_owner"
+SHARINGS = (EVERY_RANK, ONE_OWNER)
 """Every process makes all inverses, or each is made by one, which sends it to the others."""
 
 
