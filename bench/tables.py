@@ -5,6 +5,7 @@ A document says where with a pair of comments, of which the second is ``<!-- end
 - ``<!-- measured: OP, OP -->``: the rows of those ops in the report of ``make bench``, ``bench/results/cpu.json``.
   A report that is named on the command line takes its place first.
 - ``<!-- from: FILE -->``: a Markdown file that ``fisher-kernels compare`` wrote; its path is relative to the document.
+- ``<!-- plan: MODEL -->``: what ``fisher-kernels plan`` counts for a model on growing numbers of processes.
 - ``<!-- gpu -->``: the latest report of ``make gpu`` for each device in ``bench/results/``.
 - ``<!-- summary -->``: the table of README.md, from the report of the demo in ``docs/results/demo/``.
 """
@@ -20,12 +21,14 @@ from typing import Annotated, Any
 import typer
 
 from bench.gpu.report import latest, markdown
+from bench.plans import plans
 from bench.summary import SPEED, summary
 from fisher_kernels.tools.markdown import markdown_table
 
 ROOT = Path(__file__).parent.parent
 PLACE = re.compile(r"^(<!-- measured: (?P<ops>[^>]*?) -->\n).*?^(<!-- end -->)", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"^(<!-- from: (?P<file>[^>]*?) -->\n).*?^(<!-- end -->)", re.DOTALL | re.MULTILINE)
+PLAN = re.compile(r"^(<!-- plan: (?P<model>[^>]*?) -->\n).*?^(<!-- end -->)", re.DOTALL | re.MULTILINE)
 GPU = re.compile(r"^(<!-- gpu -->\n).*?^(<!-- end -->)", re.DOTALL | re.MULTILINE)
 SUMMARY = re.compile(r"^(<!-- summary -->\n).*?^(<!-- end -->)", re.DOTALL | re.MULTILINE)
 HEADER = ("op", "shape", "dtype", "baseline", "baseline ms", "ours ms", "ratio", "GB/s", "of limit")
@@ -57,6 +60,7 @@ def filled(document: Path) -> str:
     report = json.loads(SPEED.read_text())
     text = PLACE.sub(lambda place: place[1] + table(report, place["ops"].split(", ")) + place[3], document.read_text())
     text = GPU.sub(lambda place: place[1] + markdown(latest()) + place[2], text)
+    text = PLAN.sub(lambda place: place[1] + plans(place["model"]) + place[3], text)
     text = SUMMARY.sub(lambda place: place[1] + summary() + place[2], text)
     return FILE.sub(lambda place: place[1] + (document.parent / place["file"]).read_text() + place[3], text)
 

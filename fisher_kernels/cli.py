@@ -386,7 +386,9 @@ def plan(
         terminal.show_json({"model": model, "plans": [dataclasses.asdict(one) for one in plans]})
         return
     terminal.show(_plan_table(plans), width=max(Console().width, 100))
-    _show_line(f"{plans[0].parameters:,} parameters; fully_shard itself moves {_size(plans[0].sent_by_model)} a step")
+    _show_line(
+        f"{plans[0].parameters:,} parameters; fully_shard itself moves {planning.size(plans[0].sent_by_model)} a step"
+    )
     for note in dict.fromkeys(f"{one.optimizer}: {note}" for one in plans for note in one.notes):
         _show_line(escape(note))
 
@@ -398,17 +400,8 @@ def _plan_table(plans: Sequence[planning.Plan]) -> Table:
         table.add_column(name, justify="right")
     for one in plans:
         stay = (one.weights, one.moments, one.curvature, one.largest)
-        table.add_row(one.optimizer, *map(_size, (*stay, one.received_in_a_step, one.sent_in_a_refresh)))
+        table.add_row(one.optimizer, *map(planning.size, (*stay, one.received_in_a_step, one.sent_in_a_refresh)))
     return table
-
-
-def _size(size: float) -> str:
-    """A number of bytes with three digits."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1000 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:.3g} {unit}" if size < 1000 else f"{size:,.0f} {unit}"
 
 
 def _percent(share: float) -> str:

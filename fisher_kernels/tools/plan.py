@@ -162,7 +162,7 @@ def _state(optimizer: Any, params: list[Any], mesh: Mesh) -> tuple[int, int]:
         for p in params:
             p.grad = torch.empty_like(p)
         optimizer._prepare()
-        states = optimizer.state
+        states: Any = optimizer.state
     else:
         number = torch.empty((), device="meta")
         states = {
@@ -194,3 +194,12 @@ def _numbers(optimizer: Any) -> int:
     lengths = [site.rule.sum_lengths(site.module) for site in statistics.sites]
     # A length that only the data tell is that of a sequence: beside the others it is nothing.
     return sum(sum(n or 0 for n in of_site) + len(of_site) for of_site in lengths) + 2 * len(list(statistics.layers()))
+
+
+def size(count: float) -> str:
+    """A number of bytes with three digits."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1000 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.3g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"
