@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +12,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
+from typer.testing import CliRunner, Result
 
 from fisher_kernels import EKFAC, KFAC, MBF, SOFIM, AdaFisher, EKFACAdam
-from fisher_kernels.tools.plan import Mesh, plan
+from fisher_kernels.cli import app
+from fisher_kernels.tools.plan import Mesh, plan, size
 from fisher_kernels.tools.plan_models import MODELS, find
 from tests.threads import in_threads
 
@@ -69,3 +73,32 @@ def test_what_is_no_mesh_is_said(text: str) -> None:
         Mesh.of(text)
     assert Mesh.of("128x8") == Mesh(128, 8)
     assert Mesh.of("8") == Mesh(1, 8)
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["plan", *arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
+
+
+def test_the_command_shows_and_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_to_plan.py").write_text("from torch import nn\n\n\ndef made():\n    return nn.Linear(4, 3)\n")
+    monkeypatch.chdir(tmp_path)
+    mine = invoke("mine_to_plan:made", "--mesh", "2x2", "--optimizers", "adamw,mbf", "-o", "linear_blocks=2", "--json")
+    adamw, mbf = json.loads(mine.output)["plans"]
+    assert (adamw["parameters"], adamw["moments"], adamw["curvature"]) == (15, 2 * 4 * 2 * 5, 2 * 4)
+    assert (mbf["moments"], mbf["curvature"]) == (4 * 2 * 5, 2 * 4 * 3 * 2 * 2 + 4)  # three blocks, of five columns
+    shown = invoke("resnet50", "--mesh", "64", "--optimizers", "adamw,kfac").output
+    kfac = plan(find("resnet50"), "kfac", Mesh(1, 64))
+    row = next(line for line in shown.splitlines() if "KFAC" in line)
+    for bytes_of in (kfac.weights, kfac.moments, kfac.curvature, kfac.received_in_a_step, kfac.sent_in_a_refresh):
+        assert size(bytes_of) in row
+    assert "25,557,032 parameters; fully_shard itself moves" in shown
+    for arguments, said in (
+        (["bert"], "MODEL: is 'bert', expected llama-8b, vit-l, resnet50 or PACKAGE.MODULE:FUNCTION"),
+        (["vit-l", "--mesh", "8y"], "--mesh: is '8y', expected SHARDS or REPLICASxSHARDS"),
+        (["vit-l", "--optimizers", "adam"], "--optimizers: has 'adam', expected some of adamw,"),
+        (["vit-l", "--dtype", "int8"], "--dtype: is 'int8', expected bfloat16 or float32"),
+        (["vit-l", "--optimizers", "mbf", "-o", "linear_blocks=0"], "--optimizers mbf: linear_blocks is 0, expected"),
+    ):
+        result = invoke(*arguments)
+        assert result.exit_code == 2
+        assert said in result.output
