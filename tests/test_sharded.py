@@ -473,6 +473,28 @@ def test_a_refresh_of_adafisher_sends_its_sums_once(monkeypatch: pytest.MonkeyPa
     assert sent == [sums + 2 + 1 + 2 + 2 + 2 * 4] * (2 * STEPS // 5)
 
 
+@pytest.mark.parametrize("settings", ["MBF", "KFAC"])
+def test_weights_that_begin_at_zero(settings: str) -> None:
+    """They count as a least size by their whole number, of which a process sees some."""
+    kind, made = READERS[settings]
+
+    def begun() -> nn.Sequential:
+        model = network(torch.float64)
+        nn.init.zeros_(model[5].weight)
+        nn.init.zeros_(model[5].bias)
+        return model
+
+    def work(rank: int) -> list[Tensor]:
+        model = sharded(begun(), (2,))
+        train(model, kind(model, **made), torch.float64, rank, 2)
+        return whole(model)
+
+    model = begun()
+    train(model, kind(model, **made), torch.float64)
+    for found in in_threads(work, 2):
+        assert_close(found, whole(model), torch.float64)
+
+
 @pytest.mark.parametrize(
     ("settings", "renewing"),
     [
