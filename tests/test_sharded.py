@@ -588,31 +588,53 @@ def test_what_a_step_and_a_refresh_send(kind: Any, numbers: int, gathers: int, m
         assert {name for name, _ in other} == {"all-gather", "all-reduce"}
 
 
-def test_weights_that_functions_apply_take_the_fallback_and_are_named() -> None:
-    """What functions get in a forward is not what the optimizer holds."""
+class Attending(nn.Module):
+    """Weights that functions apply: three matrices in one, and one that is used outside of its layer."""
 
-    class Attending(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention, self.head = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 3)
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 3)
 
-        def forward(self, x: Tensor) -> Tensor:
-            h = x.unsqueeze(1)
-            out: Tensor = self.head(self.attention(h, h, h, need_weights=False)[0].mean(1))
-            return out
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.unsqueeze(1) * torch.tensor([[1.0], [0.5]])
+        mixed = self.attention(h, h, h, need_weights=False)[0].mean(1)
+        out: Tensor = F.linear(torch.tanh(mixed), self.head.weight, self.head.bias)
+        return out
 
-    def work(rank: int) -> list[str]:
-        with _making:
-            model = Attending().double()
-        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-        optimizer = AdaFisher(model, lr=1e-3)
+
+def attending() -> Attending:
+    with _making:
+        torch.manual_seed(0)
+        return Attending().double()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    ["AdaFisher", "KFAC", *(pytest.param(name, marks=pytest.mark.slow) for name in ("MBF", "EKFACAdam"))],
+)
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_weights_that_functions_apply(settings: str, by_layer: bool) -> None:
+    kind, made = READERS[settings]
+
+    def work(rank: int) -> tuple[list[Tensor], list[Any]]:
+        model = attending()
+        mesh = init_device_mesh("cpu", (2,))
+        if by_layer:
+            fully_shard(model.attention, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        optimizer = kind(model, **made)
         train(model, optimizer, torch.float64, rank, 2)
-        return [row.name for row in optimizer.explain() if row.fallback]
+        return whole(model), [(row.name, row.rule) for row in optimizer.explain()]
 
-    parts = [f"attention.{name}" for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")]
-    with pytest.warns(UserWarning, match=rf"have no layer rule and take a fallback \({', '.join(parts)}\)"):
-        found = in_threads(work, 2)
-    assert found == [parts, parts]
+    model = attending()
+    optimizer = kind(model, **made)
+    train(model, optimizer, torch.float64)
+    rules = [(row.name, row.rule) for row in optimizer.explain()]
+    assert not any(rule == "fallback" for _, rule in rules)
+    for found, served in in_threads(work, 2):
+        assert served == rules
+        assert_close(found, whole(model), torch.float64)
 
 
 @pytest.mark.parametrize("kind", [AdaFisher, MBF, KFAC, EKFACAdam])

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from fisher_kernels.curvature.broadcast import Broadcast
+from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.curvature.operations import MATRICES, NAMES, flattened, part_of, stack_of
 
 FAR = 64
@@ -61,6 +62,7 @@ class Call:
 
     Attributes:
         weight, bias: the parameters; no bias where it is none that is held.
+        present: what the model has in the place of the weight, which may have been gathered for this forward.
         spec: the operation on the whole parameter.
         operation: the operation of this call, with the part of the weight that it used.
         start: first row of that part.
@@ -76,6 +78,7 @@ class Call:
 
     def __init__(self, weight: Parameter, bias: Parameter | None, spec: Spec, operation: Any, start: int) -> None:
         self.weight, self.bias, self.spec, self.operation, self.start = weight, bias, spec, operation, start
+        self.present: Tensor = weight
         self.x: Tensor | None = None
         self.version = 0
         self.node: Any = None
@@ -91,8 +94,8 @@ class Call:
         assert self.x is not None
         if self.split is None or self.is_turned:
             return [(self.operation, self.start, self.x)]
-        size = self.weight.shape[1]
-        matrices = enumerate(zip(self.weight.unbind(), self.split(self.x), strict=True))
+        size = self.present.shape[1]
+        matrices = enumerate(zip(self.present.unbind(), self.split(self.x), strict=True))
         return [(self.spec.on(matrix), e * size, x) for e, (matrix, x) in matrices if x.numel()]
 
     @property
@@ -105,7 +108,7 @@ class Call:
         """The operation on the whole parameter; a stack of matrices is one matrix of all their rows."""
         if self.is_whole:
             return self.operation
-        return self.spec.on(flattened(self.weight), self.bias)
+        return self.spec.on(flattened(self.present), self.bias)
 
     def watch(self, x: Tensor, output: Tensor) -> None:
         """Keep the input, and put a hook on the output: what is written into it later is not the function's doing."""
@@ -250,6 +253,8 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, wanted: Collection[Parameter], engine: Engine) -> None:
         self.wanted, self.engine = wanted, engine
+        self._divided = any(map(is_distributed, wanted))
+        self._held: dict[Tensor, Parameter] = {}  # what was gathered in the place of parameters -> these
         self.calls: list[Call] = []
         self.others: dict[Parameter, str] = {}
         self.strays: list[tuple[Parameter, str, Any]] = []
@@ -278,15 +283,31 @@ class Watch(TorchFunctionMode):
             if touched:
                 self._note(func, args, kwargs, output, touched)
         except Exception as error:  # the forward goes on
-            self.others.update(dict.fromkeys(touched, f"{getattr(func, '__name__', func)} ({error})"))
+            self.others.update(dict.fromkeys(map(self.held, touched), f"{getattr(func, '__name__', func)} ({error})"))
         return output
 
     def _parameter(self, t: Tensor) -> Parameter | None:
-        """The parameter that a tensor is or that it is a part of."""
-        if t in self.wanted:
+        """The parameter that a tensor is or that it is a part of, as the model has it now."""
+        if self._is_wanted(t):
             return t  # type: ignore[return-value]
         base = t._base
-        return base if base is not None and base in self.wanted else None  # type: ignore[return-value]
+        return base if base is not None and self._is_wanted(base) else None  # type: ignore[return-value]
+
+    def _is_wanted(self, t: Tensor) -> bool:
+        """Whether a tensor is a parameter that is looked for, or was gathered in its place."""
+        if t in self.wanted or t in self._held:
+            return True
+        if not self._divided or not isinstance(t, Parameter):
+            return False
+        p = self.engine.held_as(t)  # asked again each time: functions also gather it, before it is in its place
+        if p is None or p not in self.wanted:
+            return False
+        self._held[t] = p
+        return True
+
+    def held(self, present: Any) -> Any:
+        """The parameter in the place of which the model has this."""
+        return self._held.get(present, present)
 
     def _note(
         self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], output: Any, touched: dict[Parameter, None]
@@ -297,7 +318,7 @@ class Watch(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if known and not torch.is_grad_enabled():
             # Activation checkpointing of the reentrant kind does the forward again during the backward.
-            self.others.update(dict.fromkeys(touched, f"{name} without gradients"))
+            self.others.update(dict.fromkeys(map(self.held, touched), f"{name} without gradients"))
             return
         call = self._read(func, args, kwargs) if known else None
         x = None if call is None else call[1]
@@ -313,10 +334,12 @@ class Watch(TorchFunctionMode):
                 touched.pop(p, None)  # type: ignore[arg-type]
             if self._parameter(x) is call[0].weight:
                 touched[call[0].weight] = None
+            call[0].weight, call[0].bias = self.held(call[0].weight), self.held(call[0].bias)
         node = next((t.grad_fn for t in _tensors((output,)) if t.grad_fn is not None), None)
-        for p in touched:
+        for present in touched:
+            p = self.held(present)
             self.others.setdefault(p, name)
-            added = not known and any(t is p for t in args) and self._note_addition(p, node)
+            added = not known and any(t is present for t in args) and self._note_addition(p, node)
             if node is not None and not added:
                 self.strays.append((p, name, node))
 
@@ -345,7 +368,7 @@ class Watch(TorchFunctionMode):
         if not read.is_product:
             if read.weight is not weight:
                 return None
-            held = bias if bias is not None and bias in self.wanted else None
+            held = bias if bias is not None and self._is_wanted(bias) else None
             operation = NAMES[read.spec.name][0](
                 weight, **({} if bias is None else {"bias": bias}), **{**read.spec.settings, **read.extra}
             )
@@ -497,6 +520,9 @@ class Engine(Protocol):
 
     def wanted(self) -> Collection[Parameter]:
         """Which parameters to look for in a forward that begins; none to look for nothing."""
+
+    def held_as(self, present: Tensor) -> Parameter | None:
+        """The parameter in the place of which the model has what was gathered for this forward."""
 
     def expect(self, x: Tensor, output: Tensor) -> Broadcast | None:
         """Look for what broadcasts the output of an Embedding."""

@@ -30,7 +30,9 @@ from torch.nn import Parameter
 
 from fisher_kernels.curvature.broadcast import Broadcast, may_be_broadcast
 from fisher_kernels.curvature.functions import Call, Watch, Watches
+from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.curvature.hooks import ForwardHook, ModelHook, OutputHook, ShowHook, StackHook, drop_copies, remove
+from fisher_kernels.curvature.operations import MATRICES
 from fisher_kernels.curvature.processes import Processes
 from fisher_kernels.curvature.proof import Proof, settle
 from fisher_kernels.curvature.rules import R, Sums, Use
@@ -104,6 +106,7 @@ class Statistics(Generic[R]):
         self.waiting: frozenset[int] = frozenset()
         self.awake = False
         self.late: set[int] = set()
+        self._homes: list[tuple[dict[str, Any], str, Any]] = []  # where modules have DTensors
         self._broadcasts: list[Broadcast] = []
         self._sampling = False
         handles = []
@@ -140,6 +143,9 @@ class Statistics(Generic[R]):
         """
         self._model, self._rule_for, self._held = weakref.ref(model), rule_for, held
         self._leaves_out = leaves_out
+        modules = (module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule))
+        places = ((module._parameters, name, p) for module in modules for name, p in module._parameters.items())
+        self._homes = [(there, name, p) for there, name, p in places if is_distributed(p) and p in held]
         # A scripted model runs as a whole, and takes no hook of this kind.
         if self._watches is None and self.open and not isinstance(model, torch.jit.ScriptModule):
             self._watches = Watches(_Weakly(self))
@@ -203,8 +209,20 @@ class Statistics(Generic[R]):
             if any(p in self.obstacles for p in layer.parameters.values()):
                 layer.proof.inner = False
 
+    def held_as(self, present: Tensor) -> Parameter | None:
+        """The DTensor in the place of which a module has a whole parameter now."""
+        for parameters, name, p in self._homes:
+            if parameters.get(name) is present:
+                self._gathered[p] = present
+                return p
+        return None
+
     def _take_call(self, call: Call, others: Collection[Parameter]) -> None:
-        weight, whole = call.weight, call.whole
+        weight = call.weight
+        if is_distributed(weight) and weight.dim() > 2 and call.spec.name in MATRICES:
+            self.obstacles.setdefault(weight, "a stack of matrices that is divided among processes")
+            return
+        whole = call.whole
         rule = self._rule_for(whole, weight)
         if rule is None and self._leaves_out(whole):
             return
@@ -608,6 +626,10 @@ class _Weakly:
     def wanted(self) -> Collection[Parameter]:
         engine = self._engine()
         return () if engine is None else engine._wanted()
+
+    def held_as(self, present: Tensor) -> Parameter | None:
+        engine = self._engine()
+        return None if engine is None else engine.held_as(present)
 
     def expect(self, x: Tensor, output: Tensor) -> Broadcast | None:
         engine = self._engine()

@@ -136,6 +136,8 @@ def over_processes(params: Sequence[Any], sums: Tensor) -> Tensor:
 
 def some_anywhere(params: Sequence[Any], flags: Sequence[Tensor | float]) -> list[Tensor]:
     """1 for each parameter of which any process that has a part of it says so, else 0."""
+    if not params:
+        return []
     each = zip(params, flags, strict=True)
     here = torch.stack([torch.as_tensor(flag, dtype=torch.float64, device=p.device) for p, flag in each])
     return list((over_processes(params, here) > 0).double())
