@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from tests.checkout import ROOT
 from tests.processes import needs_processes
 
 pytestmark = needs_processes
+
+STEP = re.compile(r"step (\d+): loss")
+STEP_AND_LOSS = re.compile(r"step (\d+): loss (\S+)")
 
 
 def losses(processes: int, program: str, *arguments: str) -> dict[int, float]:
@@ -25,7 +33,7 @@ def losses(processes: int, program: str, *arguments: str) -> dict[int, float]:
         capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return {int(step): float(loss) for step, loss in re.findall(r"step (\d+): loss (\S+)", done.stdout)}
+    return {int(step): float(loss) for step, loss in STEP_AND_LOSS.findall(done.stdout)}
 
 
 @pytest.mark.parametrize(
@@ -53,3 +61,60 @@ def test_it_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     for found, expected in zip(shares, alone, strict=True):
         # Means of means over parts of unequal size are not the mean over the batch, by some per cent.
         assert found == pytest.approx(expected, rel=0.2)
+
+
+def _agent(port: int, folder: Path, output: Path) -> subprocess.Popen[bytes]:
+    """torchrun on one of up to two machines, both of which are this one, with one process."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3"]
+    run += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=elastic"]
+    # How long it waits for another machine, and how often it asks whether one is still there.
+    run += ["--rdzv-conf=last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3,is_host=0"]
+    program = [ROOT / "examples" / "distributed" / "resume.py", folder, "--steps", "600"]
+    with output.open("wb") as out:
+        return subprocess.Popen(
+            [*map(str, run + program)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+
+def _kill(agent: subprocess.Popen[bytes]) -> None:
+    """With its process, which has a session of its own."""
+    if agent.poll() is None:
+        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        for pid in (agent.pid, *map(int, children)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_it_goes_on_alone_when_the_other_machine_is_gone(tmp_path: Path) -> None:
+    """Two agents of torchrun with a process each; one of them, and its process, are killed in the middle."""
+    # Where agents meet is neither of them.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    folder = tmp_path / "checkpoints"
+    outputs = tmp_path / "stays", tmp_path / "goes"
+    stays, goes = (_agent(store.port, folder, output) for output in outputs)
+    try:
+        _wait_for((folder / "60" / ".metadata").exists, 120)
+        _kill(goes)
+        goes.wait(30)
+        assert stays.wait(180) == 0, outputs[0].read_text()
+    finally:
+        for agent in (stays, goes):
+            _kill(agent)
+            agent.wait(30)
+    said = outputs[0].read_text()
+    before, after = said.split("Traceback", 1)
+    kept = max(int(step) for output in (before, outputs[1].read_text()) for step in STEP.findall(output))
+    steps = [int(step) for step in STEP.findall(after)]
+    # From the last checkpoint on, or the one before where the last one was being written.
+    assert steps[0] in (kept, kept + 20)
+    assert steps == [*range(steps[0], steps[0] + 600, 20)]
