@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 
@@ -48,14 +48,17 @@ BATCH = 16
 _making = threading.Lock()  # torch's random numbers are those of all threads
 
 
+def empty() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(6, 12), nn.LayerNorm(12), nn.Tanh(), nn.Linear(12, 7), nn.Tanh(), nn.Linear(7, 3)
+    ).double()
+
+
 def network(dtype: torch.dtype) -> nn.Sequential:
     """Rows that few numbers of processes divide, and fewer of them than processes."""
     with _making:
         torch.manual_seed(0)
-        model = nn.Sequential(
-            nn.Linear(6, 12), nn.LayerNorm(12), nn.Tanh(), nn.Linear(12, 7), nn.Tanh(), nn.Linear(7, 3)
-        )
-    return model.to(dtype)
+        return empty().to(dtype)
 
 
 def batch(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -649,6 +652,29 @@ def test_readers_made_before_their_model_is_sharded(kind: Any) -> None:
         return [row.rule for row in optimizer.explain()]
 
     assert in_threads(work, 2) == [[row.rule for row in kind(network(torch.float64)).explain()]] * 2
+
+
+@pytest.mark.parametrize("made_before", [False, True])
+@pytest.mark.parametrize("settings", ["MBF", pytest.param("AdaFisher", marks=pytest.mark.slow)])
+def test_models_that_have_no_memory_when_they_are_sharded(settings: str, made_before: bool) -> None:
+    kind, made = READERS[settings]
+
+    def work(rank: int) -> list[Tensor]:
+        with torch.device("meta"):
+            model: nn.Module = empty()
+        model = sharded(model, (2,))
+        optimizer = kind(model, **made) if made_before else None
+        model.to_empty(device="cpu")
+        with torch.no_grad():
+            for p, q in zip(model.parameters(), network(torch.float64).parameters(), strict=True):
+                p.copy_(distribute_tensor(q.detach(), p.device_mesh, p.placements))  # type: ignore[attr-defined]
+        train(model, optimizer or kind(model, **made), torch.float64, rank, 2)
+        return whole(model)
+
+    model = network(torch.float64)
+    train(model, kind(model, **made), torch.float64)
+    for found in in_threads(work, 2):
+        assert_close(found, whole(model), torch.float64)
 
 
 @pytest.mark.parametrize("kind", [AdaFisher, MBF, KFAC, EKFAC, EKFACAdam])
