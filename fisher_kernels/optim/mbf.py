@@ -434,9 +434,10 @@ class MBF(Measured, SampledLabels[BlockRule]):
         else:
             for name in ("lr", "weight_decay"):
                 settings[name] = _one_if_the_same(settings[name])
-            seen, moments = ([plan.view(i, x) for i, x in enumerate(xs)] for xs in (params, moments))
-            gradients = [plan.view(i, g.contiguous() if i in plan.stacks else g) for i, g in enumerate(gradients)]
-            skipped, scale, caps = mbf_step_(seen, gradients, moments, plan.inverses, **settings)
+            for i in plan.transposed | plan.stacks:
+                params[i], moments[i] = plan.view(i, params[i]), plan.view(i, moments[i])
+                gradients[i] = plan.view(i, gradients[i].contiguous() if i in plan.stacks else gradients[i])
+            skipped, scale, caps = mbf_step_(params, gradients, moments, plan.inverses, **settings)
         for weight, mask in zeros:
             weight.masked_fill_(mask, 0)
         for group in groups:
