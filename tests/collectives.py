@@ -22,7 +22,8 @@ _here = threading.local()
 class Collectives(TorchDispatchMode):
     """Notes the calls of this thread: what each is, and the bytes that this process puts in.
 
-    DTensors call functions that a mode sees, everything else ``dist.all_reduce``, for which there is ``watched``.
+    DTensors call functions that a mode sees, everything else those of ``torch.distributed``, for which there is
+    ``watched``.
     """
 
     def __init__(self) -> None:
@@ -48,12 +49,16 @@ class Collectives(TorchDispatchMode):
 
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let calls of ``dist.all_reduce`` be noted."""
-    all_reduce = dist.all_reduce
+    """Let calls of ``dist.all_reduce``, and of ``dist.all_gather_single`` by either of its names, be noted."""
 
-    def noting(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if (mode := getattr(_here, "mode", None)) is not None:
-            mode.note("all-reduce", x)
-        return all_reduce(x, *args, **kwargs)
+    def noting(name: str, function: Any, given: int) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if (mode := getattr(_here, "mode", None)) is not None:
+                mode.note(name, args[given])
+            return function(*args, **kwargs)
 
-    monkeypatch.setattr(dist, "all_reduce", noting)
+        return call
+
+    monkeypatch.setattr(dist, "all_reduce", noting("all-reduce", dist.all_reduce, 0))
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    monkeypatch.setattr(dist, name, noting("all-gather", getattr(dist, name), 1))

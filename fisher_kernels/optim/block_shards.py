@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fisher_kernels.ops import capped_step_, direction_sums, mbf_step_
 from fisher_kernels.optim.shard_bounds import of_all_shards
-from fisher_kernels.optim.shares import gathered, like_parameter, local, own_rows
+from fisher_kernels.optim.shares import gathered_together, like_parameter, local, own_rows
 
 AT_ONCE = 1 << 24
 """Of how many numbers all is gathered at a time, if a weight does not have more."""
@@ -117,7 +117,7 @@ def _portions(params: Sequence[Any], inverses: Sequence[Tensor | None]) -> Itera
 def _directions_of(
     some: range, params: Sequence[Any], vectors: Sequence[Tensor], inverses: Sequence[Tensor | None], view: View
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    whole = [gathered(p, v) for p, v in zip(params, vectors, strict=True)]
+    whole = gathered_together(params, vectors)
     moved = [torch.zeros_like(v) for v in whole]
     # What is left alone keeps this, which is not what it would become.
     marks = [(v == -1).to(v.dtype) + 1 for v in whole]

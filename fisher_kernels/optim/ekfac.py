@@ -27,7 +27,7 @@ from fisher_kernels.optim.kfac import KFAC, OTHERS_LR
 from fisher_kernels.optim.kronecker import RAMP, KroneckerOptimizer, goes_on
 from fisher_kernels.optim.kronecker_factors import UPDATES, Pair, factor_state
 from fisher_kernels.optim.momentum_image import HOLDS, IMAGE
-from fisher_kernels.optim.shares import gathered, local, some_anywhere, whole
+from fisher_kernels.optim.shares import gathered, gathered_together, local, some_anywhere, whole
 from fisher_kernels.optim.vectors import Vectors
 
 TINY = 1e-16
@@ -336,9 +336,11 @@ class EKFACAdam(KroneckerOptimizer):
         gradients, self._gradients = self._gradients, {}
         going_on = goes_on(found_inf)
         for pair in self._factors.pairs:
-            mine = {p: gathered(p, gradients[p]) for p in pair.params if p in gradients}
+            mine = [p for p in pair.params if p in gradients]
             if mine:
-                self._factors.observe(pair, mine, going_on * _is_any_known([*mine], stays))
+                whole = gathered_together(mine, [gradients[p] for p in mine])
+                known = _is_any_known(mine, stays)
+                self._factors.observe(pair, dict(zip(mine, whole, strict=True)), going_on * known)
         for p, g in gradients.items():
             if not self._factors.serves(p):
                 if "exp_avg_sq" not in self.state[p]:  # a layer served it before
@@ -351,12 +353,12 @@ class EKFACAdam(KroneckerOptimizer):
     def _is_elementwise(self, p: Parameter) -> bool:
         return not self._factors.serves(p)
 
-    def _directions(self, vectors: Mapping[Parameter, Tensor]) -> Iterator[tuple[Parameter, Tensor]]:
+    def _directions(self, vectors: Vectors) -> Iterator[tuple[Parameter, Tensor]]:
         counts = {p: self.state[p]["exp_avg_updates"] for p in vectors}
 
-        def of(p: Parameter) -> Tensor:
-            v = vectors[p]
-            return v / unbiased(counts[p], self._groups[p]["beta1"]).to(v.dtype)
+        def of(some: Sequence[Parameter]) -> list[Tensor]:
+            found = vectors.of_all(some).items()
+            return [v / unbiased(counts[p], self._groups[p]["beta1"]).to(v.dtype) for p, v in found]
 
         filled = Vectors(vectors, of)
         yield from super()._directions(filled)

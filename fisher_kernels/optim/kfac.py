@@ -32,7 +32,7 @@ from fisher_kernels.optim.refresh import is_due
 from fisher_kernels.optim.renewal import NEXT
 from fisher_kernels.optim.shares import local, some_anywhere, whole
 from fisher_kernels.optim.term_blocks import TermBlocks
-from fisher_kernels.optim.vectors import only
+from fisher_kernels.optim.vectors import Vectors
 
 OTHERS_LR = 0.1
 """Adam's learning rate beside that of the factors."""
@@ -404,19 +404,17 @@ class KFAC(KroneckerOptimizer):
         yield from super()._layers_to_move([p for p in params if p not in beside])
         yield from joint
 
-    def _directions_of_step(
-        self, vectors: Mapping[Parameter, Tensor], stays: Collection[Parameter]
-    ) -> Iterator[tuple[Parameter, Tensor]]:
+    def _directions_of_step(self, vectors: Vectors, stays: Collection[Parameter]) -> Iterator[tuple[Parameter, Tensor]]:
         found = {} if self._images is None else dict(self._images.directions(vectors, stays))
         yield from found.items()
-        yield from super()._directions_of_step(only(vectors, lambda p: p not in found), stays)
+        yield from super()._directions_of_step(vectors.only(lambda p: p not in found), stays)
 
-    def _directions(self, vectors: Mapping[Parameter, Tensor]) -> Iterator[tuple[Parameter, Tensor]]:
+    def _directions(self, vectors: Vectors) -> Iterator[tuple[Parameter, Tensor]]:
         yield from super()._directions(vectors)
         for p in vectors:
             if p in self._by_adam and "exp_avg_sq" in self.state[p]:
                 yield p, self._by_root(p, vectors[p])
-        yield from self._blocks.directions(only(vectors, lambda p: not self._factors.serves(p)))
+        yield from self._blocks.directions(vectors.only(lambda p: not self._factors.serves(p)))
 
     def _failures(self) -> tuple[dict[Parameter, int], dict[Parameter, int]]:
         found = super()._failures()

@@ -40,7 +40,15 @@ from fisher_kernels.optim.kronecker_factors import UPDATES, KroneckerFactors, Pa
 from fisher_kernels.optim.measure import Measured
 from fisher_kernels.optim.sampled import SampledLabels
 from fisher_kernels.optim.shard_bounds import left_alone, of_all_shards
-from fisher_kernels.optim.shares import gathered, like_parameter, local, over_processes, own_rows, whole
+from fisher_kernels.optim.shares import (
+    gathered,
+    gathered_together,
+    like_parameter,
+    local,
+    over_processes,
+    own_rows,
+    whole,
+)
 from fisher_kernels.optim.unserved import shown
 from fisher_kernels.optim.vectors import Vectors
 
@@ -405,12 +413,16 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
         Of a DTensor all of it, unless its directions are made number by number.
         """
 
-        def vector(p: Parameter) -> Tensor:
-            m = local(self.state[p][self.moment])
-            m = m.masked_fill(stays[p], 0.0) if p in stays else m
-            return m if self._is_elementwise(p) else gathered(p, m)
+        def of(some: Sequence[Parameter]) -> list[Tensor]:
+            moments = zip(some, self._local_moments(some), strict=True)
+            found = [m.masked_fill(stays[p], 0.0) if p in stays else m for p, m in moments]
+            if not self._is_divided:
+                return found
+            whole = {p: m for p, m in zip(some, found, strict=True) if not self._is_elementwise(p)}
+            whole = dict(zip(whole, gathered_together([*whole], [*whole.values()]), strict=True))
+            return [whole.get(p, m) for p, m in zip(some, found, strict=True)]
 
-        return Vectors(params, vector)
+        return Vectors(params, of)
 
     def _is_elementwise(self, p: Parameter) -> bool:
         """Whether the direction of each number of a parameter is made of that number alone."""
@@ -428,14 +440,12 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
         for p in left:
             yield [p]
 
-    def _directions_of_step(
-        self, vectors: Mapping[Parameter, Tensor], stays: Collection[Parameter]
-    ) -> Iterator[tuple[Parameter, Tensor]]:
+    def _directions_of_step(self, vectors: Vectors, stays: Collection[Parameter]) -> Iterator[tuple[Parameter, Tensor]]:
         """The inverse curvature times the moments, with which a step has just begun: of DTensors the own rows."""
         for p, direction in self._directions(vectors):
             yield p, direction if self._is_elementwise(p) else own_rows(p, direction)
 
-    def _directions(self, vectors: Mapping[Parameter, Tensor]) -> Iterator[tuple[Parameter, Tensor]]:
+    def _directions(self, vectors: Vectors) -> Iterator[tuple[Parameter, Tensor]]:
         """The inverse curvature times vectors."""
         for pair in self._factors.pairs:
             yield from self._factors.directions(pair, vectors)

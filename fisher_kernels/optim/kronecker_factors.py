@@ -18,6 +18,7 @@ from fisher_kernels.ops import ACCUMULATOR, factor_ema_
 from fisher_kernels.optim.base import count
 from fisher_kernels.optim.overlap import Overlap, Task
 from fisher_kernels.optim.renewal import NEXT, Renewal
+from fisher_kernels.optim.vectors import Vectors
 
 SIDES = ("row", "column")
 
@@ -301,9 +302,9 @@ class KroneckerFactors(Renewal[Pair]):
         """Whether a parameter takes its direction from here."""
         return p in self.served and p not in self._aside
 
-    def directions(self, pair: Pair, vectors: Mapping[Parameter, Tensor]) -> Iterator[tuple[Parameter, Tensor]]:
+    def directions(self, pair: Pair, vectors: Vectors) -> Iterator[tuple[Parameter, Tensor]]:
         """F^-1 v for those parameters of a pair that have a vector and take their direction from here."""
-        given = {p: v for p in self._acting_of(pair) if (v := vectors.get(p)) is not None}
+        given = vectors.of_all(self._acting_of(pair))
         for bias, matrices in pair.given(given.get):
             for p, d in pair.split(self._apply(pair, matrices), bias):
                 if p in given:

@@ -35,13 +35,39 @@ def whole(x: Any) -> Tensor:
 
 def gathered(p: Any, x: Tensor) -> Tensor:
     """All of a tensor like a parameter, given what this process has of it; of a DTensor every process has to ask."""
-    if not is_distributed(p):
-        return x
-    from torch.distributed.tensor import DTensor
+    return gathered_together([p], [x])[0]
 
-    found = DTensor.from_local(x, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
-    all_of_it: Tensor = found.full_tensor()
-    return all_of_it
+
+def gathered_together(params: Sequence[Any], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same of several at once: one all-gather for those that lie on one mesh in one dtype.
+
+    Rows are divided as ``fully_shard`` divides them, into pieces of which the last ones may be smaller or empty: these
+    are filled up to the length of the first one.
+    """
+    found = list(tensors)
+    together: dict[tuple[Any, int, torch.dtype], list[int]] = {}
+    for i, (p, x) in enumerate(zip(params, tensors, strict=True)):
+        if is_distributed(p):
+            divided = [d for d, placement in enumerate(p.placements) if not placement.is_replicate()]
+            for dimension in divided:  # one at the most
+                together.setdefault((p.device_mesh, dimension, x.dtype), []).append(i)
+    for (mesh, dimension, _), members in together.items():
+        pieces = mesh.size(dimension)
+        lengths = [-(-len(params[i]) // pieces) for i in members]  # in rows
+        filled = [_filled_up(found[i], rows).reshape(-1) for i, rows in zip(members, lengths, strict=True)]
+        flat = torch.cat(filled)
+        everything = flat.new_empty(pieces * len(flat))
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
+        gather(everything, flat, group=mesh.get_group(dimension))
+        parts = everything.view(pieces, -1).split([len(part) for part in filled], 1)
+        for i, rows, part in zip(members, lengths, parts, strict=True):
+            shape = params[i].shape
+            found[i] = part.reshape(pieces * rows, *shape[1:])[: shape[0]]
+    return found
+
+
+def _filled_up(x: Tensor, rows: int) -> Tensor:
+    return x if len(x) == rows else torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
 
 
 def own_rows(p: Any, x: Tensor) -> Tensor:

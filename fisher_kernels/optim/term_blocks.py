@@ -14,6 +14,7 @@ from fisher_kernels.curvature.sites import Site
 from fisher_kernels.ops import block_apply
 from fisher_kernels.optim.fisher_blocks import FisherBlocks, Part
 from fisher_kernels.optim.overlap import Overlap
+from fisher_kernels.optim.vectors import Vectors
 
 
 class TermBlocks(FisherBlocks):
@@ -49,12 +50,13 @@ class TermBlocks(FisherBlocks):
             for unit in self.units(part, wanted):
                 yield unit.params
 
-    def directions(self, vectors: Mapping[Parameter, Tensor]) -> Iterator[tuple[Parameter, Tensor]]:
+    def directions(self, vectors: Vectors) -> Iterator[tuple[Parameter, Tensor]]:
         """F^-1 v for those parameters that have a vector and are served here."""
         for part in self.parts:
             for unit in self.units(part, lambda p: p in vectors):
                 count, size, _ = unit.inverse.shape
-                v = torch.cat([vectors[p].reshape(count, size // len(unit.params)) for p in unit.params], 1)
+                found = vectors.of_all(unit.params)
+                v = torch.cat([found[p].reshape(count, size // len(unit.params)) for p in unit.params], 1)
                 product = v * unit.inverse.squeeze(2) if size == 1 else block_apply(unit.inverse, v)
                 for p, d in zip(unit.params, product.chunk(len(unit.params), 1), strict=True):
                     yield p, d.reshape(p.shape)

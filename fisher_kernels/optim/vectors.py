@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -13,16 +13,23 @@ class Vectors(Mapping[Parameter, Tensor]):
 
     Args:
         params: those that have one.
-        of: makes it.
+        of: makes those of some parameters, which are gathered together.
     """
 
-    def __init__(self, params: Collection[Parameter], of: Callable[[Parameter], Tensor]) -> None:
+    def __init__(self, params: Collection[Parameter], of: Callable[[Sequence[Parameter]], Iterable[Tensor]]) -> None:
         self._params, self._of = dict.fromkeys(params), of
 
+    def of_all(self, params: Iterable[Parameter]) -> dict[Parameter, Tensor]:
+        """The vectors of those among parameters that have one."""
+        there = [p for p in params if p in self._params]
+        return dict(zip(there, self._of(there), strict=True)) if there else {}
+
+    def only(self, wanted: Callable[[Parameter], bool]) -> Vectors:
+        """The vectors of some parameters."""
+        return Vectors([p for p in self._params if wanted(p)], self._of)
+
     def __getitem__(self, p: Parameter) -> Tensor:
-        if p not in self._params:
-            raise KeyError(p)
-        return self._of(p)
+        return self.of_all([p])[p]
 
     def __contains__(self, p: object) -> bool:
         return p in self._params
@@ -32,8 +39,3 @@ class Vectors(Mapping[Parameter, Tensor]):
 
     def __len__(self) -> int:
         return len(self._params)
-
-
-def only(vectors: Mapping[Parameter, Tensor], wanted: Callable[[Parameter], bool]) -> Vectors:
-    """The vectors of some parameters."""
-    return Vectors([p for p in vectors if wanted(p)], vectors.__getitem__)
