@@ -418,9 +418,9 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
             found = [m.masked_fill(stays[p], 0.0) if p in stays else m for p, m in moments]
             if not self._is_divided:
                 return found
-            whole = {p: m for p, m in zip(some, found, strict=True) if not self._is_elementwise(p)}
-            whole = dict(zip(whole, gathered_together([*whole], [*whole.values()]), strict=True))
-            return [whole.get(p, m) for p, m in zip(some, found, strict=True)]
+            matrices = {p: m for p, m in zip(some, found, strict=True) if not self._is_elementwise(p)}
+            matrices = dict(zip(matrices, gathered_together([*matrices], [*matrices.values()]), strict=True))
+            return [matrices.get(p, m) for p, m in zip(some, found, strict=True)]
 
         return Vectors(params, of)
 
