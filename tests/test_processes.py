@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,14 @@ def _in_processes(rank: int) -> dict[str, Any]:
     optimizer = AdaFisher(inner, lr=1e-2)
     found["within"] = train(model, optimizer, rank)
     assert optimizer.statistics.processes.wrapper is model
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed = AdaFisher(inner, lr=1e-2, update_interval=2)  # its first step brings no statistics
+        resumed.load_state_dict(optimizer.state_dict())
+        optimizer.close()
+        resumed.param_groups[0]["update_interval"] = 2
+        train(model, resumed, rank)
+        optimizer = resumed
     later = built()
     made_before = AdaFisher(later, lr=1e-2)
     found["made before"] = train(DistributedDataParallel(later), made_before, rank)

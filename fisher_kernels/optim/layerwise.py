@@ -442,7 +442,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
                 f"{type(self).__name__} adds up statistics over processes, and in a Join those that have come to the "
                 "end of their data take no part in it: give all processes as many batches, or use SOFIM"
             )
-        if processes.strangers:
+        if self.statistics.armed and processes.strangers:
             self._warn_once(
                 "strangers",
                 f"{processes.strangers} other processes are there, and no DistributedDataParallel averages the "
