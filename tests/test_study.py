@@ -94,7 +94,9 @@ def test_all_rates_that_diverge_are_named() -> None:
     assert rates.best({0.1: 2.0, 0.3: 1.0, 1.0: 1.0}) == 0.3
 
 
-def test_every_optimizer_gets_as_many_trials() -> None:
+@pytest.mark.parametrize("falls", [False, True])
+def test_every_optimizer_gets_as_many_trials(falls: bool) -> None:
+    """And as many more where the best of them is at an end."""
     trials = {}
     for name in plan.contestants("autoencoder", 32):
         made: list[float] = []
@@ -102,11 +104,12 @@ def test_every_optimizer_gets_as_many_trials() -> None:
         def line_of(run: Run, made: list[float] = made) -> Line:
             made.append(run.lr)
             assert run.seed in plan.TUNING_SEEDS
-            return _line(run, [5.0, 1 + run.lr])
+            off = abs(math.log(run.lr / plan.GUESSES[run.optimizer]))
+            return _line(run, [5.0, 1 + (run.lr if falls else off)])
 
         tuning.search("autoencoder", 32, name, line_of)
         trials[name] = len(made)
-    assert set(trials.values()) == {tuning.TRIALS * len(plan.TUNING_SEEDS)}
+    assert set(trials.values()) == {(tuning.TRIALS + falls * rates.BEYOND) * len(plan.TUNING_SEEDS)}
     assert not set(plan.TUNING_SEEDS) & set(plan.SEEDS)
 
 
@@ -304,6 +307,14 @@ def test_a_table_is_of_one_machine_and_of_all_runs(folder: Path) -> None:
         results.results("autoencoder", 32)
     with pytest.raises(LookupError, match="has not been run"):
         results.results("autoencoder", 256)
+
+
+@pytest.mark.parametrize("task", plan.LENGTHS)
+def test_tasks_have_the_rates_that_were_found(task: str) -> None:
+    """Those of their own batch size."""
+    table = find_task(task).hyperparameters
+    chosen = tuning.chosen(task, plan.own_batch_size(task))
+    assert {name: table[name]["lr"] for name in plan.OURS} == {name: chosen[name] for name in plan.OURS}
 
 
 @pytest.mark.parametrize(
