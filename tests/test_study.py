@@ -260,7 +260,7 @@ def test_tables_of_what_was_run(folder: Path) -> None:
     assert "| 4.00 ± 0.10 | 12.00 s (0.50) | 240 | 100.00 | 48.0 | 24.0 | 8.0 |" in by_time
     assert "| 7.00 ± 0.03 | 6.00 ± 0.05 | 4.00 ± 0.10 | 48.0 | 24.0 |" in by_steps
     assert any(line.startswith("| Muon |") and "| never |" in line for line in lines)
-    assert "| L-BFGS |  | diverges at every rate tried |" in text
+    assert "| L-BFGS |  | fails at every rate tried |" in text
     order = [line.split(" | ")[0] for line in lines if " s (" in line or "| never |" in line]
     assert order[0] == "| MBF"
     assert order[-1] == "| Muon"

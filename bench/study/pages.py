@@ -71,7 +71,7 @@ def _time_table(results: Results) -> str:
             )
         )
     titles = {**plan.titles(), **{summary.optimizer: summary.title for summary in results.at_equal_time}}
-    rows += [(titles[name], "", "diverges at every rate tried", *[""] * 6) for name in results.lost]
+    rows += [(titles[name], "", "fails at every rate tried", *[""] * 6) for name in results.lost]
     return markdown_table(header, rows, right=range(1, len(header))).rstrip()
 
 
@@ -153,12 +153,19 @@ def rates_table(task: str, batch_size: int) -> str:
         lost = not any(map(math.isfinite, losses.values()))
         best = None if lost else rates.best(losses)
         cells = [
-            f"{lr:g}: {metric.format(sign * loss) if math.isfinite(loss) else 'diverges'}"
+            f"{lr:g}: {metric.format(sign * loss) if math.isfinite(loss) else _failure(task, batch_size, name, lr)}"
             for lr, loss in losses.items()
         ]
         marked = [f"**{cell}**" if lr == best else cell for lr, cell in zip(losses, cells, strict=True)]
         rows.append((titles[name], ", ".join(marked)))
     return f"{markdown_table(('optimizer', 'rate: what it led to'), rows)}\n{_machines(task, batch_size)}\n"
+
+
+def _failure(task: str, batch_size: int, optimizer: str, lr: float) -> str:
+    """What became of a rate that led to no figure."""
+    seeds = plan.tuning_seeds(task, batch_size)
+    ends = [runs.look_up(plan.tuning_run(task, batch_size, optimizer, lr, seed)).diverged for seed in seeds]
+    return "diverges" if any(end and end.startswith("loss ") for end in ends) else "error"
 
 
 def _machines(task: str, batch_size: int) -> str:
