@@ -901,14 +901,7 @@ def _all_gather_object(everywhere: list[Any], x: Any, group: Any = None) -> None
     everywhere[:] = [x, x]
 
 
-TWINS = SimpleNamespace(
-    is_available=lambda: True,
-    is_initialized=lambda: True,
-    get_world_size=lambda group: 2,
-    ReduceOp=dist.ReduceOp,
-    all_reduce=_all_reduce,
-    all_gather_object=_all_gather_object,
-)
+TWINS = SimpleNamespace(ReduceOp=dist.ReduceOp, all_reduce=_all_reduce, all_gather_object=_all_gather_object)
 """In place of torch.distributed: this process and another one that has the same data."""
 
 
@@ -919,6 +912,7 @@ def test_processes_of_the_same_data_have_the_statistics_of_one(fisher: str, monk
     for processes in (1, 2):
         if processes == 2:
             monkeypatch.setattr(statistics, "dist", TWINS)
+            monkeypatch.setattr(Processes, "count", 2)
         model = network(dtype=torch.float64)
         optimizer = KFAC(model, fisher=fisher, others="curvature", **ALWAYS)  # type: ignore[arg-type]
         out = model(torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(0)).double())
