@@ -83,7 +83,8 @@ def _statistics_of_a_part(rank: int, make: Any) -> list[Any]:
     model = Net("(1, T)")
     x = torch.randint(11, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1)).chunk(2)[rank]
     optimizer = make(model)
-    nn.parallel.DistributedDataParallel(model)(x).square().mean().backward()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    parallel(x).square().mean().backward()
     optimizer.step()
     return [t.tolist() for t in statistics_of(model, optimizer)]
 

@@ -53,6 +53,7 @@ def main(folder: Path, steps: int) -> None:
         if step % 20 == 19:
             tell(step + 1, loss)
             dcp.save(state(), checkpoint_id=folder / str(step + 1))
+    dist.barrier()  # nobody closes what another one still reads from
     dist.destroy_process_group()
 
 

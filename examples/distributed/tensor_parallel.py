@@ -34,6 +34,7 @@ def main() -> None:
         optimizer.step()
         if step % 20 == 19:
             tell(step + 1, loss)
+    dist.barrier()  # nobody closes what another one still reads from
     dist.destroy_process_group()
 
 

@@ -411,7 +411,7 @@ class Statistics(Generic[R]):
             return None
 
     def _reduce(self, taken: dict[int, Sums]) -> dict[int, Sums]:
-        """Add the sums of all processes in one flat all-reduce, in float64 where any parameter is, else in float32.
+        """Add the sums of all processes in one flat all-reduce, in float64.
 
         Every process lists the same sites, one that saw nothing as zeros, so that all agree on the layout, and which
         layers it found not to be what their class documents, so that all agree on which are served. Data parallel
@@ -423,7 +423,7 @@ class Statistics(Generic[R]):
         # Drawn labels are those of a sum over the terms of all processes, which nothing averages.
         world = 1 if self.sampled else self.processes.count
         lengths = self._sum_lengths(armed, taken)
-        wide = torch.float64 if any(site.owner.dtype == torch.float64 for site in self.sites) else torch.float32
+        wide = torch.float64
         flat = []
         for index in armed:
             site = self.sites[index]

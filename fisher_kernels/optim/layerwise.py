@@ -435,14 +435,15 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
     def _look_for_processes(self) -> None:
         """Find out whose statistics are added to those of this process, before that happens."""
         processes = self.statistics.processes
-        if self.statistics.armed:
+        looks = bool(self.statistics.armed) or self.statistics.awake  # for functions, where no layer is known
+        if looks:
             processes.look(self._groups)
         if processes.count > 1 and processes.may_leave:
             raise RuntimeError(
                 f"{type(self).__name__} adds up statistics over processes, and in a Join those that have come to the "
                 "end of their data take no part in it: give all processes as many batches, or use SOFIM"
             )
-        if self.statistics.armed and processes.strangers:
+        if looks and processes.strangers:
             self._warn_once(
                 "strangers",
                 f"{processes.strangers} other processes are there, and no DistributedDataParallel averages the "

@@ -146,7 +146,7 @@ def plan(model: nn.Module, name: str, mesh: Mesh, dtype: torch.dtype = torch.bfl
         largest=max((2 * wide * p.numel() for p, times in gathers.items() if times), default=0),
         gathers=(together, mesh.gathered(together)),
         bounds=8 * _added_up(optimizer, params),
-        refresh=wide * _numbers(optimizer),
+        refresh=8 * _numbers(optimizer),
         sent_by_model=passes + mesh.gathered(4 * share) + mesh.added_up(4 * share, mesh.replicas),
         notes=tuple(str(note.message) for note in told),
     )
