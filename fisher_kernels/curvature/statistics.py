@@ -423,19 +423,18 @@ class Statistics(Generic[R]):
         # Drawn labels are those of a sum over the terms of all processes, which nothing averages.
         world = 1 if self.sampled else self.processes.count
         lengths = self._sum_lengths(armed, taken)
-        wide = torch.float64
         flat = []
         for index in armed:
             site = self.sites[index]
             if index in taken:
                 vectors, counts = taken[index].padded(lengths[index]), taken[index].counts
-                flat += [v.to(wide) / world**power for v, power in zip(vectors, site.rule.powers, strict=True)]
-                flat.append(torch.tensor(counts, dtype=wide, device=vectors[0].device))
+                flat += [v.double() / world**power for v, power in zip(vectors, site.rule.powers, strict=True)]
+                flat.append(torch.tensor(counts, dtype=torch.float64, device=vectors[0].device))
             else:
-                flat.append(torch.zeros(sum(lengths[index]) + len(lengths[index]), dtype=wide, device="cpu"))
+                flat.append(torch.zeros(sum(lengths[index]) + len(lengths[index]), dtype=torch.float64, device="cpu"))
         proofs = [layer.proof for layer in self.layers()]
         flags = [float(bool(p.reason)) for p in proofs] + [float(p.inner) for p in proofs]
-        flat.append(torch.tensor(flags, dtype=wide, device="cpu"))
+        flat.append(torch.tensor(flags, dtype=torch.float64, device="cpu"))
         device = self.sites[armed[0]].owner.device
         total = torch.cat([part.to(device) for part in flat])
         dist.all_reduce(total, group=self.processes.group)
@@ -448,8 +447,8 @@ class Statistics(Generic[R]):
         reduced = {}
         for index in armed:
             owner = self.sites[index].owner
-            own = torch.promote_types(owner.dtype, torch.float32)
-            vectors = [next(parts).to(owner.device, own) for _ in lengths[index]]
+            wide = torch.promote_types(owner.dtype, torch.float32)
+            vectors = [next(parts).to(owner.device, wide) for _ in lengths[index]]
             counts = next(parts).tolist()
             if any(counts):
                 reduced[index] = Sums(vectors, counts)
@@ -589,7 +588,8 @@ class Statistics(Generic[R]):
             Variable._execution_engine.queue_callback(mark)
 
     def _runs(self, task: int) -> bool:
-        return task in self._running
+        mark = self._running.get(task)
+        return mark is not None and not mark.ended
 
     def accumulates(self, parameter: Parameter) -> bool:
         """Whether the backward that is running will add to ``parameter.grad``."""
@@ -649,10 +649,15 @@ def _executes(node: Any) -> bool:
 
 
 class _Running:
-    """The mark of a backward that is running: a callback of its end that has nothing to do."""
+    """The mark of a backward that is running: a callback of its end, which is not called where that is an error.
+
+    Whoever goes through all objects may keep it longer than the backward does.
+    """
+
+    ended = False
 
     def __call__(self) -> None:
-        pass
+        self.ended = True
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -37,9 +37,14 @@ class _Backward:
         self.thread, self.terms, self.counted = thread, terms, set() if counted is None else counted
         self.unknown: str | None = None
         self.outputs: list[Tensor] = []
+        self.ended = False
 
     def __call__(self) -> None:
-        """What the engine calls at its end; until then it keeps this alive."""
+        """What the engine calls at its end, and keeps until then; one that ends in an error is not called, but let go.
+
+        That others may keep it longer, as whoever goes through all objects does, is no reason to take it for running.
+        """
+        self.ended = True
 
 
 class Terms:
@@ -128,7 +133,8 @@ class Terms:
         backward = self._running.get(task)
         if backward is None:
             # One that has begun within another runs in the same thread; others may run beside it.
-            outer = next((other for other in self._running.values() if other.thread == thread), None)
+            others = (other for other in self._running.values() if not other.ended)
+            outer = next((other for other in others if other.thread == thread), None)
             if outer is not None and outer.terms is None:
                 return outer
             backward = _Backward(thread) if outer is None else _Backward(thread, outer.terms, outer.counted)
