@@ -14,6 +14,7 @@ from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 from fisher_kernels import KFAC, SOFIM, AdaFisher
+from fisher_kernels.curvature import statistics, terms
 from tests.processes import in_two_processes, needs_processes
 from tests.threads import in_threads
 
@@ -62,6 +63,26 @@ def test_each_trains_a_model_of_its_own(kind: Any) -> None:
             assert torch.equal(p, q)
 
 
+def test_a_backward_has_ended_whoever_keeps_its_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As what goes through all objects does: the one after it is none within it, and has terms of its own."""
+    kept: list[Any] = []
+    for kind in (terms._Backward, statistics._Running):
+        begin = kind.__init__
+
+        def keeping(self: Any, *args: Any, begin: Any = begin) -> None:
+            kept.append(self)
+            begin(self, *args)
+
+        with monkeypatch.context() as keeper:
+            model = built()
+            expected = train(model, KFAC(model, lr=1e-2))
+            keeper.setattr(kind, "__init__", keeping)
+            twin = built()
+            for p, q in zip(train(twin, KFAC(twin, lr=1e-2)), expected, strict=True):
+                assert torch.equal(p, q)
+    assert len(kept) > 4
+
+
 def test_a_group_that_is_given_is_taken() -> None:
     """Where gradients are averaged by hand; and one of its own, where they are not."""
 
@@ -85,7 +106,7 @@ def _in_processes(rank: int) -> dict[str, Any]:
     model = DistributedDataParallel(inner)
     optimizer = AdaFisher(inner, lr=1e-2)
     found["within"] = train(model, optimizer, rank)
-    assert optimizer.statistics.processes.wrapper is model
+    assert optimizer.statistics.processes.group is model.process_group
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         resumed = AdaFisher(inner, lr=1e-2, update_interval=2)  # its first step brings no statistics

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Collection
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,43 +23,45 @@ class Processes:
 
     def __init__(self, given: dist.ProcessGroup | None = None) -> None:
         self.given = given
-        self._wrapper: weakref.ref[Any] | None = None
-        self._looks = 0
+        self._found: list[tuple[weakref.ref[DistributedDataParallel], Any]] = []  # with their groups
+        self._strangers: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 
-    def look(self, params: Collection[Parameter]) -> None:
-        """Look for what averages the gradients of these parameters, where nothing is known.
+    def note(self, params: Collection[Parameter]) -> None:
+        """In a forward: note what averages the gradients of these parameters, if it is within its own."""
+        if self.given is None and (ddp := getattr(DistributedDataParallel, "_active_ddp_module", None)) is not None:
+            self._add(ddp, params)
 
-        All objects are gone through for that, so it happens in the first call that finds nothing, in the second, the
-        fourth and so on, which are the same ones in all processes.
+    def look_in(self, model: nn.Module, params: Collection[Parameter]) -> None:
+        """Look for the same in a model, which may be one or have some.
 
         Raises:
-            ValueError: there are several of them, of different groups.
+            ValueError: several were found, of different groups.
         """
-        if self.given is not None or self.wrapper is not None or not _is_initialized():
-            return
-        self._looks += 1
-        if self._looks & (self._looks - 1):
-            return
-        found = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
-        found = [ddp for ddp in found if any(p in params for p in ddp.parameters())]
-        if len({id(ddp.process_group) for ddp in found}) > 1:
+        if self.given is None and _is_initialized():
+            for module in model.modules():
+                if isinstance(module, DistributedDataParallel):
+                    self._add(module, params)
+        if len({id(group) for _, group in self._found}) > 1:
             raise ValueError(
                 "process_group is None, and DistributedDataParallel averages the gradients of some parameters over "
                 "other processes than those of others: expected the group over which statistics are to be added up"
             )
-        self._wrapper = weakref.ref(found[0]) if found else None
 
-    @property
-    def wrapper(self) -> Any:
-        """The DistributedDataParallel that was found, or None."""
-        return None if self._wrapper is None else self._wrapper()
+    def _add(self, ddp: DistributedDataParallel, params: Collection[Parameter]) -> None:
+        if ddp in self._strangers or any(known() is ddp for known, _ in self._found):
+            return
+        if not any(p in params for p in ddp.parameters()):
+            self._strangers.add(ddp)
+            return
+        self._found = [
+            (known, group) for known, group in self._found if known() is not None
+        ]  # this may be in its place
+        self._found.append((weakref.ref(ddp), ddp.process_group))
 
     @property
     def group(self) -> Any:
         """The group, or None if there is none."""
-        if self.given is not None or self.wrapper is None:
-            return self.given
-        return self.wrapper.process_group
+        return self._found[-1][1] if self.given is None and self._found else self.given
 
     @property
     def count(self) -> int:
@@ -79,7 +81,8 @@ class Processes:
     @property
     def may_leave(self) -> bool:
         """Whether others may be without a batch, as ``Join`` allows."""
-        return self.wrapper is not None and self.wrapper._join_config.enable
+        found = (known() for known, _ in self._found)
+        return any(ddp is not None and ddp._join_config.enable for ddp in found)
 
 
 def _is_initialized() -> bool:

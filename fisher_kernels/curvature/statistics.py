@@ -58,7 +58,7 @@ class Statistics(Generic[R]):
         layers: the modules to watch.
         grad_scaler: its scale is divided out of every derivative as the backward delivers it.
         process_group: over which :meth:`take` adds sums; None takes that of the DistributedDataParallel which averages
-            the gradients, if ``processes`` have been looked for.
+            the gradients, once a forward has been within it.
 
     Attributes:
         processes: over which sums are added up.
@@ -171,6 +171,7 @@ class Statistics(Generic[R]):
 
     def _wanted(self) -> set[Parameter]:
         """The parameters whose functions are to be seen in a forward that begins."""
+        self.processes.note(self._held)
         collecting = [self.sites[index] for index in self.armed]
         if not self.looks or not self.awake:
             collecting = [site for site in collecting if site.needs_functions]
@@ -266,7 +267,7 @@ class Statistics(Generic[R]):
         Args:
             due: whether this step refreshes any statistics, which is the same everywhere.
         """
-        if self.processes.count == 1:
+        if self.processes.count <= 1:
             return found
         if not (self.looks and due):
             return {}
@@ -491,6 +492,7 @@ class Statistics(Generic[R]):
     def look(self, index: int, use: int, x: Tensor, output: Tensor) -> bool:
         """Whether nothing speaks against a layer, which is compared with what its class computes if that is due."""
         layer = self.sites[index].layers[use]
+        self.processes.note(self._held)
         try:
             return layer.holds(x, output, self.refresh)
         except Exception as error:

@@ -17,6 +17,7 @@ from torch.optim.optimizer import ParamsT
 from fisher_kernels.curvature.functions import Spec
 from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.curvature.operations import MATRICES, Choice, Operations, flattened
+from fisher_kernels.curvature.processes import Processes
 from fisher_kernels.curvature.rules import R, Rule, Sums
 from fisher_kernels.curvature.sites import Layer, Site, find_layers
 from fisher_kernels.curvature.statistics import Statistics, times_attached
@@ -437,7 +438,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         processes = self.statistics.processes
         looks = bool(self.statistics.armed) or self.statistics.awake  # for functions, where no layer is known
         if looks:
-            processes.look(self._groups)
+            processes.look_in(self._model, self._groups)
         if processes.count > 1 and processes.may_leave:
             raise RuntimeError(
                 f"{type(self).__name__} adds up statistics over processes, and in a Join those that have come to the "
@@ -698,6 +699,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         self._made = {layer.name: (layer.parameters["weight"], layer.module) for layer in layers}
         self._unserved.read(self.param_groups, self._named_layers())
         self._overlap = Overlap()
+        self.statistics.processes = Processes(group_of(self._groups))
         self._note_places()
         self._rewatched()
 

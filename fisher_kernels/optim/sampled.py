@@ -164,7 +164,7 @@ class SampledLabels(LayerwiseOptimizer[R]):
     def _generator(self, device: torch.device) -> torch.Generator:
         """That of the next draw."""
         group, processes = self.param_groups[0], self.statistics.processes
-        processes.look(self._groups)
+        processes.look_in(self._model, self._groups)
         seed, group[DRAWS] = group[DRAWS] * RANKS + processes.rank, group[DRAWS] + 1
         return torch.Generator(device).manual_seed(seed)
 
