@@ -472,6 +472,7 @@ def test_a_refresh_of_adafisher_sends_its_sums_once(monkeypatch: pytest.MonkeyPa
     in_threads(work, 2)
     sums = (6 + 12) + 12 + (12 + 7) + (7 + 3)
     assert sent == [sums + 2 + 1 + 2 + 2 + 2 * 4] * (2 * STEPS // 5)
+    assert plan(network(torch.float64), "adafisher", Mesh(1, 2)).refresh == 8 * sent[0]
 
 
 @pytest.mark.parametrize("settings", ["MBF", "KFAC"])
