@@ -53,10 +53,9 @@ class Processes:
         if not any(p in params for p in ddp.parameters()):
             self._strangers.add(ddp)
             return
-        self._found = [
-            (known, group) for known, group in self._found if known() is not None
-        ]  # this may be in its place
-        self._found.append((weakref.ref(ddp), ddp.process_group))
+        # It may be in the place of one that is gone.
+        living = [(known, group) for known, group in self._found if known() is not None]
+        self._found = [*living, (weakref.ref(ddp), ddp.process_group)]
 
     @property
     def group(self) -> Any:
