@@ -132,7 +132,28 @@ def _in_processes(rank: int) -> dict[str, Any]:
         of_two.step()
     except ValueError as error:
         found["two groups"] = str(error)
+    _alone_beside_another(rank)
     return found
+
+
+def _alone_beside_another(rank: int) -> None:
+    """What averages the gradients of one part of a model says nothing about another part, whose warning is due when
+    there are statistics."""
+    first = built()
+    optimizer = AdaFisher(first, lr=1e-2, update_interval=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(first, optimizer, rank)
+    part, other = both = nn.ModuleList([built(), DistributedDataParallel(built())])
+    resumed = AdaFisher(both, lr=1e-2, update_interval=2, params=part.parameters())
+    resumed.load_state_dict(optimizer.state_dict())
+    for expected in ([], [True]):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            (part(batch(rank)) + other(batch(rank))).square().mean().backward()
+            resumed.step()
+        assert [OF_STRANGERS in str(warning.message) for warning in told] == expected
+    assert resumed.statistics.processes.group is None
 
 
 @needs_processes
