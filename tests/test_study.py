@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.study import pages, pictures, plan, rates, results, runs, tuning
+from bench.study import overviews, pages, pictures, plan, rates, results, runs, tuning
 from bench.study.runs import Line, Run
 from fisher_kernels.tasks import CONTESTANTS, TASKS, MissingDataError, find_task
 
@@ -265,8 +266,13 @@ def test_tables_of_what_was_run(folder: Path) -> None:
     assert order[0] == "| MBF"
     assert order[-1] == "| Muon"
     assert "torch 2, Python 3" in text
-    (row,) = [line for line in pages.overview([found]).splitlines() if "autoencoder" in line]
+    (row,) = [line for line in overviews.overview([found]).splitlines() if "autoencoder" in line]
     assert "MBF 4.00 ± 0.10 | MBF in 0.50 of its time | SGD 6.00 ± 0.10 | 6.00 ± 0.10 | MBF 4.00 ± 0.10" in row
+    made = overviews.pages_of_all([found])
+    (row,) = [line for line in made["of-sofim.md"].splitlines() if "autoencoder" in line]
+    assert row == ("| `autoencoder`, nats/image | 32 | 4 | 6.00 ± 0.10 | 6.00 ± 0.10 | 1.00 | 6.00 ± 0.10 | 1.00 |")
+    (row,) = [line for line in made["of-mbf.md"].splitlines() if "autoencoder" in line]
+    assert row.endswith("| 6.00 ± 0.10 | 4.00 ± 0.10 | 0.50 |")
     assert pictures.picture(found).startswith(b"\x89PNG")
     shown = pages.rates_table("autoencoder", 32)
     (sgd,) = [line for line in shown.splitlines() if line.startswith("| SGD |")]
@@ -334,3 +340,15 @@ def test_pages_have_the_figures_of_the_runs(task: str, size: int) -> None:
         else:
             with pytest.raises(LookupError):
                 make()
+
+
+def test_pages_over_all_tasks_have_the_figures_of_the_runs() -> None:
+    """As those of each task."""
+    found = []
+    for task, lengths in plan.LENGTHS.items():
+        for size in lengths:
+            with contextlib.suppress(LookupError):
+                found.append(results.results(task, size))
+    folder = Path(pages.__file__).parents[2] / "docs" / "results" / "study"
+    for name, text in overviews.pages_of_all(found).items():
+        assert (folder / name).read_text() == text

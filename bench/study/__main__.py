@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import bench.tables
-from bench.study import pages, pictures, plan, results, runs, tuning
+from bench.study import overviews, pages, pictures, plan, results, runs, tuning
 from fisher_kernels.tasks import MissingDataError, MissingExtraError, files
 
 PAGES = Path(__file__).parent.parent.parent / "docs" / "results" / "study"
@@ -54,7 +54,8 @@ def report(names: Names = None) -> None:
         files.write(stem.with_suffix(".md"), pages.tables(found[-1]).encode())
         files.write(stem.with_suffix(".png"), pictures.picture(found[-1]))
     if names is None and found:
-        files.write(PAGES / "overview.md", pages.overview(found).encode())
+        for name, text in overviews.pages_of_all(found).items():
+            files.write(PAGES / name, text.encode())
     bench.tables.update()
 
 

@@ -1,4 +1,4 @@
-"""The tables of the study in Markdown, for ``bench.tables`` to put into the documents."""
+"""The tables of each task in Markdown, for ``bench.tables`` to put into the documents."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from collections.abc import Callable, Sequence
 
 from bench.study import plan, rates, runs, tuning
 from bench.study.results import Results
-from fisher_kernels.tasks import CONTESTANTS, find_task
+from fisher_kernels.tasks import find_task
 from fisher_kernels.tasks.comparison import BASELINE, Summary
 from fisher_kernels.tools.markdown import markdown_table
 
-STRANGERS = ("adamw", "sgd", *CONTESTANTS)
-"""Optimizers that are not ours."""
 LINE = 120
 
 
@@ -51,7 +49,7 @@ def _time_table(results: Results) -> str:
         "state B/param",
     )
     rows: list[tuple[str, ...]] = []
-    for summary in _ranked(results.at_equal_time, metric.higher_is_better):
+    for summary in ranked(results.at_equal_time, metric.higher_is_better):
         seconds = goal.seconds[summary.optimizer] if goal else None
         base = goal.seconds[goal.baseline] if goal else None
         share = f" ({seconds / base:.2f})" if seconds and base and summary.optimizer != BASELINE else ""
@@ -61,7 +59,7 @@ def _time_table(results: Results) -> str:
             (
                 summary.title,
                 f"{summary.hyperparameters['lr']:g}",
-                _figure(results, summary, -1),
+                figure(results, summary),
                 "never" if seconds is None else f"{seconds:.2f} s{share}",
                 _number(steps, ".0f"),
                 _number(per_step, ".2f"),
@@ -76,7 +74,7 @@ def _time_table(results: Results) -> str:
 
 
 def _steps_table(results: Results) -> str:
-    summaries = _ranked(results.at_equal_steps, results.task.metric.higher_is_better)
+    summaries = ranked(results.at_equal_steps, results.task.metric.higher_is_better)
     laps = len(results.at_equal_steps[0].metric) - 1
     shown = [max(1, round(laps * part)) for part in (0.25, 0.5, 1.0)]
     steps = [results.at_equal_steps[0].iterations[lap] for lap in shown]
@@ -84,64 +82,13 @@ def _steps_table(results: Results) -> str:
     rows = [
         (
             summary.title,
-            *(_figure(results, summary, lap) for lap in shown),
+            *(figure(results, summary, lap) for lap in shown),
             _number(summary.seconds[-1], ".1f"),
             _number(summary.processor_seconds[-1], ".1f"),
         )
         for summary in summaries
     ]
     return markdown_table(header, rows, right=range(1, len(header))).rstrip()
-
-
-def overview(all_results: Sequence[Results]) -> str:
-    """A line for each task and batch size: AdamW beside the best of ours, and of the others."""
-    header = (
-        "task",
-        "batch",
-        "s",
-        "AdamW",
-        "best of ours",
-        "first of ours at AdamW's last",
-        "best of other libraries",
-        "equal steps: AdamW",
-        "equal steps: best of ours",
-    )
-    rows = []
-    for results in all_results:
-        higher = results.task.metric.higher_is_better
-        time = {summary.optimizer: summary for summary in _ranked(results.at_equal_time, higher)}
-        steps = {summary.optimizer: summary for summary in _ranked(results.at_equal_steps, higher)}
-        ours = [summary for name, summary in time.items() if name not in STRANGERS]
-        others = [summary for name, summary in time.items() if name in STRANGERS and name != BASELINE]
-        best_in_steps = next(summary for name, summary in steps.items() if name not in STRANGERS)
-        rows.append(
-            (
-                f"`{results.task.name}`",
-                results.batch_size,
-                f"{plan.LENGTHS[results.task.name][results.batch_size].seconds:g}",
-                _figure(results, time[BASELINE], -1),
-                _titled(results, ours[0]),
-                _first(results, ours),
-                _titled(results, others[0]),
-                _figure(results, steps[BASELINE], -1),
-                _titled(results, best_in_steps),
-            )
-        )
-    return markdown_table(header, rows, right=(1, 2, 3, 7))
-
-
-def _first(results: Results, summaries: Sequence[Summary]) -> str:
-    """Who of some is the first where AdamW ends, and in which part of the time that takes AdamW."""
-    goal = results.goal
-    if goal is None:
-        return "-"
-    times = {summary.title: goal.seconds[summary.optimizer] for summary in summaries}
-    known = {title: seconds for title, seconds in times.items() if seconds is not None}
-    base = goal.seconds[goal.baseline]
-    if not known or base is None:
-        return "none"
-    title = min(known, key=lambda name: known[name])
-    return f"{title} in {known[title] / base:.2f} of its time"
 
 
 def rates_table(task: str, batch_size: int) -> str:
@@ -178,7 +125,7 @@ def _machines(task: str, batch_size: int) -> str:
     return f"Runs of {plan.LENGTHS[task][batch_size].seconds:g} s, {shown}, on {'; '.join(sorted(found))}."
 
 
-def _ranked(summaries: Sequence[Summary], higher_is_better: bool) -> list[Summary]:
+def ranked(summaries: Sequence[Summary], higher_is_better: bool) -> list[Summary]:
     """The best first, those that diverged last."""
 
     def loss(summary: Summary) -> float:
@@ -188,16 +135,13 @@ def _ranked(summaries: Sequence[Summary], higher_is_better: bool) -> list[Summar
     return sorted(summaries, key=loss)
 
 
-def _figure(results: Results, summary: Summary, lap: int) -> str:
+def figure(results: Results, summary: Summary, lap: int = -1) -> str:
+    """The metric after a lap, mean and deviation over the seeds."""
     spread = summary.metric[lap] if -len(summary.metric) <= lap < len(summary.metric) else None
     if spread is None or (lap == -1 and summary.diverged):
         return f"diverged ({len(summary.diverged)} of {len(summary.seeds)})"
     form: Callable[[float], str] = results.task.metric.format
     return f"{form(spread.mean)} ± {form(spread.deviation)}"
-
-
-def _titled(results: Results, summary: Summary) -> str:
-    return f"{summary.title} {_figure(results, summary, -1)}"
 
 
 def _number(value: float | None, form: str) -> str:
