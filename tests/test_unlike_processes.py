@@ -92,7 +92,10 @@ def train(make: Callable[..., Any], made: dict[str, Any], what: str, rank: int |
     for step in range(STEPS):
         xs, ys = batch(step, what)
         x, y = (torch.cat(xs), torch.cat(ys)) if rank is None else (xs[rank], ys[rank])
-        optimizer.zero_grad()
+        if step == 2:  # what no step takes counts for nothing
+            F.cross_entropy(model(x), y, reduction="sum").backward()
+            optimizer.zero_grad()
+        model.zero_grad()
         loss = F.cross_entropy(model(x), y, reduction="sum") / ROWS
         (loss if rank is None else WORLD * loss).backward()
         if rank is not None and not shards:
@@ -101,7 +104,7 @@ def train(make: Callable[..., Any], made: dict[str, Any], what: str, rank: int |
     return whole(model)
 
 
-FAST = {("KFAC", "empty"), ("MBF", "unused"), ("AdaFisherW", "unused"), ("EKFAC", "not finite"), ("SOFIM", "empty")}
+FAST = {("KFAC", "unused"), ("MBF", "empty"), ("AdaFisherW", "unused"), ("EKFAC", "not finite"), ("SOFIM", "empty")}
 
 
 @pytest.mark.parametrize(
