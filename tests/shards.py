@@ -1,4 +1,4 @@
-"""A small network whose parameters ``fully_shard`` divides, how it is trained, and the settings of optimizers for it."""
+"""A small network that ``fully_shard`` divides, how it is trained, and settings of optimizers for it."""
 
 from __future__ import annotations
 

@@ -28,9 +28,10 @@ STEP_AND_LOSS = re.compile(r"step (\d+): loss (\S+)")
 def losses(processes: int, program: str, *arguments: str) -> dict[int, float]:
     """What a program prints, by the number of the step."""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    path = os.pathsep.join(map(str, (ROOT, SAYS_WHEN_IT_ENDS)))
     done = subprocess.run(
         [*run, ROOT / "examples" / "distributed" / program, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, SAYS_WHEN_IT_ENDS)))},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

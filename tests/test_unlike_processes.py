@@ -6,7 +6,6 @@ All take the steps of one process on the joint batch, where the parameters are s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -81,12 +80,13 @@ def averaged(model: nn.Module) -> None:
         p.grad /= WORLD
 
 
-def train(make: Callable[..., Any], made: dict[str, Any], what: str, rank: int | None = None, shards: bool = False) -> Any:
+def train(name: str, what: str, rank: int | None = None, shards: bool = False) -> list[Tensor]:
     """The parameters in the end; of one process on all parts if it has no number."""
+    make, made = OPTIMIZERS[name]
     model: nn.Module = built()
     if shards:
         sharded(model)
-    elif rank is not None and make is not OPTIMIZERS["SOFIM"][0]:
+    elif rank is not None and name != "SOFIM":
         made = {**made, "process_group": dist.group.WORLD}
     optimizer = make(model, **made)
     for step in range(STEPS):
@@ -119,8 +119,7 @@ FAST = {("KFAC", "unused"), ("MBF", "empty"), ("AdaFisherW", "unused"), ("EKFAC"
 def test_all_take_the_steps_of_one(name: str, what: str, shards: bool) -> None:
     if shards and not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         pytest.skip("this torch has no gradients of layers that some processes do not use")
-    make, made = OPTIMIZERS[name]
-    expected = train(make, made, what)
+    expected = train(name, what)
     assert all(bool(p.isfinite().all()) for p in expected)
-    for found in in_threads(lambda rank: train(make, made, what, rank, shards), WORLD):
+    for found in in_threads(lambda rank: train(name, what, rank, shards), WORLD):
         assert_close(found, expected, torch.float64)
