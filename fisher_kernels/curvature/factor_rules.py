@@ -154,6 +154,10 @@ class TermRule(BlockRule):
     def sum_lengths(self, module: Any) -> list[int | None]:
         return [*super().sum_lengths(module), 1]
 
+    def without_use(self, lengths: Sequence[int]) -> list[Tensor]:
+        # Its terms are some of those of the loss, whether or not their rows have come to the layer.
+        return [*super().without_use(lengths[:-1]), self.context.terms.pending]
+
     def divisors(self, sums: Sums) -> list[float]:
         return [1.0] * len(sums.vectors)  # of the blocks of means
 

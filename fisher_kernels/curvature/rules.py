@@ -119,6 +119,10 @@ class Rule:
         """Length of each raw sum; None where only the data tell."""
         raise NotImplementedError
 
+    def without_use(self, lengths: Sequence[int]) -> list[Tensor]:
+        """Raw sums of these lengths of a process that did not use the layer in what others did."""
+        return [torch.zeros(n, device="cpu") for n in lengths]
+
 
 NORMS = (
     nn.modules.batchnorm._BatchNorm,

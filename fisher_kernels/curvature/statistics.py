@@ -414,8 +414,8 @@ class Statistics(Generic[R]):
     def _reduce(self, taken: dict[int, Sums]) -> dict[int, Sums]:
         """Add the sums of all processes in one flat all-reduce, in float64.
 
-        Every process lists the same sites, one that saw nothing as zeros, so that all agree on the layout, and which
-        layers it found not to be what their class documents, so that all agree on which are served. Data parallel
+        Every process lists the same sites, one that saw nothing without a use, so that all agree on the layout, and
+        which layers it found not to be what their class documents, so that all agree on which are served. Data parallel
         training averages gradients: a derivative of the global mean loss is the local one over the number of processes.
         """
         armed = sorted(self.armed - self._idle(taken))
@@ -432,7 +432,8 @@ class Statistics(Generic[R]):
                 flat += [v.double() / world**power for v, power in zip(vectors, site.rule.powers, strict=True)]
                 flat.append(torch.tensor(counts, dtype=torch.float64, device=vectors[0].device))
             else:
-                flat.append(torch.zeros(sum(lengths[index]) + len(lengths[index]), dtype=torch.float64, device="cpu"))
+                flat += [v.double() for v in site.rule.without_use(lengths[index])]
+                flat.append(torch.zeros(len(lengths[index]), dtype=torch.float64, device="cpu"))
         proofs = [layer.proof for layer in self.layers()]
         flags = [float(bool(p.reason)) for p in proofs] + [float(p.inner) for p in proofs]
         flat.append(torch.tensor(flags, dtype=torch.float64, device="cpu"))

@@ -69,6 +69,16 @@ class Terms:
         self._lock = threading.Lock()  # backward passes may run in several threads
         self._given: int | None = None
         self._hidden = False  # in a backward within another, before that one had brought anything
+        self._pending: dict[bool, Tensor] = {}  # whether they were given -> those of all backward passes
+
+    @property
+    def pending(self) -> Tensor:
+        """Those of all backward passes since :meth:`clear`, of shape (1,); where some were given, of these alone."""
+        return self._pending.get(True, self._pending.get(False, torch.zeros(1, device="cpu")))
+
+    def clear(self) -> None:
+        """Forget the terms of the backward passes that there were."""
+        self._pending = {}
 
     @contextmanager
     def given(self, number: int) -> Iterator[None]:
@@ -148,21 +158,24 @@ class Terms:
 
     def _find(self, backward: _Backward, operation: Any, grad: Tensor) -> None:
         """Find the terms, given the derivative by the last layer's output."""
+        terms = self._terms_of(backward, operation, grad)
+        backward.terms, given = terms, self._given is not None
+        self._pending[given] = terms + self._pending[given].to(terms) if given in self._pending else terms
+
+    def _terms_of(self, backward: _Backward, operation: Any, grad: Tensor) -> Tensor:
         self._hidden = self._hidden or (self._given is None and not backward.outputs and _is_within_checkpoint())
         outputs, backward.outputs = backward.outputs, []
         if self._given is not None:
-            backward.terms = torch.full((1,), self._given, dtype=torch.float32, device=grad.device)
-            return
+            return torch.full((1,), self._given, dtype=torch.float32, device=grad.device)
         rows = self._rows(outputs, operation, grad)
         if rows is not None:
-            backward.terms = rows.ne(0).any(1).sum(dtype=torch.float32).reshape(1)
-        else:
-            backward.terms = torch.zeros(1, dtype=torch.float32, device=grad.device)
-            backward.unknown = (
-                f"the model's output has shape {tuple(outputs[0].shape)}, that of its last layer {tuple(grad.shape)}, "
-                "and which of its numbers are one term of the loss cannot be seen: take loss_terms='samples' if each "
-                "sample is one, or fisher='sampled'"
-            )
+            return rows.ne(0).any(1).sum(dtype=torch.float32).reshape(1)
+        backward.unknown = (
+            f"the model's output has shape {tuple(outputs[0].shape)}, that of its last layer {tuple(grad.shape)}, "
+            "and which of its numbers are one term of the loss cannot be seen: take loss_terms='samples' if each "
+            "sample is one, or fisher='sampled'"
+        )
+        return torch.zeros(1, dtype=torch.float32, device=grad.device)
 
     def _rows(self, outputs: Sequence[Tensor], operation: Any, grad: Tensor) -> Tensor | None:
         """A derivative with a row for each term that there may be; None if nobody can tell."""

@@ -255,6 +255,7 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
                 self._factors.averages(pair)
 
     def _fold(self, taken: list[tuple[int, Sums]], grad_scale: Tensor | None) -> None:
+        self._context.terms.clear()
         means = [(index, self.statistics.sites[index].rule.means(sums)) for index, sums in taken]
         self._average(means, grad_scale)
         for p in self._groups:  # one that keeps statistics for others may be frozen
@@ -285,6 +286,14 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
         return self._context.terms.given(number)
 
     # Step.
+
+    def _refused(self) -> None:
+        super()._refused()
+        self._context.terms.clear()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._context.terms.clear()
 
     def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         by_group: dict[int, list[Parameter]] = defaultdict(list)
