@@ -588,21 +588,6 @@ def test_models_that_have_no_memory_when_they_are_sharded(settings: str, made_be
         assert_close(found, whole(model), torch.float64)
 
 
-@pytest.mark.parametrize("kind", [AdaFisher, MBF, KFAC, EKFAC, EKFACAdam])
-def test_tensor_parallel_parameters_are_refused(kind: Any) -> None:
-    def work(rank: int) -> None:
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-        for both in (False, True):
-            model: nn.Module = network(torch.float64)
-            parallelize_module(model, mesh["tensor"], {"3": ColwiseParallel(), "5": RowwiseParallel()})
-            if both:
-                fully_shard(model, mesh=mesh["data"])
-            with pytest.raises(TypeError, match=r"placements .* does not take those of tensor parallel training"):
-                kind(model)
-
-    in_threads(work, 4)
-
-
 @pytest.mark.parametrize("kind", [AdaFisher, MBF, KFAC])
 def test_readers_know_the_processes(kind: Any) -> None:
     """Those of the mesh, which may be some of all."""

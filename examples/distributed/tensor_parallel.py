@@ -1,7 +1,7 @@
 """FSDP2 and tensor parallelism: ``torchrun --standalone --nproc-per-node 4 examples/distributed/tensor_parallel.py``.
 
-Two processes share the columns and rows of the matrices, and each pair of them has its part of a batch. The optimizers
-that read layers refuse such parameters; SOFIM takes them.
+Two processes share the columns and rows of the matrices, and each pair of them has its part of a batch. Statistics are
+those of whole layers, and each sample counts once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 
-from fisher_kernels import SOFIM
+from fisher_kernels import KFAC
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     plan = {"3": ColwiseParallel(), "5": RowwiseParallel(output_layouts=Replicate())}
     parallelize_module(model, mesh["tensor"], plan)
     fully_shard(model, mesh=mesh["data"])
-    optimizer = SOFIM(model.parameters(), lr=0.05)
+    optimizer = KFAC(model, lr=0.1)  # of the model that is divided
     for step in range(60):
         x, y = batch(step, mesh.get_local_rank("data"), mesh["data"].size())
         optimizer.zero_grad()

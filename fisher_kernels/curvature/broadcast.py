@@ -12,11 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisher_kernels.curvature.gathered import all_of
+
 DEPTH = 6
 """How many operations may lie between the addition and the input of the layer that comes next."""
 
 TRIES = 4
 """The inputs of how many layers are looked behind."""
+
+LAYOUTS = ("RedistributeBackward", "_ToTorchTensorBackward", "_FromTorchTensorBackward")
+"""Nodes of the graph that say in another way which process has what of a tensor."""
 
 
 class Broadcast:
@@ -41,7 +46,7 @@ class Broadcast:
             parents = []
             for node in front:
                 for parent, _ in () if node is None else node.next_functions:
-                    if parent is self.node:
+                    if _origin(parent) is self.node:
                         assert node is not None
                         # Both terms of a sum have the derivative of the sum, unless one was multiplied.
                         if node.name() == "AddBackward0" and getattr(node, "_saved_alpha", 1) == 1:
@@ -54,7 +59,7 @@ class Broadcast:
         return self.tries == 0
 
     def _keep(self, grads: tuple[Tensor | None, ...]) -> None:
-        self.rows += [grad.detach() for grad in grads if grad is not None]
+        self.rows += [all_of(grad).detach() for grad in grads if grad is not None]
 
     def by_row(self, grad: Tensor) -> tuple[Tensor, Tensor] | None:
         """Input and derivative of every row that was served, if they are known and add up to the derivative given.
@@ -62,9 +67,20 @@ class Broadcast:
         They do not if something else reads the output too. Waits for a GPU.
         """
         rows, self.rows = self.rows, []
+        if rows and rows[0].shape[-1] != grad.shape[-1]:
+            raise RuntimeError(
+                f"{rows[0].shape[-1]} of {grad.shape[-1]} features are in this process where the output is broadcast"
+            )
         if len(rows) != 1 or rows[0].numel() <= grad.numel() or not _add_up(rows[0], grad):
             return None
         return self.x.expand(rows[0].shape[:-1]), rows[0]
+
+
+def _origin(node: Any) -> Any:
+    """What made a tensor, behind changes of its layout."""
+    while node is not None and node.name() in LAYOUTS:
+        node = node.next_functions[0][0]
+    return node
 
 
 def _add_up(rows: Tensor, total: Tensor) -> bool:

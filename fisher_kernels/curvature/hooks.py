@@ -19,6 +19,7 @@ from torch.compiler import is_compiling
 
 from fisher_kernels.curvature.broadcast import Broadcast, may_be_broadcast
 from fisher_kernels.curvature.functions import Call, Watches, take_derivative
+from fisher_kernels.curvature.gathered import all_of, is_distributed
 from fisher_kernels.curvature.sites import Layer, Site, first_input, overwritten, versions_of
 from fisher_kernels.curvature.tap import tap
 
@@ -199,9 +200,12 @@ class ForwardHook(Hook):
         if x is None or engine is None or layer.proof.reason is not None:
             return None
         engine.note_gathered(layer, layer.module)
+        x = all_of(x)
         _, index, use = self.address
-        # What is as large as an input is kept as autograd keeps its own: checkpointing then recomputes it.
-        if layer.rule.keeps_input and _top_saved_tensors_default_hooks(True) is not None:
+        # What is as large as an input is kept as autograd keeps its own: checkpointing then recomputes it. No op can do
+        # so with the output of a layer that processes divide among them.
+        saves = layer.rule.keeps_input and _top_saved_tensors_default_hooks(True) is not None
+        if saves and not is_distributed(output):
             return self._tapped(layer, x) if engine.claim(layer, (*args, *kwargs.values()), output) else None
         engine.look_behind(first_input(args, kwargs))
         if engine.look(index, use, x, output) and engine.claim(layer, (*args, *kwargs.values()), output):
@@ -258,7 +262,7 @@ class OutputHook:
 
     def _of_rows(self, layer: Layer[Any], grad: Tensor) -> tuple[list[Tensor], list[int], Tensor]:
         """What was captured and the derivative, of every row that was served where the output was broadcast."""
-        captured = self._unchanged(layer)
+        captured, grad = self._unchanged(layer), all_of(grad)
         if self.broadcast is not None and (by_row := self.broadcast.by_row(grad)) is not None:
             x, each = by_row
             return *layer.rule.capture(layer.operation, x), each

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,10 +20,16 @@ class Processes:
 
     Args:
         given: the group, if it is known.
+
+    Attributes:
+        partners: the ranks among which layers are divided, this one among them; they have the same part of the batch.
+        partner_groups: their groups, one for each dimension of their mesh.
     """
 
     def __init__(self, given: dist.ProcessGroup | None = None) -> None:
         self.given = given
+        self.partners: frozenset[int] = frozenset()
+        self.partner_groups: Sequence[Any] = ()
         self._found: list[tuple[weakref.ref[DistributedDataParallel], Any]] = []  # with their groups
         self._strangers: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 
@@ -75,7 +82,22 @@ class Processes:
     @property
     def strangers(self) -> int:
         """How many processes there are of which nobody has said whether they train the same model."""
-        return dist.get_world_size() - 1 if self.group is None and _is_initialized() else 0
+        known = max(1, len(self.partners))
+        return dist.get_world_size() - known if self.group is None and _is_initialized() else 0
+
+    @property
+    def shared(self) -> set[int]:
+        """Those of the group that have the same part of the batch as this process, which would count twice."""
+        if not self.partners or self.group is None or not _is_initialized():
+            return set()
+        return (set(dist.get_process_group_ranks(self.group)) & self.partners) - {dist.get_rank()}
+
+    def over_partners(self, figures: Tensor) -> Tensor:
+        """The mean of figures over the processes that divide layers with this one."""
+        total = figures.clone()
+        for group in self.partner_groups:
+            dist.all_reduce(total, group=group)
+        return total / max(1, math.prod(map(dist.get_world_size, self.partner_groups)))
 
     @property
     def may_leave(self) -> bool:

@@ -7,7 +7,8 @@ that the module holds, and must agree with the output up to rounding.
 
 A look leaves no trace: no buffer is written, no random number drawn, no parametrisation evaluated, no collective
 called, and modes around the forward (selective checkpointing counts operations) do not see it. It reads a bounded
-sample. Output that is the same for every row proves nothing, as zero weights hide whatever a layer does besides.
+sample. Output that is the same for every row proves nothing, as zero weights hide whatever a layer does besides. Of a
+layer that processes divide among them all of input, weight and output is gathered: that one look they have together.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fisher_kernels.curvature.gathered import all_of
 from fisher_kernels.curvature.rules import Product, is_transposed_linear, unsqueeze_batch
 from fisher_kernels.ops import ACCUMULATOR
 
@@ -242,7 +244,15 @@ def compare(module: nn.Module, x: Tensor, output: Tensor) -> Verdict | None:
     """
     if x.numel() == 0 or output.numel() == 0 or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
-    tensors = {name: p for name in ("weight", "bias") if (p := module._parameters.get(name)) is not None}
+    tensors: dict[str, Tensor] = {
+        name: p for name in ("weight", "bias") if (p := module._parameters.get(name)) is not None
+    }
+    if _is_split(output):
+        if any(type(placement).__name__ == "_MaskPartial" for placement in cast(Any, output).placements):
+            _require_own_forward(module, "its output can be read once")
+            return None
+        tensors = {name: _all_on(t, output) for name, t in tensors.items()}
+        x, output = all_of(x), all_of(output)
     local = {name: _local(t) for name, t in {**tensors, "x": x, "output": output}.items()}
     if any(t is None for t in local.values()):
         return None
@@ -251,7 +261,7 @@ def compare(module: nn.Module, x: Tensor, output: Tensor) -> Verdict | None:
     x, output = plain.pop("x"), plain.pop("output")
     weight, bias = plain.get("weight"), plain.get("bias")
     if weight is None:
-        _require_own_forward(module)
+        _require_own_forward(module, "its weight is computed")
     with _unseen():
         if weight is not None and (offset := getattr(module, "weight_offset", 0.0)):
             weight = weight + offset
@@ -286,6 +296,11 @@ def _first_line(error: Exception) -> str:
 
 def _is_split(t: Tensor) -> bool:
     return hasattr(t, "to_local")
+
+
+def _all_on(t: Tensor, output: Any) -> Tensor:
+    """All of a tensor that lies on the mesh of an output."""
+    return all_of(t) if getattr(t, "device_mesh", None) == output.device_mesh else t
 
 
 def _local(t: Tensor) -> Tensor | None:
@@ -404,16 +419,17 @@ def _expected(module: Any, x: Tensor, output: Tensor, weight: Tensor | None, bia
     return None
 
 
-def _require_own_forward(module: nn.Module) -> None:
+def _require_own_forward(module: nn.Module, because: str) -> None:
     """What is known of a bias whose weight is computed: it is what torch's own forward adds.
 
-    Computing the weight again might change something, as an iteration of spectral normalisation does.
+    Computing the weight again might change something, as an iteration of spectral normalisation does. Nor can the
+    output of an Embedding be looked at whose rows processes divide: the mask that adds it up serves once.
     """
     base: Any = class_of_torch(module)
     own: Any = next((c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules")), base)
     for name in ("forward", "_conv_forward"):
         if name in vars(module) or getattr(type(module), name, None) is not getattr(own, name, None):
-            raise MisfitError(f"its weight is computed, and its {name}() is not that of {_class_name(module)}")
+            raise MisfitError(f"{because}, and its {name}() is not that of {_class_name(module)}")
 
 
 def _require(found: Sequence[int], expected: Sequence[int]) -> None:

@@ -76,6 +76,9 @@ class Layer(Generic[R]):
             self.operation, self.candidates = found, ()
         if self.operation is not self.module:
             self.operation.training = self.module.training
+        present = (self.module._parameters.get(self.places.get(role, role)) for role in self.parameters)
+        if not is_distributed(output) and any(map(is_distributed, present)):
+            self.proof.object("processes have parts of its parameters, and its output does not say who has what")
         return self.proof.holds(self.module, x, output, refresh, self.operation)
 
 
@@ -141,11 +144,15 @@ class Site(Generic[R]):
     def clear(self) -> None:
         self.sums, self.uses, self.tasks, self.had_gradient = None, {}, set(), False
 
-    def begins_anew(self, anchor: Parameter) -> bool:
-        """Whether the gradients of the backward passes that have contributed are gone."""
+    def begins_anew(self, anchor: Parameter, gathered: bool) -> bool:
+        """Whether the gradients of the backward passes that have contributed are gone.
+
+        Args:
+            gathered: whether ``fully_shard`` gathers the parameter for forwards.
+        """
         before, self.had_gradient = self.had_gradient, anchor.grad is not None
-        # fully_shard keeps gradients elsewhere until processes have added them up.
-        return anchor.grad is None and (before or not is_distributed(anchor))
+        # That keeps gradients elsewhere until processes have added them up.
+        return anchor.grad is None and (before or not gathered)
 
 
 def find_layers(

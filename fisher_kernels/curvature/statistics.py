@@ -30,7 +30,7 @@ from torch.nn import Parameter
 
 from fisher_kernels.curvature.broadcast import Broadcast, may_be_broadcast
 from fisher_kernels.curvature.functions import Call, Watch, Watches
-from fisher_kernels.curvature.gathered import is_distributed
+from fisher_kernels.curvature.gathered import all_of, is_distributed
 from fisher_kernels.curvature.hooks import ForwardHook, ModelHook, OutputHook, ShowHook, StackHook, drop_copies, remove
 from fisher_kernels.curvature.operations import MATRICES
 from fisher_kernels.curvature.processes import Processes
@@ -40,6 +40,9 @@ from fisher_kernels.curvature.sites import Kept, Layer, Site, rescale, versions_
 from fisher_kernels.curvature.tap import register
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.ops._arguments import without_autocast
+
+APART = 1e-3
+"""By how much, relative to their mean, sums may differ among processes that should have the same: by rounding."""
 
 _numbers = itertools.count()
 _attached = 0
@@ -162,7 +165,9 @@ class Statistics(Generic[R]):
             self._shows = True
             for module, show in shows:
                 drop_copies(module)
-                self._handles.append(module.register_forward_hook(ShowHook(show)))
+                # Before a hook makes a part of what a layer of tensor parallel training has made.
+                first = getattr(module, "_distribute_module_applied", False)
+                self._handles.append(module.register_forward_hook(ShowHook(show), prepend=first))
 
     @property
     def looks(self) -> bool:
@@ -223,6 +228,9 @@ class Statistics(Generic[R]):
         if is_distributed(weight) and weight.dim() > 2 and call.spec.name in MATRICES:
             self.obstacles.setdefault(weight, "a stack of matrices that is divided among processes")
             return
+        if is_distributed(call.present) and not call.is_whole:
+            self.obstacles.setdefault(weight, "a part of a weight that is divided among processes")
+            return
         whole = call.whole
         rule = self._rule_for(whole, weight)
         if rule is None and self._leaves_out(whole):
@@ -244,7 +252,7 @@ class Statistics(Generic[R]):
         hooks = []
         for operation, start, x in call.pieces():
             use = Layer(name, whole, operation, rule, parameters, start=start)
-            hooks.append(OutputHook(weakref.ref(self), site, use, *rule.capture(operation, x)))
+            hooks.append(OutputHook(weakref.ref(self), site, use, *rule.capture(operation, all_of(x))))
             hooks[-1].broadcast = call.broadcast if rule.reads_tokens else None
             if rule.keeps_input:
                 call.node.register_hook(hooks[-1].release)
@@ -394,6 +402,15 @@ class Statistics(Generic[R]):
         self.refresh += bool(taken)
         return [(index, sums) for index, sums in taken.items() if not self._is_spoilt(self.sites[index], before)]
 
+    def differing(self, taken: Iterable[tuple[int, Sums]]) -> list[Site[R]]:
+        """Sites of which the processes that divide layers with this one have other sums, though all should be equal."""
+        figures = torch.zeros(len(self.sites), dtype=torch.float64, device=self.sites[0].owner.device)
+        for index, sums in taken:
+            figures[index] = torch.stack([v.double().abs().sum() for v in sums.vectors]).sum()
+        mean = self.processes.over_partners(figures)
+        off = (figures - mean).abs() > APART * mean
+        return [site for site, is_off in zip(self.sites, off.tolist(), strict=True) if is_off]
+
     def _is_spoilt(self, site: Site[R], before: Collection[Proof]) -> bool:
         """Whether a site has sums of a layer that is not what its class documents.
 
@@ -509,7 +526,7 @@ class Statistics(Generic[R]):
 
     def expect_rows(self, x: Tensor, output: Tensor) -> Broadcast:
         """Look from now on for what broadcasts the output of a layer."""
-        found = Broadcast(x, output)
+        found = Broadcast(all_of(x), output)
         self._broadcasts.append(found)
         return found
 
@@ -560,7 +577,7 @@ class Statistics(Generic[R]):
             if task not in site.tasks:
                 anchor = site.owner if site.owner.requires_grad else p
                 # A backward in another thread, or around this one, may have contributed and not accumulated yet.
-                if site.begins_anew(anchor) and not any(map(self._runs, site.tasks)):
+                if site.begins_anew(anchor, anchor in self._gathered) and not any(map(self._runs, site.tasks)):
                     site.clear()
                 site.settle(self._runs)
                 site.tasks = {*filter(self._runs, site.tasks), task}

@@ -18,6 +18,7 @@ from torch._C import _current_graph_task_id
 from torch.autograd import Variable
 from torch.utils.checkpoint import CheckpointFunction
 
+from fisher_kernels.curvature.gathered import all_of
 from fisher_kernels.curvature.rules import is_transposed_linear, unsqueeze_batch
 from fisher_kernels.ops import ACCUMULATOR
 
@@ -108,6 +109,7 @@ class Terms:
             backward = self._backward()
             if backward.terms is not None:
                 return
+            grad = all_of(grad)
             if operation is None:
                 backward.outputs.append(grad)
             else:

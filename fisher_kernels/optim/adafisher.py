@@ -46,8 +46,8 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
     F is never formed: the step reads one number for each row and one for each column. The state is one moment for each
     parameter (float32, or float64 for float64 parameters) and one number for each row and column of a layer. Linear,
     convolutions and transposed convolutions, normalisations and Embedding have rules; other parameters take a fallback
-    that ``explain()`` names. Parameters may be DTensors whose rows ``fully_shard`` has divided; factors are whole in
-    every process.
+    that ``explain()`` names. Parameters may be DTensors, of ``fully_shard`` and ``parallelize_module``; factors are
+    whole in every process.
 
     ========== ============================================= ================================ ======================
     variant    averaged over time                            F                                lr, damping, interval

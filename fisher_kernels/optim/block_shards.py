@@ -1,7 +1,7 @@
 """The step of MBF where each process has a share of the parameters.
 
 Blocks and their inverses are whole in every process, so the momentum is brought together, the direction is made of all
-of it, and each process takes the rows of it that it has. The kernels make the direction: a step of length 1, with no
+of it, and each process takes the part of it that it has. The kernels make the direction: a step of length 1, with no
 momentum and from zero, along the negative of what it is given.
 """
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fisher_kernels.ops import capped_step_, direction_sums, mbf_step_
+from fisher_kernels.optim.layouts import own_part
 from fisher_kernels.optim.shard_bounds import of_all_shards
-from fisher_kernels.optim.shares import gathered_together, like_parameter, local, own_rows
+from fisher_kernels.optim.shares import gathered_together, like_parameter, local
 
 AT_ONCE = 1 << 24
 """Of how many numbers all is gathered at a time, if a weight does not have more."""
@@ -91,7 +92,7 @@ def _entering(i: int, p: Any, weight: Tensor, s: Settings) -> Tensor:
 def _directions(
     params: Sequence[Any], vectors: Sequence[Tensor], inverses: Sequence[Tensor | None], view: View
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """The own rows of directions, where they are not left alone, and how many blocks are, given own rows of vectors."""
+    """The own parts of directions, where these are not left alone, and how many blocks are, given those of vectors."""
     directions: list[Tensor] = []
     kept: list[Tensor] = []
     counts = []
@@ -131,7 +132,7 @@ def _directions_of(
         maximize=True,
     )
     kept = [mark == -v for mark, v in zip(marks, whole, strict=True)]
-    directions, kept = ([own_rows(p, x) for p, x in zip(params, xs, strict=True)] for xs in (moved, kept))
+    directions, kept = ([own_part(p, x) for p, x in zip(params, xs, strict=True)] for xs in (moved, kept))
     return directions, kept, skipped
 
 

@@ -27,7 +27,7 @@ from fisher_kernels.optim.kfac import KFAC, OTHERS_LR
 from fisher_kernels.optim.kronecker import RAMP, KroneckerOptimizer, goes_on
 from fisher_kernels.optim.kronecker_factors import UPDATES, Pair, factor_state
 from fisher_kernels.optim.momentum_image import HOLDS, IMAGE
-from fisher_kernels.optim.shares import gathered, gathered_together, local, some_anywhere, whole
+from fisher_kernels.optim.shares import gathered, gathered_together, local, over_processes, some_anywhere
 from fisher_kernels.optim.vectors import Vectors
 
 TINY = 1e-16
@@ -364,9 +364,9 @@ class EKFACAdam(KroneckerOptimizer):
         yield from super()._directions(filled)
         for p in filled:
             if not self._factors.serves(p) and "exp_avg_sq" in self.state[p]:
-                squares = self.state[p]["exp_avg_sq"]
-                mean = whole(squares.sum()) / p.numel() if is_distributed(p) else None
-                yield p, filled[p] / _root(local(squares), counts[p], self._groups[p], mean)
+                here = local(self.state[p]["exp_avg_sq"])
+                mean = over_processes([p], here.sum().reshape(1))[0] / p.numel() if is_distributed(p) else None
+                yield p, filled[p] / _root(here, counts[p], self._groups[p], mean)
 
 
 def _is_any_known(params: Sequence[Parameter], stays: Mapping[Parameter, Tensor]) -> float | Tensor:

@@ -37,6 +37,7 @@ from fisher_kernels.optim.floors import FLOOR, fan_ins
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
 from fisher_kernels.optim.inverse_sharing import EVERY_RANK
 from fisher_kernels.optim.kronecker_factors import UPDATES, KroneckerFactors, Pair
+from fisher_kernels.optim.layouts import own_part
 from fisher_kernels.optim.measure import Measured
 from fisher_kernels.optim.sampled import SampledLabels
 from fisher_kernels.optim.shard_bounds import left_alone, of_all_shards
@@ -46,7 +47,6 @@ from fisher_kernels.optim.shares import (
     like_parameter,
     local,
     over_processes,
-    own_rows,
     whole,
 )
 from fisher_kernels.optim.unserved import shown
@@ -450,9 +450,9 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
             yield [p]
 
     def _directions_of_step(self, vectors: Vectors, stays: Collection[Parameter]) -> Iterator[tuple[Parameter, Tensor]]:
-        """The inverse curvature times the moments, with which a step has just begun: of DTensors the own rows."""
+        """The inverse curvature times the moments, with which a step has just begun: of DTensors the own part."""
         for p, direction in self._directions(vectors):
-            yield p, direction if self._is_elementwise(p) else own_rows(p, direction)
+            yield p, direction if self._is_elementwise(p) else own_part(p, direction)
 
     def _directions(self, vectors: Vectors) -> Iterator[tuple[Parameter, Tensor]]:
         """The inverse curvature times vectors."""

@@ -25,10 +25,10 @@ from fisher_kernels.optim.base import Explanation, FisherOptimizer, require_memo
 from fisher_kernels.optim.caller import calling
 from fisher_kernels.optim.hyperparameters import require_choice
 from fisher_kernels.optim.inverse_sharing import ONE_OWNER, SHARINGS
+from fisher_kernels.optim.layouts import data_meshes, group_of, is_known, partners
 from fisher_kernels.optim.overlap import Overlap
 from fisher_kernels.optim.refresh import advance, check_schedule, inverts, is_due
 from fisher_kernels.optim.renewal import Renewal
-from fisher_kernels.optim.shares import gathered_by, group_of, is_by_rows, whole
 from fisher_kernels.optim.unserved import UNSERVED, UNUSED, Unserved, has_gradient, shown
 from fisher_kernels.optim.warn import warn, warn_once
 
@@ -240,15 +240,25 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _watch(self, grad_scaler: Any, process_group: dist.ProcessGroup | None) -> None:
         old = self._statistics
-        group = group_of(self._groups) if process_group is None else process_group
+        meshes = self._data_meshes()
+        group = group_of(self._groups, meshes) if process_group is None else process_group
         self._statistics = Statistics(self._find_layers(), grad_scaler, group)
         if old is not None:
             self._statistics.adopt(old)
             if not old.open:
                 self._statistics.close()
             old.close()
+        self._note_partners(meshes)
         self._note_places()
         self._rewatched()
+
+    def _data_meshes(self) -> dict[Parameter, Any]:
+        """Those of the model, which need not be looked for where there is no DTensor."""
+        return data_meshes(self._model) if any(map(is_distributed, self._groups)) else {}
+
+    def _note_partners(self, meshes: Mapping[Parameter, Any]) -> None:
+        processes = self.statistics.processes
+        processes.partners, processes.partner_groups = partners(self._groups, meshes)
 
     def _rewatched(self) -> None:
         self._join()
@@ -330,13 +340,15 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _check_params(self, group: dict[str, Any]) -> None:
         super()._check_params(group)
-        sharded = [(i, p) for i, p in enumerate(group["params"]) if is_distributed(p)]
-        divided = gathered_by(self._model) if sharded else set()
-        for i, p in sharded:
-            if p not in divided or not is_by_rows(p):
+        divided = [(i, p) for i, p in enumerate(group["params"]) if is_distributed(p)]
+        meshes = data_meshes(self._model) if divided else {}
+        for i, p in divided:
+            if not is_known(p) or (p in meshes and meshes[p] is None):
+                name = next(name for name, q in self._names() if q is p)
                 raise TypeError(
-                    f"params[{i}] is a DTensor with placements {p.placements}, expected one whose rows fully_shard has "
-                    f"divided among processes: {type(self).__name__} does not take those of tensor parallel training"
+                    f"params[{i}] ({name}) is a DTensor with placements {p.placements}, expected one that fully_shard, "
+                    f"parallelize_module or both have divided by rows, or a matrix by columns: {type(self).__name__} "
+                    "does not take others"
                 )
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -416,7 +428,10 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         self._look_for_processes()
         self._serve_functions()
         self._prepare()
+        looks = self.statistics.looks and len(self.statistics.processes.partners) > 1
         taken = self.statistics.take(self._loss_scale(grad_scale, found_inf))
+        if taken and looks:
+            self._compare_with_partners(taken)
         taken = self._leave_out_misfits(taken)
         if not taken and not self.statistics.late:
             self._warn_if_silent()
@@ -439,6 +454,11 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         looks = bool(self.statistics.armed) or self.statistics.awake  # for functions, where no layer is known
         if looks:
             processes.look_in(self._model, self._groups)
+        if looks and processes.count > 1 and processes.shared:
+            raise ValueError(
+                f"ranks {sorted(processes.shared)} of the process_group have parts of the same layers, and the same "
+                "samples, as this process: expected those that have other samples, as each counts once"
+            )
         if processes.count > 1 and processes.may_leave:
             raise RuntimeError(
                 f"{type(self).__name__} adds up statistics over processes, and in a Join those that have come to the "
@@ -563,6 +583,17 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         sites = self.statistics.sites
         self._forget(site.owner for site in sites if (site.owner, site.rule.layout) not in still)
 
+    def _compare_with_partners(self, taken: list[tuple[int, Sums]]) -> None:
+        """Say once which layers see something else in the processes that divide others with this one."""
+        if found := self.statistics.differing(taken):
+            names = shown([site.layers[0].name or "model" for site in found])
+            self._warn_once(
+                f"apart {names}",
+                f"statistics of {names} differ among the processes that divide layers, and replicas of the model drift "
+                "apart. A layer whose parameters are no DTensors has to see the same in each of them: all samples and "
+                "features, with the same random numbers. SequenceParallel() serves what sees parts",
+            )
+
     def _tell_of_parts(self) -> None:
         """Name once, or refuse, parameters that are served by what layers give and go into functions besides."""
         if not self.statistics.parts:
@@ -638,11 +669,11 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         """Say once that a refresh step had gradients and no statistics."""
         if not any(map(is_due, self.param_groups)) or self._has_told("silent"):
             return
-        waiting = [site.owner.grad for site in self.statistics.sites if is_due(self._groups[site.owner])]
-        for grad in waiting:
-            require_memory("a gradient", grad)
+        waiting = [site.owner for site in self.statistics.sites if is_due(self._groups[site.owner])]
+        for p in waiting:
+            require_memory("a gradient", p.grad)
         # Whether a gradient is all zeros is read on the CPU alone: elsewhere the step would wait for the device.
-        if any(not grad.is_cpu or bool(whole(grad.any())) for grad in waiting if grad is not None):
+        if any(not p.grad.is_cpu or has_gradient(p) for p in waiting if p.grad is not None):
             self._warn_once("silent", self._silence())
 
     def _silence(self) -> str:
@@ -699,7 +730,9 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         self._made = {layer.name: (layer.parameters["weight"], layer.module) for layer in layers}
         self._unserved.read(self.param_groups, self._named_layers())
         self._overlap = Overlap()
-        self.statistics.processes = Processes(group_of(self._groups))
+        meshes = self._data_meshes()
+        self.statistics.processes = Processes(group_of(self._groups, meshes))
+        self._note_partners(meshes)
         self._note_places()
         self._rewatched()
 

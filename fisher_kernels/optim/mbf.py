@@ -35,7 +35,7 @@ from fisher_kernels.optim.measure import Measured
 from fisher_kernels.optim.refresh import RAMP, is_due
 from fisher_kernels.optim.renewal import NEXT
 from fisher_kernels.optim.sampled import SampledLabels
-from fisher_kernels.optim.shares import like_parameter, local, whole
+from fisher_kernels.optim.shares import like_parameter, local, over_processes, whole
 from fisher_kernels.optim.unserved import shown
 from fisher_kernels.optim.warn import warn_once
 
@@ -458,7 +458,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
         stale = {i for i, g in enumerate(groups) if g["refresh"] == "constant" and id(g) not in fresh}
         places = zip(plan.params, plan.of_group, caps.tolist(), strict=True)
         # Of weights that begin at zero every step is far.
-        far = [p for p, i, cap in places if cap < bound and i in stale and whole(p.norm()) > self._least(p)]
+        far = [p for p, i, cap in places if cap < bound and i in stale and _norm(p) > self._least(p)]
         if far:
             names, group = {p: name for name, p in self._names()}, self._groups[far[0]]
             self._warn_once(
@@ -679,6 +679,11 @@ class _Plan:
 
     def holds(self) -> bool:
         return all(p.grad is not None for p in self.params) and all(p.grad is None for p in self.waiting)
+
+
+def _norm(p: Tensor) -> float:
+    """The norm of a parameter, of all its parts."""
+    return math.sqrt(over_processes([p], local(p).double().square().sum().reshape(1)))
 
 
 def _one_if_the_same(of_each: list[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The rows of a parameter that a process has, and the factors that belong to them."""
+"""The rows and columns of a parameter that a process has, and the factors that belong to them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.optim.diagonal_factors import Place
-from fisher_kernels.optim.shares import like_parameter, local, rows
+from fisher_kernels.optim.layouts import part
+from fisher_kernels.optim.shares import like_parameter, local
 
 
 class Piece(NamedTuple):
@@ -23,19 +24,27 @@ class Piece(NamedTuple):
 def pieces_of(number: int, p: Tensor, gradient: Tensor, state: Mapping[str, Tensor], place: Place) -> Iterator[Piece]:
     """The pieces of a parameter that this process has; at least one, so that its step is counted."""
     tensors = local(p), like_parameter(p, gradient), local(state["exp_avg"])
-    first, last = rows(p) if is_distributed(p) else (0, len(p) if p.dim() else 1)
-    row, column = place
     if not tensors[0].numel():
         yield Piece(number, (*tensors, state["step"]), (None, None))
         return
-    by_row = row is not None and row.numel() > 1
+    own = part(p) if is_distributed(p) else tuple(slice(0, n) for n in p.shape)
+    first, last = (own[0].start, own[0].stop) if own else (0, 1)
+    row, column = place
+    if row is not None and row.numel() == p.numel() and p.dim():  # one for each element
+        row = row.view(p.shape)[own].reshape(-1)
+    elif row is not None and row.numel() > 1:
+        row = row[first:last]
+    if column is not None and column.dim() == 1 and p.dim() == 2 and column.numel() == p.shape[1]:
+        column = column[own[1]]
     groups = column.shape[0] if column is not None and column.dim() == 2 else 1
-    height = max(len(p) // groups, 1) if p.dim() else 1
-    steps = state["step"]
-    for group in range(first // height, -(-last // height)) if groups > 1 else (0,):
-        begin, end = (max(first, group * height), min(last, (group + 1) * height)) if groups > 1 else (first, last)
-        weight, g, moment = (x[begin - first : end - first] if x.dim() else x for x in tensors)
-        of_rows = row[begin:end] if by_row and row is not None else row
-        of_columns = column[group] if groups > 1 and column is not None else column
-        yield Piece(number, (weight, g, moment, steps), (of_rows, of_columns))
+    if groups == 1:
+        yield Piece(number, (*tensors, state["step"]), (row, column))
+        return
+    assert column is not None
+    height, steps = max(len(p) // groups, 1), state["step"]
+    for group in range(first // height, -(-last // height)):
+        begin, end = max(first, group * height) - first, min(last, (group + 1) * height) - first
+        weight, g, moment = (x[begin:end] for x in tensors)
+        of_rows = row[begin:end] if row is not None and row.numel() > 1 else row
+        yield Piece(number, (weight, g, moment, steps), (of_rows, column[group]))
         steps = state["step"].clone()  # counted once

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._C import _DisableAutocast
 
+from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.curvature.rules import R
 from fisher_kernels.curvature.sites import Layer
 from fisher_kernels.ops import ACCUMULATOR
@@ -134,6 +135,8 @@ class SampledLabels(LayerwiseOptimizer[R]):
             raise ValueError(f"distribution is {distribution!r}, expected one of {', '.join(map(repr, DISTRIBUTIONS))}")
         if not isinstance(output, Tensor) or not output.is_floating_point():
             raise TypeError(f"output is {type(output).__name__}, expected a floating-point tensor: a model's output")
+        if is_distributed(output):
+            raise TypeError("output is a DTensor, expected all of it in every process: output.full_tensor()")
         if not output.requires_grad:
             raise ValueError("output has no graph, expected the output of a forward with gradients on")
         if output.dim() and not -output.dim() <= dim < output.dim():

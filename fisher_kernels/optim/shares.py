@@ -6,9 +6,10 @@ whole, and nothing would tell. Torch's own optimizers work on one number at a ti
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import Parameter
 
 from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.optim.caller import calling
+from fisher_kernels.optim.layouts import block, divided, is_known, numel
 
 _ZERO = ("torch.distributed.optim.zero_redundancy_optimizer", "ZeroRedundancyOptimizer")
 _REMOTE = ("torch.distributed.optim.optimizer", "_LocalOptimizer")
@@ -30,7 +32,9 @@ def local(x: Any) -> Tensor:
 
 def whole(x: Any) -> Tensor:
     """All of a tensor; of a DTensor every process has to ask."""
-    return x.full_tensor() if is_distributed(x) else x
+    if not is_distributed(x):
+        return x
+    return gathered(x, local(x)) if is_known(x) else x.full_tensor()  # which adds up what is a sum over processes
 
 
 def gathered(p: Any, x: Tensor) -> Tensor:
@@ -41,86 +45,48 @@ def gathered(p: Any, x: Tensor) -> Tensor:
 def gathered_together(params: Sequence[Any], tensors: Sequence[Tensor]) -> list[Tensor]:
     """The same of several at once: one all-gather for those that lie on one mesh in one dtype.
 
-    Rows are divided as ``fully_shard`` divides them, into pieces of which the last ones may be smaller or empty: these
-    are filled up to the length of the first one.
+    Where several dimensions of the mesh divide them it is one for each of these. Parts that are smaller than the first
+    one, or empty, are filled up to its size.
     """
     found = list(tensors)
-    together: dict[tuple[Any, int, torch.dtype], list[int]] = {}
+    together: dict[tuple[Any, tuple[int, ...], torch.dtype], list[int]] = {}
     for i, (p, x) in enumerate(zip(params, tensors, strict=True)):
-        if is_distributed(p):
-            divided = [d for d, placement in enumerate(p.placements) if not placement.is_replicate()]
-            for dimension in divided:  # one at the most
-                together.setdefault((p.device_mesh, dimension, x.dtype), []).append(i)
-    for (mesh, dimension, _), members in together.items():
-        pieces = mesh.size(dimension)
-        lengths = [-(-len(params[i]) // pieces) for i in members]  # in rows
-        filled = [_filled_up(found[i], rows).reshape(-1) for i, rows in zip(members, lengths, strict=True)]
-        flat = torch.cat(filled)
-        everything = flat.new_empty(pieces * len(flat))
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
-        gather(everything, flat, group=mesh.get_group(dimension))
-        parts = everything.view(pieces, -1).split([len(part) for part in filled], 1)
-        for i, rows, part in zip(members, lengths, parts, strict=True):
-            shape = params[i].shape
-            found[i] = part.reshape(pieces * rows, *shape[1:])[: shape[0]]
+        if is_distributed(p) and divided(p):
+            together.setdefault((p.device_mesh, divided(p), x.dtype), []).append(i)
+    for (mesh, dimensions, _), members in together.items():
+        sizes = [numel(block(params[i], lambda d: 0)) for i in members]
+        flat = torch.cat([_filled_up(found[i].reshape(-1), size) for i, size in zip(members, sizes, strict=True)])
+        for dimension in reversed(dimensions):
+            flat = _all_gathered(flat, mesh, dimension)
+        count = math.prod(mesh.size(dimension) for dimension in dimensions)
+        parts = flat.view(count, sum(sizes)).split(sizes, 1)
+        for i, of_each in zip(members, parts, strict=True):
+            found[i] = _put_together(params[i], dimensions, of_each)
     return found
 
 
-def _filled_up(x: Tensor, rows: int) -> Tensor:
-    return x if len(x) == rows else torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
+def _filled_up(x: Tensor, size: int) -> Tensor:
+    return x if len(x) == size else torch.cat([x, x.new_zeros(size - len(x))])
 
 
-def own_rows(p: Any, x: Tensor) -> Tensor:
-    """What this process has of a parameter, of a tensor that is like all of it; of a DTensor as a copy."""
-    return x[slice(*rows(p))].clone() if is_distributed(p) else x  # a view would keep all of it
+def _all_gathered(x: Tensor, mesh: Any, dimension: int) -> Tensor:
+    everything = x.new_empty(mesh.size(dimension) * len(x))
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
+    gather(everything, x, group=mesh.get_group(dimension))
+    return everything
 
 
-def rows(p: Any) -> tuple[int, int]:
-    """The rows of a DTensor parameter that this process has, as the first and the one behind the last."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    return (offset[0], offset[0] + shape[0]) if math.prod(shape) else (0, 0)
-
-
-def is_by_rows(p: Any) -> bool:
-    """Whether a DTensor has its rows divided among the processes of one dimension of its mesh, or none."""
-    kinds = [placement for placement in p.placements if not placement.is_replicate()]
-    return all(type(kind).__name__ == "Shard" and kind.dim == 0 for kind in kinds) and len(kinds) < 2
-
-
-def group_of(params: Iterable[Any]) -> dist.ProcessGroup | None:
-    """The processes that have the shards of parameters; None where there are no shards.
-
-    Raises:
-        ValueError: they are some of all processes, on a mesh of several dimensions, or there are several meshes.
-    """
-    meshes = {p.device_mesh for p in params if is_distributed(p)}
-    if all(mesh.size() == dist.get_world_size() for mesh in meshes):
-        return dist.group.WORLD if meshes else None
-    if len(meshes) > 1 or next(iter(meshes)).ndim > 1:
-        raise ValueError(
-            f"process_group is None, and the parameters are on {', '.join(map(str, meshes))}: expected the group of "
-            "the processes that train the model"
-        )
-    group: dist.ProcessGroup = next(iter(meshes)).get_group()
-    return group
-
-
-def _groups_of(state: Any) -> list[Any]:
-    """What ``fully_shard`` gathers together for a module; releases without a list of them have one or none."""
-    found = getattr(state, "_fsdp_param_groups", None)
-    if found is None:
-        return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
-    return [*found]
-
-
-def gathered_by(model: Any) -> set[Any]:
-    """The parameters of a model that ``fully_shard`` has divided."""
-    module = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_state")
-    states = [] if module is None else [module._get_module_fsdp_state(m) for m in model.modules()]
-    groups = [group for state in states if state is not None for group in _groups_of(state)]
-    return {fsdp_param.sharded_param for group in groups for fsdp_param in group.fsdp_params}
+def _put_together(p: Any, dimensions: Sequence[int], parts: Tensor) -> Tensor:
+    """A tensor like a parameter of its parts, a row of numbers for each."""
+    if len(dimensions) == 1 and p.placements[dimensions[0]].dim == 0:  # they lie as they are gathered
+        rows = -(-len(p) // len(parts))
+        return parts.reshape(len(parts) * rows, *p.shape[1:])[: len(p)]
+    found = parts.new_empty(p.shape)
+    places = itertools.product(*(range(p.device_mesh.size(d)) for d in dimensions))
+    for place, row in zip(places, parts, strict=True):
+        there = block(p, dict(zip(dimensions, place, strict=True)).__getitem__)
+        found[there] = row[: numel(there)].view_as(found[there])
+    return found
 
 
 def like_parameter(p: Any, gradient: Any) -> Tensor:

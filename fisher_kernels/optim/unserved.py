@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
+from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.curvature.sites import Layer
 from fisher_kernels.optim.base import require_memory
-from fisher_kernels.optim.shares import whole
+from fisher_kernels.optim.shares import like_parameter, some_anywhere
 
 UNSERVED = "unserved"
 """Key of parameter groups: name of each layer that is not served -> the reason."""
@@ -79,7 +80,8 @@ def has_gradient(p: Parameter) -> bool:
     require_memory(f"the gradient of a parameter of shape {tuple(p.shape)}", p.grad)
     if p.grad.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    return bool(whole(p.grad.any()))
+    found = like_parameter(p, p.grad).any()
+    return bool(some_anywhere([p], [found])[0]) if is_distributed(p) else bool(found)
 
 
 def shown(names: list[str]) -> str:
