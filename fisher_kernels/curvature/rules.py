@@ -121,7 +121,7 @@ class Rule:
 
     def without_use(self, lengths: Sequence[int]) -> list[Tensor]:
         """Raw sums of these lengths of a process that did not use the layer in what others did."""
-        return [torch.zeros(n, device="cpu") for n in lengths]
+        return [torch.zeros(n, dtype=torch.float64, device="cpu") for n in lengths]
 
 
 NORMS = (

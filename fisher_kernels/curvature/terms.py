@@ -75,7 +75,7 @@ class Terms:
     @property
     def pending(self) -> Tensor:
         """Those of all backward passes since :meth:`clear`, of shape (1,); where some were given, of these alone."""
-        return self._pending.get(True, self._pending.get(False, torch.zeros(1, device="cpu")))
+        return self._pending.get(True, self._pending.get(False, torch.zeros(1, dtype=torch.float32, device="cpu")))
 
     def clear(self) -> None:
         """Forget the terms of the backward passes that there were."""
