@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fisher_kernels import EKFAC, KFAC, MBF, AdaFisher, AdaFisherW, EKFACAdam
 
-STEPS = 16  # intervals have begun to grow: of the last steps most refresh nothing
+STEPS = 20
 BATCH = 16
 
 making = threading.Lock()  # torch's random numbers are those of all threads
