@@ -29,7 +29,7 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 
-from fisher_kernels import EKFAC, KFAC, MBF, SOFIM, AdaFisher, EKFACAdam
+from fisher_kernels import KFAC, MBF, SOFIM, AdaFisher, EKFACAdam
 from fisher_kernels.optim import block_shards, shard_products, shares
 from fisher_kernels.optim.factor_bases import FactorBases
 from fisher_kernels.optim.factor_inverses import FactorInverses
