@@ -765,3 +765,31 @@ def test_checkpoints_of_two_processes_in_one_and_of_one_in_two(tmp_path: Path) -
         _load(twin, resumed, tmp_path / f"{name} of two", no_dist=True)
         train(twin, resumed, torch.float64)
         assert_close(whole(twin), whole(ours[name][0]), torch.float64)
+
+
+@pytest.mark.parametrize("kind", [KFAC, pytest.param(MBF, marks=pytest.mark.slow)])
+def test_labels_are_drawn_through_what_was_gathered(kind: Any) -> None:
+    """Each process draws its own, so the same ones draw where gradients are averaged by hand."""
+
+    def work(rank: int, shards: bool) -> list[Tensor]:
+        model = network(torch.float64)
+        model = sharded(model, (2,)) if shards else model
+        group = {} if shards else {"process_group": dist.group.WORLD}
+        optimizer = kind(model, lr=1e-2, fisher="sampled", **group)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            x, y = (part.chunk(2)[rank] for part in batch(step, torch.float64))
+            output = model(x)
+            optimizer.sample(output)
+            F.cross_entropy(output, y).backward()
+            for p in () if shards else model.parameters():
+                assert p.grad is not None
+                dist.all_reduce(p.grad)
+                p.grad /= 2
+            optimizer.step()
+        assert optimizer.statistics.refresh > 2
+        return whole(model)
+
+    found, expected = (in_threads(functools.partial(work, shards=shards), 2) for shards in (True, False))
+    assert_close(found[0], expected[0], torch.float64)
+    assert_close(found[1], expected[0], torch.float64)

@@ -524,6 +524,10 @@ class Statistics(Generic[R]):
             if found is not p:
                 self._gathered[p] = found
 
+    def present(self, p: Parameter) -> Any:
+        """What the forward had in the place of a parameter, which is in its graph."""
+        return self._gathered.get(p, p)
+
     def expect_rows(self, x: Tensor, output: Tensor) -> Broadcast:
         """Look from now on for what broadcasts the output of a layer."""
         found = Broadcast(all_of(x), output)
@@ -613,7 +617,7 @@ class Statistics(Generic[R]):
 
     def accumulates(self, parameter: Parameter) -> bool:
         """Whether the backward that is running will add to ``parameter.grad``."""
-        parameter = self._gathered.get(parameter, parameter)
+        parameter = self.present(parameter)
         node = self._nodes.get(parameter)
         if node is not None and _executes(node):
             return True

@@ -157,6 +157,7 @@ class SampledLabels(LayerwiseOptimizer[R]):
         wanted = list(dict.fromkeys(p for layer in layers for p in _cheapest(layer.parameters)))
         if not wanted:
             return
+        wanted = [self.statistics.present(p) for p in wanted]
         with self.statistics.sampling(), self._of_terms(y.shape[:-1].numel()):
             torch.autograd.grad(output, wanted, derivative.to(output.dtype), retain_graph=True, allow_unused=True)
 
