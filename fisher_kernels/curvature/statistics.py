@@ -524,7 +524,7 @@ class Statistics(Generic[R]):
             if found is not p:
                 self._gathered[p] = found
 
-    def present(self, p: Parameter) -> Any:
+    def present(self, p: Any) -> Any:
         """What the forward had in the place of a parameter, which is in its graph."""
         return self._gathered.get(p, p)
 
