@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,9 +56,8 @@ def picture(results: Results) -> bytes:
         axes.grid(color="#e8eaed", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"{task.name}, batches of {results.batch_size}: {task.summary}", x=0.01, ha="left", fontsize=12.5, weight="bold"
-    )
+    title = f"{task.name}, batches of {results.batch_size}: {task.summary}"
+    figure.suptitle(textwrap.fill(title, 100), x=0.01, ha="left", fontsize=12.5, weight="bold")
     figure.legend(*by_clock.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     file = io.BytesIO()
     figure.savefig(file, format="png")

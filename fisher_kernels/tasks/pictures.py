@@ -142,7 +142,7 @@ def _curve(summary: Summary) -> Curve:
 def frame(axes: Axes, metric: Metric, curves: Sequence[Curve]) -> None:
     """An axis with room for the ends of the runs; their first steps, and who is far off, may leave it."""
     if _is_accuracy(metric):
-        _stretch_towards_100(axes)
+        _stretch_towards_100(axes, max((max(curve[1]) for curve in curves), default=100.0))
         return
     if not curves:
         return
@@ -248,8 +248,8 @@ def _is_accuracy(metric: Metric) -> bool:
     return metric.unit == "%" and metric.higher_is_better
 
 
-def _stretch_towards_100(axes: Axes) -> None:
-    """Gives 98 to 99 % as much room as 80 to 90 %: a logarithmic axis of what is missing to 101 %."""
+def _stretch_towards_100(axes: Axes, best: float) -> None:
+    """Gives 98 to 99 % as much room as 80 to 90 %: a logarithmic axis of what is missing to 101 %, up to the best."""
     import numpy as np  # which matplotlib brings, and nothing else here needs
 
     axes.set_yscale(
@@ -259,7 +259,8 @@ def _stretch_towards_100(axes: Axes) -> None:
             lambda position: 101 - 10 ** (-position),
         ),
     )
-    low = axes.get_ylim()[0]
-    axes.set_ylim(low, 100.2)
-    axes.set_yticks([tick for tick in (10, 30, 50, 70, 80, 90, 95, 97, 98, 99, 99.5, 100) if tick >= low])
+    low, high = axes.get_ylim()[0], min(100.2, 101 - (101 - best) / 1.4)
+    axes.set_ylim(low, high)
+    ticks = (10, 30, 50, 60, 70, 80, 85, 90, 95, 97, 98, 99, 99.5, 100)
+    axes.set_yticks([tick for tick in ticks if low <= tick <= high])
     axes.yaxis.set_major_formatter("{x:g}")
