@@ -59,7 +59,8 @@ def _by_epoch(figure: Any, task: Task, settings: Settings, summaries: Sequence[S
     by_time.set_xlim(left=0)
     by_epoch.xaxis.get_major_locator().set_params(integer=True)
     if _is_accuracy(task.metric):
-        _stretch_towards_100(by_epoch)
+        shown = [spread.mean for summary in summaries for spread in summary.metric[1:] if spread is not None]
+        _stretch_towards_100(by_epoch, max(shown, default=100.0))
     for axes in (by_epoch, by_time):
         axes.grid(alpha=0.3)
     # Beside the axes: within them it would hide a point sooner or later.
