@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -359,6 +360,20 @@ def test_a_fault_is_named_and_the_next_launch_runs(library: ctypes.CDLL, fault: 
     assert library.last_error() == error
     assert library.last_error() == SUCCESS
     check_sum(library, 1001, 7, 96)
+
+
+def test_the_lowest_stack_of_all_overflows(library: ctypes.CDLL) -> None:
+    """Into memory that nobody else owns: the threads of a block have given their stacks back, the lowest one last."""
+
+    def work() -> None:
+        check_sum(library, 63, 1, 32)
+        error, message = FAULTS["stack"]
+        assert library.faulty(list(FAULTS).index("stack")) == error
+        assert library.last_message().decode().endswith(message)
+        check_sum(library, 63, 1, 32)
+
+    with ThreadPoolExecutor(1) as pool:  # a thread has stacks of its own
+        pool.submit(work).result()
 
 
 @pytest.mark.parametrize("threads", [1, 2])

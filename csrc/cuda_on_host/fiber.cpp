@@ -20,6 +20,9 @@ constexpr size_t kStackBytes = FISHER_KERNELS_HOST_STACK_BYTES;
 // Not a multiple of a page: the tops of all stacks would share a few lines of the cache.
 constexpr size_t kStride = kStackBytes + 5 * 64;
 constexpr size_t kStacksAtOnce = 32;
+// Below the lowest one: what overflows it a little, or the frame of a signal there, does not write into what others own.
+constexpr size_t kSpare = 64 * 1024;
+constexpr size_t kMapped = kSpare + kStacksAtOnce * kStride;
 constexpr uint64_t kCanary[4] = {0x9e3779b97f4a7c15, 0xbf58476d1ce4e5b9, 0x94d049bb133111eb, 0xd6e8feb86659fd93};
 
 #ifndef FISHER_KERNELS_HOST_UCONTEXT
@@ -110,7 +113,7 @@ void Fiber::switch_to(Fiber& other) {
 bool Fiber::overflowed() const { return std::memcmp(stack_, kCanary, sizeof(kCanary)) != 0; }
 
 FiberPool::~FiberPool() {
-  for (void* stacks : stacks_) munmap(stacks, kStacksAtOnce * kStride);
+  for (void* stacks : stacks_) munmap(stacks, kMapped);
 }
 
 Fiber& FiberPool::take() {
@@ -130,12 +133,12 @@ void FiberPool::reset() {
 
 void FiberPool::grow() {
   // Mapped, not allocated: only the pages that a thread touches become memory.
-  void* stacks = mmap(nullptr, kStacksAtOnce * kStride, PROT_READ | PROT_WRITE,
+  void* stacks = mmap(nullptr, kMapped, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (stacks == MAP_FAILED) throw std::bad_alloc();
   stacks_.push_back(stacks);
   for (size_t i = 0; i < kStacksAtOnce; ++i) {
-    fibers_.emplace_back(static_cast<unsigned char*>(stacks) + i * kStride, kStackBytes, entry_);
+    fibers_.emplace_back(static_cast<unsigned char*>(stacks) + kSpare + i * kStride, kStackBytes, entry_);
     free_.push_back(&fibers_.back());
   }
 }
