@@ -39,7 +39,7 @@ def overview(all_results: Sequence[Results]) -> str:
         "AdamW",
         "best of ours",
         "first of ours at AdamW's last",
-        "best of other libraries",
+        "best of the others",
         "equal steps: AdamW",
         "equal steps: best of ours",
     )
@@ -69,16 +69,13 @@ def overview(all_results: Sequence[Results]) -> str:
 
 def _first(results: Results, summaries: Sequence[Summary]) -> str:
     """Who of some is the first where AdamW ends, and in which part of the time that takes AdamW."""
-    goal = results.goal
-    if goal is None:
-        return "-"
-    times = {summary.title: goal.seconds[summary.optimizer] for summary in summaries}
-    known = {title: seconds for title, seconds in times.items() if seconds is not None}
-    base = goal.seconds[goal.baseline]
-    if not known or base is None:
+    shares = [
+        (share, summary.title) for summary in summaries if (share := results.share(summary.optimizer)) is not None
+    ]
+    if not shares:
         return "none"
-    title = min(known, key=lambda name: known[name])
-    return f"{title} in {known[title] / base:.2f} of its time"
+    share, title = min(shares)
+    return f"{title} in {share:.2f} of its time"
 
 
 def chosen_table() -> str:
@@ -112,9 +109,8 @@ def page_of(names: Sequence[str], all_results: Sequence[Results]) -> str:
 
 
 def _share(results: Results, optimizer: str) -> str:
-    goal = results.goal
-    seconds, base = (goal.seconds[optimizer], goal.seconds[goal.baseline]) if goal else (None, None)
-    return "never" if seconds is None or base is None else f"{seconds / base:.2f}"
+    share = results.share(optimizer)
+    return "never" if share is None else f"{share:.2f}"
 
 
 def _titled(results: Results, summary: Summary) -> str:

@@ -51,8 +51,8 @@ def _time_table(results: Results) -> str:
     rows: list[tuple[str, ...]] = []
     for summary in ranked(results.at_equal_time, metric.higher_is_better):
         seconds = goal.seconds[summary.optimizer] if goal else None
-        base = goal.seconds[goal.baseline] if goal else None
-        share = f" ({seconds / base:.2f})" if seconds and base and summary.optimizer != BASELINE else ""
+        share = results.share(summary.optimizer)
+        part = "" if share is None or summary.optimizer == BASELINE else f" ({share:.2f})"
         steps, processor = summary.iterations[-1], summary.processor_seconds[-1]
         per_step = 1e3 * processor / steps if steps and processor else None
         rows.append(
@@ -60,7 +60,7 @@ def _time_table(results: Results) -> str:
                 summary.title,
                 f"{summary.hyperparameters['lr']:g}",
                 figure(results, summary),
-                "never" if seconds is None else f"{seconds:.2f} s{share}",
+                "never" if seconds is None else f"{seconds:.2f} s{part}",
                 _number(steps, ".0f"),
                 _number(per_step, ".2f"),
                 _number(summary.seconds[-1], ".1f"),

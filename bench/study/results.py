@@ -34,6 +34,12 @@ class Results:
         """When each optimizer was where the baseline ends."""
         return reached(self.task.metric, self.at_equal_time)
 
+    def share(self, optimizer: str) -> float | None:
+        """The part of the baseline's time after which an optimizer was there; None if it never was."""
+        goal = self.goal
+        seconds, base = (goal.seconds[optimizer], goal.seconds[goal.baseline]) if goal else (None, None)
+        return seconds / base if seconds is not None and base else None
+
 
 def results(name: str, batch_size: int) -> Results:
     """Those of runs that are known.
