@@ -57,7 +57,7 @@ def picture(results: Results) -> bytes:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     title = f"{task.name}, batches of {results.batch_size}: {task.summary}"
-    figure.suptitle(textwrap.fill(title, 100), x=0.01, ha="left", fontsize=12.5, weight="bold")
+    figure.suptitle(textwrap.fill(title, 112), x=0.01, ha="left", fontsize=12.5, weight="bold")
     figure.legend(*by_clock.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     file = io.BytesIO()
     figure.savefig(file, format="png")
