@@ -282,6 +282,13 @@ def test_tables_of_what_was_run(folder: Path) -> None:
     assert lbfgs.count("diverges") == tuning.TRIALS
 
 
+def test_what_is_best_in_either_table_is_in_the_picture(folder: Path) -> None:
+    _fill(lambda run: [x - 3.0 * (run.epochs is not None) for x in _falling(run)])
+    for axes in pictures.draw(results.results("autoencoder", 32)).axes:
+        ends = [line.get_ydata()[-1] for line in axes.lines]
+        assert axes.get_ylim()[0] < min(ends)
+
+
 def test_who_diverged_is_last_and_has_no_figure(folder: Path) -> None:
     """One seed is enough: a mean over the others would flatter it."""
 

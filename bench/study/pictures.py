@@ -39,16 +39,22 @@ _OTHERS = {
 
 
 def picture(results: Results) -> bytes:
-    """A PNG; what is far off leaves it."""
+    """What is drawn, as a PNG."""
+    file = io.BytesIO()
+    draw(results).savefig(file, format="png")
+    return file.getvalue()
+
+
+def draw(results: Results) -> Any:
+    """A figure of both tables; what is far off leaves it."""
     figure = require("matplotlib.figure", "matplotlib", "the picture of the curves").Figure(
         figsize=(12, 5.6), dpi=130, layout="constrained"
     )
     by_steps, by_clock = figure.subplots(1, 2, sharey=True)
     task = results.task
     curves = [_draw(by_clock, summary, summary.processor_seconds) for summary in results.at_equal_time]
-    for summary in results.at_equal_steps:
-        _draw(by_steps, summary, summary.iterations)
-    frame(by_clock, task.metric, [curve for curve in curves if curve[0]])
+    curves += [_draw(by_steps, summary, summary.iterations) for summary in results.at_equal_steps]
+    frame(by_clock, task.metric, [curve for curve in curves if curve[0]])  # and the other one, which has its axis
     by_steps.set(xlabel="steps", ylabel=f"{task.metric.name} ({task.metric.unit})", title="at equal steps")
     by_clock.set(xlabel="training time (s of processor time)", title="planned for the same time")
     for axes in (by_steps, by_clock):
@@ -57,11 +63,9 @@ def picture(results: Results) -> bytes:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     title = f"{task.name}, batches of {results.batch_size}: {task.summary}"
-    figure.suptitle(textwrap.fill(title, 112), x=0.01, ha="left", fontsize=12.5, weight="bold")
+    figure.suptitle(textwrap.fill(title, 112, break_on_hyphens=False), x=0.01, ha="left", fontsize=12.5, weight="bold")
     figure.legend(*by_clock.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()
+    return figure
 
 
 def _draw(
