@@ -114,8 +114,8 @@ struct StridedArray {
 struct AdaFisherParameter {
   StridedArray parameter;
   StridedArray gradient;      // same dtype
-  StridedArray moment;        // accumulation_dtype(dtype), as are the factors
-  const void* row_factor;     // [groups, rows] or null
+  StridedArray moment;        // of moment_dtype
+  const void* row_factor;     // [groups, rows] or null; accumulation_dtype(dtype), as is the other one
   const void* column_factor;  // [groups, columns] or null
   double constant_factor;     // on the CPU, of all factors that are constants
   bool row_is_constant;       // on a GPU such a factor is read where it lies
@@ -126,6 +126,7 @@ struct AdaFisherParameter {
   float* step;       // t, which a GPU counts itself
   double step_size;  // lr / (1 - beta^t), on the CPU
   DType dtype;
+  DType moment_dtype;  // accumulation_dtype(dtype), or bfloat16 where that is float32
 
   int64_t numel() const { return groups * rows * columns; }
 };
@@ -228,7 +229,7 @@ struct MbfStep {
 struct SofimParameter {
   StridedArray parameter;
   StridedArray gradient;  // same dtype
-  StridedArray moment;    // accumulation_dtype(dtype)
+  StridedArray moment;    // of moment_dtype
   int64_t size;
   Scalar lr;
   float* step;        // t, which a GPU counts itself
@@ -236,6 +237,7 @@ struct SofimParameter {
   double weight_decay;
   WeightDecay decay;
   DType dtype;
+  DType moment_dtype;  // accumulation_dtype(dtype), or bfloat16 where that is float32
 };
 
 /// With all parameters as one vector w, or each as one:

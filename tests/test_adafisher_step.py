@@ -38,6 +38,10 @@ SOME = tuple(PARAMETERS[i] for i in (0, 2, 8, 9, 12, 17, 20, 25, 27, 29, 31, 33,
 FEW = tuple(PARAMETERS[i] for i in (0, 2, 17, 20, 24, 26, 32, 46))
 
 
+SHORT_IN_TURN = (torch.bfloat16, None, torch.bfloat16)
+"""Of moments, so that each dtype of parameters has both within a dozen."""
+
+
 def parameters_for(implementation: str) -> tuple[Parameter, ...]:
     """All of them, but not for Triton's interpreter, which takes a hundred times as long."""
     return FEW if implementation == "triton" else PARAMETERS
@@ -96,7 +100,7 @@ def rounding(case: Step, i: int) -> tuple[Tensor, Tensor]:
     In the dtype of the moment: up to 8 roundings of the terms of the moment (scale, decay, the coefficients, products,
     sums), 10 more on the way to the change (bias correction, rate, F with its product, sum and damping, quotients),
     4 of the decoupled decay, and one as the change is taken off. The definition in float64 rounds as often: twice all
-    that. Then half a unit in the last place of the parameter's own dtype. Numbers below the normal ones may be lost.
+    that. Then half a unit in the last place of the parameter's own dtype, and of the moment's. Numbers below the normal ones may be lost.
     """
     dtype = case.params[i].dtype
     wide = ACCUMULATOR[dtype]
@@ -105,6 +109,9 @@ def rounding(case: Step, i: int) -> tuple[Tensor, Tensor]:
     moment = 2 * u * 8 * size.moment + tiny
     largest = case.params[i].double().abs() + size.change + size.decay
     param = 2 * u * (18 * size.change + 4 * size.decay + largest) + tiny * (1 + size.change / (size.moment + tiny))
+    kept = case.exp_avgs[i].dtype
+    if kept != wide:
+        moment = moment + unit_roundoff(kept) * (size.moment + moment) + torch.finfo(kept).smallest_normal * 2**-8
     if dtype != wide:
         param = param + unit_roundoff(dtype) * (largest + param) + torch.finfo(dtype).smallest_normal * 2**-8
     return param, moment
@@ -218,11 +225,17 @@ def test_step(implementation: str, options: dict[str, Any], dtype: torch.dtype) 
     check(step(PARAMETERS, dtype, **options))
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_moments_in_16_bits(implementation: str, options: dict[str, Any]) -> None:
+    check(step(parameters_for(implementation), DTYPES, moments=SHORT_IN_TURN, **options))
+
+
 @pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mixed_dtypes(implementation: str, dtype: torch.dtype) -> None:
     first = DTYPES.index(dtype)
-    check(step(PARAMETERS, DTYPES[first:] + DTYPES[:first], weight_decay=0.1, decoupled=True))
+    dtypes = DTYPES[first:] + DTYPES[:first]
+    check(step(PARAMETERS, dtypes, moments=SHORT_IN_TURN, weight_decay=0.1, decoupled=True))
 
 
 def test_no_parameters(implementation: str) -> None:
@@ -246,7 +259,7 @@ def parameters(draw: st.DrawFn) -> Parameter:
 def test_any_factors(
     implementation: str, chosen: list[Parameter], layout: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> None:
-    check(step(chosen, dtype, layout=layout))
+    check(step(chosen, dtype, layout=layout, moments=SHORT_IN_TURN))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -255,7 +268,8 @@ def test_layouts_do_not_show(
     implementation: str, of: str, layout: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> None:
     """The same bits wherever the elements of each lie, and no other bits around them."""
-    case = step(parameters_for(implementation), dtype, **layouts_of_a_step(of, layout), weight_decay=0.1)
+    layouts = layouts_of_a_step(of, layout)
+    case = step(parameters_for(implementation), dtype, moments=SHORT_IN_TURN, **layouts, weight_decay=0.1)
     plain = case.map(contiguous)
     around = [[surroundings(x) for x in tensors] for tensors in (case.params, case.exp_avgs)]
     assert_same_bits(case.run(), plain.run())
@@ -267,7 +281,7 @@ def test_layouts_do_not_show(
 
 @pytest.mark.parametrize("layout", WRITABLE_LAYOUTS.values())
 def test_layouts_of_all_at_once(implementation: str, layout: Callable[[Tensor], Tensor]) -> None:
-    check(step(parameters_for(implementation), DTYPES, layout=layout, weight_decay=0.1))
+    check(step(parameters_for(implementation), DTYPES, moments=SHORT_IN_TURN, layout=layout, weight_decay=0.1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -303,6 +317,34 @@ def test_parameters_round_to_nearest_even(implementation: str, dtype: torch.dtyp
     case.steps[0].fill_(0.0)
     case.run()
     assert_same_bits(case.params[0], (w.float() - change).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_moments_round_to_nearest_even(implementation: str, dtype: torch.dtype) -> None:
+    """On ties and around them, subnormal ones included; what is finite stays so. The step takes them unrounded."""
+    eps, largest = torch.finfo(torch.bfloat16).eps, torch.finfo(torch.bfloat16).max
+    starts = torch.tensor([1.0, 1 + eps, -1.0, -1 - eps, 2.0**-126, 2.0**-130, 2.0**-133, 0.0, largest, -largest])
+    if implementation == "triton":  # whose interpreter doubles subnormal numbers of bfloat16 when it widens them
+        starts = starts[(starts == 0) | (starts.abs() >= 2.0**-126)]
+    shares = torch.tensor([0.0, 0.25, 0.5, 0.5 + 2**-9, 0.5 - 2**-9, 0.75, 1.0])
+    unit = torch.maximum(starts.abs(), torch.tensor(2.0**-126)).log2().floor().exp2() * eps
+    exact = (starts[:, None] + starts.sign()[:, None] * unit[:, None] * shares).flatten()
+    exact = exact[exact.isfinite()]
+    case = step([Parameter(tuple(exact.shape))], dtype, moments=torch.bfloat16, lr=0.0, beta=0.0)
+    case.grads[0].copy_(exact)
+    exact = case.grads[0].float()  # in float16 few of them are left
+    rounded = exact.clamp(-largest, largest).to(torch.bfloat16)
+    case.run()
+    assert_same_bits(case.exp_avgs[0], torch.where(exact.isfinite(), rounded, case.exp_avgs[0]))
+    assert dtype != torch.float32 or bool((rounded.abs() == largest).any() and (rounded != exact).any())
+
+    third = step([Parameter((33,))], torch.float32, moments=torch.bfloat16, lr=1.0, beta=0.0, damping=0.0)
+    third.params[0].zero_()
+    third.grads[0].fill_(1 / 3)
+    third.steps[0].zero_()
+    third.run()
+    assert_same_bits(third.params[0], torch.full((33,), -1 / 3))
+    assert_same_bits(third.exp_avgs[0], torch.full((33,), 1 / 3, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -363,7 +405,7 @@ def test_elements_without_a_finite_gradient_keep_their_bits(
     implementation: str, options: dict[str, Any], layout: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> None:
     """They are counted exactly, and all others take the very step they take without them."""
-    clean = step(parameters_for(implementation), dtype, layout=layout, **options)
+    clean = step(parameters_for(implementation), dtype, layout=layout, moments=SHORT_IN_TURN, **options)
     for param, moment in zip(clean.params, clean.exp_avgs, strict=True):
         if param.numel() > 4:  # what is kept is kept whatever it is
             param.view(dtype)[(0,) * param.dim()] = -0.0

@@ -24,6 +24,17 @@ def narrow(x, T: tl.constexpr):
 
 
 @triton.jit
+def as_moment(x, T: tl.constexpr):
+    """x in the dtype that a moment is kept in; what is finite stays so."""
+    result = narrow(x, T)
+    if T == tl.bfloat16:
+        bits = result.to(tl.uint16, bitcast=True)
+        over = ((bits & 0x7FFF) == 0x7F80) & is_finite(x)
+        result = tl.where(over, bits - 1, bits).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return result
+
+
+@triton.jit
 def is_finite(x):
     """Whether x is neither NaN nor infinite."""
     return x - x == 0

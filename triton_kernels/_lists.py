@@ -353,8 +353,8 @@ def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def one(like: Tensor) -> Tensor:
-    """A 1 with the dtype and on the device of a tensor; the same at every call."""
-    return _one(like.dtype, like.device)
+    """A 1 in the wide dtype beside that of a tensor, on its device; the same at every call."""
+    return _one(torch.float64 if like.dtype == torch.float64 else torch.float32, like.device)
 
 
 _slots: dict[str, OrderedDict[Any, _Slot]] = {}

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import launch
-from ._lists import Table, number
+from ._lists import TYPES, Cut, Layout, Table, element_chunks, number
 
 _LANES = 128
 _NO_TENSOR, _SINGLE, _DOUBLE = (tl.constexpr(k) for k in range(3))  # what a learning rate on the device is
@@ -87,6 +87,11 @@ def of_each(
 
 def _each(values: Sequence[Any], count: int) -> Sequence[Any]:
     return values if len(values) == count else [*values] * count
+
+
+def by_moment(rows: Sequence[Sequence[int]], moments: Sequence[Tensor]) -> Layout:
+    """A layout whose cuts are by chunks of elements, and of the kind that the dtype of a moment is."""
+    return Layout(rows, [Cut(i, TYPES[m.dtype], element_chunks(m.numel())) for i, m in enumerate(moments)])
 
 
 @triton.jit(do_not_specialize=["count"])

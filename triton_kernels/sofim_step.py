@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._language import is_finite, narrow
+from ._language import as_moment, is_finite, narrow
 from ._launch import launch
-from ._lists import CHUNK, Table, address, are_aligned, locate, number, table
-from ._steps import advance, is_off, of_each, rate_of, scalar, times
+from ._lists import CHUNK, Layout, Table, address, are_aligned, locate, number, table
+from ._steps import advance, by_moment, is_off, of_each, rate_of, scalar, times
 from ._sums import LANES, LEVELS, add_chunks, first_chunks, new_partials, total
 
 # The lists, in the order of the arguments, and the numbers after them.
@@ -61,9 +61,10 @@ def _advance_moments(
     """
     m = tl.load(moment, mask)
     g = _gradient(grad, param, mask, inverse_scale, decay, COUPLED)
-    new = beta * m + gain * g
+    kept = as_moment(beta * m.to(g.dtype) + gain * g, m.dtype)
+    new = kept.to(g.dtype)
     counts = is_finite(new)
-    tl.store(moment, tl.where(counts, new, m), mask)
+    tl.store(moment, tl.where(counts, kept, m), mask)
     if mask is not None:
         counts = counts & mask
     new = tl.where(counts, new, 0).to(tl.float64)
@@ -90,6 +91,7 @@ def advance_kernel(
     scale_factor,
     found_inf,
     T: tl.constexpr,
+    M: tl.constexpr,
     A: tl.constexpr,
     STRIDED: tl.constexpr,
     ALONG_GRADIENT: tl.constexpr,
@@ -105,7 +107,7 @@ def advance_kernel(
         layout = layouts + i.to(tl.int64) * _WIDTH
         param = address(addresses, count, _PARAM, i, T)
         grad = address(addresses, count, _GRAD, i, T)
-        moment = address(addresses, count, _MOMENT, i, A)
+        moment = address(addresses, count, _MOMENT, i, M)
         if not STRIDED:
             param, grad, moment = param + start, grad + start, moment + start
 
@@ -233,8 +235,9 @@ def _descend(
     and g, unless both are within rounding of the largest number.)
     """
     along_moment, along_gradient, rate = rates
-    w, m = tl.load(param, mask), tl.load(moment, mask)
-    wide = w.to(m.dtype)
+    A: tl.constexpr = inverse_scale.dtype
+    w, m = tl.load(param, mask), tl.load(moment, mask).to(A)
+    wide = w.to(A)
     change = along_moment * m
     if ALONG_GRADIENT:
         g = _gradient(grad, param, mask, inverse_scale, decay, COUPLED)
@@ -265,6 +268,7 @@ def descend_kernel(
     scale_factor,
     found_inf,
     T: tl.constexpr,
+    M: tl.constexpr,
     A: tl.constexpr,
     STRIDED: tl.constexpr,
     ALONG_GRADIENT: tl.constexpr,
@@ -281,7 +285,7 @@ def descend_kernel(
         layout = layouts + i.to(tl.int64) * _WIDTH
         param = address(addresses, count, _PARAM, i, T)
         grad = address(addresses, count, _GRAD, i, T)
-        moment = address(addresses, count, _MOMENT, i, A)
+        moment = address(addresses, count, _MOMENT, i, M)
         if not STRIDED:
             param, grad, moment = param + start, grad + start, moment + start
 
@@ -326,9 +330,9 @@ def _plan(s: Any, each: bool) -> tuple[Table, tuple[float, Tensor | None], float
     """The table; and learning rate and weight decay of all, which count for nothing where each has its own."""
     on_device, kinds, numbers = of_each(s.lr, s.weight_decay, len(s.params), each)
 
-    def layout() -> list[tuple[int, ...]]:
+    def layout() -> Layout:
         s.check_lists()
-        return list(zip(first_chunks(s.params), kinds, strict=True))
+        return by_moment(list(zip(first_chunks(s.params), kinds, strict=True)), s.exp_avgs)
 
     lists = s.params, s.grads, s.exp_avgs, s.steps, on_device
     plan = table("sofim_step_", lists, layout, numbers=numbers, sums=True, written=(0, 2, 3))
@@ -355,11 +359,11 @@ def step(s: Any) -> tuple[Tensor, Tensor]:
     form = {"ALONG_GRADIENT": along_gradient, "COUPLED": not s.decoupled and any(s.weight_decay), "EACH": each}
     # Products and sums round apart, and sums are made of pairs: neither what a compiler would fuse nor the number of
     # warps tells one layout from another.
-    for dtype, wide, strided, chunks in plan.launches:
+    for (dtype, wide, strided, chunks), kept in zip(plan.launches, plan.kinds, strict=True):
         launch(
             advance_kernel, len(chunks), device,
             plan.addresses, plan.count, plan.layout, plan.geometry, chunks, total_chunks, partials, left_out, skipped,
-            s.beta, decay, scale, scale_factor, s.found_inf, T=dtype, A=wide, STRIDED=strided,
+            s.beta, decay, scale, scale_factor, s.found_inf, T=dtype, M=kept, A=wide, STRIDED=strided,
             fuse=False, warps=_WARPS_STRIDED if strided else 4, **form,
         )  # fmt: skip
     sums = add_chunks(plan, partials)
@@ -371,11 +375,11 @@ def step(s: Any) -> tuple[Tensor, Tensor]:
         rate, rate_factor, s.rho, s.found_inf,
         GLOBAL=s.scope == "global", ALONG_GRADIENT=along_gradient, EACH=each, fuse=False,
     )  # fmt: skip
-    for dtype, wide, strided, chunks in plan.launches:
+    for (dtype, wide, strided, chunks), kept in zip(plan.launches, plan.kinds, strict=True):
         launch(
             descend_kernel, len(chunks), device,
             plan.addresses, plan.count, plan.layout, plan.geometry, chunks, left_out, coefficients,
-            s.beta, decay, scale, scale_factor, s.found_inf, T=dtype, A=wide, STRIDED=strided,
+            s.beta, decay, scale, scale_factor, s.found_inf, T=dtype, M=kept, A=wide, STRIDED=strided,
             BLOCK=LANES.value if strided else _BLOCK, fuse=False, warps=_WARPS_STRIDED if strided else 4, **form,
         )  # fmt: skip
     return skipped, squares

@@ -65,13 +65,13 @@ int64_t count_non_finite(const T* gradient, int64_t count, Accumulator<T> gradie
 
 /// Updates `count` consecutive elements; curvature(i) is F from element i on, a whole register of it. `doubt` becomes
 /// NaN in some lane if any of them was left as it was.
-template <WeightDecay kDecay, class T, class A, class Curvature>
-inline void update_run(T* __restrict parameter, const T* __restrict gradient, A* __restrict moment, int64_t count,
-                       const Curvature& curvature, const Rates<A>& rates, Vector<T>& doubt) {
+template <WeightDecay kDecay, class T, class M, class Curvature>
+inline void update_run(T* __restrict parameter, const T* __restrict gradient, M* __restrict moment, int64_t count,
+                       const Curvature& curvature, const Rates<Accumulator<T>>& rates, Vector<T>& doubt) {
   using V = Vector<T>;
   int64_t i = 0;
   for (; i + kLanes<T> <= count; i += kLanes<T>) {
-    if constexpr (sizeof(T) < sizeof(A)) {
+    if constexpr (sizeof(T) < sizeof(M)) {
       __builtin_prefetch(parameter + i + kPrefetch, 1);
       __builtin_prefetch(gradient + i + kPrefetch, 0);
       __builtin_prefetch(moment + i + 2 * kPrefetch, 1);
@@ -234,12 +234,12 @@ class CurvatureCursor {
 };
 
 /// Steps elements begin to end of a parameter whose tensors lie in row-major order.
-template <WeightDecay kDecay, class T>
+template <WeightDecay kDecay, class T, class M>
 int64_t step_contiguous(const AdaFisherStep& step, const AdaFisherParameter& p, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   T* const parameter = static_cast<T*>(p.parameter.data);
   const T* const gradient = static_cast<const T*>(p.gradient.data);
-  A* const moment = static_cast<A*>(p.moment.data);
+  M* const moment = static_cast<M*>(p.moment.data);
   const Rates<A> rates(step, p);
   CurvatureCursor<A> cursor(p, step.damping, begin);
   Vector<T> doubt = {};
@@ -265,11 +265,11 @@ int64_t step_contiguous(const AdaFisherStep& step, const AdaFisherParameter& p, 
 }
 
 /// The same for tensors of any strides, by way of buffers.
-template <WeightDecay kDecay, class T>
+template <WeightDecay kDecay, class T, class M>
 int64_t step_strided(const AdaFisherStep& step, const AdaFisherParameter& p, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   Chunks<T, kChunk> parameters(p.parameter), gradients(p.gradient);
-  Chunks<A, kChunk> moments(p.moment);
+  Chunks<M, kChunk> moments(p.moment);
   const Rates<A> rates(step, p);
   CurvatureCursor<A> cursor(p, step.damping, begin);
   alignas(kVectorBytes) A curvature[kChunk + kLanes<T>];
@@ -289,20 +289,22 @@ int64_t step_strided(const AdaFisherStep& step, const AdaFisherParameter& p, int
   return skipped;
 }
 
-template <WeightDecay kDecay, class T>
+template <WeightDecay kDecay, class T, class M>
 int64_t step_range(const AdaFisherStep& step, const AdaFisherParameter& p, int64_t begin, int64_t end) {
   const bool contiguous = p.parameter.contiguous && p.gradient.contiguous && p.moment.contiguous;
-  return contiguous ? step_contiguous<kDecay, T>(step, p, begin, end) : step_strided<kDecay, T>(step, p, begin, end);
+  return contiguous ? step_contiguous<kDecay, T, M>(step, p, begin, end)
+                    : step_strided<kDecay, T, M>(step, p, begin, end);
 }
 
 int64_t step_range(const AdaFisherStep& step, const AdaFisherParameter& p, int64_t begin, int64_t end) {
   int64_t skipped = 0;
-  with_type(p.dtype, [&](auto* type) {
+  with_types(p.dtype, p.moment_dtype, [&](auto* type, auto* moment_type) {
     using T = std::remove_pointer_t<decltype(type)>;
+    using M = std::remove_pointer_t<decltype(moment_type)>;
     switch (step.decay) {
-      case WeightDecay::none: skipped = step_range<WeightDecay::none, T>(step, p, begin, end); break;
-      case WeightDecay::coupled: skipped = step_range<WeightDecay::coupled, T>(step, p, begin, end); break;
-      case WeightDecay::decoupled: skipped = step_range<WeightDecay::decoupled, T>(step, p, begin, end); break;
+      case WeightDecay::none: skipped = step_range<WeightDecay::none, T, M>(step, p, begin, end); break;
+      case WeightDecay::coupled: skipped = step_range<WeightDecay::coupled, T, M>(step, p, begin, end); break;
+      case WeightDecay::decoupled: skipped = step_range<WeightDecay::decoupled, T, M>(step, p, begin, end); break;
     }
   });
   return skipped;

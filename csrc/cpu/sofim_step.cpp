@@ -67,7 +67,7 @@ struct Momentum {
 };
 
 /// Both passes over one parameter.
-template <WeightDecay kDecay, bool kAlongGradient, class T>
+template <WeightDecay kDecay, bool kAlongGradient, class T, class M>
 class Stepper {
  public:
   Stepper(const SofimStep& step, const SofimParameter& p)
@@ -77,12 +77,13 @@ class Stepper {
   Sums advance(int64_t first, int64_t count) {
     const T* const gradient = gradient_.read(first, count);
     const T* const w = kDecay == WeightDecay::coupled ? parameter_.read(first, count) : nullptr;
-    A* const moment = moment_.read(first, count);
+    M* const moment = moment_.read(first, count);
     const Momentum<kDecay, A> momentum = momentum_;  // a copy, which the stores below cannot change
     SumOfProducts<A> square, product;
     V doubt = {};
     for_registers<A>(count, [&](int64_t i, const auto& load, const auto& store) {
-      const V g = momentum.gradient(load, gradient + i, w + i), old = load(moment + i), next = momentum.advance(old, g);
+      const V g = momentum.gradient(load, gradient + i, w + i), old = load(moment + i);
+      const V next = as_stored<M>(momentum.advance(old, g));
       const V zero = next - next;  // infinity - infinity is NaN
       doubt += zero;
       store(moment + i, zero == 0 ? next : old);
@@ -107,11 +108,11 @@ class Stepper {
   using V = Vector<T>;
 
   /// After the others have changed.
-  int64_t count_skipped(const T* gradient, const T* w, const A* moment, int64_t count) const {
+  int64_t count_skipped(const T* gradient, const T* w, const M* moment, int64_t count) const {
     int64_t skipped = 0;
     for (int64_t i = 0; i < count; ++i) {
       const A g = momentum_.gradient([](const T* p) { return widen(*p); }, gradient + i, w + i);
-      const A next = momentum_.advance(moment[i], g);
+      const A next = momentum_.advance(widen(moment[i]), g);
       skipped += next - next != 0;
     }
     return skipped;
@@ -123,7 +124,7 @@ class Stepper {
             rate = static_cast<A>(rates.rate), decay = static_cast<A>(rates.decay);
     T* const w = parameter_.read(first, count);
     const T* const gradient = kAlongGradient || kSomeWereSkipped ? gradient_.read(first, count) : nullptr;
-    const A* const moment = moment_.read(first, count);
+    const M* const moment = moment_.read(first, count);
     const Momentum<kDecay, A> momentum = momentum_;
     for_registers<A>(count, [&](int64_t i, const auto& load, const auto& store) {
       const V old = load(w + i), m = load(moment + i);
@@ -145,21 +146,22 @@ class Stepper {
   const Momentum<kDecay, A> momentum_;
   Chunks<T, kChunk> parameter_;
   Chunks<T, kChunk> gradient_;
-  Chunks<A, kChunk> moment_;
+  Chunks<M, kChunk> moment_;
 };
 
 /// Calls body with a Stepper for one parameter.
 template <class Body>
 void with_stepper(const SofimStep& step, const SofimParameter& p, const Body& body) {
-  with_type(p.dtype, [&](auto* type) {
+  with_types(p.dtype, p.moment_dtype, [&](auto* type, auto* moment_type) {
     using T = std::remove_pointer_t<decltype(type)>;
+    using M = std::remove_pointer_t<decltype(moment_type)>;
     const auto with = [&](auto decay) {
       constexpr WeightDecay kDecay = decltype(decay)::value;
       if (step.along_gradient) {
-        Stepper<kDecay, true, T> stepper(step, p);
+        Stepper<kDecay, true, T, M> stepper(step, p);
         body(stepper);
       } else {
-        Stepper<kDecay, false, T> stepper(step, p);
+        Stepper<kDecay, false, T, M> stepper(step, p);
         body(stepper);
       }
     };

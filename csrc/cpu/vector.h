@@ -33,6 +33,9 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+/// A moment in 16 bits: what is finite stays so when it is stored.
+struct bfloat16_moment : bfloat16 {};
+
 struct float16 {
   uint16_t bits;
 };
@@ -86,6 +89,13 @@ inline Bits round_to_bfloat16(Float value) {
   const Bits bits = bits_as<Bits>(value);
   const Bits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   return value != value ? bits | 0x400000u : rounded;
+}
+
+/// The same, but for finite values beyond the largest bfloat16, which become that.
+template <class Bits, class Float>
+inline Bits round_to_finite_bfloat16(Float value) {
+  const Bits rounded = round_to_bfloat16<Bits>(value);
+  return (value - value == 0) & ((rounded & 0x7f800000u) == 0x7f800000u) ? rounded - 0x10000u : rounded;
 }
 
 template <class Float, class Bits>
@@ -157,6 +167,19 @@ inline Vector<float> load(const bfloat16* p) { return bits_as<Vector<float>>(loa
 inline void store(float* p, Vector<float> value) { store_bits(p, value); }
 inline void store(double* p, Vector<double> value) { store_bits(p, value); }
 inline void store(bfloat16* p, Vector<float> value) { store_upper_halves(p, round_to_bfloat16<Words>(value)); }
+inline void store(bfloat16_moment* p, Vector<float> value) {
+  store_upper_halves(p, round_to_finite_bfloat16<Words>(value));
+}
+
+/// Values as they are when they have been stored.
+template <class T>
+inline Vector<T> as_stored(Vector<T> value) {
+  if constexpr (std::is_same_v<T, bfloat16_moment>) {
+    return bits_as<Vector<T>>(round_to_finite_bfloat16<Words>(value) & 0xffff0000u);
+  } else {
+    return value;
+  }
+}
 
 #if defined(__AVX512F__)
 // The masked forms, with a full mask, because the plain ones make GCC 12 warn of uninitialised values.
@@ -325,6 +348,18 @@ inline void with_type(DType dtype, const Body& body) {
     case DType::float16: return body(static_cast<float16*>(nullptr));
     case DType::int64: return;
   }
+}
+
+/// Calls body with null pointers of the C++ types of a parameter and of its moment.
+template <class Body>
+inline void with_types(DType dtype, DType moment_dtype, const Body& body) {
+  with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if constexpr (!std::is_same_v<T, double>) {
+      if (moment_dtype == DType::bfloat16) return body(type, static_cast<bfloat16_moment*>(nullptr));
+    }
+    body(type, static_cast<Accumulator<T>*>(nullptr));
+  });
 }
 
 }  // namespace

@@ -2,8 +2,8 @@
 
 #include "step.cuh"
 
-// The AdaFisher update: 20 bytes a parameter in float32, 3 reads and 2 writes, in one launch for each dtype and one
-// that counts steps. The factors are small and come from the caches.
+// The AdaFisher update: 20 bytes a parameter in float32, 3 reads and 2 writes, 16 with moments in 16 bits, in one launch
+// for each pair of dtypes and one that counts steps. The factors are small and come from the caches.
 namespace fisher_kernels::cuda {
 
 namespace {
@@ -158,15 +158,16 @@ struct Rates {
 
 /// The update of one element. Returns whether it was left as it was, its gradient not being finite. What is fused is
 /// written down: compilers choose otherwise on another path, and layouts are not to show in the bits.
-template <class T, class A>
-__device__ bool update(T& parameter, T gradient, A& moment, A curvature, const Rates<A>& rates) {
+template <class T, class M, class A>
+__device__ bool update(T& parameter, T gradient, M& moment, A curvature, const Rates<A>& rates) {
   const A w = widen(parameter);
   A g = widen(gradient) * rates.gradient_scale;
   if (!is_finite(g)) return true;
   // Not even a NaN of the parameter gets into the moment where there is no decay.
   if (rates.weight_decay != 0) g = fma(rates.weight_decay, w, g);
-  moment = fma(rates.beta, moment, rates.gain * g);
-  A change = rates.step_size * moment / curvature;
+  const A m = fma(rates.beta, widen(moment), rates.gain * g);
+  moment = narrow<M>(m);
+  A change = rates.step_size * m / curvature;
   if (rates.shrinkage != 0) change = fma(rates.shrinkage, w, change);
   parameter = narrow<T>(w - change);
   return false;
@@ -176,6 +177,7 @@ __device__ bool update(T& parameter, T gradient, A& moment, A curvature, const R
 template <class Traits, class Curvature>
 struct Update {
   using T = typename Traits::T;
+  using M = typename Traits::M;
   using A = typename Traits::A;
 
   Curvature curvature;
@@ -183,9 +185,10 @@ struct Update {
   int found;
 
   template <int N, int kCount>
-  __device__ void take(const Elements<T>& elements, int stride, int64_t at) {
+  __device__ void take(const Elements<T, T, M>& elements, int stride, int64_t at) {
     Pack<T, N> w[kCount], g[kCount];
-    Pack<A, N> m[kCount], f[kCount];
+    Pack<M, N> m[kCount];
+    Pack<A, N> f[kCount];
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       w[k] = load_pack<N>(elements.parameter + k * stride);
@@ -238,18 +241,18 @@ Entry make_entry(const AdaFisherParameter& p, int64_t index) {
           p.column_is_constant};
 }
 
-/// All parameters of one dtype.
-template <class T>
+/// All parameters of two dtypes.
+template <class T, class M>
 void step(const AdaFisherStep& arguments, const Geometries<AdaFisherParameter>& geometries, const Shared& shared,
-          DType dtype, const Stream& stream) {
+          const StepDTypes& dtypes, const Stream& stream) {
   // In 16 bits no more than two blocks fit on a multiprocessor either way.
-  using Traits = StepTraits<T, sizeof(T) == 2 ? 2 : 1>;
+  using Traits = StepTraits<T, sizeof(T) == 2 ? 2 : 1, T, M>;
   StepWriter<Entry, Shared> writer(kName, adafisher_step_kernel<Traits, Entry>,
                                    adafisher_step_kernel<Traits, StridedEntry<Entry>>, Traits::kThreads,
                                    sizeof(int[Traits::kWarps]), stream, shared);
   for (int64_t i = 0; i < arguments.count; ++i) {
     const AdaFisherParameter& p = arguments.parameters[i];
-    if (p.dtype == dtype) writer.add(make_entry(p, i), geometries[i]);
+    if (p.dtype == dtypes.parameter && p.moment_dtype == dtypes.moment) writer.add(make_entry(p, i), geometries[i]);
   }
   writer.flush();
 }
@@ -265,9 +268,10 @@ void adafisher_step_(const AdaFisherStep& arguments, const Stream& stream) {
       arguments.gradient_scale, corrections.as<double>(), arguments.skipped, stream);
   const Shared shared{arguments.gradient_scale, arguments.lr,    arguments.beta,           arguments.damping,
                       arguments.weight_decay,   arguments.decay, corrections.as<double>(), arguments.skipped};
-  for (const DType dtype : {DType::float32, DType::bfloat16, DType::float16, DType::float64}) {
-    for_type(dtype, [&](auto type) {
-      step<typename decltype(type)::type>(arguments, geometries, shared, dtype, stream);
+  for (const StepDTypes& dtypes : kStepDTypes) {
+    for_types(dtypes.parameter, dtypes.moment, [&](auto type, auto moment_type) {
+      step<typename decltype(type)::type, typename decltype(moment_type)::type>(arguments, geometries, shared, dtypes,
+                                                                              stream);
     });
   }
 }

@@ -1,6 +1,6 @@
 #include "step.cuh"
 
-// The SOFIM update in two passes: 24 bytes a parameter in float32 in direction momentum, of which the second pass finds
+// The SOFIM update in two passes: 24 bytes a parameter in float32 in direction momentum, 18 with moments in 16 bits, of which the second pass finds
 // some in the L2 cache, and 28 in direction gradient. Between the passes a small kernel makes of the first one's dot
 // products, 24 bytes a chunk, what the second one takes off.
 namespace fisher_kernels::cuda {
@@ -15,10 +15,10 @@ static_assert(kSolveThreads % kWarp == 0 && kSolveWarps <= kWarp);
 // A thread has two loads in flight in the first pass, where compilers put off what is more until the sums are done with
 // what is there, and four in the second one; half as many again where three arrays are read. With 32 registers in
 // float32 all threads of a multiprocessor do.
-template <class T>
-using AdvanceTraits = StepTraits<T, 1>;
-template <class T>
-using DescendTraits = StepTraits<T, 2>;
+template <class T, class M>
+using AdvanceTraits = StepTraits<T, 1, T, M>;
+template <class T, class M>
+using DescendTraits = StepTraits<T, 2, T, M>;
 
 /// What the first pass finds in a chunk.
 struct Sums {
@@ -82,7 +82,7 @@ struct Momentum {
 };
 
 /// The first pass over a chunk: moments go on, but for those that would not be finite, and are multiplied.
-template <class T>
+template <class T, class M>
 struct Advance {
   using A = Accumulator<T>;
 
@@ -93,9 +93,9 @@ struct Advance {
   int left_out;
 
   template <int N, int kCount>
-  __device__ void take(const Elements<T>& elements, int stride, int64_t) {
+  __device__ void take(const Elements<T, T, M>& elements, int stride, int64_t) {
     Pack<T, N> g[kCount], w[kCount] = {};
-    Pack<A, N> m[kCount];
+    Pack<M, N> m[kCount];
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       g[k] = load_pack<N>(elements.gradient + k * stride);
@@ -111,12 +111,12 @@ struct Advance {
   }
 
  private:
-  __device__ void advance(A& moment, A g) {
-    const A next = momentum.advance(moment, g);
+  __device__ void advance(M& moment, A g) {
+    const A next = momentum.advance(widen(moment), g);
     const bool counts = is_finite(next);
-    if (counts) moment = next;
+    if (counts) moment = narrow<M>(next);
     // In float64: squares of what float32 holds fit. Zeros change no sum.
-    const double factor = counts ? next : 0;
+    const double factor = counts ? widen(moment) : 0;
     square = fma(factor, factor, square);
     if (along_gradient) product = fma(factor, static_cast<double>(counts ? g : 0), product);
     left_out += !counts;
@@ -126,7 +126,7 @@ struct Advance {
 /// The second pass over a chunk. Where the first one left elements out they show by their gradients, as their moments
 /// have not changed. (One that has cannot overflow now, between itself and g, unless both are within rounding of the
 /// largest number.)
-template <class T>
+template <class T, class M>
 struct Descend {
   using A = Accumulator<T>;
 
@@ -148,10 +148,10 @@ struct Descend {
         some_were_left_out(shared.sums[entry.first_chunk + chunk].left_out > 0) {}
 
   template <int N, int kCount>
-  __device__ void take(const Elements<T>& elements, int stride, int64_t) {
+  __device__ void take(const Elements<T, T, M>& elements, int stride, int64_t) {
     const bool reads_gradients = goes_along_gradient || some_were_left_out;
     Pack<T, N> w[kCount], g[kCount] = {};
-    Pack<A, N> m[kCount];
+    Pack<M, N> m[kCount];
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       w[k] = load_pack<N>(elements.parameter + k * stride);
@@ -161,7 +161,9 @@ struct Descend {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) descend(w[k].at[i], momentum.gradient(g[k].at[i], w[k].at[i]), m[k].at[i]);
+      for (int i = 0; i < N; ++i) {
+        descend(w[k].at[i], momentum.gradient(g[k].at[i], w[k].at[i]), widen(m[k].at[i]));
+      }
       store_pack<N>(elements.parameter + k * stride, w[k]);
     }
   }
@@ -205,7 +207,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const int i = table.tensor_of(blockIdx.x);
   const Entry& entry = table.entries[i];
   const int64_t chunk = blockIdx.x - table.start[i];
-  Advance<typename Traits::T> advance{{shared, entry}, shared.along_gradient, 0, 0, 0};
+  Advance<typename Traits::T, typename Traits::M> advance{{shared, entry}, shared.along_gradient, 0, 0, 0};
   walk<Traits>(entry, chunk * kChunk, advance);
   const Sums sums = shared_memory<SumsOfWarps<Traits::kWarps>>().add(
       {advance.square, advance.product, advance.left_out}, shared.along_gradient);
@@ -224,7 +226,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const int i = table.tensor_of(block);
   const Entry& entry = table.entries[i];
   const int64_t chunk = block - table.start[i];
-  Descend<typename Traits::T> descend(shared, entry, chunk);
+  Descend<typename Traits::T, typename Traits::M> descend(shared, entry, chunk);
   walk<Traits>(entry, chunk * kChunk, descend);
 }
 
@@ -344,16 +346,17 @@ __global__ void __launch_bounds__(kSolveThreads) solve_kernel(const __grid_const
 
 }  // namespace solving
 
-/// Queues one of the passes over all parameters of one dtype, on a kernel for each kind of entry.
+/// Queues one of the passes over all parameters of two dtypes, on a kernel for each kind of entry.
 template <class Contiguous, class Strided>
 void queue(Contiguous contiguous, Strided strided, size_t shared_bytes, const SofimStep& arguments,
-           const Geometries<SofimParameter>& geometries, const Shared& shared, DType dtype, const Stream& stream) {
-  StepWriter<Entry, Shared> writer(kName, contiguous, strided, AdvanceTraits<float>::kThreads, shared_bytes, stream,
+           const Geometries<SofimParameter>& geometries, const Shared& shared, const StepDTypes& dtypes,
+           const Stream& stream) {
+  StepWriter<Entry, Shared> writer(kName, contiguous, strided, AdvanceTraits<float, float>::kThreads, shared_bytes, stream,
                                    shared);
   int64_t first_chunk = 0;
   for (int64_t i = 0; i < arguments.count; ++i) {
     const SofimParameter& p = arguments.parameters[i];
-    if (p.dtype == dtype) {
+    if (p.dtype == dtypes.parameter && p.moment_dtype == dtypes.moment) {
       const double weight_decay = p.decay == WeightDecay::coupled ? p.weight_decay : 0;
       writer.add({{p.parameter.data, p.gradient.data, p.moment.data, p.size}, weight_decay, first_chunk, i},
                  geometries[i]);
@@ -376,8 +379,6 @@ void solve(const SofimStep& arguments, const solving::Shared& shared, const Stre
   writer.flush();
 }
 
-constexpr DType kDTypes[] = {DType::float32, DType::bfloat16, DType::float16, DType::float64};
-
 }  // namespace
 
 void sofim_step_(const SofimStep& arguments, const Stream& stream) {
@@ -391,11 +392,11 @@ void sofim_step_(const SofimStep& arguments, const Stream& stream) {
   const Scratch solved(stream, sizeof(unsigned));
   const Shared shared{arguments.gradient_scale, arguments.beta,           arguments.along_gradient,
                       sums.as<Sums>(),          solutions.as<Solution>(), solved.as<unsigned>()};
-  for (const DType dtype : kDTypes) {
-    for_type(dtype, [&](auto type) {
-      using Traits = AdvanceTraits<typename decltype(type)::type>;
+  for (const StepDTypes& dtypes : kStepDTypes) {
+    for_types(dtypes.parameter, dtypes.moment, [&](auto type, auto moment_type) {
+      using Traits = AdvanceTraits<typename decltype(type)::type, typename decltype(moment_type)::type>;
       queue(advance_kernel<Traits, Entry>, advance_kernel<Traits, StridedEntry<Entry>>,
-            sizeof(SumsOfWarps<Traits::kWarps>), arguments, geometries, shared, dtype, stream);
+            sizeof(SumsOfWarps<Traits::kWarps>), arguments, geometries, shared, dtypes, stream);
     });
   }
   // Nobody waits for all where there is one, or where the first pass had nothing to do.
@@ -404,11 +405,11 @@ void sofim_step_(const SofimStep& arguments, const Stream& stream) {
         {arguments.gradient_scale, arguments.beta, arguments.rho, arguments.along_gradient, by_parameter,
          arguments.count, shared.sums, shared.solutions, shared.solved, arguments.skipped, arguments.squares},
         stream);
-  for (const DType dtype : kDTypes) {
-    for_type(dtype, [&](auto type) {
-      using Traits = DescendTraits<typename decltype(type)::type>;
+  for (const StepDTypes& dtypes : kStepDTypes) {
+    for_types(dtypes.parameter, dtypes.moment, [&](auto type, auto moment_type) {
+      using Traits = DescendTraits<typename decltype(type)::type, typename decltype(moment_type)::type>;
       queue(descend_kernel<Traits, Entry>, descend_kernel<Traits, StridedEntry<Entry>>, 0, arguments, geometries,
-            shared, dtype, stream);
+            shared, dtypes, stream);
     });
   }
 }

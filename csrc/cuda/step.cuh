@@ -78,12 +78,14 @@ void advance(const char* name, int64_t count, StepOf step_of, double beta, const
 
 // The walk along the chunks of parameters, gradients and moments.
 
-template <class T_, int kBatch_, class G_ = T_>
+template <class T_, int kBatch_, class G_ = T_, class M_ = Accumulator<T_>>
 struct StepTraits {
   using T = T_;  // of parameters
   using G = G_;  // of gradients, or of what is in their place
+  using M = M_;  // of moments
   using A = Accumulator<T>;
-  static constexpr int kVector = kVectorBytes / sizeof(T);  // elements of a parameter that a thread moves at once
+  // Elements that a thread moves at once.
+  static constexpr int kVector = kVectorBytes / (sizeof(M) < sizeof(T) ? sizeof(M) : sizeof(T));
   static constexpr int kThreads = 256;
   static constexpr int kWarps = kThreads / kWarp;
   static constexpr int kTile = kThreads * kVector;  // elements that a block moves at once
@@ -106,16 +108,16 @@ struct StridedEntry : Entry {
 };
 
 /// Where the elements of a parameter, its gradient and its moment are, from one of them on.
-template <class T, class G = T>
+template <class T, class G = T, class M = Accumulator<T>>
 struct Elements {
   T* parameter;
   const G* gradient;
-  Accumulator<T>* moment;
+  M* moment;
 
   __device__ explicit Elements(const StepArrays& arrays)
       : parameter(static_cast<T*>(arrays.parameter)),
         gradient(static_cast<const G*>(arrays.gradient)),
-        moment(static_cast<Accumulator<T>*>(arrays.moment)) {}
+        moment(static_cast<M*>(arrays.moment)) {}
 
   __device__ void move(int64_t by_parameter, int64_t by_gradient, int64_t by_moment) {
     parameter += by_parameter;
@@ -148,7 +150,7 @@ __device__ inline int chunk_size(const StepArrays& arrays, int64_t first) {
 template <class Traits, class Body>
 __device__ void walk(const StepArrays& arrays, int64_t first, Body& body) {
   constexpr int N = Traits::kVector, kTile = Traits::kTile, kBatch = Traits::kBatch;
-  using E = Elements<typename Traits::T, typename Traits::G>;
+  using E = Elements<typename Traits::T, typename Traits::G, typename Traits::M>;
   const E chunk = E(arrays) + first;
   const int count = chunk_size(arrays, first);
   int at = threadIdx.x * N;
@@ -172,12 +174,24 @@ __device__ void walk(const StridedEntry<Entry>& entry, int64_t first, Body& body
   for (int run = threadIdx.x * Traits::kVector; run < count; run += Traits::kTile) {
     for (int at = run; at < run + Traits::kVector && at < count; ++at) {
       const Geometry::Place place = entry.geometry.locate(first + at);
-      Elements<typename Traits::T, typename Traits::G> elements(entry);
+      Elements<typename Traits::T, typename Traits::G, typename Traits::M> elements(entry);
       elements.move(place.at[0], place.at[1], place.at[2]);
       body.template take<1, 1>(elements, 1, place.whole);
     }
   }
 }
+
+/// The dtypes that parameters and their moments have together.
+struct StepDTypes {
+  DType parameter;
+  DType moment;
+};
+
+constexpr StepDTypes kStepDTypes[] = {
+    {DType::float32, DType::float32},   {DType::bfloat16, DType::float32}, {DType::float16, DType::float32},
+    {DType::float32, DType::bfloat16},  {DType::bfloat16, DType::bfloat16}, {DType::float16, DType::bfloat16},
+    {DType::float64, DType::float64},
+};
 
 /// Launches a kernel over the chunks of parameters, in one form for contiguous ones and in another one for the rest.
 template <class Entry, class Shared>

@@ -18,7 +18,12 @@ constexpr int kWarp = 32;  // threads
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kVectorBytes = 16;  // of the widest load
 
-/// The type in which values of T are summed, averaged and kept as state.
+/// A moment in 16 bits: what is finite stays so when it is narrowed.
+struct bfloat16_moment {
+  __nv_bfloat16 value;
+};
+
+/// The type in which values of T are summed and averaged.
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -26,6 +31,7 @@ __device__ inline float widen(float x) { return x; }
 __device__ inline double widen(double x) { return x; }
 __device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float widen(__half x) { return __half2float(x); }
+__device__ inline float widen(bfloat16_moment x) { return widen(x.value); }
 
 /// To the nearest, ties to even.
 template <class T>
@@ -34,6 +40,10 @@ __device__ inline T narrow(Accumulator<T> x) {
     return __float2bfloat16_rn(x);
   } else if constexpr (std::is_same_v<T, __half>) {
     return __float2half_rn(x);
+  } else if constexpr (std::is_same_v<T, bfloat16_moment>) {
+    const unsigned short bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+    const bool is_over = (bits & 0x7fff) == 0x7f80 && x * 0 == 0;
+    return {__ushort_as_bfloat16(is_over ? bits - 1 : bits)};
   } else {
     return x;
   }
@@ -60,6 +70,18 @@ void for_type(DType dtype, F&& f) {
     case DType::float16: return f(Type<__half>());
     case DType::int64: return;
   }
+}
+
+/// Calls f(Type<T>(), Type<M>()) for the types of parameters and their moments.
+template <class F>
+void for_types(DType dtype, DType moment_dtype, F&& f) {
+  for_type(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if constexpr (!std::is_same_v<T, double>) {
+      if (moment_dtype == DType::bfloat16) return f(type, Type<bfloat16_moment>());
+    }
+    f(type, Type<Accumulator<T>>());
+  });
 }
 
 /// The same for the dtypes of state: float32 and float64.

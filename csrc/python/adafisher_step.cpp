@@ -151,7 +151,7 @@ AdaFisherParameter read_parameter(const AdaFisherLists& lists, py::ssize_t i, Pe
   check_writable(param, param_argument);
   const DType state_dtype = accumulation_dtype(param.dtype);
   const TensorView grad = read_like(param, param.dtype, lists.grads[i], {call, "grads", i});
-  const TensorView exp_avg = read_written_like(param, state_dtype, lists.exp_avgs[i], {call, "exp_avgs", i});
+  const TensorView exp_avg = read_moment(param, lists.exp_avgs[i], {call, "exp_avgs", i});
   const Factor row = read_factor(lists.row_factors[i], state_dtype, 1, {call, "row_factors", i});
   const Factor column = read_factor(lists.column_factors[i], state_dtype, 2, {call, "column_factors", i});
 
@@ -160,6 +160,7 @@ AdaFisherParameter read_parameter(const AdaFisherLists& lists, py::ssize_t i, Pe
   parameter.gradient = strided(grad);
   parameter.moment = strided(exp_avg);
   parameter.dtype = param.dtype;
+  parameter.moment_dtype = exp_avg.dtype;
   set_curvature(call, parameter, row, column, param.numel(), i);
   if (!call.place.runs_cuda()) permute_rows(parameter, param, grad, exp_avg, permuted);
   if (parameter.columns == 1) {

@@ -35,8 +35,7 @@ SofimParameter read_parameter(const SofimLists& lists, py::ssize_t i) {
   check_float(param, param_argument);
   check_writable(param, param_argument);
   const TensorView grad = read_like(param, param.dtype, lists.grads[i], {call, "grads", i});
-  const TensorView exp_avg =
-      read_written_like(param, accumulation_dtype(param.dtype), lists.exp_avgs[i], {call, "exp_avgs", i});
+  const TensorView exp_avg = read_moment(param, lists.exp_avgs[i], {call, "exp_avgs", i});
 
   SofimParameter parameter{};
   parameter.parameter = strided(param);
@@ -45,6 +44,7 @@ SofimParameter read_parameter(const SofimLists& lists, py::ssize_t i) {
   walk_as_they_lie({{param, parameter.parameter}, {grad, parameter.gradient}, {exp_avg, parameter.moment}});
   parameter.size = param.numel();
   parameter.dtype = param.dtype;
+  parameter.moment_dtype = exp_avg.dtype;
   return parameter;
 }
 

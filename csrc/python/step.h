@@ -43,6 +43,16 @@ inline TensorView read_written_like(const TensorView& param, DType dtype, py::ha
   return tensor;
 }
 
+/// A moment: in the dtype that values of the parameter are summed in, or in bfloat16 where that is float32.
+inline TensorView read_moment(const TensorView& param, py::handle object, const Argument& argument) {
+  const TensorView tensor = read_written(object, argument);
+  const DType wide = accumulation_dtype(param.dtype);
+  const bool is_short = tensor.dtype == DType::bfloat16 && wide == DType::float32;
+  check_like(tensor, param, is_short ? DType::bfloat16 : wide, argument);
+  check_writable(tensor, argument);
+  return tensor;
+}
+
 /// Where the tensors of a list that is written begin. A tensor that is in the list twice would be stepped twice; of
 /// tensors that overlap in another way nothing is known.
 class Beginnings {

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fisher_kernels.ops._define import ACCUMULATOR
+
 _CPU = torch.device("cpu")
 
 
@@ -109,6 +111,24 @@ def check_like(op: str, name: str, x: Tensor, dtype: torch.dtype, i: int, param:
             f"{op}: {name} has shape {tuple(x.shape)}, expected {tuple(param.shape)}, the shape of params[{i}]"
         )
     check_beside(op, name, x, dtype, i, param)
+
+
+def check_moment(op: str, name: str, x: Tensor, i: int, param: Tensor) -> None:
+    """A moment of parameter i has its shape, and the wide dtype beside its own, or bfloat16 where that is float32."""
+    wide = ACCUMULATOR[param.dtype]
+    check_like(op, name, x, x.dtype if x.dtype in _moment_dtypes(wide) else wide, i, param)
+
+
+def _moment_dtypes(wide: torch.dtype) -> tuple[torch.dtype, ...]:
+    return (wide,) if wide == torch.float64 else (wide, torch.bfloat16)
+
+
+def as_moment(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values in the dtype that a moment is kept in; what is finite stays so."""
+    if dtype == x.dtype:
+        return x
+    largest = torch.finfo(dtype).max
+    return torch.where(x.isfinite(), x.clamp(-largest, largest), x).to(dtype)
 
 
 def check_one_device(op: str, params: Sequence[Tensor]) -> None:

@@ -12,12 +12,14 @@ from torch.autograd.graph import increment_version
 from fisher_kernels._library import Native
 from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define, device_of
 from fisher_kernels.ops._step import (
+    as_moment,
     check_beside,
     check_count,
     check_distinct,
     check_lengths,
     check_like,
     check_lists,
+    check_moment,
     check_one_element,
     check_rate,
     check_written,
@@ -103,7 +105,7 @@ class _Step(NamedTuple):
             check_floating(_OP, f"params[{i}]", p.dtype)
             wide = ACCUMULATOR[p.dtype]
             check_like(_OP, f"grads[{i}]", g, p.dtype, i, p)
-            check_like(_OP, f"exp_avgs[{i}]", m, wide, i, p)
+            check_moment(_OP, f"exp_avgs[{i}]", m, i, p)
             check_count(_OP, i, t, p)
             for name, factor, dims in ((f"row_factors[{i}]", r, 1), (f"column_factors[{i}]", c, 2)):
                 if factor is not None:
@@ -153,24 +155,25 @@ def _reference(s: _Step) -> Tensor:
         return skipped
     for i, (w, g, m, t, view) in enumerate(zip(*s[:4], views, strict=True)):
         t += 1
-        g = g.to(m.dtype)
+        dtype = ACCUMULATOR[w.dtype]
+        g = g.to(dtype)
         if s.grad_scale is not None:
-            g = g / s.grad_scale.to(m.device, m.dtype).reshape(())
+            g = g / s.grad_scale.to(m.device, dtype).reshape(())
         if s.maximize:
             g = -g
         finite = g.isfinite()
         skipped[i] = g.numel() - finite.sum()
-        wide = w.to(m.dtype)
+        wide = w.to(dtype)
         if s.weight_decay and not s.decoupled:
             g = g + s.weight_decay * wide
-        moment = s.beta * m + (1 - s.beta) * g
-        # Scalars in float64, as they come: only the elementwise work is in the moment's dtype.
+        moment = s.beta * m.to(dtype) + (1 - s.beta) * g
+        # Scalars in float64, as they come: only the elementwise work is in this dtype.
         correction = 1 - s.beta ** t.double().reshape(())
-        step = moment / correction.to(m.dtype) / s.curvature(i, view)
+        step = moment / correction.to(dtype) / s.curvature(i, view)
         if s.weight_decay and s.decoupled:
             step = step + s.weight_decay * wide
-        updated = wide - s.lr.to(m.device, m.dtype).reshape(()) * step
-        m.copy_(torch.where(finite, moment, m))
+        updated = wide - s.lr.to(m.device, dtype).reshape(()) * step
+        m.copy_(torch.where(finite, as_moment(moment, m.dtype), m))
         w.copy_(torch.where(finite, updated.to(w.dtype), w))
     return skipped
 
@@ -248,10 +251,11 @@ def adafisher_step_(
         params: float32, float64, bfloat16 or float16, any shapes and strides without overlap. One that is in the list
             twice, or begins where another does, is refused, as it is of what else is written.
         grads: of the shapes and dtypes of params.
-        exp_avgs: first moments m of the shapes of params; float64 for float64 parameters, else float32.
+        exp_avgs: first moments m of the shapes of params; float64 for float64 parameters, else float32 or bfloat16.
+            One in bfloat16 is rounded to nearest as it is written; the step itself takes m before that.
         steps: number of steps t taken so far, one float32 element for each parameter.
         row_factors: for each parameter (groups * rows,), one element that stands for all, or None for 1; contiguous, in
-            the dtype of the moment.
+            float64 for float64 parameters, else float32.
         column_factors: for each parameter (columns,) or (groups, columns), one element, or None for 1.
         lr: learning rate, finite and at least 0: a real number or a tensor of one element.
         beta: decay of the moment, 0 <= beta < 1.

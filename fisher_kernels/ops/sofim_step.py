@@ -13,11 +13,13 @@ from torch.autograd.graph import increment_version
 from fisher_kernels._library import Native
 from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define, device_of
 from fisher_kernels.ops._step import (
+    as_moment,
     check_count,
     check_distinct,
     check_lengths,
     check_like,
     check_lists,
+    check_moment,
     check_one_element,
     check_one_or_each,
     check_rate,
@@ -78,7 +80,7 @@ class _Step(NamedTuple):
             if p.device != device:
                 raise ValueError(f"{_OP}: params[{i}] is on {p.device}, expected {device}, the device of params[0]")
             check_like(_OP, f"grads[{i}]", g, p.dtype, i, p)
-            check_like(_OP, f"exp_avgs[{i}]", m, ACCUMULATOR[p.dtype], i, p)
+            check_moment(_OP, f"exp_avgs[{i}]", m, i, p)
             check_count(_OP, i, t, p)
             check_written(_OP, f"params[{i}]", p)
             check_written(_OP, f"exp_avgs[{i}]", m)
@@ -119,17 +121,18 @@ def _reference(s: _Step) -> tuple[Tensor, Tensor]:
     gradients, corrections, finites = [], [], []
     for i, (w, g, m, t, decay) in enumerate(zip(*s[:4], decays, strict=True)):
         t += 1
-        g = g.to(m.dtype)
+        dtype = ACCUMULATOR[w.dtype]
+        g = g.to(dtype)
         if s.grad_scale is not None:
-            g = g / s.grad_scale.to(m.device, m.dtype).reshape(())
+            g = g / s.grad_scale.to(m.device, dtype).reshape(())
         if s.maximize:
             g = -g
         if decay and not s.decoupled:
-            g = g + decay * w.to(m.dtype)
-        moment = s.beta * m + (1 - s.beta) * g
+            g = g + decay * w.to(dtype)
+        moment = s.beta * m.to(dtype) + (1 - s.beta) * g
         finite = moment.isfinite()
-        m.copy_(torch.where(finite, moment, m))
-        # Scalars and dot products in float64: only the elementwise work is in the moment's dtype.
+        m.copy_(torch.where(finite, as_moment(moment, m.dtype), m))
+        # Scalars and dot products in float64: only the elementwise work is in this dtype.
         correction = 1 - s.beta ** t.double().reshape(())
         taken, along = m[finite].double(), g[finite].double()
         skipped[i] = m.numel() - taken.numel()
@@ -141,13 +144,14 @@ def _reference(s: _Step) -> tuple[Tensor, Tensor]:
     square, product = (x.sum().expand(count) if s.scope == "global" else x for x in (squares, products))
     for i, (w, m, decay) in enumerate(zip(s.params, s.exp_avgs, decays, strict=True)):
         along_moment, along_gradient = _coefficients(square[i], product[i], corrections[i], s.rho, s.direction)
-        step = along_moment.to(m.dtype) * m
+        dtype = ACCUMULATOR[w.dtype]
+        step = along_moment.to(dtype) * m.to(dtype)
         if s.direction == "gradient":
-            step = step + along_gradient.to(m.dtype) * gradients[i]
-        wide = w.to(m.dtype)
+            step = step + along_gradient.to(dtype) * gradients[i]
+        wide = w.to(dtype)
         if decay and s.decoupled:
             step = step + decay * wide
-        updated = wide - rates[i].to(m.device, m.dtype).reshape(()) * step
+        updated = wide - rates[i].to(m.device, dtype).reshape(()) * step
         w.copy_(torch.where(finites[i], updated.to(w.dtype), w))
     return skipped, squares
 
@@ -245,7 +249,8 @@ def sofim_step_(
         params: float32, float64, bfloat16 or float16, any shapes and strides without overlap, on one device. One that
             is in the list twice, or begins where another does, is refused, as it is of what else is written.
         grads: of the shapes and dtypes of params.
-        exp_avgs: first moments m of the shapes of params; float64 for float64 parameters, else float32.
+        exp_avgs: first moments m of the shapes of params; float64 for float64 parameters, else float32 or bfloat16.
+            One in bfloat16 is rounded to nearest, and the step takes m as it is then.
         steps: number of steps t taken so far, one float32 element for each parameter.
         lr: learning rate, finite and at least 0: a real number or a tensor of one element, or one for each parameter.
         beta: decay of the moment, 0 <= beta < 1.

@@ -70,6 +70,8 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
         eps: of minmax, in the units of S: it makes the paper variant depend on the scale of the loss.
         weight_decay: L2 for AdaFisher, decoupled for AdaFisherW.
         maximize: ascend.
+        moment_dtype: ``torch.bfloat16`` keeps the moment in 16 bits, which halves the state. A step reads it, advances it
+            in float32 and rounds it to nearest. Float64 parameters take none but None, which is float32 elsewhere.
         params: parameter groups, each with any of these hyperparameters; None takes all parameters of the model. The
             factor settings of a layer (variant, gamma, update_interval, eps) are those of its weight's group.
         grad_scaler: the ``torch.amp.GradScaler`` in use, so that S is in the units of unscaled gradients also after a
@@ -111,6 +113,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         maximize: bool = False,
+        moment_dtype: torch.dtype | None = None,
         params: ParamsT | None = None,
         grad_scaler: Any = None,
         fallback_curvature: float | None = None,
@@ -128,6 +131,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
             "eps": eps,
             "weight_decay": weight_decay,
             "maximize": maximize,
+            "moment_dtype": moment_dtype,
             "fallback_curvature": fallback_curvature,
         }
         super().__init__(model, params, defaults, grad_scaler, process_group, fallback, rules)
@@ -196,7 +200,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
             if "step" not in state:
                 fresh = True
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                state["exp_avg"] = torch.zeros_like(p, dtype=ACCUMULATOR[p.dtype])
+                state["exp_avg"] = torch.zeros_like(p, dtype=self._dtype_of(p, "exp_avg"))
         if fresh:
             # Averages too, so that a checkpoint made from a fresh optimizer has every entry to load into.
             for index, site in enumerate(self.statistics.sites):
@@ -273,7 +277,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
                 continue
             curvature, damping = self._curvature(p)
             step = float(group["lr"]) / curvature
-            direction = whole(state["exp_avg"]) / curvature
+            direction = whole(state["exp_avg"]).to(ACCUMULATOR[p.dtype]) / curvature
             cosine = math.nan
             if p.grad is not None:
                 require_memory("a gradient", p.grad)
@@ -293,7 +297,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
 
     def _curvature(self, p: Parameter) -> tuple[Tensor, float]:
         """The curvature F of one parameter, which a step never forms, and the damping in it."""
-        exp_avg = whole(self.state[p]["exp_avg"])
+        exp_avg = whole(self.state[p]["exp_avg"]).to(ACCUMULATOR[p.dtype])
         place = self._factors.place_of(p)
         if place is None:
             constant = self._factors.constant(p)

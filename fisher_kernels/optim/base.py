@@ -21,7 +21,7 @@ from torch.optim.optimizer import ParamsT
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.ops._arguments import lacks_memory
 from fisher_kernels.optim.caller import is_within
-from fisher_kernels.optim.hyperparameters import require_bools, require_numbers
+from fisher_kernels.optim.hyperparameters import require_bools, require_moment_dtype, require_numbers
 from fisher_kernels.optim.shares import divider, is_flattened, local
 from fisher_kernels.optim.warn import warn
 
@@ -91,7 +91,7 @@ class FisherOptimizer(Optimizer):
     statistics_state: ClassVar[tuple[str, ...]] = ()
     """State: what is averaged of a layer's statistics, and what is made of it."""
 
-    later: ClassVar[Mapping[str, Any]] = {}
+    later: ClassVar[Mapping[str, Any]] = {"moment_dtype": None}
     """Hyperparameters that states saved by earlier versions lack -> as what they load."""
 
     _turn = 0  # of the last step, counted over all optimizers
@@ -164,6 +164,7 @@ class FisherOptimizer(Optimizer):
             group.setdefault(name, value)
         require_numbers(group, ("lr",), "a number or a tensor of one element")
         require_bools(group, ("maximize",))
+        require_moment_dtype(group)
         lr = group["lr"]
         if isinstance(lr, Tensor):
             if not lr.is_cpu:
@@ -202,6 +203,11 @@ class FisherOptimizer(Optimizer):
                 raise TypeError(
                     f"params[{i}] has dtype {p.dtype}, expected float32, float64, bfloat16 or float16: "
                     f"{type(self).__name__} has no rule for others"
+                )
+            if p.dtype == torch.float64 and group.get("moment_dtype") is not None:
+                raise ValueError(
+                    f"moment_dtype is {group['moment_dtype']}, and params[{i}] has dtype torch.float64, expected None: "
+                    "what is trained in float64 keeps moments in float64"
                 )
 
     # Step.
@@ -283,10 +289,11 @@ class FisherOptimizer(Optimizer):
         """Refuse a model that has changed its dtype or device since its state was made; checks one parameter."""
         for p in group["params"]:
             if (moment := self.state.get(p, {}).get(self.moment)) is not None:
-                if moment.dtype != ACCUMULATOR[p.dtype] or moment.device != p.device:
+                if moment.dtype != self._dtype_of(p, self.moment) or moment.device != p.device:
                     raise RuntimeError(
-                        f"the model was moved to {p.dtype} on {p.device} after its optimizer state was made "
-                        f"({moment.dtype} on {moment.device}); move the state along with "
+                        f"the model was moved to {p.dtype} on {p.device}, or moment_dtype set to "
+                        f"{group['moment_dtype']}, after its optimizer state was made ({moment.dtype} on "
+                        f"{moment.device}); move the state along with "
                         "optimizer.load_state_dict(optimizer.state_dict())"
                     )
                 return
@@ -310,15 +317,18 @@ class FisherOptimizer(Optimizer):
 
     def _dtype_of(self, p: Parameter, name: str) -> torch.dtype:
         """The dtype of a floating-point entry of a parameter's state."""
+        if name == self.moment and ACCUMULATOR[p.dtype] != torch.float64:
+            return self._groups[p].get("moment_dtype") or torch.float32
         return torch.float32 if name == "step" else ACCUMULATOR[p.dtype]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state. The given state is copied; it is neither changed nor kept.
 
         Moments and factors keep their precision: they take the wide dtype of their parameter (float64 for float64,
-        otherwise float32) and its device.
+        otherwise float32) and its device. Moments take the ``moment_dtype`` that their group has now, which stays.
         """
         loaded = state_dict
+        moment_dtypes = [group["moment_dtype"] for group in self.param_groups]
 
         def last_seen(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
             nonlocal loaded
@@ -332,6 +342,9 @@ class FisherOptimizer(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        for group, dtype in zip(self.param_groups, moment_dtypes, strict=True):
+            group["moment_dtype"] = dtype
+        self._find_groups()
         ids = itertools.chain.from_iterable(group["params"] for group in loaded["param_groups"])
         parameters = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
         for number, p in zip(ids, parameters, strict=True):
@@ -339,7 +352,6 @@ class FisherOptimizer(Optimizer):
                 if isinstance(value, Tensor):
                     dtype = self._dtype_of(p, name) if value.is_floating_point() else value.dtype
                     self.state[p][name] = value.detach().to(p.device, dtype, copy=True)
-        self._find_groups()
         for group in self.param_groups:
             self._check_group(group)
         self._reloaded()

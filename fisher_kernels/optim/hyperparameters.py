@@ -55,6 +55,13 @@ def require_bools(group: dict[str, Any], names: Iterable[str]) -> None:
             raise TypeError(f"{name} is {group[name]!r}, expected True or False")
 
 
+def require_moment_dtype(group: dict[str, Any]) -> None:
+    """Refuse a dtype of moments that no step takes."""
+    dtype = group["moment_dtype"]
+    if not (dtype is None or dtype == torch.bfloat16):
+        raise ValueError(f"moment_dtype is {dtype!r}, expected torch.bfloat16, or None for float32")
+
+
 def require_choice(group: dict[str, Any], name: str, choices: Iterable[str], others: str = "") -> None:
     """Refuse a hyperparameter that is none of these words."""
     value = group[name]

@@ -32,7 +32,7 @@ from fisher_kernels.curvature.operations import Choice
 from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.curvature.sites import Layer
 from fisher_kernels.ops import ACCUMULATOR, capped_step_, direction_sums, heavy_ball_
-from fisher_kernels.optim.base import Counters, count, require_memory, totals
+from fisher_kernels.optim.base import Counters, FisherOptimizer, count, require_memory, totals
 from fisher_kernels.optim.floors import FLOOR, fan_ins
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
 from fisher_kernels.optim.inverse_sharing import EVERY_RANK
@@ -104,7 +104,11 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
     decay_of_moment: ClassVar[str] = "momentum"
     """The hyperparameter by which the moment runs out."""
 
-    later: ClassVar[Mapping[str, Any]] = {"floor": FLOOR, "inverse_sharing": EVERY_RANK}
+    later: ClassVar[Mapping[str, Any]] = {
+        **FisherOptimizer.later,
+        "floor": FLOOR,
+        "inverse_sharing": EVERY_RANK,
+    }
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.curvature.sites import Layer
 from fisher_kernels.ops import ACCUMULATOR, mbf_step_
 from fisher_kernels.ops._blocks import unpack
-from fisher_kernels.optim.base import Counters, count, require_memory, totals
+from fisher_kernels.optim.base import Counters, FisherOptimizer, count, require_memory, totals
 from fisher_kernels.optim.block_shards import Settings, step_shards
 from fisher_kernels.optim.fisher_blocks import ASIDE, BLOCK_STATE, STORAGES, FisherBlocks, New, Unit
 from fisher_kernels.optim.floors import FLOOR, fan_ins
@@ -153,6 +153,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
     moment = "momentum_buffer"
     statistics_state = BLOCK_STATE
     later: ClassVar[Mapping[str, Any]] = {
+        **FisherOptimizer.later,
         "capturable": False,
         "mask_zeros": False,
         "refresh": "constant",

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from fisher_kernels.curvature.gathered import is_distributed
+from fisher_kernels.ops import ACCUMULATOR
+from fisher_kernels.ops._step import as_moment
 from fisher_kernels.optim.shares import copies, sum_over_mesh
 
 TOO_LARGE = 1e200
@@ -43,14 +45,14 @@ class Shard(NamedTuple):
 
 def products(shard: Shard, settings: dict[str, Any], grad_scale: Tensor | None) -> Tensor:
     """``|u|^2``, and ``u^T g`` where that is asked for, of one shard as the step is going to have them: float64."""
-    moment, beta = shard.moment, settings["beta"]
-    g = shard.gradient.to(moment.dtype)
+    dtype, beta = ACCUMULATOR[shard.weight.dtype], settings["beta"]
+    g = shard.gradient.to(dtype)
     if grad_scale is not None:
-        g = g / grad_scale.to(moment.device, moment.dtype).reshape(())
+        g = g / grad_scale.to(g.device, dtype).reshape(())
     g = -g if settings["maximize"] else g
     if shard.decay:
-        g = g.add(shard.weight.to(moment.dtype), alpha=shard.decay)
-    new = beta * moment + (1 - beta) * g
+        g = g.add(shard.weight.to(dtype), alpha=shard.decay)
+    new = as_moment(beta * shard.moment.to(dtype) + (1 - beta) * g, shard.moment.dtype)
     correction = 1 - beta ** (shard.step.double().reshape(()) + 1)
     finite = new.isfinite()
     u = new.masked_fill(~finite, 0.0).double() / correction

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from torch.optim.optimizer import ParamsT
 
 from fisher_kernels.curvature.gathered import is_distributed
-from fisher_kernels.ops import ACCUMULATOR, sofim_step_
+from fisher_kernels.ops import sofim_step_
 from fisher_kernels.ops.sofim_step import DIRECTIONS, SCOPES
 from fisher_kernels.optim import shard_products
 from fisher_kernels.optim.base import Batch, FisherOptimizer, Plan, count, require_memory, totals
@@ -52,7 +52,7 @@ class SOFIM(FisherOptimizer):
     :math:`\mathrm{lr} / \rho` while gradients are small, and falling with their square once they are large. The longest
     step there can be is :math:`\mathrm{lr} / (2 \sqrt{\rho})`, at :math:`|u| = \sqrt{\rho}`.
 
-    The state is one moment for each parameter (float32, or float64 for float64 parameters) and a step count for each
+    The state is one moment for each parameter (float32, float64 for float64 parameters, or ``moment_dtype``) and a step count for each
     tensor. Parameters may be DTensors, as ``fully_shard`` and ``parallelize_module`` make them: their moments are, too,
     and dot products are summed over the processes of their mesh, in one all-reduce for each of its dimensions.
 
@@ -68,6 +68,8 @@ class SOFIM(FisherOptimizer):
         weight_decay: decoupled, unless told otherwise.
         decoupled: False adds the decay to the gradient (L2).
         maximize: ascend.
+        moment_dtype: ``torch.bfloat16`` keeps the moment in 16 bits, which halves the state. A step reads it, advances it
+            in float32 and rounds it to nearest. Float64 parameters take none but None, which is float32 elsewhere.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range, or groups of scope ``"global"`` differ
@@ -90,6 +92,7 @@ class SOFIM(FisherOptimizer):
         weight_decay: float = 0.0,
         decoupled: bool = True,
         maximize: bool = False,
+        moment_dtype: torch.dtype | None = None,
     ) -> None:
         self._plan: Plan[_Batch] | None = None
         defaults = {
@@ -101,6 +104,7 @@ class SOFIM(FisherOptimizer):
             "weight_decay": weight_decay,
             "decoupled": decoupled,
             "maximize": maximize,
+            "moment_dtype": moment_dtype,
         }
         super().__init__(params, defaults)
 
@@ -205,7 +209,7 @@ class SOFIM(FisherOptimizer):
         for _, p in self._with_gradients():
             if "step" not in (state := self.state[p]):
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                state["exp_avg"] = torch.zeros_like(p, dtype=ACCUMULATOR[p.dtype])
+                state["exp_avg"] = torch.zeros_like(p, dtype=self._dtype_of(p, "exp_avg"))
 
     def _scopes(self) -> list[str]:
         return [group["scope"] for group in self.param_groups]

@@ -73,6 +73,11 @@ def bad_arrays(moments: str) -> Faults:
             TypeError,
             rf"{moments}\[1\]" + dtypes("float64", "float32"),
         ),
+        f"{moments} in float16": (
+            entry(moments, lambda: torch.ones(4, 6, dtype=torch.float16)),
+            TypeError,
+            rf"{moments}\[1\]" + dtypes("float16", "float32"),
+        ),
         f"{moments} expanded": (
             entry(moments, lambda: torch.ones(4, 1).expand(4, 6)),
             ValueError,

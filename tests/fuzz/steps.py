@@ -27,13 +27,14 @@ def shapes(draw: Draw, tiny: bool) -> list[int]:
 
 
 @st.composite
-def tensors(draw: Draw, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Operand]:
-    """A parameter, its gradient and its moment."""
+def tensors(draw: Draw, shape: Sequence[int], dtype: torch.dtype, short: bool = False) -> dict[str, Operand]:
+    """A parameter, its gradient and its moment, which may be ``short``: in 16 bits."""
     wide = accumulator(dtype)
+    kept = torch.bfloat16 if short and wide == torch.float32 and draw(st.booleans()) else wide
     values = {
         "params": draw(numbers()).fill(shape, dtype, 0),
         "grads": draw(numbers()).fill(shape, dtype, 1),
-        "moments": draw(numbers()).fill(shape, wide, 2),
+        "moments": draw(numbers()).fill(shape, kept, 2),
     }
     alike = draw(layouts(written=True, lazy=False))
     same = draw(st.booleans())  # all three lie alike, as they do in training

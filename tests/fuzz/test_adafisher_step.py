@@ -34,7 +34,7 @@ def calls(draw: Draw, tiny: bool) -> Call:
     rows, columns = [], []
     for dtype in steps.dtypes(draw, count):
         shape = draw(steps.shapes(tiny))
-        given = draw(steps.tensors(shape, dtype))
+        given = draw(steps.tensors(shape, dtype, short=True))
         for name, x in zip(lists, given.values(), strict=True):
             lists[name].append(x)
         # (groups, rows, columns): a divisor of the first dimension, what is left of it, and the rest.
@@ -114,6 +114,7 @@ def check_parameter(call: Call, outcome: Outcome, i: int) -> None:
     # About ten roundings; those of 1 - beta^t, in float64, count for more where it is small.
     u, tiny, half = unit(dtype), least(dtype), largest(dtype) / 4
     of_moment = np.where(kept, 0, 8 * u * np.nan_to_num(size) + 4 * tiny)
+    of_moment = of_moment + np.where(kept, 0, storing(moment, a["exp_avgs"][i].values.dtype))
     roundings = 16 * u + 4 * 2.0**-53 / left
     rounded = tiny * lr * (4 / (left * fisher) + 4 * (1 + decay) + 8 / fisher * np.maximum(1, size))
     bound = np.where(kept, 0, roundings * np.nan_to_num(np.abs(w) + lr * change) + rounded + 4 * tiny)

@@ -21,7 +21,7 @@ from fisher_kernels.tools.samples.sample import (
     random,
     with_non_finite,
 )
-from fisher_kernels.tools.samples.steps import Layout, as_made, in_all_orders, in_turn, kept_where_not_finite, on
+from fisher_kernels.tools.samples.steps import Layout, as_made, in_all_orders, in_turn, kept_where_not_finite, of_moment, on
 
 Shape = tuple[int, ...]
 
@@ -51,18 +51,23 @@ def step(
     layout: Layout = as_made,
     grad_layout: Layout | None = None,
     moment_layout: Layout | None = None,
+    moments: torch.dtype | Sequence[torch.dtype | None] | None = None,
     device: Device = None,
     **options: Any,
 ) -> Inputs:
-    """The arguments of a step of parameters in the middle of a run; dtypes in turn if there are several."""
+    """The arguments of a step of parameters in the middle of a run; dtypes in turn if there are several.
+
+    ``moments`` are the dtypes of these, None being the wide one beside a parameter's; beside float64 that is all.
+    """
     names = ("params", "grads", "exp_avgs", "steps", "row_factors", "column_factors")
     lists: dict[str, list[Any]] = {name: [] for name in names}
-    for i, ((shape, row, column), storage) in enumerate(zip(parameters, in_turn(dtype), strict=False)):
+    each = zip(parameters, in_turn(dtype), in_turn(moments), strict=False)
+    for i, ((shape, row, column), storage, kept) in enumerate(each):
         wide = ACCUMULATOR[storage]
         made = (
             layout(random(shape, storage, 7 * i, device)),
             (grad_layout or layout)(random(shape, storage, 7 * i + 1, device)),
-            (moment_layout or layout)(random(shape, wide, 7 * i + 2, device)),
+            (moment_layout or layout)(random(shape, of_moment(storage, kept), 7 * i + 2, device)),
             torch.tensor(float(i % 5), device=device),
             None if row is None else random(row, wide, 7 * i + 3, device).square(),
             None if column is None else random(column, wide, 7 * i + 4, device).square(),
@@ -136,6 +141,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "weight decay in the gradient": _DECAY,
     "decoupled weight decay": {**_DECAY, "decoupled": True},
     "maximised and scaled": {"maximize": True, "grad_scale": torch.tensor([1024.0]), "found_inf": torch.zeros(1)},
+    "moments in 16 bits": {**_DECAY, "moments": torch.bfloat16},
     "nothing at all after an overflow": {"grad_scale": torch.tensor([2.0]), "found_inf": torch.ones(1)},
 }
 _ALL = {

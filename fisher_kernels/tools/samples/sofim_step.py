@@ -20,7 +20,7 @@ from fisher_kernels.tools.samples.sample import (
     random,
     with_non_finite,
 )
-from fisher_kernels.tools.samples.steps import Layout, as_made, in_all_orders, in_turn, kept_where_not_finite, on
+from fisher_kernels.tools.samples.steps import Layout, as_made, in_all_orders, in_turn, kept_where_not_finite, of_moment, on
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "beta": 0.9, "rho": 0.5}
 
@@ -32,16 +32,20 @@ def step(
     layout: Layout = as_made,
     grad_layout: Layout | None = None,
     moment_layout: Layout | None = None,
+    moments: torch.dtype | Sequence[torch.dtype | None] | None = None,
     device: Device = None,
     **options: Any,
 ) -> Inputs:
-    """The arguments of a step of parameters in the middle of a run; dtypes in turn if there are several."""
+    """The arguments of a step of parameters in the middle of a run; dtypes in turn if there are several.
+
+    ``moments`` are the dtypes of these, None being the wide one beside a parameter's; beside float64 that is all.
+    """
     lists: dict[str, list[Tensor]] = {name: [] for name in ("params", "grads", "exp_avgs", "steps")}
-    for i, (shape, storage) in enumerate(zip(shapes, in_turn(dtype), strict=False)):
+    for i, (shape, storage, kept) in enumerate(zip(shapes, in_turn(dtype), in_turn(moments), strict=False)):
         made = (
             layout(random(shape, storage, 7 * i, device)),
             (grad_layout or layout)(random(shape, storage, 7 * i + 1, device)),
-            (moment_layout or layout)(random(shape, ACCUMULATOR[storage], 7 * i + 2, device)),
+            (moment_layout or layout)(random(shape, of_moment(storage, kept), 7 * i + 2, device)),
             torch.tensor(float(i % 5), device=device),
         )
         for tensors, tensor in zip(lists.values(), made, strict=True):
@@ -80,7 +84,8 @@ def _of_each(value: Any, count: int) -> list[float]:
     return [float(x) for x in values] * (count if len(values) == 1 else 1)
 
 
-def _tolerance(inputs: Inputs, expected: list[Tensor], u: float) -> list[Tolerance]:
+def _tolerance(kept: float, inputs: Inputs, expected: list[Tensor], u: float) -> list[Tolerance]:
+    """``kept``: the unit roundoff of the moments as they are kept, if that is not u."""
     # Rounded moments and gradients change the dot products, which change the coefficients; all terms are bounded by
     # their magnitudes.
     params, steps, beta, rho = (inputs[name] for name in ("params", "steps", "beta", "rho"))
@@ -106,10 +111,10 @@ def _tolerance(inputs: Inputs, expected: list[Tensor], u: float) -> list[Toleran
         change = c / bottom * (1 + all_squares[i] / bottom)
         if inputs.get("direction") == "gradient":
             change = (g + change * all_products[i]) / rho
-        of_params.append(40 * u * (w.abs() + rates[i] * (change + decays[i] * w.abs())))
+        of_params.append(40 * (u * w.abs() * (1 + rates[i] * decays[i]) + max(u, kept) * rates[i] * change))
     of_moments = [16 * u * m for m in moments]
     changed = kept_where_not_finite([*of_params, *of_moments], [*inputs["grads"], *inputs["grads"]])
-    return [*changed, *(0.0 for _ in steps), 0.0, 32 * u * squares]
+    return [*changed, *(0.0 for _ in steps), 0.0, 32 * max(u, kept) * squares]
 
 
 _EACH = {
@@ -124,6 +129,9 @@ _EACH = {
 }
 
 
+_EXACT, _ROUNDED = partial(_tolerance, 0.0), partial(_tolerance, 2.0**-9)
+
+
 def _samples() -> Iterator[Sample]:
     for direction, scope, of_each in (
         ("momentum", "global", False),
@@ -135,9 +143,12 @@ def _samples() -> Iterator[Sample]:
     ):
         name = f"{direction}, {scope}" + (", rates of each" if of_each else "")
         inputs = partial(_inputs, of_each, {"direction": direction, "scope": scope})
-        yield Sample("sofim_step_", name, SUM_DTYPES, inputs, _tolerance)
+        yield Sample("sofim_step_", name, SUM_DTYPES, inputs, _EXACT)
     for name, options in (("two dtypes", {"lr": [torch.tensor(0.1)]}), ("two dtypes, all options", _EACH)):
-        yield Sample("sofim_step_", name, (torch.float32,), partial(_two_dtypes, options), _tolerance)
+        yield Sample("sofim_step_", name, (torch.float32,), partial(_two_dtypes, options), _EXACT)
+    for direction in ("momentum", "gradient"):
+        inputs = partial(_inputs, False, {"direction": direction, "moments": torch.bfloat16})
+        yield Sample("sofim_step_", f"{direction}, moments in 16 bits", SUM_DTYPES, inputs, _ROUNDED)
 
 
 SAMPLES = tuple(_samples())

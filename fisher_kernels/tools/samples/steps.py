@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.tools.samples.sample import Device, last
 
+T = TypeVar("T")
 Layout = Callable[[Tensor], Tensor]
 
 
@@ -26,9 +28,15 @@ def in_all_orders(x: Tensor) -> Tensor:
     return last(x) if x.shape == (4, 6, 3, 3) else x
 
 
-def in_turn(dtype: torch.dtype | Sequence[torch.dtype]) -> Iterator[torch.dtype]:
-    """A dtype, or several in turn, without end."""
-    return itertools.cycle([dtype] if isinstance(dtype, torch.dtype) else dtype)
+def of_moment(storage: torch.dtype, kept: torch.dtype | None) -> torch.dtype:
+    """The dtype of a moment: the one that is asked for, or the wide one of the parameter, as always beside float64."""
+    wide = ACCUMULATOR[storage]
+    return wide if kept is None or wide == torch.float64 else kept
+
+
+def in_turn(one_or_several: T | Sequence[T]) -> Iterator[T]:
+    """One thing, or several in turn, without end."""
+    return itertools.cycle(one_or_several if isinstance(one_or_several, Sequence) else [one_or_several])
 
 
 def on(device: Device, options: dict[str, Any]) -> dict[str, Any]:
