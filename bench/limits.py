@@ -20,6 +20,18 @@ def stream_add(writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
     CPU.kernels.stream_update(list(writes), None, list(reads), torch.get_num_threads())
 
 
+def stream_short(writes: Sequence[Tensor], shorts: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
+    """Three reads and two writes, of two lists of float32 and one of as many numbers in 16 bits, as wide as it is read.
+
+    The numbers in 16 bits are half as many in float32, and go with the first half of the others.
+    """
+    pairs = [x.view(-1).view(torch.float32) for x in shorts]
+    parts = [[x.view(-1).tensor_split([len(y)]) for x, y in zip(xs, pairs, strict=True)] for xs in (writes, reads)]
+    (firsts, others), (reads_first, reads_other) = (zip(*xs, strict=True) for xs in parts)
+    stream_update(firsts, pairs, reads_first)
+    stream_add(others, reads_other)
+
+
 def stream_read(x: Tensor) -> None:
     """One read of every byte of a contiguous tensor."""
     CPU.kernels.stream_read(x, torch.get_num_threads())

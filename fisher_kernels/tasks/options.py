@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import torch
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -149,6 +151,13 @@ def _tuple(annotation: Any) -> Kind | None:
     return Kind("values with commas between them" if repeated else f"{len(parts)} values with a comma between", read)
 
 
+def _dtype(text: str) -> Any:
+    name = text.removeprefix("torch.")
+    if not isinstance(dtype := getattr(torch, name, None), torch.dtype):
+        raise ValueError(text)
+    return dtype
+
+
 _NONE = Kind("none", _none)
 _TEXT = Kind("a text", str)
 _SCALARS: Mapping[type, Kind] = {
@@ -156,4 +165,5 @@ _SCALARS: Mapping[type, Kind] = {
     bool: Kind("true or false", _truth),
     int: Kind("an integer", int),
     float: Kind("a finite number", _number),
+    torch.dtype: Kind("a dtype", _dtype),
 }
