@@ -85,8 +85,8 @@ class Inputs:
         for _, others in grads:
             stream_read(others)
         stream_add([p for p, _ in params], moments)
-        others = [p for _, p in params]
-        stream_add(others, others)  # which reads and writes each once
+        rest = [p for _, p in params]
+        stream_add(rest, rest)  # which reads and writes each once
 
     def adamw(self) -> torch.optim.AdamW:
         return adamw(parameters(self.params, self.grads), self.exp_avgs)

@@ -100,7 +100,8 @@ def rounding(case: Step, i: int) -> tuple[Tensor, Tensor]:
     In the dtype of the moment: up to 8 roundings of the terms of the moment (scale, decay, the coefficients, products,
     sums), 10 more on the way to the change (bias correction, rate, F with its product, sum and damping, quotients),
     4 of the decoupled decay, and one as the change is taken off. The definition in float64 rounds as often: twice all
-    that. Then half a unit in the last place of the parameter's own dtype, and of the moment's. Numbers below the normal ones may be lost.
+    that. Then half a unit in the last place of the parameter's own dtype, and of the moment's. Numbers below the normal
+    ones may be lost.
     """
     dtype = case.params[i].dtype
     wide = ACCUMULATOR[dtype]

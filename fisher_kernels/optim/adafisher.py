@@ -44,10 +44,10 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
         w &\leftarrow w - \mathrm{lr}\, \frac{m}{(1 - \beta^t)\, F}
 
     F is never formed: the step reads one number for each row and one for each column. The state is one moment for each
-    parameter (float32, or float64 for float64 parameters) and one number for each row and column of a layer. Linear,
-    convolutions and transposed convolutions, normalisations and Embedding have rules; other parameters take a fallback
-    that ``explain()`` names. Parameters may be DTensors, of ``fully_shard`` and ``parallelize_module``; factors are
-    whole in every process.
+    parameter (float32, float64 for float64 parameters, or ``moment_dtype``) and one number for each row and column of a
+    layer. Linear, convolutions and transposed convolutions, normalisations and Embedding have rules; other parameters
+    take a fallback that ``explain()`` names. Parameters may be DTensors, of ``fully_shard`` and ``parallelize_module``;
+    factors are whole in every process.
 
     ========== ============================================= ================================ ======================
     variant    averaged over time                            F                                lr, damping, interval
@@ -70,8 +70,8 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
         eps: of minmax, in the units of S: it makes the paper variant depend on the scale of the loss.
         weight_decay: L2 for AdaFisher, decoupled for AdaFisherW.
         maximize: ascend.
-        moment_dtype: ``torch.bfloat16`` keeps the moment in 16 bits, which halves the state. A step reads it, advances it
-            in float32 and rounds it to nearest. Float64 parameters take none but None, which is float32 elsewhere.
+        moment_dtype: ``torch.bfloat16`` keeps the moment in 16 bits, half of the state: a step reads it, advances it in
+            float32 and rounds it to nearest. None is float32, or float64 for float64 parameters, which take no other.
         params: parameter groups, each with any of these hyperparameters; None takes all parameters of the model. The
             factor settings of a layer (variant, gamma, update_interval, eps) are those of its weight's group.
         grad_scaler: the ``torch.amp.GradScaler`` in use, so that S is in the units of unscaled gradients also after a

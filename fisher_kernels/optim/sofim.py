@@ -52,9 +52,10 @@ class SOFIM(FisherOptimizer):
     :math:`\mathrm{lr} / \rho` while gradients are small, and falling with their square once they are large. The longest
     step there can be is :math:`\mathrm{lr} / (2 \sqrt{\rho})`, at :math:`|u| = \sqrt{\rho}`.
 
-    The state is one moment for each parameter (float32, float64 for float64 parameters, or ``moment_dtype``) and a step count for each
-    tensor. Parameters may be DTensors, as ``fully_shard`` and ``parallelize_module`` make them: their moments are, too,
-    and dot products are summed over the processes of their mesh, in one all-reduce for each of its dimensions.
+    The state is one moment for each parameter (float32, float64 for float64 parameters, or ``moment_dtype``) and a step
+    count for each tensor. Parameters may be DTensors, as ``fully_shard`` and ``parallelize_module`` make them: their
+    moments are, too, and dot products are summed over the processes of their mesh, in one all-reduce for each of its
+    dimensions.
 
     Args:
         params: parameters or parameter groups, each with any of these hyperparameters; no model is needed.
@@ -68,8 +69,8 @@ class SOFIM(FisherOptimizer):
         weight_decay: decoupled, unless told otherwise.
         decoupled: False adds the decay to the gradient (L2).
         maximize: ascend.
-        moment_dtype: ``torch.bfloat16`` keeps the moment in 16 bits, which halves the state. A step reads it, advances it
-            in float32 and rounds it to nearest. Float64 parameters take none but None, which is float32 elsewhere.
+        moment_dtype: ``torch.bfloat16`` keeps the moment in 16 bits, half of the state: a step reads it, advances it in
+            float32 and rounds it to nearest. None is float32, or float64 for float64 parameters, which take no other.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range, or groups of scope ``"global"`` differ

@@ -21,7 +21,15 @@ from fisher_kernels.tools.samples.sample import (
     random,
     with_non_finite,
 )
-from fisher_kernels.tools.samples.steps import Layout, as_made, in_all_orders, in_turn, kept_where_not_finite, of_moment, on
+from fisher_kernels.tools.samples.steps import (
+    Layout,
+    as_made,
+    in_all_orders,
+    in_turn,
+    kept_where_not_finite,
+    of_moment,
+    on,
+)
 
 Shape = tuple[int, ...]
 
@@ -93,7 +101,7 @@ _FEW = (Parameter((3, 5), None, (5,)), Parameter((0, 4), (0,), (4,)), Parameter(
 
 def _inputs(options: dict[str, Any], source: Source) -> Inputs:
     """Gradients in row-major order, wherever their parameters are; one of them not finite in places."""
-    layouts = {"layout": in_all_orders, "grad_layout": as_made, "moment_layout": as_made}
+    layouts: dict[str, Any] = {"layout": in_all_orders, "grad_layout": as_made, "moment_layout": as_made}
     inputs = step(_PARAMETERS, source.dtype, device=source.device, **layouts, **on(source.device, options))
     with_non_finite(inputs["grads"][1])
     return inputs

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.tools.samples.sample import (
     SUM_DTYPES,
     Device,
@@ -20,7 +19,15 @@ from fisher_kernels.tools.samples.sample import (
     random,
     with_non_finite,
 )
-from fisher_kernels.tools.samples.steps import Layout, as_made, in_all_orders, in_turn, kept_where_not_finite, of_moment, on
+from fisher_kernels.tools.samples.steps import (
+    Layout,
+    as_made,
+    in_all_orders,
+    in_turn,
+    kept_where_not_finite,
+    of_moment,
+    on,
+)
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "beta": 0.9, "rho": 0.5}
 
@@ -64,7 +71,7 @@ def _gradients(x: Tensor) -> Tensor:
 
 def _inputs(of_each: bool, options: dict[str, Any], source: Source) -> Inputs:
     """One gradient is not finite in places. ``of_each``: a learning rate for each parameter, on its device."""
-    layouts = {"layout": in_all_orders, "grad_layout": _gradients}
+    layouts: dict[str, Any] = {"layout": in_all_orders, "grad_layout": _gradients}
     given = {"lr": 0.01, "rho": 5.0, "weight_decay": 0.1, "decoupled": not of_each, **options}
     inputs = step(_SHAPES, source.dtype, device=source.device, **layouts, **given)
     if of_each:

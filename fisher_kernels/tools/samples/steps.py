@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from torch import Tensor
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.tools.samples.sample import Device, last
 
-T = TypeVar("T")
 Layout = Callable[[Tensor], Tensor]
 
 
@@ -34,7 +33,7 @@ def of_moment(storage: torch.dtype, kept: torch.dtype | None) -> torch.dtype:
     return wide if kept is None or wide == torch.float64 else kept
 
 
-def in_turn(one_or_several: T | Sequence[T]) -> Iterator[T]:
+def in_turn(one_or_several: Any) -> Iterator[Any]:
     """One thing, or several in turn, without end."""
     return itertools.cycle(one_or_several if isinstance(one_or_several, Sequence) else [one_or_several])
 
