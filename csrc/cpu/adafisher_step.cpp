@@ -71,7 +71,7 @@ inline void update_run(T* __restrict parameter, const T* __restrict gradient, M*
   using V = Vector<T>;
   int64_t i = 0;
   for (; i + kLanes<T> <= count; i += kLanes<T>) {
-    if constexpr (sizeof(T) < sizeof(M)) {
+    if constexpr (sizeof(T) != sizeof(M)) {
       __builtin_prefetch(parameter + i + kPrefetch, 1);
       __builtin_prefetch(gradient + i + kPrefetch, 0);
       __builtin_prefetch(moment + i + 2 * kPrefetch, 1);

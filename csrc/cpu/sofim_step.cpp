@@ -86,7 +86,7 @@ class Stepper {
       const V next = as_stored<M>(momentum.advance(old, g));
       const V zero = next - next;  // infinity - infinity is NaN
       doubt += zero;
-      store(moment + i, zero == 0 ? next : old);
+      store(reinterpret_cast<Rounded<M>*>(moment + i), zero == 0 ? next : old);
       const V counted = zero == 0 ? next : V{};
       square.add(counted, counted);
       if constexpr (kAlongGradient) product.add(counted, zero == 0 ? g : V{});
