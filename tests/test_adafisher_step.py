@@ -348,6 +348,21 @@ def test_moments_round_to_nearest_even(implementation: str, dtype: torch.dtype) 
     assert_same_bits(third.exp_avgs[0], torch.full((33,), 1 / 3, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize(("beta", "reached"), [(0.9, 0.98), (0.99, 0.80), (0.999, 0.25)])
+@pytest.mark.slow_interpreted
+def test_moments_that_round_to_nearest_stop_short(implementation: str, beta: float, reached: float) -> None:
+    """Where what a step adds, (1 - beta) (g - m), is less than half a unit in the last place of m."""
+    case = step([Parameter((3,))], torch.float32, moments=torch.bfloat16, beta=beta, lr=0.0)
+    case.grads[0].fill_(1.0)
+    case.exp_avgs[0].zero_()
+    for _ in range(400):
+        case.run()
+    stopped = case.exp_avgs[0].clone()
+    case.run()
+    assert_same_bits(case.exp_avgs[0], stopped)
+    assert_within(stopped, torch.full((3,), reached).double(), 0.01)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.slow_interpreted
 def test_lr_may_be_a_tensor(implementation: str, dtype: torch.dtype) -> None:
