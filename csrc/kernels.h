@@ -602,6 +602,7 @@ void conv_gram_(const ConvGram&, const Stream&);
 void conv_mini_block_gram_(const ConvMiniBlockGram&, const Stream&);
 void weighted_gram_(const WeightedGram&, const Stream&);
 void batch_norm_gradients(const BatchNormGradients&, const Stream&);
+void stochastic_round(const StochasticRound&, const Stream&);
 }  // namespace cuda
 
 FISHER_KERNELS_DECLARE(baseline)

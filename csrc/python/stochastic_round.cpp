@@ -22,7 +22,7 @@ void stochastic_round(py::handle x_object, py::handle out_object, uint32_t base,
   const py::gil_scoped_release release;
   run(call, StochasticRound{static_cast<const float*>(x.data), out.data, x.numel(), {offset, run_length, pitch},
                             absorb(base, step), low, place.threads},
-      FISHER_KERNELS_CPU_ONLY(stochastic_round));
+      FISHER_KERNELS_VARIANTS(stochastic_round));
 }
 
 }  // namespace
