@@ -19,6 +19,7 @@ void bind_mbf_step(py::module_& module);
 void bind_mini_block_gram(py::module_& module);
 void bind_rank_one(py::module_& module);
 void bind_sofim_step(py::module_& module);
+void bind_stochastic_round(py::module_& module);
 void bind_sum_of_squares(py::module_& module);
 
 }  // namespace fisher_kernels
@@ -47,5 +48,6 @@ PYBIND11_MODULE(FISHER_KERNELS_MODULE, module) {
   bind_mini_block_gram(module);
   bind_rank_one(module);
   bind_sofim_step(module);
+  bind_stochastic_round(module);
   bind_sum_of_squares(module);
 }

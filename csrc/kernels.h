@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/rounding.h"
 #include "common/scalar.h"
 #include "common/stream.h"
 
@@ -505,6 +506,17 @@ struct BatchNormGradients {
   int threads;
 };
 
+/// out = x rounded to bfloat16, each element by the random integer of its index; the lower half of it if `low`.
+struct StochasticRound {
+  const float* x;  // [size]
+  void* out;       // [size], bfloat16
+  int64_t size;
+  RoundingIndex index;
+  uint32_t state;  // of seed, ordinal and step
+  bool low;
+  int threads;
+};
+
 /// Three float32 arrays of one size. first += read; second += read: three reads and two writes, as a step has. Without
 /// `second`, two reads and a write, as a pass over some of its arrays has.
 struct StreamArrays {
@@ -553,6 +565,7 @@ struct StreamRead {
   void conv_mini_block_gram_(const ConvMiniBlockGram&);    \
   void weighted_gram_(const WeightedGram&);                \
   void batch_norm_gradients(const BatchNormGradients&);    \
+  void stochastic_round(const StochasticRound&);           \
   void stream_update(const StreamUpdate&);                 \
   void stream_read(const StreamRead&);                     \
   }
@@ -591,6 +604,7 @@ void conv_gram_(const ConvGram&, const Stream&);
 void conv_mini_block_gram_(const ConvMiniBlockGram&, const Stream&);
 void weighted_gram_(const WeightedGram&, const Stream&);
 void batch_norm_gradients(const BatchNormGradients&, const Stream&);
+void stochastic_round(const StochasticRound&, const Stream&);
 }  // namespace cuda
 
 FISHER_KERNELS_DECLARE(baseline)

@@ -34,5 +34,6 @@ FISHER_KERNELS_MISSING(conv_gram_, ConvGram)
 FISHER_KERNELS_MISSING(conv_mini_block_gram_, ConvMiniBlockGram)
 FISHER_KERNELS_MISSING(weighted_gram_, WeightedGram)
 FISHER_KERNELS_MISSING(batch_norm_gradients, BatchNormGradients)
+FISHER_KERNELS_MISSING(stochastic_round, StochasticRound)
 
 }  // namespace fisher_kernels::cuda

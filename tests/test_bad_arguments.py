@@ -25,6 +25,7 @@ from tests.bad_calls import (
     mini_block_gram,
     rank_one,
     sofim_step,
+    stochastic_round,
     sum_of_squares,
 )
 from tests.comparison import assert_same_bits
@@ -42,6 +43,7 @@ TABLES: dict[str, Refused] = {
     **mini_block_gram.REFUSED,
     **rank_one.REFUSED,
     **sofim_step.REFUSED,
+    **stochastic_round.REFUSED,
     **sum_of_squares.REFUSED,
 }
 

@@ -215,6 +215,7 @@ COMPILED = (
     "heavy_ball_",
     "direction_sums",
     "capped_step_",
+    "stochastic_round",
     "weighted_gram_",
 )
 

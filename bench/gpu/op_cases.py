@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -326,6 +327,21 @@ def batch_norm(shape: tuple[int, ...], last: bool, device: torch.device) -> Work
     )
 
 
+def rounding(rows: int, columns: int, runs: bool, device: torch.device) -> Work:
+    x = torch.randn(rows, columns, device=device)
+    place: dict[str, Any] = {"offset": 3, "run": columns, "pitch": 2 * columns} if runs else {}
+
+    def op() -> Tensor:
+        return ops.stochastic_round(x, step=1, **place)
+
+    def check() -> None:
+        part = {**place, "offset": place.get("offset", 0) + (rows - 1) * place.get("pitch", columns)}
+        last = ops.stochastic_round(x[-1].cpu(), step=1, **part)
+        assert torch.equal(op()[-1].cpu(), last)
+
+    return Work(op, {"to nearest": lambda: x.to(BF16)}, check, 6 * x.numel())
+
+
 def cases(tiny: bool, compile_: bool) -> Iterator[Case]:
     """What has targets first."""
 
@@ -382,6 +398,10 @@ def cases(tiny: bool, compile_: bool) -> Iterator[Case]:
     count = at(12, 1)
     yield Case("minmax_", f"{8 * count} vectors", F32, partial(normalised, count), wall=True)
     yield Case("factor_ema_", f"{8 * count} vectors", F32, partial(factor_average, count), wall=True)
+    rows, columns = at(16_384, 33), at(4096, 8)
+    for runs in (False, True):
+        of = f"{rows} x {columns}" + (", half of the columns" if runs else "")
+        yield Case("stochastic_round", of, F32, partial(rounding, rows, columns, runs), "copy")
     for last in (False, True):
         of = name + (", channels last" if last else "")
         yield Case("batch_norm_gradients", of, F32, partial(batch_norm, shape, last), "read")

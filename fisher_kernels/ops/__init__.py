@@ -12,6 +12,7 @@ from fisher_kernels.ops.mbf_step import mbf_step_
 from fisher_kernels.ops.mini_block_gram import conv_mini_block_gram_, mini_block_gram_
 from fisher_kernels.ops.rank_one import low_rank_inverse_update_, rank_one_inverse_update_, rank_one_solve
 from fisher_kernels.ops.sofim_step import sofim_step_
+from fisher_kernels.ops.stochastic_round import stochastic_round
 from fisher_kernels.ops.sum_of_squares import channel_sum_of_squares, column_sum_of_squares, patch_sum_of_squares
 
 __all__ = [
@@ -39,5 +40,6 @@ __all__ = [
     "rank_one_inverse_update_",
     "rank_one_solve",
     "sofim_step_",
+    "stochastic_round",
     "weighted_gram_",
 ]

@@ -37,6 +37,7 @@ STREAMING: Mapping[str, Streams] = {
     "rank_one_solve.solve_kernel": Streams(2, 1),
     "sofim_step.advance_kernel": Streams(2, 1, "Strided"),
     "sofim_step.descend_kernel": Streams(2, 1, "Strided"),
+    "stochastic_round.kernel": Streams(1, 0),
     "sum_of_squares.sum_columns_kernel": Streams(1, 0),
     "sum_of_squares.sum_pieces_kernel": Streams(1, 0),
 }

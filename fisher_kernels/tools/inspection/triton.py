@@ -35,6 +35,7 @@ STREAMING: Mapping[str, Streams] = {
     "capped_step.sums_kernel": Streams(2, 0, "STRIDED=True"),
     "capped_step.descend_kernel": Streams(2, 1, "STRIDED=True"),
     "rank_one_solve.subtract_kernel": Streams(2, 1),
+    "stochastic_round.kernel": Streams(1, 0),
     "sum_of_squares._sum_columns": Streams(1, 0),
     "sum_of_squares._sum_runs": Streams(1, 0),
     "mbf_step.diagonals": Streams(4, 2),

@@ -20,6 +20,7 @@ from fisher_kernels.tools.samples import (
     mini_block_gram,
     rank_one,
     sofim_step,
+    stochastic_round,
     sum_of_squares,
 )
 from fisher_kernels.tools.samples.sample import Inputs, Sample, Source, Tolerance, random
@@ -39,6 +40,7 @@ _STEMS = (
     mbf_step,
     sofim_step,
     capped_step,
+    stochastic_round,
 )
 
 SAMPLES: Sequence[Sample] = tuple(sample for stem in _STEMS for sample in stem.SAMPLES)

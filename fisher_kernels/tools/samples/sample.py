@@ -64,6 +64,7 @@ class Sample:
         inputs: builds the arguments; an op in place changes them.
         tolerance: (arguments in float64, what is expected, unit roundoff u of the arithmetic) -> the largest admissible
             error of each tensor that ``call`` returns, but for the last rounding, to a result in 16 bits.
+        widened: whether the reference gets the arguments in float64. If not, the op is defined to the bit.
     """
 
     op: str
@@ -71,6 +72,7 @@ class Sample:
     dtypes: Sequence[torch.dtype]
     inputs: Callable[[Source], Inputs]
     tolerance: Callable[[Inputs, list[Tensor], float], list[Tolerance]]
+    widened: bool = True
 
     def call(self, inputs: Inputs) -> list[Tensor]:
         """Run the op; what it changed, in the order of its arguments, then what it returned."""

@@ -1,0 +1,50 @@
+#pragma once
+
+#include <cstdint>
+
+#include "../common/rounding.h"
+#include "integers.h"
+#include "vector.h"
+
+namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
+namespace {
+
+/// Memory for a bfloat16 whose bits are known: what is stored is the upper half of each word as it is.
+struct UpperHalf {
+  uint16_t bits;
+};
+
+inline void store(UpperHalf* p, Vector<float> value) { store_upper_halves(p, bits_as<Words>(value)); }
+
+/// Calls body(i, count, lower, key) for stretches of the elements first to first + count - 1 whose indices follow one
+/// another and have the same key: elements first + i to first + i + count of the call, the first with the index `lower`.
+template <class Body>
+void for_stretches(const RoundingIndex& at, uint32_t state, int64_t first, int64_t count, const Body& body) {
+  constexpr int64_t kIndices = int64_t{1} << 32;  // with the same upper half
+  int64_t row = first / at.run, column = first % at.run;
+  for (int64_t i = 0; i < count;) {
+    const int64_t index = at.offset + row * at.pitch + column;
+    const int64_t stretch = smaller(smaller(at.run - column, count - i), kIndices - index % kIndices);
+    body(i, stretch, static_cast<uint32_t>(index), rounding_key(state, index));
+    i += stretch;
+    column += stretch;
+    if (column == at.run) {
+      column = 0;
+      ++row;
+    }
+  }
+}
+
+/// Random bits for a register of indices from `lower` on.
+inline Words random_words(uint32_t lower, uint32_t key) {
+  return random_bits(lower + load_bits<Words>(kCounting<float>.values), key);
+}
+
+/// A register of float32, rounded; to be stored as UpperHalf.
+template <bool kLow>
+inline Vector<float> round_stochastically(Vector<float> value, Words random) {
+  return bits_as<Vector<float>>(fisher_kernels::round_stochastically(bits_as<Words>(value), random_half<kLow>(random)));
+}
+
+}  // namespace
+}  // namespace fisher_kernels::FISHER_KERNELS_CAPABILITY

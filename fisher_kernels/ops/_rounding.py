@@ -1,0 +1,78 @@
+"""Stochastic rounding to bfloat16 in plain Python: random integers by seed, parameter, step and place, and their use.
+
+What ``csrc/common/rounding.h`` and ``triton_kernels/_rounding.py`` compute too, to the same bits.
+"""
+
+from __future__ import annotations
+
+from operator import index as as_integer
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+_MASK = 2**32 - 1
+_START = 0x9E3779B9  # so that a seed of 0 is a seed like all others
+_SIGN, _LARGEST, _INFINITY, _QUIET = -(2**31), 0x7F7FFFFF, 0x7F800000, 0x400000
+
+Bits = TypeVar("Bits", int, Tensor)
+"""Whole numbers of 32 bits, one or an int64 tensor of them."""
+
+
+def lowbias32(x: Bits) -> Bits:
+    """A bijection of 32 bits in which every bit of x changes every bit of the result with a probability near 1/2."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _MASK  # int64 keeps the lower bits of a product, however large it is
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
+
+
+def absorb(state: int, word: Bits) -> Bits:
+    """Mix a word into a state. Both are hashed: states that differ little never lead to one sequence in two orders."""
+    return lowbias32(state ^ lowbias32(word))
+
+
+def check_integer(op: str, name: str, value: int, bits: int) -> int:
+    """A whole number of so many bits, without a sign; whatever counts as an integer becomes one."""
+    if not hasattr(value, "__index__"):
+        raise TypeError(f"{op}: {name} is of type {type(value).__name__}, expected an integer")
+    if not 0 <= value < 2**bits:
+        raise ValueError(f"{op}: {name} is {value}, expected 0 to 2^{bits} - 1")
+    return as_integer(value)
+
+
+def rounding_base(seed: int, ordinal: int, op: str = "rounding_base") -> int:
+    """What the random integers of one parameter come from, whatever the step: a number of 32 bits.
+
+    Args:
+        seed: 0 to 2^64 - 1, of the run.
+        ordinal: 0 to 2^32 - 1, of the parameter: without one, all parameters of a step would have the same integers.
+        op: whom errors name.
+
+    Raises:
+        TypeError: one of them is no integer.
+        ValueError: one of them is out of range.
+    """
+    seed, ordinal = check_integer(op, "seed", seed, 64), check_integer(op, "ordinal", ordinal, 32)
+    return absorb(absorb(absorb(_START, seed & _MASK), seed >> 32), ordinal)
+
+
+def random_bits(index: Tensor, base: int, step: int) -> Tensor:
+    """Random integers of 32 bits in int64, one for each element of ``index``, which is int64 and not negative."""
+    key = absorb(absorb(base, step), index >> 32)
+    return lowbias32((index & _MASK) ^ key)
+
+
+def round_stochastically(x: Tensor, half: Tensor) -> Tensor:
+    """Round float32 to bfloat16, away from zero with a probability that is the fraction of the distance.
+
+    Args:
+        half: random integers of 16 bits in int64, one for each element.
+    """
+    bits = x.view(torch.int32).to(torch.int64)
+    magnitude = bits & 0x7FFFFFFF
+    finite = (magnitude + half).clamp(max=_LARGEST)
+    special = torch.where(magnitude > _INFINITY, magnitude | _QUIET, magnitude)
+    rounded = torch.where(magnitude < _INFINITY, finite, special) | (bits & _SIGN)
+    return (rounded >> 16).to(torch.int16).view(torch.bfloat16)
