@@ -109,6 +109,15 @@ struct StridedArray {
   bool contiguous;
 };
 
+/// How a step rounds a parameter and its moment where they are bfloat16: if `random`, by the upper and the lower halves
+/// of the random integers of its elements.
+struct StepRounding {
+  RoundingIndex index;
+  uint32_t base;   // of seed and ordinal, for a GPU
+  uint32_t state;  // and of the step, on the CPU
+  bool random;
+};
+
 /// One parameter of a step, its elements seen in row-major order as [groups, rows, columns]. The curvature of an
 /// element is
 ///   F = row_factor[group, row] * column_factor[group, column] * constant_factor + damping,   a null factor being 1.
@@ -128,6 +137,7 @@ struct AdaFisherParameter {
   double step_size;  // lr / (1 - beta^t), on the CPU
   DType dtype;
   DType moment_dtype;  // accumulation_dtype(dtype), or bfloat16 where that is float32
+  StepRounding rounding;
 
   int64_t numel() const { return groups * rows * columns; }
 };

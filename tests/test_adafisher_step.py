@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fisher_kernels import use_backend
-from fisher_kernels.ops import ACCUMULATOR
+from fisher_kernels.ops import ACCUMULATOR, Rounding, rounding_base, stochastic_round
 from tests.cases import (
     DTYPES,
     LAYOUTS_OF_A_STEP,
@@ -346,6 +346,35 @@ def test_moments_round_to_nearest_even(implementation: str, dtype: torch.dtype) 
     third.run()
     assert_same_bits(third.params[0], torch.full((33,), -1 / 3))
     assert_same_bits(third.exp_avgs[0], torch.full((33,), 1 / 3, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("layout", [contiguous, sliced, channels_last])
+def test_stochastic_rounding(implementation: str, layout: Callable[[Tensor], Tensor]) -> None:
+    """What the same step makes in float32, rounded by the integers of the parameter, the step and the place."""
+    parameters = parameters_for(implementation)
+    case = step(parameters, DTYPES, moments=SHORT_IN_TURN, layout=layout, weight_decay=0.1)
+    wide = case.map(lambda x: x.to(ACCUMULATOR[x.dtype], copy=True))
+    rounding, parts = [], []
+    for i, p in enumerate(case.params):
+        if p.numel() > 4:
+            case.grads[i][(-1,) * p.dim()] = wide.grads[i][(-1,) * p.dim()] = math.nan
+        run = p.shape[-1] if p.dim() and i % 2 else None  # columns of a matrix with 7 more, or rows
+        parts.append({"offset": 1000 * i + 2**32 - 40, "run": run, "pitch": None if run is None else run + 7})
+        rounding.append(Rounding(rounding_base(3, i), *parts[-1].values()))
+    before = case.copy()
+    case.options["rounding"] = rounding
+    assert_same_bits(case.run(), wide.run())
+    for i, p in enumerate(case.params):
+        for name, half in (("params", "high"), ("exp_avgs", "low")):
+            now, then, exact = (getattr(s, name)[i] for s in (case, before, wide))
+            if now.dtype == torch.bfloat16:
+                t = int(case.steps[i])
+                expected = stochastic_round(exact, seed=3, ordinal=i, step=t, half=half, **parts[i])
+            else:
+                expected = exact.to(now.dtype)
+            kept = ~case.grads[i].isfinite()
+            assert_same_bits(now, torch.where(kept, then, expected), f"{name}[{i}] of shape {tuple(p.shape)}")
+            assert_same_bits(surroundings(now), surroundings(then), f"memory around {name}[{i}]")
 
 
 @pytest.mark.parametrize(("beta", "reached"), [(0.9, 0.98), (0.99, 0.80), (0.999, 0.25)])

@@ -16,12 +16,13 @@ from ._configs import config, trial
 from ._language import as_moment, divide, divmod_from, is_finite, narrow
 from ._launch import launch
 from ._lists import CHUNK, Layout, address, are_aligned, locate, one, table
+from ._rounding import absorb, random_bits, round_stochastically
 from ._steps import advance, by_moment, is_off, scalar, times
 
 # The lists, in the order of the arguments.
 _PARAM, _GRAD, _MOMENT, _STEP, _ROW, _COLUMN = (tl.constexpr(k) for k in range(6))
 # What the layout has for each parameter: see `kernel`.
-_WIDTH = tl.constexpr(6)
+_WIDTH = tl.constexpr(10)
 
 
 @triton.jit
@@ -52,9 +53,29 @@ def _curvature_at(row_factor, column_factor, shape, strides, index, mask, dampin
 
 
 @triton.jit
+def _random(layout, state, element):
+    """32 random bits for each of some elements, by their row-major places."""
+    offset, run, pitch = tl.load(layout + 7), tl.load(layout + 8), tl.load(layout + 9)
+    return random_bits(offset + element // run * pitch + element % run, state)
+
+
+@triton.jit
+def _stored(x, random, T: tl.constexpr, LOW: tl.constexpr, RANDOM: tl.constexpr):
+    """x as a parameter or, by the lower half of the random bits, as a moment."""
+    if RANDOM and T == tl.bfloat16:
+        result = round_stochastically(x, random, LOW)
+    elif LOW:
+        result = as_moment(x, T)
+    else:
+        result = narrow(x, T)
+    return result
+
+
+@triton.jit
 def _update(
-    param, grad, moment, mask, curvature, inverse_scale, beta, gain, step_size, weight_decay, shrinkage, A: tl.constexpr
-):
+    param, grad, moment, mask, element, layout, state,
+    curvature, inverse_scale, beta, gain, step_size, weight_decay, shrinkage, A: tl.constexpr, RANDOM: tl.constexpr,
+):  # fmt: skip
     """Step the elements at some addresses; counts those whose gradient is not finite, which stay as they were."""
     w, m = tl.load(param, mask), tl.load(moment, mask)
     wide = w.to(A)
@@ -64,8 +85,12 @@ def _update(
     g += tl.where(weight_decay != 0, weight_decay * wide, 0)
     new = beta * m.to(A) + gain * g
     change = divide(step_size * new, curvature) + tl.where(shrinkage != 0, shrinkage * wide, 0)
-    tl.store(param, tl.where(finite, narrow(wide - change, w.dtype), w), mask)
-    tl.store(moment, tl.where(finite, as_moment(new, m.dtype), m), mask)
+    if RANDOM:
+        random = _random(layout, state, element)
+    else:
+        random = None
+    tl.store(param, tl.where(finite, _stored(wide - change, random, w.dtype, False, RANDOM), w), mask)
+    tl.store(moment, tl.where(finite, _stored(new, random, m.dtype, True, RANDOM), m), mask)
     return finite
 
 
@@ -73,7 +98,7 @@ def _update(
 def kernel(
     addresses,  # [6, count]
     count,
-    layouts,  # [count, 6]: size, rows of a group, columns, steps in the factors: of a row, a column, a group
+    layouts,  # [count, 10]: size, rows of a group, columns, steps in the factors: of a row, a column, a group; rounding
     geometry,
     chunks,  # [programs, 2]
     corrections,  # [count]: 1 - beta^t
@@ -91,6 +116,7 @@ def kernel(
     M: tl.constexpr,
     A: tl.constexpr,
     STRIDED: tl.constexpr,
+    RANDOM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One chunk of one parameter."""
@@ -115,6 +141,10 @@ def kernel(
         gain = (1 - tl.full((), beta, tl.float64)).to(A)
         damp = tl.full((), damping, A)
         decay = tl.full((), weight_decay, A)
+        state = tl.full((), 0, tl.uint32)
+        if RANDOM:
+            t = tl.load(address(addresses, count, _STEP, i, tl.float32))  # counted already
+            state = absorb(tl.load(layout + 6).to(tl.uint32), t.to(tl.uint32))
         lanes = tl.arange(0, BLOCK)
         left = tl.minimum(tl.load(layout) - start, CHUNK).to(tl.int32)
         found = tl.zeros((BLOCK,), tl.int32)
@@ -125,8 +155,8 @@ def kernel(
                 whole, at_param, at_grad, at_moment = locate(geometry, i, start + first, lanes)
                 curvature = _curvature_at(row_factor, column_factor, shape, strides, whole, mask, damp)
                 finite = _update(
-                    param + at_param, grad + at_grad, moment + at_moment, mask,
-                    curvature, inverse_scale, b, gain, step_size, decay, shrink, A,
+                    param + at_param, grad + at_grad, moment + at_moment, mask, whole, layout, state,
+                    curvature, inverse_scale, b, gain, step_size, decay, shrink, A, RANDOM,
                 )  # fmt: skip
                 found += (mask & ~finite).to(tl.int32)
         elif (left == CHUNK) & are_aligned(param, grad, moment):
@@ -139,8 +169,8 @@ def kernel(
                     row_factor, column_factor, shape, strides, start + first, lanes, None, damp
                 )
                 finite = _update(
-                    wide_param + at, wide_grad + at, wide_moment + at, None,
-                    curvature, inverse_scale, b, gain, step_size, decay, shrink, A,
+                    wide_param + at, wide_grad + at, wide_moment + at, None, at, layout, state,
+                    curvature, inverse_scale, b, gain, step_size, decay, shrink, A, RANDOM,
                 )  # fmt: skip
                 found += (~finite).to(tl.int32)
         else:
@@ -151,8 +181,8 @@ def kernel(
                     row_factor, column_factor, shape, strides, start + first, lanes, mask, damp
                 )
                 finite = _update(
-                    param + at, grad + at, moment + at, mask,
-                    curvature, inverse_scale, b, gain, step_size, decay, shrink, A,
+                    param + at, grad + at, moment + at, mask, at, layout, state,
+                    curvature, inverse_scale, b, gain, step_size, decay, shrink, A, RANDOM,
                 )  # fmt: skip
                 found += (mask & ~finite).to(tl.int32)
         total = tl.sum(found)
@@ -180,14 +210,18 @@ def step(s: Any) -> Tensor:
 
     def layout() -> Layout:
         factors = zip(s.check(), s.row_factors, s.column_factors, strict=True)
-        return by_moment([_factor_strides(*of) for of in factors], s.exp_avgs)
+        rows = [_factor_strides(*of) for of in factors]
+        numbers = s.rounding or [0] * 4 * len(rows)
+        return by_moment([(*row, *numbers[4 * i : 4 * i + 4]) for i, row in enumerate(rows)], s.exp_avgs)
 
     device = s.params[0].device
     factors = (
         [one(p) if x is None else x for x, p in zip(xs, s.params, strict=False)]
         for xs in (s.row_factors, s.column_factors)
     )
-    plan = table("adafisher_step_", (s.params, s.grads, s.exp_avgs, s.steps, *factors), layout, written=(0, 2, 3))
+    lists = s.params, s.grads, s.exp_avgs, s.steps, *factors
+    rounding = None if s.rounding is None else tuple(s.rounding)
+    plan = table("adafisher_step_", lists, layout, key=rounding, written=(0, 2, 3))
     rate, rate_factor = scalar(s.lr)
     scale, scale_factor = scalar(s.grad_scale)
     decays = (0.0, s.weight_decay) if s.decoupled else (s.weight_decay, 0.0)
@@ -198,7 +232,8 @@ def step(s: Any) -> Tensor:
             kernel, len(chunks), device,
             plan.addresses, plan.count, plan.layout, plan.geometry, chunks, corrections, skipped,
             rate, rate_factor, s.beta, s.damping, *decays, -scale if s.maximize else scale, scale_factor, s.found_inf,
-            T=dtype, M=kept, A=wide, STRIDED=strided, BLOCK=chosen.block, warps=chosen.warps,
+            T=dtype, M=kept, A=wide, STRIDED=strided, RANDOM=s.rounding is not None,
+            BLOCK=chosen.block, warps=chosen.warps,
         )  # fmt: skip
     return skipped
 
@@ -212,7 +247,7 @@ def _trial(device: torch.device, size: int) -> Callable[[], object]:
     s = SimpleNamespace(
         params=[param], grads=[grad], exp_avgs=[moment], steps=[torch.zeros((), dtype=torch.float32, device=device)],
         row_factors=[row], column_factors=[column], lr=torch.zeros((), dtype=torch.float64, device="cpu"),
-        beta=0.9, damping=1e-3, weight_decay=0.0, decoupled=False, maximize=False, grad_scale=None, found_inf=None,
+        beta=0.9, damping=1e-3, weight_decay=0.0, decoupled=False, maximize=False, grad_scale=None, found_inf=None, rounding=None,
         check=lambda: [(1, *shape)],
     )  # fmt: skip
     return lambda: step(s)

@@ -27,14 +27,15 @@ def _random(start, lanes, offset, run, pitch, state, RUNS: tl.constexpr, WIDE: t
     return random
 
 
-@triton.jit(do_not_specialize=["size", "base", "step", "offset", "run", "pitch"])
+@triton.jit(do_not_specialize=["size", "base", "step", "offset_upper", "offset_lower", "run", "pitch"])
 def kernel(
     x,
     out,
     size: tl.int64,
     base: tl.int64,
     step: tl.int64,
-    offset: tl.int64,
+    offset_upper: tl.int64,
+    offset_lower: tl.int64,  # its lower 31 bits: the interpreter takes a number of 32 for one of a narrower type
     run: tl.int64,
     pitch: tl.int64,
     RUNS: tl.constexpr,  # whether there is more than one run
@@ -46,6 +47,7 @@ def kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lanes = tl.arange(0, BLOCK)
     state = absorb(base.to(tl.uint32), step.to(tl.uint32))
+    offset = (offset_upper.to(tl.int64) << 31) + offset_lower
     random = _random(start, lanes, offset, run, pitch, state, RUNS, WIDE)
     if size - start >= BLOCK:
         tl.store(out + start + lanes, round_stochastically(tl.load(x + start + lanes), random, LOW))
@@ -61,6 +63,6 @@ def stochastic_round(
     size = x.numel()
     last = offset + (max(size, 1) - 1) // run * pitch + min(run, max(size, 1)) - 1  # at least the last index
     launch(
-        kernel, triton.cdiv(size, _BLOCK), x.device, x, out, size, base, step, offset, run, pitch,
+        kernel, triton.cdiv(size, _BLOCK), x.device, x, out, size, base, step, offset >> 31, offset % 2**31, run, pitch,
         RUNS=run < size, WIDE=offset >> 32 != last >> 32, LOW=low, BLOCK=_BLOCK,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 #include "../kernels.h"
 #include "integers.h"
 #include "parallel.h"
+#include "rounding.h"
 #include "strided.h"
 #include "vector.h"
 
@@ -88,6 +89,18 @@ inline void update_run(T* __restrict parameter, const T* __restrict gradient, M*
     store(parameter + i, w, rest);
     store(moment + i, m, rest);
   }
+}
+
+/// The same, with what is bfloat16 rounded at random.
+template <WeightDecay kDecay, class T, class M, class Curvature>
+inline void update_run(T* parameter, const T* gradient, M* moment, int64_t count, const Curvature& curvature,
+                       const Rates<Accumulator<T>>& rates, const RandomRun& random, Vector<T>& doubt) {
+  for_registers<Accumulator<T>>(count, [&](int64_t i, const auto& load, const auto& store) {
+    Vector<T> w = load(parameter + i), m = load(moment + i);
+    doubt += update<kDecay>(w, load(gradient + i), m, curvature(i), rates);
+    store_rounded<false>(parameter, i, w, random, store);
+    store_rounded<true>(moment, i, m, random, store);
+  });
 }
 
 /// A chunk's worth of the column factor that is missing.
@@ -264,9 +277,9 @@ int64_t step_contiguous(const AdaFisherStep& step, const AdaFisherParameter& p, 
   return sum_lanes<A>(doubt) == 0 ? 0 : count_non_finite(gradient + begin, end - begin, rates.gradient_scale);
 }
 
-/// The same for tensors of any strides, by way of buffers.
-template <WeightDecay kDecay, class T, class M>
-int64_t step_strided(const AdaFisherStep& step, const AdaFisherParameter& p, int64_t begin, int64_t end) {
+/// The same for tensors of any strides, by way of buffers, and with random integers.
+template <WeightDecay kDecay, bool kRandom, class T, class M>
+int64_t step_by_chunks(const AdaFisherStep& step, const AdaFisherParameter& p, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   Chunks<T, kChunk> parameters(p.parameter), gradients(p.gradient);
   Chunks<M, kChunk> moments(p.moment);
@@ -279,9 +292,18 @@ int64_t step_strided(const AdaFisherStep& step, const AdaFisherParameter& p, int
     cursor.fill(count, curvature);
     const T* const gradient = gradients.read(first, count);
     Vector<T> doubt = {};
-    const auto curvature_at = [&](int64_t i) { return load(curvature + i); };
-    update_run<kDecay>(parameters.read(first, count), gradient, moments.read(first, count), count, curvature_at, rates,
-                       doubt);
+    T* const parameter = parameters.read(first, count);
+    M* const moment = moments.read(first, count);
+    if constexpr (kRandom) {
+      for_stretches(p.rounding.index, p.rounding.state, first, count,
+                    [&](int64_t i, int64_t length, uint32_t lower, uint32_t key) {
+        const auto curvature_at = [&](int64_t k) { return load(curvature + i + k); };
+        update_run<kDecay>(parameter + i, gradient + i, moment + i, length, curvature_at, rates, {lower, key}, doubt);
+      });
+    } else {
+      const auto curvature_at = [&](int64_t i) { return load(curvature + i); };
+      update_run<kDecay>(parameter, gradient, moment, count, curvature_at, rates, doubt);
+    }
     parameters.write(first, count);
     moments.write(first, count);
     if (sum_lanes<A>(doubt) != 0) skipped += count_non_finite(gradient, count, rates.gradient_scale);
@@ -291,9 +313,12 @@ int64_t step_strided(const AdaFisherStep& step, const AdaFisherParameter& p, int
 
 template <WeightDecay kDecay, class T, class M>
 int64_t step_range(const AdaFisherStep& step, const AdaFisherParameter& p, int64_t begin, int64_t end) {
+  if constexpr (std::is_base_of_v<bfloat16, T> || std::is_base_of_v<bfloat16, M>) {
+    if (p.rounding.random) return step_by_chunks<kDecay, true, T, M>(step, p, begin, end);
+  }
   const bool contiguous = p.parameter.contiguous && p.gradient.contiguous && p.moment.contiguous;
   return contiguous ? step_contiguous<kDecay, T, M>(step, p, begin, end)
-                    : step_strided<kDecay, T, M>(step, p, begin, end);
+                    : step_by_chunks<kDecay, false, T, M>(step, p, begin, end);
 }
 
 int64_t step_range(const AdaFisherStep& step, const AdaFisherParameter& p, int64_t begin, int64_t end) {

@@ -9,13 +9,6 @@
 namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
 namespace {
 
-/// Memory for a bfloat16 whose bits are known: what is stored is the upper half of each word as it is.
-struct UpperHalf {
-  uint16_t bits;
-};
-
-inline void store(UpperHalf* p, Vector<float> value) { store_upper_halves(p, bits_as<Words>(value)); }
-
 /// Calls body(i, count, lower, key) for stretches of the elements first to first + count - 1 whose indices follow one
 /// another and have the same key: elements first + i to first + i + count of the call, the first with the index `lower`.
 template <class Body>
@@ -44,6 +37,24 @@ inline Words random_words(uint32_t lower, uint32_t key) {
 template <bool kLow>
 inline Vector<float> round_stochastically(Vector<float> value, Words random) {
   return bits_as<Vector<float>>(fisher_kernels::round_stochastically(bits_as<Words>(value), random_half<kLow>(random)));
+}
+
+/// Random bits of elements one after another, the first of which has the index `lower`.
+struct RandomRun {
+  uint32_t lower;
+  uint32_t key;
+};
+
+/// Stores elements i and on of `count` elements at p, at most a register of them; what is bfloat16 rounds by one half of
+/// the random bits.
+template <bool kLow, class T, class Store>
+inline void store_rounded(T* p, int64_t i, Vector<T> value, const RandomRun& random, const Store& store) {
+  if constexpr (std::is_base_of_v<bfloat16, T>) {
+    const Words words = random_words(random.lower + static_cast<uint32_t>(i), random.key);
+    store(reinterpret_cast<UpperHalf*>(p + i), round_stochastically<kLow>(value, words));
+  } else {
+    store(p + i, value);
+  }
 }
 
 }  // namespace

@@ -171,13 +171,15 @@ inline void store(bfloat16_moment* p, Vector<float> value) {
   store_upper_halves(p, round_to_finite_bfloat16<Words>(value));
 }
 
-/// The same of values that have been rounded.
-struct bfloat16_rounded : bfloat16 {};
-inline void store(bfloat16_rounded* p, Vector<float> value) { store_upper_halves(p, bits_as<Words>(value)); }
+/// Memory for a bfloat16 whose bits are known: what is stored is the upper half of each word as it is.
+struct UpperHalf {
+  uint16_t bits;
+};
+inline void store(UpperHalf* p, Vector<float> value) { store_upper_halves(p, bits_as<Words>(value)); }
 
 /// What values that are as_stored are stored as.
 template <class T>
-using Rounded = std::conditional_t<std::is_same_v<T, bfloat16_moment>, bfloat16_rounded, T>;
+using Rounded = std::conditional_t<std::is_same_v<T, bfloat16_moment>, UpperHalf, T>;
 
 /// Values as they are when they have been stored.
 template <class T>

@@ -1,5 +1,6 @@
 #include <type_traits>
 
+#include "rounding.cuh"
 #include "step.cuh"
 
 // The AdaFisher update: 20 bytes a parameter in float32, 3 reads and 2 writes, 16 with moments in 16 bits, in one launch
@@ -30,6 +31,20 @@ struct Entry : StepArrays {
   bool row_is_constant;
   bool column_is_constant;
 };
+
+/// The entry of a parameter that rounds at random.
+struct RandomEntry : Entry {
+  RoundingIndex index_of_elements;
+  const float* step;
+  uint32_t base;
+};
+
+template <class Entry>
+constexpr bool kIsRandom = std::is_base_of_v<RandomEntry, Entry>;
+
+/// Whether there is something in bfloat16 to round.
+template <class T, class M>
+constexpr bool kIsShort = std::is_same_v<T, __nv_bfloat16> || std::is_same_v<M, bfloat16_moment>;
 
 /// F = row * column + damping of any element, for numbers of the element in row-major order.
 template <class A>
@@ -158,23 +173,47 @@ struct Rates {
 
 /// The update of one element. Returns whether it was left as it was, its gradient not being finite. What is fused is
 /// written down: compilers choose otherwise on another path, and layouts are not to show in the bits.
-template <class T, class M, class A>
-__device__ bool update(T& parameter, T gradient, M& moment, A curvature, const Rates<A>& rates) {
+template <bool kRandom, class T, class M, class A>
+__device__ bool update(T& parameter, T gradient, M& moment, A curvature, const Rates<A>& rates, uint32_t random) {
   const A w = widen(parameter);
   A g = widen(gradient) * rates.gradient_scale;
   if (!is_finite(g)) return true;
   // Not even a NaN of the parameter gets into the moment where there is no decay.
   if (rates.weight_decay != 0) g = fma(rates.weight_decay, w, g);
   const A m = fma(rates.beta, widen(moment), rates.gain * g);
-  moment = narrow<M>(m);
+  moment = kRandom ? narrow_at_random<true, M>(m, random) : narrow<M>(m);
   A change = rates.step_size * m / curvature;
   if (rates.shrinkage != 0) change = fma(rates.shrinkage, w, change);
-  parameter = narrow<T>(w - change);
+  parameter = kRandom ? narrow_at_random<false, T>(w - change, random) : narrow<T>(w - change);
   return false;
 }
 
+/// Random integers of elements of a chunk: none.
+struct NoRandom {
+  struct Walk {
+    __device__ uint32_t next() const { return 0; }
+  };
+
+  template <class Entry>
+  __device__ NoRandom(const Entry&, int64_t) {}
+
+  __device__ Walk from(int64_t) const { return {}; }
+};
+
+/// The same of a parameter that has them; `first` is the element that others are counted from.
+struct Random {
+  RoundingIndex index;
+  uint32_t state;
+  int64_t first;
+
+  __device__ Random(const RandomEntry& entry, int64_t first_)
+      : index(entry.index_of_elements), state(absorb(entry.base, static_cast<uint32_t>(*entry.step))), first(first_) {}
+
+  __device__ RandomWalk from(int64_t at) const { return random_walk(index, state, first + at); }
+};
+
 /// What is done with the elements of a chunk.
-template <class Traits, class Curvature>
+template <class Traits, class Curvature, class Random>
 struct Update {
   using T = typename Traits::T;
   using M = typename Traits::M;
@@ -182,6 +221,7 @@ struct Update {
 
   Curvature curvature;
   Rates<A> rates;
+  Random random;
   int found;
 
   template <int N, int kCount>
@@ -198,8 +238,12 @@ struct Update {
     }
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
+      auto integers = random.from(at + k * stride);
 #pragma unroll
-      for (int i = 0; i < N; ++i) found += update(w[k].at[i], g[k].at[i], m[k].at[i], f[k].at[i], rates);
+      for (int i = 0; i < N; ++i) {
+        found += update<!std::is_same_v<Random, NoRandom>>(w[k].at[i], g[k].at[i], m[k].at[i], f[k].at[i], rates,
+                                                           integers.next());
+      }
       store_pack<N>(elements.parameter + k * stride, w[k]);
       store_pack<N>(elements.moment + k * stride, m[k]);
     }
@@ -211,7 +255,7 @@ __device__ CurvatureOfChunk<Traits> curvature_of(const Entry& entry, int64_t fir
   return {Curvature<typename Traits::A>(entry, damping), first};
 }
 
-template <class Traits>
+template <class Traits, class Entry>
 __device__ Curvature<typename Traits::A> curvature_of(const StridedEntry<Entry>& entry, int64_t, double damping) {
   return {entry, damping};
 }
@@ -225,7 +269,10 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const Entry& entry = table.entries[i];
   const int64_t first = static_cast<int64_t>(blockIdx.x - table.start[i]) * kChunk;
   const auto curvature = curvature_of<Traits>(entry, first, shared.damping);
-  Update<Traits, std::remove_const_t<decltype(curvature)>> update{curvature, {shared, entry.index}, 0};
+  using Integers = std::conditional_t<kIsRandom<Entry>, Random, NoRandom>;
+  constexpr bool kStrided = !std::is_same_v<Entry, cuda::Entry> && !std::is_same_v<Entry, RandomEntry>;
+  Update<Traits, std::remove_const_t<decltype(curvature)>, Integers> update{
+      curvature, {shared, entry.index}, {entry, kStrided ? 0 : first}, 0};
   walk<Traits>(entry, first, update);
   count_skipped(update.found, shared_memory<int[Traits::kWarps]>(), shared.skipped + entry.index);
 }
@@ -241,8 +288,8 @@ Entry make_entry(const AdaFisherParameter& p, int64_t index) {
           p.column_is_constant};
 }
 
-/// All parameters of two dtypes.
-template <class T, class M>
+/// All parameters of two dtypes that round alike.
+template <class Entry, class T, class M>
 void step(const AdaFisherStep& arguments, const Geometries<AdaFisherParameter>& geometries, const Shared& shared,
           const StepDTypes& dtypes, const Stream& stream) {
   // In 16 bits no more than two blocks fit on a multiprocessor either way.
@@ -252,7 +299,16 @@ void step(const AdaFisherStep& arguments, const Geometries<AdaFisherParameter>& 
                                    sizeof(int[Traits::kWarps]), stream, shared);
   for (int64_t i = 0; i < arguments.count; ++i) {
     const AdaFisherParameter& p = arguments.parameters[i];
-    if (p.dtype == dtypes.parameter && p.moment_dtype == dtypes.moment) writer.add(make_entry(p, i), geometries[i]);
+    if (p.dtype != dtypes.parameter || p.moment_dtype != dtypes.moment) continue;
+    if (kIsRandom<Entry> != (p.rounding.random && kIsShort<T, M>)) continue;
+    Entry entry;
+    static_cast<cuda::Entry&>(entry) = make_entry(p, i);
+    if constexpr (kIsRandom<Entry>) {
+      entry.index_of_elements = p.rounding.index;
+      entry.step = p.step;
+      entry.base = p.rounding.base;
+    }
+    writer.add(entry, geometries[i]);
   }
   writer.flush();
 }
@@ -270,8 +326,10 @@ void adafisher_step_(const AdaFisherStep& arguments, const Stream& stream) {
                       arguments.weight_decay,   arguments.decay, corrections.as<double>(), arguments.skipped};
   for (const StepDTypes& dtypes : kStepDTypes) {
     for_types(dtypes.parameter, dtypes.moment, [&](auto type, auto moment_type) {
-      step<typename decltype(type)::type, typename decltype(moment_type)::type>(arguments, geometries, shared, dtypes,
-                                                                              stream);
+      using T = typename decltype(type)::type;
+      using M = typename decltype(moment_type)::type;
+      step<Entry, T, M>(arguments, geometries, shared, dtypes, stream);
+      if constexpr (kIsShort<T, M>) step<RandomEntry, T, M>(arguments, geometries, shared, dtypes, stream);
     });
   }
 }

@@ -1,5 +1,8 @@
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -143,7 +146,8 @@ void permute_rows(AdaFisherParameter& parameter, const TensorView& param, const 
 }
 
 /// Parameter i of the lists, but for the step size of the CPU.
-AdaFisherParameter read_parameter(const AdaFisherLists& lists, py::ssize_t i, Permuted& permuted) {
+AdaFisherParameter read_parameter(const AdaFisherLists& lists, py::ssize_t i, const StepRounding& rounding,
+                                  Permuted& permuted) {
   const Call& call = lists.call;
   const Argument param_argument{call, "params", i};
   const TensorView param = read_written(lists.params[i], param_argument);
@@ -162,7 +166,9 @@ AdaFisherParameter read_parameter(const AdaFisherLists& lists, py::ssize_t i, Pe
   parameter.dtype = param.dtype;
   parameter.moment_dtype = exp_avg.dtype;
   set_curvature(call, parameter, row, column, param.numel(), i);
-  if (!call.place.runs_cuda()) permute_rows(parameter, param, grad, exp_avg, permuted);
+  parameter.rounding = rounding;
+  // Random integers are those of places in row-major order.
+  if (!call.place.runs_cuda() && !rounding.random) permute_rows(parameter, param, grad, exp_avg, permuted);
   if (parameter.columns == 1) {
     // A single column (a bias, say) is one long row to the kernel, which walks along columns.
     std::swap(parameter.row_factor, parameter.column_factor);
@@ -175,7 +181,8 @@ AdaFisherParameter read_parameter(const AdaFisherLists& lists, py::ssize_t i, Pe
 void adafisher_step_(py::handle params, py::handle grads, py::handle exp_avgs, py::handle steps, py::handle row_factors,
                      py::handle column_factors, py::handle lr_object, double beta, double damping, double weight_decay,
                      bool decoupled, bool maximize, py::handle grad_scale, py::handle found_inf,
-                     py::handle skipped_object, const Place& place) {
+                     const std::optional<std::vector<int64_t>>& rounding, py::handle skipped_object,
+                     const Place& place) {
   const Call call("adafisher_step_", place);
   const AdaFisherLists lists(call, params, grads, exp_avgs, steps, row_factors, column_factors);
   const py::ssize_t count = lists.params.size();
@@ -183,6 +190,7 @@ void adafisher_step_(py::handle params, py::handle grads, py::handle exp_avgs, p
   check_range(beta, beta >= 0 && beta < 1, "a number in [0, 1)", {call, "beta"});
   check_coefficient(damping, {call, "damping"});
   check_coefficient(weight_decay, {call, "weight_decay"});
+  const Roundings roundings(call, rounding, count);
   const GradientScale gradient_scale = read_gradient_scale(grad_scale, found_inf, maximize, call);
   auto* const skipped = read_output<int64_t>(skipped_object, DType::int64, {count}, {call, "skipped"});
 
@@ -190,7 +198,7 @@ void adafisher_step_(py::handle params, py::handle grads, py::handle exp_avgs, p
   std::vector<AdaFisherParameter> parameters;
   parameters.reserve(count);
   for (py::ssize_t i = 0; i < count; ++i) {
-    parameters.push_back(read_parameter(lists, i, permuted));
+    parameters.push_back(read_parameter(lists, i, roundings[i], permuted));
     parameters.back().step = read_step(lists.steps[i], {call, "steps", i});
   }
   check_distinct(call, parameters);
@@ -199,7 +207,10 @@ void adafisher_step_(py::handle params, py::handle grads, py::handle exp_avgs, p
     std::fill_n(skipped, count, 0);
     if (gradient_scale.found_inf.value != 0.0) return;
     BiasCorrection bias_correction(beta);
-    for (AdaFisherParameter& parameter : parameters) parameter.step_size = lr.value / bias_correction(++*parameter.step);
+    for (AdaFisherParameter& parameter : parameters) {
+      parameter.step_size = lr.value / bias_correction(++*parameter.step);
+      parameter.rounding.state = absorb(parameter.rounding.base, static_cast<uint32_t>(*parameter.step));
+    }
   }
   const py::gil_scoped_release release;
   run(call, AdaFisherStep{parameters.data(), count, skipped, lr, beta, damping, weight_decay,

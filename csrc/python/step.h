@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -52,6 +53,42 @@ inline TensorView read_moment(const TensorView& param, py::handle object, const 
   check_writable(tensor, argument);
   return tensor;
 }
+
+/// By which random integers parameters are rounded: four numbers for each, or none at all.
+class Roundings {
+ public:
+  Roundings(const Call& call, const std::optional<std::vector<int64_t>>& numbers, py::ssize_t params) : call_(call) {
+    if (!numbers) return;
+    if (static_cast<py::ssize_t>(numbers->size()) != 4 * params) {
+      value_error({call, "rounding"}, "has " + std::to_string(numbers->size() / 4) + " entries, expected " +
+                                          std::to_string(params) + ", the length of params");
+    }
+    numbers_ = numbers->data();
+  }
+
+  bool any() const { return numbers_ != nullptr; }
+
+  /// Those of parameter i, but for the state.
+  StepRounding operator[](py::ssize_t i) const {
+    if (numbers_ == nullptr) return {};
+    const int64_t* const n = numbers_ + 4 * i;
+    check(n[0] >= 0 && n[0] < (int64_t{1} << 32), i, "base", n[0], "0 to 2^32 - 1");
+    check(n[1] >= 0, i, "offset", n[1], "at least 0");
+    check(n[2] >= 1, i, "run", n[2], "at least 1");
+    check(n[3] >= n[2], i, "pitch", n[3], "at least " + std::to_string(n[2]) + ", the run");
+    return {{n[1], n[2], n[3]}, static_cast<uint32_t>(n[0]), 0, true};
+  }
+
+ private:
+  void check(bool fits, py::ssize_t i, const char* name, int64_t found, const std::string& expected) const {
+    if (fits) return;
+    const std::string what = "rounding[" + std::to_string(i) + "]." + name;
+    value_error({call_, what.c_str()}, "is " + std::to_string(found) + ", expected " + expected);
+  }
+
+  const Call& call_;
+  const int64_t* numbers_ = nullptr;
+};
 
 /// Where the tensors of a list that is written begin. A tensor that is in the list twice would be stepped twice; of
 /// tensors that overlap in another way nothing is known.

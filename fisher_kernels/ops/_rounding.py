@@ -5,8 +5,9 @@ What ``csrc/common/rounding.h`` and ``triton_kernels/_rounding.py`` compute too,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import index as as_integer
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -56,6 +57,70 @@ def rounding_base(seed: int, ordinal: int, op: str = "rounding_base") -> int:
     """
     seed, ordinal = check_integer(op, "seed", seed, 64), check_integer(op, "ordinal", ordinal, 32)
     return absorb(absorb(absorb(_START, seed & _MASK), seed >> 32), ordinal)
+
+
+class Rounding(NamedTuple):
+    """How one parameter and its moment are rounded at random by a step: by which integers.
+
+    Attributes:
+        base: what :func:`rounding_base` makes of a seed and the parameter's ordinal.
+        offset, run, pitch: the index of its elements, as :func:`fisher_kernels.ops.stochastic_round` has them.
+    """
+
+    base: int
+    offset: int = 0
+    run: int | None = None
+    pitch: int | None = None
+
+    def numbers(self, numel: int) -> tuple[int, int, int, int]:
+        """All four as numbers: without a run, all of so many elements are one."""
+        run = max(numel, 1) if self.run is None else max(self.run, 1)
+        return self.base, self.offset, run, run if self.pitch is None else self.pitch
+
+
+def check_rounding(op: str, i: int, base: int, offset: int, run: int, pitch: int) -> None:
+    """The numbers of parameter i are in range."""
+    check_integer(op, f"rounding[{i}].base", base, 32)
+    if offset < 0:
+        raise ValueError(f"{op}: rounding[{i}].offset is {offset}, expected at least 0")
+    if run < 1:
+        raise ValueError(f"{op}: rounding[{i}].run is {run}, expected at least 1")
+    if pitch < run:
+        raise ValueError(f"{op}: rounding[{i}].pitch is {pitch}, expected at least {run}, the run")
+
+
+def check_roundings(op: str, rounding: Sequence[int] | None, count: int) -> None:
+    """There are four numbers for each parameter, and they are in range."""
+    if rounding is None:
+        return
+    if len(rounding) != 4 * count:
+        raise ValueError(f"{op}: rounding has {len(rounding) // 4} entries, expected {count}, the length of params")
+    for i in range(count):
+        check_rounding(op, i, *rounding[4 * i : 4 * i + 4])
+
+
+def numbers_of_roundings(rounding: Sequence[Rounding] | None, params: Sequence[Tensor]) -> list[int] | None:
+    """Four numbers for each parameter, one after another."""
+    if rounding is None:
+        return None
+    sizes = [p.numel() for p in params] if len(params) == len(rounding) else [1] * len(rounding)
+    return [x for r, numel in zip(rounding, sizes, strict=True) for x in r.numbers(numel)]
+
+
+class Rounder:
+    """Rounds float32 to the dtype of what keeps it, for one parameter in one step."""
+
+    def __init__(self, like: Tensor, numbers: Sequence[int], step: int) -> None:
+        base, offset, run, pitch = numbers
+        element = torch.arange(like.numel(), device=like.device).view(like.shape)
+        self._random = random_bits(offset + element // run * pitch + element % run, base, step)
+
+    def round(self, x: Tensor, dtype: torch.dtype, low: bool) -> Tensor:
+        """By the lower or the upper half of the integers; what is not kept in bfloat16 is rounded to nearest."""
+        if dtype != torch.bfloat16 or x.dtype != torch.float32:
+            return x.to(dtype)
+        half = self._random & 0xFFFF if low else self._random >> 16
+        return round_stochastically(x.resolve_neg().contiguous(), half)
 
 
 def random_bits(index: Tensor, base: int, step: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import Native
 from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define, device_of
+from fisher_kernels.ops._rounding import Rounder, Rounding, check_roundings, numbers_of_roundings
 from fisher_kernels.ops._step import (
     as_moment,
     check_beside,
@@ -80,6 +81,7 @@ class _Step(NamedTuple):
     maximize: bool
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    rounding: Sequence[int] | None = None
 
     def check_numbers(self) -> None:
         if not 0 <= self.beta < 1:
@@ -100,6 +102,7 @@ class _Step(NamedTuple):
         }
         check_lengths(_OP, self.params, lists)
         self.check_numbers()
+        check_roundings(_OP, self.rounding, len(self.params))
         views = []
         for i, (p, g, m, t, r, c) in enumerate(zip(*self[:6], strict=True)):
             check_floating(_OP, f"params[{i}]", p.dtype)
@@ -173,8 +176,13 @@ def _reference(s: _Step) -> Tensor:
         if s.weight_decay and s.decoupled:
             step = step + s.weight_decay * wide
         updated = wide - s.lr.to(m.device, dtype).reshape(()) * step
-        m.copy_(torch.where(finite, as_moment(moment, m.dtype), m))
-        w.copy_(torch.where(finite, updated.to(w.dtype), w))
+        if s.rounding is None:
+            kept, taken = as_moment(moment, m.dtype), updated.to(w.dtype)
+        else:
+            rounder = Rounder(w, s.rounding[4 * i : 4 * i + 4], int(t))
+            kept, taken = rounder.round(moment, m.dtype, low=True), rounder.round(updated, w.dtype, low=False)
+        m.copy_(torch.where(finite, kept, m))
+        w.copy_(torch.where(finite, taken, w))
     return skipped
 
 
@@ -202,7 +210,7 @@ def _triton(s: _Step) -> Tensor:
 _step = define(
     "adafisher_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] steps, "
     "Tensor?[] row_factors, Tensor?[] column_factors, *, Tensor lr, float beta, float damping, float weight_decay, "
-    "bool decoupled, bool maximize, Tensor? grad_scale=None, Tensor? found_inf=None) -> Tensor",
+    "bool decoupled, bool maximize, Tensor? grad_scale=None, Tensor? found_inf=None, int[]? rounding=None) -> Tensor",
     arguments=_Step,
     fake=_fake,
     reference=_reference,
@@ -227,6 +235,7 @@ def adafisher_step_(
     maximize: bool,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    rounding: Sequence[Rounding] | None = None,
 ) -> Tensor:
     r"""One AdaFisher step of a list of parameters, in place, in one pass over memory.
 
@@ -252,7 +261,7 @@ def adafisher_step_(
             twice, or begins where another does, is refused, as it is of what else is written.
         grads: of the shapes and dtypes of params.
         exp_avgs: first moments m of the shapes of params; float64 for float64 parameters, else float32 or bfloat16.
-            One in bfloat16 is rounded to nearest as it is written; the step itself takes m before that.
+            One in bfloat16 is rounded as it is written; the step itself takes m before that.
         steps: number of steps t taken so far, one float32 element for each parameter.
         row_factors: for each parameter (groups * rows,), one element that stands for all, or None for 1; contiguous, in
             float64 for float64 parameters, else float32.
@@ -265,6 +274,8 @@ def adafisher_step_(
         maximize: ascend rather than descend.
         grad_scale: one element by which gradients are divided, or None.
         found_inf: one element; the whole call does nothing where it is not 0.
+        rounding: for each parameter, by which random integers it and its moment are rounded where they are bfloat16, the
+            parameter by the upper halves of those of step t, the moment by the lower ones; None rounds to nearest.
 
     Returns:
         int64 (len(params),): how many elements of each parameter were skipped, on the device of the parameters.
@@ -277,7 +288,7 @@ def adafisher_step_(
         s = _Step(
             list(params), list(grads), list(exp_avgs), list(steps), list(row_factors), list(column_factors),
             lr=rate_of(_OP, lr), beta=beta, damping=damping, weight_decay=weight_decay, decoupled=decoupled,
-            maximize=maximize, grad_scale=grad_scale, found_inf=found_inf,
+            maximize=maximize, grad_scale=grad_scale, found_inf=found_inf, rounding=numbers_of_roundings(rounding, params),
         )  # fmt: skip
     except TypeError:
         values = (params, grads, exp_avgs, steps, row_factors, column_factors)

@@ -26,6 +26,7 @@ PLACES = (
     Place(),
     Place(offset=5),
     Place(offset=2**32 - 11),  # the upper half of the index changes on the way
+    Place(offset=2**31 + 5),
     Place(offset=2**32),
     Place(offset=2**63 - 5000),
     Place(offset=3, run=1, pitch=1),
