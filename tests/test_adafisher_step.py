@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fisher_kernels import use_backend
-from fisher_kernels.ops import ACCUMULATOR, Rounding, rounding_base, stochastic_round
+from fisher_kernels.ops import ACCUMULATOR, Rounding, stochastic_round
 from tests.cases import (
     DTYPES,
     LAYOUTS_OF_A_STEP,
@@ -360,7 +360,7 @@ def test_stochastic_rounding(implementation: str, layout: Callable[[Tensor], Ten
             case.grads[i][(-1,) * p.dim()] = wide.grads[i][(-1,) * p.dim()] = math.nan
         run = p.shape[-1] if p.dim() and i % 2 else None  # columns of a matrix with 7 more, or rows
         parts.append({"offset": 1000 * i + 2**32 - 40, "run": run, "pitch": None if run is None else run + 7})
-        rounding.append(Rounding(rounding_base(3, i), *parts[-1].values()))
+        rounding.append(Rounding.of(3, i, **parts[-1]))
     before = case.copy()
     case.options["rounding"] = rounding
     assert_same_bits(case.run(), wide.run())

@@ -58,7 +58,7 @@ def test_a_public_name_without_docstring_is_found(monkeypatch: pytest.MonkeyPatc
     assert list(public_names.missing(API)) == ["fisher_kernels.ops.minmax has no docstring"]
 
 
-@pytest.mark.parametrize("name", sorted({*public()} - {"Costs"}))
+@pytest.mark.parametrize("name", sorted({*public()} - {"Costs", "Rounding"}))
 def test_every_op_and_optimizer_has_a_formula_that_is_drawn(name: str) -> None:
     found = formulas(public()[name])
     if name == "AdaFisherW":  # says how it differs from AdaFisher

@@ -247,7 +247,7 @@ def _trial(device: torch.device, size: int) -> Callable[[], object]:
     s = SimpleNamespace(
         params=[param], grads=[grad], exp_avgs=[moment], steps=[torch.zeros((), dtype=torch.float32, device=device)],
         row_factors=[row], column_factors=[column], lr=torch.zeros((), dtype=torch.float64, device="cpu"),
-        beta=0.9, damping=1e-3, weight_decay=0.0, decoupled=False, maximize=False, grad_scale=None, found_inf=None, rounding=None,
-        check=lambda: [(1, *shape)],
+        beta=0.9, damping=1e-3, weight_decay=0.0, decoupled=False, maximize=False, grad_scale=None, found_inf=None,
+        rounding=None, check=lambda: [(1, *shape)],
     )  # fmt: skip
     return lambda: step(s)

@@ -1,7 +1,7 @@
 """The kernels as functions on tensors; each calls an op of ``torch.ops.fisher_kernels``."""
 
 from fisher_kernels.ops._define import ACCUMULATOR
-from fisher_kernels.ops._rounding import Rounding, rounding_base
+from fisher_kernels.ops._rounding import Rounding
 from fisher_kernels.ops.adafisher_step import adafisher_step_
 from fisher_kernels.ops.batch_norm_gradients import batch_norm_gradients
 from fisher_kernels.ops.block_inverse import block_apply, block_inverse, block_inverse_, block_solve
@@ -41,7 +41,6 @@ __all__ = [
     "patch_sum_of_squares",
     "rank_one_inverse_update_",
     "rank_one_solve",
-    "rounding_base",
     "sofim_step_",
     "stochastic_round",
     "weighted_gram_",

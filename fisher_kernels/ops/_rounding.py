@@ -60,17 +60,26 @@ def rounding_base(seed: int, ordinal: int, op: str = "rounding_base") -> int:
 
 
 class Rounding(NamedTuple):
-    """How one parameter and its moment are rounded at random by a step: by which integers.
+    """By which random integers a step rounds one parameter and its moment; :meth:`of` makes one.
 
     Attributes:
-        base: what :func:`rounding_base` makes of a seed and the parameter's ordinal.
-        offset, run, pitch: the index of its elements, as :func:`fisher_kernels.ops.stochastic_round` has them.
+        base: what they have in common, whatever the step: a number of 32 bits.
+        offset, run, pitch: the indices of the elements, as :func:`fisher_kernels.ops.stochastic_round` has them.
     """
 
     base: int
     offset: int = 0
     run: int | None = None
     pitch: int | None = None
+
+    @classmethod
+    def of(cls, seed: int, ordinal: int, offset: int = 0, run: int | None = None, pitch: int | None = None) -> Rounding:
+        """Of a parameter, by the seed of the run, 0 to 2^64 - 1, and its ordinal in the model, 0 to 2^32 - 1.
+
+        Raises:
+            TypeError, ValueError: one of these is no integer, or out of range.
+        """
+        return cls(rounding_base(seed, ordinal, "Rounding"), offset, run, pitch)
 
     def numbers(self, numel: int) -> tuple[int, int, int, int]:
         """All four as numbers: without a run, all of so many elements are one."""

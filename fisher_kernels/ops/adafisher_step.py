@@ -274,8 +274,8 @@ def adafisher_step_(
         maximize: ascend rather than descend.
         grad_scale: one element by which gradients are divided, or None.
         found_inf: one element; the whole call does nothing where it is not 0.
-        rounding: for each parameter, by which random integers it and its moment are rounded where they are bfloat16, the
-            parameter by the upper halves of those of step t, the moment by the lower ones; None rounds to nearest.
+        rounding: for each parameter, by which random integers it and its moment are rounded where they are bfloat16,
+            the parameter by the upper halves of those of step t, the moment by the lower ones; None rounds to nearest.
 
     Returns:
         int64 (len(params),): how many elements of each parameter were skipped, on the device of the parameters.
@@ -288,7 +288,8 @@ def adafisher_step_(
         s = _Step(
             list(params), list(grads), list(exp_avgs), list(steps), list(row_factors), list(column_factors),
             lr=rate_of(_OP, lr), beta=beta, damping=damping, weight_decay=weight_decay, decoupled=decoupled,
-            maximize=maximize, grad_scale=grad_scale, found_inf=found_inf, rounding=numbers_of_roundings(rounding, params),
+            maximize=maximize, grad_scale=grad_scale, found_inf=found_inf,
+            rounding=numbers_of_roundings(rounding, params),
         )  # fmt: skip
     except TypeError:
         values = (params, grads, exp_avgs, steps, row_factors, column_factors)

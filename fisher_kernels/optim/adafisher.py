@@ -20,10 +20,16 @@ from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.curvature.operations import Choice
 from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.curvature.sites import Layer
-from fisher_kernels.ops import ACCUMULATOR, adafisher_step_
-from fisher_kernels.optim.base import Batch, Plan, count, require_memory, totals
+from fisher_kernels.ops import ACCUMULATOR, Rounding, adafisher_step_
+from fisher_kernels.optim.base import Batch, FisherOptimizer, Plan, count, require_memory, totals
 from fisher_kernels.optim.diagonal_factors import VARIANTS, DiagonalFactors, Place
-from fisher_kernels.optim.hyperparameters import require_choice, require_counts, require_numbers
+from fisher_kernels.optim.hyperparameters import (
+    require_bools,
+    require_choice,
+    require_counts,
+    require_numbers,
+    require_seed,
+)
 from fisher_kernels.optim.layerwise import LayerwiseOptimizer
 from fisher_kernels.optim.row_pieces import pieces_of
 from fisher_kernels.optim.shares import whole
@@ -71,7 +77,11 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
         weight_decay: L2 for AdaFisher, decoupled for AdaFisherW.
         maximize: ascend.
         moment_dtype: ``torch.bfloat16`` keeps the moment in 16 bits, half of the state: a step reads it, advances it in
-            float32 and rounds it to nearest. None is float32, or float64 for float64 parameters, which take no other.
+            float32 and rounds it. None is float32, or float64 for float64 parameters, which take no other.
+        stochastic_rounding: round parameters and moments in bfloat16 up or down at random, so that the mean is right,
+            rather than to nearest, which loses steps of less than 1 / 512 of a weight. By random integers that are a
+            hash of seed, parameter, step and place: the same on every device and in every process.
+        seed: of these integers, 0 to 2^64 - 1.
         params: parameter groups, each with any of these hyperparameters; None takes all parameters of the model. The
             factor settings of a layer (variant, gamma, update_interval, eps) are those of its weight's group.
         grad_scaler: the ``torch.amp.GradScaler`` in use, so that S is in the units of unscaled gradients also after a
@@ -94,6 +104,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
     decoupled: ClassVar[bool] = False
     rule_kind = DiagonalRule
     moment = "exp_avg"
+    later: ClassVar[Mapping[str, Any]] = {**FisherOptimizer.later, "stochastic_rounding": False, "seed": 0}
     statistics_state = tuple(
         prefix + name
         for prefix in ("", "tied_")
@@ -114,6 +125,8 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
         weight_decay: float = 0.0,
         maximize: bool = False,
         moment_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
         params: ParamsT | None = None,
         grad_scaler: Any = None,
         fallback_curvature: float | None = None,
@@ -132,6 +145,8 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
             "weight_decay": weight_decay,
             "maximize": maximize,
             "moment_dtype": moment_dtype,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
             "fallback_curvature": fallback_curvature,
         }
         super().__init__(model, params, defaults, grad_scaler, process_group, fallback, rules)
@@ -151,12 +166,23 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
         if group["fallback_curvature"] is not None and not 0 < group["fallback_curvature"] < math.inf:
             raise ValueError(f"fallback_curvature is {group['fallback_curvature']}, expected a positive number or None")
         require_counts(group, ("update_interval",))
+        require_bools(group, ("stochastic_rounding",))
+        require_seed(group)
         for name in ("beta", "gamma"):
             if not 0 <= group[name] < 1:
                 raise ValueError(f"{name} is {group[name]}, expected 0 <= {name} < 1")
         for name in ("damping", "eps", "weight_decay"):
             if not 0 <= group[name] < math.inf:
                 raise ValueError(f"{name} is {group[name]}, expected a finite number of at least 0")
+
+    def _check_params(self, group: dict[str, Any]) -> None:
+        super()._check_params(group)
+        dtypes = {p.dtype for p in group["params"]}
+        if group.get("stochastic_rounding") and group.get("moment_dtype") is None and torch.bfloat16 not in dtypes:
+            raise ValueError(
+                "stochastic_rounding is True, and nothing is in bfloat16: parameters are in "
+                f"{', '.join(sorted(map(str, dtypes)))} and moment_dtype is None"
+            )
 
     # Layers.
 
@@ -201,6 +227,8 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
                 fresh = True
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 state["exp_avg"] = torch.zeros_like(p, dtype=self._dtype_of(p, "exp_avg"))
+            if self._groups[p]["stochastic_rounding"]:
+                self._ordinal(p)
         if fresh:
             # Averages too, so that a checkpoint made from a fresh optimizer has every entry to load into.
             for index, site in enumerate(self.statistics.sites):
@@ -218,14 +246,14 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
     def _step_group(self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Step one group: parameters with factors in one call, those of constant curvature in another."""
         plan = self._plans.get(id(group))
-        if plan is None or plan.key != self._factors.version or plan.found is None:
+        if plan is None or plan.key != self._key(group) or plan.found is None:
             plan = self._plans[id(group)] = self._plan(group)
             plan.find()
         gradients, plan.found = plan.found, None  # a plan must not keep gradients alive
         assert gradients is not None
         for batch, grads, damping in zip(plan.batches, gradients, (group["damping"], 0.0), strict=True):
             if grads:
-                numbers, *lists = batch.lists(grads)
+                numbers, rounding, *lists = batch.lists(grads)
                 skipped = adafisher_step_(
                     *lists,
                     lr=group["lr"],
@@ -236,8 +264,20 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
                     maximize=group["maximize"],
                     grad_scale=grad_scale,
                     found_inf=found_inf,
+                    rounding=rounding,
                 )
                 count(self._skipped, numbers, skipped)
+
+    def _ordinal(self, p: Parameter) -> Tensor:
+        """The number of a parameter in the model, by which its random integers differ from those of others."""
+        state = self.state[p]
+        if "ordinal" not in state:
+            state["ordinal"] = torch.tensor(self._numbers[p], dtype=torch.int64, device=p.device)
+        return state["ordinal"]
+
+    def _key(self, group: dict[str, Any]) -> object:
+        """What a plan depends on beside gradients."""
+        return self._factors.version, group["stochastic_rounding"], group["seed"]
 
     def _plan(self, group: dict[str, Any]) -> _Plan:
         served, constant, waiting = _Batch(), _Batch(), []
@@ -248,7 +288,11 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
                 served.add(self._numbers[p], p, self.state[p], place)
             else:
                 constant.add(self._numbers[p], p, self.state[p], (self._factors.constant(p), None))
-        return _Plan((served, constant), waiting, self._factors.version)
+        if group["stochastic_rounding"]:
+            for batch in (served, constant):
+                # Read once for a plan: on a GPU that waits.
+                batch.rounding = [Rounding.of(group["seed"], int(self._ordinal(p))) for p in batch.params]
+        return _Plan((served, constant), waiting, self._key(group))
 
     # Reports.
 
@@ -327,6 +371,7 @@ class _Batch(Batch):
         super().__init__()
         self.row_factors: list[Tensor | None] = []
         self.column_factors: list[Tensor | None] = []
+        self.rounding: list[Rounding] | None = None
 
     def add(self, number: int, p: Parameter, state: dict[str, Tensor], place: Place) -> None:
         self.append(number, p, state)
@@ -335,14 +380,21 @@ class _Batch(Batch):
         self.is_divided = self.is_divided or is_distributed(p)
 
     def lists(self, gradients: Sequence[Tensor]) -> tuple[Any, ...]:
-        """Numbers, parameters, gradients, moments, counts, row and column factors; of what is divided the pieces."""
-        moments, steps = self.of_each("exp_avg"), self.of_each("step")
+        """Numbers, rounding, parameters, gradients, moments, counts, row and column factors; of shards their pieces."""
         if not self.is_divided:
-            return self.numbers, self.params, gradients, moments, steps, self.row_factors, self.column_factors
+            moments, steps = self.of_each("exp_avg"), self.of_each("step")
+            factors = self.row_factors, self.column_factors
+            return self.numbers, self.rounding, self.params, gradients, moments, steps, *factors
         places = zip(self.row_factors, self.column_factors, strict=True)
         each = zip(self.numbers, self.params, gradients, self.states, places, strict=True)
-        pieces = [piece for number, p, g, state, place in each for piece in pieces_of(number, p, g, state, place)]
-        return tuple(zip(*((piece.number, *piece.tensors, *piece.place) for piece in pieces), strict=True))
+        pieces = [[*pieces_of(*one)] for one in each]
+        rounding = None
+        if self.rounding is not None:
+            each_whole = zip(self.rounding, pieces, strict=True)
+            rounding = [Rounding(whole.base, *piece.at) for whole, some in each_whole for piece in some]
+        rows = [(piece.number, *piece.tensors, *piece.place) for some in pieces for piece in some]
+        numbers, *lists = zip(*rows, strict=True)
+        return numbers, rounding, *lists
 
 
 class _Plan(Plan[_Batch]):

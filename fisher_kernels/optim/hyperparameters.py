@@ -62,6 +62,14 @@ def require_moment_dtype(group: dict[str, Any]) -> None:
         raise ValueError(f"moment_dtype is {dtype!r}, expected torch.bfloat16, or None for float32")
 
 
+def require_seed(group: dict[str, Any]) -> None:
+    """Refuse a seed that is no integer of 64 bits."""
+    seed = group["seed"]
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= int(seed) < 2**64:
+        raise ValueError(f"seed is {seed!r}, expected an integer of 0 to 2^64 - 1")
+    group["seed"] = int(seed)
+
+
 def require_choice(group: dict[str, Any], name: str, choices: Iterable[str], others: str = "") -> None:
     """Refuse a hyperparameter that is none of these words."""
     value = group[name]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 
+from fisher_kernels.ops import Rounding
 from tests.bad_calls import Call, Faults, Refused, entry, value
 from tests.bad_calls._steps import (
     BAD_STEPS,
@@ -28,6 +30,24 @@ FAULTS: Faults = {
     **bad_lists(NAMES, 2),
     **bad_arrays("exp_avgs"),
     **BAD_STEPS,
+    **{
+        f"rounding {what}": (
+            value("rounding", [Rounding.of(0, 0), bad]),
+            ValueError,
+            rf"rounding\[1\].{what} is {re.escape(str(found))}, expected {expected}",
+        )
+        for what, bad, found, expected in (
+            ("base", Rounding(-1), -1, "0 to"),
+            ("base", Rounding(2**32), 2**32, "0 to"),
+            ("offset", Rounding.of(0, 1, offset=-1), -1, "at least 0"),
+            ("pitch", Rounding.of(0, 1, run=6, pitch=5), 5, "at least 6"),
+        )
+    },
+    "rounding length": (
+        value("rounding", [Rounding.of(0, 0)]),
+        ValueError,
+        "rounding has 1 entries, expected 2",
+    ),
     "row_factors shape": (
         entry("row_factors", lambda: torch.ones(5)),
         ValueError,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fisher_kernels.ops import ACCUMULATOR
+from fisher_kernels.ops import ACCUMULATOR, Rounding
 from fisher_kernels.tools.samples.sample import (
     SUM_DTYPES,
     Device,
@@ -165,6 +165,9 @@ _ALL = {
 def _samples() -> Iterator[Sample]:
     for name, options in _OPTIONS.items():
         yield Sample("adafisher_step_", name, SUM_DTYPES, partial(_inputs, options), _tolerance)
+    integers = {"rounding": [Rounding.of(0, i) for i in range(len(_PARAMETERS))]}
+    inputs = partial(_inputs, integers)
+    yield Sample("adafisher_step_", "random integers, which nothing here takes", (torch.float32,), inputs, _tolerance)
     for name, options in (("two dtypes", {"lr": torch.tensor(0.01)}), ("two dtypes, all options", _ALL)):
         yield Sample("adafisher_step_", name, (torch.float32,), partial(_two_dtypes, options), _tolerance)
 

@@ -1,0 +1,154 @@
+"""Training in bfloat16: parameters and moments that are rounded at random."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from fisher_kernels import AdaFisher, AdaFisherW
+from fisher_kernels.ops import stochastic_round
+from fisher_kernels.optim.row_pieces import index_of
+from tests.comparison import assert_same_bits
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROUNDED: dict[str, Any] = {"lr": 1e-3, "moment_dtype": torch.bfloat16, "stochastic_rounding": True}
+
+
+def network() -> nn.Module:
+    """A grouped convolution is stepped in pieces where it is divided."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 4, 5)
+    return nn.Sequential(*layers).to(torch.bfloat16)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for i in steps:
+        x = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(i)).to(torch.bfloat16)
+        optimizer.zero_grad()
+        model(x).float().square().mean().backward()
+        optimizer.step()
+
+
+def parameters(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def trained(**settings: Any) -> Tensor:
+    model = network()
+    train(model, AdaFisherW(model, **{**ROUNDED, **settings}), range(4))
+    return parameters(model)
+
+
+def test_small_steps_are_made_on_average() -> None:
+    """A thousandth of a unit in the last place: to nearest nothing ever moves, at random one weight in a thousand."""
+    means = {}
+    for rounded in (False, True):
+        model = nn.Linear(100, 100, bias=False).to(torch.bfloat16)
+        nn.init.constant_(model.weight, 1.5)
+        optimizer = AdaFisher(
+            model, lr=2.0**-17, beta=0.0, damping=0.0, fallback_curvature=1.0, stochastic_rounding=rounded
+        )
+        optimizer.close()
+        with pytest.warns(UserWarning):
+            for _ in range(100):
+                model.weight.grad = torch.ones_like(model.weight)
+                optimizer.step()
+        means[rounded] = model.weight.double().mean().item() - 1.5
+    # Each of 10,000 weights has taken 100 steps of 2^-17, with a deviation of sqrt(100 * 2^-17 * 2^-7).
+    assert means[False] == 0
+    assert means[True] == pytest.approx(-100 * 2.0**-17, abs=4 * (100 * 2.0**-24) ** 0.5 / 100)
+
+
+def test_resumes_bit_for_bit() -> None:
+    model = network()
+    optimizer = AdaFisherW(model, **ROUNDED)
+    train(model, optimizer, range(2))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    other = copy.deepcopy(model)
+    resumed = AdaFisherW(other, **ROUNDED)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    train(model, optimizer, range(2, 4))
+    train(other, resumed, range(2, 4))
+    assert_same_bits(parameters(other), parameters(model))
+    assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {torch.bfloat16}
+
+
+def test_seeds_differ_and_torch_has_no_say() -> None:
+    first = trained()
+    torch.rand(7)
+    assert_same_bits(trained(), first)
+    assert bool((trained(seed=1) != first).any())
+    assert bool((trained(stochastic_rounding=False) != first).any())
+
+
+def test_it_may_begin_in_mid_run() -> None:
+    model = network()
+    optimizer = AdaFisherW(model, lr=1e-3)
+    train(model, optimizer, range(2))
+    optimizer.param_groups[0]["stochastic_rounding"] = True
+    train(model, optimizer, range(2, 4))
+    assert sorted(int(state["ordinal"]) for state in optimizer.state.values()) == [0, 1, 2, 3]
+
+
+def test_parameters_of_equal_values_have_integers_of_their_own() -> None:
+    """What a step makes of each is what the op makes of its number in the model."""
+    model = nn.ParameterList([torch.full((500,), 1.5, dtype=torch.bfloat16) for _ in range(2)])
+    with pytest.warns(UserWarning):
+        optimizer = AdaFisher(model, lr=2.0**-9, beta=0.0, fallback_curvature=1.0, stochastic_rounding=True, seed=5)
+    for p in model:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    exact = torch.full((500,), 1.5 - 2.0**-9)
+    for i, p in enumerate(model):
+        assert_same_bits(p.detach(), stochastic_round(exact, seed=5, ordinal=i, step=1))
+    assert bool((model[0] != model[1]).any())
+
+
+def test_where_parts_of_a_parameter_lie_in_it() -> None:
+    for shape in ((7,), (7, 5), (6, 4, 3, 3)):
+        p = torch.empty(shape)
+        whole = torch.arange(p.numel()).view(shape)
+        for rows in (slice(0, shape[0]), slice(2, 5), slice(5, 5)):
+            for columns in (slice(0, shape[1]), slice(1, 3)) if len(shape) == 2 else (None,):
+                own = (rows, *(slice(0, n) for n in shape[1:]))
+                own = own if columns is None else (rows, columns)
+                at, there = index_of(p, own), whole[own].flatten()
+                i = torch.arange(len(there))
+                assert_same_bits(at.offset + i // at.run * at.pitch + i % at.run, there, f"{own} of {shape}")
+    assert index_of(torch.empty(()), ()) == (0, 1, 1)
+
+
+def test_sharded_parameters_have_the_integers_of_whole_ones() -> None:
+    """In one process, where all sums are the same to the bit; the path is that of many."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = network()
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        train(model, AdaFisherW(model, **ROUNDED), range(4))
+        found = torch.cat([p.detach().full_tensor().flatten() for p in model.parameters()])  # type: ignore[attr-defined]
+    finally:
+        dist.destroy_process_group()
+    assert_same_bits(found, trained())
+
+
+def test_nothing_in_bfloat16_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"stochastic_rounding is True, and nothing is in bfloat16.*torch.float32"):
+        AdaFisher(nn.Linear(3, 2), stochastic_rounding=True)
+    AdaFisher(nn.Linear(3, 2), stochastic_rounding=True, moment_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.5, True])
+def test_a_seed_is_an_integer(seed: Any) -> None:
+    with pytest.raises(ValueError, match=rf"seed is {seed!r}, expected an integer of 0 to 2\^64 - 1"):
+        AdaFisher(network(), seed=seed)
