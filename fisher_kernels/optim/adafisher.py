@@ -178,7 +178,11 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
     def _check_params(self, group: dict[str, Any]) -> None:
         super()._check_params(group)
         dtypes = {p.dtype for p in group["params"]}
-        if group.get("stochastic_rounding") and group.get("moment_dtype") is None and torch.bfloat16 not in dtypes:
+        if (
+            group.get("stochastic_rounding") is True
+            and group.get("moment_dtype") is None
+            and torch.bfloat16 not in dtypes
+        ):
             raise ValueError(
                 "stochastic_rounding is True, and nothing is in bfloat16: parameters are in "
                 f"{', '.join(sorted(map(str, dtypes)))} and moment_dtype is None"
