@@ -104,7 +104,7 @@ def test_it_may_begin_in_mid_run() -> None:
 def test_parameters_of_equal_values_have_integers_of_their_own() -> None:
     """What a step makes of each is what the op makes of its number in the model."""
     model = nn.ParameterList([torch.full((500,), 1.5, dtype=torch.bfloat16) for _ in range(2)])
-    with pytest.warns(UserWarning, match="no rule"):
+    with pytest.warns(UserWarning, match="have no layer rule"):
         optimizer = AdaFisher(model, lr=2.0**-9, beta=0.0, fallback_curvature=1.0, stochastic_rounding=True, seed=5)
     for p in model:
         p.grad = torch.ones_like(p)
