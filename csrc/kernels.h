@@ -249,6 +249,7 @@ struct SofimParameter {
   WeightDecay decay;
   DType dtype;
   DType moment_dtype;  // accumulation_dtype(dtype), or bfloat16 where that is float32
+  StepRounding rounding;
 };
 
 /// With all parameters as one vector w, or each as one:

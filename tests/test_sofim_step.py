@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fisher_kernels import use_backend
-from fisher_kernels.ops import ACCUMULATOR, sofim_step_
+from fisher_kernels.ops import ACCUMULATOR, Rounding, sofim_step_, stochastic_round
 from tests.cases import (
     DTYPES,
     LAYOUTS_OF_A_STEP,
@@ -105,7 +105,7 @@ def naive(case: Step) -> tuple[list[Tensor], list[Tensor], Tensor]:
     return params, moments, torch.stack([u.square().sum() for u in flat[0]])
 
 
-class Rounding:
+class Allowed:
     """How far parameters, moments and squares may lie from their definition after the step from ``case``.
 
     In the dtype of a moment: up to 3 roundings of the gradient's terms (scale, decay and its product), 8 of those of
@@ -201,7 +201,7 @@ def check(case: Step) -> Step:
 
 def assert_step(after: Step, squares: Tensor, expected: Step, expected_squares: Tensor, before: Step) -> None:
     """``after`` is ``expected``, to the rounding of a step from ``before``."""
-    rounding = Rounding(before)
+    rounding = Allowed(before)
     assert_within(squares, expected_squares, rounding.squares, "squares")
     for i, param in enumerate(after.params):
         what = f"[{i}] of shape {tuple(param.shape)}"
@@ -244,7 +244,7 @@ def test_definition(options: dict[str, Any], direction: str, scope: str) -> None
     params, moments, squares = naive(case)
     after, skipped, actual_squares = defined(case)
     assert skipped.tolist() == [0] * len(case.params)
-    rounding = Rounding(case)
+    rounding = Allowed(case)
     condition = 1 + float(squares.sum()) / case.options["rho"]
     solved = sum(w.numel() for w in case.params) * condition * unit_roundoff(torch.float64)
     assert_within(actual_squares, squares, rounding.squares, "squares")
@@ -314,6 +314,54 @@ def test_mixed_dtypes(implementation: str, dtype: torch.dtype, direction: str, s
     options = {"direction": direction, "scope": scope, "weight_decay": 0.01}
     check(step(shapes_for(implementation), dtypes, **options))
     check(step(shapes_for(implementation), dtypes, moments=SHORT_IN_TURN, **options))
+
+
+@each_form
+@pytest.mark.parametrize("moments", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_stochastic_rounding(
+    implementation: str,
+    layout: Callable[[Tensor], Tensor],
+    moments: torch.dtype | None,
+    direction: str,
+    scope: str,
+) -> None:
+    """What the same step makes in float32, rounded by the integers of the parameter, the step and the place.
+
+    Parameters are compared where moments are in float32: others are in the norm as they were rounded.
+    """
+    options = {"direction": direction, "scope": scope, "weight_decay": 0.1}
+    case = step(shapes_for(implementation), torch.bfloat16, moments=moments, layout=layout, **options)
+    wide = case.map(lambda x: x.to(torch.float32, copy=True))
+    case.grads[0][0, 0] = wide.grads[0][0, 0] = math.nan
+    places = [{"offset": 1000 * i} for i in range(len(case.params))]
+    before = case.copy()
+    case.options["rounding"] = [Rounding.of(3, i, **place) for i, place in enumerate(places)]
+    skipped, _ = case.run()
+    assert_same_bits(skipped, wide.run()[0])
+    for i, place in enumerate(places):
+        of = {"seed": 3, "ordinal": i, "step": int(case.steps[i]), **place}
+        kept = ~case.grads[i].isfinite()
+        if moments is None:
+            expected = stochastic_round(wide.params[i], half="high", **of)
+            assert_same_bits(case.params[i], torch.where(kept, before.params[i], expected), f"params[{i}]")
+        else:
+            expected = stochastic_round(wide.exp_avgs[i], half="low", **of)
+            assert_same_bits(case.exp_avgs[i], torch.where(kept, before.exp_avgs[i], expected), f"exp_avgs[{i}]")
+
+
+@each_form
+def test_parts_are_rounded_by_the_integers_of_the_whole(implementation: str, direction: str, scope: str) -> None:
+    """With a rate of 0 and no momentum: parameters stay, and moments are gradients."""
+    options = {"direction": direction, "scope": scope, "lr": 0.0, "beta": 0.0}
+    whole = step([(12, 35)], torch.float32, moments=torch.bfloat16, **options)
+    part = whole.map(lambda x: x[3:8, 10:31].clone())
+    whole.options["rounding"] = [Rounding.of(3, 1)]
+    part.options["rounding"] = [Rounding.of(3, 1, offset=3 * 35 + 10, run=21, pitch=35)]
+    whole.run()
+    part.run()
+    assert_same_bits(part.exp_avgs[0], whole.exp_avgs[0][3:8, 10:31])
+    assert bool((part.exp_avgs[0] != part.grads[0].to(torch.bfloat16)).any())
 
 
 @each_form
@@ -455,7 +503,7 @@ def test_a_long_run(implementation: str, direction: str, scope: str) -> None:
             gradient = random(p.shape, p.dtype, 1000 * k + i)
             case.grads[i].copy_(gradient)
             expected.grads[i].copy_(gradient)
-        total = [t + bound for t, bound in zip(total, Rounding(case).params, strict=True)]
+        total = [t + bound for t, bound in zip(total, Allowed(case).params, strict=True)]
         case.run()
         with use_backend("reference"):
             expected.run()
@@ -470,7 +518,7 @@ def test_a_long_run(implementation: str, direction: str, scope: str) -> None:
 def test_one_vector_however_it_is_cut(implementation: str, dtype: torch.dtype, direction: str) -> None:
     """The global solve knows nothing of tensors: only the order in which its dot products are added up changes."""
     whole = step([(5000,)], dtype, direction=direction, weight_decay=0.1)
-    rounding = Rounding(whole)
+    rounding = Allowed(whole)
     cuts = [1, 1023, 0, 1024, 17, 1500, 1435]
     parts = whole.copy()
     for name in NAMES[:3]:
@@ -516,7 +564,7 @@ def test_dot_products_beyond_float64(implementation: str, decoupled: bool, direc
             shrunk = old - 0.1 * (0.1 * old) if decoupled else old
             assert_within(w, shrunk, 4 * unit_roundoff(torch.float64) * old.abs(), f"params[{i}]")
         elif decoupled:
-            assert_within(w, apart.params[i], Rounding(before.only(i)).params[i - i], f"params[{i}]")
+            assert_within(w, apart.params[i], Allowed(before.only(i)).params[i - i], f"params[{i}]")
             assert_within(squares[i : i + 1], finite_squares[i : i + 1], 1e-13 * finite_squares[i : i + 1])
 
 
@@ -572,7 +620,7 @@ def test_elements_without_a_finite_moment_keep_their_bits(
     _, expected_squares = without.run()
     assert_same_bits(skipped, torch.tensor([int(mask.sum()) for mask in masks]))
     # The reference leaves out what the kernel adds as zeros, and so adds up in another order.
-    rounding = Rounding(without)
+    rounding = Allowed(without)
     if implementation == "reference":
         assert_within(squares, expected_squares, rounding.squares)
     else:

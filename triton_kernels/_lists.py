@@ -254,7 +254,11 @@ class _Slot:
             )
 
     def lay_out(
-        self, lists: Sequence[Sequence[Tensor | None]], layout: Sequence[Sequence[int]] | Layout, sums: bool
+        self,
+        lists: Sequence[Sequence[Tensor | None]],
+        layout: Sequence[Sequence[int]] | Layout,
+        sums: bool,
+        places: bool,
     ) -> None:
         """Everything but the addresses."""
         firsts: Sequence[Any] = lists[0]
@@ -262,7 +266,8 @@ class _Slot:
         if not isinstance(layout, Layout):
             layout = Layout(layout, [Cut(i, None, element_chunks(size)) for i, size in enumerate(sizes)])
         walked: list[Any] = list(zip(*lists[: WALKED.value], strict=True))
-        strided = [is_strided(tensors) and not (sums and _fill_memory_alike(tensors)) for tensors in walked]
+        as_they_lie = sums and not places
+        strided = [is_strided(tensors) and not (as_they_lie and _fill_memory_alike(tensors)) for tensors in walked]
         kinds: dict[tuple[torch.dtype, bool, Any], list[Cut]] = {}
         for cut in layout.cuts:
             if cut.programs:
@@ -368,6 +373,7 @@ def table(
     key: Any = None,
     numbers: Sequence[Sequence[float]] = (),
     sums: bool = False,
+    places: bool = False,
     written: Sequence[int] = (),
 ) -> Table:
     """The table of a call over lists of tensors, made anew only if they do not look as at the call before.
@@ -382,6 +388,7 @@ def table(
         numbers: lists of numbers, one for each tensor, which go to the device when they change, as addresses do.
         sums: whether a kernel adds elements up. Then the order in which they are walked does not follow the strides of
             one list: it is row-major, or that of memory for tensors that fill their memory alike.
+        places: whether a kernel asks for the row-major place of each element, so that order is that in any case.
         written: which of the lists are written, in which ``layout`` lets no tensor be there twice.
 
     Raises:
@@ -400,7 +407,7 @@ def table(
         made = layout()
         slot = _Slot(op, signature, device)
         slot.refuse_capture("lists that were not seen before")
-        slot.lay_out(lists, made, sums)
+        slot.lay_out(lists, made, sums, places)
         slots[place] = slot
     slots.move_to_end(place)
     while len(slots) > _SLOTS:

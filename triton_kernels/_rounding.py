@@ -1,7 +1,11 @@
 """Stochastic rounding to bfloat16, to the bits of ``csrc/common/rounding.h``, which says what it all means."""
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
+
+from ._language import as_moment, narrow
 
 
 @triton.jit
@@ -40,3 +44,42 @@ def round_stochastically(x, random, LOW: tl.constexpr):
     special = tl.where(magnitude > 0x7F800000, magnitude | 0x400000, magnitude)
     rounded = tl.where(magnitude < 0x7F800000, finite, special) | (bits & 0x80000000)
     return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def state_of(numbers, steps, RANDOM: tl.constexpr):
+    """The state of a parameter in a step that has been counted; ``numbers`` are base, offset, run and pitch."""
+    state = tl.full((), 0, tl.uint32)
+    if RANDOM:
+        state = absorb(tl.load(numbers).to(tl.uint32), tl.load(steps).to(tl.uint32))
+    return state
+
+
+@triton.jit
+def random_of(numbers, state, element, RANDOM: tl.constexpr):
+    """32 random bits for each of some elements, by their row-major places; nothing where nothing is random."""
+    if RANDOM:
+        offset, run, pitch = tl.load(numbers + 1), tl.load(numbers + 2), tl.load(numbers + 3)
+        random = random_bits(offset + element // run * pitch + element % run, state)
+    else:
+        random = None
+    return random
+
+
+@triton.jit
+def stored(x, random, T: tl.constexpr, LOW: tl.constexpr, RANDOM: tl.constexpr):
+    """x as a parameter is stored or, by the lower half of the random bits, a moment."""
+    if RANDOM and T == tl.bfloat16:
+        result = round_stochastically(x, random, LOW)
+    elif LOW:
+        result = as_moment(x, T)
+    else:
+        result = narrow(x, T)
+    return result
+
+
+def rounding_rows(rounding: Sequence[int] | None, count: int) -> list[tuple[int, ...]]:
+    """Base, offset, run and pitch of each parameter for a layout; zeros where nothing is random."""
+    if rounding is None:
+        return [(0, 0, 0, 0)] * count
+    return [tuple(rounding[4 * i : 4 * i + 4]) for i in range(count)]

@@ -13,16 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ._configs import config, trial
-from ._language import as_moment, divide, divmod_from, is_finite, narrow
+from ._language import divide, divmod_from, is_finite
 from ._launch import launch
 from ._lists import CHUNK, Layout, address, are_aligned, locate, one, table
-from ._rounding import absorb, random_bits, round_stochastically
+from ._rounding import random_of, rounding_rows, state_of, stored
 from ._steps import advance, by_moment, is_off, scalar, times
 
 # The lists, in the order of the arguments.
 _PARAM, _GRAD, _MOMENT, _STEP, _ROW, _COLUMN = (tl.constexpr(k) for k in range(6))
 # What the layout has for each parameter: see `kernel`.
 _WIDTH = tl.constexpr(10)
+_ROUNDING = tl.constexpr(6)
 
 
 @triton.jit
@@ -53,25 +54,6 @@ def _curvature_at(row_factor, column_factor, shape, strides, index, mask, dampin
 
 
 @triton.jit
-def _random(layout, state, element):
-    """32 random bits for each of some elements, by their row-major places."""
-    offset, run, pitch = tl.load(layout + 7), tl.load(layout + 8), tl.load(layout + 9)
-    return random_bits(offset + element // run * pitch + element % run, state)
-
-
-@triton.jit
-def _stored(x, random, T: tl.constexpr, LOW: tl.constexpr, RANDOM: tl.constexpr):
-    """x as a parameter or, by the lower half of the random bits, as a moment."""
-    if RANDOM and T == tl.bfloat16:
-        result = round_stochastically(x, random, LOW)
-    elif LOW:
-        result = as_moment(x, T)
-    else:
-        result = narrow(x, T)
-    return result
-
-
-@triton.jit
 def _update(
     param, grad, moment, mask, element, layout, state,
     curvature, inverse_scale, beta, gain, step_size, weight_decay, shrinkage, A: tl.constexpr, RANDOM: tl.constexpr,
@@ -85,12 +67,9 @@ def _update(
     g += tl.where(weight_decay != 0, weight_decay * wide, 0)
     new = beta * m.to(A) + gain * g
     change = divide(step_size * new, curvature) + tl.where(shrinkage != 0, shrinkage * wide, 0)
-    if RANDOM:
-        random = _random(layout, state, element)
-    else:
-        random = None
-    tl.store(param, tl.where(finite, _stored(wide - change, random, w.dtype, False, RANDOM), w), mask)
-    tl.store(moment, tl.where(finite, _stored(new, random, m.dtype, True, RANDOM), m), mask)
+    random = random_of(layout + _ROUNDING, state, element, RANDOM)
+    tl.store(param, tl.where(finite, stored(wide - change, random, w.dtype, False, RANDOM), w), mask)
+    tl.store(moment, tl.where(finite, stored(new, random, m.dtype, True, RANDOM), m), mask)
     return finite
 
 
@@ -141,10 +120,7 @@ def kernel(
         gain = (1 - tl.full((), beta, tl.float64)).to(A)
         damp = tl.full((), damping, A)
         decay = tl.full((), weight_decay, A)
-        state = tl.full((), 0, tl.uint32)
-        if RANDOM:
-            t = tl.load(address(addresses, count, _STEP, i, tl.float32))  # counted already
-            state = absorb(tl.load(layout + 6).to(tl.uint32), t.to(tl.uint32))
+        state = state_of(layout + _ROUNDING, address(addresses, count, _STEP, i, tl.float32), RANDOM)
         lanes = tl.arange(0, BLOCK)
         left = tl.minimum(tl.load(layout) - start, CHUNK).to(tl.int32)
         found = tl.zeros((BLOCK,), tl.int32)
@@ -209,10 +185,9 @@ def step(s: Any) -> Tensor:
     """
 
     def layout() -> Layout:
-        factors = zip(s.check(), s.row_factors, s.column_factors, strict=True)
-        rows = [_factor_strides(*of) for of in factors]
-        numbers = s.rounding or [0] * 4 * len(rows)
-        return by_moment([(*row, *numbers[4 * i : 4 * i + 4]) for i, row in enumerate(rows)], s.exp_avgs)
+        rows = map(_factor_strides, s.check(), s.row_factors, s.column_factors)
+        roundings = rounding_rows(s.rounding, len(s.params))
+        return by_moment([(*row, *of) for row, of in zip(rows, roundings, strict=True)], s.exp_avgs)
 
     device = s.params[0].device
     factors = (

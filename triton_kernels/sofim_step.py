@@ -11,16 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._language import as_moment, is_finite, narrow
+from ._language import is_finite
 from ._launch import launch
 from ._lists import CHUNK, Layout, Table, address, are_aligned, locate, number, table
+from ._rounding import random_of, rounding_rows, state_of, stored
 from ._steps import advance, by_moment, is_off, of_each, rate_of, scalar, times
 from ._sums import LANES, LEVELS, add_chunks, first_chunks, new_partials, total
 
 # The lists, in the order of the arguments, and the numbers after them.
 _PARAM, _GRAD, _MOMENT, _STEP, _RATE_TENSOR, _RATE, _DECAY = (tl.constexpr(k) for k in range(7))
-# The layout: size, first chunk, and what a learning rate on the device is.
-_WIDTH = tl.constexpr(3)
+# The layout: size, first chunk, what a learning rate on the device is, and the rounding.
+_WIDTH = tl.constexpr(7)
+_ROUNDING = tl.constexpr(3)
 # Coefficients of the second pass, float64 [3, count].
 _ALONG_MOMENT, _ALONG_GRADIENT, _ALONG_DECAY = (tl.constexpr(k) for k in range(3))
 
@@ -52,8 +54,8 @@ def _gradient(grad, param, mask, inverse_scale, decay, COUPLED: tl.constexpr):
 
 @triton.jit
 def _advance_moments(
-    param, grad, moment, mask, inverse_scale, decay, beta, gain, square, product, taken,
-    ALONG_GRADIENT: tl.constexpr, COUPLED: tl.constexpr,
+    param, grad, moment, mask, element, layout, state, inverse_scale, decay, beta, gain, square, product, taken,
+    ALONG_GRADIENT: tl.constexpr, COUPLED: tl.constexpr, RANDOM: tl.constexpr,
 ):  # fmt: skip
     """Advance the moments at some addresses, and add them to what the lanes have so far.
 
@@ -61,7 +63,8 @@ def _advance_moments(
     """
     m = tl.load(moment, mask)
     g = _gradient(grad, param, mask, inverse_scale, decay, COUPLED)
-    kept = as_moment(beta * m.to(g.dtype) + gain * g, m.dtype)
+    random = random_of(layout + _ROUNDING, state, element, RANDOM)
+    kept = stored(beta * m.to(g.dtype) + gain * g, random, m.dtype, True, RANDOM)
     new = kept.to(g.dtype)
     counts = is_finite(new)
     tl.store(moment, tl.where(counts, kept, m), mask)
@@ -97,6 +100,7 @@ def advance_kernel(
     ALONG_GRADIENT: tl.constexpr,
     COUPLED: tl.constexpr,
     EACH: tl.constexpr,
+    RANDOM: tl.constexpr,
 ):
     """The first pass over one chunk of one parameter."""
     if not is_off(found_inf):
@@ -111,6 +115,7 @@ def advance_kernel(
         if not STRIDED:
             param, grad, moment = param + start, grad + start, moment + start
 
+        state = state_of(layout + _ROUNDING, address(addresses, count, _STEP, i, tl.float32), RANDOM)
         inverse_scale = (1 / times(scale, scale_factor)).to(A)
         decay = _decay_of(addresses, count, i, weight_decay, EACH).to(A)
         b = tl.full((), beta, A)
@@ -123,10 +128,10 @@ def advance_kernel(
 
         if STRIDED:
             for first in range(0, left, LANES):
-                _, at_param, at_grad, at_moment = locate(geometry, i, start + first, lanes)
+                whole, at_param, at_grad, at_moment = locate(geometry, i, start + first, lanes)
                 square, product, taken = _advance_moments(
-                    param + at_param, grad + at_grad, moment + at_moment, first + lanes < left,
-                    inverse_scale, decay, b, gain, square, product, taken, ALONG_GRADIENT, COUPLED,
+                    param + at_param, grad + at_grad, moment + at_moment, first + lanes < left, whole, layout, state,
+                    inverse_scale, decay, b, gain, square, product, taken, ALONG_GRADIENT, COUPLED, RANDOM,
                 )  # fmt: skip
         elif (left == CHUNK) & are_aligned(param, grad, moment):
             # No mask and known alignment: 16 bytes a load.
@@ -135,15 +140,15 @@ def advance_kernel(
             for first in range(0, CHUNK, LANES):
                 at = first + lanes
                 square, product, taken = _advance_moments(
-                    wide_param + at, wide_grad + at, wide_moment + at, None,
-                    inverse_scale, decay, b, gain, square, product, taken, ALONG_GRADIENT, COUPLED,
+                    wide_param + at, wide_grad + at, wide_moment + at, None, start + at, layout, state,
+                    inverse_scale, decay, b, gain, square, product, taken, ALONG_GRADIENT, COUPLED, RANDOM,
                 )  # fmt: skip
         else:
             for first in range(0, left, LANES):
                 at = first + lanes
                 square, product, taken = _advance_moments(
-                    param + at, grad + at, moment + at, at < left,
-                    inverse_scale, decay, b, gain, square, product, taken, ALONG_GRADIENT, COUPLED,
+                    param + at, grad + at, moment + at, at < left, start + at, layout, state,
+                    inverse_scale, decay, b, gain, square, product, taken, ALONG_GRADIENT, COUPLED, RANDOM,
                 )  # fmt: skip
 
         chunk = tl.load(layout + 1) + number_of_chunk
@@ -226,8 +231,8 @@ def solve_kernel(
 
 @triton.jit
 def _descend(
-    param, grad, moment, mask, suspect, inverse_scale, decay, beta, gain, rates,
-    ALONG_GRADIENT: tl.constexpr, COUPLED: tl.constexpr,
+    param, grad, moment, mask, suspect, element, layout, state, inverse_scale, decay, beta, gain, rates,
+    ALONG_GRADIENT: tl.constexpr, COUPLED: tl.constexpr, RANDOM: tl.constexpr,
 ):  # fmt: skip
     """Step the parameters at some addresses, but for suspects that the first pass left out.
 
@@ -247,7 +252,8 @@ def _descend(
     if not COUPLED:
         # Not even a NaN of the parameter gets into the change where there is no decay.
         change += tl.where(decay != 0, rate * (decay * wide), 0)
-    new = narrow(wide - change, w.dtype)
+    random = random_of(layout + _ROUNDING, state, element, RANDOM)
+    new = stored(wide - change, random, w.dtype, False, RANDOM)
     if suspect is not None:
         new = tl.where(is_finite(beta * m + gain * g) | ~suspect, new, w)
     tl.store(param, new, mask)
@@ -274,6 +280,7 @@ def descend_kernel(
     ALONG_GRADIENT: tl.constexpr,
     COUPLED: tl.constexpr,
     EACH: tl.constexpr,
+    RANDOM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The second pass over one chunk of one parameter; arguments as for the first."""
@@ -289,6 +296,7 @@ def descend_kernel(
         if not STRIDED:
             param, grad, moment = param + start, grad + start, moment + start
 
+        state = state_of(layout + _ROUNDING, address(addresses, count, _STEP, i, tl.float32), RANDOM)
         inverse_scale = (1 / times(scale, scale_factor)).to(A)
         decay = _decay_of(addresses, count, i, weight_decay, EACH).to(A)
         b = tl.full((), beta, A)
@@ -302,11 +310,11 @@ def descend_kernel(
 
         if STRIDED:
             for first in range(0, left, BLOCK):
-                _, at_param, at_grad, at_moment = locate(geometry, i, start + first, lanes)
+                whole, at_param, at_grad, at_moment = locate(geometry, i, start + first, lanes)
                 _descend(
                     param + at_param, grad + at_grad, moment + at_moment,
-                    first + lanes < left, first + lanes < suspects,
-                    inverse_scale, decay, b, gain, rates, ALONG_GRADIENT, COUPLED,
+                    first + lanes < left, first + lanes < suspects, whole, layout, state,
+                    inverse_scale, decay, b, gain, rates, ALONG_GRADIENT, COUPLED, RANDOM,
                 )  # fmt: skip
         elif (left == CHUNK) & (suspects == 0) & are_aligned(param, grad, moment):
             wide_param, wide_grad = tl.multiple_of(param, 16), tl.multiple_of(grad, 16)
@@ -314,15 +322,15 @@ def descend_kernel(
             for first in range(0, CHUNK, BLOCK):
                 at = first + lanes
                 _descend(
-                    wide_param + at, wide_grad + at, wide_moment + at, None, None,
-                    inverse_scale, decay, b, gain, rates, ALONG_GRADIENT, COUPLED,
+                    wide_param + at, wide_grad + at, wide_moment + at, None, None, start + at, layout, state,
+                    inverse_scale, decay, b, gain, rates, ALONG_GRADIENT, COUPLED, RANDOM,
                 )  # fmt: skip
         else:
             for first in range(0, left, BLOCK):
                 at = first + lanes
                 _descend(
-                    param + at, grad + at, moment + at, at < left, at < suspects,
-                    inverse_scale, decay, b, gain, rates, ALONG_GRADIENT, COUPLED,
+                    param + at, grad + at, moment + at, at < left, at < suspects, start + at, layout, state,
+                    inverse_scale, decay, b, gain, rates, ALONG_GRADIENT, COUPLED, RANDOM,
                 )  # fmt: skip
 
 
@@ -332,10 +340,12 @@ def _plan(s: Any, each: bool) -> tuple[Table, tuple[float, Tensor | None], float
 
     def layout() -> Layout:
         s.check_lists()
-        return by_moment(list(zip(first_chunks(s.params), kinds, strict=True)), s.exp_avgs)
+        rows = zip(first_chunks(s.params), kinds, rounding_rows(s.rounding, len(kinds)), strict=True)
+        return by_moment([(first, kind, *rounding) for first, kind, rounding in rows], s.exp_avgs)
 
     lists = s.params, s.grads, s.exp_avgs, s.steps, on_device
-    plan = table("sofim_step_", lists, layout, numbers=numbers, sums=True, written=(0, 2, 3))
+    key = None if s.rounding is None else tuple(s.rounding)
+    plan = table("sofim_step_", lists, layout, key, numbers, sums=True, places=key is not None, written=(0, 2, 3))
     return plan, (1.0, None) if each else scalar(s.lr[0]), 0.0 if each else s.weight_decay[0]
 
 
@@ -357,6 +367,7 @@ def step(s: Any) -> tuple[Tensor, Tensor]:
     total_chunks = partials.shape[1]
     left_out = torch.empty(total_chunks, dtype=torch.int32, device=device)
     form = {"ALONG_GRADIENT": along_gradient, "COUPLED": not s.decoupled and any(s.weight_decay), "EACH": each}
+    form["RANDOM"] = s.rounding is not None
     # Products and sums round apart, and sums are made of pairs: neither what a compiler would fuse nor the number of
     # warps tells one layout from another.
     for (dtype, wide, strided, chunks), kept in zip(plan.launches, plan.kinds, strict=True):

@@ -45,6 +45,17 @@ struct RandomRun {
   uint32_t key;
 };
 
+/// What store_rounded would store, as numbers to go on with.
+template <bool kLow, class T>
+inline Vector<T> as_rounded(Vector<T> value, int64_t i, const RandomRun& random) {
+  if constexpr (std::is_base_of_v<bfloat16, T>) {
+    const Words words = random_words(random.lower + static_cast<uint32_t>(i), random.key);
+    return bits_as<Vector<T>>(bits_as<Words>(round_stochastically<kLow>(value, words)) & 0xffff0000u);
+  } else {
+    return value;
+  }
+}
+
 /// Stores elements i and on of `count` elements at p, at most a register of them; what is bfloat16 rounds by one half of
 /// the random bits.
 template <bool kLow, class T, class Store>

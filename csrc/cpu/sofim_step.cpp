@@ -4,6 +4,7 @@
 #include "../kernels.h"
 #include "integers.h"
 #include "list_chunks.h"
+#include "rounding.h"
 #include "scratch.h"
 #include "strided.h"
 #include "vector.h"
@@ -67,11 +68,15 @@ struct Momentum {
 };
 
 /// Both passes over one parameter.
-template <WeightDecay kDecay, bool kAlongGradient, class T, class M>
+template <WeightDecay kDecay, bool kAlongGradient, bool kRandom, class T, class M>
 class Stepper {
  public:
   Stepper(const SofimStep& step, const SofimParameter& p)
-      : momentum_(step, p), parameter_(p.parameter), gradient_(p.gradient), moment_(p.moment) {}
+      : momentum_(step, p),
+        rounding_(p.rounding),
+        parameter_(p.parameter),
+        gradient_(p.gradient),
+        moment_(p.moment) {}
 
   /// Advances the moments of a chunk; those that would not be finite stay as they are and enter no sum.
   Sums advance(int64_t first, int64_t count) {
@@ -81,9 +86,10 @@ class Stepper {
     const Momentum<kDecay, A> momentum = momentum_;  // a copy, which the stores below cannot change
     SumOfProducts<A> square, product;
     V doubt = {};
-    for_registers<A>(count, [&](int64_t i, const auto& load, const auto& store) {
+    for_runs(first, count, [&](int64_t i, const RandomRun& random, int64_t k, const auto& load, const auto& store) {
       const V g = momentum.gradient(load, gradient + i, w + i), old = load(moment + i);
-      const V next = as_stored<M>(momentum.advance(old, g));
+      const V made = momentum.advance(old, g);
+      const V next = kRandom ? as_rounded<true, M>(made, k, random) : as_stored<M>(made);
       const V zero = next - next;  // infinity - infinity is NaN
       doubt += zero;
       store(reinterpret_cast<Rounded<M>*>(moment + i), zero == 0 ? next : old);
@@ -126,8 +132,15 @@ class Stepper {
     const T* const gradient = kAlongGradient || kSomeWereSkipped ? gradient_.read(first, count) : nullptr;
     const M* const moment = moment_.read(first, count);
     const Momentum<kDecay, A> momentum = momentum_;
-    for_registers<A>(count, [&](int64_t i, const auto& load, const auto& store) {
+    for_runs(first, count, [&](int64_t i, const RandomRun& random, int64_t k, const auto& load, const auto& store) {
       const V old = load(w + i), m = load(moment + i);
+      const auto put = [&](V value) {
+        if constexpr (kRandom) {
+          store_rounded<false>(w + i - k, k, value, random, store);
+        } else {
+          store(w + i, value);
+        }
+      };
       V change = along_moment * m;
       if constexpr (kDecay == WeightDecay::decoupled) change += rate * (decay * old);
       if constexpr (kAlongGradient || kSomeWereSkipped) {
@@ -135,15 +148,34 @@ class Stepper {
         if constexpr (kAlongGradient) change += along_gradient * g;
         if constexpr (kSomeWereSkipped) {
           const V next = momentum.advance(m, g);
-          return store(w + i, next - next == 0 ? old - change : old);
+          return put(next - next == 0 ? old - change : old);
         }
       }
-      store(w + i, old - change);
+      put(old - change);
     });
     parameter_.write(first, count);
   }
 
+  /// Calls body(i, random, k, load, store) for the registers of a chunk from element `first` on; register i is register k
+  /// of those that have the random integers `random`.
+  template <class Body>
+  void for_runs(int64_t first, int64_t count, const Body& body) const {
+    if constexpr (kRandom) {
+      for_stretches(rounding_.index, rounding_.state, first, count,
+                    [&](int64_t begin, int64_t length, uint32_t lower, uint32_t key) {
+        const RandomRun random{lower, key};
+        for_registers<A>(length, [&](int64_t k, const auto& load, const auto& store) {
+          body(begin + k, random, k, load, store);
+        });
+      });
+    } else {
+      const RandomRun none{};
+      for_registers<A>(count, [&](int64_t i, const auto& load, const auto& store) { body(i, none, i, load, store); });
+    }
+  }
+
   const Momentum<kDecay, A> momentum_;
+  const StepRounding rounding_;
   Chunks<T, kChunk> parameter_;
   Chunks<T, kChunk> gradient_;
   Chunks<M, kChunk> moment_;
@@ -157,13 +189,20 @@ void with_stepper(const SofimStep& step, const SofimParameter& p, const Body& bo
     using M = std::remove_pointer_t<decltype(moment_type)>;
     const auto with = [&](auto decay) {
       constexpr WeightDecay kDecay = decltype(decay)::value;
-      if (step.along_gradient) {
-        Stepper<kDecay, true, T, M> stepper(step, p);
-        body(stepper);
-      } else {
-        Stepper<kDecay, false, T, M> stepper(step, p);
-        body(stepper);
+      const auto with_random = [&](auto random) {
+        constexpr bool kRandom = decltype(random)::value;
+        if (step.along_gradient) {
+          Stepper<kDecay, true, kRandom, T, M> stepper(step, p);
+          body(stepper);
+        } else {
+          Stepper<kDecay, false, kRandom, T, M> stepper(step, p);
+          body(stepper);
+        }
+      };
+      if constexpr (std::is_base_of_v<bfloat16, T> || std::is_base_of_v<bfloat16, M>) {
+        if (p.rounding.random) return with_random(std::true_type{});
       }
+      with_random(std::false_type{});
     };
     switch (p.decay) {
       case WeightDecay::none: return with(std::integral_constant<WeightDecay, WeightDecay::none>{});

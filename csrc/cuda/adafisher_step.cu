@@ -1,7 +1,6 @@
 #include <type_traits>
 
-#include "rounding.cuh"
-#include "step.cuh"
+#include "step_rounding.cuh"
 
 // The AdaFisher update: 20 bytes a parameter in float32, 3 reads and 2 writes, 16 with moments in 16 bits, in one launch
 // for each pair of dtypes and one that counts steps. The factors are small and come from the caches.
@@ -31,20 +30,6 @@ struct Entry : StepArrays {
   bool row_is_constant;
   bool column_is_constant;
 };
-
-/// The entry of a parameter that rounds at random.
-struct RandomEntry : Entry {
-  RoundingIndex index_of_elements;
-  const float* step;
-  uint32_t base;
-};
-
-template <class Entry>
-constexpr bool kIsRandom = std::is_base_of_v<RandomEntry, Entry>;
-
-/// Whether there is something in bfloat16 to round.
-template <class T, class M>
-constexpr bool kIsShort = std::is_same_v<T, __nv_bfloat16> || std::is_same_v<M, bfloat16_moment>;
 
 /// F = row * column + damping of any element, for numbers of the element in row-major order.
 template <class A>
@@ -188,32 +173,8 @@ __device__ bool update(T& parameter, T gradient, M& moment, A curvature, const R
   return false;
 }
 
-/// Random integers of elements of a chunk: none.
-struct NoRandom {
-  struct Walk {
-    __device__ uint32_t next() const { return 0; }
-  };
-
-  template <class Entry>
-  __device__ NoRandom(const Entry&, int64_t) {}
-
-  __device__ Walk from(int64_t) const { return {}; }
-};
-
-/// The same of a parameter that has them; `first` is the element that others are counted from.
-struct Random {
-  RoundingIndex index;
-  uint32_t state;
-  int64_t first;
-
-  __device__ Random(const RandomEntry& entry, int64_t first_)
-      : index(entry.index_of_elements), state(absorb(entry.base, static_cast<uint32_t>(*entry.step))), first(first_) {}
-
-  __device__ RandomWalk from(int64_t at) const { return random_walk(index, state, first + at); }
-};
-
 /// What is done with the elements of a chunk.
-template <class Traits, class Curvature, class Random>
+template <class Traits, class Curvature, class Integers>
 struct Update {
   using T = typename Traits::T;
   using M = typename Traits::M;
@@ -221,7 +182,7 @@ struct Update {
 
   Curvature curvature;
   Rates<A> rates;
-  Random random;
+  Integers integers;
   int found;
 
   template <int N, int kCount>
@@ -238,11 +199,11 @@ struct Update {
     }
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      auto integers = random.from(at + k * stride);
+      auto random = integers.from(at + k * stride);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        found += update<!std::is_same_v<Random, NoRandom>>(w[k].at[i], g[k].at[i], m[k].at[i], f[k].at[i], rates,
-                                                           integers.next());
+        found += update<kIsRandom<Integers>>(w[k].at[i], g[k].at[i], m[k].at[i], f[k].at[i], rates,
+                                                               random.next());
       }
       store_pack<N>(elements.parameter + k * stride, w[k]);
       store_pack<N>(elements.moment + k * stride, m[k]);
@@ -269,10 +230,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const Entry& entry = table.entries[i];
   const int64_t first = static_cast<int64_t>(blockIdx.x - table.start[i]) * kChunk;
   const auto curvature = curvature_of<Traits>(entry, first, shared.damping);
-  using Integers = std::conditional_t<kIsRandom<Entry>, Random, NoRandom>;
-  constexpr bool kStrided = !std::is_same_v<Entry, cuda::Entry> && !std::is_same_v<Entry, RandomEntry>;
-  Update<Traits, std::remove_const_t<decltype(curvature)>, Integers> update{
-      curvature, {shared, entry.index}, {entry, kStrided ? 0 : first}, 0};
+  const auto integers = integers_of<cuda::Entry>(entry, first);
+  Update<Traits, std::remove_const_t<decltype(curvature)>, std::remove_const_t<decltype(integers)>> update{
+      curvature, {shared, entry.index}, integers, 0};
   walk<Traits>(entry, first, update);
   count_skipped(update.found, shared_memory<int[Traits::kWarps]>(), shared.skipped + entry.index);
 }
@@ -300,14 +260,10 @@ void step(const AdaFisherStep& arguments, const Geometries<AdaFisherParameter>& 
   for (int64_t i = 0; i < arguments.count; ++i) {
     const AdaFisherParameter& p = arguments.parameters[i];
     if (p.dtype != dtypes.parameter || p.moment_dtype != dtypes.moment) continue;
-    if (kIsRandom<Entry> != (p.rounding.random && kIsShort<T, M>)) continue;
+    if (kIsRandomEntry<Entry, cuda::Entry> != (p.rounding.random && kIsShort<T, M>)) continue;
     Entry entry;
     static_cast<cuda::Entry&>(entry) = make_entry(p, i);
-    if constexpr (kIsRandom<Entry>) {
-      entry.index_of_elements = p.rounding.index;
-      entry.step = p.step;
-      entry.base = p.rounding.base;
-    }
+    if constexpr (kIsRandomEntry<Entry, cuda::Entry>) set_rounding(entry, p);
     writer.add(entry, geometries[i]);
   }
   writer.flush();
@@ -329,7 +285,7 @@ void adafisher_step_(const AdaFisherStep& arguments, const Stream& stream) {
       using T = typename decltype(type)::type;
       using M = typename decltype(moment_type)::type;
       step<Entry, T, M>(arguments, geometries, shared, dtypes, stream);
-      if constexpr (kIsShort<T, M>) step<RandomEntry, T, M>(arguments, geometries, shared, dtypes, stream);
+      if constexpr (kIsShort<T, M>) step<RandomEntry<Entry>, T, M>(arguments, geometries, shared, dtypes, stream);
     });
   }
 }

@@ -14,18 +14,6 @@ __device__ inline __nv_bfloat16 round_stochastically(float value, uint32_t rando
   return __ushort_as_bfloat16(static_cast<unsigned short>(rounded >> 16));
 }
 
-/// The same of what is stored in bfloat16; the rest is rounded to nearest.
-template <bool kLow, class T>
-__device__ inline T narrow_at_random(Accumulator<T> value, uint32_t random) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return round_stochastically<kLow>(value, random);
-  } else if constexpr (std::is_same_v<T, bfloat16_moment>) {
-    return {round_stochastically<kLow>(value, random)};
-  } else {
-    return narrow<T>(value);
-  }
-}
-
 /// The random bits of elements from one on.
 __device__ inline RandomWalk random_walk(const RoundingIndex& at, uint32_t state, int64_t element) {
   const int64_t row = quotient(element, at.run);

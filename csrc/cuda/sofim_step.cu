@@ -1,4 +1,4 @@
-#include "step.cuh"
+#include "step_rounding.cuh"
 
 // The SOFIM update in two passes: 24 bytes a parameter in float32 in direction momentum, 18 with moments in 16 bits, of which the second pass finds
 // some in the L2 cache, and 28 in direction gradient. Between the passes a small kernel makes of the first one's dot
@@ -82,18 +82,19 @@ struct Momentum {
 };
 
 /// The first pass over a chunk: moments go on, but for those that would not be finite, and are multiplied.
-template <class T, class M>
+template <class T, class M, class Integers>
 struct Advance {
   using A = Accumulator<T>;
 
   Momentum<A> momentum;
+  Integers integers;
   bool along_gradient;
   double square;
   double product;
   int left_out;
 
   template <int N, int kCount>
-  __device__ void take(const Elements<T, T, M>& elements, int stride, int64_t) {
+  __device__ void take(const Elements<T, T, M>& elements, int stride, int64_t at) {
     Pack<T, N> g[kCount], w[kCount] = {};
     Pack<M, N> m[kCount];
 #pragma unroll
@@ -104,17 +105,18 @@ struct Advance {
     }
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
+      auto random = integers.from(at + k * stride);
 #pragma unroll
-      for (int i = 0; i < N; ++i) advance(m[k].at[i], momentum.gradient(g[k].at[i], w[k].at[i]));
+      for (int i = 0; i < N; ++i) advance(m[k].at[i], momentum.gradient(g[k].at[i], w[k].at[i]), random.next());
       store_pack<N>(elements.moment + k * stride, m[k]);
     }
   }
 
  private:
-  __device__ void advance(M& moment, A g) {
+  __device__ void advance(M& moment, A g, uint32_t random) {
     const A next = momentum.advance(widen(moment), g);
     const bool counts = is_finite(next);
-    if (counts) moment = narrow<M>(next);
+    if (counts) moment = kIsRandom<Integers> ? narrow_at_random<true, M>(next, random) : narrow<M>(next);
     // In float64: squares of what float32 holds fit. Zeros change no sum.
     const double factor = counts ? widen(moment) : 0;
     square = fma(factor, factor, square);
@@ -126,11 +128,12 @@ struct Advance {
 /// The second pass over a chunk. Where the first one left elements out they show by their gradients, as their moments
 /// have not changed. (One that has cannot overflow now, between itself and g, unless both are within rounding of the
 /// largest number.)
-template <class T, class M>
+template <class T, class M, class Integers>
 struct Descend {
   using A = Accumulator<T>;
 
   Momentum<A> momentum;
+  Integers integers;
   A along_moment;
   A along_gradient;
   A rate;
@@ -138,8 +141,9 @@ struct Descend {
   bool goes_along_gradient;
   bool some_were_left_out;
 
-  __device__ Descend(const Shared& shared, const Entry& entry, int64_t chunk)
+  __device__ Descend(const Shared& shared, const Entry& entry, int64_t chunk, const Integers& integers_)
       : momentum(shared, entry),
+        integers(integers_),
         along_moment(static_cast<A>(shared.solutions[entry.index].along_moment)),
         along_gradient(static_cast<A>(shared.solutions[entry.index].along_gradient)),
         rate(static_cast<A>(shared.solutions[entry.index].lr)),
@@ -148,7 +152,7 @@ struct Descend {
         some_were_left_out(shared.sums[entry.first_chunk + chunk].left_out > 0) {}
 
   template <int N, int kCount>
-  __device__ void take(const Elements<T, T, M>& elements, int stride, int64_t) {
+  __device__ void take(const Elements<T, T, M>& elements, int stride, int64_t at) {
     const bool reads_gradients = goes_along_gradient || some_were_left_out;
     Pack<T, N> w[kCount], g[kCount] = {};
     Pack<M, N> m[kCount];
@@ -160,23 +164,24 @@ struct Descend {
     }
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
+      auto random = integers.from(at + k * stride);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        descend(w[k].at[i], momentum.gradient(g[k].at[i], w[k].at[i]), widen(m[k].at[i]));
+        descend(w[k].at[i], momentum.gradient(g[k].at[i], w[k].at[i]), widen(m[k].at[i]), random.next());
       }
       store_pack<N>(elements.parameter + k * stride, w[k]);
     }
   }
 
  private:
-  __device__ void descend(T& parameter, A g, A moment) const {
+  __device__ void descend(T& parameter, A g, A moment, uint32_t random) const {
     if (some_were_left_out && !is_finite(momentum.advance(moment, g))) return;
     const A w = widen(parameter);
     A change = rounded_product(along_moment, moment);
     if (goes_along_gradient) change = fma(along_gradient, g, change);
     // Not even a NaN of the parameter gets into the change where there is no decay.
     if (decay != 0) change = fma(rate, rounded_product(decay, w), change);
-    parameter = narrow<T>(w - change);
+    parameter = kIsRandom<Integers> ? narrow_at_random<false, T>(w - change, random) : narrow<T>(w - change);
   }
 
   /// One that is not fused with what follows.
@@ -207,7 +212,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const int i = table.tensor_of(blockIdx.x);
   const Entry& entry = table.entries[i];
   const int64_t chunk = blockIdx.x - table.start[i];
-  Advance<typename Traits::T, typename Traits::M> advance{{shared, entry}, shared.along_gradient, 0, 0, 0};
+  const auto integers = integers_of<cuda::Entry>(entry, chunk * kChunk, 1);  // of the step that is counted in between
+  Advance<typename Traits::T, typename Traits::M, std::remove_const_t<decltype(integers)>> advance{
+      {shared, entry}, integers, shared.along_gradient, 0, 0, 0};
   walk<Traits>(entry, chunk * kChunk, advance);
   const Sums sums = shared_memory<SumsOfWarps<Traits::kWarps>>().add(
       {advance.square, advance.product, advance.left_out}, shared.along_gradient);
@@ -226,7 +233,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const int i = table.tensor_of(block);
   const Entry& entry = table.entries[i];
   const int64_t chunk = block - table.start[i];
-  Descend<typename Traits::T, typename Traits::M> descend(shared, entry, chunk);
+  const auto integers = integers_of<cuda::Entry>(entry, chunk * kChunk);
+  Descend<typename Traits::T, typename Traits::M, std::remove_const_t<decltype(integers)>> descend(shared, entry, chunk,
+                                                                                                  integers);
   walk<Traits>(entry, chunk * kChunk, descend);
 }
 
@@ -346,20 +355,25 @@ __global__ void __launch_bounds__(kSolveThreads) solve_kernel(const __grid_const
 
 }  // namespace solving
 
-/// Queues one of the passes over all parameters of two dtypes, on a kernel for each kind of entry.
-template <class Contiguous, class Strided>
-void queue(Contiguous contiguous, Strided strided, size_t shared_bytes, const SofimStep& arguments,
-           const Geometries<SofimParameter>& geometries, const Shared& shared, const StepDTypes& dtypes,
-           const Stream& stream) {
-  StepWriter<Entry, Shared> writer(kName, contiguous, strided, AdvanceTraits<float, float>::kThreads, shared_bytes, stream,
+/// Queues one of the passes over all parameters of two dtypes that round alike, on a kernel for each kind of entry.
+template <class Entry, class T, class M>
+void queue(void (*contiguous)(Table<Entry, Shared>), void (*strided)(Table<StridedEntry<Entry>, Shared>),
+           size_t shared_bytes, const SofimStep& arguments, const Geometries<SofimParameter>& geometries,
+           const Shared& shared, const StepDTypes& dtypes, const Stream& stream) {
+  StepWriter<Entry, Shared> writer(kName, contiguous, strided, AdvanceTraits<T, M>::kThreads, shared_bytes, stream,
                                    shared);
+  constexpr bool kRandom = kIsRandomEntry<Entry, cuda::Entry>;
   int64_t first_chunk = 0;
   for (int64_t i = 0; i < arguments.count; ++i) {
     const SofimParameter& p = arguments.parameters[i];
-    if (p.dtype == dtypes.parameter && p.moment_dtype == dtypes.moment) {
+    if (p.dtype == dtypes.parameter && p.moment_dtype == dtypes.moment &&
+        kRandom == (p.rounding.random && kIsShort<T, M>)) {
       const double weight_decay = p.decay == WeightDecay::coupled ? p.weight_decay : 0;
-      writer.add({{p.parameter.data, p.gradient.data, p.moment.data, p.size}, weight_decay, first_chunk, i},
-                 geometries[i]);
+      Entry entry;
+      static_cast<cuda::Entry&>(entry) = {
+          {p.parameter.data, p.gradient.data, p.moment.data, p.size}, weight_decay, first_chunk, i};
+      if constexpr (kRandom) set_rounding(entry, p);
+      writer.add(entry, geometries[i]);
     }
     first_chunk += chunks(p.size);
   }
@@ -392,26 +406,38 @@ void sofim_step_(const SofimStep& arguments, const Stream& stream) {
   const Scratch solved(stream, sizeof(unsigned));
   const Shared shared{arguments.gradient_scale, arguments.beta,           arguments.along_gradient,
                       sums.as<Sums>(),          solutions.as<Solution>(), solved.as<unsigned>()};
-  for (const StepDTypes& dtypes : kStepDTypes) {
-    for_types(dtypes.parameter, dtypes.moment, [&](auto type, auto moment_type) {
-      using Traits = AdvanceTraits<typename decltype(type)::type, typename decltype(moment_type)::type>;
-      queue(advance_kernel<Traits, Entry>, advance_kernel<Traits, StridedEntry<Entry>>,
-            sizeof(SumsOfWarps<Traits::kWarps>), arguments, geometries, shared, dtypes, stream);
-    });
-  }
+  const auto for_entries = [&](const auto& pass) {
+    for (const StepDTypes& dtypes : kStepDTypes) {
+      for_types(dtypes.parameter, dtypes.moment, [&](auto type, auto moment_type) {
+        using T = typename decltype(type)::type;
+        using M = typename decltype(moment_type)::type;
+        pass(type, moment_type, Type<Entry>(), dtypes);
+        if constexpr (kIsShort<T, M>) pass(type, moment_type, Type<RandomEntry<Entry>>(), dtypes);
+      });
+    }
+  };
+  for_entries([&](auto type, auto moment_type, auto entry_type, const StepDTypes& dtypes) {
+    using T = typename decltype(type)::type;
+    using M = typename decltype(moment_type)::type;
+    using E = typename decltype(entry_type)::type;
+    using Traits = AdvanceTraits<T, M>;
+    queue<E, T, M>(advance_kernel<Traits, E>, advance_kernel<Traits, StridedEntry<E>>,
+                   sizeof(SumsOfWarps<Traits::kWarps>), arguments, geometries, shared, dtypes, stream);
+  });
   // Nobody waits for all where there is one, or where the first pass had nothing to do.
   const bool by_parameter = arguments.by_parameter || arguments.count == 1 || all_chunks == 0;
   solve(arguments,
         {arguments.gradient_scale, arguments.beta, arguments.rho, arguments.along_gradient, by_parameter,
          arguments.count, shared.sums, shared.solutions, shared.solved, arguments.skipped, arguments.squares},
         stream);
-  for (const StepDTypes& dtypes : kStepDTypes) {
-    for_types(dtypes.parameter, dtypes.moment, [&](auto type, auto moment_type) {
-      using Traits = DescendTraits<typename decltype(type)::type, typename decltype(moment_type)::type>;
-      queue(descend_kernel<Traits, Entry>, descend_kernel<Traits, StridedEntry<Entry>>, 0, arguments, geometries,
-            shared, dtypes, stream);
-    });
-  }
+  for_entries([&](auto type, auto moment_type, auto entry_type, const StepDTypes& dtypes) {
+    using T = typename decltype(type)::type;
+    using M = typename decltype(moment_type)::type;
+    using E = typename decltype(entry_type)::type;
+    using Traits = DescendTraits<T, M>;
+    queue<E, T, M>(descend_kernel<Traits, E>, descend_kernel<Traits, StridedEntry<E>>, 0, arguments, geometries, shared,
+                   dtypes, stream);
+  });
 }
 
 }  // namespace fisher_kernels::cuda

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -28,7 +29,7 @@ struct SofimLists {
 };
 
 /// Parameter i of the lists, but for its coefficients.
-SofimParameter read_parameter(const SofimLists& lists, py::ssize_t i) {
+SofimParameter read_parameter(const SofimLists& lists, py::ssize_t i, const StepRounding& rounding) {
   const Call& call = lists.call;
   const Argument param_argument{call, "params", i};
   const TensorView param = read_written(lists.params[i], param_argument);
@@ -41,7 +42,10 @@ SofimParameter read_parameter(const SofimLists& lists, py::ssize_t i) {
   parameter.parameter = strided(param);
   parameter.gradient = strided(grad);
   parameter.moment = strided(exp_avg);
-  walk_as_they_lie({{param, parameter.parameter}, {grad, parameter.gradient}, {exp_avg, parameter.moment}});
+  parameter.rounding = rounding;
+  if (!rounding.random) {  // whose integers are those of places in row-major order
+    walk_as_they_lie({{param, parameter.parameter}, {grad, parameter.gradient}, {exp_avg, parameter.moment}});
+  }
   parameter.size = param.numel();
   parameter.dtype = param.dtype;
   parameter.moment_dtype = exp_avg.dtype;
@@ -51,7 +55,8 @@ SofimParameter read_parameter(const SofimLists& lists, py::ssize_t i) {
 void sofim_step_(py::handle params, py::handle grads, py::handle exp_avgs, py::handle steps, py::handle lr, double beta,
                  double rho, const std::string& direction, const std::string& scope,
                  const std::vector<double>& weight_decay, bool decoupled, bool maximize, py::handle grad_scale,
-                 py::handle found_inf, py::handle skipped_object, py::handle squares_object, const Place& place) {
+                 py::handle found_inf, const std::optional<std::vector<int64_t>>& rounding, py::handle skipped_object,
+                 py::handle squares_object, const Place& place) {
   const Call call("sofim_step_", place);
   const SofimLists lists(call, params, grads, exp_avgs, steps);
   const py::ssize_t count = lists.params.size();
@@ -63,6 +68,7 @@ void sofim_step_(py::handle params, py::handle grads, py::handle exp_avgs, py::h
   const auto decays = static_cast<py::ssize_t>(weight_decay.size());
   check_one_or_each(call, decays, count, "weight_decay");
   for (py::ssize_t i = 0; i < decays; ++i) check_coefficient(weight_decay[i], {call, "weight_decay", i});
+  const Roundings roundings(call, rounding, count);
   const GradientScale gradient_scale = read_gradient_scale(grad_scale, found_inf, maximize, call);
   auto* const skipped = read_output<int64_t>(skipped_object, DType::int64, {count}, {call, "skipped"});
   auto* const squares = read_output<double>(squares_object, DType::float64, {count}, {call, "squares"});
@@ -70,7 +76,7 @@ void sofim_step_(py::handle params, py::handle grads, py::handle exp_avgs, py::h
   std::vector<SofimParameter> parameters;
   parameters.reserve(count);
   for (py::ssize_t i = 0; i < count; ++i) {
-    SofimParameter parameter = read_parameter(lists, i);
+    SofimParameter parameter = read_parameter(lists, i, roundings[i]);
     parameter.step = read_step(lists.steps[i], {call, "steps", i});
     parameter.lr = rates[rates.size() == 1 ? 0 : i];
     parameter.weight_decay = weight_decay[decays == 1 ? 0 : i];
@@ -84,7 +90,10 @@ void sofim_step_(py::handle params, py::handle grads, py::handle exp_avgs, py::h
     std::fill_n(squares, count, 0.0);
     if (gradient_scale.found_inf.value != 0.0) return;
     BiasCorrection bias_correction(beta);
-    for (SofimParameter& parameter : parameters) parameter.correction = bias_correction(++*parameter.step);
+    for (SofimParameter& parameter : parameters) {
+      parameter.correction = bias_correction(++*parameter.step);
+      parameter.rounding.state = absorb(parameter.rounding.base, static_cast<uint32_t>(*parameter.step));
+    }
   }
   const py::gil_scoped_release release;
   run(call, SofimStep{parameters.data(), count, skipped, squares, beta, rho, along_gradient, by_parameter, gradient_scale,

@@ -12,6 +12,7 @@ from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import Native
 from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define, device_of
+from fisher_kernels.ops._rounding import Rounder, Rounding, check_roundings, numbers_of_roundings
 from fisher_kernels.ops._step import (
     as_moment,
     check_count,
@@ -56,6 +57,7 @@ class _Step(NamedTuple):
     maximize: bool
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    rounding: Sequence[int] | None = None
 
     def check_numbers(self) -> None:
         if not 0 <= self.beta < 1:
@@ -74,6 +76,7 @@ class _Step(NamedTuple):
 
     def check_lists(self) -> None:
         check_lengths(_OP, self.params, {"grads": self.grads, "exp_avgs": self.exp_avgs, "steps": self.steps})
+        check_roundings(_OP, self.rounding, len(self.params))
         device = device_of(self.params)
         for i, (p, g, m, t) in enumerate(zip(*self[:4], strict=True)):
             check_floating(_OP, f"params[{i}]", p.dtype)
@@ -118,7 +121,7 @@ def _reference(s: _Step) -> tuple[Tensor, Tensor]:
     products = torch.zeros_like(squares)  # of corrected moments and gradients
     if s.found_inf is not None and bool(s.found_inf):
         return skipped, squares
-    gradients, corrections, finites = [], [], []
+    gradients, corrections, finites, rounders = [], [], [], []
     for i, (w, g, m, t, decay) in enumerate(zip(*s[:4], decays, strict=True)):
         t += 1
         dtype = ACCUMULATOR[w.dtype]
@@ -131,7 +134,10 @@ def _reference(s: _Step) -> tuple[Tensor, Tensor]:
             g = g + decay * w.to(dtype)
         moment = s.beta * m.to(dtype) + (1 - s.beta) * g
         finite = moment.isfinite()
-        m.copy_(torch.where(finite, as_moment(moment, m.dtype), m))
+        rounder = None if s.rounding is None else Rounder(w, s.rounding[4 * i : 4 * i + 4], int(t))
+        rounders.append(rounder)
+        kept = as_moment(moment, m.dtype) if rounder is None else rounder.round(moment, m.dtype, low=True)
+        m.copy_(torch.where(finite, kept, m))
         # Scalars and dot products in float64: only the elementwise work is in this dtype.
         correction = 1 - s.beta ** t.double().reshape(())
         taken, along = m[finite].double(), g[finite].double()
@@ -152,7 +158,9 @@ def _reference(s: _Step) -> tuple[Tensor, Tensor]:
         if decay and s.decoupled:
             step = step + decay * wide
         updated = wide - rates[i].to(m.device, dtype).reshape(()) * step
-        w.copy_(torch.where(finites[i], updated.to(w.dtype), w))
+        rounder = rounders[i]
+        moved = updated.to(w.dtype) if rounder is None else rounder.round(updated, w.dtype, low=False)
+        w.copy_(torch.where(finites[i], moved, w))
     return skipped, squares
 
 
@@ -193,7 +201,7 @@ def _triton(s: _Step) -> tuple[Tensor, Tensor]:
 _step = define(
     "sofim_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] steps, *, Tensor[] lr, "
     "float beta, float rho, str direction, str scope, float[] weight_decay, bool decoupled, bool maximize, "
-    "Tensor? grad_scale=None, Tensor? found_inf=None) -> (Tensor, Tensor)",
+    "Tensor? grad_scale=None, Tensor? found_inf=None, int[]? rounding=None) -> (Tensor, Tensor)",
     arguments=_Step,
     fake=_fake,
     reference=_reference,
@@ -218,6 +226,7 @@ def sofim_step_(
     maximize: bool = False,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    rounding: Sequence[Rounding] | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""One SOFIM step of a list of parameters, in place: two passes over memory, a dot product between them.
 
@@ -250,7 +259,7 @@ def sofim_step_(
             is in the list twice, or begins where another does, is refused, as it is of what else is written.
         grads: of the shapes and dtypes of params.
         exp_avgs: first moments m of the shapes of params; float64 for float64 parameters, else float32 or bfloat16.
-            One in bfloat16 is rounded to nearest, and the step takes m as it is then.
+            One in bfloat16 is rounded, and the step takes m as it is then.
         steps: number of steps t taken so far, one float32 element for each parameter.
         lr: learning rate, finite and at least 0: a real number or a tensor of one element, or one for each parameter.
         beta: decay of the moment, 0 <= beta < 1.
@@ -262,6 +271,8 @@ def sofim_step_(
         maximize: ascend rather than descend.
         grad_scale: one element by which gradients are divided, or None.
         found_inf: one element; the whole call does nothing where it is not 0.
+        rounding: for each parameter, by which random integers it and its moment are rounded where they are bfloat16,
+            the parameter by the upper halves of those of step t, the moment by the lower ones; None rounds to nearest.
 
     Returns:
         int64 (len(params),): how many elements of each parameter were skipped, and float64 (len(params),): what each
@@ -276,7 +287,7 @@ def sofim_step_(
             list(params), list(grads), list(exp_avgs), list(steps),
             lr=rates_of(_OP, lr), beta=beta, rho=rho, direction=direction, scope=scope,
             weight_decay=numbers_of(_OP, "weight_decay", weight_decay), decoupled=decoupled, maximize=maximize,
-            grad_scale=grad_scale, found_inf=found_inf,
+            grad_scale=grad_scale, found_inf=found_inf, rounding=numbers_of_roundings(rounding, params),
         )  # fmt: skip
     except TypeError:
         check_lists(_OP, dict(zip(_Step._fields, (params, grads, exp_avgs, steps), strict=False)))
