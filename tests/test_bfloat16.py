@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from fisher_kernels import AdaFisher, AdaFisherW
+from fisher_kernels import SOFIM, AdaFisher, AdaFisherW
 from fisher_kernels.ops import stochastic_round
 from fisher_kernels.optim.row_pieces import index_of
 from tests.comparison import assert_same_bits
@@ -42,9 +43,23 @@ def parameters(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def trained(**settings: Any) -> Tensor:
+Make = Callable[..., torch.optim.Optimizer]
+
+
+def adafisher(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+    return AdaFisherW(model, **{**ROUNDED, **settings})
+
+
+def sofim(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+    return SOFIM(model.parameters(), **{**ROUNDED, "lr": 0.1, **settings})
+
+
+each = pytest.mark.parametrize("make", [adafisher, sofim])
+
+
+def trained(make: Make, **settings: Any) -> Tensor:
     model = network()
-    train(model, AdaFisherW(model, **{**ROUNDED, **settings}), range(4))
+    train(model, make(model, **settings), range(4))
     return parameters(model)
 
 
@@ -68,15 +83,16 @@ def test_small_steps_are_made_on_average() -> None:
     assert means[True] == pytest.approx(-100 * 2.0**-17, abs=4 * (100 * 2.0**-24) ** 0.5 / 100)
 
 
-def test_resumes_bit_for_bit() -> None:
+@each
+def test_resumes_bit_for_bit(make: Make) -> None:
     model = network()
-    optimizer = AdaFisherW(model, **ROUNDED)
+    optimizer = make(model)
     train(model, optimizer, range(2))
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
     other = copy.deepcopy(model)
-    resumed = AdaFisherW(other, **ROUNDED)
+    resumed = make(other)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     train(model, optimizer, range(2, 4))
     train(other, resumed, range(2, 4))
@@ -84,17 +100,19 @@ def test_resumes_bit_for_bit() -> None:
     assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {torch.bfloat16}
 
 
-def test_seeds_differ_and_torch_has_no_say() -> None:
-    first = trained()
+@each
+def test_seeds_differ_and_torch_has_no_say(make: Make) -> None:
+    first = trained(make)
     torch.rand(7)
-    assert_same_bits(trained(), first)
-    assert bool((trained(seed=1) != first).any())
-    assert bool((trained(stochastic_rounding=False) != first).any())
+    assert_same_bits(trained(make), first)
+    assert bool((trained(make, seed=1) != first).any())
+    assert bool((trained(make, stochastic_rounding=False) != first).any())
 
 
-def test_it_may_begin_in_mid_run() -> None:
+@each
+def test_it_may_begin_in_mid_run(make: Make) -> None:
     model = network()
-    optimizer = AdaFisherW(model, lr=1e-3)
+    optimizer = make(model, moment_dtype=None, stochastic_rounding=False)
     train(model, optimizer, range(2))
     optimizer.param_groups[0]["stochastic_rounding"] = True
     train(model, optimizer, range(2, 4))
@@ -129,22 +147,25 @@ def test_where_parts_of_a_parameter_lie_in_it() -> None:
     assert index_of(torch.empty(()), ()) == (0, 1, 1)
 
 
-def test_sharded_parameters_have_the_integers_of_whole_ones() -> None:
+@each
+def test_sharded_parameters_have_the_integers_of_whole_ones(make: Make) -> None:
     """In one process, where all sums are the same to the bit; the path is that of many."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         model = network()
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-        train(model, AdaFisherW(model, **ROUNDED), range(4))
+        train(model, make(model), range(4))
         found = torch.cat([p.detach().full_tensor().flatten() for p in model.parameters()])  # type: ignore[attr-defined]
     finally:
         dist.destroy_process_group()
-    assert_same_bits(found, trained())
+    assert_same_bits(found, trained(make))
 
 
 def test_nothing_in_bfloat16_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"stochastic_rounding is True, and nothing is in bfloat16.*torch.float32"):
         AdaFisher(nn.Linear(3, 2), stochastic_rounding=True)
+    with pytest.raises(ValueError, match="nothing is in bfloat16"):
+        SOFIM(nn.Linear(3, 2).parameters(), stochastic_rounding=True)
     AdaFisher(nn.Linear(3, 2), stochastic_rounding=True, moment_dtype=torch.bfloat16)
 
 

@@ -23,13 +23,7 @@ from fisher_kernels.curvature.sites import Layer
 from fisher_kernels.ops import ACCUMULATOR, Rounding, adafisher_step_
 from fisher_kernels.optim.base import Batch, FisherOptimizer, Plan, count, require_memory, totals
 from fisher_kernels.optim.diagonal_factors import VARIANTS, DiagonalFactors, Place
-from fisher_kernels.optim.hyperparameters import (
-    require_bools,
-    require_choice,
-    require_counts,
-    require_numbers,
-    require_seed,
-)
+from fisher_kernels.optim.hyperparameters import require_choice, require_counts, require_numbers
 from fisher_kernels.optim.layerwise import LayerwiseOptimizer
 from fisher_kernels.optim.row_pieces import pieces_of
 from fisher_kernels.optim.shares import whole
@@ -166,8 +160,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
         if group["fallback_curvature"] is not None and not 0 < group["fallback_curvature"] < math.inf:
             raise ValueError(f"fallback_curvature is {group['fallback_curvature']}, expected a positive number or None")
         require_counts(group, ("update_interval",))
-        require_bools(group, ("stochastic_rounding",))
-        require_seed(group)
+        self._check_rounding(group)
         for name in ("beta", "gamma"):
             if not 0 <= group[name] < 1:
                 raise ValueError(f"{name} is {group[name]}, expected 0 <= {name} < 1")
@@ -177,16 +170,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
 
     def _check_params(self, group: dict[str, Any]) -> None:
         super()._check_params(group)
-        dtypes = {p.dtype for p in group["params"]}
-        if (
-            group.get("stochastic_rounding") is True
-            and group.get("moment_dtype") is None
-            and torch.bfloat16 not in dtypes
-        ):
-            raise ValueError(
-                "stochastic_rounding is True, and nothing is in bfloat16: parameters are in "
-                f"{', '.join(sorted(map(str, dtypes)))} and moment_dtype is None"
-            )
+        self._check_something_is_rounded(group)
 
     # Layers.
 
@@ -271,13 +255,6 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
                     rounding=rounding,
                 )
                 count(self._skipped, numbers, skipped)
-
-    def _ordinal(self, p: Parameter) -> Tensor:
-        """The number of a parameter in the model, by which its random integers differ from those of others."""
-        state = self.state[p]
-        if "ordinal" not in state:
-            state["ordinal"] = torch.tensor(self._numbers[p], dtype=torch.int64, device=p.device)
-        return state["ordinal"]
 
     def _key(self, group: dict[str, Any]) -> object:
         """What a plan depends on beside gradients."""

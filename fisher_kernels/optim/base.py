@@ -21,7 +21,7 @@ from torch.optim.optimizer import ParamsT
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.ops._arguments import lacks_memory
 from fisher_kernels.optim.caller import is_within
-from fisher_kernels.optim.hyperparameters import require_bools, require_moment_dtype, require_numbers
+from fisher_kernels.optim.hyperparameters import require_bools, require_moment_dtype, require_numbers, require_seed
 from fisher_kernels.optim.shares import divider, is_flattened, local
 from fisher_kernels.optim.warn import warn
 
@@ -297,6 +297,28 @@ class FisherOptimizer(Optimizer):
                         "optimizer.load_state_dict(optimizer.state_dict())"
                     )
                 return
+
+    def _check_rounding(self, group: dict[str, Any]) -> None:
+        """Check ``stochastic_rounding`` and ``seed`` of a group of an optimizer that has them."""
+        require_bools(group, ("stochastic_rounding",))
+        require_seed(group)
+
+    def _check_something_is_rounded(self, group: dict[str, Any]) -> None:
+        """Refuse random rounding where nothing is in bfloat16."""
+        dtypes, rounded = {p.dtype for p in group["params"]}, group.get("stochastic_rounding") is True
+        if rounded and group.get("moment_dtype") is None and torch.bfloat16 not in dtypes:
+            raise ValueError(
+                "stochastic_rounding is True, and nothing is in bfloat16: parameters are in "
+                f"{', '.join(sorted(map(str, dtypes)))} and moment_dtype is None"
+            )
+
+    def _ordinal(self, p: Parameter) -> Tensor:
+        """The number of a parameter in the model, by which its random integers differ from those of others."""
+        state = self.state[p]
+        if "ordinal" not in state:
+            number = next(i for i, q in enumerate(self._groups) if q is p)
+            state["ordinal"] = torch.tensor(number, dtype=torch.int64, device=p.device)
+        return state["ordinal"]
 
     def _with_gradients(self) -> list[tuple[dict[str, Any], Parameter]]:
         """The parameters that this step updates, with their groups; refused if one has a sparse gradient."""

@@ -37,6 +37,11 @@ def index_of(p: Tensor, own: Sequence[slice]) -> Index:
     return Index(own[0].start * pitch + columns.start * inner, max((columns.stop - columns.start) * inner, 1), pitch)
 
 
+def own_slices(p: Tensor) -> tuple[slice, ...]:
+    """The part of a parameter that this process has, which is all of one that is not divided."""
+    return part(p) if is_distributed(p) else tuple(slice(0, n) for n in p.shape)
+
+
 class Piece(NamedTuple):
     """Rows of a parameter that have one vector of column factors: what a step reads and writes, and the factors."""
 
@@ -52,7 +57,7 @@ def pieces_of(number: int, p: Tensor, gradient: Tensor, state: Mapping[str, Tens
     if not tensors[0].numel():
         yield Piece(number, (*tensors, state["step"]), (None, None), Index(0, 1, 1))
         return
-    own = part(p) if is_distributed(p) else tuple(slice(0, n) for n in p.shape)
+    own = own_slices(p)
     first, last = (own[0].start, own[0].stop) if own else (0, 1)
     index = index_of(p, own)
     row, column = place
