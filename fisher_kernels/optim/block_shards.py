@@ -123,7 +123,7 @@ def _directions(
 def _portions(
     params: Sequence[Any], inverses: Sequence[Tensor | None], by_rows: Collection[int]
 ) -> Iterator[Sequence[int]]:
-    """Numbers of parameters of which all is gathered at a time, a bias with its weight, after those that need not be."""
+    """Numbers of parameters that are gathered at a time, a bias with its weight; first those that need not be."""
     if by_rows:
         yield sorted(by_rows)
     some: list[int] = []

@@ -227,8 +227,10 @@ class FisherBlocks(Renewal[Part]):
 
     def share_of(self, p: Parameter) -> str:
         """How many of the blocks of a parameter are here, in words, if they are divided."""
-        found = [part.shards for part in self.parts if part.shards is not None and any(p is q for q in part.params)]
-        return f", {found[0].count:,} of them in this process" if found else ""
+        for part in self.parts:
+            if part.shards is not None and self._acts(part, p) and any(p is q for q in part.params):
+                return f", {part.shards.count:,} of them in this process"
+        return ""
 
     def _acts(self, part: Part, p: Parameter) -> bool:
         """Whether a parameter is stepped with a part."""

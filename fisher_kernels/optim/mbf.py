@@ -29,7 +29,7 @@ from fisher_kernels.ops import ACCUMULATOR, mbf_step_
 from fisher_kernels.ops._blocks import unpack
 from fisher_kernels.optim.base import Counters, count, require_memory, totals
 from fisher_kernels.optim.block_shards import Settings, step_shards
-from fisher_kernels.optim.fisher_blocks import ASIDE, BLOCK_STATE, STORAGES, FisherBlocks, New, Unit
+from fisher_kernels.optim.fisher_blocks import ASIDE, BLOCK_STATE, STORAGES, FisherBlocks, New, Part, Unit
 from fisher_kernels.optim.floors import FLOOR, fan_ins
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
 from fisher_kernels.optim.inverse_sharing import EVERY_RANK
@@ -86,6 +86,8 @@ class MBF(Measured, SampledLabels[BlockRule]):
     State of a weight: ``momentum_buffer``, ``fisher_blocks`` (count, n, n), ``inverse_blocks`` (the same, or stored
     smaller) and ``fisher_updates``. Before there are statistics the inverse is the identity. A block that is not
     positive definite with its damping keeps the inverse it has, is counted in :meth:`metrics` and warned of once.
+    Where ``fully_shard`` divides parameters, blocks that belong to rows, all but the shared ones of Linear layers, are
+    in the process that has the rows.
 
     Args:
         model: its layers are read through hooks; ``close()`` removes them. Inputs of layers are kept until the backward
@@ -138,8 +140,9 @@ class MBF(Measured, SampledLabels[BlockRule]):
         inverse_storage: ``"full"``; ``"packed"``, one triangle of each block that is not shared; ``"bfloat16"``.
         capturable: on a GPU, keep new statistics at fixed addresses, so that a CUDA graph can capture a step that takes
             them; it costs a copy of them and their memory. Other steps can be captured without it.
-        process_group: over which statistics are added up, one all-reduce a refresh; None takes the processes of the
-            mesh of sharded parameters, or those of the DistributedDataParallel that averages the gradients.
+        process_group: over which statistics are added up, one all-reduce a refresh, and one reduce-scatter of blocks
+            that are divided; None takes the processes of the mesh of sharded parameters, or those of the
+            DistributedDataParallel that averages the gradients.
         fallback: ``"warn"`` of parameters that no layer rule serves, or ``"error"``: refuse to start, or to go on,
             training them.
         rules: class of a layer -> the name of the operation it computes, ``"rms_norm"`` for example, or a function that
@@ -721,14 +724,17 @@ class _Plan:
 
 
 def _agreed(new: Sequence[New]) -> Iterator[New]:
-    """The same, where processes have rows of squares as they have those of other sums: all finite, or none."""
+    """The same, where blocks are divided with NaN in place of what any process has something beside that is not finite.
+
+    So all refuse the same, as of sums that are scattered.
+    """
     divided = {part: vector for part, vector, _, _ in new if part.shards is not None}
-    flags = dict.fromkeys(divided, torch.zeros(()))
+    flags: dict[Part, Tensor] = {}
     if divided:
         here = torch.cat([flag(vector).double() for vector in divided.values()])
         flags = dict(zip(divided, over_processes([part.owner for part in divided], here), strict=True))
     for part, vector, divisor, samples in new:
-        if part in divided:
+        if part in flags:
             vector = flagged(vector if vector.numel() else vector.new_zeros(1), flags[part])
         yield part, vector, divisor, samples
 
