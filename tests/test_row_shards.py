@@ -19,9 +19,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from fisher_kernels import MBF
+from fisher_kernels.curvature.scattered import flag, flagged
 from fisher_kernels.tools.plan import Mesh, plan
 from tests.collectives import Collectives, watched
 from tests.shards import assert_close, making, sharded, whole
@@ -254,6 +257,18 @@ def test_states_of_one_process_are_loaded() -> None:
                 assert torch.equal(found[name][key], value), (name, key)
 
 
+def test_blocks_of_another_model_are_refused() -> None:
+    def work(rank: int) -> None:
+        model, optimizer = made("2")
+        train(model, optimizer, rank, "2", range(1))
+        state = optimizer.state_dict()
+        state["state"][0]["fisher_blocks"] = torch.zeros(13, 9, 9)
+        with pytest.raises(ValueError, match="has 13 blocks of a weight, expected 14: it is that of another model"):
+            optimizer.load_state_dict(state)
+
+    on("2", work)
+
+
 def poisoned(rank: int, mesh: str) -> tuple[list[Tensor], list[float], dict[str, dict[str, float]]]:
     """One process has a number in the first row of each sum, or of a gradient, that is not finite."""
     model, optimizer = made(mesh, lr=1e-3)
@@ -285,6 +300,17 @@ def test_what_is_not_finite_in_one_row_is_left_out_of_all(mesh: str) -> None:
         assert counts == updates
         for name, row in figures.items():
             assert metrics[name] == pytest.approx(row, rel=1e-7)
+
+
+def test_what_a_mean_may_make_infinite_is_not_finite() -> None:
+    """Who has the largest number would refuse it, and others would not."""
+    for dtype in (torch.float32, torch.float64):
+        largest = torch.finfo(dtype).max
+        for value, is_finite in ((largest, False), (-math.inf, False), (math.nan, False), (largest * 2.0**-33, True)):
+            rows = torch.tensor([0.0, value], dtype=dtype)
+            assert bool(flag(rows) == 0) == is_finite
+            assert bool(flagged(torch.ones(2), flag(rows)).isfinite().all()) == is_finite
+    assert bool(flag(torch.zeros(0)) == 0)
 
 
 def bad(rank: int, mesh: str) -> tuple[list[Tensor], dict[str, dict[str, float]]]:
@@ -336,9 +362,6 @@ def test_another_process_group_has_all_blocks_everywhere() -> None:
     """Gradients are averaged by hand over two shards, of two processes each, that make no mesh of their own."""
 
     def work(rank: int) -> tuple[tuple[int, ...], bool]:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
         model = network()
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("by hand", "shard"))
         fully_shard(model, mesh=mesh["shard"])

@@ -17,6 +17,9 @@ from torch import Tensor
 
 Key = TypeVar("Key")
 
+ROOM = 2.0**-32
+"""Part of the largest number that sums are to be below: what they are divided by is at least one over the samples."""
+
 
 @dataclass(frozen=True)
 class Division:
@@ -84,8 +87,12 @@ def _shares(x: Tensor, division: Division) -> Tensor:
 
 
 def flag(own: Tensor) -> Tensor:
-    """0 of rows that are finite, else NaN, as one number: a sum of them over processes is 0 where all are."""
-    return torch.where(own.isfinite().all(), 0.0, math.nan).to(own).reshape(1)
+    """0 of rows that are finite, else NaN, as one number: a sum of them over processes is 0 where all are.
+
+    What is so large that it may overflow where it is divided by less than 1, for a mean, counts as not finite.
+    """
+    small = (own.abs() < ROOM * torch.finfo(own.dtype).max).all()
+    return torch.where(small, 0.0, math.nan).to(own).reshape(1)
 
 
 def flagged(own: Tensor, total: Tensor) -> Tensor:

@@ -116,9 +116,11 @@ class RowShards:
         from torch.distributed.tensor import DTensor  # whoever has a mesh has imported it
 
         strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-        return DTensor.from_local(
+        found = DTensor.from_local(
             own, self.mesh, self.placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides)
         )
+        # It puts parts on the device of the mesh, also those of parameters that are kept on the CPU beside a GPU.
+        return found if found.device.type == own.device.type else found.to(own.device)
 
 
 def in_each_row(blocks: Blocks, params: Sequence[Tensor]) -> int | None:
