@@ -49,7 +49,7 @@ class Collectives(TorchDispatchMode):
 
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let calls of ``dist.all_reduce``, and of ``dist.all_gather_single`` by either of its names, be noted."""
+    """Let calls of ``dist.all_reduce`` be noted, and of all-gathers and reduce-scatters by either of their names."""
 
     def noting(name: str, function: Any, given: int) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -60,5 +60,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
         return call
 
     monkeypatch.setattr(dist, "all_reduce", noting("all-reduce", dist.all_reduce, 0))
-    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    monkeypatch.setattr(dist, name, noting("all-gather", getattr(dist, name), 1))
+    for what, *names in (
+        ("all-gather", "all_gather_single", "all_gather_into_tensor"),
+        ("reduce-scatter", "reduce_scatter_single", "reduce_scatter_tensor"),
+    ):
+        name = next(name for name in names if hasattr(dist, name))  # the second one before torch 2.13
+        monkeypatch.setattr(dist, name, noting(what, getattr(dist, name), 1))

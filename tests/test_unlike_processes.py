@@ -26,6 +26,7 @@ WORLD, STEPS, ROWS = 2, 6, 64
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "SOFIM": (lambda model, **made: SOFIM(model.parameters(), **made), SOFIMS["momentum"]),
     **{name: READERS[name] for name in ("AdaFisherW", "MBF", "KFAC", "EKFAC", "EKFACAdam")},
+    "MBF, convolution": READERS["MBF"],
 }
 
 
@@ -34,8 +35,8 @@ class Gated(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.middle, self.last = nn.Linear(6, 9), nn.Linear(9, 9), nn.Linear(9, 3)
-        self.norm = nn.LayerNorm(9)
+        self.first, self.last, self.norm = nn.Linear(6, 9), nn.Linear(9, 3), nn.LayerNorm(9)
+        self.middle: nn.Module = nn.Linear(9, 9)
 
     def forward(self, x: Tensor) -> Tensor:
         h, gate = torch.tanh(self.norm(self.first(x))), x[:, 0] > 0
@@ -45,10 +46,25 @@ class Gated(nn.Module):
         return out
 
 
-def built() -> Gated:
+class Pictures(nn.Module):
+    """A convolution of pictures of 3 x 3 numbers, of which three channels are added up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.convolution(x.view(-1, 1, 3, 3))
+        return out.sum(1).flatten(1)
+
+
+def built(name: str) -> Gated:
     with making:
         torch.manual_seed(0)
-        return Gated().double()
+        model = Gated()
+        if name == "MBF, convolution":
+            model.middle = Pictures()
+        return model.double()
 
 
 def batch(step: int, what: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -83,7 +99,7 @@ def averaged(model: nn.Module) -> None:
 def train(name: str, what: str, rank: int | None = None, shards: bool = False) -> list[Tensor]:
     """The parameters in the end; of one process on all parts if it has no number."""
     make, made = OPTIMIZERS[name]
-    model: nn.Module = built()
+    model: nn.Module = built(name)
     if shards:
         sharded(model)
     elif rank is not None and name != "SOFIM":
@@ -104,7 +120,14 @@ def train(name: str, what: str, rank: int | None = None, shards: bool = False) -
     return whole(model)
 
 
-FAST = {("KFAC", "unused"), ("MBF", "empty"), ("AdaFisherW", "unused"), ("EKFAC", "not finite"), ("SOFIM", "empty")}
+FAST = {
+    ("KFAC", "unused"),
+    ("MBF", "empty"),
+    ("MBF, convolution", "unused"),
+    ("AdaFisherW", "unused"),
+    ("EKFAC", "not finite"),
+    ("SOFIM", "empty"),
+}
 
 
 @pytest.mark.parametrize(

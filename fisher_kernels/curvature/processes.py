@@ -80,6 +80,13 @@ class Processes:
         return dist.get_rank(self.group) if self.group is not None and _is_initialized() else 0
 
     @property
+    def ranks(self) -> frozenset[int]:
+        """Their numbers among all processes."""
+        if self.group is None or not _is_initialized():
+            return frozenset()
+        return frozenset(dist.get_process_group_ranks(self.group))
+
+    @property
     def strangers(self) -> int:
         """How many processes there are of which nobody has said whether they train the same model."""
         known = max(1, len(self.partners))

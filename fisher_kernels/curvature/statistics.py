@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic
 
@@ -36,6 +36,7 @@ from fisher_kernels.curvature.operations import MATRICES
 from fisher_kernels.curvature.processes import Processes
 from fisher_kernels.curvature.proof import Proof, settle
 from fisher_kernels.curvature.rules import R, Sums, Use
+from fisher_kernels.curvature.scattered import Division, flag, flagged, scatter
 from fisher_kernels.curvature.sites import Kept, Layer, Site, rescale, versions_of
 from fisher_kernels.curvature.tap import register
 from fisher_kernels.ops import ACCUMULATOR
@@ -74,6 +75,7 @@ class Statistics(Generic[R]):
         found: sites of functions on parameters that no site was known for; their one layer has the ``spec``.
         obstacles: parameter -> why functions on it give no statistics.
         parts: those of them that a layer serves all the same.
+        divisions: site and position of a raw sum -> how its rows are divided; :meth:`take` returns the own ones.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Statistics(Generic[R]):
         self.late: set[int] = set()
         self._homes: list[tuple[dict[str, Any], str, Any]] = []  # where modules have DTensors
         self._broadcasts: list[Broadcast] = []
+        self.divisions: Mapping[tuple[int, int], Division] = {}
         self._sampling = False
         handles = []
         self._watches: Watches | None = None
@@ -441,6 +444,7 @@ class Statistics(Generic[R]):
         # Drawn labels are those of a sum over the terms of all processes, which nothing averages.
         world = 1 if self.sampled else self.processes.count
         lengths = self._sum_lengths(armed, taken)
+        own = self._scatter(armed, taken, lengths, world)
         flat = []
         for index in armed:
             site = self.sites[index]
@@ -471,7 +475,32 @@ class Statistics(Generic[R]):
             counts = next(parts).tolist()
             if any(counts):
                 reduced[index] = Sums(vectors, counts)
+        for (index, position), rows in own.items():
+            if index in reduced:
+                vectors = reduced[index].vectors
+                vectors[position] = flagged(rows, vectors[position])
         return reduced
+
+    def _scatter(
+        self, armed: Sequence[int], taken: dict[int, Sums], lengths: dict[int, list[int]], world: int
+    ) -> dict[tuple[int, int], Tensor]:
+        """The own rows of the sums that are divided; a flag takes the place of each, whether these are finite."""
+        found = {key: division for key, division in self.divisions.items() if key[0] in armed}
+        mine = {}
+        for index, position in found:
+            site = self.sites[index]
+            if index not in taken:
+                taken[index] = Sums(site.rule.without_use(lengths[index]), [0] * len(lengths[index]))
+            wide = torch.promote_types(site.owner.dtype, torch.float32)
+            vector = taken[index].vectors[position].to(site.owner.device, wide)
+            mine[index, position] = vector / world ** site.rule.powers[position]
+        own = scatter(mine, found)
+        for (index, position), rows in own.items():
+            vectors = list(taken[index].vectors)
+            vectors[position] = flag(rows)
+            taken[index] = Sums(vectors, taken[index].counts)
+            lengths[index][position] = 1
+        return own
 
     def _idle(self, taken: Collection[int]) -> set[int]:
         """The waiting sites that no process used, as most steps find: one number of each is sent for that."""

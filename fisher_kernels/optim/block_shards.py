@@ -1,13 +1,14 @@
 """The step of MBF where each process has a share of the parameters.
 
-Blocks and their inverses are whole in every process, so the momentum is brought together, the direction is made of all
-of it, and each process takes the part of it that it has. The kernels make the direction: a step of length 1, with no
+Blocks that rows share are whole in every process, and so are their inverses: there the momentum is brought together,
+the direction is made of all of it, and each process takes the part of it that it has. Blocks that belong to rows are
+where these are, and so is all that a direction is made of. The kernels make the direction: a step of length 1, with no
 momentum and from zero, along the negative of what it is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,14 +44,23 @@ class Settings(NamedTuple):
 
 
 def step_shards(
-    params: Sequence[Any], moments: Sequence[Any], inverses: Sequence[Tensor | None], view: View, s: Settings
+    params: Sequence[Any],
+    moments: Sequence[Any],
+    inverses: Sequence[Tensor | None],
+    view: View,
+    by_rows: Collection[int],
+    s: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``mbf_step_``; blocks that are left alone are so in all processes, which get the same results."""
+    """As ``mbf_step_``; all processes get the same, but each counts what is left alone of blocks that are divided.
+
+    Args:
+        by_rows: the numbers of parameters whose inverses are those of the rows that are here.
+    """
     weights = [local(p) for p in params]
     gradients = [_entering(i, p, w, s) for i, (p, w) in enumerate(zip(params, weights, strict=True))]
     old = [local(m) for m in moments]
     new = [m.mul(s.momentum).add_(g) for m, g in zip(old, gradients, strict=True)]
-    directions, kept, skipped = _directions(params, new, inverses, view)
+    directions, kept, skipped = _directions(params, new, inverses, view, by_rows)
     if s.found_inf is not None:
         kept = [k & ~s.found_inf.to(k.device).bool() for k in kept]
     for m, n, k in zip(old, new, kept, strict=True):
@@ -90,53 +100,69 @@ def _entering(i: int, p: Any, weight: Tensor, s: Settings) -> Tensor:
 
 
 def _directions(
-    params: Sequence[Any], vectors: Sequence[Tensor], inverses: Sequence[Tensor | None], view: View
+    params: Sequence[Any],
+    vectors: Sequence[Tensor],
+    inverses: Sequence[Tensor | None],
+    view: View,
+    by_rows: Collection[int],
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """The own parts of directions, where these are not left alone, and how many blocks are, given those of vectors."""
-    directions: list[Tensor] = []
-    kept: list[Tensor] = []
-    counts = []
-    for some in _portions(params, inverses):
-        found = _directions_of(some, [params[i] for i in some], [vectors[i] for i in some], inverses, view)
-        directions += found[0]
-        kept += found[1]
-        counts.append(found[2])
-    return directions, kept, torch.cat(counts)
+    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    for some in _portions(params, inverses, by_rows):
+        own, of_some = [vectors[i] for i in some], [params[i] for i in some]
+        gathers = some[0] not in by_rows
+        whole = gathered_together(of_some, own) if gathers else own
+        parts = _directions_of(some, whole, [inverses[i] for i in some], view)
+        if gathers:
+            parts = [(own_part(p, d), own_part(p, k), n) for p, (d, k, n) in zip(of_some, parts, strict=True)]
+        found.update(zip(some, parts, strict=True))
+    directions, kept, skipped = zip(*(found[i] for i in range(len(params))), strict=True)
+    return list(directions), list(kept), torch.stack(skipped)
 
 
-def _portions(params: Sequence[Any], inverses: Sequence[Tensor | None]) -> Iterator[range]:
-    """Numbers of parameters of which all is gathered at a time; a bias stays with its weight."""
-    begin, numel = 0, 0
+def _portions(
+    params: Sequence[Any], inverses: Sequence[Tensor | None], by_rows: Collection[int]
+) -> Iterator[Sequence[int]]:
+    """Numbers of parameters that are gathered at a time, a bias with its weight; first those that need not be."""
+    if by_rows:
+        yield sorted(by_rows)
+    some: list[int] = []
+    numel = 0
     for i, p in enumerate(params):
-        if i > begin and inverses[i] is not None and numel + p.numel() > AT_ONCE:
-            yield range(begin, i)
-            begin, numel = i, 0
+        if i in by_rows:
+            continue
+        if some and inverses[i] is not None and numel + p.numel() > AT_ONCE:
+            yield some
+            some, numel = [], 0
+        some.append(i)
         numel += p.numel()
-    yield range(begin, len(params))
+    if some:
+        yield some
 
 
 def _directions_of(
-    some: range, params: Sequence[Any], vectors: Sequence[Tensor], inverses: Sequence[Tensor | None], view: View
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    whole = gathered_together(params, vectors)
-    moved = [torch.zeros_like(v) for v in whole]
+    some: Sequence[int], vectors: Sequence[Tensor], inverses: Sequence[Tensor | None], view: View
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of each vector the direction, where it is not left alone, and how many blocks are."""
+    moved = [torch.zeros_like(v) for v in vectors]
     # What is left alone keeps this, which is not what it would become.
-    marks = [(v == -1).to(v.dtype) + 1 for v in whole]
+    marks = [(v == -1).to(v.dtype) + 1 for v in vectors]
     skipped, _, _ = mbf_step_(
-        *_views(some, view, moved, whole, marks),
-        [inverses[i] for i in some],
+        *_views(some, view, moved, vectors, marks),
+        inverses,
         lr=1.0,
         momentum=0.0,
         weight_decay=0.0,
         decoupled=True,
         maximize=True,
     )
-    kept = [mark == -v for mark, v in zip(marks, whole, strict=True)]
-    directions, kept = ([own_part(p, x) for p, x in zip(params, xs, strict=True)] for xs in (moved, kept))
-    return directions, kept, skipped
+    kept = [mark == -v for mark, v in zip(marks, vectors, strict=True)]
+    return list(zip(moved, kept, skipped, strict=True))
 
 
-def _views(some: range, view: View, *lists: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def _views(
+    some: Sequence[int], view: View, *lists: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     first, second, third = ([view(i, x) for i, x in zip(some, xs, strict=True)] for xs in lists)
     return first, second, third
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,15 @@ from torch.nn import Parameter
 
 from fisher_kernels.curvature.block_rules import BlockRule, Blocks
 from fisher_kernels.curvature.rules import Sums
+from fisher_kernels.curvature.scattered import Division
 from fisher_kernels.curvature.sites import Site
 from fisher_kernels.ops import ACCUMULATOR, block_inverse, block_inverse_, factor_ema_
 from fisher_kernels.ops._blocks import pack, unpack
 from fisher_kernels.optim.base import count
 from fisher_kernels.optim.overlap import Overlap, Task
 from fisher_kernels.optim.renewal import NEXT, Renewal
+from fisher_kernels.optim.row_shards import RowShards, in_each_row
+from fisher_kernels.optim.shares import whole
 
 STORAGES = ("full", "packed", "bfloat16")
 """How inverses are stored: as they are, one triangle of each where there are many small ones, or in 16 bits."""
@@ -49,6 +52,7 @@ class Part:
         prefix: of the names of its state.
         coupled: whether weight and bias are stepped together. If not, the inverse is that of the blocks without the
             entries in which they meet; None before it is known.
+        shards: where its blocks are divided with the rows of the parameters; None where all are here.
     """
 
     number: int
@@ -60,11 +64,33 @@ class Part:
     address: tuple[int, int] | None = None
     coupled: bool | None = None
     prefix: str = ""
+    shards: RowShards | None = None
 
     @property
     def params(self) -> tuple[Parameter, ...]:
         """All parameters that it serves."""
         return (*(() if self.weight is None else (self.weight,)), *self.biases, *self.alone)
+
+    @property
+    def goes_with_rows(self) -> bool:
+        """Whether the blocks are divided where ``fully_shard`` divides the parameters."""
+        return in_each_row(self.blocks, self.params) is not None
+
+    def here(self, x: Tensor) -> Tensor:
+        """Those of the blocks that are here, (count, ...), of what lies in the state."""
+        return x if self.shards is None else self.shards.here(x)
+
+    def placed(self, own: Tensor) -> Tensor:
+        """The blocks that are here as they lie in the state."""
+        return own if self.shards is None else self.shards.placed(own)
+
+    def all_of(self, own: Tensor) -> Tensor:
+        """All blocks, given those that are here; where they are divided every process has to ask."""
+        return own if self.shards is None else self.shards.whole(own)
+
+    def loaded(self, x: Tensor) -> Tensor:
+        """Blocks of a checkpoint as they lie in the state."""
+        return whole(x) if self.shards is None else self.shards.loaded(x)
 
 
 @dataclass
@@ -88,9 +114,24 @@ class Unit:
         """Whether a stack of matrices is stepped as one matrix of all their rows, which share blocks."""
         return self.inverse.dim() == 4 and self.params[0].dim() == 3
 
+    @property
+    def is_divided(self) -> bool:
+        """Whether the inverse is that of the rows which are here."""
+        return self.part is not None and self.part.shards is not None
+
+    def whole(self) -> Unit:
+        """The same with all of the inverse; where it is divided every process has to ask."""
+        return self if self.part is None else replace(self, inverse=self.part.all_of(self.inverse))
+
 
 New = tuple[Part, Tensor, float, float]
-"""A part, raw sums of its blocks, end to end, what they are divided by to be a mean, and over how many samples."""
+"""A part, raw sums of its blocks, end to end, what they are divided by to be a mean, and over how many samples.
+
+Where blocks are divided they are those that are here, and one number that is finite if all are where there is none.
+"""
+
+Divide = Callable[[Blocks, Sequence[Parameter]], RowShards | None]
+"""Blocks and the parameters that they serve -> how they are divided."""
 
 
 def packs(blocks: Blocks) -> bool:
@@ -105,7 +146,7 @@ class FisherBlocks(Renewal[Part]):
 
     ``state[owner]`` has ``fisher_blocks`` (count, size, size), ``inverse_blocks`` of that shape or (count, size (size +
     1) / 2) if packed, identities at first, and ``fisher_updates``, how many batches were averaged. All else here is
-    derived from them.
+    derived from them. Blocks that are divided lie there as ``row_shards.py`` says.
 
     Attributes:
         parts: all of them; their positions are their numbers.
@@ -121,8 +162,10 @@ class FisherBlocks(Renewal[Part]):
         groups: Mapping[Parameter, dict[str, Any]],
         overlap: Overlap,
         elsewhere: Collection[Parameter] = (),
+        divide: Divide = lambda blocks, params: None,
     ) -> None:
         super().__init__(state, groups, overlap)
+        self._divide = divide
         self.parts: list[Part] = []
         self.version = 0
         self._of_site: dict[int, list[Part]] = defaultdict(list)
@@ -141,8 +184,10 @@ class FisherBlocks(Renewal[Part]):
         self._arrivals: dict[int, Tensor] = {}
 
     def _add(self, owner: Parameter, blocks: Blocks, **kept: Any) -> Part:
-        self.parts.append(Part(len(self.parts), owner, blocks, **kept))
-        return self.parts[-1]
+        part = Part(len(self.parts), owner, blocks, **kept)
+        part.shards = self._divide(blocks, part.params)
+        self.parts.append(part)
+        return part
 
     def _add_single(self, p: Parameter, prefix: str = "") -> Part:
         return self._add(p, Blocks(("weight",), p.numel(), 1), alone=(p,), prefix=prefix)
@@ -169,6 +214,23 @@ class FisherBlocks(Renewal[Part]):
     def is_averaged(self, part: Part) -> bool:
         """Whether a part has statistics."""
         return part.number in self._averaged
+
+    def by_rows(self) -> set[Parameter]:
+        """The parameters whose blocks are divided where ``fully_shard`` divides them."""
+        acting = [(part, p) for part in self.parts for p in part.params if self._acts(part, p)]
+        return {p for part, p in acting if part.goes_with_rows}
+
+    def divided_state(self, p: Parameter) -> list[str]:
+        """The names of such blocks in its state, and of their inverses."""
+        parts = (part for part in self.parts if part.owner is p and part.goes_with_rows)
+        return [name for part in parts for name in self._names(part)]
+
+    def share_of(self, p: Parameter) -> str:
+        """How many of the blocks of a parameter are here, in words, if they are divided."""
+        for part in self.parts:
+            if part.shards is not None and self._acts(part, p) and any(p is q for q in part.params):
+                return f", {part.shards.count:,} of them in this process"
+        return ""
 
     def _acts(self, part: Part, p: Parameter) -> bool:
         """Whether a parameter is stepped with a part."""
@@ -199,13 +261,27 @@ class FisherBlocks(Renewal[Part]):
         updates = self.state.get(part.owner, {}).get(part.prefix + "fisher_updates")
         return 0 if updates is None else int(updates)
 
+    def _names(self, part: Part) -> list[str]:
+        """The names of its blocks and inverses in the state."""
+        state, names = self.state.get(part.owner, {}), (part.prefix + name for name in STATE[:2])
+        return [kept for name in names for kept in (name, NEXT + name) if kept in state]
+
+    def saved(self) -> Iterator[tuple[Parameter, dict[str, Tensor]]]:
+        """What checkpoints have otherwise than the state; where blocks are divided every process has to ask."""
+        for part in self.parts:
+            if part.shards is not None:
+                state = self.state.get(part.owner, {})
+                yield part.owner, {name: part.shards.saved(state[name]) for name in self._names(part)}
+
     def _note_if_known(self, part: Part) -> None:
+        for name in self._names(part):
+            self.state[part.owner][name] = part.loaded(self.state[part.owner][name])
         if self._updates(part) > 0:
             self._averaged.add(part.number)
             self._note_known(part)
 
     def averages(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
-        """The averaged blocks of a part, their inverses and the number of updates; made on first use."""
+        """Of a part the averaged blocks that are here, their inverses and the number of updates; made on first use."""
         state = self.state[part.owner]
         blocks, inverses, updates = (part.prefix + name for name in STATE)
         if blocks not in state:
@@ -213,21 +289,26 @@ class FisherBlocks(Renewal[Part]):
             state[updates] = torch.zeros((), dtype=torch.float32, device=part.owner.device)
             if self._overlaps(part):
                 self._add_next(part)
-        return state[blocks], state[inverses], state[updates]
+        return part.here(state[blocks]), part.here(state[inverses]), state[updates]
 
     def _new_averages(self, part: Part) -> tuple[Tensor, Tensor]:
         blocks, owner = part.blocks, part.owner
         wide = ACCUMULATOR[owner.dtype]
-        averages = torch.zeros((blocks.count, blocks.size, blocks.size), dtype=wide, device=owner.device)
+        count = blocks.count if part.shards is None else part.shards.count
+        averages = torch.zeros((count, blocks.size, blocks.size), dtype=wide, device=owner.device)
         storage = self.groups[owner].get("inverse_storage", "full")
         identity = torch.eye(
             blocks.size, dtype=torch.bfloat16 if storage == "bfloat16" else wide, device=owner.device
         ).unsqueeze(0)
         if storage == "packed" and packs(blocks):
-            return averages, pack(identity).repeat(blocks.count, 1)
-        return averages, identity.repeat(blocks.count, 1, 1)
+            return part.placed(averages), part.placed(pack(identity).repeat(count, 1))
+        return part.placed(averages), part.placed(identity.repeat(count, 1, 1))
 
     # Averages.
+
+    def divisions(self) -> dict[tuple[int, int], Division]:
+        """How raw sums are divided, by site and position."""
+        return {part.address: part.shards.division for part in self.parts if part.address and part.shards}
 
     def new_blocks(self, sites: Sequence[Site[BlockRule]], taken: Sequence[tuple[int, Sums]]) -> Iterator[New]:
         """The parts that have raw sums."""
@@ -253,7 +334,7 @@ class FisherBlocks(Renewal[Part]):
         for (first, decay, _, _), batch in batches.items():
             parts = [part for part, _, _ in batch]
             flags = factor_ema_(
-                [self.averages(part)[0].view(-1) for part in parts],
+                [self._folded(part) for part in parts],
                 [vector for _, vector, _ in batch],
                 decay,
                 1 - decay,
@@ -268,6 +349,11 @@ class FisherBlocks(Renewal[Part]):
                     self.mark(part)
             if known is None or any(known):
                 count(self.refused, tuple(part.number for part in parts), flags)
+
+    def _folded(self, part: Part) -> Tensor:
+        """The averages that are here, end to end, or a number that stands for them where none are."""
+        averages = self.averages(part)[0]
+        return averages.view(-1) if averages.numel() or part.shards is None else averages.new_zeros(1)
 
     def _decay(self, part: Part) -> float:
         """That of the averages of a part that has some."""
@@ -321,18 +407,24 @@ class FisherBlocks(Renewal[Part]):
             self._renew_slices(part, ("weight", "bias"))
             yield bad
 
+    def _is_shared(self, item: Part) -> bool:
+        return item.shards is None and super()._is_shared(item)
+
+    def _kept(self, item: Part, made: Tensor) -> Tensor:
+        return item.placed(made)
+
     def _cost(self, part: Part) -> float:
         return part.blocks.count * part.blocks.size**3
 
     def _task(self, part: Part, old: Sequence[Tensor]) -> tuple[Task, Sequence[Tensor]]:
         averages = self.averages(part)[0]
         averages = self._without_cross_terms(part, averages) if part.coupled is False else averages.clone()
-        (inverses,) = old
+        inverses = part.here(old[0])
         damping = float(self.groups[part.owner]["damping"])
         return partial(_inverted, averages, inverses, damping), (averages, inverses)
 
     def _put_to_use(self, part: Part, made: Sequence[Tensor]) -> None:
-        self.averages(part)[1].copy_(made[0])
+        self.averages(part)[1].copy_(part.here(made[0]))
         self._renew_slices(part, ("weight", "bias"))
 
     def _without_cross_terms(self, part: Part, averages: Tensor) -> Tensor:
@@ -390,7 +482,7 @@ class FisherBlocks(Renewal[Part]):
             lasts = inverses[:, -1] if inverses.dim() == 2 else inverses[:, -1, -1]
             corner = inverses[block, column, column] if shared else lasts
         elif part.number not in self._averaged:
-            corner = averages.new_ones(1 if shared else part.blocks.count)
+            corner = averages.new_ones(1 if shared else len(averages))
         else:
             # Beside a weight that is stepped with another bias, a further one has no part in the inverse.
             corner = averages[block, column, column] if shared else averages[:, -1, -1]

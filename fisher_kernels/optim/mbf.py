@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import math
 import numbers
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,18 +23,20 @@ from fisher_kernels.curvature.block_rules import WIDEST, BlockRule, BlockRules, 
 from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.curvature.operations import Choice, flattened
 from fisher_kernels.curvature.rules import Sums
+from fisher_kernels.curvature.scattered import flag, flagged
 from fisher_kernels.curvature.sites import Layer
 from fisher_kernels.ops import ACCUMULATOR, mbf_step_
 from fisher_kernels.ops._blocks import unpack
 from fisher_kernels.optim.base import Counters, FisherOptimizer, count, require_memory, totals
 from fisher_kernels.optim.block_shards import Settings, step_shards
-from fisher_kernels.optim.fisher_blocks import ASIDE, BLOCK_STATE, STORAGES, FisherBlocks, New, Unit
+from fisher_kernels.optim.fisher_blocks import ASIDE, BLOCK_STATE, STORAGES, FisherBlocks, New, Part, Unit
 from fisher_kernels.optim.floors import FLOOR, fan_ins
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
 from fisher_kernels.optim.inverse_sharing import EVERY_RANK
 from fisher_kernels.optim.measure import Measured
 from fisher_kernels.optim.refresh import RAMP, is_due
 from fisher_kernels.optim.renewal import NEXT
+from fisher_kernels.optim.row_shards import row_shards
 from fisher_kernels.optim.sampled import SampledLabels
 from fisher_kernels.optim.shares import like_parameter, local, over_processes, whole
 from fisher_kernels.optim.unserved import shown
@@ -83,6 +86,8 @@ class MBF(Measured, SampledLabels[BlockRule]):
     State of a weight: ``momentum_buffer``, ``fisher_blocks`` (count, n, n), ``inverse_blocks`` (the same, or stored
     smaller) and ``fisher_updates``. Before there are statistics the inverse is the identity. A block that is not
     positive definite with its damping keeps the inverse it has, is counted in :meth:`metrics` and warned of once.
+    Where ``fully_shard`` divides parameters, blocks that belong to rows, all but the shared ones of Linear layers, are
+    in the process that has the rows.
 
     Args:
         model: its layers are read through hooks; ``close()`` removes them. Inputs of layers are kept until the backward
@@ -135,8 +140,9 @@ class MBF(Measured, SampledLabels[BlockRule]):
         inverse_storage: ``"full"``; ``"packed"``, one triangle of each block that is not shared; ``"bfloat16"``.
         capturable: on a GPU, keep new statistics at fixed addresses, so that a CUDA graph can capture a step that takes
             them; it costs a copy of them and their memory. Other steps can be captured without it.
-        process_group: over which statistics are added up, one all-reduce a refresh; None takes the processes of the
-            mesh of sharded parameters, or those of the DistributedDataParallel that averages the gradients.
+        process_group: over which statistics are added up, one all-reduce a refresh, and one reduce-scatter of blocks
+            that are divided; None takes the processes of the mesh of sharded parameters, or those of the
+            DistributedDataParallel that averages the gradients.
         fallback: ``"warn"`` of parameters that no layer rule serves, or ``"error"``: refuse to start, or to go on,
             training them.
         rules: class of a layer -> the name of the operation it computes, ``"rms_norm"`` for example, or a function that
@@ -309,17 +315,19 @@ class MBF(Measured, SampledLabels[BlockRule]):
         where = layer.place(role)
         for blocks in layer.rule.blocks:
             if role in blocks.roles:
-                return f"{where}: {_joint(role, blocks)}{blocks}"
+                return f"{where}: {_joint(role, blocks)}{blocks}{self._blocks.share_of(layer.parameters[role])}"
         return where
 
     def _fallback_detail(self, parameter: Parameter) -> str:
-        return "1 x 1 blocks from the squared gradient of the batch"
+        return f"1 x 1 blocks from the squared gradient of the batch{self._blocks.share_of(parameter)}"
 
     def _rebuild(self) -> None:
         self._rules = self._new_rules()  # which know parameters by identity: a copy has others
         self._numbers = {p: number for number, p in enumerate(self._groups)}
         self._plans: dict[tuple[int, ...], _Plan] = {}
-        self._blocks = FisherBlocks(self.statistics.sites, self.state, self._groups, self._overlap)
+        divide = partial(row_shards, meshes=self._data_meshes(), ranks=self.statistics.processes.ranks)
+        self._blocks = FisherBlocks(self.statistics.sites, self.state, self._groups, self._overlap, divide=divide)
+        self.statistics.divisions = self._blocks.divisions()
         self._renewals = (self._blocks,)
         self._share_out()
         self._fan_ins = fan_ins(self.statistics.sites, self._groups)
@@ -329,7 +337,14 @@ class MBF(Measured, SampledLabels[BlockRule]):
         self._blocks.couple()
 
     def gathered_in_a_step(self, p: Parameter) -> int:
-        return 1
+        return int(p not in self._blocks.by_rows())
+
+    def divided_state(self, p: Parameter) -> Collection[str]:
+        return self._blocks.divided_state(p)
+
+    def divided_sums(self) -> Mapping[tuple[int, int], int]:
+        parts = (part for part in self._blocks.parts if part.goes_with_rows)
+        return {part.address: part.owner.shape[0] for part in parts if part.address is not None}
 
     def added_up_in_a_step(self, p: Parameter) -> int:
         return 3  # products, and squares of directions and weights
@@ -376,15 +391,18 @@ class MBF(Measured, SampledLabels[BlockRule]):
     def _from_gradients(self, sums: list[Sums], grad_scale: Tensor | None) -> Iterator[New]:
         """Squared gradients of parameters without a rule, times N for a mean over N samples, as blocks are scaled."""
         samples = max([1, *(n for s in sums for n in s.counts)])
+        found: list[New] = []
         for part in self._blocks.fallbacks():
             group, gradient = self._groups[part.owner], part.owner.grad
             due = is_due(group) or not self._blocks.is_averaged(part)
             if gradient is not None and due and gradient.numel():
-                wide = whole(gradient).to(ACCUMULATOR[gradient.dtype])
+                own = whole(gradient) if part.shards is None else like_parameter(part.owner, gradient)
+                wide = own.to(ACCUMULATOR[gradient.dtype])
                 if grad_scale is not None:
                     wide = wide / grad_scale.to(wide.device, wide.dtype)
                 mean = group["loss_reduction"] == "mean"
-                yield part, wide.square().flatten(), 1 / samples if mean else samples, samples
+                found.append((part, wide.square().flatten(), 1 / samples if mean else samples, samples))
+        yield from _agreed(found)
 
     def _invert(self, everything: bool = False) -> None:
         due = set(map(id, self.param_groups)) if everything else self._inverting()
@@ -431,7 +449,9 @@ class MBF(Measured, SampledLabels[BlockRule]):
             "found_inf": found_inf,
         }
         if plan.is_divided:
-            skipped, scale, caps = step_shards(params, moments, plan.inverses, plan.view, Settings(**settings))
+            skipped, scale, caps = step_shards(
+                params, moments, plan.inverses, plan.view, plan.by_rows, Settings(**settings)
+            )
         else:
             for name in ("lr", "weight_decay"):
                 settings[name] = _one_if_the_same(settings[name])
@@ -483,6 +503,20 @@ class MBF(Measured, SampledLabels[BlockRule]):
                 if (place := places.get(id(self._groups[unit.params[0]]))) is not None:
                     plan.add(unit, self._numbers, place, self._fan_ins[unit.params[0]])
         return plan
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, with blocks as one process has them: (count, n, n), each process its share of those divided."""
+        state = super().state_dict()
+        numbers = (number for group in state["param_groups"] for number in group["params"])
+        params = (p for group in self.param_groups for p in group["params"])
+        number_of = dict(zip(params, numbers, strict=True))
+        for p, entries in self._blocks.saved():
+            if entries:
+                kept = state["state"]
+                kept[number_of[p]] = {**kept[number_of[p]], **entries}
+        return state
 
     # Blocks of a whole data set.
 
@@ -538,7 +572,8 @@ class MBF(Measured, SampledLabels[BlockRule]):
             for number, (total, samples) in sums.items():
                 part = self._blocks.parts[number]
                 average, _, updates = self._blocks.averages(part)
-                average.copy_((total / samples).view_as(average))
+                if average.numel():  # else none is here
+                    average.copy_((total / samples).view_as(average))
                 updates.zero_()
                 self._blocks.mark(part)
             self._invert(everything=True)
@@ -587,7 +622,10 @@ class MBF(Measured, SampledLabels[BlockRule]):
         - ``bad_blocks``: how many blocks kept an older inverse, being not positive definite with their damping, so far.
         - ``refused_statistics``: how often the statistics of its blocks were not finite and left out, so far.
         """
-        skipped, refused, bad = totals(self._skipped), totals(self._blocks.refused), totals(self._blocks.bad)
+        divided = [part for part in self._blocks.parts if part.shards is not None]
+        refused = totals(self._blocks.refused)
+        bad = _of_all(totals(self._blocks.bad), {part.number: part.owner for part in divided})
+        skipped = _of_all(totals(self._skipped), {self._numbers[p]: p for part in divided for p in part.params})
         capped = totals(self._capped)
         bounded = totals(
             {
@@ -599,7 +637,8 @@ class MBF(Measured, SampledLabels[BlockRule]):
         report: dict[str, dict[str, float]] = {}
         for part in self._blocks.parts:
             group = self._groups[part.owner]
-            for unit in self._blocks.units(part, lambda p: self.moment in self.state.get(p, {})):
+            for here in self._blocks.units(part, lambda p: self.moment in self.state.get(p, {})):
+                unit = here.whole()
                 group = self._groups[unit.params[0]]
                 eigenvalues = _eigenvalues(unit, part.blocks)
                 lr = float(group["lr"])
@@ -658,12 +697,15 @@ class _Plan:
     roots: list[float] = field(default_factory=list)  # of the fan-ins
     waiting: list[Parameter] = field(default_factory=list)
     is_divided: bool = False  # whether other processes have rows of some
+    by_rows: set[int] = field(default_factory=set)  # whose inverses are those of the rows that are here
 
     def add(self, unit: Unit, numbers: dict[Parameter, int], group: int, fan_in: int) -> None:
         if unit.transposed:
             self.transposed.add(len(self.params))
         if unit.is_stack:
             self.stacks.add(len(self.params))
+        if unit.is_divided:
+            self.by_rows.update(range(len(self.params), len(self.params) + len(unit.params)))
         self.params += unit.params
         self.is_divided = self.is_divided or any(map(is_distributed, unit.params))
         self.inverses += [unit.inverse, *[None] * (len(unit.params) - 1)]
@@ -682,6 +724,22 @@ class _Plan:
         return all(p.grad is not None for p in self.params) and all(p.grad is None for p in self.waiting)
 
 
+def _agreed(new: Sequence[New]) -> Iterator[New]:
+    """The same, where blocks are divided with NaN in place of what any process has something beside that is not finite.
+
+    So all refuse the same, as of sums that are scattered.
+    """
+    divided = {part: vector for part, vector, _, _ in new if part.shards is not None}
+    flags: dict[Part, Tensor] = {}
+    if divided:
+        here = torch.cat([flag(vector).double() for vector in divided.values()])
+        flags = dict(zip(divided, over_processes([part.owner for part in divided], here), strict=True))
+    for part, vector, divisor, samples in new:
+        if part in flags:
+            vector = flagged(vector if vector.numel() else vector.new_zeros(1), flags[part])
+        yield part, vector, divisor, samples
+
+
 def _norm(p: Tensor) -> float:
     """The norm of a parameter, of all its parts."""
     return math.sqrt(over_processes([p], local(p).double().square().sum().reshape(1)))
@@ -692,6 +750,13 @@ def _one_if_the_same(of_each: list[Any]) -> Any:
     first = of_each[0]
     same = all(value is first or (isinstance(value, float | int) and value == first) for value in of_each)
     return first if same else of_each
+
+
+def _of_all(counts: Mapping[int, int], owners: Mapping[int, Parameter]) -> dict[int, int]:
+    """Counts of what each process has its own rows of, over all of them."""
+    here = torch.tensor([counts.get(number, 0) for number in owners], dtype=torch.float64, device="cpu")
+    total = over_processes(list(owners.values()), here).tolist()
+    return {**counts, **{number: round(n) for number, n in zip(owners, total, strict=True)}}
 
 
 def _share(number: int, part: Mapping[int, int], whole: Mapping[int, int]) -> float:

@@ -90,6 +90,10 @@ class Renewal(Generic[T]):
         """What it takes to make it, beside others."""
         raise NotImplementedError
 
+    def _kept(self, item: T, made: Tensor) -> Tensor:
+        """What a task has made, as it lies in the state."""
+        return made
+
     # State.
 
     def _add_next(self, item: T) -> list[Tensor]:
@@ -238,5 +242,6 @@ class Renewal(Generic[T]):
                     self._stale.add(number)
                     continue
                 *made, self._bad_next[number] = work.results[number]
-                self.state[item.owner].update({NEXT + n: x for n, x in zip(self._made_names(item), made, strict=True)})
+                names = zip(self._made_names(item), made, strict=True)
+                self.state[item.owner].update({NEXT + name: self._kept(item, x) for name, x in names})
                 self._coming.add(number)

@@ -59,11 +59,17 @@ class Mesh:
 
     def share(self, p: Tensor) -> int:
         """Numbers of a parameter that the first process of a replica has, which has the most."""
-        rows = p.shape[0] if p.dim() else 1
-        return -(-rows // self.shards) * (p.numel() // max(rows, 1))
+        return self.share_of(p.shape[0] if p.dim() else 1, p.numel())
+
+    def share_of(self, rows: int, numbers: int) -> int:
+        """How many of so many numbers in rows that process has."""
+        return -(-rows // self.shards) * (numbers // max(rows, 1))
 
     def gathered(self, size: float) -> float:
-        """Bytes that each process receives when ``size`` bytes of one shard each are gathered in a replica."""
+        """Bytes that each process receives when ``size`` bytes of one shard each are gathered in a replica.
+
+        It sends as many when shards of that size are scattered.
+        """
         return (self.shards - 1) * size
 
     def added_up(self, size: float, processes: int) -> float:
@@ -79,11 +85,12 @@ class Plan:
         parameters: how many the model has.
         weights: of its shard and of the gradient, in the precision of the optimizer.
         moments: state that is divided like the parameters.
-        curvature: state that every process has whole.
+        curvature: other state: what every process has whole, and blocks of its rows.
         largest: a moment and a direction of the layer that is gathered, if any is, at a time.
         gathers: what it puts into the all-gathers of each step, and receives from them.
         bounds: what it puts into the all-reduces of each step: norms, products, counts.
         refresh: what it puts into the all-reduce of a refresh.
+        scattered: what it keeps of the reduce-scatter there.
         sent_by_model: what ``fully_shard`` itself has it receive and send in a step of training.
         notes: what the optimizer says of the model.
     """
@@ -98,6 +105,7 @@ class Plan:
     gathers: tuple[int, float]
     bounds: int
     refresh: int
+    scattered: int
     sent_by_model: float
     notes: tuple[str, ...]
 
@@ -109,7 +117,8 @@ class Plan:
     @property
     def sent_in_a_refresh(self) -> float:
         """Bytes more in a step that refreshes."""
-        return self.mesh.added_up(self.refresh, self.mesh.processes)
+        own = self.mesh.gathered(self.scattered) + self.mesh.added_up(self.scattered, self.mesh.replicas)
+        return self.mesh.added_up(self.refresh, self.mesh.processes) + own
 
 
 def plan(model: nn.Module, name: str, mesh: Mesh, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Plan:
@@ -129,7 +138,7 @@ def plan(model: nn.Module, name: str, mesh: Mesh, dtype: torch.dtype = torch.bfl
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         optimizer = OPTIMIZERS[name](model, **settings)
-    divided, whole = _state(optimizer, params, mesh)
+    moments, curvature = _state(optimizer, params, mesh)
     gathers = {p: optimizer.gathered_in_a_step(p) for p in params} if _reads_layers(optimizer) else {}
     together = wide * sum(mesh.share(p) * times for p, times in gathers.items())
     share = sum(map(mesh.share, params))
@@ -141,12 +150,13 @@ def plan(model: nn.Module, name: str, mesh: Mesh, dtype: torch.dtype = torch.bfl
         mesh,
         parameters=sum(p.numel() for p in params),
         weights=2 * wide * share,
-        moments=divided,
-        curvature=whole,
+        moments=moments,
+        curvature=curvature,
         largest=max((2 * wide * p.numel() for p, times in gathers.items() if times), default=0),
         gathers=(together, mesh.gathered(together)),
         bounds=8 * _added_up(optimizer, params),
         refresh=8 * _numbers(optimizer),
+        scattered=_scattered(optimizer, mesh),
         sent_by_model=passes + mesh.gathered(4 * share) + mesh.added_up(4 * share, mesh.replicas),
         notes=tuple(str(note.message) for note in told),
     )
@@ -157,7 +167,7 @@ def _reads_layers(optimizer: Any) -> bool:
 
 
 def _state(optimizer: Any, params: list[Any], mesh: Mesh) -> tuple[int, int]:
-    """Bytes of the state of a process: of what is divided like a parameter, and of what is whole."""
+    """Bytes of the state of a process: of what has the shape of a parameter, and of all else."""
     if isinstance(optimizer, FisherOptimizer):
         for p in params:
             p.grad = torch.empty_like(p)
@@ -169,14 +179,17 @@ def _state(optimizer: Any, params: list[Any], mesh: Mesh) -> tuple[int, int]:
             p: {"exp_avg": torch.empty_like(p), "exp_avg_sq": torch.empty_like(p), "step": number} for p in params
         }
     of_layers = getattr(optimizer, "statistics_state", ())
-    divided = whole = 0
+    moments = others = 0
     for p, state in states.items():
+        by_rows = optimizer.divided_state(p) if _reads_layers(optimizer) else ()
         for name, x in state.items():
             if name not in of_layers and x.shape == p.shape and p.dim():
-                divided += mesh.share(x) * x.element_size()
+                moments += mesh.share(x) * x.element_size()
+            elif name in by_rows:
+                others += mesh.share_of(p.shape[0], x.numel()) * x.element_size()
             else:
-                whole += x.numel() * x.element_size()
-    return divided, whole
+                others += x.numel() * x.element_size()
+    return moments, others
 
 
 def _added_up(optimizer: Any, params: list[Any]) -> int:
@@ -187,13 +200,28 @@ def _added_up(optimizer: Any, params: list[Any]) -> int:
 
 
 def _numbers(optimizer: Any) -> int:
-    """How many numbers processes add up in a refresh: sums, their counts, and two flags of each layer."""
+    """How many numbers processes add up in a refresh: sums, their counts, and two flags of each layer.
+
+    Of a sum that is scattered there is one number.
+    """
     if not _reads_layers(optimizer):
         return 0
-    statistics = optimizer.statistics
+    statistics, scattered = optimizer.statistics, optimizer.divided_sums()
     lengths = [site.rule.sum_lengths(site.module) for site in statistics.sites]
+    places = ((index, i, n) for index, of_site in enumerate(lengths) for i, n in enumerate(of_site))
     # A length that only the data tell is that of a sequence: beside the others it is nothing.
-    return sum(sum(n or 0 for n in of_site) + len(of_site) for of_site in lengths) + 2 * len(list(statistics.layers()))
+    sums = sum(1 + (1 if (index, i) in scattered else n or 0) for index, i, n in places)
+    return sums + 2 * len(list(statistics.layers()))
+
+
+def _scattered(optimizer: Any, mesh: Mesh) -> int:
+    """Bytes of the rows that a process keeps of the sums that are scattered."""
+    found = 0
+    for (index, position), rows in optimizer.divided_sums().items() if _reads_layers(optimizer) else ():
+        site = optimizer.statistics.sites[index]
+        share = mesh.share_of(rows, site.rule.sum_lengths(site.module)[position])
+        found += share * torch.promote_types(site.owner.dtype, torch.float32).itemsize
+    return found
 
 
 def size(count: float) -> str:
