@@ -177,7 +177,7 @@ struct AdaFisherStep {
 struct MbfArrays {
   StridedArray parameter;
   StridedArray gradient;  // same dtype
-  StridedArray moment;    // accumulation_dtype(dtype)
+  StridedArray moment;    // of moment_dtype
 };
 
 /// One inverse of a step and what it acts on: a parameter in row-major order, and a bias as one more column if there
@@ -193,7 +193,8 @@ struct MbfParameter {
   bool packed;
   bool shared;
   DType dtype;
-  DType inverse_dtype;     // accumulation_dtype(dtype), or bfloat16 beside float32
+  DType moment_dtype;      // accumulation_dtype(dtype), or bfloat16 where that is float32
+  DType inverse_dtype;     // likewise
   const void* inverse;     // null where there are directions
   void* directions;        // accumulation_dtype(dtype); a GPU marks what it skips there
   int64_t row_stride;
@@ -273,9 +274,10 @@ struct SofimStep {
 struct HeavyBallParameter {
   StridedArray parameter;
   StridedArray gradient;  // same dtype
-  StridedArray moment;    // accumulation_dtype(dtype)
+  StridedArray moment;    // of moment_dtype
   int64_t size;
   DType dtype;
+  DType moment_dtype;  // accumulation_dtype(dtype), or bfloat16 where that is float32
 };
 
 /// g as GradientScale says, decay in coupled form;  m <- momentum * m + g.
@@ -294,9 +296,10 @@ struct HeavyBall {
 struct DirectionParameter {
   StridedArray parameter;
   StridedArray direction;  // accumulation_dtype(dtype)
-  StridedArray moment;     // the same
+  StridedArray moment;     // of moment_dtype
   int64_t size;
   DType dtype;
+  DType moment_dtype;  // as in a HeavyBallParameter
 };
 
 /// sums[i] = (d . m, d . d, w . w) of parameter i; NaN where skipped[i] > 0.

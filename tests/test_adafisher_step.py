@@ -28,6 +28,7 @@ from tests.cases import (
     sliced,
 )
 from tests.cases.adafisher_step import NAMES, PARAMETERS, Parameter, Step, step
+from tests.cases.steps import SHORT_IN_TURN, around_ties
 from tests.comparison import assert_same_bits, assert_within, bits, surroundings, unit_roundoff
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
@@ -36,10 +37,6 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 SOME = tuple(PARAMETERS[i] for i in (0, 2, 8, 9, 12, 17, 20, 25, 27, 29, 31, 33, 38))
 # A factor of each kind, groups, a vector, nothing, a little more than a chunk of a GPU and exactly one.
 FEW = tuple(PARAMETERS[i] for i in (0, 2, 17, 20, 24, 26, 32, 46))
-
-
-SHORT_IN_TURN = (torch.bfloat16, None, torch.bfloat16)
-"""Of moments, so that each dtype of parameters has both within a dozen."""
 
 
 def parameters_for(implementation: str) -> tuple[Parameter, ...]:
@@ -323,14 +320,8 @@ def test_parameters_round_to_nearest_even(implementation: str, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_moments_round_to_nearest_even(implementation: str, dtype: torch.dtype) -> None:
     """On ties and around them, subnormal ones included; what is finite stays so. The step takes them unrounded."""
-    eps, largest = torch.finfo(torch.bfloat16).eps, torch.finfo(torch.bfloat16).max
-    starts = torch.tensor([1.0, 1 + eps, -1.0, -1 - eps, 2.0**-126, 2.0**-130, 2.0**-133, 0.0, largest, -largest])
-    if implementation == "triton":  # whose interpreter doubles subnormal numbers of bfloat16 when it widens them
-        starts = starts[(starts == 0) | (starts.abs() >= 2.0**-126)]
-    shares = torch.tensor([0.0, 0.25, 0.5, 0.5 + 2**-9, 0.5 - 2**-9, 0.75, 1.0])
-    unit = torch.maximum(starts.abs(), torch.tensor(2.0**-126)).log2().floor().exp2() * eps
-    exact = (starts[:, None] + starts.sign()[:, None] * unit[:, None] * shares).flatten()
-    exact = exact[exact.isfinite()]
+    largest = torch.finfo(torch.bfloat16).max
+    exact = around_ties(subnormal=implementation != "triton")
     case = step([Parameter(tuple(exact.shape))], dtype, moments=torch.bfloat16, lr=0.0, beta=0.0)
     case.grads[0].copy_(exact)
     exact = case.grads[0].float()  # in float16 few of them are left

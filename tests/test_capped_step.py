@@ -27,7 +27,7 @@ from tests.cases import (
     unaligned,
 )
 from tests.cases.capped_step import SHAPES, Step, Sums, momentum, step, sums
-from tests.cases.steps import Lists
+from tests.cases.steps import SHORT_IN_TURN, Lists, around_ties
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
 from tests.interpreted import far, far_partials, far_sums, interpreted
 
@@ -90,8 +90,9 @@ MOMENTUM_OPTIONS: tuple[dict[str, Any], ...] = (
 def defined_momentum(case: Any) -> list[tuple[Tensor, Tensor]]:
     """The new momentum in float64, and how far rounding may take a result from it.
 
-    In its dtype: up to 3 roundings of the gradient (of the scale, of the product, of the decay's), 3 more of the sum
-    and its terms. The definition rounds as often: twice all that. Numbers below the normal ones may be lost.
+    In float32, or float64 for such parameters: up to 3 roundings of the gradient (of the scale, of the product, of the
+    decay's), 3 more of the sum and its terms. The definition rounds as often: twice all that. Then half a unit in the
+    last place of its own dtype. Numbers below the normal ones may be lost.
     """
     o, result = case.options, []
     scale = float(o["grad_scale"]) if o.get("grad_scale") is not None else 1.0
@@ -101,7 +102,10 @@ def defined_momentum(case: Any) -> list[tuple[Tensor, Tensor]]:
         if decay:
             terms.append(decay * w.double())
         size = sum(x.abs() for x in terms)
-        bound = 12 * unit_roundoff(m.dtype) * size + torch.finfo(m.dtype).smallest_normal
+        wide = ACCUMULATOR[w.dtype]
+        bound = 12 * unit_roundoff(wide) * size + torch.finfo(wide).smallest_normal
+        if m.dtype != wide:
+            bound = bound + unit_roundoff(m.dtype) * (size + bound) + torch.finfo(m.dtype).smallest_normal * 2**-8
         result.append((sum(terms), bound))
     return result
 
@@ -128,8 +132,22 @@ def test_momentum(implementation: str, options: dict[str, Any], dtype: torch.dty
 
 
 @pytest.mark.parametrize("options", MOMENTUM_OPTIONS[:2], ids=str)
-def test_momentum_of_mixed_dtypes(implementation: str, options: dict[str, Any]) -> None:
-    check_momentum(momentum(shapes_for(implementation), DTYPES, **options))
+@pytest.mark.parametrize("moments", [None, SHORT_IN_TURN], ids=["wide", "16 bits"])
+def test_momentum_of_mixed_dtypes(implementation: str, moments: Any, options: dict[str, Any]) -> None:
+    check_momentum(momentum(shapes_for(implementation), DTYPES, moments=moments, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_momentum_rounds_to_nearest_even(implementation: str, dtype: torch.dtype) -> None:
+    """On ties and around them, subnormal ones included; what is finite stays so."""
+    exact, largest = around_ties(subnormal=implementation != "triton"), torch.finfo(torch.bfloat16).max
+    case = momentum([tuple(exact.shape)], dtype, moments=torch.bfloat16, momentum=0.0)
+    case.grads[0].copy_(exact)
+    exact, before = case.grads[0].float(), case.momentum_buffers[0].clone()  # in float16 few of them are left
+    rounded = exact.clamp(-largest, largest).to(torch.bfloat16)
+    assert case.run().tolist() == [int((~exact.isfinite()).sum())]
+    assert_same_bits(case.momentum_buffers[0], torch.where(exact.isfinite(), rounded, before))
+    assert dtype != torch.float32 or bool((rounded.abs() == largest).any() and (rounded != exact).any())
 
 
 @pytest.mark.parametrize(
@@ -174,7 +192,8 @@ def test_layouts_do_not_show_in_momentum(
     if layout not in WRITABLE_LAYOUTS.values() and of == "momentum_buffers":
         pytest.skip("is refused")
     shapes = SOME[-2:] if implementation == "triton" else SHAPES
-    case = momentum(shapes, dtype, layouts={**ALL_CONTIGUOUS, of: layout}, weight_decay=decay)
+    layouts = {**ALL_CONTIGUOUS, of: layout}
+    case = momentum(shapes, dtype, layouts=layouts, moments=SHORT_IN_TURN, weight_decay=decay)
     plain, before = case.map(contiguous), case.copy()
     assert_same_bits(case.run(), plain.run())
     assert_unchanged(case, plain, ("momentum_buffers",), around=False)
@@ -183,7 +202,8 @@ def test_layouts_do_not_show_in_momentum(
 
 @pytest.mark.parametrize("layout", WRITABLE_LAYOUTS.values())
 def test_momentum_in_layouts_of_all_at_once(implementation: str, layout: Callable[[Tensor], Tensor]) -> None:
-    check_momentum(momentum(shapes_for(implementation), DTYPES, layout=layout, weight_decay=0.1))
+    some = shapes_for(implementation)
+    check_momentum(momentum(some, DTYPES, layout=layout, moments=SHORT_IN_TURN, weight_decay=0.1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -193,7 +213,7 @@ def test_elements_without_finite_momentum_keep_their_bits(
     implementation: str, layout: Callable[[Tensor], Tensor], decay: float, dtype: torch.dtype
 ) -> None:
     """They are counted exactly, and all others go on as they do beside zeros."""
-    case = momentum(shapes_for(implementation), dtype, layout=layout, weight_decay=decay)
+    case = momentum(shapes_for(implementation), dtype, layout=layout, moments=SHORT_IN_TURN, weight_decay=decay)
     without, masks = case.copy(), []
     for i, gradient in enumerate(case.grads):
         mask = random(gradient.shape, torch.float64, 31 + i) < (-2.0, -9.0, 0.0, 9.0)[i % 4]
@@ -293,8 +313,9 @@ def test_sums(implementation: str, dtype: torch.dtype) -> None:
     check_sums(sums(shapes_for(implementation), dtype))
 
 
-def test_sums_of_mixed_dtypes(implementation: str) -> None:
-    check_sums(sums(shapes_for(implementation), DTYPES))
+@pytest.mark.parametrize("moments", [None, SHORT_IN_TURN], ids=["wide", "16 bits"])
+def test_sums_of_mixed_dtypes(implementation: str, moments: Any) -> None:
+    check_sums(sums(shapes_for(implementation), DTYPES, moments=moments))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -315,7 +336,7 @@ def test_layouts_do_not_show_in_sums(
     implementation: str, layout: Callable[[Tensor], Tensor], of: str, dtype: torch.dtype
 ) -> None:
     shapes = SOME[-2:] if implementation == "triton" else SHAPES
-    case = sums(shapes, dtype, layouts={**ALL_CONTIGUOUS, of: layout})
+    case = sums(shapes, dtype, layouts={**ALL_CONTIGUOUS, of: layout}, moments=SHORT_IN_TURN)
     before = case.copy()
     assert_same_bits(case.run(), case.map(contiguous).run())
     assert_unchanged(case, before, ("params", "directions", "momentum_buffers"))
@@ -323,7 +344,7 @@ def test_layouts_do_not_show_in_sums(
 
 @pytest.mark.parametrize("layout", WRITABLE_LAYOUTS.values())
 def test_sums_in_layouts_of_all_at_once(implementation: str, layout: Callable[[Tensor], Tensor]) -> None:
-    check_sums(sums(shapes_for(implementation), DTYPES, layout=layout))
+    check_sums(sums(shapes_for(implementation), DTYPES, layout=layout, moments=SHORT_IN_TURN))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -332,7 +353,7 @@ def test_what_is_not_wanted_is_not_read(
     implementation: str, flag: str, column: int, unread: str, dtype: torch.dtype
 ) -> None:
     """Its sums are 0, the others have the same bits, wherever what is not read lies."""
-    case = sums(shapes_for(implementation), dtype)
+    case = sums(shapes_for(implementation), dtype, moments=SHORT_IN_TURN)
     expected = case.run()
     expected[:, column] = 0
     for lay in (contiguous, sliced):
@@ -811,7 +832,8 @@ def test_same_bits_at_every_run_and_for_every_number_of_threads(
     layout: Callable[[Tensor], Tensor],
     make: Callable[..., Any],
 ) -> None:
-    case = make(long_shapes(implementation), (torch.float32, torch.bfloat16), layout=layout)
+    moments = {} if make is step else {"moments": SHORT_IN_TURN}
+    case = make(long_shapes(implementation), (torch.float32, torch.bfloat16), layout=layout, **moments)
     if make is momentum:
         for gradient in case.grads[::2]:
             gradient.view(gradient.shape)[..., ::3] = math.nan
@@ -833,15 +855,20 @@ def followed(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_full_chunks(implementation: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("moments", [None, torch.bfloat16], ids=str)
+def test_full_chunks(implementation: str, moments: torch.dtype | None, dtype: torch.dtype) -> None:
     """GPUs have a path of wide accesses, unless they are not aligned: the same bits."""
     sizes = [2 * 8192 + 5]
     if implementation != "triton":
         sizes += [8191, 8192 + 4096, 8192 + 1024 + 3]  # whole moves of a block, two by two and one by one, and less
     for size in sizes:
         for case, examine, written in (
-            (momentum([(size,)], dtype, layout=followed, weight_decay=0.1), check_momentum, "momentum_buffers"),
-            (sums([(size,)], dtype, layout=followed), check_sums, "params"),
+            (
+                momentum([(size,)], dtype, layout=followed, moments=moments, weight_decay=0.1),
+                check_momentum,
+                "momentum_buffers",
+            ),
+            (sums([(size,)], dtype, layout=followed, moments=moments), check_sums, "params"),
             (step([(size,)], dtype, layout=followed, weight_decay=0.1), check, "params"),
         ):
             moved = case.map(unaligned)

@@ -87,6 +87,10 @@ BAD: tuple[tuple[str, Any], ...] = (
     ("lr", torch.tensor(-0.1)),
     ("weight_decay", -0.1),
     ("weight_decay", math.nan),
+    ("moment_dtype", torch.float16),
+    ("moment_dtype", torch.float64),
+    ("moment_dtype", torch.float32),
+    ("moment_dtype", "bfloat16"),
 )
 ADAFISHER = Make(
     AdaFisher,
@@ -1273,6 +1277,120 @@ def test_models_of_other_dtypes(make: Make, dtype: torch.dtype) -> None:
             assert not torch.equal(p, before[name])
         for entry, value in optimizer.state[p].items():
             assert value.dtype == (torch.float32 if entry == make.count else wide), entry
+
+
+SHORT = {"moment_dtype": torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_moments_alone_are_in_16_bits(make: Make, dtype: torch.dtype) -> None:
+    """Those of the first step are what they are without, rounded to nearest."""
+    model, twin = network(dtype=dtype), network(dtype=dtype)
+    ours, plain = make(model, **SHORT), make(twin)
+    train(model, ours, range(1))
+    train(twin, plain, range(1))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_same_bits(ours.state[p][ours.moment], plain.state[q][ours.moment].to(torch.bfloat16))
+    train(model, ours, range(1, 4))
+    train(twin, plain, range(1, 4))
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert ours.state[p].keys() == plain.state[q].keys()
+        assert bool(p.isfinite().all())
+        for entry, value in ours.state[p].items():
+            wanted = torch.bfloat16 if entry == ours.moment else plain.state[q][entry].dtype
+            assert value.dtype == wanted, (name, entry)
+
+
+def test_moments_in_16_bits_resume_bit_for_bit(make: Make) -> None:
+    model = network()
+    ours = make(model, **SHORT)
+    train(model, ours, range(4))
+    stored = saved_and_loaded({"model": model.state_dict(), "optimizer": ours.state_dict()})
+    assert [group["moment_dtype"] for group in stored["optimizer"]["param_groups"]] == [torch.bfloat16]
+    twin = network(seed=1)
+    twin.load_state_dict(stored["model"])
+    resumed = make(twin, **SHORT)
+    resumed.load_state_dict(stored["optimizer"])
+    assert_same_state(resumed.state_dict(), ours.state_dict())
+    for net, opt in ((model, ours), (twin, resumed)):
+        train(net, opt, range(4, 10))
+    assert_same_parameters(model, twin)
+    assert_same_state(resumed.state_dict(), ours.state_dict())
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(None, torch.bfloat16), (torch.bfloat16, None)], ids=str)
+def test_a_state_takes_the_dtype_of_moments_of_what_loads_it(
+    make: Make, saved: torch.dtype | None, loaded: torch.dtype | None
+) -> None:
+    """Rounded to nearest, or widened; nothing else changes."""
+    model = network()
+    ours = make(model, moment_dtype=saved)
+    train(model, ours, range(4))
+    state = saved_and_loaded(ours.state_dict())
+    twin = network(seed=1)
+    twin.load_state_dict(model.state_dict())
+    resumed = make(twin, moment_dtype=loaded)
+    resumed.load_state_dict(state)
+    assert resumed.param_groups[0]["moment_dtype"] == loaded
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert ours.state[p].keys() == resumed.state[q].keys()
+        for entry, value in ours.state[p].items():
+            wanted = value.to(loaded or torch.float32) if entry == ours.moment else value
+            assert_same_bits(resumed.state[q][entry], wanted, entry)
+    train(twin, resumed, range(4, 6))
+    assert all(s[resumed.moment].dtype == (loaded or torch.float32) for s in resumed.state.values())
+
+
+def test_moments_of_groups_may_be_of_two_dtypes(make: Make) -> None:
+    """A weight and its bias among them; set in mid run, the state has to be loaded anew."""
+    model = network()
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": weights, **SHORT}, {"params": others}]
+    optimizer = make(model, params=groups)
+    train(model, optimizer, range(3))
+
+    def check(short: list[Tensor]) -> None:
+        for p, state in optimizer.state.items():
+            is_short = any(p is q for q in short)
+            assert state[optimizer.moment].dtype == (torch.bfloat16 if is_short else torch.float32)
+
+    check(weights)
+    optimizer.param_groups[1]["moment_dtype"] = torch.bfloat16
+    optimizer.zero_grad()
+    backward(model, 3)
+    with pytest.raises(RuntimeError, match=r"moment_dtype set to torch.bfloat16.*load_state_dict"):
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, range(3, 5))
+    check([*weights, *others])
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_moments_of_float64_are_never_in_16_bits(make: Make) -> None:
+    wide, narrow = network(dtype=torch.float64), network()
+    with pytest.raises(ValueError, match=r"^moment_dtype is torch.bfloat16, and params\[0\] has dtype torch.float64"):
+        make(wide, **SHORT)
+    with pytest.raises(ValueError, match=r"^moment_dtype is torch.bfloat16, and params\[0\] has dtype torch.float64"):
+        make(wide, params=[{"params": wide.parameters(), **SHORT}])
+    optimizer = make(narrow, **SHORT)
+    train(narrow, optimizer, range(1))
+    narrow.double()
+    optimizer.zero_grad()
+    backward(narrow, 1)
+    with pytest.raises((RuntimeError, ValueError), match="float64"):
+        optimizer.step()
+
+
+def test_explain_counts_the_bytes_of_moments_in_16_bits(make: Make) -> None:
+    model, twin = network(), network()
+    rows = []
+    for net, settings in ((model, SHORT), (twin, {})):
+        optimizer = make(net, **settings)
+        train(net, optimizer, range(2))
+        rows.append(optimizer.explain())
+    for short, plain, p in zip(*rows, model.parameters(), strict=True):
+        assert plain.state_bytes - short.state_bytes == 2 * p.numel(), short.name
 
 
 def test_model_moved_before_the_first_step_works(make: Make) -> None:

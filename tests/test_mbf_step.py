@@ -29,6 +29,7 @@ from tests.cases import (
     unaligned,
 )
 from tests.cases.mbf_step import NAMES, PARAMETERS, Parameter, Step, packed, step, unpack
+from tests.cases.steps import SHORT_IN_TURN, around_ties
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
 from tests.interpreted import interpreted
 
@@ -233,7 +234,7 @@ def bounds(case: Step, scale: float, caps: Sequence[float]) -> tuple[list[Tensor
     way to a direction; 4 more to the change and one as it is taken off; 4 of the decoupled decay. The definition in
     float64 rounds as often: twice all that. The scale inherits the error of the sum of <d, m>, which cancellation
     amplifies; a cap inherits that of the scale and that of |lr d|. Then half a unit in the last place of the
-    parameter's own dtype. Numbers below the normal ones may be lost.
+    parameter's own dtype, and of the momentum's as it is kept. Numbers below the normal ones may be lost.
     """
     o, size, rates, decays = case.options, Sizes(case), of_each(case, "lr"), of_each(case, "weight_decay")
     of_scale = 0.0
@@ -249,7 +250,11 @@ def bounds(case: Step, scale: float, caps: Sequence[float]) -> tuple[list[Tensor
     for i, p in enumerate(case.params):
         wide = ACCUMULATOR[p.dtype]
         u, tiny = unit_roundoff(wide), torch.finfo(wide).smallest_normal
-        moments.append(2 * u * 6 * size.moments[i] + tiny)
+        moment, kept = 2 * u * 6 * size.moments[i] + tiny, case.momentum_buffers[i].dtype
+        if kept != wide:
+            stored = unit_roundoff(kept) * (size.moments[i] + moment)
+            moment = moment + stored + torch.finfo(kept).smallest_normal * 2**-8
+        moments.append(moment)
         lr = rates[i]
         change = lr * scale * caps[i] * size.directions[i]
         decay = lr * decays[i] * size.weights[i] if o["decoupled"] else torch.zeros_like(change)
@@ -412,11 +417,19 @@ def test_step(implementation: str, options: dict[str, Any], dtype: torch.dtype) 
 
 
 @pytest.mark.slow_interpreted
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_momentum_in_16_bits(implementation: str, options: dict[str, Any]) -> None:
+    some = parameters_for(implementation, cuda=INTERPRETED)
+    check(step(some, DTYPES, moments=SHORT_IN_TURN, **options))
+
+
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
 def test_inverses_stored_in_bfloat16(implementation: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     cuda = PARAMETERS if dtype == torch.float32 else INTERPRETED
-    check(step(parameters_for(implementation, cuda=cuda), dtype, storage=torch.bfloat16, **options))
+    moments = SHORT_IN_TURN if implementation == "triton" else None
+    check(step(parameters_for(implementation, cuda=cuda), dtype, moments=moments, storage=torch.bfloat16, **options))
 
 
 @pytest.mark.slow_interpreted
@@ -463,7 +476,7 @@ def test_any_inverses(
     storage: torch.dtype | None,
 ) -> None:
     drawn = chosen[:1] if implementation == "triton" else chosen
-    check(step(list(itertools.chain(*drawn)), dtype, layout=layout, storage=storage))
+    check(step(list(itertools.chain(*drawn)), dtype, layout=layout, moments=SHORT_IN_TURN, storage=storage))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -473,7 +486,8 @@ def test_layouts_do_not_show(
 ) -> None:
     """The same bits wherever the elements of each lie, and no other bits around them."""
     some = parameters_for(implementation, FEW, cuda=INTERPRETED)
-    case = step(some, dtype, **layouts_of_a_step(of, layout), weight_decay=0.1, kl_clip=1e-3)
+    layouts = layouts_of_a_step(of, layout)
+    case = step(some, dtype, **layouts, moments=SHORT_IN_TURN, weight_decay=0.1, kl_clip=1e-3)
     plain = case.copy()
     plain.params, plain.grads, plain.momentum_buffers = ([contiguous(x) for x in xs] for xs in case.lists()[:3])
     around = [[surroundings(x) for x in tensors] for tensors in (case.params, case.momentum_buffers)]
@@ -486,7 +500,8 @@ def test_layouts_do_not_show(
 
 @pytest.mark.parametrize("layout", WRITABLE_LAYOUTS.values())
 def test_layouts_of_all_at_once(implementation: str, layout: Callable[[Tensor], Tensor]) -> None:
-    check(step(parameters_for(implementation, FEW, cuda=INTERPRETED), DTYPES, layout=layout, weight_decay=0.1))
+    some = parameters_for(implementation, FEW, cuda=INTERPRETED)
+    check(step(some, DTYPES, layout=layout, moments=SHORT_IN_TURN, weight_decay=0.1))
 
 
 @pytest.mark.slow_interpreted
@@ -789,7 +804,8 @@ def test_blocks_without_a_finite_gradient_keep_their_bits(
     dtype: torch.dtype,
 ) -> None:
     """They are counted exactly, and all others take the very step they take without them."""
-    clean = step(parameters_for(implementation, FEW, cuda=INTERPRETED), dtype, layout=layout, **options)
+    some = parameters_for(implementation, FEW, cuda=INTERPRETED)
+    clean = step(some, dtype, layout=layout, moments=SHORT_IN_TURN, **options)
     if diagonal:  # a NaN reaches the whole block through zeros too
         for inverse in clean.inverses:
             if inverse is not None and inverse.dim() > 2:
@@ -876,13 +892,17 @@ def test_every_bit_pattern_of_a_skipped_parameter_stays(
 ) -> None:
     """All but those of NaN, which stays NaN."""
     n = 1 if implementation == "triton" else 4
-    case = step([Parameter((65536,), (65536 // n, n, n))], dtype, layout=layout)
+    case = step([Parameter((65536,), (65536 // n, n, n))], dtype, layout=layout, moments=torch.bfloat16)
+    moments = torch.arange(-32768, 32768, dtype=torch.int16).view(torch.bfloat16)
+    case.momentum_buffers[0].copy_(moments)
     patterns = torch.arange(-32768, 32768, dtype=torch.int16).view(dtype)
     case.params[0].copy_(patterns)
     case.grads[0].fill_(math.nan)
     assert case.run()[0].tolist() == [65536 // n]
     assert case.params[0][patterns.isnan()].isnan().all()
     assert_same_bits(case.params[0][~patterns.isnan()], patterns[~patterns.isnan()])
+    assert case.momentum_buffers[0][moments.isnan()].isnan().all()
+    assert_same_bits(case.momentum_buffers[0][~moments.isnan()], moments[~moments.isnan()])
 
 
 def test_a_scale_that_makes_gradients_infinite(implementation: str) -> None:
@@ -895,6 +915,70 @@ def test_a_scale_that_makes_gradients_infinite(implementation: str) -> None:
             assert_unchanged(case, before)
         else:
             assert case.params[0].isfinite().all()
+
+
+# A momentum in 16 bits.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 11])
+def test_momentum_rounds_to_nearest_even(implementation: str, rows: int, dtype: torch.dtype) -> None:
+    """On ties and around them, subnormal ones included; what is finite stays so."""
+    exact = around_ties(subnormal=implementation != "triton")
+    exact = torch.cat([exact, exact[: -len(exact) % 22]])  # in whole blocks
+    case = step([Parameter((len(exact),), (len(exact) // rows, rows, rows))], dtype, moments=torch.bfloat16)
+    assert case.inverses[0] is not None
+    case.inverses[0].copy_(torch.eye(rows).expand_as(case.inverses[0]))
+    case.grads[0].copy_(exact)
+    case.options |= {"lr": 0.0, "momentum": 0.0}
+    exact, before = case.grads[0].float(), case.momentum_buffers[0].clone()  # in float16 few of them are left
+    largest = torch.finfo(torch.bfloat16).max
+    rounded = exact.clamp(-largest, largest).to(torch.bfloat16)
+    stepped = exact.isfinite().view(-1, rows).all(1).repeat_interleave(rows)
+    case.run()
+    assert_same_bits(case.momentum_buffers[0], torch.where(stepped, rounded, before))
+    assert dtype != torch.float32 or bool((rounded.abs() == largest).any() and (rounded != exact).any())
+
+
+UNROUNDED = (
+    Parameter((33,), (33, 1, 1)),
+    Parameter((4, 3, 3), (4, 9, 9)),
+    packed((4, 5), 4, 5),
+    Parameter((3, 10), (3, 11, 11)),
+    Parameter((3,), None),
+    Parameter((4, 12), (1, 5, 3, 3)),
+    Parameter((4,), None),
+    Parameter((1, 513), (1, 513, 513)),
+    Parameter((2, 599), (1, 1, 600, 600)),
+    Parameter((2,), None),
+)
+
+
+@pytest.mark.parametrize("clip", [None, 0.25])
+def test_directions_are_of_the_momentum_before_it_is_rounded(implementation: str, clip: float | None) -> None:
+    """And so is the sum that the clip is about."""
+    for i, parameter in enumerate(UNROUNDED):
+        if parameter.inverse is None:
+            continue
+        biased = i + 1 < len(UNROUNDED) and UNROUNDED[i + 1].inverse is None
+        case = step(UNROUNDED[i : i + 1 + biased], torch.float32, moments=torch.bfloat16, lr=1.0, momentum=0.0)
+        inverse = case.inverses[0]
+        assert inverse is not None
+        if inverse.dim() == 2:
+            inverse.copy_(pack(torch.eye(5).expand(len(inverse), 5, 5)))
+        else:
+            inverse.copy_(torch.eye(inverse.shape[-1]).expand_as(inverse))
+        for w, g in zip(case.params, case.grads, strict=True):
+            w.zero_()
+            g.fill_(1 / 3)
+        third = float(torch.tensor(1 / 3))
+        count = sum(w.numel() for w in case.params)
+        case.options["kl_clip"] = None if clip is None else clip * third**2 * count
+        _, scale = case.run()
+        assert float(scale) == (1.0 if clip is None else pytest.approx(0.5, rel=1e-12))
+        for w, m in zip(case.params, case.momentum_buffers, strict=True):
+            assert_within(w, torch.full(w.shape, -third * float(scale), dtype=torch.float64), 1e-7, f"{parameter}")
+            assert_same_bits(m.contiguous(), torch.full(m.shape, 1 / 3, dtype=torch.bfloat16))
 
 
 # Bits.
@@ -934,7 +1018,8 @@ def test_same_bits_at_every_run_and_for_every_number_of_threads(
     implementation: str, set_threads: Callable[[int], None], layout: Callable[[Tensor], Tensor]
 ) -> None:
     some = parameters_for(implementation, FEW, SHARED, SHARED)
-    case = step(some, (torch.float32, torch.bfloat16), layout=layout, weight_decay=0.1, kl_clip=1e-3)
+    options = {"moments": SHORT_IN_TURN, "weight_decay": 0.1, "kl_clip": 1e-3}
+    case = step(some, (torch.float32, torch.bfloat16), layout=layout, **options)
     for gradient in case.grads:
         gradient.view(gradient.shape)[..., ::37] = math.nan
     results = []
@@ -970,11 +1055,13 @@ def test_blocks_larger_than_what_a_program_holds(
 
 @pytest.mark.parametrize("clip", [None, 1e-3])
 @pytest.mark.parametrize("layout", [contiguous, unaligned])
+@pytest.mark.parametrize("moments", [None, torch.bfloat16], ids=str)
 def test_full_chunks_of_single_elements(
-    implementation: str, layout: Callable[[Tensor], Tensor], clip: float | None
+    implementation: str, moments: torch.dtype | None, layout: Callable[[Tensor], Tensor], clip: float | None
 ) -> None:
     """Aligned ones are read 16 bytes at a time, all others element by element: with the same results."""
-    aligned = step([Parameter((16390,), (16390, 1, 1))], torch.float32, layout=contiguous, kl_clip=clip)
+    one = [Parameter((16390,), (16390, 1, 1))]
+    aligned = step(one, torch.float32, layout=contiguous, moments=moments, kl_clip=clip)
     aligned.inverses = [contiguous(x) for x in aligned.inverses if x is not None]
     aligned.grads[0][[7, 9000, 16389]] = math.nan
     case = aligned.map(layout)
@@ -1015,7 +1102,7 @@ def test_tiles(
     if implementation == "triton":
         pytest.skip("tiles of the CUDA kernels")
     dtypes = (torch.float32, torch.float16, torch.float64) if storage is None else (torch.bfloat16, torch.float32)
-    case = check(step(TILES + ENDS, dtypes, layout=layout, storage=storage, **options))
+    case = check(step(TILES + ENDS, dtypes, layout=layout, moments=SHORT_IN_TURN, storage=storage, **options))
     before = case.copy()
     for g in case.grads:
         g[..., -1:] = math.inf

@@ -261,6 +261,38 @@ def test_readers_of_layers(settings: str, ranks: str, dtype: torch.dtype) -> Non
             assert row == pytest.approx(other, rel=1e-2 if dtype == torch.float32 else 1e-9)
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [(MBF, {"lr": 0.1, "damping": 1.0}), (MBF, {"lr": 0.1, "damping": 1.0, "kl_along": "gradient"}), (KFAC, {})],
+    ids=str,
+)
+def test_moments_in_16_bits(kind: Any, settings: dict[str, Any]) -> None:
+    """They round to a neighbour at most, and MBF's first step, being made before that, is the same.
+
+    Gradients that are added up in another order, in float32, may lie on the other side of a tie.
+    """
+    eps = torch.finfo(torch.bfloat16).eps
+
+    def one_step(model: nn.Module, rank: int, world: int) -> tuple[list[Tensor], list[Tensor]]:
+        model = sharded(model, (world,)) if world > 1 else model
+        optimizer = kind(model, **settings, moment_dtype=torch.bfloat16)
+        x, y = (part.chunk(world)[rank] for part in batch(0, torch.float32))
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        moments = [optimizer.state[p][optimizer.moment] for p in model.parameters()]
+        assert all(m.dtype == torch.bfloat16 for m in moments)
+        return whole(model), [m.full_tensor() if hasattr(m, "full_tensor") else m for m in moments]
+
+    before = whole(network(torch.float32))
+    expected, wanted = one_step(network(torch.float32), 0, 1)
+    for found, moments in in_threads(lambda rank: one_step(network(torch.float32), rank, 2), 2):
+        for m, n in zip(moments, wanted, strict=True):
+            assert float((m.float() - n.float()).abs().max()) <= eps * float(n.float().abs().max())
+        for p, q, start in zip(found, expected, before, strict=True):
+            if kind is MBF:
+                assert float((p - q).abs().max()) <= 1e-4 * float((q - start).abs().max()) + 1e-7
+
+
 class Tokens(nn.Sequential):
     """Layers of every kind that has a rule, over the rows of which groups of channels are cut."""
 

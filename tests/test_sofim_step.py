@@ -28,6 +28,7 @@ from tests.cases import (
     unaligned,
 )
 from tests.cases.sofim_step import NAMES, SHAPES, Step, step
+from tests.cases.steps import SHORT_IN_TURN
 from tests.comparison import assert_same_bits, assert_within, surroundings, unit_roundoff
 from tests.interpreted import far, far_partials, far_sums, interpreted
 
@@ -40,9 +41,6 @@ each_form = pytest.mark.parametrize(("direction", "scope"), FORMS)
 # So few elements that the solve depends on each of them.
 FEW = ((3, 5), (5,), (), (1,), (0,), (17,))
 
-
-SHORT_IN_TURN = (torch.bfloat16, None, torch.bfloat16)
-"""Of moments, so that each dtype of parameters has both within a dozen."""
 
 # What Triton's interpreter takes instead of the shapes of all: it is slow, at every tensor.
 SOME = ((3, 5), (), (0,), (2, 1030), (4, 3, 2, 5, 9))

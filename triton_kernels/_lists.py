@@ -34,6 +34,11 @@ TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: t
 WIDE = {dtype: tl.float64 if dtype == torch.float64 else tl.float32 for dtype in TYPES}
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that sums and directions have beside a tensor."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 @triton.jit
 def address(addresses, count, which: tl.constexpr, i, T: tl.constexpr):
     """Where tensor i of a list lies."""
@@ -359,7 +364,7 @@ def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def one(like: Tensor) -> Tensor:
     """A 1 in the wide dtype beside that of a tensor, on its device; the same at every call."""
-    return _one(torch.float64 if like.dtype == torch.float64 else torch.float32, like.device)
+    return _one(wide_dtype(like), like.device)
 
 
 _slots: dict[str, OrderedDict[Any, _Slot]] = {}

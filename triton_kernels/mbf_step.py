@@ -1,7 +1,8 @@
 """The mini-block Fisher update of a list of parameters: one pass over gradient, momentum, parameter and inverse.
 
-In float32 that is 20 + 4 n bytes a parameter under blocks of n x n. Directions are kept in memory only where the step
-must wait for them: with a clip, under shared inverses, and where a block has more rows than a program has lanes.
+In float32 that is 20 + 4 n bytes a parameter under blocks of n x n, 16 + 4 n with a momentum in 16 bits. Directions are
+kept in memory only where the step must wait for them: with a clip, under shared inverses, and where a block has more
+rows than a program has lanes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._language import divmod_from, is_finite, narrow
+from ._language import as_moment, divmod_from, is_finite, narrow
 from ._launch import launch
 from ._lists import (
     CHUNK,
@@ -29,6 +30,7 @@ from ._lists import (
     locate_in_order,
     number,
     table,
+    wide_dtype,
 )
 from ._steps import is_off, of_each, rate_of, scalar, times
 
@@ -74,7 +76,7 @@ def _joined(bias, is_bias, of_bias, of_weight):
 @triton.jit
 def _pointers(
     addresses, count, geometry, i, row, down, first, inside, is_bias,
-    T: tl.constexpr, A: tl.constexpr, STRIDED: tl.constexpr, BIASED: tl.constexpr,
+    T: tl.constexpr, M: tl.constexpr, STRIDED: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """Where elements of [W | b] lie in the parameter, the gradient and the momentum.
 
@@ -85,7 +87,7 @@ def _pointers(
     """
     param = address(addresses, count, _PARAM, i, T)
     grad = address(addresses, count, _GRAD, i, T)
-    moment = address(addresses, count, _MOMENT, i, A)
+    moment = address(addresses, count, _MOMENT, i, M)
     if STRIDED:
         at_param, at_grad, at_moment = locate_in_order(geometry, i, first, inside)
         params, grads, moments = param + at_param, grad + at_grad, moment + at_moment
@@ -94,7 +96,7 @@ def _pointers(
     if BIASED:
         b_param = address(addresses, count, _PARAM, i + 1, T)
         b_grad = address(addresses, count, _GRAD, i + 1, T)
-        b_moment = address(addresses, count, _MOMENT, i + 1, A)
+        b_moment = address(addresses, count, _MOMENT, i + 1, M)
         if STRIDED:
             by_param, by_grad, by_moment = locate_in_order(geometry, i + 1, row, down)
         else:
@@ -232,7 +234,7 @@ def blocks(
     addresses, count, layouts, geometry, chunks, skipped, workspace, sums, all_sums, rates,
     momentum: tl.float64, scale: tl.float64, scale_factor, found_inf,
     COUPLED: tl.constexpr, ALONG_GRADIENT: tl.constexpr, CAPS: tl.constexpr,
-    T: tl.constexpr, A: tl.constexpr, S: tl.constexpr, N: tl.constexpr, PACKED: tl.constexpr,
+    T: tl.constexpr, M: tl.constexpr, A: tl.constexpr, S: tl.constexpr, N: tl.constexpr, PACKED: tl.constexpr,
     STRIDED: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """A run of whole blocks: the step, or where there are ``sums`` the momentum, directions and a part of <d, g>.
@@ -254,15 +256,15 @@ def blocks(
         width = n - 1 if BIASED else n
         inside = down * width + column if BIASED else lanes
         param, grad, moment = _pointers(
-            addresses, count, geometry, i, row, down, row * width, inside, column == width, T, A, STRIDED, BIASED
+            addresses, count, geometry, i, row, down, row * width, inside, column == width, T, M, STRIDED, BIASED
         )
         coefficients = _coefficients(rates, count, i, scale, scale_factor, momentum, A, COUPLED)
         g = _gradient(param, grad, mask, coefficients, A)
-        new = coefficients[1] * tl.load(moment, mask) + g
+        new = coefficients[1] * tl.load(moment, mask).to(A) + g
         inverse = address(addresses, count, _INVERSE, i, S) + row * _numbers(n, PACKED)
         d = _product(inverse, new, down, column, n, mask, A, PACKED)
         kept = mask & _whole(d, mask, down, n)
-        tl.store(moment, new, kept)
+        tl.store(moment, as_moment(new, M), kept)
         if sums is None:
             rate, shrink = _rates(rates, count, i, A, COUPLED)
             w = tl.load(param, kept)
@@ -285,10 +287,10 @@ def _scale_by_diagonal(
     """The step of blocks of one element at some addresses: which stayed, and what they add to the sums."""
     g = _gradient(param, grad, mask, coefficients, A)
     old = tl.load(moment, mask)
-    new = coefficients[1] * old + g
+    new = coefficients[1] * old.to(A) + g
     d = tl.load(inverse, mask).to(A) * new
     kept = is_finite(d)
-    tl.store(moment, tl.where(kept, new, old), mask)
+    tl.store(moment, tl.where(kept, as_moment(new, old.dtype), old), mask)
     if WAITS:
         tl.store(stored, tl.where(kept, d, float("nan")), mask)
         w = tl.load(param, mask).to(A) if CAPS else g
@@ -306,7 +308,7 @@ def diagonals(
     addresses, count, layouts, chunks, skipped, workspace, sums, all_sums, rates,
     momentum: tl.float64, scale: tl.float64, scale_factor, found_inf,
     COUPLED: tl.constexpr, ALONG_GRADIENT: tl.constexpr, CAPS: tl.constexpr,
-    T: tl.constexpr, A: tl.constexpr, S: tl.constexpr,
+    T: tl.constexpr, M: tl.constexpr, A: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """As ``blocks``, for a chunk of blocks of one element in row-major order."""
     if not is_off(found_inf):
@@ -316,7 +318,7 @@ def diagonals(
         layout = layouts + i.to(tl.int64) * _WIDTH
         param = address(addresses, count, _PARAM, i, T) + start
         grad = address(addresses, count, _GRAD, i, T) + start
-        moment = address(addresses, count, _MOMENT, i, A) + start
+        moment = address(addresses, count, _MOMENT, i, M) + start
         inverse = address(addresses, count, _INVERSE, i, S) + start
         if sums is None:
             stored = moment  # not used
@@ -367,7 +369,7 @@ def diagonals(
 def multiply(
     addresses, count, layouts, geometry, chunks, workspace, rates,
     momentum: tl.float64, scale: tl.float64, scale_factor, found_inf, COUPLED: tl.constexpr,
-    T: tl.constexpr, A: tl.constexpr, S: tl.constexpr, PACKED: tl.constexpr,
+    T: tl.constexpr, M: tl.constexpr, A: tl.constexpr, S: tl.constexpr, PACKED: tl.constexpr,
     STRIDED: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """Directions of some rows of a large block."""
@@ -391,10 +393,10 @@ def multiply(
             there = source < n
             param, grad, moment = _pointers(
                 addresses, count, geometry, i, row, tl.zeros_like(steps), row * width + k, steps, source == width,
-                T, A, STRIDED, BIASED,
+                T, M, STRIDED, BIASED,
             )  # fmt: skip
             g = _gradient(param, grad, there, coefficients, A)
-            new = coefficients[1] * tl.load(moment, there) + g
+            new = coefficients[1] * tl.load(moment, there).to(A) + g
             entry = _entry_of(source[:, None].to(tl.int64), column[None, :], n, PACKED)
             both = there[:, None] & mask[None, :]
             p = tl.load(inverse + entry, both).to(A)
@@ -409,8 +411,9 @@ def _step_along(
 ):  # fmt: skip
     """The step along known directions, or the momentum alone: what lanes add to the sums."""
     g = _gradient(param, grad, kept, coefficients, A)
-    new = coefficients[1] * tl.load(moment, kept) + g
-    tl.store(moment, new, kept)
+    old = tl.load(moment, kept)
+    new = coefficients[1] * old.to(A) + g
+    tl.store(moment, as_moment(new, old.dtype), kept)
     if WAITS:
         tl.store(stored, float("nan"), mask & ~kept)
         w = tl.load(param, mask).to(A) if CAPS else g
@@ -428,7 +431,7 @@ def along(
     addresses, count, layouts, geometry, chunks, skipped, workspace, sums, all_sums, rates,
     momentum: tl.float64, scale: tl.float64, scale_factor, found_inf,
     COUPLED: tl.constexpr, ALONG_GRADIENT: tl.constexpr, CAPS: tl.constexpr,
-    T: tl.constexpr, A: tl.constexpr, LONG: tl.constexpr, STRIDED: tl.constexpr, BIASED: tl.constexpr,
+    T: tl.constexpr, M: tl.constexpr, A: tl.constexpr, LONG: tl.constexpr, STRIDED: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """As ``blocks``, for directions that are in the workspace: a run of blocks, or one that is LONG."""
     if not is_off(found_inf):
@@ -459,7 +462,7 @@ def along(
                 mask = k + lanes < length
                 param, grad, moment = _pointers(
                     addresses, count, geometry, i, row, tl.zeros_like(lanes), row * width + start + k, lanes,
-                    start + k + lanes == width, T, A, STRIDED, BIASED,
+                    start + k + lanes == width, T, M, STRIDED, BIASED,
                 )  # fmt: skip
                 at = stored + k + lanes
                 d = tl.load(at, mask, 0.0)
@@ -478,7 +481,7 @@ def along(
             mask = (unit < whole_run) & (row + down < tl.load(layout + _ROWS)) & (column < columns)
             param, grad, moment = _pointers(
                 addresses, count, geometry, i, row, down, row * width + start,
-                (down * width + column - start).to(tl.int32), column == width, T, A, STRIDED, BIASED,
+                (down * width + column - start).to(tl.int32), column == width, T, M, STRIDED, BIASED,
             )  # fmt: skip
             at = stored + (down * pitch + column - start)
             d = tl.load(at, mask, 0.0)
@@ -669,7 +672,7 @@ class _Notes(NamedTuple):
     sums: int  # how many partial ones of each kind there are
 
 
-def _cuts(i: int, view: View, inverse: Tensor, strided: bool, waits: bool) -> Iterator[Cut]:
+def _cuts(i: int, view: View, inverse: Tensor, moment: Tensor, strided: bool, waits: bool) -> Iterator[Cut]:
     """How a parameter goes through the kernels."""
 
     def cut(kernel: str, programs: int, **constants: Any) -> Cut:
@@ -677,20 +680,21 @@ def _cuts(i: int, view: View, inverse: Tensor, strided: bool, waits: bool) -> It
 
     rows, columns, n, in_row, biased = view
     lies = {"STRIDED": strided, "BIASED": biased}
-    stored, packed = TYPES[inverse.dtype], inverse.dim() == 2
+    kept, stored, packed = TYPES[moment.dtype], TYPES[inverse.dtype], inverse.dim() == 2
     if rows * columns == 0:
         return
     shared, long = inverse.dim() == 4, n > _LANES.value
     if long and not shared:
-        yield cut("multiply", rows * triton.cdiv(n, _LANES.value), S=stored, PACKED=packed, **lies)
+        yield cut("multiply", rows * triton.cdiv(n, _LANES.value), M=kept, S=stored, PACKED=packed, **lies)
     if long or shared:
         run = max(1, _LANES.value // n)
-        yield cut("along", triton.cdiv(rows * in_row, run), LONG=long, **lies)
+        yield cut("along", triton.cdiv(rows * in_row, run), M=kept, LONG=long, **lies)
     elif n == 1 and not (strided or biased):
-        yield cut("diagonals", element_chunks(rows), S=stored)
+        yield cut("diagonals", element_chunks(rows), M=kept, S=stored)
     else:
         constant = n if n <= _MOST_CONSTANT else 0
-        yield cut("blocks", triton.cdiv(rows, _LANES.value // n), S=stored, N=constant, PACKED=packed, **lies)
+        programs = triton.cdiv(rows, _LANES.value // n)
+        yield cut("blocks", programs, M=kept, S=stored, N=constant, PACKED=packed, **lies)
     if waits:
         flat = not (strided or biased) and view.pitch == columns
         yield cut("descend", element_chunks(rows * columns), FLAT=flat, **lies)
@@ -704,7 +708,7 @@ def _lay_out(s: Any, kinds: Sequence[int]) -> Layout:
         i, inverse, biased = entry.position, entry.inverse, entry.biased
         view = View(entry.layout.rows, entry.layout.columns, entry.layout.size, entry.layout.blocks, biased)
         together = [x for tensors in (s.params, s.grads, s.momentum_buffers) for x in tensors[i : i + 1 + biased]]
-        made = list(_cuts(i, view, inverse, is_strided(together), s.waits))
+        made = list(_cuts(i, view, inverse, s.momentum_buffers[i], is_strided(together), s.waits))
         programs = sum(cut.programs for cut in made if cut.kind.kernel in _KERNELS)
         of_layer = layers[s.layer(i)]
         rows[i] = (
@@ -718,7 +722,7 @@ def _lay_out(s: Any, kinds: Sequence[int]) -> Layout:
         if made and inverse.dim() == 4:
             shared.append(_Shared(i, view, size))
         if any(cut.kind.kernel in ("along", "descend") for cut in made):
-            taken = view.rows * view.pitch * s.momentum_buffers[i].element_size()
+            taken = view.rows * view.pitch * wide_dtype(s.params[i]).itemsize
             size += triton.cdiv(taken, _ALIGNMENT) * _ALIGNMENT
     return Layout(rows, cuts, _Notes(shared, size, first_sum))
 
@@ -788,7 +792,7 @@ def step(s: Any) -> tuple[Tensor, Tensor, Tensor]:
     for shared in notes.shared:
         assert workspace is not None
         i = shared.parameter
-        s.multiply_shared(i, _directions(workspace, shared, s.momentum_buffers[i].dtype))
+        s.multiply_shared(i, _directions(workspace, shared, wide_dtype(s.params[i])))
     for kind, (dtype, wide, _, chunks) in _of(plan, "multiply"):
         launch(
             multiply, len(chunks), device, *lists_on_device, plan.geometry, chunks, workspace, rates, *coefficients,

@@ -27,12 +27,12 @@ void with_flag(bool flag, const Body& body) {
 
 /// Advances the momentum of a part of a parameter; returns how many elements stay as they are, as they would not be
 /// finite.
-template <bool kDecays, class T>
+template <bool kDecays, class T, class M>
 int64_t advance(const HeavyBall& all, const HeavyBallParameter& p, const Part& part) {
   using A = Accumulator<T>;
   using V = Vector<T>;
   Chunks<T, kChunk> parameters(p.parameter), gradients(p.gradient);
-  Chunks<A, kChunk> moments(p.moment);
+  Chunks<M, kChunk> moments(p.moment);
   const A momentum = static_cast<A>(all.momentum), decay = static_cast<A>(all.weight_decay),
           scale = static_cast<A>(all.gradient_scale.factor());
   int64_t skipped = 0;
@@ -40,7 +40,7 @@ int64_t advance(const HeavyBall& all, const HeavyBallParameter& p, const Part& p
     const int64_t count = smaller(kChunk, part.last - first);
     const T* const gradient = gradients.read(first, count);
     const T* const w = kDecays ? parameters.read(first, count) : nullptr;
-    A* const moment = moments.read(first, count);
+    M* const moment = moments.read(first, count);
     Integers<A> left_out = {};
     for_registers<A>(count, [&](int64_t i, const auto& load, const auto& store) {
       V g = scale * load(gradient + i);
@@ -71,15 +71,16 @@ struct Sums {
 };
 
 /// Adds up the chunks of a part of a parameter, each on its own.
-template <bool kProducts, bool kWeights, class T>
+template <bool kProducts, bool kWeights, class T, class M>
 void add_up(const DirectionParameter& p, int64_t i, const Part& part, const ListChunks<kChunk>& chunks, Sums* sums) {
   using A = Accumulator<T>;
   using V = Vector<T>;
   Chunks<T, kChunk> parameters(p.parameter);
-  Chunks<A, kChunk> directions(p.direction), moments(p.moment);
+  Chunks<A, kChunk> directions(p.direction);
+  Chunks<M, kChunk> moments(p.moment);
   chunks.for_chunks(i, part, [&](int64_t chunk, int64_t first, int64_t count) {
     const A* const d = directions.read(first, count);
-    const A* const m = kProducts ? moments.read(first, count) : nullptr;
+    const M* const m = kProducts ? moments.read(first, count) : nullptr;
     const T* const w = kWeights ? parameters.read(first, count) : nullptr;
     SumOfProducts<A> product, direction, weight;
     for_registers<A>(count, [&](int64_t k, const auto& load, const auto&) {
@@ -180,10 +181,11 @@ void heavy_ball_(const HeavyBall& all) {
   const ListChunks<kChunk> chunks(all.parameters, all.count);
   chunks.for_parts(all.threads, [&](int64_t i, const Part& part) {
     const HeavyBallParameter& p = all.parameters[i];
-    with_type(p.dtype, [&](auto* type) {
+    with_types(p.dtype, p.moment_dtype, [&](auto* type, auto* moment_type) {
       using T = std::remove_pointer_t<decltype(type)>;
+      using M = std::remove_pointer_t<decltype(moment_type)>;
       with_flag(all.weight_decay != 0, [&](auto decays) {
-        const int64_t skipped = advance<decltype(decays)::value, T>(all, p, part);
+        const int64_t skipped = advance<decltype(decays)::value, T, M>(all, p, part);
         if (skipped > 0) __atomic_fetch_add(all.skipped + i, skipped, __ATOMIC_RELAXED);
       });
     });
@@ -195,11 +197,13 @@ void direction_sums(const DirectionSums& all) {
   const Scratch<Sums> chunk_sums(chunks.count());
   chunks.for_parts(all.threads, [&](int64_t i, const Part& part) {
     const DirectionParameter& p = all.parameters[i];
-    with_type(p.dtype, [&](auto* type) {
+    with_types(p.dtype, p.moment_dtype, [&](auto* type, auto* moment_type) {
       using T = std::remove_pointer_t<decltype(type)>;
+      using M = std::remove_pointer_t<decltype(moment_type)>;
       with_flag(all.products, [&](auto products) {
         with_flag(all.weights, [&](auto weights) {
-          add_up<decltype(products)::value, decltype(weights)::value, T>(p, i, part, chunks, chunk_sums.data());
+          add_up<decltype(products)::value, decltype(weights)::value, T, M>(p, i, part, chunks,
+                                                                                       chunk_sums.data());
         });
       });
     });

@@ -240,7 +240,7 @@ class Buffers {
   /// Room for `elements` of a chunk and one block of an inverse with its row.
   Buffers(int64_t elements, int64_t block, int64_t row)
       : stride_(ceil_div(elements + 2 * kLanes<A>, kLanes<A>) * kLanes<A>),
-        memory_(6 * stride_ + block + 3 * row + 6 * kLanes<A>) {
+        memory_(7 * stride_ + block + 3 * row + 6 * kLanes<A>) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(memory_.data());
     data_ = reinterpret_cast<A*>((address + kVectorBytes - 1) / kVectorBytes * kVectorBytes);
   }
@@ -253,8 +253,9 @@ class Buffers {
   A* moment() const { return data_ + 3 * stride_; }
   A* scaled_gradient() const { return data_ + 4 * stride_; }
   A* direction() const { return data_ + 5 * stride_; }
+  bfloat16_moment* short_moment() const { return reinterpret_cast<bfloat16_moment*>(data_ + 6 * stride_); }
   /// Three rows of a packed block, then a copy of a block.
-  A* work() const { return data_ + 6 * stride_; }
+  A* work() const { return data_ + 7 * stride_; }
 
  private:
   int64_t stride_;
@@ -278,8 +279,11 @@ class Rows {
         bias_data_(static_cast<T*>(bias.data)),
         buffer_(buffer) {}
 
+  /// Where rows from there on are once they have been read.
+  T* place(int64_t first) const { return in_place_ ? data_ + first * columns_ : buffer_; }
+
   T* read(int64_t first, int64_t count) const {
-    if (in_place_) return data_ + first * columns_;
+    if (in_place_) return place(first);
     if (dense_) {
       for (int64_t r = 0; r < count; ++r) copy_run(data_ + (first + r) * width_, width_, buffer_ + r * columns_);
       read_bias(first, count);
@@ -339,6 +343,53 @@ class Rows {
   T* const buffer_;
 };
 
+/// Rows of the momentum, which is computed in A and kept in that or in bfloat16. Which of them a run tells: kernels for
+/// both would take twice as long to compile, and what is converted is in the nearest cache.
+template <class A>
+class Moments {
+ public:
+  Moments(const MbfParameter& p, const Buffers<A>& buffers)
+      : is_short_(std::is_same_v<A, float> && p.moment_dtype == DType::bfloat16),
+        columns_(p.columns),
+        widened_(buffers.old_moment()),
+        wide_(p.weight.moment, p.bias.moment, p, buffers.old_moment()),
+        short_(p.weight.moment, p.bias.moment, p, buffers.short_moment()) {}
+
+  const A* read(int64_t first, int64_t count) const {
+    if constexpr (std::is_same_v<A, float>) {
+      if (is_short_) {
+        const bfloat16_moment* const kept = short_.read(first, count);
+        for_registers<A>(count * columns_, [&](int64_t i, const auto& load, const auto&) {
+          store(widened_ + i, load(kept + i));  // the buffers have room for a whole register
+        });
+        return widened_;
+      }
+    }
+    return wide_.read(first, count);
+  }
+
+  /// Writes rows, which may be lost.
+  void write(int64_t first, int64_t count, A* rows) const {
+    if constexpr (std::is_same_v<A, float>) {
+      if (is_short_) {
+        bfloat16_moment* const kept = short_.place(first);
+        for_registers<A>(count * columns_, [&](int64_t i, const auto&, const auto& store) {
+          store(kept + i, load(rows + i));
+        });
+        return short_.write(first, count, kept);
+      }
+    }
+    wide_.write(first, count, rows);
+  }
+
+ private:
+  const bool is_short_;
+  const int64_t columns_;
+  A* const widened_;
+  const Rows<A> wide_;
+  const Rows<bfloat16_moment> short_;
+};
+
 /// The step of one parameter.
 template <WeightDecay kDecay, class T>
 class Stepper {
@@ -351,7 +402,7 @@ class Stepper {
         buffers_(buffers),
         parameter_(p.weight.parameter, p.bias.parameter, p, buffers.template parameter<T>()),
         gradient_(p.weight.gradient, p.bias.gradient, p, buffers.template gradient<T>()),
-        moment_(p.weight.moment, p.bias.moment, p, buffers.old_moment()) {}
+        moment_(p, buffers) {}
 
   /// Writes the momentum of a chunk of rows. Without `directions` it takes the step too; else those are stored, NaN for
   /// what is skipped, and it returns the sums of the chunk.
@@ -521,7 +572,7 @@ class Stepper {
   const Buffers<A>& buffers_;
   const Rows<T> parameter_;
   const Rows<T> gradient_;
-  const Rows<A> moment_;
+  const Moments<A> moment_;
   int64_t skipped_ = 0;
 };
 

@@ -79,6 +79,7 @@ struct Entry : StepArrays {
   int32_t n;
   int32_t blocks_in_tile;
   bool packed;
+  bool short_moment;  // in bfloat16, and that of the bias as well
 
   template <class A>
   __device__ const Rates<A>& rates() const {
@@ -113,6 +114,7 @@ struct Item {
   const MbfParameter* parameter;
   JoinedEntry entry;
   DType dtype;
+  DType moment_dtype;
   DType inverse_dtype;
   Way way = Way::along;
   bool joined = false;
@@ -150,6 +152,7 @@ inline JoinedEntry make_entry(const MbfParameter& p) {
   entry.block_stride = p.block_stride;
   entry.n = static_cast<int32_t>(p.size);
   entry.packed = p.packed;
+  entry.short_moment = p.moment_dtype == DType::bfloat16;
   entry.strided = is_strided(arrays);
   if (entry.strided) entry.geometry = geometry_of(arrays);
   entry.biased = p.biased && !is_bias;
@@ -226,6 +229,7 @@ struct Plan {
     item.parameter = &p;
     item.entry = make_entry(p);
     item.dtype = p.dtype;
+    item.moment_dtype = p.moment_dtype;
     item.inverse_dtype = p.inverse_dtype;
     Entry& entry = item.entry;
     item.way = way_of(entry);

@@ -5,7 +5,7 @@
 
 // The mini-block Fisher step. What moves in float32, a parameter under blocks of n x n: gradient 4 bytes, momentum and
 // parameter 8 each, inverse 4 n (half of that packed, or in bfloat16): 20 + 4 n bytes, for 2 n flops. Bandwidth is all
-// that counts, and for n = 9 two thirds of it is the inverse.
+// that counts, and for n = 9 two thirds of it is the inverse. A momentum in 16 bits saves 4 bytes.
 //
 // With kl_clip the step has to wait for a sum over everything, with max_relative_step for sums over layers. The first
 // pass keeps d, NaN where it is skipped, and the second reads it: 8 bytes more, where forming d again would cost the
@@ -65,21 +65,47 @@ template <class T>
 struct Element {
   T* parameter = nullptr;
   const T* gradient = nullptr;
-  Accumulator<T>* moment = nullptr;
+  void* moment = nullptr;
 };
+
+// A momentum is computed in A and kept in that or in bfloat16. Which of them an entry tells, where elements are moved
+// one by one: kernels for both would take twice as long to compile.
+
+/// Where element `at` of a momentum lies.
+template <class A>
+__device__ void* locate_moment(const Entry& entry, void* moment, int64_t at) {
+  return static_cast<char*>(moment) + at * static_cast<int64_t>(entry.short_moment ? sizeof(bfloat16_moment) : sizeof(A));
+}
+
+template <class A>
+__device__ A load_moment(const Entry& entry, const void* moment) {
+  if constexpr (std::is_same_v<A, float>) {
+    if (entry.short_moment) return widen(*static_cast<const bfloat16_moment*>(moment));
+  }
+  return *static_cast<const A*>(moment);
+}
+
+template <class A>
+__device__ void store_moment(const Entry& entry, void* moment, A value) {
+  if constexpr (std::is_same_v<A, float>) {
+    if (entry.short_moment) {
+      *static_cast<bfloat16_moment*>(moment) = narrow<bfloat16_moment>(value);
+      return;
+    }
+  }
+  *static_cast<A*>(moment) = value;
+}
 
 /// Element `column` of row `first + down`.
 template <class T>
 __device__ Element<T> locate(const Entry& entry, int64_t first, int down, int64_t column) {
-  using A = Accumulator<T>;
   const int64_t at = (first + down) * entry.columns + column;
   return {static_cast<T*>(entry.parameter) + at, static_cast<const T*>(entry.gradient) + at,
-          static_cast<A*>(entry.moment) + at};
+          locate_moment<Accumulator<T>>(entry, entry.moment, at)};
 }
 
 template <class T>
 __device__ Element<T> locate(const JoinedEntry& entry, int64_t first, int down, int64_t column) {
-  using A = Accumulator<T>;
   const int64_t row = first + down, width = entry.columns - entry.biased;
   const bool is_bias = entry.biased && column == width;
   const int64_t index = is_bias ? row : row * width + column;
@@ -89,7 +115,7 @@ __device__ Element<T> locate(const JoinedEntry& entry, int64_t first, int down, 
   }
   return {static_cast<T*>(is_bias ? entry.bias_parameter : entry.parameter) + place.at[0],
           static_cast<const T*>(is_bias ? entry.bias_gradient : entry.gradient) + place.at[1],
-          static_cast<A*>(is_bias ? entry.bias_moment : entry.moment) + place.at[2]};
+          locate_moment<Accumulator<T>>(entry, is_bias ? entry.bias_moment : entry.moment, place.at[2])};
 }
 
 // What is fused is written down: compilers choose otherwise on another path, and layouts are not to show in the bits.
@@ -148,7 +174,7 @@ __device__ inline void store_sums(const Sums& own, const Shared& shared, double 
 // Blocks of one element.
 
 /// What is done with them.
-template <class T, class S>
+template <class T, class M, class S>
 struct Diagonal {
   using A = Accumulator<T>;
 
@@ -170,17 +196,17 @@ struct Diagonal {
   }
 
   /// d, NaN where it is skipped.
-  __device__ A advance(T& parameter, T gradient, A& moment, S inverse) {
+  __device__ A advance(T& parameter, T gradient, M& moment, S inverse) {
     const bool waits = directions != nullptr;
     if (waits && shared.caps) add_weight(sums, parameter);
     const A g = scaled(gradient, parameter, rates);
-    const A m = new_moment(moment, g, rates);
+    const A m = new_moment(widen(moment), g, rates);
     const A d = static_cast<A>(widen(inverse)) * m;
     if (!is_finite(d)) {
       ++found;
       return std::numeric_limits<A>::quiet_NaN();
     }
-    moment = m;
+    moment = narrow<M>(m);
     if (waits) {
       add_direction(sums, d, shared.along_gradient ? g : m);
     } else {
@@ -190,10 +216,10 @@ struct Diagonal {
   }
 
   template <int N, int kCount>
-  __device__ void take(const Elements<T>& elements, int stride, int64_t at) {
+  __device__ void take(const Elements<T, T, M>& elements, int stride, int64_t at) {
     const bool waits = directions != nullptr;
     Pack<T, N> w[kCount] = {}, g[kCount];
-    Pack<A, N> m[kCount];
+    Pack<M, N> m[kCount];
     Pack<S, N> p[kCount];
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
@@ -222,11 +248,11 @@ __device__ inline int64_t origin(const Entry&, int64_t first) { return first; }
 /// Its walk counts from the first element of all.
 __device__ inline int64_t origin(const StridedEntry<Entry>&, int64_t) { return 0; }
 
-/// 24 bytes a parameter in float32.
-template <class T, class S, class Entry>
+/// 24 bytes a parameter in float32, 20 with a momentum in 16 bits.
+template <class T, class M, class S, class Entry>
 __global__ void __launch_bounds__(kThreads) step_diagonal(const __grid_constant__ Table<Entry, Shared> table) {
   using A = Accumulator<T>;
-  using Traits = StepTraits<T, 1>;
+  using Traits = StepTraits<T, 1, T, M>;
   static_assert(Traits::kThreads == kThreads);
   auto& memory = shared_memory<DiagonalMemory>();
   const int i = table.tensor_of(blockIdx.x);
@@ -236,7 +262,7 @@ __global__ void __launch_bounds__(kThreads) step_diagonal(const __grid_constant_
   const int64_t chunk = blockIdx.x - table.start[i], first = chunk * kChunk, from = origin(entry, first);
   const S* const inverse = static_cast<const S*>(entry.inverse) + from;
   const bool waits = entry.sums != nullptr;
-  Diagonal<T, S> diagonal{inverse, waits ? static_cast<A*>(entry.directions) + from : nullptr, is_aligned(inverse),
+  Diagonal<T, M, S> diagonal{inverse, waits ? static_cast<A*>(entry.directions) + from : nullptr, is_aligned(inverse),
                           rates, table.shared, 0, {}};
   walk<Traits>(entry, first, diagonal);
   count_skipped(diagonal.found, memory.found, entry.skipped);
@@ -341,7 +367,7 @@ __global__ void __launch_bounds__(kThreads) step_blocks(const __grid_constant__ 
     elements[k] = locate<T>(entry, first, at / n, at % n);
     if (!waits || caps || rates.weight_decay != 0) w[k] = *elements[k].parameter;
     gradient[k] = *elements[k].gradient;
-    m[k] = *elements[k].moment;
+    m[k] = load_moment<A>(entry, elements[k].moment);
   }
   if (rates.off) return;
 #pragma unroll
@@ -382,7 +408,7 @@ __global__ void __launch_bounds__(kThreads) step_blocks(const __grid_constant__ 
       if (caps) add_weight(sums, w[k]);
     }
     if (skip) continue;
-    *elements[k].moment = m[k];
+    store_moment(entry, elements[k].moment, m[k]);
     if (!waits) *elements[k].parameter = stepped(w[k], d[k], rates);
   }
   if (waits) store_sums(sums, table.shared, memory.sums, entry.sums + tile);
@@ -403,7 +429,8 @@ __global__ void __launch_bounds__(kThreads) form_moments(const __grid_constant__
   const int64_t row = quotient(at, entry.n);
   const Element<T> element = locate<T>(entry, row, 0, at - row * entry.n);
   const T w = rates.weight_decay != 0 ? *element.parameter : T();
-  static_cast<A*>(entry.moments)[at] = new_moment(*element.moment, scaled(*element.gradient, w, rates), rates);
+  static_cast<A*>(entry.moments)[at] =
+      new_moment(load_moment<A>(entry, element.moment), scaled(*element.gradient, w, rates), rates);
 }
 
 /// d of a slab of rows of one block. A thread goes along all of them at once, one column after another, so that as many
@@ -534,8 +561,9 @@ __global__ void __launch_bounds__(kThreads) step_along(const __grid_constant__ T
     if (waits && caps) add_weight(sums, w);
     if (skip) return;
     const A d = directions[at];
-    const A g = scaled(*element.gradient, w, rates), m = new_moment(*element.moment, g, rates);
-    *element.moment = m;
+    const A g = scaled(*element.gradient, w, rates),
+            m = new_moment(load_moment<A>(entry, element.moment), g, rates);
+    store_moment(entry, element.moment, m);
     if (waits) {
       add_direction(sums, d, table.shared.along_gradient ? g : m);
     } else {
@@ -622,23 +650,40 @@ void launch_table(const Plan& plan, Kernel kernel, int threads, size_t shared_by
   table.flush();
 }
 
+/// The pass over blocks of one element whose momentum is kept as M.
+template <class T, class M, class S>
+void launch_diagonals(const Plan& plan, DType dtype, DType moment, DType inverse, const Shared& shared,
+                      const Stream& stream) {
+  const auto on = [&](bool joined) {
+    return [=](const Item& item) {
+      return item.is(dtype, inverse) && item.moment_dtype == moment && item.way == Way::diagonal &&
+             item.joined == joined;
+    };
+  };
+  launch_table<Entry>(plan, step_diagonal<T, M, S, Entry>, kThreads, sizeof(DiagonalMemory), shared, stream, on(false),
+                      tiles_of);
+  using Strided = StridedEntry<Entry>;
+  launch_table<Strided>(plan, step_diagonal<T, M, S, Strided>, kThreads, sizeof(DiagonalMemory), shared, stream,
+                        on(true), tiles_of);
+}
+
 /// The passes over inverses stored as S.
 template <class T, class S>
 void launch_products(const Plan& plan, DType dtype, DType inverse, const Shared& shared, const Stream& stream) {
   using A = Accumulator<T>;
-  const auto on = [&](Way way, bool joined) {
-    return [=](const Item& item) { return item.is(dtype, inverse) && item.way == way && item.joined == joined; };
+  const auto on = [&](bool joined) {
+    return [=](const Item& item) {
+      return item.is(dtype, inverse) && item.way == Way::blocks && item.joined == joined;
+    };
   };
   constexpr size_t kBytes = sizeof(typename Traits<T, S>::Memory);
-  launch_table<Entry>(plan, step_diagonal<T, S, Entry>, kThreads, sizeof(DiagonalMemory), shared, stream,
-                      on(Way::diagonal, false), tiles_of);
-  using Strided = StridedEntry<Entry>;
-  launch_table<Strided>(plan, step_diagonal<T, S, Strided>, kThreads, sizeof(DiagonalMemory), shared, stream,
-                        on(Way::diagonal, true), tiles_of);
-  launch_table<Entry>(plan, step_blocks<Traits<T, S>, Entry>, kThreads, kBytes, shared, stream, on(Way::blocks, false),
-                      tiles_of);
+  launch_diagonals<T, A, S>(plan, dtype, accumulation_dtype(dtype), inverse, shared, stream);
+  if constexpr (std::is_same_v<A, float>) {
+    launch_diagonals<T, bfloat16_moment, S>(plan, dtype, DType::bfloat16, inverse, shared, stream);
+  }
+  launch_table<Entry>(plan, step_blocks<Traits<T, S>, Entry>, kThreads, kBytes, shared, stream, on(false), tiles_of);
   launch_table<JoinedEntry>(plan, step_blocks<Traits<T, S>, JoinedEntry>, kThreads, kBytes, shared, stream,
-                            on(Way::blocks, true), tiles_of);
+                            on(true), tiles_of);
   const auto in_slabs = [=](const Item& item) { return item.is(dtype, inverse) && item.way == Way::slabs; };
   launch_table<Entry>(plan, multiply<A, S>, kSlabThreads, sizeof(SlabMemory<A>), shared, stream, in_slabs, slabs_of);
 }

@@ -193,6 +193,11 @@ constexpr StepDTypes kStepDTypes[] = {
     {DType::float64, DType::float64},
 };
 
+/// Whether a parameter has these.
+inline auto are_of(const StepDTypes& dtypes) {
+  return [=](const auto& p) { return p.dtype == dtypes.parameter && p.moment_dtype == dtypes.moment; };
+}
+
 /// Launches a kernel over the chunks of parameters, in one form for contiguous ones and in another one for the rest.
 template <class Entry, class Shared>
 class StepWriter {

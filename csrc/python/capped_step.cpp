@@ -35,8 +35,7 @@ void heavy_ball_(py::handle params, py::handle grads, py::handle momentum_buffer
     const TensorView param = read_tensor(param_list[i], argument);
     check_float(param, argument);
     const TensorView grad = read_like(param, param.dtype, grad_list[i], {call, "grads", i});
-    const TensorView moment = read_written_like(param, accumulation_dtype(param.dtype), moment_list[i],
-                                                {call, "momentum_buffers", i});
+    const TensorView moment = read_moment(param, moment_list[i], {call, "momentum_buffers", i});
     p.gradient = strided(grad);
     p.moment = strided(moment);
     if (weight_decay != 0) {
@@ -48,6 +47,7 @@ void heavy_ball_(py::handle params, py::handle grads, py::handle momentum_buffer
     }
     p.size = param.numel();
     p.dtype = param.dtype;
+    p.moment_dtype = moment.dtype;
     beginnings.add(p.moment, i);
   }
   beginnings.check();
@@ -76,16 +76,18 @@ void direction_sums(py::handle params, py::handle directions, py::handle momentu
     const Argument argument{call, "params", i};
     const TensorView param = read_tensor(param_list[i], argument);
     check_float(param, argument);
-    const DType wide = accumulation_dtype(param.dtype);
-    const TensorView direction = read_like(param, wide, direction_list[i], {call, "directions", i});
-    const TensorView moment = read_like(param, wide, moment_list[i], {call, "momentum_buffers", i});
-    // What nobody reads lies as the direction does.
+    const TensorView direction =
+        read_like(param, accumulation_dtype(param.dtype), direction_list[i], {call, "directions", i});
+    const Argument moment_argument{call, "momentum_buffers", i};
+    const TensorView moment = check_moment(read_tensor(moment_list[i], moment_argument), param, moment_argument);
+    // What nobody reads lies as the direction does, and has its dtype.
     const TensorView &read_param = weights ? param : direction, &read_moment = products ? moment : direction;
     p.parameter = strided(read_param);
     p.direction = strided(direction);
     p.moment = strided(read_moment);
     walk_as_they_lie({{direction, p.direction}, {read_param, p.parameter}, {read_moment, p.moment}});
     p.size = param.numel();
+    p.moment_dtype = read_moment.dtype;
     p.dtype = param.dtype;  // also of one that is not read: it says how elements are shared out, and so the sums' bits
   }
 

@@ -46,8 +46,7 @@ struct Arrays {
     check_float(param, param_argument);
     check_writable(param, param_argument);
     grad = read_like(param, param.dtype, lists.grads[i], {call, "grads", i});
-    moment = read_written_like(param, accumulation_dtype(param.dtype), lists.momentum_buffers[i],
-                               {call, "momentum_buffers", i});
+    moment = read_moment(param, lists.momentum_buffers[i], {call, "momentum_buffers", i});
   }
 
   MbfArrays strided() const {
@@ -142,11 +141,13 @@ MbfParameter read_parameter(const MbfLists& lists, py::ssize_t i) {
   MbfParameter parameter{};
   parameter.weight = weight.strided();
   parameter.dtype = weight.param.dtype;
+  parameter.moment_dtype = weight.moment.dtype;
   parameter.inverse_dtype = inverse.dtype;
   parameter.biased = i + 1 < lists.params.size() && lists.inverses[i + 1].is_none();
   if (parameter.biased) {
     const Arrays bias(lists, i + 1);
     check_dtype(bias.param, weight.param.dtype, {call, "params", i + 1});
+    check_dtype(bias.moment, weight.moment.dtype, {call, "momentum_buffers", i + 1});
     parameter.bias = bias.strided();
     set_layout(call, parameter, inverse, weight.param, &bias.param, lists.directions[i], i);
   } else {

@@ -45,11 +45,15 @@ inline TensorView read_written_like(const TensorView& param, DType dtype, py::ha
 }
 
 /// A moment: in the dtype that values of the parameter are summed in, or in bfloat16 where that is float32.
-inline TensorView read_moment(const TensorView& param, py::handle object, const Argument& argument) {
-  const TensorView tensor = read_written(object, argument);
+inline TensorView check_moment(const TensorView& tensor, const TensorView& param, const Argument& argument) {
   const DType wide = accumulation_dtype(param.dtype);
   const bool is_short = tensor.dtype == DType::bfloat16 && wide == DType::float32;
-  check_like(tensor, param, is_short ? DType::bfloat16 : wide, argument);
+  return check_like(tensor, param, is_short ? DType::bfloat16 : wide, argument);
+}
+
+/// The same, of one that is written.
+inline TensorView read_moment(const TensorView& param, py::handle object, const Argument& argument) {
+  const TensorView tensor = check_moment(read_written(object, argument), param, argument);
   check_writable(tensor, argument);
   return tensor;
 }

@@ -18,10 +18,12 @@ from torch.autograd.graph import increment_version
 from fisher_kernels._library import Native
 from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define, device_of
 from fisher_kernels.ops._step import (
+    as_moment,
     check_distinct,
     check_lengths,
     check_like,
     check_lists,
+    check_moment,
     check_one_device,
     check_one_element,
     check_one_or_each,
@@ -70,7 +72,7 @@ class _Momentum(NamedTuple):
         for i, (p, g, m) in enumerate(zip(*self[:3], strict=True)):
             check_floating(_MOMENTUM, f"params[{i}]", p.dtype)
             check_like(_MOMENTUM, f"grads[{i}]", g, p.dtype, i, p)
-            check_like(_MOMENTUM, f"momentum_buffers[{i}]", m, ACCUMULATOR[p.dtype], i, p)
+            check_moment(_MOMENTUM, f"momentum_buffers[{i}]", m, i, p)
             check_written(_MOMENTUM, f"momentum_buffers[{i}]", m)
         check_distinct(_MOMENTUM, "momentum_buffers", self.momentum_buffers)
 
@@ -91,17 +93,18 @@ def _momentum_reference(s: _Momentum) -> Tensor:
     if s.found_inf is not None and bool(s.found_inf):
         return skipped
     for i, (w, g, m) in enumerate(zip(*s[:3], strict=True)):
-        g = g.to(m.dtype)
+        dtype = ACCUMULATOR[w.dtype]
+        g = g.to(dtype)
         if s.grad_scale is not None:
-            g = g / s.grad_scale.to(m.device, m.dtype).reshape(())
+            g = g / s.grad_scale.to(m.device, dtype).reshape(())
         if s.maximize:
             g = -g
         if s.weight_decay:
-            g = g + s.weight_decay * w.to(m.dtype)
-        new = s.momentum * m + g
+            g = g + s.weight_decay * w.to(dtype)
+        new = s.momentum * m.to(dtype) + g
         finite = new.isfinite()
         skipped[i] = finite.numel() - finite.sum()
-        m.copy_(torch.where(finite, new, m))
+        m.copy_(torch.where(finite, as_moment(new, m.dtype), m))
     return skipped
 
 
@@ -159,8 +162,9 @@ def heavy_ball_(
         params: float32, float64, bfloat16 or float16, any shapes and strides, on one device; read only where there is
             a weight decay.
         grads: of the shapes and dtypes of params.
-        momentum_buffers: m, of the shapes of params, without overlap; float64 for float64 parameters, else float32.
-            One that is in the list twice, or begins where another does, is refused.
+        momentum_buffers: m, of the shapes of params, without overlap; float64 for float64 parameters, else float32 or
+            bfloat16. One in bfloat16 is rounded to nearest as it is written: what is made of it later, directions and
+            sums, is made of that. One that is in the list twice, or begins where another does, is refused.
         momentum: 0 <= momentum < 1.
         weight_decay: the one that enters the gradient (L2), at least 0.
         maximize: ascend rather than descend.
@@ -210,7 +214,7 @@ class _Sums(NamedTuple):
         for i, (p, d, m) in enumerate(zip(*self[:3], strict=True)):
             check_floating(_SUMS, f"params[{i}]", p.dtype)
             check_like(_SUMS, f"directions[{i}]", d, ACCUMULATOR[p.dtype], i, p)
-            check_like(_SUMS, f"momentum_buffers[{i}]", m, ACCUMULATOR[p.dtype], i, p)
+            check_moment(_SUMS, f"momentum_buffers[{i}]", m, i, p)
 
 
 def _new_sums(s: _Sums) -> Tensor:
@@ -292,7 +296,7 @@ def direction_sums(
     Args:
         params: float32, float64, bfloat16 or float16, any shapes and strides, on one device.
         directions: of the shapes of params; float64 for float64 parameters, else float32.
-        momentum_buffers: likewise.
+        momentum_buffers: likewise, or bfloat16 where that is float32.
         skipped: what :func:`heavy_ball_` returned, int64 (len(params),), or None: the sums of a parameter of which an
             element was skipped are NaN.
         products: whether ``<d, m>`` is wanted; if not it is 0, and the momentum is not read.

@@ -16,10 +16,12 @@ from fisher_kernels.ops._arguments import lacks_memory, without_autocast
 from fisher_kernels.ops._blocks import unpack
 from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define, device_of
 from fisher_kernels.ops._step import (
+    as_moment,
     check_distinct,
     check_lengths,
     check_like,
     check_lists,
+    check_moment,
     check_one_element,
     check_one_or_each,
     check_rate,
@@ -226,17 +228,19 @@ class _Step(NamedTuple):
         check_floating(_OP, f"params[{i}]", p.dtype)
         wide = ACCUMULATOR[p.dtype]
         check_like(_OP, f"grads[{i}]", self.grads[i], p.dtype, i, p)
-        check_like(_OP, f"momentum_buffers[{i}]", self.momentum_buffers[i], wide, i, p)
+        check_moment(_OP, f"momentum_buffers[{i}]", self.momentum_buffers[i], i, p)
         check_written(_OP, f"params[{i}]", p)
         check_written(_OP, f"momentum_buffers[{i}]", self.momentum_buffers[i])
         if inverse is None:
             if i == 0 or inverses[i - 1] is None:
                 raise ValueError(f"{_OP}: inverses[{i}] is None, expected the inverse of params[{i - 1}] before it")
             before = params[i - 1]
-            if p.dtype != before.dtype:
-                raise TypeError(
-                    f"{_OP}: params[{i}] has dtype {p.dtype}, expected {before.dtype}, the dtype of params[{i - 1}]"
-                )
+            for name, tensors in (("params", params), ("momentum_buffers", self.momentum_buffers)):
+                found, wanted = tensors[i].dtype, tensors[i - 1].dtype
+                if found != wanted:
+                    raise TypeError(
+                        f"{_OP}: {name}[{i}] has dtype {found}, expected {wanted}, the dtype of {name}[{i - 1}]"
+                    )
             if p.device != before.device:
                 raise ValueError(
                     f"{_OP}: params[{i}] is on {p.device}, expected {before.device}, the device of params[{i - 1}]"
@@ -381,7 +385,8 @@ def _reference(s: _Step) -> Results:
                 float(torch.where(w.isfinite(), w, 0).square().sum()),
             )
         )
-        entry.store(torch.where(kept, new, old), s.momentum_buffers)
+        stored = as_moment(torch.where(kept, new, old), s.momentum_buffers[entry.position].dtype)
+        entry.store(stored, s.momentum_buffers)
     size = abs(sum(m.change for m in moved))
     if s.kl_clip is not None and size > s.kl_clip:
         scale.fill_(math.sqrt(s.kl_clip / size))
@@ -544,9 +549,11 @@ def mbf_step_(
         params: float32, float64, bfloat16 or float16, any shapes and strides without overlap. One that is in the list
             twice, or begins where another does, is refused, as it is of the momentum.
         grads: of the shapes and dtypes of params.
-        momentum_buffers: m, of the shapes of params; float64 for float64 parameters, else float32.
-        inverses: for each parameter as above; contiguous, symmetric (one triangle may be all that is read), in the
-            dtype of the momentum, or stored in bfloat16.
+        momentum_buffers: m, of the shapes of params; float64 for float64 parameters, else float32 or bfloat16, a bias
+            having that of the parameter before it. One in bfloat16 is rounded to nearest as it is written; d and the
+            sums are made of m before that.
+        inverses: for each parameter as above; contiguous, symmetric (one triangle may be all that is read), in float64
+            for float64 parameters, else float32, or stored in bfloat16.
         lr: learning rate, finite and at least 0: a real number or a tensor of one element, or one for each parameter,
             a bias having that of the parameter before it.
         momentum: 0 <= momentum < 1.

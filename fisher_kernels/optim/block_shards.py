@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fisher_kernels.ops import capped_step_, direction_sums, mbf_step_
+from fisher_kernels.ops._step import as_moment
 from fisher_kernels.optim.layouts import own_part
 from fisher_kernels.optim.shard_bounds import of_all_shards
 from fisher_kernels.optim.shares import gathered_together, like_parameter, local
@@ -59,13 +60,13 @@ def step_shards(
     weights = [local(p) for p in params]
     gradients = [_entering(i, p, w, s) for i, (p, w) in enumerate(zip(params, weights, strict=True))]
     old = [local(m) for m in moments]
-    new = [m.mul(s.momentum).add_(g) for m, g in zip(old, gradients, strict=True)]
+    new = [m.to(g.dtype).mul(s.momentum).add_(g) for m, g in zip(old, gradients, strict=True)]
     directions, kept, skipped = _directions(params, new, inverses, view, by_rows)
     if s.found_inf is not None:
         kept = [k & ~s.found_inf.to(k.device).bool() for k in kept]
     for m, n, k in zip(old, new, kept, strict=True):
-        m.copy_(torch.where(k, n, m))
-    along = gradients if s.kl_along == "gradient" else old
+        m.copy_(torch.where(k, as_moment(n, m.dtype), m))
+    along = gradients if s.kl_along == "gradient" else new
     sums = direction_sums(
         [torch.where(w.isfinite(), w, 0.0) for w in weights],
         directions,

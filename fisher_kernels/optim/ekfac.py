@@ -18,6 +18,7 @@ from fisher_kernels.curvature.factor_rules import Elementwise, FactorRule, TermR
 from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.curvature.operations import Choice
 from fisher_kernels.ops import ACCUMULATOR
+from fisher_kernels.ops._step import as_moment
 from fisher_kernels.optim.adam_moments import average, unbiased
 from fisher_kernels.optim.factor_bases import MOMENT_UPDATES, MOMENTS, FactorBases, FactorMoments
 from fisher_kernels.optim.fisher_blocks import BLOCK_STATE
@@ -102,6 +103,7 @@ class EKFAC(KFAC):
         weight_decay: float = 0.0,
         decoupled: bool = True,
         maximize: bool = False,
+        moment_dtype: torch.dtype | None = None,
         params: ParamsT | None = None,
         grad_scaler: Any = None,
         process_group: dist.ProcessGroup | None = None,
@@ -134,6 +136,7 @@ class EKFAC(KFAC):
             weight_decay=weight_decay,
             decoupled=decoupled,
             maximize=maximize,
+            moment_dtype=moment_dtype,
             params=params,
             grad_scaler=grad_scaler,
             process_group=process_group,
@@ -249,6 +252,7 @@ class EKFACAdam(KroneckerOptimizer):
         weight_decay: float = 0.0,
         decoupled: bool = True,
         maximize: bool = False,
+        moment_dtype: torch.dtype | None = None,
         params: ParamsT | None = None,
         grad_scaler: Any = None,
         process_group: dist.ProcessGroup | None = None,
@@ -276,6 +280,7 @@ class EKFACAdam(KroneckerOptimizer):
             "weight_decay": weight_decay,
             "decoupled": decoupled,
             "maximize": maximize,
+            "moment_dtype": moment_dtype,
         }
         self._gradients: dict[Parameter, Tensor] = {}  # within a step
         super().__init__(model, params, defaults, grad_scaler, process_group, fallback, rules)
@@ -309,7 +314,7 @@ class EKFACAdam(KroneckerOptimizer):
         state = self.state[p]
         state["exp_avg_updates"] = torch.zeros((), dtype=ACCUMULATOR[p.dtype], device=p.device)
         if not self._factors.serves(p):
-            state["exp_avg_sq"] = torch.zeros_like(state[self.moment])
+            state["exp_avg_sq"] = torch.zeros_like(state[self.moment], dtype=ACCUMULATOR[p.dtype])
 
     def _advance_moments(
         self, group: dict[str, Any], params: list[Parameter], grad_scale: Tensor | None, found_inf: Tensor | None
@@ -319,12 +324,13 @@ class EKFACAdam(KroneckerOptimizer):
         known: list[Tensor | float] = []
         for i, (p, moment) in enumerate(zip(params, self._local_moments(params), strict=True)):
             gradients[p], bad = self._gradient(p, group, grad_scale, found_inf)
-            new = moment.lerp(gradients[p], 1 - group["beta1"])
+            old = moment.to(ACCUMULATOR[p.dtype])
+            new = old.lerp(gradients[p], 1 - group["beta1"])
             if bad is None:
-                moment.copy_(new)
+                moment.copy_(as_moment(new, moment.dtype))
                 known.append(float(new.numel() > 0 or p.numel() == 0))
             else:
-                moment.copy_(torch.where(bad, moment, new))
+                moment.copy_(as_moment(torch.where(bad, old, new), moment.dtype))
                 known.append((~bad).any())
                 skipped[i] = bad.sum()
         for p, some in zip(params, some_anywhere(params, known) if self._is_divided else known, strict=True):
@@ -344,7 +350,8 @@ class EKFACAdam(KroneckerOptimizer):
         for p, g in gradients.items():
             if not self._factors.serves(p):
                 if "exp_avg_sq" not in self.state[p]:  # a layer served it before
-                    self.state[p]["exp_avg_sq"] = torch.zeros_like(self.state[p][self.moment])
+                    zeros = torch.zeros_like(self.state[p][self.moment], dtype=ACCUMULATOR[p.dtype])
+                    self.state[p]["exp_avg_sq"] = zeros
                     local(self.state[p]["exp_avg_sq"]).copy_(g.square())
                 moving = ~stays[p] * going_on if p in stays else going_on
                 average(local(self.state[p]["exp_avg_sq"]), g.square(), self._groups[p]["beta2"], moving)

@@ -124,6 +124,10 @@ class KFAC(KroneckerOptimizer):
         weight_decay: at least 0.
         decoupled: decay the weights rather than add the decay to the gradient.
         maximize: ascend.
+        moment_dtype: ``torch.bfloat16`` keeps the momentum in 16 bits: 2 bytes a parameter in place of 4. It is read,
+            advanced in float32 and rounded to nearest; directions are made of what is kept, but for those that
+            ``directions="auto"`` carries on, in float32. Second moments stay float32, and float64 parameters take none
+            but None, which is float32 elsewhere.
         params: parameter groups, each with any of these hyperparameters; None takes all parameters of the model. The
             settings of a layer's factors are those of its weight's group. Where the bias is in another group, weight
             and bias are taken for uncorrelated.
@@ -182,6 +186,7 @@ class KFAC(KroneckerOptimizer):
         weight_decay: float = 0.0,
         decoupled: bool = True,
         maximize: bool = False,
+        moment_dtype: torch.dtype | None = None,
         params: ParamsT | None = None,
         grad_scaler: Any = None,
         process_group: dist.ProcessGroup | None = None,
@@ -213,6 +218,7 @@ class KFAC(KroneckerOptimizer):
             "weight_decay": weight_decay,
             "decoupled": decoupled,
             "maximize": maximize,
+            "moment_dtype": moment_dtype,
         }
         self._by_adam: frozenset[Parameter] = frozenset()
         super().__init__(model, params, defaults, grad_scaler, process_group, fallback, rules)
@@ -245,7 +251,7 @@ class KFAC(KroneckerOptimizer):
 
     def _make_squares(self, p: Parameter, steps: int = 0) -> None:
         state = self.state[p]
-        state["exp_avg_sq"] = torch.zeros_like(state[self.moment])
+        state["exp_avg_sq"] = torch.zeros_like(state[self.moment], dtype=ACCUMULATOR[p.dtype])
         state["exp_avg_updates"] = torch.full((), steps, dtype=ACCUMULATOR[p.dtype], device=p.device)
 
     def _observe(self, params: list[Parameter], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:

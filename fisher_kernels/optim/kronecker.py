@@ -253,7 +253,7 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
 
     def _make_state(self, p: Parameter) -> None:
         """Everything that the state of a parameter will have, so that a fresh optimizer has what a checkpoint has."""
-        self.state[p][self.moment] = torch.zeros_like(p, dtype=ACCUMULATOR[p.dtype])
+        self.state[p][self.moment] = torch.zeros_like(p, dtype=self._dtype_of(p, self.moment))
         for pair in self._factors.pairs:
             if pair.holds(p):
                 self._factors.averages(pair)
@@ -423,12 +423,12 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
     def _vectors(self, params: Sequence[Parameter], stays: Mapping[Parameter, Tensor]) -> Vectors:
         """What directions are made of: the moments, but for elements that stay.
 
-        Of a DTensor all of it, unless its directions are made number by number.
+        They are in the dtype of the factors. Of a DTensor all of it, unless its directions are made number by number.
         """
 
         def of(some: Sequence[Parameter]) -> list[Tensor]:
-            moments = zip(some, self._local_moments(some), strict=True)
-            found = [m.masked_fill(stays[p], 0.0) if p in stays else m for p, m in moments]
+            moments = [m.to(ACCUMULATOR[p.dtype]) for p, m in zip(some, self._local_moments(some), strict=True)]
+            found = [m.masked_fill(stays[p], 0.0) if p in stays else m for p, m in zip(some, moments, strict=True)]
             if not self._is_divided:
                 return found
             matrices = {p: m for p, m in zip(some, found, strict=True) if not self._is_elementwise(p)}

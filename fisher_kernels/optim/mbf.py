@@ -132,6 +132,9 @@ class MBF(Measured, SampledLabels[BlockRule]):
         mask_zeros: a weight that is 0 and whose gradient is 0 stays 0. Without it the other weights of its block move
             it, also where a pruning mask has set its gradient to 0.
         maximize: ascend.
+        moment_dtype: ``torch.bfloat16`` keeps the momentum in 16 bits: 2 bytes a parameter in place of 4. A step reads
+            it, advances it in float32, makes d of that and rounds it to nearest. Float64 parameters take none but None,
+            which is float32 elsewhere.
         params: parameter groups, each with any of these hyperparameters; None takes all parameters of the model. The
             settings of a layer's blocks are those of its weight's group. A bias whose weight is in another group has
             blocks of its own. Those of a convolution's bias take damping, beta2 and inverse_interval from its group.
@@ -198,6 +201,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
         decoupled: bool = True,
         mask_zeros: bool = False,
         maximize: bool = False,
+        moment_dtype: torch.dtype | None = None,
         params: ParamsT | None = None,
         grad_scaler: Any = None,
         inverse_storage: Literal["full", "packed", "bfloat16"] = "full",
@@ -229,6 +233,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
             "decoupled": decoupled,
             "mask_zeros": mask_zeros,
             "maximize": maximize,
+            "moment_dtype": moment_dtype,
             "inverse_storage": inverse_storage,
             "capturable": capturable,
         }
@@ -372,7 +377,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
         for _, p in self._with_gradients():
             if self.moment not in self.state[p]:
                 fresh = True
-                self.state[p][self.moment] = torch.zeros_like(p, dtype=ACCUMULATOR[p.dtype])
+                self.state[p][self.moment] = torch.zeros_like(p, dtype=self._dtype_of(p, self.moment))
         if fresh:
             # Blocks too, so that a checkpoint made from a fresh optimizer has every entry to load into.
             for part in self._blocks.parts:
@@ -663,7 +668,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
             return math.nan
         for p in unit.params:
             require_memory("a gradient", p.grad)
-        moments = [whole(self.state[p][self.moment]) for p in unit.params]
+        moments = [whole(self.state[p][self.moment]).to(ACCUMULATOR[p.dtype]) for p in unit.params]
         if unit.transposed:
             moments[0] = moments[0].t()
         if unit.is_stack:

@@ -11,6 +11,7 @@ bases. Between two renewals L and R stay as they are, so X follows the recursion
 
 where the R rows of the batch read H and have the derivatives S. That takes R (O^2 + I^2 + O I) operations in place of
 O I (O + I). Where L or R is new, in the turns of a group, X is made of m itself, so that rounding does not add up.
+X stays in float32 where m is kept in 16 bits: until it is made anew it has none of the roundings of m since then.
 
 The gradient is whatever ``.grad`` has when the step begins, and rows are what hooks have seen: clipping and loss scales
 are between the two, and may be other losses, hooks on gradients, other processes or functions on the weight. So in

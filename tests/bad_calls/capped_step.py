@@ -39,14 +39,14 @@ def _without(faults: Faults, *names: str) -> Faults:
     return {name: fault for name, fault in faults.items() if name not in names}
 
 
-def bad_wide(name: str) -> Faults:
-    """What has the wide dtype and is only read."""
+def bad_wide(name: str, dtype: torch.dtype = torch.bfloat16) -> Faults:
+    """What has the wide dtype, or is a moment, but not of this dtype, and is only read."""
     return {
         f"{name} shape": (entry(name, lambda: torch.ones(4, 7)), ValueError, rf"{name}\[1\]" + shapes("4, 7", "4, 6")),
         f"{name} dtype": (
-            entry(name, lambda: torch.ones(4, 6, dtype=torch.bfloat16)),
+            entry(name, lambda: torch.ones(4, 6, dtype=dtype)),
             TypeError,
-            rf"{name}\[1\]" + dtypes("bfloat16", "float32"),
+            rf"{name}\[1\]" + dtypes(str(dtype).removeprefix("torch."), "float32"),
         ),
         f"{name} device": (
             entry(name, lambda: torch.ones(4, 6, device="meta")),
@@ -111,7 +111,7 @@ SUMS_FAULTS: Faults = {
         r"params\[1\]" + dtypes("int64", "float32"),
     ),
     **bad_wide("directions"),
-    **bad_wide("momentum_buffers"),
+    **bad_wide("momentum_buffers", torch.float16),
     **bad_result("skipped", torch.int64, (2,)),
 }
 

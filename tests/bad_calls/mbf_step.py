@@ -107,6 +107,11 @@ FAULTS: Faults = {
     ),
     "inverses None first": (entry("inverses", lambda: None, 0), ValueError, r"inverses\[0\] is None, expected"),
     "inverses None twice": (entry("inverses", lambda: None, 4), ValueError, r"inverses\[4\] is None, expected"),
+    "momentum_buffers of a bias": (
+        entry("momentum_buffers", lambda: torch.ones(5, dtype=torch.bfloat16), 3),
+        TypeError,
+        r"momentum_buffers\[3\]" + dtypes("bfloat16", "float32"),
+    ),
     "bias size": (
         lambda call: [call[name].__setitem__(3, torch.ones(4)) for name in NAMES[:3]],
         ValueError,

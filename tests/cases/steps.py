@@ -12,6 +12,24 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+SHORT_IN_TURN = (torch.bfloat16, None, torch.bfloat16)
+"""Of moments, so that each dtype of parameters has both within a dozen."""
+
+
+def around_ties(subnormal: bool = True) -> Tensor:
+    """Numbers of float32 on ties between those of bfloat16 and around them, up to beyond the largest one.
+
+    Without subnormal ones for Triton's interpreter, which doubles those of bfloat16 when it widens them.
+    """
+    eps, largest = torch.finfo(torch.bfloat16).eps, torch.finfo(torch.bfloat16).max
+    starts = torch.tensor([1.0, 1 + eps, -1.0, -1 - eps, 2.0**-126, 2.0**-130, 2.0**-133, 0.0, largest, -largest])
+    if not subnormal:
+        starts = starts[(starts == 0) | (starts.abs() >= 2.0**-126)]
+    shares = torch.tensor([0.0, 0.25, 0.5, 0.5 + 2**-9, 0.5 - 2**-9, 0.75, 1.0])
+    unit = torch.maximum(starts.abs(), torch.tensor(2.0**-126)).log2().floor().exp2() * eps
+    numbers = (starts[:, None] + starts.sign()[:, None] * unit[:, None] * shares).flatten()
+    return numbers[numbers.isfinite()]
+
 
 @dataclass
 class Lists:

@@ -34,7 +34,7 @@ def calls(draw: Draw, tiny: bool) -> Call:
     rows, columns = [], []
     for dtype in steps.dtypes(draw, count):
         shape = draw(steps.shapes(tiny))
-        given = draw(steps.tensors(shape, dtype, short=True))
+        given = draw(steps.tensors(shape, dtype, short=draw(st.booleans())))
         for name, x in zip(lists, given.values(), strict=True):
             lists[name].append(x)
         # (groups, rows, columns): a divisor of the first dimension, what is left of it, and the rest.

@@ -56,9 +56,10 @@ def calls(draw: Draw, tiny: bool) -> Call:
             blocks = (count, n, n) if kind == "blocks" else (count, n * (n + 1) // 2)
         if n > 80:  # a block of that size is slow to draw, and no other code
             continue
-        given = [draw(steps.tensors(shape, dtype))]
+        short = draw(st.booleans())
+        given = [draw(steps.tensors(shape, dtype, short))]
         if biased:
-            given.append(draw(steps.tensors([rows], dtype)))
+            given.append(draw(steps.tensors([rows], dtype, short)))
         for tensors in given:
             for name, x in zip(NAMES, tensors.values(), strict=True):
                 lists[name].append(x)
@@ -236,7 +237,8 @@ def compare(call: Call, outcome: Any) -> None:
         u, tiny, half = unit(x.dtype), least(x.dtype), largest(x.dtype) / 4
         skip, vague = x.spread(x.skipped[:, None]), x.spread(x.vague[:, None])
         moment = np.where(skip, x.old, x.new)
-        off_moment = np.where(skip, 0, 6 * u * np.nan_to_num(x.size) + 3 * tiny)
+        kept = a["momentum_buffers"][x.first].values.dtype
+        off_moment = np.where(skip, 0, 6 * u * np.nan_to_num(x.size) + 3 * tiny + storing(moment, kept))
         d, error = x.spread(x.d), x.spread(x.error)
         cap, vary_cap = caps.of(x.first) or (np.longdouble(1), np.longdouble(0))
         along, off = scale * cap, vary * cap + (scale + vary) * vary_cap

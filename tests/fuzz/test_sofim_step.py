@@ -19,7 +19,7 @@ def calls(draw: Draw, tiny: bool) -> Call:
     count = draw(st.integers(0, 3))
     lists: dict[str, list[Any]] = {name: [] for name in ("params", "grads", "exp_avgs")}
     for dtype in steps.dtypes(draw, count):
-        given = draw(steps.tensors(draw(steps.shapes(tiny)), dtype, short=True))
+        given = draw(steps.tensors(draw(steps.shapes(tiny)), dtype, short=draw(st.booleans())))
         for name, x in zip(lists, given.values(), strict=True):
             lists[name].append(x)
     each = count > 0 and draw(st.booleans())

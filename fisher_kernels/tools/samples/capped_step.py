@@ -21,7 +21,16 @@ from fisher_kernels.tools.samples.sample import (
     random,
     with_non_finite,
 )
-from fisher_kernels.tools.samples.steps import Layout, as_made, in_all_orders, in_turn, kept_where_not_finite, on
+from fisher_kernels.tools.samples.steps import (
+    Layout,
+    Moments,
+    as_made,
+    in_all_orders,
+    in_turn,
+    kept_where_not_finite,
+    of_moment,
+    on,
+)
 
 _DOUBLE = torch.finfo(torch.float64).eps / 2
 
@@ -34,12 +43,17 @@ def _lists(
     dtype: torch.dtype | Sequence[torch.dtype],
     layouts: dict[str, Layout],
     device: Device,
+    moments: Moments = None,
 ) -> dict[str, list[Tensor]]:
-    """Tensors for every parameter; dtypes in turn if there are several, in the wide dtype but for gradients."""
+    """Tensors for every parameter; dtypes in turn if there are several.
+
+    They are in the wide dtype but for gradients and, as ``moments`` tells, the momentum.
+    """
     lists: dict[str, list[Tensor]] = {name: [] for name in names}
-    for i, (shape, storage) in enumerate(zip(shapes, in_turn(dtype), strict=False)):
+    for i, (shape, storage, kept) in enumerate(zip(shapes, in_turn(dtype), in_turn(moments), strict=False)):
+        dtypes = {"params": storage, "grads": storage, "momentum_buffers": of_moment(storage, kept)}
         for k, name in enumerate(names):
-            made = random(shape, storage if name in ("params", "grads") else ACCUMULATOR[storage], 7 * i + k, device)
+            made = random(shape, dtypes.get(name, ACCUMULATOR[storage]), 7 * i + k, device)
             lists[name].append(layouts.get(name, layouts["params"])(made))
     return lists
 
@@ -51,11 +65,13 @@ def momentum(
     layout: Layout = as_made,
     device: Device = None,
     layouts: Mapping[str, Layout] | None = None,
+    moments: Moments = None,
     **options: Any,
 ) -> Inputs:
     """The arguments of heavy_ball_ in the middle of a run."""
     names = ("params", "grads", "momentum_buffers")
-    return {**_lists(names, shapes, dtype, {"params": layout, **(layouts or {})}, device), "momentum": 0.9, **options}
+    lists = _lists(names, shapes, dtype, {"params": layout, **(layouts or {})}, device, moments)
+    return {**lists, "momentum": 0.9, **options}
 
 
 def sums(
@@ -65,11 +81,12 @@ def sums(
     layout: Layout = as_made,
     device: Device = None,
     layouts: Mapping[str, Layout] | None = None,
+    moments: Moments = None,
     **options: Any,
 ) -> Inputs:
     """The arguments of direction_sums."""
     names = ("params", "directions", "momentum_buffers")
-    return {**_lists(names, shapes, dtype, {"params": layout, **(layouts or {})}, device), **options}
+    return {**_lists(names, shapes, dtype, {"params": layout, **(layouts or {})}, device, moments), **options}
 
 
 def in_pairs(count: int) -> list[int]:
@@ -209,12 +226,15 @@ _ALL: dict[str, Any] = {"weight_decay": 0.1, "maximize": True, "grad_scale": tor
 def _samples() -> Iterator[Sample]:
     for name, options in (("momentum", {}), ("decay, scaled gradients", {**_ALL, "found_inf": torch.zeros(1)})):
         yield Sample("heavy_ball_", name, SUM_DTYPES, partial(_momentum_inputs, options), _momentum_tolerance)
+    momentum_in_16_bits = partial(_momentum_inputs, {"moments": torch.bfloat16, "weight_decay": 0.1})
+    yield Sample("heavy_ball_", "momentum in 16 bits", SUM_DTYPES, momentum_in_16_bits, _momentum_tolerance)
     yield Sample("heavy_ball_", "two dtypes", (torch.float32,), _momentum_of_two_dtypes, _momentum_tolerance)
     skipped = torch.tensor([0, 3, 0, 0, 0, 0, 0, 1])
     for name, options in (
         ("all", {"skipped": skipped}),
         ("without products", {"products": False}),
         ("without weights", {"weights": False}),
+        ("momentum in 16 bits", {"moments": torch.bfloat16}),
     ):
         yield Sample("direction_sums", name, SUM_DTYPES, partial(_sums_inputs, options), _sums_tolerance)
     yield Sample("direction_sums", "two dtypes", (torch.float32,), _sums_of_two_dtypes, _sums_tolerance)

@@ -14,7 +14,7 @@ from fisher_kernels import backends, ops
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.ops._blocks import pack
 from fisher_kernels.tools.samples.sample import SUM_DTYPES, Device, Inputs, Sample, Source, Tolerance, last, random
-from fisher_kernels.tools.samples.steps import Layout, as_made, in_turn, on
+from fisher_kernels.tools.samples.steps import Layout, Moments, as_made, in_turn, of_moment, on
 
 
 class Parameter(NamedTuple):
@@ -62,24 +62,28 @@ def step(
     grad_layout: Layout | None = None,
     moment_layout: Layout | None = None,
     inverse_layout: Layout = as_made,
+    moments: Moments = None,
     storage: torch.dtype | None = None,
     device: Device = None,
     **options: Any,
 ) -> Inputs:
     """The arguments of a step of parameters in the middle of a run; dtypes in turn if there are several.
 
-    Biases have the dtype of what they go with; ``storage`` is that of the inverses where it is not the momentum's.
+    Biases have the dtypes of what they go with. ``moments`` are those of the momentum, None being the wide one beside a
+    parameter's, which is all there is beside float64; ``storage`` is that of the inverses where it is not the wide one.
     """
-    dtypes = in_turn(dtype)
+    dtypes, kept = in_turn(dtype), in_turn(moments)
     lists: dict[str, list[Any]] = {name: [] for name in ("params", "grads", "momentum_buffers", "inverses")}
-    current = torch.float32
+    current, moment = torch.float32, torch.float32
     for i, (shape, inverse) in enumerate(parameters):
-        current = current if inverse is None else next(dtypes)
+        if inverse is not None:
+            current = next(dtypes)
+            moment = of_moment(current, next(kept))
         wide = ACCUMULATOR[current]
         made = (
             layout(random(shape, current, 7 * i, device)),
             (grad_layout or layout)(random(shape, current, 7 * i + 1, device)),
-            (moment_layout or layout)(random(shape, wide, 7 * i + 2, device)),
+            (moment_layout or layout)(random(shape, moment, 7 * i + 2, device)),
             None if inverse is None else inverse_layout(symmetric(inverse, storage or wide, 7 * i + 3, device)),
         )
         for tensors, tensor in zip(lists.values(), made, strict=True):
@@ -173,6 +177,7 @@ def _samples() -> Iterator[Sample]:
         ("capped, a weight and its bias apart", _LAYERS, False, {**_CAPPED, "layers": [0, 1, 0, 0]}),
         ("capped, floors of each", _LAYERS, False, {**_CAPPED, "floor": [0.1, 2.0, 0.5, 0.5]}),
         ("channels last", _LAYERS, True, _UNLIMITED),
+        ("momentum in 16 bits", _LAYERS, False, {**_DECAY, "moments": torch.bfloat16}),
         ("other sizes", _OTHERS, False, {}),
         ("other sizes, clipped", _OTHERS, False, _UNLIMITED),
     ):

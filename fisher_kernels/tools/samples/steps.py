@@ -13,6 +13,8 @@ from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.tools.samples.sample import Device, last
 
 Layout = Callable[[Tensor], Tensor]
+Moments = torch.dtype | Sequence[torch.dtype | None] | None
+"""Dtypes of moments, in turn if there are several: None is the wide one of a parameter."""
 
 
 def as_made(x: Tensor) -> Tensor:
