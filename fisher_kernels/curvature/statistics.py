@@ -400,6 +400,8 @@ class Statistics(Generic[R]):
             pending = ((index, site) for index, site in enumerate(self.sites) if not site.is_empty)
             taken = {index: sums for index, site in pending if (sums := self._settled(site)) is not None}
             self.clear()
+        for index, sums in taken.items():
+            self.sites[index].rule.complete(sums)
         if grad_scale is not None and self.grad_scaler is None:
             for index, sums in taken.items():
                 rescale(sums, self.sites[index].rule, grad_scale)
@@ -591,6 +593,8 @@ class Statistics(Generic[R]):
                 anchor = site.owner if site.owner.requires_grad else p
                 # A backward in another thread, or around this one, may have contributed and not accumulated yet.
                 if site.begins_anew(anchor, anchor in self._gathered) and not any(map(self._runs, site.tasks)):
+                    if site.tasks:
+                        site.rule.forget(max(site.tasks))
                     site.clear()
                 site.settle(self._runs)
                 site.tasks = {*filter(self._runs, site.tasks), task}
