@@ -22,6 +22,7 @@ IMPORTS = [
     "torch._dynamo",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",
 ]
 """What takes its time to import. A server, from which the processes of all tests are forked, does it once."""

@@ -16,15 +16,21 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 
 from fisher_kernels import EKFAC, KFAC, MBF, SOFIM, AdaFisherW
+from fisher_kernels.optim import shares
 from tests.shards import assert_close, batch, network, sharded, whole
 from tests.threads import in_threads
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
+    pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor"),
 ]
 
 BEFORE, AFTER = 8, 7
@@ -39,23 +45,46 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "SOFIM": (lambda model, **made: SOFIM(model.parameters(), **made), {"lr": 0.05}),
 }
 
-MESHES: dict[str, tuple[int, ...]] = {"1": (), "2": (2,), "3": (3,), "4": (4,), "2 x 2": (2, 2)}
-"""None in one process, FSDP2 on up to four, and HSDP."""
+TENSOR = "2 x 2 tensor"
+MESHES: dict[str, tuple[int, ...]] = {"1": (), "2": (2,), "3": (3,), "4": (4,), "2 x 2": (2, 2), TENSOR: (2, 2)}
+"""None in one process, FSDP2 on up to four, HSDP, and FSDP2 of layers that are divided on the last dimension."""
 
-GO_ON = {"4": ("1", "2", "3", "2 x 2"), "2 x 2": ("1", "4"), "1": ("3", "2 x 2")}
+GO_ON = {
+    "4": ("1", "2", "3", "2 x 2", TENSOR),
+    "2 x 2": ("1", "4"),
+    "1": ("3", "2 x 2", TENSOR),
+    TENSOR: ("1", "2", "4"),
+}
+
+
+def divided(model: nn.Module) -> None:
+    """By rows and columns that two processes do not divide evenly, and then by ``fully_shard``."""
+    mesh = init_device_mesh("cpu", MESHES[TENSOR], mesh_dim_names=("data", "tensor"))
+    plan = {
+        "0": ColwiseParallel(output_layouts=Replicate()),
+        "3": ColwiseParallel(use_local_output=False),
+        "5": RowwiseParallel(),
+    }
+    parallelize_module(model, mesh["tensor"], plan)
+    fully_shard(model, mesh=mesh["data"])
 
 
 def made(name: str, mesh: str) -> tuple[nn.Module, Any]:
     kind, settings = OPTIMIZERS[name]
     model: nn.Module = network(torch.float64)
-    if MESHES[mesh]:
+    if mesh == TENSOR:
+        divided(model)
+    elif MESHES[mesh]:
         sharded(model, MESHES[mesh])
     return model, kind(model, **settings)
 
 
 def train(model: nn.Module, optimizer: Any, steps: range, rank: int, mesh: str) -> None:
     """On a share of each batch, the loss of which is that share of the mean."""
-    world = torch.Size(MESHES[mesh]).numel()
+    shape = MESHES[mesh]
+    if mesh == TENSOR:  # those that divide a layer are neighbours, and have the same samples
+        shape, rank = shape[:-1], rank // shape[-1]
+    world = torch.Size(shape).numel()
     for step in steps:
         x, y = batch(step, torch.float64)
         share = slice(rank, None, world)
@@ -86,10 +115,11 @@ def go_on(rank: int, name: str, mesh: str, folder: Path) -> list[Tensor]:
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     train(model, optimizer, range(BEFORE, BEFORE + AFTER), rank, mesh)
-    return whole(model)
+    # Not by full_tensor(), which takes no rows that are divided twice, and not evenly.
+    return [shares.whole(p.detach()) for p in model.parameters()]
 
 
-FAST = {("KFAC", "4"), ("AdaFisherW", "2 x 2")}
+FAST = {("KFAC", "4"), ("AdaFisherW", "2 x 2"), ("MBF", TENSOR)}
 
 
 @pytest.mark.parametrize(

@@ -352,6 +352,39 @@ def test_rows_that_serve_many_and_weights_that_functions_apply(settings: str) ->
         assert_close(found, whole(model))
 
 
+class Loss(Block):
+    """Its loss is what it makes: the last layer alone has the number of terms, which are tokens."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        out = self.head(x + self.down(torch.tanh(self.up(self.norm(x)))))
+        if isinstance(weight := self.head.weight, DTensor):
+            out = DTensor.from_local(out, weight.device_mesh, [Shard(1)]).full_tensor()
+        return F.cross_entropy(out.flatten(0, 1), tokens.flatten() % 3)
+
+
+def test_terms_of_a_layer_of_which_processes_have_parts() -> None:
+    """They are counted before a hook of the layer leaves to each process its part of the tokens."""
+
+    def trained(mesh: DeviceMesh | None) -> list[Tensor]:
+        with _making:
+            torch.manual_seed(0)
+            model = Loss().double()
+        if mesh is not None:
+            plan = {"head": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))}
+            parallelize_module(model, mesh["tensor"], plan)
+        optimizer = KFAC(model, lr=0.1)
+        for tokens, _ in batches(steps=FEW):
+            optimizer.zero_grad()
+            model(tokens).backward()
+            optimizer.step()
+        return whole(model)
+
+    expected = trained(None)
+    for found in in_threads(lambda rank: trained(mesh_of((1, 2))), 2):
+        assert_close(found, expected)
+
+
 def _in_two_parts(model: nn.Module, optimizer: Any) -> None:
     """With a backward before each step that is taken back, and no word of that to the optimizer."""
     for x, y in batches(steps=FEW):

@@ -120,6 +120,29 @@ def train(name: str, what: str, rank: int | None = None, shards: bool = False) -
     return whole(model)
 
 
+@pytest.mark.parametrize(
+    "name", ["KFAC", *(pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS if name != "KFAC")]
+)
+@pytest.mark.parametrize("discards", [False, True])
+def test_micro_batches_are_as_processes(name: str, discards: bool) -> None:
+    """Of which some do not use a layer; what no step takes, and derivatives that are asked for, count for nothing."""
+    make, made = OPTIMIZERS[name]
+    model = built(name)
+    optimizer = make(model, **made)
+    for step in range(STEPS):
+        parts = list(zip(*batch(step, "unused"), strict=True))
+        if discards:
+            for x, y in parts:
+                F.cross_entropy(model(x), y).backward()
+        model.zero_grad()
+        for x, y in parts:
+            if discards:
+                torch.autograd.grad(model(x.clone().requires_grad_()).sum(), [*model.first.parameters()])
+            (F.cross_entropy(model(x), y, reduction="sum") / ROWS).backward()
+        optimizer.step()
+    assert_close([p.detach() for p in model.parameters()], train(name, "unused"), torch.float64)
+
+
 FAST = {
     ("KFAC", "unused"),
     ("MBF", "empty"),

@@ -158,6 +158,13 @@ class TermRule(BlockRule):
         # Its terms are some of those of the loss, whether or not their rows have come to the layer.
         return [*super().without_use(lengths[:-1]), self.context.terms.pending]
 
+    def forget(self, last: int) -> None:
+        self.context.terms.forget(last)
+
+    def complete(self, sums: Sums) -> None:
+        terms = sums.vectors[-1]
+        terms.copy_(torch.maximum(terms, self.context.terms.pending.to(terms)))
+
     def divisors(self, sums: Sums) -> list[float]:
         return [1.0] * len(sums.vectors)  # of the blocks of means
 

@@ -123,6 +123,12 @@ class Rule:
         """Raw sums of these lengths of a process that did not use the layer in what others did."""
         return [torch.zeros(n, dtype=torch.float64, device="cpu") for n in lengths]
 
+    def forget(self, last: int) -> None:
+        """Forget what is known of backward passes whose gradients are gone, up to this one."""
+
+    def complete(self, sums: Sums) -> None:
+        """Put in place what sums are to have of backward passes of this step that did not use the layer."""
+
 
 NORMS = (
     nn.modules.batchnorm._BatchNorm,

@@ -33,6 +33,7 @@ from fisher_kernels.curvature.functions import Call, Watch, Watches
 from fisher_kernels.curvature.gathered import all_of, is_distributed
 from fisher_kernels.curvature.hooks import ForwardHook, ModelHook, OutputHook, ShowHook, StackHook, drop_copies, remove
 from fisher_kernels.curvature.operations import MATRICES
+from fisher_kernels.curvature.pipeline import Pipeline
 from fisher_kernels.curvature.processes import Processes
 from fisher_kernels.curvature.proof import Proof, settle
 from fisher_kernels.curvature.rules import R, Sums, Use
@@ -66,6 +67,7 @@ class Statistics(Generic[R]):
 
     Attributes:
         processes: over which sums are added up.
+        pipeline: of which the model is a stage, as forwards show.
         refresh: number of the refresh that is being collected, from 1.
         armed: indices of the sites that collect.
         waiting: of those among them that have no statistics yet, outside a refresh.
@@ -83,6 +85,7 @@ class Statistics(Generic[R]):
     ) -> None:
         self.grad_scaler = grad_scaler
         self.processes = Processes(process_group)
+        self.pipeline = Pipeline()
         self.sampled = False
         self.refresh = 1
         self.found: list[Site[R]] = []
@@ -180,6 +183,9 @@ class Statistics(Generic[R]):
     def _wanted(self) -> set[Parameter]:
         """The parameters whose functions are to be seen in a forward that begins."""
         self.processes.note(self._held)
+        self.pipeline.note()
+        if self.pipeline.is_trial:
+            return set()
         collecting = [self.sites[index] for index in self.armed]
         if not self.looks or not self.awake:
             collecting = [site for site in collecting if site.needs_functions]
@@ -324,7 +330,7 @@ class Statistics(Generic[R]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy watches the copied modules, with hooks of its own: those that came along with the modules are inert.
         self.sites, self.grad_scaler, self.processes = state["sites"], state["grad_scaler"], Processes()
-        self.sampled = False
+        self.pipeline, self.sampled = Pipeline(), False
         self.refresh, self.obstacles, self.found = state.get("refresh", 1), state.get("obstacles", {}), []
         self.parts = set()
         self._attach()
@@ -367,7 +373,7 @@ class Statistics(Generic[R]):
 
     def adopt(self, other: Statistics[R]) -> None:
         """Take over what another engine holds pending for the same weights, and what it knows of their layers."""
-        self.refresh = other.refresh
+        self.refresh, self.pipeline = other.refresh, other.pipeline
         if self.processes.given is other.processes.given:
             self.processes = other.processes
         proofs = {layer.module: layer.proof for layer in other.layers()}
@@ -397,6 +403,8 @@ class Statistics(Generic[R]):
             pending = ((index, site) for index, site in enumerate(self.sites) if not site.is_empty)
             taken = {index: sums for index, site in pending if (sums := self._settled(site)) is not None}
             self.clear()
+        for index, sums in taken.items():
+            self.sites[index].rule.complete(sums)
         if grad_scale is not None and self.grad_scaler is None:
             for index, sums in taken.items():
                 rescale(sums, self.sites[index].rule, grad_scale)
@@ -540,6 +548,9 @@ class Statistics(Generic[R]):
         """Whether nothing speaks against a layer, which is compared with what its class computes if that is due."""
         layer = self.sites[index].layers[use]
         self.processes.note(self._held)
+        self.pipeline.note()
+        if self.pipeline.is_trial:
+            return False
         try:
             return layer.holds(x, output, self.refresh)
         except Exception as error:
@@ -611,14 +622,14 @@ class Statistics(Generic[R]):
                 anchor = site.owner if site.owner.requires_grad else p
                 # A backward in another thread, or around this one, may have contributed and not accumulated yet.
                 if site.begins_anew(anchor, anchor in self._gathered) and not any(map(self._runs, site.tasks)):
+                    if site.tasks:
+                        site.rule.forget(max(site.tasks))
                     site.clear()
                 site.settle(self._runs)
                 site.tasks = {*filter(self._runs, site.tasks), task}
                 self._begin(task)
         grad = grad.detach() if grad.requires_grad else grad
-        scale = None
-        if self.grad_scaler is not None and self.grad_scaler.is_enabled() and not self._sampling:
-            scale = self.grad_scaler._get_scale_async()  # on the device, where get_scale() would wait for it
+        scale = self._scale(grad)
         if layer.rule.together:
             grad = grad if scale is None else grad.to(ACCUMULATOR[grad.dtype]) / scale.to(grad.device)
             kept = Kept(Use(layer.operation, layer.rule, captured, sizes, grad), layer, versions_of(captured))
@@ -633,6 +644,18 @@ class Statistics(Generic[R]):
             rescale(sums, layer.rule, scale)
         with self._lock:
             site.add(sums)
+
+    def _scale(self, grad: Tensor) -> Tensor | None:
+        """What is divided out of a derivative: the scale of the loss, and what the gradient is yet to be divided by."""
+        if self._sampling:
+            return None
+        scale: Tensor | None = None
+        if self.grad_scaler is not None and self.grad_scaler.is_enabled():
+            scale = self.grad_scaler._get_scale_async()  # on the device, where get_scale() would wait for it
+        if self.pipeline.divisor == 1:
+            return scale
+        micro_batches = torch.full((), self.pipeline.divisor, dtype=ACCUMULATOR[grad.dtype], device=grad.device)
+        return micro_batches if scale is None else scale * micro_batches
 
     def _begin(self, task: int) -> None:
         """Know a backward for as long as it runs: it alone keeps its mark alive, also where it ends in an error."""

@@ -70,12 +70,18 @@ class Terms:
         self._lock = threading.Lock()  # backward passes may run in several threads
         self._given: int | None = None
         self._hidden = False  # in a backward within another, before that one had brought anything
-        self._pending: dict[bool, Tensor] = {}  # whether they were given -> those of all backward passes
+        self._pending: dict[bool, dict[int, Tensor]] = {}  # whether they were given -> backward -> its terms
 
     @property
     def pending(self) -> Tensor:
-        """Those of all backward passes since :meth:`clear`, of shape (1,); where some were given, of these alone."""
-        return self._pending.get(True, self._pending.get(False, torch.zeros(1, dtype=torch.float32, device="cpu")))
+        """Those of all backward passes since :meth:`clear` that brought sums, of shape (1,).
+
+        Where some were given, of these alone.
+        """
+        terms = list((self._pending.get(True) or self._pending.get(False) or {}).values())
+        if not terms:
+            return torch.zeros(1, dtype=torch.float32, device="cpu")
+        return torch.stack([t.to(terms[0]) for t in terms]).sum(0)
 
     def clear(self) -> None:
         """Forget the terms of the backward passes that there were."""
@@ -134,10 +140,18 @@ class Terms:
             if backward.unknown is not None or backward.terms is None:
                 raise RuntimeError(backward.unknown or "the number of terms of the loss cannot be seen")
             terms = backward.terms.to(grad.device, ACCUMULATOR[grad.dtype])
+            if not backward.counted:  # one that is asked for derivatives alone brings no sums
+                self._pending.setdefault(self._given is not None, {})[_current_graph_task_id()] = backward.terms
             if key in backward.counted:
                 return torch.zeros_like(terms)
             backward.counted.add(key)
         return terms
+
+    def forget(self, last: int) -> None:
+        """Forget the terms of backward passes whose gradients are gone, up to this one."""
+        with self._lock:
+            for given, passed in self._pending.items():
+                self._pending[given] = {task: terms for task, terms in passed.items() if task > last}
 
     def _backward(self) -> _Backward:
         """The backward that is running, or the one that it runs within if that has no terms yet."""
@@ -160,9 +174,7 @@ class Terms:
 
     def _find(self, backward: _Backward, operation: Any, grad: Tensor) -> None:
         """Find the terms, given the derivative by the last layer's output."""
-        terms = self._terms_of(backward, operation, grad)
-        backward.terms, given = terms, self._given is not None
-        self._pending[given] = terms + self._pending[given].to(terms) if given in self._pending else terms
+        backward.terms = self._terms_of(backward, operation, grad)
 
     def _terms_of(self, backward: _Backward, operation: Any, grad: Tensor) -> Tensor:
         self._hidden = self._hidden or (self._given is None and not backward.outputs and _is_within_checkpoint())

@@ -18,9 +18,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from fisher_kernels.curvature.caller import is_within
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.ops._arguments import lacks_memory
-from fisher_kernels.optim.caller import is_within
 from fisher_kernels.optim.hyperparameters import require_bools, require_moment_dtype, require_numbers, require_seed
 from fisher_kernels.optim.shares import divider, is_flattened, local
 from fisher_kernels.optim.warn import warn
@@ -93,6 +93,9 @@ class FisherOptimizer(Optimizer):
 
     later: ClassVar[Mapping[str, Any]] = {"moment_dtype": None}
     """Hyperparameters that states saved by earlier versions lack -> as what they load."""
+
+    _pipeline_group: Any = None
+    """The processes with the stages of a pipeline, over which what is bounded over all parameters is summed."""
 
     _turn = 0  # of the last step, counted over all optimizers
     _rivals: tuple[weakref.ref[FisherOptimizer], ...] = ()  # those that hold some of the same parameters,
@@ -243,6 +246,11 @@ class FisherOptimizer(Optimizer):
         loss = evaluate_closure(closure)
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None and self._pipeline_group is not None:
+            raise ValueError(
+                "pipeline_group is given, and a GradScaler leaves out steps of the stage that saw a number that is not "
+                "finite, for which the others would wait: expected no scaler, as bfloat16 needs none"
+            )
         if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
             self._refused()
             return loss

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fisher_kernels.ops import capped_step_, direction_sums, mbf_step_
+from fisher_kernels.ops import direction_sums, mbf_step_
 from fisher_kernels.ops._step import as_moment
 from fisher_kernels.optim.layouts import own_part
 from fisher_kernels.optim.shard_bounds import of_all_shards
 from fisher_kernels.optim.shares import gathered_together, like_parameter, local
+from fisher_kernels.optim.stages import bounded_step
 
 AT_ONCE = 1 << 24
 """Of how many numbers all is gathered at a time, if a weight does not have more."""
@@ -42,6 +43,7 @@ class Settings(NamedTuple):
     max_relative_step: float | None
     grad_scale: Tensor | None
     found_inf: Tensor | None
+    pipeline_group: Any = None
 
 
 def step_shards(
@@ -75,16 +77,17 @@ def step_shards(
         weights=s.max_relative_step is not None,
     )
     layers = _numbered(s.layers)
-    scale, caps, _ = capped_step_(
+    scale, caps, _ = bounded_step(
+        s.pipeline_group,
         weights,
         directions,
         of_all_shards(params, sums, layers, s.floor),
         layers,
         lr=s.lr,
-        weight_decay=s.weight_decay if s.decoupled else 0.0,
+        weight_decay=s.weight_decay if s.decoupled else [0.0] * len(params),
         kl_clip=s.kl_clip,
-        max_relative_step=s.max_relative_step,
-        floor=0.0,
+        max_relative_step=[s.max_relative_step] * len(params),
+        floor=[0.0] * len(params),
         found_inf=s.found_inf,
     )
     return skipped, scale, caps[torch.tensor(layers, dtype=torch.int64, device=caps.device)]

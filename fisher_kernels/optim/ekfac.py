@@ -107,6 +107,7 @@ class EKFAC(KFAC):
         params: ParamsT | None = None,
         grad_scaler: Any = None,
         process_group: dist.ProcessGroup | None = None,
+        pipeline_group: dist.ProcessGroup | None = None,
         fallback: Literal["warn", "error"] = "warn",
         rules: Mapping[type, Choice] | None = None,
     ) -> None:
@@ -140,6 +141,7 @@ class EKFAC(KFAC):
             params=params,
             grad_scaler=grad_scaler,
             process_group=process_group,
+            pipeline_group=pipeline_group,
             fallback=fallback,
             rules=rules,
         )

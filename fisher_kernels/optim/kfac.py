@@ -31,6 +31,7 @@ from fisher_kernels.optim.momentum_image import HOLDS, IMAGE, MomentumImages
 from fisher_kernels.optim.refresh import is_due
 from fisher_kernels.optim.renewal import NEXT
 from fisher_kernels.optim.shares import local, some_anywhere, whole
+from fisher_kernels.optim.stages import require_group
 from fisher_kernels.optim.term_blocks import TermBlocks
 from fisher_kernels.optim.vectors import Vectors
 
@@ -135,6 +136,8 @@ class KFAC(KroneckerOptimizer):
             after a manual ``unscale_``.
         process_group: over which statistics are added up, one all-reduce a refresh; None takes the processes of the
             mesh of sharded parameters, or those of the DistributedDataParallel that averages the gradients.
+        pipeline_group: the processes that have the stages of a pipeline, one each, over which ``kl_clip`` bounds the
+            step of all; None where this one has all parameters.
         fallback: ``"warn"`` of parameters that no layer rule serves, or ``"error"``: refuse to start, or to go on,
             training them.
         rules: class of a layer -> the name of the operation it computes, ``"rms_norm"`` for example, or a function that
@@ -190,6 +193,7 @@ class KFAC(KroneckerOptimizer):
         params: ParamsT | None = None,
         grad_scaler: Any = None,
         process_group: dist.ProcessGroup | None = None,
+        pipeline_group: dist.ProcessGroup | None = None,
         fallback: Literal["warn", "error"] = "warn",
         rules: Mapping[type, Choice] | None = None,
     ) -> None:
@@ -221,6 +225,8 @@ class KFAC(KroneckerOptimizer):
             "moment_dtype": moment_dtype,
         }
         self._by_adam: frozenset[Parameter] = frozenset()
+        require_group("pipeline_group", pipeline_group)
+        self._pipeline_group = pipeline_group
         super().__init__(model, params, defaults, grad_scaler, process_group, fallback, rules)
 
     def _check_group(self, group: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.curvature.operations import Choice
 from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.curvature.sites import Layer
-from fisher_kernels.ops import ACCUMULATOR, capped_step_, direction_sums, heavy_ball_
+from fisher_kernels.ops import ACCUMULATOR, direction_sums, heavy_ball_
 from fisher_kernels.optim.base import Counters, FisherOptimizer, count, require_memory, totals
 from fisher_kernels.optim.floors import FLOOR, fan_ins
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
@@ -49,6 +49,7 @@ from fisher_kernels.optim.shares import (
     over_processes,
     whole,
 )
+from fisher_kernels.optim.stages import bounded_step, take_part
 from fisher_kernels.optim.unserved import shown
 from fisher_kernels.optim.vectors import Vectors
 
@@ -103,6 +104,8 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
 
     decay_of_moment: ClassVar[str] = "momentum"
     """The hyperparameter by which the moment runs out."""
+
+    _clipped = False  # whether this step has moved anything within a trust region
 
     later: ClassVar[Mapping[str, Any]] = {
         **FisherOptimizer.later,
@@ -175,6 +178,16 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
         # Functions that no site was known for yet may be seen where no layer collects.
         self._context.terms.wanted = bool(self.statistics.armed) or self.statistics.awake
         self._context.terms.of_samples = self._counts_samples()
+
+    def _check_pipeline(self) -> None:
+        super()._check_pipeline()
+        if not self.statistics.pipeline.has_end_alone and not self._counts_samples():
+            self._warn_once(
+                "terms of a stage",
+                "the rows of what a stage of a pipeline hands on are taken for the terms of the loss, which this "
+                "process does not see. That is right where every row of the last output is in the loss, as tokens of a "
+                "language model without padding; else take loss_terms='samples', on all stages",
+            )
 
     def _counts_samples(self) -> bool:
         """Whether each sample is one term of the loss."""
@@ -311,8 +324,11 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
             count(self._skipped, tuple(self._numbers[p] for p in params), skipped)
             stays.update(_not_finite(params, skipped))
         params = [p for of_group in by_group.values() for p in of_group]
+        self._clipped = False
         if params:
             self._move(params, stays, found_inf)
+        if not self._clipped and any(group.get("kl_clip") is not None for group in self.param_groups):
+            take_part(self._pipeline_group, 1, next(iter(self._groups)).device)
 
     def _advance_moments(
         self, group: dict[str, Any], params: list[Parameter], grad_scale: Tensor | None, found_inf: Tensor | None
@@ -364,13 +380,15 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
         found = [d.masked_fill(stays[p], 0.0) if p in stays else d for p, d in zip(params, found, strict=True)]
         clips = [bound.kl_clip for bound in bounds]
         clipped = any(clip is not None for clip in clips)
+        self._clipped = self._clipped or clipped
         sums = direction_sums(weights, found, self._local_moments(params), products=clipped)
         floors = [group["floor"] / root for group, root in zip(groups, plan.roots, strict=True)]
         if self._is_divided:
-            sums, floors = of_all_shards(params, sums, plan.layers, floors), [0.0]
+            sums, floors = of_all_shards(params, sums, plan.layers, floors), [0.0] * len(params)
         if clipped and None in clips:
             sums[[i for i, clip in enumerate(clips) if clip is None], 0] = 0.0
-        trust, caps, skipped = capped_step_(
+        trust, caps, skipped = bounded_step(
+            self._pipeline_group,
             weights,
             found,
             sums,

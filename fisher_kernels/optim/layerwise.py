@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim.optimizer import ParamsT
 
+from fisher_kernels.curvature.caller import calling
 from fisher_kernels.curvature.functions import Spec
 from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.curvature.operations import MATRICES, Choice, Operations, flattened
@@ -22,13 +23,13 @@ from fisher_kernels.curvature.rules import R, Rule, Sums
 from fisher_kernels.curvature.sites import Layer, Site, find_layers
 from fisher_kernels.curvature.statistics import Statistics, times_attached
 from fisher_kernels.optim.base import Explanation, FisherOptimizer, require_memory
-from fisher_kernels.optim.caller import calling
 from fisher_kernels.optim.hyperparameters import require_choice
 from fisher_kernels.optim.inverse_sharing import ONE_OWNER, SHARINGS
 from fisher_kernels.optim.layouts import data_meshes, group_of, is_known, partners
 from fisher_kernels.optim.overlap import Overlap
 from fisher_kernels.optim.refresh import advance, check_schedule, inverts, is_due
 from fisher_kernels.optim.renewal import Renewal
+from fisher_kernels.optim.stages import require_group
 from fisher_kernels.optim.unserved import UNSERVED, UNUSED, Unserved, has_gradient, shown
 from fisher_kernels.optim.warn import warn, warn_once
 
@@ -434,6 +435,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         if not self._is_as_noted():
             self._follow()
         self._look_for_processes()
+        self._check_pipeline()
         self._serve_functions()
         self._prepare()
         looks = self.statistics.looks and len(self.statistics.processes.partners) > 1
@@ -472,13 +474,36 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
                 f"{type(self).__name__} adds up statistics over processes, and in a Join those that have come to the "
                 "end of their data take no part in it: give all processes as many batches, or use SOFIM"
             )
-        if looks and processes.strangers:
+        strangers = processes.strangers - self.statistics.pipeline.processes + 1
+        if looks and strangers > 0:
             self._warn_once(
                 "strangers",
-                f"{processes.strangers} other processes are there, and no DistributedDataParallel averages the "
+                f"{strangers} other processes are there, and no DistributedDataParallel averages the "
                 "gradients of this model: its statistics are those of this process alone. If gradients are averaged "
                 "by other means, say over which processes: process_group=torch.distributed.group.WORLD, or another "
                 "group. If every process trains a model of its own, give it a group of its own, or ignore this",
+            )
+
+    def _check_pipeline(self) -> None:
+        """Refuse what is not that of the whole model where this one is a stage of a pipeline."""
+        pipeline, kind = self.statistics.pipeline, type(self).__name__
+        if pipeline.schedule is not None and pipeline.is_split:
+            raise RuntimeError(
+                f"{pipeline.schedule} makes the derivatives of inputs and of parameters in backward passes of their "
+                f"own, of which {kind} has no statistics: expected a schedule that makes both in one, as Schedule1F1B "
+                "and ScheduleInterleaved1F1B do"
+            )
+        if pipeline.schedule is None or pipeline.processes == 1:
+            return
+        if any(group.get("fisher") == "sampled" for group in self.param_groups):
+            raise ValueError(
+                "fisher is 'sampled', and this model is a stage of a pipeline: the backward of drawn labels ends where "
+                "the last stage begins; expected 'empirical'"
+            )
+        if self._pipeline_group is None and any(group.get("kl_clip") is not None for group in self.param_groups):
+            raise ValueError(
+                "kl_clip bounds the step of all parameters, and this model is a stage of a pipeline over "
+                f"{pipeline.processes} processes: expected pipeline_group=, the group of these, or kl_clip=None"
             )
 
     # Work beside training.
@@ -838,7 +863,4 @@ def _check_kinds(grad_scaler: Any, process_group: Any) -> None:
         isinstance(grad_scaler, type) or not all(callable(getattr(grad_scaler, name, None)) for name in asked)
     ):
         raise TypeError(f"grad_scaler is {grad_scaler!r}, expected a torch.amp.GradScaler or None")
-    if process_group is None or (dist.is_available() and process_group is dist.GroupMember.NON_GROUP_MEMBER):
-        return
-    if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
-        raise TypeError(f"process_group is {process_group!r}, expected a torch.distributed.ProcessGroup or None")
+    require_group("process_group", process_group)

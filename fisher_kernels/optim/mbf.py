@@ -39,6 +39,7 @@ from fisher_kernels.optim.renewal import NEXT
 from fisher_kernels.optim.row_shards import row_shards
 from fisher_kernels.optim.sampled import SampledLabels
 from fisher_kernels.optim.shares import like_parameter, local, over_processes, whole
+from fisher_kernels.optim.stages import require_group, take_part
 from fisher_kernels.optim.unserved import shown
 from fisher_kernels.optim.warn import warn_once
 
@@ -146,6 +147,8 @@ class MBF(Measured, SampledLabels[BlockRule]):
         process_group: over which statistics are added up, one all-reduce a refresh, and one reduce-scatter of blocks
             that are divided; None takes the processes of the mesh of sharded parameters, or those of the
             DistributedDataParallel that averages the gradients.
+        pipeline_group: the processes that have the stages of a pipeline, one each, over which ``kl_clip`` bounds the
+            step of all; None where this one has all parameters.
         fallback: ``"warn"`` of parameters that no layer rule serves, or ``"error"``: refuse to start, or to go on,
             training them.
         rules: class of a layer -> the name of the operation it computes, ``"rms_norm"`` for example, or a function that
@@ -207,6 +210,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
         inverse_storage: Literal["full", "packed", "bfloat16"] = "full",
         capturable: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        pipeline_group: dist.ProcessGroup | None = None,
         fallback: Literal["warn", "error"] = "warn",
         rules: Mapping[type, Choice] | None = None,
     ) -> None:
@@ -240,6 +244,8 @@ class MBF(Measured, SampledLabels[BlockRule]):
         self._scales: dict[int, Tensor] = {}
         self._capped: Counters = {}
         self._bounded: dict[tuple[int, ...], int] = {}
+        require_group("pipeline_group", pipeline_group)
+        self._pipeline_group = pipeline_group
         super().__init__(model, params, defaults, grad_scaler, process_group, fallback, rules)
         self._warn_of_wide()
 
@@ -426,6 +432,12 @@ class MBF(Measured, SampledLabels[BlockRule]):
             if group["params"]:
                 settings = tuple(group[name] for name in TOGETHER)
                 together.setdefault((group["params"][0].device, *settings), []).append(group)
+        regions = [groups for groups in together.values() if groups[0]["kl_clip"] is not None]
+        if self._pipeline_group is not None and len(regions) > 1:
+            raise ValueError(
+                f"pipeline_group is given, and {', '.join(TOGETHER)} make {len(regions)} trust regions of the groups: "
+                "expected one, that of all stages"
+            )
         for groups in together.values():
             self._step_groups(groups, grad_scale, found_inf)
 
@@ -436,6 +448,8 @@ class MBF(Measured, SampledLabels[BlockRule]):
         if plan is None or plan.version != self._blocks.version or not plan.holds():
             plan = self._plans[key] = self._plan(groups)
         if not plan.params:
+            if groups[0]["kl_clip"] is not None:
+                take_part(self._pipeline_group, 1, groups[0]["params"][0].device)
             return
         params: list[Tensor] = list(plan.params)
         gradients: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
@@ -453,10 +467,9 @@ class MBF(Measured, SampledLabels[BlockRule]):
             "grad_scale": grad_scale,
             "found_inf": found_inf,
         }
-        if plan.is_divided:
-            skipped, scale, caps = step_shards(
-                params, moments, plan.inverses, plan.view, plan.by_rows, Settings(**settings)
-            )
+        if plan.is_divided or self._pipeline_group is not None:
+            shared = Settings(**settings, pipeline_group=self._pipeline_group)
+            skipped, scale, caps = step_shards(params, moments, plan.inverses, plan.view, plan.by_rows, shared)
         else:
             for name in ("lr", "weight_decay"):
                 settings[name] = _one_if_the_same(settings[name])

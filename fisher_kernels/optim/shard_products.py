@@ -16,11 +16,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.ops._step import as_moment
+from fisher_kernels.optim import stages
 from fisher_kernels.optim.shares import copies, sum_over_mesh
 
 TOO_LARGE = 1e200
@@ -62,8 +64,14 @@ def products(shard: Shard, settings: dict[str, Any], grad_scale: Tensor | None) 
     return torch.cat((square, (u * g.masked_fill(~finite, 0.0).double()).sum().reshape(1)))
 
 
-def of_others(batches: Sequence[Sequence[tuple[Shard, Tensor]]]) -> list[Tensor]:
-    """What other processes add to the products of each batch, given those of its shards here."""
+def of_others(
+    batches: Sequence[Sequence[tuple[Shard, Tensor]]], groups: Sequence[dist.ProcessGroup | None]
+) -> list[Tensor]:
+    """What other processes add to the products of each batch, given those of its shards here.
+
+    Args:
+        groups: for each batch the processes with the other stages of a pipeline, of which each has parameters of it.
+    """
     here = [torch.stack([own for _, own in batch]).sum(0) for batch in batches]
     totals = [torch.zeros_like(x) for x in here]
     by_mesh: dict[Any, list[Tensor]] = {}
@@ -78,6 +86,9 @@ def of_others(batches: Sequence[Sequence[tuple[Shard, Tensor]]]) -> list[Tensor]
         summed = sum_over_mesh(torch.cat(parts), mesh).split([len(x) for x in here])
         for total, part in zip(totals, summed, strict=True):
             total += part
+    for total, group in zip(totals, groups, strict=True):
+        if group is not None:
+            total += stages.of_others(group, total)
     return [_difference(total, own) for total, own in zip(totals, here, strict=True)]
 
 

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from fisher_kernels.curvature.caller import calling
 from fisher_kernels.curvature.gathered import is_distributed
-from fisher_kernels.optim.caller import calling
 from fisher_kernels.optim.layouts import block, divided, is_known, numel
 
 _ZERO = ("torch.distributed.optim.zero_redundancy_optimizer", "ZeroRedundancyOptimizer")

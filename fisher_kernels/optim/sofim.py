@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.optimizer import ParamsT
@@ -17,12 +18,13 @@ from torch.optim.optimizer import ParamsT
 from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.ops import Rounding, sofim_step_
 from fisher_kernels.ops.sofim_step import DIRECTIONS, SCOPES
-from fisher_kernels.optim import shard_products
+from fisher_kernels.optim import shard_products, stages
 from fisher_kernels.optim.base import Batch, FisherOptimizer, Plan, count, require_memory, totals
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_numbers
 from fisher_kernels.optim.row_pieces import index_of, own_slices
 from fisher_kernels.optim.shard_products import Shard
 from fisher_kernels.optim.shares import divider, like_parameter, local
+from fisher_kernels.optim.stages import require_group
 
 SHARED = ("rho", "beta", "direction", "decoupled", "maximize", "stochastic_rounding", "seed")
 """Hyperparameters on which all groups of scope ``"global"`` agree: they have one Fisher matrix."""
@@ -76,6 +78,8 @@ class SOFIM(FisherOptimizer):
             rather than to nearest, which loses steps of less than 1 / 512 of a weight. By random integers that are a
             hash of seed, parameter, step and place: the same on every device and in every process.
         seed: of these integers, 0 to 2^64 - 1.
+        pipeline_group: the processes that have the stages of a pipeline, one each, over which the dot products of scope
+            ``"global"`` are summed; None where this one has all parameters.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range, or groups of scope ``"global"`` differ
@@ -102,7 +106,10 @@ class SOFIM(FisherOptimizer):
         moment_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        pipeline_group: dist.ProcessGroup | None = None,
     ) -> None:
+        require_group("pipeline_group", pipeline_group)
+        self._pipeline_group = pipeline_group
         self._plan: Plan[_Batch] | None = None
         defaults = {
             "lr": lr,
@@ -167,6 +174,8 @@ class SOFIM(FisherOptimizer):
 
     def _advance(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         self._check_shared()
+        if self._plan is None:
+            self._check_stage()
         plan, gradients = self._plan, None
         if plan is not None and plan.key == self._scopes():
             gradients = plan.gradients()
@@ -174,6 +183,7 @@ class SOFIM(FisherOptimizer):
             plan = self._plan = self._make_plan()
             gradients = plan.gradients()
             assert gradients is not None
+        self._take_part(plan.batches)
         lists = self._lists(plan.batches, gradients, grad_scale)
         for batch, (params, grads, moments, steps, rounding) in zip(plan.batches, lists, strict=True):
             settings = batch.groups[0]
@@ -213,13 +223,34 @@ class SOFIM(FisherOptimizer):
                 [
                     [(s, shard_products.products(s, batches[i].groups[0], grad_scale)) for s in mine]
                     for i, mine in shards.items()
-                ]
+                ],
+                [self._group_of(batches[i]) for i in shards],
             )
             for (i, mine), sums in zip(shards.items(), others, strict=True):
                 number = shard_products.stand_in(sums, batches[i].groups[0], grad_scale)
                 rows = [shard.tensors for shard in mine] + [number]
                 lists[i] = *zip(*rows, strict=True), batches[i].rounding_of_shards()
         return lists
+
+    def _group_of(self, batch: _Batch) -> dist.ProcessGroup | None:
+        """The processes with the other stages of a pipeline that have parameters of a batch."""
+        return self._pipeline_group if batch.groups[0]["scope"] == GLOBAL else None
+
+    def _take_part(self, batches: Sequence[_Batch]) -> None:
+        """Let other stages know where this one has no gradient of scope ``"global"``."""
+        joint = [group for group in self.param_groups if group["scope"] == GLOBAL]
+        if joint and not any(batch.groups[0]["scope"] == GLOBAL for batch in batches):
+            numbers = 1 if joint[0]["direction"] == "momentum" else 2
+            stages.take_part(self._pipeline_group, numbers, joint[0]["params"][0].device)
+
+    def _check_stage(self) -> None:
+        """Refuse to take the parameters of a stage for all there are."""
+        joint = {p for p, group in self._groups.items() if group["scope"] == GLOBAL}
+        if self._pipeline_group is None and joint and stages.are_of_a_stage(joint):
+            raise ValueError(
+                "SOFIM of scope 'global' needs the norm over all parameters, and these are those of a stage of a "
+                "pipeline: expected pipeline_group=, the group of the processes that have its stages, or scope='tensor'"
+            )
 
     def _prepare(self) -> None:
         for _, p in self._with_gradients():
@@ -244,6 +275,8 @@ class SOFIM(FisherOptimizer):
             if (group := batch.groups[0])["stochastic_rounding"]:
                 # Read once for a plan: on a GPU that waits.
                 batch.rounding = [Rounding.of(group["seed"], int(self._ordinal(p))) for p in batch.params]
+        if self._pipeline_group is not None and GLOBAL in batches:
+            batches[GLOBAL].is_divided = True
         waiting = [p for p in self._groups if p.grad is None]
         return Plan(list(batches.values()), waiting, self._scopes())
 
@@ -315,7 +348,7 @@ def _number(x: Any) -> float:
 class _Batch(Batch):
     """The lists that one call of the step takes."""
 
-    is_divided = False  # whether other processes have shards of the parameters
+    is_divided = False  # whether other processes have shards of the parameters, or other ones
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,12 +1,12 @@
-"""Who calls an optimizer, where that matters and no argument tells."""
+"""Who calls an optimizer, or a forward, where that matters and no argument tells."""
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import CodeType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -29,9 +29,12 @@ def calling(kind: type[T]) -> T | None:
 def is_within(module: str, function: str) -> bool:
     """Whether a function of a module is running; one of a module that is not imported is not."""
     found = getattr(sys.modules.get(module), function, None)
-    if found is None:
-        return False
-    code = inspect.unwrap(found).__code__
+    return found is not None and is_running(found)
+
+
+def is_running(function: Callable[..., Any]) -> bool:
+    """Whether a function is on the stack."""
+    code = inspect.unwrap(function).__code__
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code is code:
