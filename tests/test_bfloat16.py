@@ -100,6 +100,18 @@ def test_resumes_bit_for_bit(make: Make) -> None:
     assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {torch.bfloat16}
 
 
+def test_moments_that_are_loaded_stay_finite() -> None:
+    model = nn.Linear(3, 2)
+    wide = AdaFisher(model)
+    model(torch.randn(4, 3)).sum().backward()
+    wide.step()
+    wide.state[model.weight]["exp_avg"].fill_(torch.finfo(torch.float32).max)
+    other = AdaFisher(model, moment_dtype=torch.bfloat16)
+    other.load_state_dict(wide.state_dict())
+    largest = torch.full((2, 3), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16)
+    assert_same_bits(other.state[model.weight]["exp_avg"], largest)
+
+
 @each
 def test_seeds_differ_and_torch_has_no_say(make: Make) -> None:
     first = trained(make)
@@ -154,7 +166,11 @@ def test_sharded_parameters_have_the_integers_of_whole_ones(make: Make) -> None:
     try:
         model = network()
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-        train(model, make(model), range(4))
+        optimizer = make(model)
+        train(model, optimizer, range(4))
+        wide = make(model, moment_dtype=None)
+        wide.load_state_dict(optimizer.state_dict())
+        optimizer.load_state_dict(wide.state_dict())
         found = torch.cat([p.detach().full_tensor().flatten() for p in model.parameters()])  # type: ignore[attr-defined]
     finally:
         dist.destroy_process_group()

@@ -381,7 +381,11 @@ class FisherOptimizer(Optimizer):
             for name, value in loaded["state"].get(number, {}).items():
                 if isinstance(value, Tensor):
                     dtype = self._dtype_of(p, name) if value.is_floating_point() else value.dtype
-                    self.state[p][name] = value.detach().to(p.device, dtype, copy=True)
+                    kept = value.detach()
+                    if dtype == torch.bfloat16 != kept.dtype:  # beyond its largest number there is infinity
+                        largest = torch.finfo(dtype).max
+                        kept = kept.clamp(-largest, largest)
+                    self.state[p][name] = kept.to(p.device, dtype, copy=True)
         for group in self.param_groups:
             self._check_group(group)
         self._reloaded()
