@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("curvature.diagonal_rules", "curvature.block_rules", "curvature.functions"),
     ("curvature.factor_rules",),
     ("curvature.sites",),
-    ("curvature.hooks",),
+    ("curvature.hooks", "curvature.reduction"),
     ("curvature.statistics", "curvature.rows"),
     ("optim",),
     ("",),

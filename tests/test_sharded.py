@@ -466,7 +466,7 @@ FACTOR_NUMBERS = sum((i + 1) ** 2 + o**2 for i, o in LINEARS)
 def test_what_a_step_and_a_refresh_send(
     kind: Any, numbers: int, gathers: int, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The statistics once in a refresh, in float64; the shards of what has a matrix, and a few numbers for bounds."""
+    """The statistics once in a refresh, in float32; the shards of what has a matrix, and a few numbers for bounds."""
     watched(monkeypatch)
 
     def work(rank: int) -> list[list[tuple[str, int]]]:
@@ -488,7 +488,8 @@ def test_what_a_step_and_a_refresh_send(
     for refresh, other in in_threads(work, 2):
         (name, size), *rest = refresh
         assert name == "all-reduce"
-        assert 8 * numbers <= size <= 8 * (numbers + 8 * 4)  # counts and flags of four layers
+        # Three counts of each of four layers, in three parts, and two flags.
+        assert 4 * numbers <= size <= 4 * (numbers + (3 * 3 + 2) * 4)
         assert size == foreseen.refresh
         assert rest == other
         sizes = [size for name, size in other if name == "all-gather"]

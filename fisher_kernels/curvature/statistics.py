@@ -35,6 +35,7 @@ from fisher_kernels.curvature.hooks import ForwardHook, ModelHook, OutputHook, S
 from fisher_kernels.curvature.operations import MATRICES
 from fisher_kernels.curvature.processes import Processes
 from fisher_kernels.curvature.proof import Proof, settle
+from fisher_kernels.curvature.reduction import Reduction, Share
 from fisher_kernels.curvature.rules import R, Sums, Use
 from fisher_kernels.curvature.sites import Kept, Layer, Site, rescale, versions_of
 from fisher_kernels.curvature.tap import register
@@ -429,49 +430,26 @@ class Statistics(Generic[R]):
             return None
 
     def _reduce(self, taken: dict[int, Sums]) -> dict[int, Sums]:
-        """Add the sums of all processes in one flat all-reduce, in float64.
+        """Add the sums of all processes in one flat all-reduce.
 
         Every process lists the same sites, one that saw nothing without a use, so that all agree on the layout, and
-        which layers it found not to be what their class documents, so that all agree on which are served. Data parallel
-        training averages gradients: a derivative of the global mean loss is the local one over the number of processes.
+        which layers it found not to be what their class documents, so that all agree on which are served.
         """
         armed = sorted(self.armed - self._idle(taken))
         if not armed:
             return {}
         # Drawn labels are those of a sum over the terms of all processes, which nothing averages.
-        world = 1 if self.sampled else self.processes.count
+        averaged = 1 if self.sampled else self.processes.count
         lengths = self._sum_lengths(armed, taken)
-        flat = []
-        for index in armed:
-            site = self.sites[index]
-            if index in taken:
-                vectors, counts = taken[index].padded(lengths[index]), taken[index].counts
-                flat += [v.double() / world**power for v, power in zip(vectors, site.rule.powers, strict=True)]
-                flat.append(torch.tensor(counts, dtype=torch.float64, device=vectors[0].device))
-            else:
-                flat += [v.double() for v in site.rule.without_use(lengths[index])]
-                flat.append(torch.zeros(len(lengths[index]), dtype=torch.float64, device="cpu"))
+        shares = [Share(self.sites[index], lengths[index], taken.get(index)) for index in armed]
         proofs = [layer.proof for layer in self.layers()]
-        flags = [float(bool(p.reason)) for p in proofs] + [float(p.inner) for p in proofs]
-        flat.append(torch.tensor(flags, dtype=torch.float64, device="cpu"))
-        device = self.sites[armed[0]].owner.device
-        total = torch.cat([part.to(device) for part in flat])
-        dist.all_reduce(total, group=self.processes.group)
-        total, anywhere, inner = total.split([len(total) - 2 * len(proofs), len(proofs), len(proofs)])
-        for proof, found, seen in zip(proofs, anywhere.tolist(), inner.tolist(), strict=True):
-            proof.inner = bool(seen)
-            if found and proof.reason is None:
+        flags = [bool(proof.reason) for proof in proofs] + [proof.inner for proof in proofs]
+        found, flags = Reduction(shares, flags, self.processes, averaged).add_up()
+        for proof, anywhere, inner in zip(proofs, flags[: len(proofs)], flags[len(proofs) :], strict=True):
+            proof.inner = inner
+            if anywhere and proof.reason is None:
                 proof.reason = "another process found that its output is not what its class computes"
-        parts = iter(total.split([n for index in armed for n in (*lengths[index], len(lengths[index]))]))
-        reduced = {}
-        for index in armed:
-            owner = self.sites[index].owner
-            wide = torch.promote_types(owner.dtype, torch.float32)
-            vectors = [next(parts).to(owner.device, wide) for _ in lengths[index]]
-            counts = next(parts).tolist()
-            if any(counts):
-                reduced[index] = Sums(vectors, counts)
-        return reduced
+        return {index: sums for index, sums in zip(armed, found, strict=True) if any(sums.counts)}
 
     def _idle(self, taken: Collection[int]) -> set[int]:
         """The waiting sites that no process used, as most steps find: one number of each is sent for that."""
