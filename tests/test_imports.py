@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("curvature.factor_rules",),
     ("curvature.sites",),
     ("curvature.hooks", "curvature.reduction"),
+    ("curvature.rounds",),
     ("curvature.statistics", "curvature.rows"),
     ("optim",),
     ("",),

@@ -15,7 +15,7 @@ with either sign too, and sends all of its sums in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Generic, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fisher_kernels.curvature.processes import Processes
+from fisher_kernels.curvature.proof import Proof
 from fisher_kernels.curvature.rules import R, Sums
 from fisher_kernels.curvature.sites import Site
 from fisher_kernels.ops import ACCUMULATOR
@@ -53,10 +54,41 @@ def parts_of_counts(dtype: torch.dtype, processes: int) -> tuple[int, int]:
     return math.ceil(DIGITS[torch.float64] / bits), bits
 
 
-def size_of(lengths: Sequence[Sequence[int]], flags: int, dtype: torch.dtype, processes: int) -> int:
-    """Bytes of the buffer for sums of these lengths of each site, with so many flags."""
+def size_of(lengths: Sequence[Sequence[int]], layers: int, dtype: torch.dtype, processes: int) -> int:
+    """Bytes of the buffer for sums of these lengths of each site, of so many layers."""
     parts, _ = parts_of_counts(dtype, processes)
-    return dtype.itemsize * (sum(sum(of_site) + parts * len(of_site) for of_site in lengths) + flags)
+    return dtype.itemsize * (sum(sum(of_site) + parts * len(of_site) for of_site in lengths) + FLAGS * layers)
+
+
+class Verdict(NamedTuple):
+    """What processes have found of a layer together.
+
+    Attributes:
+        misfit: whether any found that it is not what its class documents.
+        inner: whether functions serve it.
+        failed: whether its statistics raised an error in any.
+        spoilt: whether the sums of any are those of a misfit, and not of the functions in it.
+    """
+
+    proof: Proof
+    misfit: bool
+    inner: bool
+    failed: bool
+    spoilt: bool
+
+
+FLAGS = 4
+"""How many flags there are of a layer."""
+
+
+def said_of(proofs: Sequence[Proof], spoilt: Collection[Proof]) -> list[bool]:
+    """The flags of layers: what this process has found of them."""
+    return [flag for proof in proofs for flag in (bool(proof.reason), proof.inner, proof.failed, proof in spoilt)]
+
+
+def heard_of(proofs: Sequence[Proof], flags: Sequence[bool]) -> list[Verdict]:
+    """What these flags of any process say."""
+    return [Verdict(proof, *flags[FLAGS * i : FLAGS * (i + 1)]) for i, proof in enumerate(proofs)]
 
 
 class Reduction(Generic[R]):
@@ -71,6 +103,7 @@ class Reduction(Generic[R]):
     def __init__(self, shares: Sequence[Share[R]], flags: Sequence[bool], processes: Processes, averaged: int) -> None:
         self._sites, self._lengths = [share.site for share in shares], [share.lengths for share in shares]
         self._processes, self._flags = processes, len(flags)
+        self._work: Any = None
         dtype, device = dtype_of(self._sites), self._sites[0].owner.device
         self._parts, self._bits = parts_of_counts(dtype, processes.count)
         vectors: list[Tensor] = []
@@ -96,9 +129,19 @@ class Reduction(Generic[R]):
             parts.append(part)
         return [*parts, count]
 
+    def begin(self, group: Any) -> None:
+        """Let the sums be added up beside what comes next, over a group that nothing else uses."""
+        self._work = dist.all_reduce(self._total, group=group, async_op=True)
+
     def add_up(self) -> tuple[list[Sums], list[bool]]:
-        """The sums of each site over all processes, and of each flag whether any process says yes."""
-        dist.all_reduce(self._total, group=self._processes.group)
+        """The sums of each site over all processes, and of each flag whether any process says yes.
+
+        Where this has begun, it waits for the end; on a GPU the stream in use does.
+        """
+        if self._work is None:
+            dist.all_reduce(self._total, group=self._processes.group)
+        else:
+            self._work.wait()
         return self._found()
 
     def _found(self) -> tuple[list[Sums], list[bool]]:

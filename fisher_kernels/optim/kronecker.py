@@ -104,7 +104,7 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
     decay_of_moment: ClassVar[str] = "momentum"
     """The hyperparameter by which the moment runs out."""
 
-    later: ClassVar[Mapping[str, Any]] = {"floor": FLOOR, "inverse_sharing": EVERY_RANK}
+    later: ClassVar[Mapping[str, Any]] = {"floor": FLOOR, "inverse_sharing": EVERY_RANK, "delayed": False}
 
     def __init__(
         self,

@@ -188,13 +188,13 @@ def _added_up(optimizer: Any, params: list[Any]) -> int:
 
 
 def _sent_in_a_refresh(optimizer: Any, mesh: Mesh) -> int:
-    """What a process puts into the all-reduce of a refresh: sums, their counts, and two flags of each layer."""
+    """What a process puts into the all-reduce of a refresh: sums, their counts, and flags of each layer."""
     if not _reads_layers(optimizer):
         return 0
     statistics = optimizer.statistics
     # A length that only the data tell is that of a sequence: beside the others it is nothing.
     lengths = [[n or 0 for n in site.rule.sum_lengths(site.module)] for site in statistics.sites]
-    return size_of(lengths, 2 * len(list(statistics.layers())), dtype_of(statistics.sites), mesh.processes)
+    return size_of(lengths, len(list(statistics.layers())), dtype_of(statistics.sites), mesh.processes)
 
 
 def size(count: float) -> str:
