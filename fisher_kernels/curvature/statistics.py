@@ -450,7 +450,7 @@ class Statistics(Generic[R]):
         if new is not None:
             self.rounds.add(new)
         self._judge(arrival.verdicts)
-        self.undecided = set(self._proofs()) - {verdict.proof for verdict in arrival.verdicts}
+        self.undecided = set(self._proofs()) - {verdict.proof for verdict in arrival.verdicts if verdict.misfit}
         if self.processes.count == 1 and self.armed.difference(later) - self._idle(taken):
             self.undecided = ()  # as in several, where what is added up at once says it of all
         self.unused = {places[key] for key in arrival.unused}
@@ -460,9 +460,10 @@ class Statistics(Generic[R]):
     def _judge(self, verdicts: Iterable[Verdict]) -> None:
         """Take over what processes have found of layers together."""
         for verdict in verdicts:
-            verdict.proof.inner, verdict.proof.failed = verdict.inner, verdict.failed
-            if verdict.misfit and verdict.proof.reason is None:
-                verdict.proof.reason = "another process found that its output is not what its class computes"
+            proof = verdict.proof
+            if verdict.misfit:
+                proof.inner, proof.failed = verdict.inner, verdict.failed
+                proof.reason = proof.reason or "another process found that its output is not what its class computes"
 
     def differing(self, taken: Iterable[tuple[int, Sums]]) -> list[Site[R]]:
         """Sites of which the processes that divide layers with this one have other sums, though all should be equal."""

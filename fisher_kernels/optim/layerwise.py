@@ -488,6 +488,10 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     # Statistics that come one refresh later.
 
+    def _make_entries(self) -> None:
+        super()._make_entries()
+        self._keep_pending()
+
     def _later(self) -> set[int]:
         """Sites whose statistics of this step the next refresh takes; the first ones of all are waited for."""
         if not any(group.get("delayed") for group in self.param_groups):
