@@ -434,7 +434,7 @@ def test_gradients_that_are_not_finite(settings: str, bad: int) -> None:
 
 
 def test_a_refresh_of_adafisher_sends_its_sums_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows and columns of each layer, three counts of terms for each weight and norm, and two flags for each layer."""
+    """Rows and columns of each layer, the counts of terms of each, and four flags for each layer."""
     sent: list[int] = []
     all_reduce = dist.all_reduce
 
@@ -454,7 +454,7 @@ def test_a_refresh_of_adafisher_sends_its_sums_once(monkeypatch: pytest.MonkeyPa
 
     in_threads(work, 2)
     sums = (6 + 12) + 12 + (12 + 7) + (7 + 3)
-    assert sent == [sums + 2 + 1 + 2 + 2 + 2 * 4] * (2 * STEPS // 5)
+    assert sent == [sums + 2 + 1 + 2 + 2 + 4 * 4] * (2 * STEPS // 5)
     assert plan(network(torch.float64), "adafisher", Mesh(1, 2)).refresh == 8 * sent[0]
 
 
@@ -546,7 +546,7 @@ FACTOR_NUMBERS = sum((i + 1) ** 2 + o**2 for i, o in LINEARS)
 def test_what_a_step_and_a_refresh_send(
     kind: Any, numbers: int, gathers: int, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The statistics once in a refresh, in float64; the shards of what has a matrix, and a few numbers for bounds.
+    """The statistics once in a refresh, in float32; the shards of what has a matrix, and a few numbers for bounds.
 
     MBF's blocks of the normalisation are scattered in the precision of the state, and not gathered.
     """
@@ -574,7 +574,8 @@ def test_what_a_step_and_a_refresh_send(
         rest = refresh[len(scattered) + 1 :]
         assert first == scattered
         assert name == "all-reduce"
-        assert 8 * numbers <= size <= 8 * (numbers + 8 * 4)  # counts and flags of four layers
+        # Three counts of each of four layers, in three parts, and four flags.
+        assert 4 * numbers <= size <= 4 * (numbers + (3 * 3 + 4) * 4)
         assert size == foreseen.refresh
         assert rest == other
         sizes = [size for name, size in other if name == "all-gather"]

@@ -43,6 +43,9 @@ Placement = dict[str, tuple[Tensor | None, Tensor | None]]
 class DiagonalRule(Rule):
     """How a layer type yields the diagonals of its Kronecker factors."""
 
+    sends_doubles = True
+    """Its sums are vectors, small beside the gradients, and minmax enlarges their rounding."""
+
     def shapes(self, module: Any) -> dict[str, int]:
         """Names and lengths of the factors, in the order of :meth:`means`."""
         raise NotImplementedError

@@ -31,6 +31,7 @@ class Processes:
         self.partners: frozenset[int] = frozenset()
         self.partner_groups: Sequence[Any] = ()
         self._found: list[tuple[weakref.ref[DistributedDataParallel], Any]] = []  # with their groups
+        self._beside: tuple[Any, Any] | None = None  # a group, and another one of the same processes
         self._strangers: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 
     def note(self, params: Collection[Parameter]) -> None:
@@ -78,6 +79,15 @@ class Processes:
     def rank(self) -> int:
         """The number of this one."""
         return dist.get_rank(self.group) if self.group is not None and _is_initialized() else 0
+
+    def group_beside(self) -> Any:
+        """Another group of the same processes, for what is sent beside training; all ask for it in the same step."""
+        if self._beside is None or self._beside[0] is not self.group:
+            ranks = dist.get_process_group_ranks(self.group)
+            # Whoever is not of the group does not know of it.
+            made = dist.new_group(ranks, backend=dist.get_backend(self.group), use_local_synchronization=True)
+            self._beside = self.group, made
+        return self._beside[1]
 
     @property
     def ranks(self) -> frozenset[int]:

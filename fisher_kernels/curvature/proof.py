@@ -79,6 +79,7 @@ class Proof:
         reason: why the layer must not be served; None as long as nothing speaks against it.
         overridden: that it is what the user says whatever is found; a deviation is then noted and nothing else.
         deviation: what was found and overridden.
+        failed: whether its statistics raised an error.
         proven: state -> number of the refresh in which the layer was last found right in it.
         pending: verdicts that are still on the device.
     """
@@ -87,7 +88,7 @@ class Proof:
         self.reason: str | None = None
         self.overridden = False
         self.deviation: str | None = None
-        self._inner = self._failed = False
+        self._inner = self.failed = False
         self.proven: dict[Key, int] = {}
         self.pending: dict[Key, tuple[int, Verdict]] = {}
 
@@ -125,7 +126,7 @@ class Proof:
 
         Not where statistics failed, as theirs would too.
         """
-        return self._inner and not self._failed
+        return self._inner and not self.failed
 
     @inner.setter
     def inner(self, seen: bool) -> None:
@@ -149,7 +150,7 @@ class Proof:
             raise error
         if self.reason is None:
             self.reason = f"its statistics raise {type(error).__name__}: {_first_line(error)}"
-        self._failed = True
+        self.failed = True
 
 
 def settle(proofs: Iterable[Proof]) -> None:

@@ -70,6 +70,8 @@ class Rule:
     """Whether what it gives to a bias is wrong for a function without one, if another function adds the bias."""
     needs_uses: ClassVar[bool] = True
     """Whether a parameter is served less well where its layer is not used, though it has a gradient."""
+    sends_doubles: ClassVar[bool] = False
+    """Whether processes add its sums up in float64, whatever the parameters are."""
     takes_parts: bool = False
     """Whether a function that is applied to some rows of a weight makes a contribution, by :meth:`contribute_part`."""
     of_samples: bool = False

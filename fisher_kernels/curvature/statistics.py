@@ -36,6 +36,8 @@ from fisher_kernels.curvature.operations import MATRICES
 from fisher_kernels.curvature.pipeline import Pipeline
 from fisher_kernels.curvature.processes import Processes
 from fisher_kernels.curvature.proof import Proof, settle
+from fisher_kernels.curvature.reduction import Reduction, Share, Verdict, heard_of, said_of
+from fisher_kernels.curvature.rounds import Round, Rounds, key_of
 from fisher_kernels.curvature.rules import R, Sums, Use
 from fisher_kernels.curvature.scattered import Division, flag, flagged, scatter
 from fisher_kernels.curvature.sites import Kept, Layer, Site, rescale, versions_of
@@ -78,6 +80,10 @@ class Statistics(Generic[R]):
         obstacles: parameter -> why functions on it give no statistics.
         parts: those of them that a layer serves all the same.
         divisions: site and position of a raw sum -> how its rows are divided; :meth:`take` returns the own ones.
+        rounds: statistics that later refreshes take.
+        undecided: proofs of layers of which not all processes know yet what the last step has found.
+        unused: indices of sites that are known since the last step to lack statistics of a refresh before.
+        awaits: whether the last step has statistics that come later, and had none from before.
     """
 
     def __init__(
@@ -91,6 +97,7 @@ class Statistics(Generic[R]):
         self.found: list[Site[R]] = []
         self.obstacles: dict[Parameter, str] = {}
         self.parts: set[Parameter] = set()
+        self.rounds: Rounds[R] = Rounds()
         self.sites: list[Site[R]] = []
         by_key: dict[tuple[Any, ...], Site[R]] = {}
         for layer in layers:
@@ -118,6 +125,9 @@ class Statistics(Generic[R]):
         self._broadcasts: list[Broadcast] = []
         self.divisions: Mapping[tuple[int, int], Division] = {}
         self._sampling = False
+        self.undecided: Collection[Proof] = ()
+        self.unused: set[int] = set()
+        self.awaits = False
         handles = []
         self._watches: Watches | None = None
         self._shows = False
@@ -332,7 +342,7 @@ class Statistics(Generic[R]):
         self.sites, self.grad_scaler, self.processes = state["sites"], state["grad_scaler"], Processes()
         self.pipeline, self.sampled = Pipeline(), False
         self.refresh, self.obstacles, self.found = state.get("refresh", 1), state.get("obstacles", {}), []
-        self.parts = set()
+        self.parts, self.rounds = set(), Rounds()
         self._attach()
         self.arm(*state["armed"])
         if not state["open"]:
@@ -381,7 +391,7 @@ class Statistics(Generic[R]):
         for layer in self.layers():
             layer.proof = proofs.get(layer.module, layer.proof)
             layer.operation, layer.candidates = taken_for.get(layer.module, (layer.operation, layer.candidates))
-        self.obstacles, self.parts = other.obstacles, other.parts
+        self.obstacles, self.parts, self.rounds = other.obstacles, other.parts, other.rounds
         pending = {(site.owner, site.rule.layout): site for site in (*other.sites, *other.found)}
         self.late = set(range(len(self.sites)))
         for index, site in enumerate(self.sites):
@@ -389,16 +399,25 @@ class Statistics(Generic[R]):
                 self.late.discard(index)
                 site.sums, site.uses, site.tasks, site.by_function = old.sums, old.uses, old.tasks, old.by_function
 
-    def take(self, grad_scale: Tensor | None = None) -> list[tuple[int, Sums]]:
+    def take(
+        self, grad_scale: Tensor | None = None, later: Collection[int] | None = None, lacking: Collection[int] = ()
+    ) -> list[tuple[int, Sums]]:
         """The pending sums of every site that has any, as (index, sums), over all processes; nothing stays pending.
 
         Those of a layer that turns out not to compute what its class documents, in whatever process, are left out.
 
         Args:
             grad_scale: the loss scale that is still in the derivatives, where no ``grad_scaler`` was given.
+            later: sites whose sums the refresh after this one takes. Of sites that collect, this one then takes what
+                the one before has left. None takes all sums there are now, and nothing else.
+            lacking: sites among them that were not used here, and have a gradient.
+
+        Raises:
+            RuntimeError: sums of a refresh before did not arrive.
         """
-        before = {layer.proof for layer in self.layers() if layer.proof.reason}
-        settle(layer.proof for layer in self.layers())
+        # What those bring that were found out before comes from the functions in them.
+        before = {proof for proof in self._proofs() if proof.reason}
+        settle(self._proofs())
         with self._lock:
             pending = ((index, site) for index, site in enumerate(self.sites) if not site.is_empty)
             taken = {index: sums for index, site in pending if (sums := self._settled(site)) is not None}
@@ -408,10 +427,54 @@ class Statistics(Generic[R]):
         if grad_scale is not None and self.grad_scaler is None:
             for index, sums in taken.items():
                 rescale(sums, self.sites[index].rule, grad_scale)
+        self.undecided, self.unused, self.awaits = (), set(), False
+        spoilt = {proof for proof in self._proofs() if proof.reason and not (proof.inner and proof in before)}
+        arrived: dict[int, Sums] = {}
+        if later is not None and (later or self.rounds):
+            arrived = self._exchange(taken, sorted(later), spoilt, lacking)
+            taken = {index: sums for index, sums in taken.items() if index not in later}
         if self.processes.count > 1:
-            taken = self._reduce(taken)
-        self.refresh += bool(taken)
-        return [(index, sums) for index, sums in taken.items() if not self._is_spoilt(self.sites[index], before)]
+            taken, spoilt = self._reduce(taken, later or (), spoilt)
+        kept = {i: sums for i, sums in taken.items() if spoilt.isdisjoint(la.proof for la in self.sites[i].layers)}
+        self.refresh += bool(taken or arrived)
+        # Where a setting has just changed there are both: what is newer is taken.
+        return list({**arrived, **kept}.items())
+
+    def _exchange(
+        self, taken: dict[int, Sums], later: Sequence[int], spoilt: Collection[Proof], lacking: Collection[int]
+    ) -> dict[int, Sums]:
+        """Send the sums of some sites on their way, and take those that were sent in the refresh before.
+
+        What processes find of layers is on its way with them, as all must do the same with a layer in the same step.
+        """
+        new: Round[R] | None = None
+        if later:
+            sites = [self.sites[index] for index in later]
+            lengths = [[n or 0 for n in site.rule.sum_lengths(site.module)] for site in sites]
+            shares = [Share(site, ns, taken.get(i)) for i, site, ns in zip(later, sites, lengths, strict=True)]
+            averaged = 1 if self.sampled else self.processes.count
+            lacks = [index in lacking for index in later]
+            new = Round(shares, self._proofs(), spoilt, lacks, self.processes, averaged)
+        places = {key_of(site): index for index, site in enumerate(self.sites)}
+        due = {key for key, index in places.items() if index in self.armed and index not in self.waiting}
+        arrival = self.rounds.arrive(due, places.keys())
+        if new is not None:
+            self.rounds.add(new)
+        self._judge(arrival.verdicts)
+        self.undecided = set(self._proofs()) - {verdict.proof for verdict in arrival.verdicts if verdict.misfit}
+        if self.processes.count == 1 and self.armed.difference(later) - self._idle(taken):
+            self.undecided = ()  # as in several, where what is added up at once says it of all
+        self.unused = {places[key] for key in arrival.unused}
+        self.awaits = bool(later) and not arrival.before
+        return {places[key]: sums for key, sums in arrival.sums.items()}
+
+    def _judge(self, verdicts: Iterable[Verdict]) -> None:
+        """Take over what processes have found of layers together."""
+        for verdict in verdicts:
+            proof = verdict.proof
+            if verdict.misfit:
+                proof.inner, proof.failed = verdict.inner, verdict.failed
+                proof.reason = proof.reason or "another process found that its output is not what its class computes"
 
     def differing(self, taken: Iterable[tuple[int, Sums]]) -> list[Site[R]]:
         """Sites of which the processes that divide layers with this one have other sums, though all should be equal."""
@@ -422,14 +485,6 @@ class Statistics(Generic[R]):
         off = (figures - mean).abs() > APART * mean
         return [site for site, is_off in zip(self.sites, off.tolist(), strict=True) if is_off]
 
-    def _is_spoilt(self, site: Site[R], before: Collection[Proof]) -> bool:
-        """Whether a site has sums of a layer that is not what its class documents.
-
-        Those of a layer that was found out before come from the functions in it.
-        """
-        proofs = (layer.proof for layer in site.layers)
-        return any(proof.reason and not (proof.inner and proof in before) for proof in proofs)
-
     def _settled(self, site: Site[R]) -> Sums | None:
         """What is pending of a site; its layers fall back if that raises."""
         try:
@@ -439,55 +494,39 @@ class Statistics(Generic[R]):
                 layer.proof.fail(error)
             return None
 
-    def _reduce(self, taken: dict[int, Sums]) -> dict[int, Sums]:
-        """Add the sums of all processes in one flat all-reduce, in float64.
+    def _reduce(
+        self, taken: dict[int, Sums], later: Collection[int], spoilt: set[Proof]
+    ) -> tuple[dict[int, Sums], set[Proof]]:
+        """Add the sums of all processes in one flat all-reduce, but for sites whose sums come later.
+
+        Returned besides are the layers whose sums are wrong in any process.
 
         Every process lists the same sites, one that saw nothing without a use, so that all agree on the layout, and
-        which layers it found not to be what their class documents, so that all agree on which are served. Data parallel
-        training averages gradients: a derivative of the global mean loss is the local one over the number of processes.
+        which layers it found not to be what their class documents, so that all agree on which are served.
         """
-        armed = sorted(self.armed - self._idle(taken))
+        armed = sorted(self.armed.difference(later) - self._idle(taken))
         if not armed:
-            return {}
+            return {}, spoilt
         # Drawn labels are those of a sum over the terms of all processes, which nothing averages.
-        world = 1 if self.sampled else self.processes.count
+        averaged = 1 if self.sampled else self.processes.count
         lengths = self._sum_lengths(armed, taken)
-        own = self._scatter(armed, taken, lengths, world)
-        flat = []
-        for index in armed:
-            site = self.sites[index]
-            if index in taken:
-                vectors, counts = taken[index].padded(lengths[index]), taken[index].counts
-                flat += [v.double() / world**power for v, power in zip(vectors, site.rule.powers, strict=True)]
-                flat.append(torch.tensor(counts, dtype=torch.float64, device=vectors[0].device))
-            else:
-                flat += [v.double() for v in site.rule.without_use(lengths[index])]
-                flat.append(torch.zeros(len(lengths[index]), dtype=torch.float64, device="cpu"))
-        proofs = [layer.proof for layer in self.layers()]
-        flags = [float(bool(p.reason)) for p in proofs] + [float(p.inner) for p in proofs]
-        flat.append(torch.tensor(flags, dtype=torch.float64, device="cpu"))
-        device = self.sites[armed[0]].owner.device
-        total = torch.cat([part.to(device) for part in flat])
-        dist.all_reduce(total, group=self.processes.group)
-        total, anywhere, inner = total.split([len(total) - 2 * len(proofs), len(proofs), len(proofs)])
-        for proof, found, seen in zip(proofs, anywhere.tolist(), inner.tolist(), strict=True):
-            proof.inner = bool(seen)
-            if found and proof.reason is None:
-                proof.reason = "another process found that its output is not what its class computes"
-        parts = iter(total.split([n for index in armed for n in (*lengths[index], len(lengths[index]))]))
-        reduced = {}
-        for index in armed:
-            owner = self.sites[index].owner
-            wide = torch.promote_types(owner.dtype, torch.float32)
-            vectors = [next(parts).to(owner.device, wide) for _ in lengths[index]]
-            counts = next(parts).tolist()
-            if any(counts):
-                reduced[index] = Sums(vectors, counts)
+        own = self._scatter(armed, taken, lengths, averaged)
+        shares = [Share(self.sites[index], lengths[index], taken.get(index)) for index in armed]
+        proofs = self._proofs()
+        found, flags = Reduction(shares, said_of(proofs, spoilt), self.processes, averaged).add_up()
+        verdicts = heard_of(proofs, flags)
+        self._judge(verdicts)
+        self.undecided = ()
+        sums = {index: sums for index, sums in zip(armed, found, strict=True) if any(sums.counts)}
         for (index, position), rows in own.items():
-            if index in reduced:
-                vectors = reduced[index].vectors
+            if index in sums:
+                vectors = list(sums[index].vectors)
                 vectors[position] = flagged(rows, vectors[position])
-        return reduced
+                sums[index] = Sums(vectors, sums[index].counts)
+        return sums, {verdict.proof for verdict in verdicts if verdict.spoilt}
+
+    def _proofs(self) -> list[Proof]:
+        return [layer.proof for layer in self.layers()]
 
     def _scatter(
         self, armed: Sequence[int], taken: dict[int, Sums], lengths: dict[int, list[int]], world: int
@@ -516,9 +555,11 @@ class Statistics(Generic[R]):
         if not waiting:
             return set()
         used = [i in taken or any(layer.proof.reason for layer in self.sites[i].layers) for i in waiting]
-        flags = torch.tensor(used, dtype=torch.int32, device=self.sites[waiting[0]].owner.device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.processes.group)
-        return {index for index, flag in zip(waiting, flags.tolist(), strict=True) if not flag}
+        if self.processes.count > 1:
+            flags = torch.tensor(used, dtype=torch.int32, device=self.sites[waiting[0]].owner.device)
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.processes.group)
+            used = flags.tolist()
+        return {index for index, flag in zip(waiting, used, strict=True) if not flag}
 
     def _sum_lengths(self, armed: Sequence[int], taken: dict[int, Sums]) -> dict[int, list[int]]:
         """Lengths of the raw sums of each site, also of those that this process did not use."""

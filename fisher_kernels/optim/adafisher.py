@@ -25,6 +25,7 @@ from fisher_kernels.optim.base import Batch, FisherOptimizer, Plan, count, requi
 from fisher_kernels.optim.diagonal_factors import VARIANTS, DiagonalFactors, Place
 from fisher_kernels.optim.hyperparameters import require_choice, require_counts, require_numbers
 from fisher_kernels.optim.layerwise import LayerwiseOptimizer
+from fisher_kernels.optim.pending import COUNTS, SUMS
 from fisher_kernels.optim.row_pieces import pieces_of
 from fisher_kernels.optim.shares import whole
 
@@ -67,6 +68,8 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
         damping: added to the curvature; in units of the mean curvature for ``"relative"``.
         variant: ``"paper"``, ``"release"`` or ``"relative"``.
         update_interval: factors are refreshed every so many steps; between refreshes the hooks do nothing.
+        delayed: take the statistics of each refresh in the next one; they are added up over processes beside training,
+            so that none waits for another. The first of a layer are waited for.
         eps: of minmax, in the units of S: it makes the paper variant depend on the scale of the loss.
         weight_decay: L2 for AdaFisher, decoupled for AdaFisherW.
         maximize: ascend.
@@ -98,11 +101,16 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
     decoupled: ClassVar[bool] = False
     rule_kind = DiagonalRule
     moment = "exp_avg"
-    later: ClassVar[Mapping[str, Any]] = {**FisherOptimizer.later, "stochastic_rounding": False, "seed": 0}
+    later: ClassVar[Mapping[str, Any]] = {
+        **FisherOptimizer.later,
+        "stochastic_rounding": False,
+        "seed": 0,
+        "delayed": False,
+    }
     statistics_state = tuple(
         prefix + name
         for prefix in ("", "tied_")
-        for name in ("input_factor", "output_factor", "bias_factor", "factor_weight")
+        for name in ("input_factor", "output_factor", "bias_factor", "factor_weight", SUMS, COUNTS)
     )
 
     def __init__(
@@ -115,6 +123,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
         damping: float | None = None,
         variant: Literal["paper", "release", "relative"] = "paper",
         update_interval: int | None = None,
+        delayed: bool = False,
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         maximize: bool = False,
@@ -135,6 +144,7 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
             "damping": damping,
             "variant": variant,
             "update_interval": update_interval,
+            "delayed": delayed,
             "eps": eps,
             "weight_decay": weight_decay,
             "maximize": maximize,

@@ -118,6 +118,10 @@ class FisherOptimizer(Optimizer):
         """Make the state that the step of the parameters with a gradient needs, before anything is changed."""
         raise NotImplementedError
 
+    def _make_entries(self) -> None:
+        """Make all that a state may have, for another one to be loaded into."""
+        self._prepare()
+
     def _advance(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Update every parameter that has a gradient."""
         raise NotImplementedError
@@ -240,7 +244,7 @@ class FisherOptimizer(Optimizer):
                 self._check_params(group)
             # torch.distributed.checkpoint takes a step without gradients to have something to load into.
             if is_within(_STATE_DICTS, "_init_optim_state"):
-                self._prepare()
+                self._make_entries()
                 return None
         self._take_turn()
         loss = evaluate_closure(closure)

@@ -6,6 +6,7 @@ Source: George, Laurent, Bouthillier, Ballas and Vincent, arXiv 1806.03884.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,10 +18,13 @@ from torch.optim.optimizer import ParamsT
 from fisher_kernels.curvature.factor_rules import Elementwise, FactorRule, TermRule
 from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.curvature.operations import Choice
+from fisher_kernels.curvature.rounds import Key, key_of
+from fisher_kernels.curvature.rules import Sums
+from fisher_kernels.curvature.statistics import Statistics
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.ops._step import as_moment
 from fisher_kernels.optim.adam_moments import average, unbiased
-from fisher_kernels.optim.factor_bases import MOMENT_UPDATES, MOMENTS, FactorBases, FactorMoments
+from fisher_kernels.optim.factor_bases import MOMENT_UPDATES, MOMENTS, FactorBases, FactorMoments, Turn, turned
 from fisher_kernels.optim.fisher_blocks import BLOCK_STATE
 from fisher_kernels.optim.floors import FLOOR
 from fisher_kernels.optim.inverse_sharing import EVERY_RANK
@@ -28,6 +32,7 @@ from fisher_kernels.optim.kfac import KFAC, OTHERS_LR
 from fisher_kernels.optim.kronecker import RAMP, KroneckerOptimizer, goes_on
 from fisher_kernels.optim.kronecker_factors import UPDATES, Pair, factor_state
 from fisher_kernels.optim.momentum_image import HOLDS, IMAGE
+from fisher_kernels.optim.pending import PENDING
 from fisher_kernels.optim.shares import gathered, gathered_together, local, over_processes, some_anywhere
 from fisher_kernels.optim.vectors import Vectors
 
@@ -73,7 +78,7 @@ class EKFAC(KFAC):
 
     factors_kind = FactorMoments
     moments = True
-    statistics_state = (*BLOCK_STATE, *_BASIS_STATE, MOMENT_UPDATES, IMAGE, HOLDS)
+    statistics_state = (*BLOCK_STATE, *_BASIS_STATE, MOMENT_UPDATES, IMAGE, HOLDS, *PENDING)
 
     def __init__(
         self,
@@ -91,6 +96,7 @@ class EKFAC(KFAC):
         refresh: Literal["ramp", "constant"] = "ramp",
         ramp: float = RAMP,
         overlap: bool = False,
+        delayed: bool = False,
         inverse_sharing: Literal["every_rank", "one_owner"] = EVERY_RANK,
         fisher: Literal["empirical", "sampled"] = "empirical",
         max_factor_size: int = 4096,
@@ -125,6 +131,7 @@ class EKFAC(KFAC):
             refresh=refresh,
             ramp=ramp,
             overlap=overlap,
+            delayed=delayed,
             inverse_sharing=inverse_sharing,
             fisher=fisher,
             max_factor_size=max_factor_size,
@@ -145,6 +152,26 @@ class EKFAC(KFAC):
             fallback=fallback,
             rules=rules,
         )
+
+    def _rebuild(self) -> None:
+        super()._rebuild()
+        assert isinstance(self._factors, FactorMoments)
+        sites = enumerate(self.statistics.sites)
+        keys = {pair.number: key_of(site) for i, site in sites if (pair := self._factors.pair_of(i)) is not None}
+        self._factors.on_turn = partial(_turn_later, self.statistics, keys)
+
+
+def _turn_later(statistics: Statistics[TermRule], keys: Mapping[int, Key], pair: Pair, turns: Sequence[Turn]) -> None:
+    """Turn second moments that a later refresh takes, which are in the basis of before."""
+    place = len(pair.rule.blocks) + 2  # behind both factors
+
+    def change(sums: Sums) -> Sums:
+        vectors = list(sums.vectors)
+        moments = vectors[place].view(pair.rule.shape).to(turns[0][1].dtype)
+        vectors[place] = turned(moments, turns).flatten()
+        return Sums(vectors, sums.counts)
+
+    statistics.rounds.change(keys[pair.number], change)
 
 
 class AdamBases(FactorBases):
@@ -226,7 +253,7 @@ class EKFACAdam(KroneckerOptimizer):
     moment = "exp_avg"
     factors_kind = AdamBases
     decay_of_moment = "beta1"
-    statistics_state = (*_BASIS_STATE, MOMENT_UPDATES, UPDATES)
+    statistics_state = (*_BASIS_STATE, MOMENT_UPDATES, UPDATES, *PENDING)
 
     _factors: AdamBases
 
@@ -245,6 +272,7 @@ class EKFACAdam(KroneckerOptimizer):
         refresh: Literal["ramp", "constant"] = "ramp",
         ramp: float = RAMP,
         overlap: bool = False,
+        delayed: bool = False,
         inverse_sharing: Literal["every_rank", "one_owner"] = EVERY_RANK,
         fisher: Literal["empirical", "sampled"] = "empirical",
         max_factor_size: int = 4096,
@@ -273,6 +301,7 @@ class EKFACAdam(KroneckerOptimizer):
             "refresh": refresh,
             "ramp": ramp,
             "overlap": overlap,
+            "delayed": delayed,
             "inverse_sharing": inverse_sharing,
             "fisher": fisher,
             "max_factor_size": max_factor_size,

@@ -27,6 +27,17 @@ JITTER = 1e-6
 factor of few rows is singular to the last bit, and some solvers do not take that."""
 
 
+Turn = tuple[int, Tensor, Tensor]
+"""Side of a basis, the squared cosines between its new and old vectors, and whether these are the same."""
+
+
+def turned(moments: Tensor, turns: Sequence[Turn]) -> Tensor:
+    """Second moments (groups, rows, columns) in a new basis."""
+    for side, turn, same in turns:
+        moments = torch.where(same, moments, moments @ turn.mT if side else turn @ moments)
+    return moments
+
+
 class FactorBases(KroneckerFactors):
     r"""The eigenvectors of both factors, in float64 where float32 finds none.
 
@@ -37,6 +48,8 @@ class FactorBases(KroneckerFactors):
     """
 
     state_names = ("basis",)
+    on_turn: Callable[[Pair, Sequence[Turn]], None] | None = None
+    """Told of turns of a basis, for second moments that are in it and not averaged yet."""
 
     def _make_more(self, pair: Pair, state: dict[str, Tensor]) -> None:
         state[MOMENTS] = torch.zeros(pair.rule.shape, dtype=ACCUMULATOR[pair.owner.dtype], device=pair.owner.device)
@@ -48,13 +61,14 @@ class FactorBases(KroneckerFactors):
         # Second moments are moved by the squared cosines between new and old vectors. Where a basis was made again of
         # the same factor they stay to the bit, which takes no waiting for a GPU.
         state = self.averages(pair)
-        moments = state[MOMENTS]
+        turns: list[Turn] = []
         for side, (name, new) in enumerate(zip(self._made_names(pair), made, strict=True)):
             same = (new == state[name]).all()
             if new.dim() == 3 and not (same.is_cpu and bool(same)):
-                turn = (new.mT @ state[name]).square_()
-                moments = torch.where(same, moments, moments @ turn.mT if side else turn @ moments)
-        state[MOMENTS].copy_(moments)
+                turns.append((side, (new.mT @ state[name]).square_(), same))
+        state[MOMENTS].copy_(turned(state[MOMENTS], turns))
+        if turns and self.on_turn is not None:
+            self.on_turn(pair, turns)
         super()._put_to_use(pair, made)
 
     def basis(self, pair: Pair) -> Basis:

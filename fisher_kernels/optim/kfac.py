@@ -28,6 +28,7 @@ from fisher_kernels.optim.inverse_sharing import EVERY_RANK
 from fisher_kernels.optim.kronecker import RAMP, Bounds, KroneckerOptimizer
 from fisher_kernels.optim.kronecker_factors import KroneckerFactors, factor_state
 from fisher_kernels.optim.momentum_image import HOLDS, IMAGE, MomentumImages
+from fisher_kernels.optim.pending import PENDING
 from fisher_kernels.optim.refresh import is_due
 from fisher_kernels.optim.renewal import NEXT
 from fisher_kernels.optim.shares import local, some_anywhere, whole
@@ -105,6 +106,7 @@ class KFAC(KroneckerOptimizer):
             they are from the beginning.
         ramp: over how many steps they grow, as in :class:`MBF`.
         overlap: invert beside training, as in :class:`MBF`.
+        delayed: take the statistics of each refresh in the next one, as in :class:`MBF`.
         inverse_sharing: who inverts where several processes train the model, as in :class:`MBF`.
         fisher: ``"empirical"``: of the labels of the data; ``"sampled"``: of labels drawn from the model's own output,
             in :meth:`sample`.
@@ -152,7 +154,7 @@ class KFAC(KroneckerOptimizer):
 
     moment = "momentum_buffer"
     factors_kind: ClassVar[type[KroneckerFactors]] = FactorInverses
-    statistics_state = (*BLOCK_STATE, *factor_state("inverse"), IMAGE, HOLDS)
+    statistics_state = (*BLOCK_STATE, *factor_state("inverse"), IMAGE, HOLDS, *PENDING)
     later: ClassVar[Mapping[str, Any]] = {
         **KroneckerOptimizer.later,
         "others": "curvature",
@@ -177,6 +179,7 @@ class KFAC(KroneckerOptimizer):
         refresh: Literal["ramp", "constant"] = "ramp",
         ramp: float = RAMP,
         overlap: bool = False,
+        delayed: bool = False,
         inverse_sharing: Literal["every_rank", "one_owner"] = EVERY_RANK,
         fisher: Literal["empirical", "sampled"] = "empirical",
         max_factor_size: int = 4096,
@@ -210,6 +213,7 @@ class KFAC(KroneckerOptimizer):
             "refresh": refresh,
             "ramp": ramp,
             "overlap": overlap,
+            "delayed": delayed,
             "inverse_sharing": inverse_sharing,
             "fisher": fisher,
             "max_factor_size": max_factor_size,

@@ -111,6 +111,7 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
         **FisherOptimizer.later,
         "floor": FLOOR,
         "inverse_sharing": EVERY_RANK,
+        "delayed": False,
     }
 
     def __init__(

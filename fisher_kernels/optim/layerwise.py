@@ -19,18 +19,20 @@ from fisher_kernels.curvature.functions import Spec
 from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.curvature.operations import MATRICES, Choice, Operations, flattened
 from fisher_kernels.curvature.processes import Processes
+from fisher_kernels.curvature.rounds import Round, Rounds, key_of
 from fisher_kernels.curvature.rules import R, Rule, Sums
 from fisher_kernels.curvature.sites import Layer, Site, find_layers
 from fisher_kernels.curvature.statistics import Statistics, times_attached
 from fisher_kernels.optim.base import Explanation, FisherOptimizer, require_memory
-from fisher_kernels.optim.hyperparameters import require_choice
+from fisher_kernels.optim.hyperparameters import require_bools, require_choice
 from fisher_kernels.optim.inverse_sharing import ONE_OWNER, SHARINGS
 from fisher_kernels.optim.layouts import data_meshes, group_of, is_known, partners
 from fisher_kernels.optim.overlap import Overlap
+from fisher_kernels.optim.pending import COUNTS, PENDING, keep, read
 from fisher_kernels.optim.refresh import advance, check_schedule, inverts, is_due
 from fisher_kernels.optim.renewal import Renewal
 from fisher_kernels.optim.stages import require_group
-from fisher_kernels.optim.unserved import UNSERVED, UNUSED, Unserved, has_gradient, shown
+from fisher_kernels.optim.unserved import UNSERVED, UNUSED, Unserved, has_gradient, has_own_gradient, shown
 from fisher_kernels.optim.warn import warn, warn_once
 
 FALLBACK_SHARE = 0.01
@@ -242,6 +244,8 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
     def _forget(self, params: Iterable[Parameter]) -> None:
         """Drop the statistics of parameters whose rule is another one now."""
         self._join()
+        params = set(params)
+        self.statistics.rounds.drop({key for site in self.statistics.sites if (key := key_of(site))[0] in params})
         for p in params:
             state = self.state.get(p, {})
             for name in [name for name in state if name in self.statistics_state]:
@@ -271,6 +275,9 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _rewatched(self) -> None:
         self._join()
+        for site in self.statistics.sites:
+            if self._is_delayed(site):
+                require_known_lengths(site)
         self.statistics.watch_functions(self._model, self._rule_for, self._groups, self._leaves_out)
         for module in self._unserved.misfits():
             for p in module._parameters.values():
@@ -314,6 +321,8 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         ``load_state_dict(assign=True)``, ``to_empty()`` and a module in place of another bring new parameters.
         """
         self._join()
+        self._keep_pending()
+        self._drop_pending()
         now = dict(self._model.named_parameters(remove_duplicate=False))
         there = set(now.values())
         moved: dict[Parameter, Parameter] = {}
@@ -340,6 +349,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
                     for name, value in state.items()
                 }
         self._regrouped()
+        self._read_pending()
         if lost:
             self._warn_once(
                 f"lost {shown(lost)}",
@@ -367,6 +377,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             if isinstance(kept, str):  # as state_dict() has it
                 group[name] = json.loads(kept)
         super()._check_group(group)
+        require_bools(group, ("delayed",))
         if "refresh" in group:
             check_schedule(group)
         if "inverse_sharing" in group:
@@ -387,6 +398,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         """Remove the hooks from the model. The optimizer can go on stepping with the curvature it has."""
         self.statistics.close()
         self._join()
+        self._keep_pending()
         self._overlap.close()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -439,13 +451,14 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         self._serve_functions()
         self._prepare()
         looks = self.statistics.looks and len(self.statistics.processes.partners) > 1
-        taken = self.statistics.take(self._loss_scale(grad_scale, found_inf))
+        later = self._later()
+        taken = self.statistics.take(self._loss_scale(grad_scale, found_inf), later, self._lacking(later))
         if taken and looks:
             self._compare_with_partners(taken)
         taken = self._leave_out_misfits(taken)
-        if not taken and not self.statistics.late:
+        if not taken and not self.statistics.late and not self.statistics.awaits:
             self._warn_if_silent()
-        self._note_unused({index for index, _ in taken})
+        self._note_unused({index for index, _ in taken}, later)
         self._require_served()
         self._tell_of_parts()
         self._fold(taken, grad_scale)
@@ -505,6 +518,61 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
                 "kl_clip bounds the step of all parameters, and this model is a stage of a pipeline over "
                 f"{pipeline.processes} processes: expected pipeline_group=, the group of these, or kl_clip=None"
             )
+
+    # Statistics that come one refresh later.
+
+    def _make_entries(self) -> None:
+        super()._make_entries()
+        self._keep_pending()
+
+    def _later(self) -> set[int]:
+        """Sites whose statistics of this step the next refresh takes; the first ones of all are waited for."""
+        if not any(group.get("delayed") for group in self.param_groups):
+            return set()
+        known, sites = self._known_sites(), self.statistics.sites
+        refreshed = self.statistics.armed - self.statistics.waiting
+        found = {i for i in refreshed if i in known and self._is_delayed(sites[i])}
+        if any(sites[i].owner.is_cuda for i in found) and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "delayed is True, and a CUDA graph is being captured, which would take the same statistics in every "
+                "replay: capture steps between refreshes"
+            )
+        for i in found:
+            require_known_lengths(sites[i])
+            if any(i == index for index, _ in self.statistics.divisions):
+                raise RuntimeError(
+                    f"delayed is True for {sites[i].layers[0].name or 'model'}, whose blocks have been divided among "
+                    "processes since this optimizer was made: expected delayed=True from the beginning"
+                )
+            for name in PENDING:  # of a state that was asked for
+                self.state.get(sites[i].owner, {}).pop(name, None)
+        return found
+
+    def _is_delayed(self, site: Site[R]) -> bool:
+        return bool(self._groups[site.owner].get("delayed"))
+
+    def _lacking(self, later: Collection[int]) -> set[int]:
+        """Those of them that were not used here, and have a gradient of their own, as far as this process sees."""
+        sites = self.statistics.sites
+        unused = {i for i in later if sites[i].sums is None and not sites[i].uses}
+        if not unused:
+            return set()
+        used = {p for i in later if i not in unused for layer in sites[i].layers for p in layer.parameters.values()}
+        return {i for i in unused if self._has_other_gradients(sites[i], used, has_own_gradient)}
+
+    def _keep_pending(self) -> None:
+        """Wait for what is on its way, and put it into the state."""
+        keep(self.statistics.rounds.kept(), self.statistics.sites, self.state, self._groups)
+
+    def _read_pending(self) -> None:
+        """Go on with what the state has."""
+        self.statistics.rounds = Rounds()
+        self.statistics.rounds.add(Round.of(read(self.statistics.sites, self.state)))
+
+    def _drop_pending(self) -> None:
+        """Forget what the next refresh would take."""
+        self.statistics.rounds.drop({key_of(site) for site in self.statistics.sites})
+        self.statistics.rounds = Rounds()
 
     # Work beside training.
 
@@ -591,7 +659,8 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
                 self._warn_once(
                     f"deviation {name}", f"rules= says how to serve {name}, which it is, though {layer.proof.deviation}"
                 )
-        proofs = [(layer, layer.proof) for layer in self.statistics.layers() if not layer.proof.inner]
+        decided = (la for la in self.statistics.layers() if la.proof not in self.statistics.undecided)
+        proofs = [(layer, layer.proof) for layer in decided if not layer.proof.inner]
         found = [(layer, proof.reason) for layer, proof in proofs if proof.reason is not None]
         if not found:
             return taken
@@ -641,20 +710,25 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             raise RuntimeError(f"{told}; fallback='error' refuses to train them so")
         self._warn_once(f"parts {shown(parts)}", f"{told}; print(optimizer.explain()) shows each")
 
-    def _note_unused(self, taken: set[int]) -> None:
+    def _note_unused(self, taken: set[int], later: Collection[int]) -> None:
         """Let layers that have a gradient and gave no statistics take a fallback, until they are used.
 
         Where no layer gave statistics the cause is a common one, of which one warning is enough. A model that is
         compiled may not have been asked for any: the next step does.
+
+        Args:
+            taken: sites that gave statistics.
+            later: sites whose statistics come later.
         """
         sites = self.statistics.sites
         again = [layer for i in taken for layer in sites[i].layers if self._unserved.is_unused(layer.module)]
         for layer in again:
             self._unserved.remove(layer, self._groups[layer.owner])
         used = {p for i in taken for layer in sites[i].layers for p in layer.parameters.values()}
-        expected = {i for i in self.statistics.armed - taken - self.statistics.late if sites[i].rule.needs_uses}
+        expected = self.statistics.armed.difference(later, taken, self.statistics.late)
         self.statistics.late.clear()
-        lacking = {i for i in expected if self._has_other_gradients(sites[i], used)}
+        lacking = {i for i in expected if sites[i].rule.needs_uses and self._has_other_gradients(sites[i], used)}
+        lacking |= {i for i in self.statistics.unused - taken if sites[i].rule.needs_uses}
         unused = lacking if taken and self.statistics.awake else set()
         self._missed = (self._missed if self.statistics.awake else self._missed | lacking) - taken - unused
         noted = [layer for i in sorted(unused) for layer in sites[i].layers]
@@ -671,10 +745,12 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
                 "take a fallback until they are used; print(optimizer.explain()) shows each",
             )
 
-    def _has_other_gradients(self, site: Site[R], used: Collection[Parameter]) -> bool:
+    def _has_other_gradients(
+        self, site: Site[R], used: Collection[Parameter], has: Callable[[Parameter], bool] = has_gradient
+    ) -> bool:
         """Whether a site that is not known to be unused has gradients of parameters that are not used elsewhere."""
         layers = (layer for layer in site.layers if not self._unserved.is_unused(layer.module))
-        return any(has_gradient(p) for layer in layers for p in layer.parameters.values() if p not in used)
+        return any(has(p) for layer in layers for p in layer.parameters.values() if p not in used)
 
     def _require_rules(self) -> None:
         """Refuse trained parameters without a rule, if so asked."""
@@ -724,6 +800,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
     def _reloaded(self) -> None:
         self._overlap.failed = []
         self.statistics.clear()
+        self._drop_pending()
         misfits = self._unserved.misfits()
         self._unserved.read(self.param_groups, self._named_layers())
         known = {layer.name for layer in self.statistics.layers() if layer.spec is not None}
@@ -735,7 +812,11 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             self._rewatched()
         else:  # the settings that came along have other rules
             self._watch(self.statistics.grad_scaler, self.statistics.processes.given)
+        self._read_pending()
         self._tell_of_lost_statistics()
+
+    def _dtype_of(self, p: Parameter, name: str) -> torch.dtype:
+        return torch.float64 if name.endswith(COUNTS) else super()._dtype_of(p, name)
 
     def _without_statistics(self) -> Iterator[Parameter]:
         """The parameters that keep statistics of layers, and have none where these layers have a moment."""
@@ -768,13 +849,15 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         self._note_partners(meshes)
         self._note_places()
         self._rewatched()
+        self._read_pending()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, when what is being made beside training is in it.
+        """The state, when what is being made, or is on its way, beside training is in it.
 
         What groups say of layers is text: torch.distributed.checkpoint loads no keys that are not there before.
         """
         self._join()
+        self._keep_pending()
         state = super().state_dict()
         for group in state["param_groups"]:
             group.update({name: json.dumps(group[name]) for name in (UNSERVED, FUNCTIONS) if name in group})
@@ -786,6 +869,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def __getstate__(self) -> dict[str, Any]:
         self._join()
+        self._keep_pending()
         kept = ("_model", "_statistics", "_fallback", "_operations")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
@@ -854,6 +938,15 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
                 f"{type(self).__name__}: {share:.0%} of the trained parameters have no layer rule and take a fallback "
                 f"({shown(fallbacks)}){where}; print(optimizer.explain()) shows each"
             )
+
+
+def require_known_lengths(site: Site[Any]) -> None:
+    """Refuse to delay statistics of which processes must first agree how long they are."""
+    if None in site.rule.sum_lengths(site.module):
+        raise ValueError(
+            f"delayed is True, and only the data tell how long the statistics of {site.layers[0].name or 'model'} are, "
+            "which processes would have to wait for: expected another variant than 'release', or delayed=False"
+        )
 
 
 def _check_kinds(grad_scaler: Any, process_group: Any) -> None:

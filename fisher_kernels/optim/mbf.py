@@ -34,6 +34,7 @@ from fisher_kernels.optim.floors import FLOOR, fan_ins
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
 from fisher_kernels.optim.inverse_sharing import EVERY_RANK
 from fisher_kernels.optim.measure import Measured
+from fisher_kernels.optim.pending import PENDING
 from fisher_kernels.optim.refresh import RAMP, is_due
 from fisher_kernels.optim.renewal import NEXT
 from fisher_kernels.optim.row_shards import row_shards
@@ -48,6 +49,10 @@ TOGETHER = ("momentum", "decoupled", "maximize", "kl_clip", "kl_along", "max_rel
 
 MUCH = 1 << 30
 """Bytes of the blocks of one layer above which they are worth a warning."""
+
+
+def _whole(blocks: Blocks, params: Sequence[Parameter]) -> None:
+    """No parameter has blocks that are divided among processes."""
 
 
 class MBF(Measured, SampledLabels[BlockRule]):
@@ -119,6 +124,8 @@ class MBF(Measured, SampledLabels[BlockRule]):
             step that would make them uses those of the step that would have before. The first are waited for.
         inverse_sharing: where several processes train the model, ``"every_rank"`` makes all inverses, or each is made
             by ``"one_owner"`` and sent to the others; not together with overlap.
+        delayed: take the statistics of each refresh in the next one; they are added up over processes beside training,
+            so that none waits for another. The first of a layer are waited for. Not together with capturable.
         fisher: ``"empirical"``: blocks of the labels of the data; ``"sampled"``: of labels drawn from the model's own
             output, in :meth:`sample`.
         linear_blocks: blocks of so many columns of a Linear, shared by its outputs; ``"shared"``, one block of all of
@@ -163,7 +170,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
 
     rule_kind = BlockRule
     moment = "momentum_buffer"
-    statistics_state = BLOCK_STATE
+    statistics_state = (*BLOCK_STATE, *PENDING)
     later: ClassVar[Mapping[str, Any]] = {
         **FisherOptimizer.later,
         "capturable": False,
@@ -175,6 +182,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
         "max_relative_step": None,
         "floor": FLOOR,
         "overlap": False,
+        "delayed": False,
         "inverse_sharing": EVERY_RANK,
     }
 
@@ -195,6 +203,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
         refresh: Literal["ramp", "constant"] = "ramp",
         ramp: float = RAMP,
         overlap: bool = False,
+        delayed: bool = False,
         inverse_sharing: Literal["every_rank", "one_owner"] = EVERY_RANK,
         fisher: Literal["empirical", "sampled"] = "empirical",
         linear_blocks: Literal["shared", "per_output"] | int = 64,
@@ -228,6 +237,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
             "refresh": refresh,
             "ramp": ramp,
             "overlap": overlap,
+            "delayed": delayed,
             "inverse_sharing": inverse_sharing,
             "fisher": fisher,
             "linear_blocks": linear_blocks,
@@ -277,11 +287,12 @@ class MBF(Measured, SampledLabels[BlockRule]):
         require_numbers(group, bounds, "a number or None")
         require_counts(group, ("update_interval", "inverse_interval"))
         require_bools(group, ("decoupled", "mask_zeros", "capturable", "overlap"))
-        if group["overlap"] and group["capturable"]:
-            raise ValueError(
-                "overlap is True and so is capturable, expected one of them: a CUDA graph holds nothing of what runs "
-                "beside it"
-            )
+        for name in ("overlap", "delayed"):
+            if group[name] and group["capturable"]:
+                raise ValueError(
+                    f"{name} is True and so is capturable, expected one of them: a CUDA graph holds nothing of what "
+                    "runs beside it"
+                )
         for name in ("momentum", "beta2"):
             if not 0 <= group[name] < 1:
                 raise ValueError(f"{name} is {group[name]}, expected 0 <= {name} < 1")
@@ -337,7 +348,11 @@ class MBF(Measured, SampledLabels[BlockRule]):
         self._numbers = {p: number for number, p in enumerate(self._groups)}
         self._plans: dict[tuple[int, ...], _Plan] = {}
         divide = partial(row_shards, meshes=self._data_meshes(), ranks=self.statistics.processes.ranks)
-        self._blocks = FisherBlocks(self.statistics.sites, self.state, self._groups, self._overlap, divide=divide)
+        # Sums that come one refresh later come whole.
+        delayed = any(group.get("delayed") for group in self.param_groups)
+        self._blocks = FisherBlocks(
+            self.statistics.sites, self.state, self._groups, self._overlap, divide=_whole if delayed else divide
+        )
         self.statistics.divisions = self._blocks.divisions()
         self._renewals = (self._blocks,)
         self._share_out()
@@ -559,6 +574,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
         gradients = [p.grad for p in parameters]
         buffers = {buffer: buffer.clone() for buffer in self._model.buffers()}
         self.statistics.clear()
+        self._drop_pending()
         sums: dict[int, tuple[Tensor, float]] = {}
         try:
             self.statistics.arm(range(len(self.statistics.sites)))

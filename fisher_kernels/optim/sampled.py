@@ -75,6 +75,7 @@ class SampledLabels(LayerwiseOptimizer[R]):
         if self._ruled_for is not None and self._ruled_for != sampled:
             # Changed since: the rules are to undo another reduction, and what is pending has that of before.
             self.statistics.clear()
+            self._drop_pending()
             self._watch(self.statistics.grad_scaler, self.statistics.processes.given)
             return
         self._ruled_for = self.statistics.sampled = sampled

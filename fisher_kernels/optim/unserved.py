@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from fisher_kernels.curvature.gathered import is_distributed
@@ -75,13 +75,25 @@ class Unserved:
 
 def has_gradient(p: Parameter) -> bool:
     """Whether a parameter has a gradient that is not all zeros; waits for a GPU, unless a graph is being captured."""
-    if p.grad is None or not p.requires_grad:
+    found = _own_gradient(p)
+    if found is None:
         return False
+    return bool(some_anywhere([p], [found])[0]) if is_distributed(p) else bool(found)
+
+
+def has_own_gradient(p: Parameter) -> bool:
+    """The same of what this process has of it."""
+    found = _own_gradient(p)
+    return found is not None and bool(found)
+
+
+def _own_gradient(p: Parameter) -> Tensor | None:
+    if p.grad is None or not p.requires_grad:
+        return None
     require_memory(f"the gradient of a parameter of shape {tuple(p.shape)}", p.grad)
     if p.grad.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    found = like_parameter(p, p.grad).any()
-    return bool(some_anywhere([p], [found])[0]) if is_distributed(p) else bool(found)
+        return None
+    return like_parameter(p, p.grad).any()
 
 
 def shown(names: list[str]) -> str:

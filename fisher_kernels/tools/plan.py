@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from fisher_kernels.curvature.reduction import dtype_of, size_of
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.optim import EKFAC, KFAC, MBF, SOFIM, AdaFisher, AdaFisherW, EKFACAdam
 from fisher_kernels.optim.base import FisherOptimizer
@@ -155,7 +156,7 @@ def plan(model: nn.Module, name: str, mesh: Mesh, dtype: torch.dtype = torch.bfl
         largest=max((2 * wide * p.numel() for p, times in gathers.items() if times), default=0),
         gathers=(together, mesh.gathered(together)),
         bounds=8 * _added_up(optimizer, params),
-        refresh=8 * _numbers(optimizer),
+        refresh=_sent_in_a_refresh(optimizer, mesh),
         scattered=_scattered(optimizer, mesh),
         sent_by_model=passes + mesh.gathered(4 * share) + mesh.added_up(4 * share, mesh.replicas),
         notes=tuple(str(note.message) for note in told),
@@ -199,19 +200,18 @@ def _added_up(optimizer: Any, params: list[Any]) -> int:
     return int(isinstance(optimizer, SOFIM))  # the square of a norm
 
 
-def _numbers(optimizer: Any) -> int:
-    """How many numbers processes add up in a refresh: sums, their counts, and two flags of each layer.
-
-    Of a sum that is scattered there is one number.
-    """
+def _sent_in_a_refresh(optimizer: Any, mesh: Mesh) -> int:
+    """What a process puts into the all-reduce of a refresh: sums, their counts, and flags of each layer."""
     if not _reads_layers(optimizer):
         return 0
-    statistics, scattered = optimizer.statistics, optimizer.divided_sums()
-    lengths = [site.rule.sum_lengths(site.module) for site in statistics.sites]
-    places = ((index, i, n) for index, of_site in enumerate(lengths) for i, n in enumerate(of_site))
+    statistics = optimizer.statistics
     # A length that only the data tell is that of a sequence: beside the others it is nothing.
-    sums = sum(1 + (1 if (index, i) in scattered else n or 0) for index, i, n in places)
-    return sums + 2 * len(list(statistics.layers()))
+    scattered = optimizer.divided_sums()  # of which there is one number
+    lengths = [
+        [1 if (index, i) in scattered else n or 0 for i, n in enumerate(site.rule.sum_lengths(site.module))]
+        for index, site in enumerate(statistics.sites)
+    ]
+    return size_of(lengths, len(list(statistics.layers())), dtype_of(statistics.sites), mesh.processes)
 
 
 def _scattered(optimizer: Any, mesh: Mesh) -> int:
