@@ -29,7 +29,7 @@ def lowbias32(x: Bits) -> Bits:
     return x ^ (x >> 16)
 
 
-def absorb(state: int, word: Bits) -> Bits:
+def absorb(state: Bits, word: Bits) -> Bits:
     """Mix a word into a state. Both are hashed: states that differ little never lead to one sequence in two orders."""
     return lowbias32(state ^ lowbias32(word))
 
@@ -119,7 +119,7 @@ def numbers_of_roundings(rounding: Sequence[Rounding] | None, params: Sequence[T
 class Rounder:
     """Rounds float32 to the dtype of what keeps it, for one parameter in one step."""
 
-    def __init__(self, like: Tensor, numbers: Sequence[int], step: int) -> None:
+    def __init__(self, like: Tensor, numbers: Sequence[int], step: int | Tensor) -> None:
         base, offset, run, pitch = numbers
         element = torch.arange(like.numel(), device=like.device).view(like.shape)
         self._random = random_bits(offset + element // run * pitch + element % run, base, step)
@@ -132,9 +132,11 @@ class Rounder:
         return round_stochastically(x.resolve_neg().contiguous(), half)
 
 
-def random_bits(index: Tensor, base: int, step: int) -> Tensor:
+def random_bits(index: Tensor, base: int, step: int | Tensor) -> Tensor:
     """Random integers of 32 bits in int64, one for each element of ``index``, which is int64 and not negative."""
-    key = absorb(absorb(base, step), index >> 32)
+    state = torch.as_tensor(base, dtype=torch.int64, device=index.device)
+    step = torch.as_tensor(step, dtype=torch.int64, device=index.device)
+    key = absorb(absorb(state, step), index >> 32)
     return lowbias32((index & _MASK) ^ key)
 
 

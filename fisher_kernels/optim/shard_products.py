@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fisher_kernels.curvature.gathered import is_distributed
-from fisher_kernels.ops import ACCUMULATOR
+from fisher_kernels.ops import ACCUMULATOR, Rounding
+from fisher_kernels.ops._rounding import Rounder
 from fisher_kernels.ops._step import as_moment
 from fisher_kernels.optim import stages
 from fisher_kernels.optim.shares import copies, sum_over_mesh
@@ -30,7 +31,7 @@ TOO_LARGE = 1e200
 
 
 class Shard(NamedTuple):
-    """A parameter, and what this process has of it, its gradient and its moment; the last is the weight decay in g."""
+    """A parameter, and what this process has of it, its gradient and its moment; then the weight decay in g."""
 
     whole: Tensor
     weight: Tensor
@@ -38,6 +39,7 @@ class Shard(NamedTuple):
     moment: Tensor
     step: Tensor
     decay: float
+    rounding: Rounding | None
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -54,7 +56,12 @@ def products(shard: Shard, settings: dict[str, Any], grad_scale: Tensor | None) 
     g = -g if settings["maximize"] else g
     if shard.decay:
         g = g.add(shard.weight.to(dtype), alpha=shard.decay)
-    new = as_moment(beta * shard.moment.to(dtype) + (1 - beta) * g, shard.moment.dtype)
+    advanced = beta * shard.moment.to(dtype) + (1 - beta) * g
+    if shard.rounding is None:
+        new = as_moment(advanced, shard.moment.dtype)
+    else:
+        numbers = shard.rounding.numbers(shard.moment.numel())
+        new = Rounder(shard.moment, numbers, shard.step.long() + 1).round(advanced, shard.moment.dtype, low=True)
     correction = 1 - beta ** (shard.step.double().reshape(()) + 1)
     finite = new.isfinite()
     u = new.masked_fill(~finite, 0.0).double() / correction

@@ -363,6 +363,8 @@ class _Batch(Batch):
 
     def shards(self, gradients: Sequence[Tensor]) -> list[Shard]:
         """What this process has of each parameter."""
+        roundings = self.rounding_of_shards() or [None] * (len(self.params) + 1)
+        roundings.pop()  # of the number behind them
         return [
             Shard(
                 p,
@@ -371,8 +373,11 @@ class _Batch(Batch):
                 local(state["exp_avg"]),
                 state["step"],
                 0.0 if group["decoupled"] else group["weight_decay"],
+                rounding,
             )
-            for p, g, state, group in zip(self.params, gradients, self.states, self.groups, strict=True)
+            for p, g, state, group, rounding in zip(
+                self.params, gradients, self.states, self.groups, roundings, strict=True
+            )
         ]
 
     def lists(self, gradients: Sequence[Tensor]) -> tuple[Any, ...]:
