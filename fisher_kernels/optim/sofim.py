@@ -363,8 +363,8 @@ class _Batch(Batch):
 
     def shards(self, gradients: Sequence[Tensor]) -> list[Shard]:
         """What this process has of each parameter."""
-        roundings = self.rounding_of_shards() or [None] * (len(self.params) + 1)
-        roundings.pop()  # of the number behind them
+        found = self.rounding_of_shards()
+        roundings: Sequence[Rounding | None] = [None] * len(self.params) if found is None else found[:-1]
         return [
             Shard(
                 p,
