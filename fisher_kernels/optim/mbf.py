@@ -327,12 +327,6 @@ class MBF(Measured, SampledLabels[BlockRule]):
         self._blocks.set_aside(params)
         self._blocks.couple()
 
-    def gathered_in_a_step(self, p: Parameter) -> int:
-        return 1
-
-    def added_up_in_a_step(self, p: Parameter) -> int:
-        return 3  # products, and squares of directions and weights
-
     def _known_sites(self) -> Collection[int]:
         return self._blocks.known_sites
 
