@@ -25,7 +25,16 @@ OPTIMIZERS = ("adamw", "adafisherw", "sofim", "mbf", "kfac")
 SHARDS = 64
 REPLICAS = (1, 16, 256)
 TENSOR_MESHES = ("1x8", "8x8", "128x8", "2048x8")
-HEADER = ("optimizer", "processes", "moments", "curvature", "gathered at a time", "each step", "calls", "a refresh more")
+HEADER = (
+    "optimizer",
+    "processes",
+    "moments",
+    "curvature",
+    "gathered at a time",
+    "each step",
+    "calls",
+    "a refresh more",
+)
 
 
 def counted(place: str) -> Iterator[Plan]:
@@ -65,7 +74,12 @@ def _cells(row: dict[str, Any]) -> list[str]:
     share = step["bytes"] / max(row["passes"]["bytes"], 1)
     moved = f"{size(step['bytes'])} ({share:.0%})" if share >= 0.005 else size(step["bytes"])
     sent = moved, _number_of_calls(step), size(refresh["bytes"]), _number_of_calls(refresh)
-    return [row["optimizer"], f"{math.prod(row['mesh']):,}", *(size(row[n]) for n in ("moments", "curvature", "largest")), *sent]
+    return [
+        row["optimizer"],
+        f"{math.prod(row['mesh']):,}",
+        *(size(row[n]) for n in ("moments", "curvature", "largest")),
+        *sent,
+    ]
 
 
 def _number_of_calls(sent: dict[str, Any]) -> str:

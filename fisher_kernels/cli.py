@@ -364,9 +364,7 @@ def plan(
     seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens in each.", show_default="the model's")] = None,
     optimizers: Annotated[
         str,
-        typer.Option(
-            "--optimizers", "--optimizer", help=f"Separated by commas, of: {', '.join(planning.OPTIMIZERS)}."
-        ),
+        typer.Option("--optimizers", "--optimizer", help=f"Separated by commas, of: {', '.join(planning.OPTIMIZERS)}."),
     ] = ",".join(planning.OPTIMIZERS),
     dtype: Annotated[str, typer.Option(help="Of what is gathered for the passes: bfloat16 or float32.")] = "bfloat16",
     option: Annotated[
@@ -404,7 +402,9 @@ def plan(
     terminal.show(_plan_table(plans), width=max(Console().width, 100))
     dividing = "fully_shard" if parallel == planning.HSDP else "fully_shard and parallelize_module"
     model_itself = f"{planning.size(plans[0].sent_by_model)} a step, in {_calls(plans[0].passes)}"
-    _show_line(f"{plans[0].parameters:,} parameters, {on.processes:,} processes; {dividing} itself moves {model_itself}")
+    _show_line(
+        f"{plans[0].parameters:,} parameters, {on.processes:,} processes; {dividing} itself moves {model_itself}"
+    )
     for one in plans:
         if one.step or one.refresh:
             more = f"; {_calls(one.refresh)} more in a refresh" if one.refresh else ""

@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
-from torch.nn import functional as F
 from typer.testing import CliRunner, Result
 
 from fisher_kernels import EKFAC, KFAC, MBF, SOFIM, AdaFisher, EKFACAdam
@@ -34,7 +33,7 @@ pytestmark = [
 ]
 
 REFRESHES = 3
-"""Steps from one to the next; the third one, in the seventh step, is the first after the second that looks at nothing."""
+"""Steps from one to the next. The third one, in the seventh step, is the first that looks at nothing."""
 
 
 class Layers(nn.Module):
@@ -103,7 +102,7 @@ def tokens() -> UserModel:
         "blocks.*.down": RowwiseParallel(),
         "head": ColwiseParallel(output_layouts=Replicate()),
     }
-    return UserModel(Tokens(), torch.zeros(6, 4, dtype=torch.int64), cross_entropy, divided)
+    return UserModel(Tokens(), torch.arange(24).view(6, 4) % 11, cross_entropy, divided)
 
 
 def attending() -> UserModel:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import Parameter
 from torch.optim import AdamW
 
 from fisher_kernels.curvature.gathered import is_distributed
@@ -29,6 +28,8 @@ from fisher_kernels.curvature.statistics import Statistics
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.optim import EKFAC, KFAC, MBF, SOFIM, AdaFisher, AdaFisherW, EKFACAdam
 from fisher_kernels.optim.layerwise import LayerwiseOptimizer
+from fisher_kernels.optim.refresh import KEPT
+from fisher_kernels.optim.refresh import NEVER as UNKNOWN
 from fisher_kernels.optim.shares import local
 from fisher_kernels.tools import served
 from fisher_kernels.tools.user_model import UserModel, said
@@ -203,15 +204,11 @@ def plans(
         mode = Counting()
         with mode:
             example = find()
-        parameters = sum(p.numel() for p in example.model.parameters() if p.requires_grad)
-        with _ending_in_a_line("the model"):
+        with _ending_in_a_line("the model"), _in_silence():
             _divide(example, mesh, dtype)
             with mode:
                 passes = _sent(mode, lambda: _pass(example))
-        counted = (
-            _counted(example, name, mode, dict((settings or {}).get(name, {})), Counter(passes)) for name in names
-        )
-        return [Plan(kind, mesh, parameters, *sizes, passes=passes, **sent) for kind, sizes, sent in counted]
+        return [_counted(example, name, mesh, mode, passes, dict((settings or {}).get(name, {}))) for name in names]
 
 
 def _pass(example: UserModel) -> None:
@@ -223,10 +220,13 @@ def _pass(example: UserModel) -> None:
 
 
 def _counted(
-    example: UserModel, name: str, mode: Counting, settings: dict[str, Any], passes: Counter[Collective]
-) -> tuple[str, tuple[int, int, int, int], dict[str, Any]]:
-    """Class of an optimizer, the four sizes of a plan, and what it sends, with its notes."""
-    params = [p for p in example.model.parameters() if p.requires_grad]
+    example: UserModel,
+    name: str,
+    mesh: Mesh,
+    mode: Counting,
+    passes: tuple[Collective, ...],
+    settings: dict[str, Any],
+) -> Plan:
     with warnings.catch_warnings(record=True) as told, _without_numbers():
         warnings.simplefilter("always")
         try:
@@ -239,27 +239,31 @@ def _counted(
         try:
             with _ending_in_a_line(f"a step of {name}"), mode:
                 if reads:
-                    refresh = _refresh(example, optimizer, mode) - passes
+                    refresh = _refresh(example, optimizer, mode) - Counter(passes)
                 step = _sent(mode, optimizer.step)
         finally:
             mode.number = 0.0
             if reads:
                 optimizer.close()
-    gathered = [call.size * call.processes for call in step if call.kind == "all-gather"]
     kind = type(optimizer).__name__
-    moments, curvature = _state(optimizer.state)
-    weights = sum(2 * local(p).numel() * ACCUMULATOR[p.dtype].itemsize for p in map(_detached, params))
-    notes = tuple(str(note.message) for note in told if str(note.message).startswith(f"{kind}: "))
-    more = tuple((refresh - Counter(step)).elements())
-    return (
+    params = [p for p in example.model.parameters() if p.requires_grad]
+    gathered = [call.size * call.processes for call in step if call.kind == "all-gather"]
+    with torch.no_grad():
+        moments, curvature = _state(optimizer.state)
+        weights = sum(2 * local(p).numel() * ACCUMULATOR[p.dtype].itemsize for p in params)
+    return Plan(
         kind,
-        (weights, moments, curvature, 2 * max(gathered, default=0)),
-        {"step": step, "refresh": more, "notes": notes},
+        mesh,
+        parameters=sum(p.numel() for p in params),
+        weights=weights,
+        moments=moments,
+        curvature=curvature,
+        largest=2 * max(gathered, default=0),
+        passes=passes,
+        step=step,
+        refresh=tuple((refresh - Counter(step)).elements()),
+        notes=tuple(str(note.message) for note in told if str(note.message).startswith(f"{kind}: ")),
     )
-
-
-def _detached(p: Parameter) -> Tensor:
-    return p.detach()
 
 
 def _refresh(example: UserModel, optimizer: Any, mode: Counting) -> Counter[Collective]:
@@ -269,7 +273,7 @@ def _refresh(example: UserModel, optimizer: Any, mode: Counting) -> Counter[Coll
         _pass(example)  # functions may apply them, which the first refresh looks for
         optimizer.step()
         for group in optimizer.param_groups:
-            group["iteration"] = 0
+            group.update({"iteration": 0, **{name: UNKNOWN for name in KEPT if name in group}})
     optimizer.statistics.refresh = LATER
     optimizer._arm()
     sent = _sent(mode, lambda: (_pass(example), optimizer.step()))
@@ -308,15 +312,21 @@ def _divide(example: UserModel, mesh: Mesh, dtype: torch.dtype) -> None:
     whole = init_device_mesh("cpu", mesh.shape, mesh_dim_names=names)
     if mesh.parallel == TENSOR:
         assert example.plan is not None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of names in the plan that no layer has
-            parallelize_module(example.model, whole["tensor"], dict(example.plan))
+        parallelize_module(example.model, whole["tensor"], dict(example.plan))
     over = whole["data"] if mesh.parallel == TENSOR else whole
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     lists = [module for module in example.model.modules() if isinstance(module, nn.ModuleList)]
     units = [member for members in lists for member in members if any(True for _ in member.parameters())]
     for unit in [*reversed(units), example.model]:  # those within others first
         fully_shard(unit, mesh=over, mp_policy=policy)
+
+
+@contextmanager
+def _in_silence() -> Iterator[None]:
+    """Let torch keep to itself what it thinks of names in a plan that no layer has, and of outputs that are views."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager

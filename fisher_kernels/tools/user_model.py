@@ -67,7 +67,9 @@ def load(target: str) -> UserModel:
     if found.loss is not None and not callable(found.loss):
         raise ValueError(f"{target} returned {_described(found.loss)} as third, expected a loss function")
     if found.plan is not None and not isinstance(found.plan, Mapping):
-        raise ValueError(f"{target} returned {_described(found.plan)} as fourth, expected a dict for parallelize_module")
+        raise ValueError(
+            f"{target} returned {_described(found.plan)} as fourth, expected a dict for parallelize_module"
+        )
     return found
 
 
