@@ -53,7 +53,7 @@ def counted(place: str) -> Iterator[Plan]:
 def of_replicas(found: Plan, replicas: int) -> Plan:
     """What a plan for two replicas is for so many: the same calls, among other numbers of processes."""
     now = {2: replicas, SHARDS: SHARDS, 2 * SHARDS: replicas * SHARDS}
-    calls = {
+    calls: dict[str, Any] = {
         name: tuple(call._replace(processes=now[call.processes]) for call in getattr(found, name))
         for name in ("passes", "step", "refresh")
     }

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed import distributed_c10d as c10d
 
 KINDS = {
     "_allgather_base_": ("all-gather", 1),
@@ -76,7 +76,8 @@ class Counting(FakeTensorMode):
             return self.number if dtype.is_floating_point else False if dtype == torch.bool else 0
         if func is torch.ops.aten._unique2.default:  # as many as there can be
             x = args[0]
-            return x.new_empty(x.numel()), x.new_empty(x.shape, dtype=torch.int64), x.new_empty(x.numel())
+            places = x.new_empty(x.shape, dtype=torch.int64)
+            return x.new_empty(x.numel()), places, places.flatten()
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if func.namespace in ("c10d", "_c10d_functional") and result is not NotImplemented:
             self._note(func._schema.name.split("::")[1], [*args, *(kwargs or {}).values()])
@@ -98,4 +99,6 @@ def _processes(args: list[Any]) -> int:
     for x in args:
         if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x._type()):
             return dist.ProcessGroup.unbox(x).size()
-    return _resolve_process_group(next(x for x in reversed(args) if isinstance(x, str))).size()
+    name: Any = next(x for x in reversed(args) if isinstance(x, str))
+    group: dist.ProcessGroup = c10d._resolve_process_group(name)  # type: ignore[attr-defined]
+    return group.size()

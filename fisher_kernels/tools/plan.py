@@ -268,15 +268,19 @@ def _counted(
 
 def _refresh(example: UserModel, optimizer: Any, mode: Counting) -> Counter[Collective]:
     """What is sent in a step that refreshes, but looks at nothing; none of the next ones refreshes anything."""
+
+    def turn() -> None:
+        _pass(example)
+        optimizer.step()
+
     known = {p for layer in optimizer.statistics.layers() for p in layer.parameters.values()}
     if any(p.requires_grad and p not in known for p in example.model.parameters()):
-        _pass(example)  # functions may apply them, which the first refresh looks for
-        optimizer.step()
+        turn()  # functions may apply them, which the first refresh looks for
         for group in optimizer.param_groups:
             group.update({"iteration": 0, **{name: UNKNOWN for name in KEPT if name in group}})
     optimizer.statistics.refresh = LATER
     optimizer._arm()
-    sent = _sent(mode, lambda: (_pass(example), optimizer.step()))
+    sent = _sent(mode, turn)
     for group in optimizer.param_groups:
         group.update({name: NEVER for name in ("update_interval", "inverse_interval") if name in group})
         group.update({"refresh": "constant"} if "ramp" in group else {})
