@@ -18,10 +18,11 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from typer.testing import CliRunner, Result
 
+from bench.plans import OPTIMIZERS, REPORT
 from fisher_kernels import EKFAC, KFAC, MBF, SOFIM, AdaFisher, EKFACAdam
 from fisher_kernels.cli import app
 from fisher_kernels.tools.collectives import Collective
-from fisher_kernels.tools.plan import TENSOR, Mesh, Plan, passing, plans, size
+from fisher_kernels.tools.plan import TENSOR, Mesh, Plan, as_numbers, passing, plans, size
 from fisher_kernels.tools.plan_models import MODELS, cross_entropy, find
 from fisher_kernels.tools.user_model import UserModel
 from tests.collectives import noted, watch_groups
@@ -331,3 +332,11 @@ def test_published_models_in_a_plan(name: str, mesh: Mesh) -> None:
     (statistics,) = [call for call in found.refresh if call.kind == "all-reduce"]
     assert vectors <= statistics.size <= 1.1 * vectors
     assert not found.step
+
+
+@pytest.mark.slow
+def test_the_tables_are_what_is_counted() -> None:
+    """Those of the documents, of one model on one mesh: ``python -m bench.plans`` counts them anew."""
+    rows = [row for row in json.loads(REPORT.read_text())["resnet50"] if row["mesh"] == [8]]
+    found = plans(partial(find, "resnet50"), OPTIMIZERS, Mesh.of("8"))
+    assert [json.loads(json.dumps(as_numbers(one))) for one in found] == rows
