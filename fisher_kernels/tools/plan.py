@@ -320,16 +320,16 @@ def _divide(example: UserModel, mesh: Mesh, dtype: torch.dtype) -> None:
     over = whole["data"] if mesh.parallel == TENSOR else whole
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     lists = [module for module in example.model.modules() if isinstance(module, nn.ModuleList)]
-    units = [member for members in lists for member in members if any(True for _ in member.parameters())]
+    units = {member: None for members in lists for member in members if any(True for _ in member.parameters())}
     for unit in [*reversed(units), example.model]:  # those within others first
         fully_shard(unit, mesh=over, mp_policy=policy)
 
 
 @contextmanager
 def _in_silence() -> Iterator[None]:
-    """Let torch keep to itself what it thinks of names in a plan that no layer has, and of outputs that are views."""
+    """Let torch keep to itself what it thinks of outputs that are views."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         yield
 
 

@@ -129,16 +129,16 @@ def cross_entropy(output: Tensor) -> Tensor:
     return F.cross_entropy(rows, torch.zeros(len(rows), dtype=torch.int64))
 
 
-def by_heads(ends: Iterable[str]) -> Mapping[str, Any]:
-    """How tensor parallel training divides a transformer here: each process has some of the heads, and some of hidden.
+def by_heads(columns: Iterable[str], rows: Iterable[str], ends: Iterable[str]) -> Mapping[str, Any]:
+    """How tensor parallel training divides a transformer here: each process has some of the heads and hidden features.
 
     Args:
-        ends: layers outside of the blocks that are divided by what they make, which all processes then get.
+        columns, rows: layers of the blocks that are divided by what they make, and by what they take.
+        ends: others that are divided by what they make, which all processes then get.
     """
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-    columns, rows = ("q", "k", "v", "qkv", "gate", "up"), ("out", "down")
     plan: dict[str, Any] = {f"blocks.*.{name}": ColwiseParallel() for name in columns}
     plan |= {f"blocks.*.{name}": RowwiseParallel() for name in rows}
     plan |= {name: ColwiseParallel(output_layouts=Replicate()) for name in ends}
@@ -148,13 +148,15 @@ def by_heads(ends: Iterable[str]) -> Mapping[str, Any]:
 def llama_8b(batch: int, seq_len: int) -> UserModel:
     """A decoder of 32 blocks of width 4096, as Llama 3 8B has them: 8.03e9 parameters."""
     tokens = torch.zeros(batch, seq_len, dtype=torch.int64)
-    return UserModel(Decoder(128256, 32, 4096, 1024, 14336, 128), tokens, cross_entropy, by_heads(("embed", "out")))
+    divided = by_heads(("q", "k", "v", "gate", "up"), ("out", "down"), ("embed", "out"))
+    return UserModel(Decoder(128256, 32, 4096, 1024, 14336, 128), tokens, cross_entropy, divided)
 
 
 def vit_l(batch: int) -> UserModel:
     """A vision transformer of 24 blocks of width 1024, as ViT-L/16 has them: 3.04e8 parameters."""
     model = VisionTransformer(24, 1024, 4096, 64, 16, 1000)
-    return UserModel(model, torch.zeros(batch, 3, 224, 224), cross_entropy, by_heads(("out",)))
+    divided = by_heads(("qkv", "up"), ("out", "down"), ("out",))
+    return UserModel(model, torch.zeros(batch, 3, 224, 224), cross_entropy, divided)
 
 
 def resnet50(batch: int) -> UserModel:
