@@ -24,7 +24,7 @@ PLACES = ("llama-8b", "llama-8b fsdp-tp", "vit-l", "resnet50")
 OPTIMIZERS = ("adamw", "adafisherw", "sofim", "mbf", "kfac")
 SHARDS = 64
 REPLICAS = (1, 16, 256)
-TENSOR_MESHES = ("8x8",)
+TENSOR_MESHES = ("8x8", "128x8")
 HEADER = (
     "optimizer",
     "processes",
