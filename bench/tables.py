@@ -5,7 +5,8 @@ A document says where with a pair of comments, of which the second is ``<!-- end
 - ``<!-- measured: OP, OP -->``: the rows of those ops in the report of ``make bench``, ``bench/results/cpu.json``.
   A report that is named on the command line takes its place first.
 - ``<!-- from: FILE -->``: a Markdown file that ``fisher-kernels compare`` wrote; its path is relative to the document.
-- ``<!-- plan: MODEL -->``: what ``fisher-kernels plan`` counts for a model on growing numbers of processes.
+- ``<!-- plan: MODEL -->`` or ``<!-- plan: MODEL fsdp-tp -->``: what ``fisher-kernels plan`` counts for a model on
+  growing numbers of processes, ``bench/results/plans.json`` of ``python -m bench.plans``.
 - ``<!-- gpu -->``: the latest report of ``make gpu`` for each device in ``bench/results/``.
 - ``<!-- summary -->``: the table of README.md, from the report of the demo in ``docs/results/demo/``.
 """
@@ -20,8 +21,8 @@ from typing import Annotated, Any
 
 import typer
 
+from bench import plans
 from bench.gpu.report import latest, markdown
-from bench.plans import plans
 from bench.summary import SPEED, summary
 from fisher_kernels.tools.markdown import markdown_table
 
@@ -60,7 +61,7 @@ def filled(document: Path) -> str:
     report = json.loads(SPEED.read_text())
     text = PLACE.sub(lambda place: place[1] + table(report, place["ops"].split(", ")) + place[3], document.read_text())
     text = GPU.sub(lambda place: place[1] + markdown(latest()) + place[2], text)
-    text = PLAN.sub(lambda place: place[1] + plans(place["model"]) + place[3], text)
+    text = PLAN.sub(lambda place: place[1] + plans.table(place["model"]) + place[3], text)
     text = SUMMARY.sub(lambda place: place[1] + summary() + place[2], text)
     return FILE.sub(lambda place: place[1] + (document.parent / place["file"]).read_text() + place[3], text)
 

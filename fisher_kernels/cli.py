@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -298,7 +299,7 @@ def check(
     if optimizer not in served.OPTIMIZERS:
         terminal.refuse("--optimizer", f"is {optimizer!r}, expected one of {', '.join(served.OPTIMIZERS)}")
     with terminal.refusing("PACKAGE.MODULE:FUNCTION"):
-        model, inputs = user_model.load(target)
+        model, inputs, *_ = user_model.load(target)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the table says all that they do
         try:
@@ -349,12 +350,21 @@ def plan(
         str,
         typer.Argument(
             metavar="MODEL",
-            help=f"One of {', '.join(plan_models.MODELS)}, or PACKAGE.MODULE:FUNCTION that returns a model.",
+            help=f"One of {', '.join(plan_models.MODELS)}, or PACKAGE.MODULE:FUNCTION that returns a model, example "
+            "inputs, and if it likes a loss function and a plan for parallelize_module.",
         ),
     ],
-    mesh: Annotated[str, typer.Option(help="Processes: SHARDS, or REPLICASxSHARDS.")] = "8",
+    mesh: Annotated[str, typer.Option(help="Processes: SHARDS or REPLICASxSHARDS, or SHARDSxTENSOR.")] = "8",
+    parallel: Annotated[
+        str, typer.Option(help=f"{planning.HSDP} (fully_shard), or {planning.TENSOR} (with parallelize_module).")
+    ] = planning.HSDP,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Samples of each process.", show_default="the model's")
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens in each.", show_default="the model's")] = None,
     optimizers: Annotated[
-        str, typer.Option(help=f"Separated by commas, of: {', '.join(planning.OPTIMIZERS)}.")
+        str,
+        typer.Option("--optimizers", "--optimizer", help=f"Separated by commas, of: {', '.join(planning.OPTIMIZERS)}."),
     ] = ",".join(planning.OPTIMIZERS),
     dtype: Annotated[str, typer.Option(help="Of what is gathered for the passes: bfloat16 or float32.")] = "bfloat16",
     option: Annotated[
@@ -362,35 +372,49 @@ def plan(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Count what optimizers take on many processes: memory in each, and what they send, from shapes alone.
+    """Count what optimizers take on many processes, beside AdamW: memory in each, and what they send.
 
-    Parameters are divided by rows over the shards of a replica, as fully_shard divides them.
+    A step is made in one process, of tensors without memory, and nothing is sent.
     """
     if dtype not in ("bfloat16", "float32"):
         terminal.refuse("--dtype", f"is {dtype!r}, expected bfloat16 or float32")
+    if parallel not in planning.EXPECTED:
+        terminal.refuse("--parallel", f"is {parallel!r}, expected {' or '.join(planning.EXPECTED)}")
     names = [name.strip() for name in optimizers.split(",")]
     for name in names:
         if name not in planning.OPTIMIZERS:
             terminal.refuse("--optimizers", f"has {name!r}, expected some of {', '.join(planning.OPTIMIZERS)}")
-    with terminal.refusing("MODEL"):
-        made = plan_models.find(model)
-    settings = dict(_setting(text, "NAME=VALUE") for text in option or ())
+    names = list(dict.fromkeys(["adamw", *names]))
+    given = dict(_setting(text, "NAME=VALUE") for text in option or ())
+    with terminal.refusing("-o"):
+        settings = {name: {key: hyperparameter(name, key, v) for key, v in given.items()} for name in names[1:]}
     with terminal.refusing("--mesh"):
-        on = planning.Mesh.of(mesh)
-    plans = []
-    for name in names:
-        of_its_own = {} if name == "adamw" else {key: hyperparameter(name, key, v) for key, v in settings.items()}
-        with terminal.refusing(f"--optimizers {name}"):
-            plans.append(planning.plan(made, name, on, getattr(torch, dtype), **of_its_own))
+        on = planning.Mesh.of(mesh, parallel)
+    with terminal.refusing("MODEL"):
+        find = partial(plan_models.find, model, batch, seq_len, on.tensor)
+        try:
+            plans = planning.plans(find, names, on, getattr(torch, dtype), settings)
+        except planning.RefusedError as error:
+            terminal.refuse(f"--optimizers {error.name}", str(error))
     if as_json:
-        terminal.show_json({"model": model, "plans": [dataclasses.asdict(one) for one in plans]})
+        terminal.show_json({"model": model, "plans": [planning.as_numbers(one) for one in plans]})
         return
     terminal.show(_plan_table(plans), width=max(Console().width, 100))
+    dividing = "fully_shard" if parallel == planning.HSDP else "fully_shard and parallelize_module"
+    model_itself = f"{planning.size(plans[0].sent_by_model)} a step, in {_calls(plans[0].passes)}"
     _show_line(
-        f"{plans[0].parameters:,} parameters; fully_shard itself moves {planning.size(plans[0].sent_by_model)} a step"
+        f"{plans[0].parameters:,} parameters, {on.processes:,} processes; {dividing} itself moves {model_itself}"
     )
-    for note in dict.fromkeys(f"{one.optimizer}: {note}" for one in plans for note in one.notes):
+    for one in plans:
+        if one.step or one.refresh:
+            more = f"; {_calls(one.refresh)} more in a refresh" if one.refresh else ""
+            _show_line(f"{one.optimizer}: {_calls(one.step)} in a step{more}")
+    for note in dict.fromkeys(note for one in plans for note in one.notes):
         _show_line(escape(note))
+
+
+def _calls(calls: Sequence[Any]) -> str:
+    return ", ".join(f"{n} {kind}{'s' if n > 1 else ''}" for kind, n in planning.kinds_of(calls).items()) or "no call"
 
 
 def _plan_table(plans: Sequence[planning.Plan]) -> Table:
@@ -400,7 +424,7 @@ def _plan_table(plans: Sequence[planning.Plan]) -> Table:
         table.add_column(name, justify="right")
     for one in plans:
         stay = (one.weights, one.moments, one.curvature, one.largest)
-        table.add_row(one.optimizer, *map(planning.size, (*stay, one.received_in_a_step, one.sent_in_a_refresh)))
+        table.add_row(one.optimizer, *map(planning.size, (*stay, one.sent_in_a_step, one.sent_in_a_refresh)))
     return table
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 from torch import Tensor
+from torch.testing._internal.distributed.multi_threaded_pg import ProcessLocalGroup
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fisher_kernels.tools.collectives import Collective
 
 GATHERS = {
     "all_gather_into_tensor": "all-gather",
@@ -66,3 +71,39 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         name = next(name for name in names if hasattr(dist, name))  # the second one before torch 2.13
         monkeypatch.setattr(dist, name, noting(what, getattr(dist, name), 1))
+
+
+GROUPS = {"allreduce": ("all-reduce", 0), "allgather": ("all-gather", 1), "reduce_scatter": ("reduce-scatter", 1)}
+GROUPS |= {"broadcast": ("broadcast", 0)}
+"""Methods of a group of threads, which all others come to -> what they do, and which argument a process puts in."""
+
+
+def watch_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let all that groups of threads are asked for be noted, whoever asks: ``noted`` has it."""
+
+    def noting(name: str, kind: str, given: int) -> Any:
+        function = getattr(ProcessLocalGroup, name)
+
+        def call(group: Any, *args: Any, **kwargs: Any) -> Any:
+            if (calls := getattr(_here, "calls", None)) is not None:
+                calls.append(Collective(kind, _size(args[given]), group.size()))
+            return function(group, *args, **kwargs)
+
+        return call
+
+    for name, (kind, given) in GROUPS.items():
+        monkeypatch.setattr(ProcessLocalGroup, name, noting(name, kind, given))
+
+
+def _size(x: Any) -> int:
+    return x.numel() * x.element_size() if isinstance(x, Tensor) else sum(map(_size, x))
+
+
+@contextmanager
+def noted() -> Iterator[list[Collective]]:
+    """The calls of this thread in a stretch of code."""
+    _here.calls = []
+    try:
+        yield _here.calls
+    finally:
+        _here.calls = None

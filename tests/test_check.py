@@ -177,7 +177,7 @@ def test_frozen_parameters_are_left_out(name: str) -> None:
         ("zoo_of_mine:NUMBER", "NUMBER is an int, expected a function"),
         ("zoo_of_mine:raising", "zoo_of_mine:raising raised OSError: no such file"),
         ("zoo_of_mine:returning", "zoo_of_mine:returning returned an int, expected a torch.nn.Module or a pair"),
-        ("zoo_of_mine:three", "zoo_of_mine:three returned a tuple of 3, the first a Net, expected"),
+        ("zoo_of_mine:three", "zoo_of_mine:three returned an int as third, expected a loss function"),
     ],
 )
 @pytest.mark.usefixtures("name")

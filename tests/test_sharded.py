@@ -36,7 +36,6 @@ from fisher_kernels.optim.factor_bases import FactorBases
 from fisher_kernels.optim.factor_inverses import FactorInverses
 from fisher_kernels.optim.fisher_blocks import FisherBlocks
 from fisher_kernels.optim.inverse_sharing import owners
-from fisher_kernels.tools.plan import Mesh, plan
 from tests.collectives import Collectives, watched
 from tests.processes import in_two_processes, needs_processes
 from tests.shards import READERS, SOFIMS, STEPS, assert_close, batch, empty, making, network, sharded, train, whole
@@ -455,7 +454,6 @@ def test_a_refresh_of_adafisher_sends_its_sums_once(monkeypatch: pytest.MonkeyPa
     in_threads(work, 2)
     sums = (6 + 12) + 12 + (12 + 7) + (7 + 3)
     assert sent == [sums + 2 + 1 + 2 + 2 + 4 * 4] * (2 * STEPS // 5)
-    assert plan(network(torch.float64), "adafisher", Mesh(1, 2)).refresh == 8 * sent[0]
 
 
 @pytest.mark.parametrize("settings", ["MBF", "KFAC"])
@@ -565,10 +563,8 @@ def test_what_a_step_and_a_refresh_send(
             sent.append(collectives.calls)
         return sent[-2:]
 
-    foreseen = plan(network(torch.float32), kind.__name__.lower(), Mesh(1, 2))
     shards = [4 * -(-o // 2) * n for i, o in LINEARS for n in (i, 1)]
     scattered = [("reduce-scatter", 4 * 12 * 2 * 2)] if kind is MBF else []
-    assert foreseen.scattered == sum(size for _, size in scattered) / 2
     for refresh, other in in_threads(work, 2):
         *first, (name, size) = refresh[: len(scattered) + 1]
         rest = refresh[len(scattered) + 1 :]
@@ -576,16 +572,13 @@ def test_what_a_step_and_a_refresh_send(
         assert name == "all-reduce"
         # Three counts of each of four layers, in three parts, and four flags.
         assert 4 * numbers <= size <= 4 * (numbers + (3 * 3 + 4) * 4)
-        assert size == foreseen.refresh
         assert rest == other
         sizes = [size for name, size in other if name == "all-gather"]
         assert len(sizes) == calls  # for each layer, and in MBF for some million numbers
         assert sum(sizes) == gathers * sum(shards)
-        assert sum(size for name, size in other if name == "all-gather") == foreseen.gathers[0]
         # Of eight parameters three sums for the bounds and two counts; of the normalisation's Adam two means.
         sums = sum(size for name, size in other if name == "all-reduce")
         assert sums <= 8 * (3 + 2) * 8 + 2 * 4
-        assert foreseen.bounds - 2 * 4 <= sums <= foreseen.bounds  # where means count as 8 bytes
         assert {name for name, _ in other} == {"all-gather", "all-reduce"}
 
 

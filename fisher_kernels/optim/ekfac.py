@@ -329,13 +329,6 @@ class EKFACAdam(KroneckerOptimizer):
         self._gradients = {}
         super()._restored()
 
-    def gathered_in_a_step(self, p: Parameter) -> int:
-        return 2 * super().gathered_in_a_step(p)  # gradients too
-
-    def added_up_in_a_step(self, p: Parameter) -> int:
-        # Whether any gradient is known, and of what Adam trains the mean of its second moments.
-        return super().added_up_in_a_step(p) + 1 + self._is_elementwise(p)
-
     def _known_sites(self) -> Collection[int]:
         sites = enumerate(self.statistics.sites)
         return self._factors.known_sites | {index for index, site in sites if not isinstance(site.rule, FactorRule)}

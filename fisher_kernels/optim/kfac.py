@@ -308,9 +308,6 @@ class KFAC(KroneckerOptimizer):
         self._blocks.couple()
         super()._set_aside(params)
 
-    def added_up_in_a_step(self, p: Parameter) -> int:
-        return super().added_up_in_a_step(p) + (p in self._by_adam)  # whether any gradient is known
-
     def _known_sites(self) -> Collection[int]:
         sites = enumerate(self.statistics.sites)
         by_adam = {index for index, site in sites if isinstance(site.rule, Elementwise)}

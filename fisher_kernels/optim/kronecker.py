@@ -241,12 +241,6 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
         self._factors.set_aside(params)
         self._factors.couple()
 
-    def gathered_in_a_step(self, p: Parameter) -> int:
-        return 0 if self._is_elementwise(p) else 1
-
-    def added_up_in_a_step(self, p: Parameter) -> int:
-        return 4  # products, squares of directions and weights, and how many elements stay
-
     def _known_sites(self) -> Collection[int]:
         return self._factors.known_sites
 

@@ -152,22 +152,6 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         """What a layer gives to the parameter in one of its roles."""
         raise NotImplementedError
 
-    def gathered_in_a_step(self, p: Parameter) -> int:
-        """How many tensors like a parameter a step gathers where processes have its rows, in the state's precision."""
-        return 0
-
-    def divided_state(self, p: Parameter) -> Collection[str]:
-        """Names of statistics in its state that are divided where processes have its rows."""
-        return ()
-
-    def divided_sums(self) -> Mapping[tuple[int, int], int]:
-        """Site and position of each raw sum of which processes then keep their rows, and how many there are."""
-        return {}
-
-    def added_up_in_a_step(self, p: Parameter) -> int:
-        """How many numbers of 8 bytes a step adds up for it over these processes."""
-        return 0
-
     # Layers.
 
     @property

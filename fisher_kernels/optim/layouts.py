@@ -40,11 +40,15 @@ def divided(p: Any) -> tuple[int, ...]:
     return tuple(d for d, placement in enumerate(p.placements) if not placement.is_replicate())
 
 
+def in_order(p: Any) -> list[int]:
+    """These dimensions in the order in which they divided it."""
+    return sorted(divided(p), key=lambda d: _kind(p.placements[d]) == "_StridedShard")
+
+
 def block(p: Any, place: Callable[[int], int]) -> tuple[slice, ...]:
     """The part of a DTensor that is at a place in each dimension of its mesh: of each of its dimensions a slice."""
     bounds = [(0, n) for n in p.shape]
-    # In the order in which they divided it.
-    for d in sorted(divided(p), key=lambda d: _kind(p.placements[d]) == "_StridedShard"):
+    for d in in_order(p):
         along = p.placements[d].dim
         begin, end = bounds[along]
         size = -(-(end - begin) // p.device_mesh.size(d))  # as torch.chunk has it: the last ones are smaller, or empty

@@ -362,19 +362,6 @@ class MBF(Measured, SampledLabels[BlockRule]):
         self._blocks.set_aside(params)
         self._blocks.couple()
 
-    def gathered_in_a_step(self, p: Parameter) -> int:
-        return int(p not in self._blocks.by_rows())
-
-    def divided_state(self, p: Parameter) -> Collection[str]:
-        return self._blocks.divided_state(p)
-
-    def divided_sums(self) -> Mapping[tuple[int, int], int]:
-        parts = (part for part in self._blocks.parts if part.goes_with_rows)
-        return {part.address: part.owner.shape[0] for part in parts if part.address is not None}
-
-    def added_up_in_a_step(self, p: Parameter) -> int:
-        return 3  # products, and squares of directions and weights
-
     def _known_sites(self) -> Collection[int]:
         return self._blocks.known_sites
 

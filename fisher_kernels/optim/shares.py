@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 from fisher_kernels.curvature.caller import calling
 from fisher_kernels.curvature.gathered import is_distributed
-from fisher_kernels.optim.layouts import block, divided, is_known, numel
+from fisher_kernels.optim.layouts import block, divided, in_order, is_known, numel
 
 _ZERO = ("torch.distributed.optim.zero_redundancy_optimizer", "ZeroRedundancyOptimizer")
 _REMOTE = ("torch.distributed.optim.optimizer", "_LocalOptimizer")
@@ -78,15 +78,36 @@ def _all_gathered(x: Tensor, mesh: Any, dimension: int) -> Tensor:
 
 def _put_together(p: Any, dimensions: Sequence[int], parts: Tensor) -> Tensor:
     """A tensor like a parameter of its parts, a row of numbers for each."""
-    if len(dimensions) == 1 and p.placements[dimensions[0]].dim == 0:  # they lie as they are gathered
-        rows = -(-len(p) // len(parts))
-        return parts.reshape(len(parts) * rows, *p.shape[1:])[: len(p)]
+    if (found := _put_together_at_once(p, dimensions, parts)) is not None:
+        return found
     found = parts.new_empty(p.shape)
     places = itertools.product(*(range(p.device_mesh.size(d)) for d in dimensions))
     for place, row in zip(places, parts, strict=True):
         there = block(p, dict(zip(dimensions, place, strict=True)).__getitem__)
         found[there] = row[: numel(there)].view_as(found[there])
     return found
+
+
+def _put_together_at_once(p: Any, dimensions: Sequence[int], parts: Tensor) -> Tensor | None:
+    """The same in one copy, however many parts there are; None where they are not all alike.
+
+    Some rows may be lacking at the end, as the last of what divides rows leaves it.
+    """
+    mesh, left = p.device_mesh, [*p.shape]  # the shape of a part
+    of_axis = [[d for d in in_order(p) if p.placements[d].dim == along] for along in range(p.dim())]
+    for along, of_one in enumerate(of_axis):
+        for d in of_one:
+            if left[along] % mesh.size(d) and (along > 0 or d != of_one[-1]):
+                return None
+            left[along] = -(-left[along] // mesh.size(d))
+    x = parts.view(*(mesh.size(d) for d in dimensions), *left)
+    # For each axis the places along it, then what is of a part: [rows' places, rows, columns' places, columns].
+    axes = [[*(dimensions.index(d) for d in of_axis[a]), len(dimensions) + a] for a in range(len(left))]
+    x = x.permute([i for of_one in axes for i in of_one])
+    if of_axis[0]:
+        blocks = math.prod(mesh.size(d) for d in of_axis[0][:-1])
+        x = x.reshape(blocks, mesh.size(of_axis[0][-1]) * left[0], *x.shape[len(axes[0]) :])[:, : len(p) // blocks]
+    return x.reshape(p.shape)
 
 
 def like_parameter(p: Any, gradient: Any) -> Tensor:

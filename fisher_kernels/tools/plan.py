@@ -1,27 +1,42 @@
-"""What an optimizer takes on many processes: memory in each of them, and what they send, counted from shapes alone.
+"""What an optimizer takes on many processes: memory in each of them, and what they send, counted in a step.
 
-Nothing is trained and nothing is sent: an optimizer is made of a model without memory, and its own rules say how large
-its statistics and its state are. Parameters are divided by rows, as ``fully_shard`` divides them, over the processes of
-a replica.
+A step is made in one process that takes itself for the first of many (torch's fake process group), with tensors that
+have shapes and no memory. All calls of torch.distributed are noted, those of ``fully_shard`` and ``parallelize_module``
+too, and nothing is sent. So what is counted is what this package and torch do, not what somebody thinks they do; what
+depends on numbers, which nobody has here, does not: every layer is what its class documents, and nothing is refused.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from fisher_kernels.curvature.reduction import dtype_of, size_of
+from fisher_kernels.curvature.gathered import is_distributed
+from fisher_kernels.curvature.proof import Proof
+from fisher_kernels.curvature.rules import Sums
+from fisher_kernels.curvature.statistics import Statistics
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.optim import EKFAC, KFAC, MBF, SOFIM, AdaFisher, AdaFisherW, EKFACAdam
-from fisher_kernels.optim.base import FisherOptimizer
 from fisher_kernels.optim.layerwise import LayerwiseOptimizer
+from fisher_kernels.optim.refresh import KEPT
+from fisher_kernels.optim.refresh import NEVER as UNKNOWN
+from fisher_kernels.optim.shares import local
+from fisher_kernels.tools import served
+from fisher_kernels.tools.user_model import UserModel, said
+
+if TYPE_CHECKING:
+    from fisher_kernels.tools.collectives import Collective, Counting
 
 OPTIMIZERS: Mapping[str, Callable[..., Any]] = {
     "adamw": lambda model, **settings: AdamW(model.parameters(), **settings),
@@ -34,65 +49,67 @@ OPTIMIZERS: Mapping[str, Callable[..., Any]] = {
     "ekfacadam": EKFACAdam,
 }
 
+HSDP = "hsdp"
+TENSOR = "fsdp-tp"
+EXPECTED = {HSDP: "SHARDS or REPLICASxSHARDS, 8 or 128x8 for example", TENSOR: "SHARDSxTENSOR, 128x8 for example"}
+"""How processes divide a model -> how a mesh is written."""
+
+LATER = 3
+"""A refresh that does not look at layers, as the 1st, the 2nd, the 4th and so on do."""
+
+NEVER = 1 << 30
+"""Steps to the next refresh."""
+
 
 @dataclass(frozen=True)
 class Mesh:
-    """``replicas`` copies of a model, each divided over ``shards`` processes."""
+    """How many processes there are, and how they divide a model.
 
-    replicas: int
-    shards: int
+    Attributes:
+        shape: of the mesh; the last dimension is over the shards of a replica, or divides layers.
+        parallel: ``"hsdp"``, which is ``fully_shard`` on one dimension or two, or ``"fsdp-tp"``, on the first of two
+            dimensions, with ``parallelize_module`` on the other.
+    """
+
+    shape: tuple[int, ...]
+    parallel: str = HSDP
 
     @classmethod
-    def of(cls, text: str) -> Mesh:
+    def of(cls, text: str, parallel: str = HSDP) -> Mesh:
         """``"8"`` or ``"128x8"``.
 
         Raises:
             ValueError: it is something else.
         """
-        if not re.fullmatch(r"[1-9]\d{0,8}(x[1-9]\d{0,8})?", text):
-            raise ValueError(f"is {text!r}, expected SHARDS or REPLICASxSHARDS, 8 or 128x8 for example")
-        *replicas, shards = map(int, text.split("x"))
-        return cls(replicas[0] if replicas else 1, shards)
+        few = "" if parallel == TENSOR else "?"
+        if not re.fullmatch(rf"[1-9]\d{{0,8}}(x[1-9]\d{{0,8}}){few}", text):
+            raise ValueError(f"is {text!r}, expected {EXPECTED[parallel]}")
+        return cls(tuple(map(int, text.split("x"))), parallel)
 
     @property
     def processes(self) -> int:
-        return self.replicas * self.shards
+        """How many there are."""
+        return torch.Size(self.shape).numel()
 
-    def share(self, p: Tensor) -> int:
-        """Numbers of a parameter that the first process of a replica has, which has the most."""
-        return self.share_of(p.shape[0] if p.dim() else 1, p.numel())
-
-    def share_of(self, rows: int, numbers: int) -> int:
-        """How many of so many numbers in rows that process has."""
-        return -(-rows // self.shards) * (numbers // max(rows, 1))
-
-    def gathered(self, size: float) -> float:
-        """Bytes that each process receives when ``size`` bytes of one shard each are gathered in a replica.
-
-        It sends as many when shards of that size are scattered.
-        """
-        return (self.shards - 1) * size
-
-    def added_up(self, size: float, processes: int) -> float:
-        """Bytes that each process sends when ``size`` bytes are added up in a ring."""
-        return 2 * (processes - 1) / processes * size
+    @property
+    def tensor(self) -> int | None:
+        """Among how many of them layers are divided, if they are."""
+        return self.shape[1] if self.parallel == TENSOR else None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes for one process.
+    """Bytes and calls of one process, the first one, whose shards are the largest.
 
     Attributes:
         parameters: how many the model has.
-        weights: of its shard and of the gradient, in the precision of the optimizer.
-        moments: state that is divided like the parameters.
-        curvature: other state: what every process has whole, and blocks of its rows.
-        largest: a moment and a direction of the layer that is gathered, if any is, at a time.
-        gathers: what it puts into the all-gathers of each step, and receives from them.
-        bounds: what it puts into the all-reduces of each step: norms, products, counts.
-        refresh: what it puts into the all-reduce of a refresh.
-        scattered: what it keeps of the reduce-scatter there.
-        sent_by_model: what ``fully_shard`` itself has it receive and send in a step of training.
+        weights: bytes of its shard and of the gradient, in the precision of the optimizer.
+        moments: of state that is divided like the parameters.
+        curvature: of state that every process has whole.
+        largest: of a moment and a direction of what one call gathers in a step, if there is any.
+        passes: what forward and backward of a step send without an optimizer.
+        step: what the optimizer sends in a step besides.
+        refresh: what it sends more, in forward and backward too, where statistics and inverses are new.
         notes: what the optimizer says of the model.
     """
 
@@ -103,125 +120,277 @@ class Plan:
     moments: int
     curvature: int
     largest: int
-    gathers: tuple[int, float]
-    bounds: int
-    refresh: int
-    scattered: int
-    sent_by_model: float
+    passes: tuple[Collective, ...]
+    step: tuple[Collective, ...]
+    refresh: tuple[Collective, ...]
     notes: tuple[str, ...]
 
     @property
-    def received_in_a_step(self) -> float:
-        """Bytes that pass the network for this process in a step without a refresh."""
-        return self.gathers[1] + self.mesh.added_up(self.bounds, self.mesh.processes)
+    def sent_by_model(self) -> float:
+        """Bytes that pass the network for this process in the passes of a step."""
+        return passing(self.passes)
+
+    @property
+    def sent_in_a_step(self) -> float:
+        """Bytes that pass for the optimizer in a step without a refresh."""
+        return passing(self.step)
 
     @property
     def sent_in_a_refresh(self) -> float:
         """Bytes more in a step that refreshes."""
-        own = self.mesh.gathered(self.scattered) + self.mesh.added_up(self.scattered, self.mesh.replicas)
-        return self.mesh.added_up(self.refresh, self.mesh.processes) + own
+        return passing(self.refresh)
 
 
-def plan(model: nn.Module, name: str, mesh: Mesh, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Plan:
-    """What an optimizer takes for a model on a mesh.
+class RefusedError(ValueError):
+    """An optimizer cannot be made of a model.
+
+    Attributes:
+        name: of the optimizer.
+    """
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
+def passing(calls: Sequence[Collective]) -> float:
+    """Bytes that pass the network for one process."""
+    return sum(call.passing for call in calls)
+
+
+def kinds_of(calls: Sequence[Collective]) -> dict[str, int]:
+    """How many calls there are of each kind."""
+    return dict(Counter(call.kind for call in calls))
+
+
+def as_numbers(found: Plan) -> dict[str, Any]:
+    """A plan as JSON has it: of calls how many there are of each kind and group, and the bytes put in together."""
+    numbers = {**dataclasses.asdict(found), "mesh": found.mesh.shape, "parallel": found.mesh.parallel}
+    for name in ("passes", "step", "refresh"):
+        calls: tuple[Collective, ...] = getattr(found, name)
+        groups: dict[tuple[str, int], list[int]] = {}
+        for kind, put, processes in calls:
+            groups.setdefault((kind, processes), []).append(put)
+        rows = [
+            {"kind": kind, "processes": processes, "calls": len(puts), "put_in": sum(puts)}
+            for (kind, processes), puts in groups.items()
+        ]
+        numbers[name] = {"bytes": passing(calls), "calls": rows}
+    return numbers
+
+
+def plans(
+    find: Callable[[], UserModel],
+    names: Sequence[str],
+    mesh: Mesh,
+    dtype: torch.dtype = torch.bfloat16,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Plan]:
+    """What optimizers take for a model on a mesh.
 
     Args:
-        model: its parameters need no memory.
-        name: one of ``OPTIMIZERS``.
+        find: makes the model with what a step takes; what it makes has no memory.
+        names: of ``OPTIMIZERS``.
         dtype: of what ``fully_shard`` gathers for forward and backward passes; gradients are added up in float32.
-        settings: arguments of the optimizer.
+        settings: name -> arguments of the optimizer.
 
     Raises:
-        ValueError: the optimizer cannot be made of the model.
+        RefusedError: an optimizer cannot be made of the model.
+        ValueError: the model cannot be divided, or make a step.
+        RuntimeError: there are processes already.
     """
-    params = [p for p in model.parameters() if p.requires_grad]
-    wide = max(ACCUMULATOR[p.dtype].itemsize for p in params)
-    with warnings.catch_warnings(record=True) as told:
+    from fisher_kernels.tools.collectives import Counting
+
+    with _processes(mesh.processes):
+        mode = Counting()
+        with mode:
+            example = find()
+        with _ending_in_a_line("the model"), _in_silence():
+            _divide(example, mesh, dtype)
+            with mode:
+                passes = _sent(mode, lambda: _pass(example))
+        return [_counted(example, name, mesh, mode, passes, dict((settings or {}).get(name, {}))) for name in names]
+
+
+def _pass(example: UserModel) -> None:
+    """A forward and a backward."""
+    for p in example.model.parameters():
+        p.grad = None
+    loss = example.loss or served.loss_of
+    loss(served.outputs_of(example.model, example.inputs)).backward()
+
+
+def _counted(
+    example: UserModel,
+    name: str,
+    mesh: Mesh,
+    mode: Counting,
+    passes: tuple[Collective, ...],
+    settings: dict[str, Any],
+) -> Plan:
+    with warnings.catch_warnings(record=True) as told, _without_numbers():
         warnings.simplefilter("always")
-        optimizer = OPTIMIZERS[name](model, **settings)
-    moments, curvature = _state(optimizer, params, mesh)
-    gathers = {p: optimizer.gathered_in_a_step(p) for p in params} if _reads_layers(optimizer) else {}
-    together = wide * sum(mesh.share(p) * times for p, times in gathers.items())
-    share = sum(map(mesh.share, params))
-    passes = 2 * mesh.gathered(dtype.itemsize * share)
-    if _reads_layers(optimizer):
-        optimizer.close()
+        try:
+            optimizer = OPTIMIZERS[name](example.model, **settings)
+        except (TypeError, ValueError) as error:
+            raise RefusedError(name, str(error)) from error
+        mode.number = 1.0 if isinstance(optimizer, AdamW) else 0.0  # it divides by what its count of steps gives
+        reads = isinstance(optimizer, LayerwiseOptimizer)
+        refresh: Counter[Collective] = Counter()
+        try:
+            with _ending_in_a_line(f"a step of {name}"), mode:
+                if reads:
+                    refresh = _refresh(example, optimizer, mode) - Counter(passes)
+                step = _sent(mode, optimizer.step)
+        finally:
+            mode.number = 0.0
+            if reads:
+                optimizer.close()
+    kind = type(optimizer).__name__
+    params = [p for p in example.model.parameters() if p.requires_grad]
+    gathered = [call.size * call.processes for call in step if call.kind == "all-gather"]
+    with torch.no_grad():
+        moments, curvature = _state(optimizer.state, getattr(optimizer, "statistics_state", ()))
+        weights = sum(2 * local(p).numel() * ACCUMULATOR[p.dtype].itemsize for p in params)
     return Plan(
-        type(optimizer).__name__,
+        kind,
         mesh,
         parameters=sum(p.numel() for p in params),
-        weights=2 * wide * share,
+        weights=weights,
         moments=moments,
         curvature=curvature,
-        largest=max((2 * wide * p.numel() for p, times in gathers.items() if times), default=0),
-        gathers=(together, mesh.gathered(together)),
-        bounds=8 * _added_up(optimizer, params),
-        refresh=_sent_in_a_refresh(optimizer, mesh),
-        scattered=_scattered(optimizer, mesh),
-        sent_by_model=passes + mesh.gathered(4 * share) + mesh.added_up(4 * share, mesh.replicas),
-        notes=tuple(str(note.message) for note in told),
+        largest=2 * max(gathered, default=0),
+        passes=passes,
+        step=step,
+        refresh=tuple((refresh - Counter(step)).elements()),
+        notes=tuple(str(note.message) for note in told if str(note.message).startswith(f"{kind}: ")),
     )
 
 
-def _reads_layers(optimizer: Any) -> bool:
-    return isinstance(optimizer, LayerwiseOptimizer)
+def _refresh(example: UserModel, optimizer: Any, mode: Counting) -> Counter[Collective]:
+    """What is sent in a step that refreshes, but looks at nothing; none of the next ones refreshes anything."""
+
+    def turn() -> None:
+        _pass(example)
+        optimizer.step()
+
+    known = {p for layer in optimizer.statistics.layers() for p in layer.parameters.values()}
+    if any(p.requires_grad and p not in known for p in example.model.parameters()):
+        turn()  # functions may apply them, which the first refresh looks for
+        for group in optimizer.param_groups:
+            group.update({"iteration": 0, **{name: UNKNOWN for name in KEPT if name in group}})
+    optimizer.statistics.refresh = LATER
+    optimizer._arm()
+    sent = _sent(mode, turn)
+    for group in optimizer.param_groups:
+        group.update({name: NEVER for name in ("update_interval", "inverse_interval") if name in group})
+        group.update({"refresh": "constant"} if "ramp" in group else {})
+    optimizer._arm()
+    return Counter(sent)
 
 
-def _state(optimizer: Any, params: list[Any], mesh: Mesh) -> tuple[int, int]:
-    """Bytes of the state of a process: of what has the shape of a parameter, and of all else."""
-    if isinstance(optimizer, FisherOptimizer):
-        for p in params:
-            p.grad = torch.empty_like(p)
-        optimizer._prepare()
-        states: Any = optimizer.state
-    else:
-        number = torch.empty((), device="meta")
-        states = {
-            p: {"exp_avg": torch.empty_like(p), "exp_avg_sq": torch.empty_like(p), "step": number} for p in params
-        }
-    of_layers = getattr(optimizer, "statistics_state", ())
-    moments = others = 0
-    for p, state in states.items():
-        by_rows = optimizer.divided_state(p) if _reads_layers(optimizer) else ()
-        for name, x in state.items():
-            if name not in of_layers and x.shape == p.shape and p.dim():
-                moments += mesh.share(x) * x.element_size()
-            elif name in by_rows:
-                others += mesh.share_of(p.shape[0], x.numel()) * x.element_size()
-            else:
-                others += x.numel() * x.element_size()
-    return moments, others
+def _sent(mode: Counting, work: Callable[[], object]) -> tuple[Collective, ...]:
+    mode.calls = []
+    work()
+    return tuple(mode.calls)
 
 
-def _added_up(optimizer: Any, params: list[Any]) -> int:
-    """How many numbers of 8 bytes a step adds up."""
-    if _reads_layers(optimizer):
-        return sum(map(optimizer.added_up_in_a_step, params))
-    return int(isinstance(optimizer, SOFIM))  # the square of a norm
+def _state(state: Mapping[Tensor, Mapping[str, Any]], statistics: Collection[str]) -> tuple[int, int]:
+    """Bytes of the state of a process: of what is like a parameter and divided with it, and of all else."""
+    sizes = Counter[bool]()
+    for name, x in (entry for of_one in state.values() for entry in of_one.items()):
+        if isinstance(x, Tensor):
+            own = local(x)
+            sizes[is_distributed(x) and name not in statistics] += own.numel() * own.element_size()
+    return sizes[True], sizes[False]
 
 
-def _sent_in_a_refresh(optimizer: Any, mesh: Mesh) -> int:
-    """What a process puts into the all-reduce of a refresh: sums, their counts, and flags of each layer."""
-    if not _reads_layers(optimizer):
-        return 0
-    statistics = optimizer.statistics
-    # A length that only the data tell is that of a sequence: beside the others it is nothing.
-    scattered = optimizer.divided_sums()  # of which there is one number
-    lengths = [
-        [1 if (index, i) in scattered else n or 0 for i, n in enumerate(site.rule.sum_lengths(site.module))]
-        for index, site in enumerate(statistics.sites)
-    ]
-    return size_of(lengths, len(list(statistics.layers())), dtype_of(statistics.sites), mesh.processes)
+def _divide(example: UserModel, mesh: Mesh, dtype: torch.dtype) -> None:
+    """Divide a model as ``mesh`` says; members of lists of modules, such as blocks, are gathered one at a time.
+
+    Outside of the mode, in which meshes could not read their ranks.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    names = ("data", "tensor") if mesh.parallel == TENSOR else ("replicas", "shards")[-len(mesh.shape) :]
+    whole = init_device_mesh("cpu", mesh.shape, mesh_dim_names=names)
+    if mesh.parallel == TENSOR:
+        assert example.plan is not None
+        parallelize_module(example.model, whole["tensor"], dict(example.plan))
+    over = whole["data"] if mesh.parallel == TENSOR else whole
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    lists = [module for module in example.model.modules() if isinstance(module, nn.ModuleList)]
+    units = {member: None for members in lists for member in members if any(True for _ in member.parameters())}
+    for unit in [*reversed(units), example.model]:  # those within others first
+        fully_shard(unit, mesh=over, mp_policy=policy)
 
 
-def _scattered(optimizer: Any, mesh: Mesh) -> int:
-    """Bytes of the rows that a process keeps of the sums that are scattered."""
-    found = 0
-    for (index, position), rows in optimizer.divided_sums().items() if _reads_layers(optimizer) else ():
-        site = optimizer.statistics.sites[index]
-        share = mesh.share_of(rows, site.rule.sum_lengths(site.module)[position])
-        found += share * torch.promote_types(site.owner.dtype, torch.float32).itemsize
-    return found
+@contextmanager
+def _in_silence() -> Iterator[None]:
+    """Let torch keep to itself what it thinks of outputs that are views."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        yield
+
+
+@contextmanager
+def _processes(count: int) -> Iterator[None]:
+    """Take this process for the first of so many."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise RuntimeError("torch.distributed has a process group, expected none: a plan makes one that sends nothing")
+    dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _without_numbers() -> Iterator[None]:
+    """Let optimizers go on without the numbers that they would read.
+
+    What processes add up is taken to be what one of them had; all have seen the same; layers are what their classes
+    document.
+    """
+    places: list[tuple[Any, str]] = [(Statistics, "_reduce"), (Statistics, "_scatter"), (Statistics, "agree")]
+    places.append((Proof, "holds"))
+    own = [getattr(kind, name) for kind, name in places]
+    rows: dict[tuple[int, int], Tensor] = {}  # of sums that are divided
+
+    def reduce(statistics: Any, taken: dict[int, Any], *which: Any) -> tuple[dict[int, Any], Any]:
+        rows.clear()
+        own[0](statistics, taken, *which)
+        for (index, position), mine in rows.items():
+            vectors = list(taken[index].vectors)
+            vectors[position] = mine
+            taken[index] = Sums(vectors, taken[index].counts)
+        return taken, which[-1]
+
+    def scatter(statistics: Any, *about: Any) -> dict[tuple[int, int], Tensor]:
+        rows.update(own[1](statistics, *about))
+        return dict(rows)
+
+    puts = (reduce, scatter, lambda statistics, found, due: found, lambda proof, *about: proof.reason is None)
+    try:
+        for (kind, name), put in zip(places, puts, strict=True):
+            setattr(kind, name, put)
+        yield
+    finally:
+        for (kind, name), function in zip(places, own, strict=True):
+            setattr(kind, name, function)
+
+
+@contextmanager
+def _ending_in_a_line(what: str) -> Iterator[None]:
+    """Make what is wrong with a model or its division an error of one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what} cannot be counted: {said(error)}") from error
 
 
 def size(count: float) -> str:

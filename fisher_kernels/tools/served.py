@@ -156,14 +156,15 @@ def run_once(model: nn.Module, optimizer: FisherOptimizer, inputs: Any) -> None:
         inputs: arguments of the forward: a dict by name, a tuple or list by position, or the only one.
     """
     optimizer.zero_grad()
-    if isinstance(inputs, dict):
-        outputs = model(**inputs)
-    elif isinstance(inputs, (tuple, list)):
-        outputs = model(*inputs)
-    else:
-        outputs = model(inputs)
-    loss_of(outputs).backward()
+    loss_of(outputs_of(model, inputs)).backward()
     optimizer.step()
+
+
+def outputs_of(model: nn.Module, inputs: Any) -> Any:
+    """What a model makes of inputs: a dict by name, a tuple or list by position, or the only one."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
 def loss_of(outputs: Any) -> Any:

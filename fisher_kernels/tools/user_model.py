@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 _LIKE = "expected PACKAGE.MODULE:FUNCTION, such as my_project.models:make_model"
 
@@ -18,14 +19,19 @@ class UserModel(NamedTuple):
     model: nn.Module
     inputs: Any
     """Example arguments of the model's forward; None if there are none."""
+    loss: Callable[[Any], Tensor] | None = None
+    """What it makes -> the loss; None where nobody says."""
+    plan: Mapping[str, Any] | None = None
+    """How ``parallelize_module`` divides it; None where nobody says."""
 
 
 def load(target: str) -> UserModel:
     """Import a module, from the current folder too, and call its function.
 
     Args:
-        target: ``"package.module:function"``. The function takes no arguments and returns a model, or a pair of a model
-            and example inputs: a dict by name, a tuple or list by position, or the only argument.
+        target: ``"package.module:function"``. The function takes no arguments and returns a model, or a tuple: a model
+            and example inputs (a dict by name, a tuple or list by position, or the only argument), and if it likes a
+            loss function, of what the model makes, and how ``parallelize_module`` divides the model.
 
     Raises:
         ValueError: there is no such function, it does not run, or it returns something else.
@@ -53,12 +59,18 @@ def load(target: str) -> UserModel:
         made = found()
     except Exception as error:
         raise ValueError(f"{target} raised {said(error)}") from error
-    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(model, nn.Module):
+    found = UserModel(*made) if isinstance(made, tuple) and 2 <= len(made) <= 4 else UserModel(made, None)
+    if not isinstance(found.model, nn.Module):
         raise ValueError(
             f"{target} returned {_described(made)}, expected a torch.nn.Module or a pair (model, example inputs)"
         )
-    return UserModel(model, inputs)
+    if found.loss is not None and not callable(found.loss):
+        raise ValueError(f"{target} returned {_described(found.loss)} as third, expected a loss function")
+    if found.plan is not None and not isinstance(found.plan, Mapping):
+        raise ValueError(
+            f"{target} returned {_described(found.plan)} as fourth, expected a dict for parallelize_module"
+        )
+    return found
 
 
 def _described(value: Any) -> str:
