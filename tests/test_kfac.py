@@ -18,7 +18,7 @@ from torch._functorch import config as functorch_config
 from torch.nn import functional as F
 
 from fisher_kernels import EKFAC, KFAC, MBF, EKFACAdam
-from fisher_kernels.curvature import statistics
+from fisher_kernels.curvature import reduction, statistics
 from fisher_kernels.curvature.processes import Processes
 from fisher_kernels.optim import factor_inverses
 from fisher_kernels.optim.kronecker import KroneckerOptimizer
@@ -911,7 +911,8 @@ def test_processes_of_the_same_data_have_the_statistics_of_one(fisher: str, monk
     found = []
     for processes in (1, 2):
         if processes == 2:
-            monkeypatch.setattr(statistics, "dist", TWINS)
+            for module in (statistics, reduction):
+                monkeypatch.setattr(module, "dist", TWINS)
             monkeypatch.setattr(Processes, "count", 2)
         model = network(dtype=torch.float64)
         optimizer = KFAC(model, fisher=fisher, others="curvature", **ALWAYS)  # type: ignore[arg-type]

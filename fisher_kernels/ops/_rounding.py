@@ -108,10 +108,19 @@ def check_roundings(op: str, rounding: Sequence[int] | None, count: int) -> None
         check_rounding(op, i, *rounding[4 * i : 4 * i + 4])
 
 
-def numbers_of_roundings(rounding: Sequence[Rounding] | None, params: Sequence[Tensor]) -> list[int] | None:
-    """Four numbers for each parameter, one after another."""
+def numbers_of_roundings(op: str, rounding: Sequence[Rounding] | None, params: Sequence[Tensor]) -> list[int] | None:
+    """Four numbers for each parameter, one after another.
+
+    Raises:
+        TypeError: it is no list, or an entry is no :class:`Rounding`.
+    """
     if rounding is None:
         return None
+    if not isinstance(rounding, Sequence):
+        raise TypeError(f"{op}: rounding is of type {type(rounding).__name__}, expected a list of Rounding")
+    for i, entry in enumerate(rounding):
+        if not isinstance(entry, Rounding):
+            raise TypeError(f"{op}: rounding[{i}] is of type {type(entry).__name__}, expected a Rounding")
     sizes = [p.numel() for p in params] if len(params) == len(rounding) else [1] * len(rounding)
     return [x for r, numel in zip(rounding, sizes, strict=True) for x in r.numbers(numel)]
 

@@ -289,7 +289,7 @@ def adafisher_step_(
             list(params), list(grads), list(exp_avgs), list(steps), list(row_factors), list(column_factors),
             lr=rate_of(_OP, lr), beta=beta, damping=damping, weight_decay=weight_decay, decoupled=decoupled,
             maximize=maximize, grad_scale=grad_scale, found_inf=found_inf,
-            rounding=numbers_of_roundings(rounding, params),
+            rounding=numbers_of_roundings(_OP, rounding, params),
         )  # fmt: skip
     except TypeError:
         values = (params, grads, exp_avgs, steps, row_factors, column_factors)

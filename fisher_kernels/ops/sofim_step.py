@@ -287,7 +287,7 @@ def sofim_step_(
             list(params), list(grads), list(exp_avgs), list(steps),
             lr=rates_of(_OP, lr), beta=beta, rho=rho, direction=direction, scope=scope,
             weight_decay=numbers_of(_OP, "weight_decay", weight_decay), decoupled=decoupled, maximize=maximize,
-            grad_scale=grad_scale, found_inf=found_inf, rounding=numbers_of_roundings(rounding, params),
+            grad_scale=grad_scale, found_inf=found_inf, rounding=numbers_of_roundings(_OP, rounding, params),
         )  # fmt: skip
     except TypeError:
         check_lists(_OP, dict(zip(_Step._fields, (params, grads, exp_avgs, steps), strict=False)))

@@ -303,6 +303,10 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
         super()._refused()
         self._context.terms.clear()
 
+    def _reloaded(self) -> None:
+        super()._reloaded()
+        self._context.terms.clear()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         self._context.terms.clear()
