@@ -148,22 +148,25 @@ class TermRule(BlockRule):
         return Sums([*sums.vectors, terms], [*sums.counts, 1])
 
     def _count(self, operation: Any, whole: Any, grad: Tensor) -> Tensor:
-        key = id(whole._parameters["weight"]), type(self)
-        return self.context.terms.count(key, operation, grad)
+        return self.context.terms.count(self._key(whole), operation, grad)
+
+    def _key(self, module: Any) -> tuple[Any, ...]:
+        """What the sums of a layer are of."""
+        return id(module._parameters["weight"]), type(self)
 
     def sum_lengths(self, module: Any) -> list[int | None]:
         return [*super().sum_lengths(module), 1]
 
     def without_use(self, lengths: Sequence[int]) -> list[Tensor]:
         # Its terms are some of those of the loss, whether or not their rows have come to the layer.
-        return [*super().without_use(lengths[:-1]), self.context.terms.pending]
+        return [*super().without_use(lengths[:-1]), self.context.terms.pending()]
 
     def forget(self, last: int) -> None:
         self.context.terms.forget(last)
 
-    def complete(self, sums: Sums) -> None:
+    def complete(self, sums: Sums, module: nn.Module) -> None:
         terms = sums.vectors[-1]
-        terms.copy_(torch.maximum(terms, self.context.terms.pending.to(terms)))
+        terms.copy_(torch.maximum(terms, self.context.terms.pending(self._key(module)).to(terms)))
 
     def divisors(self, sums: Sums) -> list[float]:
         return [1.0] * len(sums.vectors)  # of the blocks of means

@@ -41,6 +41,13 @@ class Pipeline:
         self.is_trial = not is_running(type(stages[0]).forward_one_chunk)
 
 
+def running_stage() -> int | None:
+    """In a forward: the number of the stage of a pipeline that runs it. A process may have several."""
+    module = sys.modules.get("torch.distributed.pipelining.stage")  # which nothing else imports
+    stage: Any = None if module is None else calling(module._PipelineStageBase)
+    return None if stage is None else int(stage.stage_index)
+
+
 def _is_split(schedule: Any) -> bool:
     orders = (getattr(schedule, name, None) or {} for name in ("pipeline_order", "pipeline_order_with_comms"))
     actions = (action for order in orders for of_rank in order.values() for action in of_rank if action is not None)

@@ -128,8 +128,8 @@ class Rule:
     def forget(self, last: int) -> None:
         """Forget what is known of backward passes whose gradients are gone, up to this one."""
 
-    def complete(self, sums: Sums) -> None:
-        """Put in place what sums are to have of backward passes of this step that did not use the layer."""
+    def complete(self, sums: Sums, module: nn.Module) -> None:
+        """Put in place what sums of a layer are to have of backward passes of this step that did not use it."""
 
 
 NORMS = (

@@ -423,7 +423,7 @@ class Statistics(Generic[R]):
             taken = {index: sums for index, site in pending if (sums := self._settled(site)) is not None}
             self.clear()
         for index, sums in taken.items():
-            self.sites[index].rule.complete(sums)
+            self.sites[index].rule.complete(sums, self.sites[index].module)
         if grad_scale is not None and self.grad_scaler is None:
             for index, sums in taken.items():
                 rescale(sums, self.sites[index].rule, grad_scale)

@@ -19,6 +19,7 @@ from torch.autograd import Variable
 from torch.utils.checkpoint import CheckpointFunction
 
 from fisher_kernels.curvature.gathered import all_of
+from fisher_kernels.curvature.pipeline import running_stage
 from fisher_kernels.curvature.rules import is_transposed_linear, unsqueeze_batch
 from fisher_kernels.ops import ACCUMULATOR
 
@@ -32,10 +33,14 @@ class _Backward:
         terms: of shape (1,); None before the first layer.
         unknown: why nobody can tell.
         outputs: the derivatives by the model's outputs that have arrived before it.
+        stage: the number of the stage of a pipeline that it goes through; None where there is none.
     """
 
-    def __init__(self, thread: int, terms: Tensor | None = None, counted: set[Any] | None = None) -> None:
-        self.thread, self.terms, self.counted = thread, terms, set() if counted is None else counted
+    def __init__(self, thread: int) -> None:
+        self.thread = thread
+        self.terms: Tensor | None = None
+        self.counted: set[Any] = set()
+        self.stage: int | None = None
         self.unknown: str | None = None
         self.outputs: list[Tensor] = []
         self.ended = False
@@ -70,22 +75,27 @@ class Terms:
         self._lock = threading.Lock()  # backward passes may run in several threads
         self._given: int | None = None
         self._hidden = False  # in a backward within another, before that one had brought anything
-        self._pending: dict[bool, dict[int, Tensor]] = {}  # whether they were given -> backward -> its terms
+        # Whether terms were given -> backward -> its stage and terms.
+        self._pending: dict[bool, dict[int, tuple[int | None, Tensor]]] = {}
+        self._stages: dict[Any, int | None] = {}  # by what sums are of
 
-    @property
-    def pending(self) -> Tensor:
+    def pending(self, key: Any = None) -> Tensor:
         """Those of all backward passes since :meth:`clear` that brought sums, of shape (1,).
 
-        Where some were given, of these alone.
+        Where some were given, of these alone. Of several stages of a pipeline each has backward passes of its own, of
+        the same loss: those of the stage that has brought sums of the key count, or of the one with the most terms.
         """
-        terms = list((self._pending.get(True) or self._pending.get(False) or {}).values())
-        if not terms:
-            return torch.zeros(1, dtype=torch.float32, device="cpu")
-        return torch.stack([t.to(terms[0]) for t in terms]).sum(0)
+        found: dict[int | None, Tensor] = {}
+        for stage, terms in (self._pending.get(True) or self._pending.get(False) or {}).values():
+            found[stage] = terms + found[stage].to(terms) if stage in found else terms
+        if key in self._stages and self._stages[key] in found:
+            return found[self._stages[key]]
+        sums = list(found.values()) or [torch.zeros(1, dtype=torch.float32, device="cpu")]
+        return torch.stack([terms.to(sums[0]) for terms in sums]).amax(0)
 
     def clear(self) -> None:
         """Forget the terms of the backward passes that there were."""
-        self._pending = {}
+        self._pending, self._stages = {}, {}
 
     @contextmanager
     def given(self, number: int) -> Iterator[None]:
@@ -108,13 +118,14 @@ class Terms:
             for t in _tensors(output):
                 plain = t.is_floating_point() and t.layout == torch.strided and not t.is_nested
                 if plain and t.grad_fn is not None and t.dim() and _fits(operation, t):
-                    t.register_hook(partial(self._arrive, operation))
+                    t.register_hook(partial(self._arrive, operation, running_stage()))
 
-    def _arrive(self, operation: Any, grad: Tensor) -> None:
+    def _arrive(self, operation: Any, stage: int | None, grad: Tensor) -> None:
         with self._lock:
             backward = self._backward()
             if backward.terms is not None:
                 return
+            backward.stage = stage
             grad = all_of(grad)
             if operation is None:
                 backward.outputs.append(grad)
@@ -141,7 +152,9 @@ class Terms:
                 raise RuntimeError(backward.unknown or "the number of terms of the loss cannot be seen")
             terms = backward.terms.to(grad.device, ACCUMULATOR[grad.dtype])
             if not backward.counted:  # one that is asked for derivatives alone brings no sums
-                self._pending.setdefault(self._given is not None, {})[_current_graph_task_id()] = backward.terms
+                found = backward.stage, backward.terms
+                self._pending.setdefault(self._given is not None, {})[_current_graph_task_id()] = found
+            self._stages[key] = backward.stage
             if key in backward.counted:
                 return torch.zeros_like(terms)
             backward.counted.add(key)
@@ -151,7 +164,7 @@ class Terms:
         """Forget the terms of backward passes whose gradients are gone, up to this one."""
         with self._lock:
             for given, passed in self._pending.items():
-                self._pending[given] = {task: terms for task, terms in passed.items() if task > last}
+                self._pending[given] = {task: found for task, found in passed.items() if task > last}
 
     def _backward(self) -> _Backward:
         """The backward that is running, or the one that it runs within if that has no terms yet."""
@@ -163,8 +176,10 @@ class Terms:
             outer = next((other for other in others if other.thread == thread), None)
             if outer is not None and outer.terms is None:
                 return outer
-            backward = _Backward(thread) if outer is None else _Backward(thread, outer.terms, outer.counted)
-            backward.unknown = None if outer is None else outer.unknown
+            backward = _Backward(thread)
+            if outer is not None:
+                backward.terms, backward.counted, backward.stage = outer.terms, outer.counted, outer.stage
+                backward.unknown = outer.unknown
             if task >= 0:
                 self._running[task] = backward
                 Variable._execution_engine.queue_callback(backward)
