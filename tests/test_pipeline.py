@@ -105,7 +105,7 @@ def staged(rank: int, name: str, kind: Any, scales: bool = True, **given: Any) -
     return [p.detach() for p in model.parameters()]
 
 
-FAST = {("KFAC", Schedule1F1B), ("MBF", ScheduleInterleaved1F1B), ("SOFIM, gradient", Schedule1F1B)}
+FAST = {("KFAC", ScheduleInterleaved1F1B), ("MBF", Schedule1F1B), ("SOFIM, gradient", Schedule1F1B)}
 
 
 @pytest.mark.parametrize(
