@@ -6,10 +6,25 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed import multi_threaded_pg
+
+
+_init = DeviceMesh.__init__
+
+
+def _new_mesh(mesh: Any, *args: Any, **kwargs: Any) -> None:
+    """Make a mesh that equals none of another thread.
+
+    DTensor keeps by mesh what depends on the rank. A mesh knows its thread by a number that a later one may have again,
+    and one that fully_shard makes of two does not know it.
+    """
+    _init(mesh, *args, **kwargs)
+    mesh._thread_id, mesh._hash = threading.current_thread().name, None
 
 
 def in_threads(work: Callable[[int], Any], world: int) -> list[Any]:
@@ -24,8 +39,11 @@ def in_threads(work: Callable[[int], Any], world: int) -> list[Any]:
             results[rank] = work(rank)
         except BaseException as error:
             errors.append(error)
-            multi_threaded_pg.ProcessLocalGroup.exception_handle(error)  # or the others would wait
+            with multi_threaded_pg.ProcessLocalGroup._coll_lock:
+                multi_threaded_pg.ProcessLocalGroup.exception_handle(error)  # or the others would wait
 
+    apart = mock.patch.object(DeviceMesh, "__init__", _new_mesh)
+    apart.start()
     multi_threaded_pg._install_threaded_pg()
     torch._C._distributed_c10d._set_thread_isolation_mode(True)
     try:
@@ -40,6 +58,7 @@ def in_threads(work: Callable[[int], Any], world: int) -> list[Any]:
         multi_threaded_pg.ProcessLocalGroup.reset()
         torch._C._distributed_c10d._set_thread_isolation_mode(False)
         multi_threaded_pg._uninstall_threaded_pg()
+        apart.stop()
     if errors:
         raise errors[0]
     return results
