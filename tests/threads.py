@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed import multi_threaded_pg
 
-
 _init = DeviceMesh.__init__
 
 
