@@ -278,6 +278,8 @@ struct HeavyBallParameter {
   int64_t size;
   DType dtype;
   DType moment_dtype;  // accumulation_dtype(dtype), or bfloat16 where that is float32
+  StepRounding rounding;
+  const float* step;  // t, which a GPU reads itself; null unless the rounding is random
 };
 
 /// g as GradientScale says, decay in coupled form;  m <- momentum * m + g.
@@ -324,6 +326,8 @@ struct CappedParameter {
   double max_relative_step;  // infinite for none; of a layer the smallest of its parameters
   double floor;              // likewise
   DType dtype;
+  StepRounding rounding;
+  const float* step;  // as in a HeavyBallParameter
 };
 
 /// With the sums of DirectionSums over parameters i and layers l that have none that is not finite:
@@ -526,7 +530,9 @@ struct StochasticRound {
   void* out;       // [size], bfloat16
   int64_t size;
   RoundingIndex index;
-  uint32_t state;  // of seed, ordinal and step
+  uint32_t base;      // of seed and ordinal
+  uint32_t state;     // and of the step
+  const float* step;  // or null; of a GPU, which makes the state of it
   bool low;
   int threads;
 };

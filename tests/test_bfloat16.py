@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fisher_kernels import SOFIM, AdaFisher, AdaFisherW
+from fisher_kernels import EKFAC, KFAC, MBF, SOFIM, AdaFisher, AdaFisherW, EKFACAdam
 from fisher_kernels.ops import stochastic_round
 from fisher_kernels.optim.row_pieces import index_of
 from fisher_kernels.optim.shares import whole
@@ -64,7 +64,23 @@ def sofim(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
     return SOFIM(model.parameters(), **{**ROUNDED, "lr": 0.1, **settings})
 
 
-each = pytest.mark.parametrize("make", [adafisher, sofim])
+def mbf(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+    return MBF(model, **{**ROUNDED, "lr": 0.1, **settings})
+
+
+def kfac(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+    return KFAC(model, **{**ROUNDED, "lr": 0.1, **settings})
+
+
+def ekfac(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+    return EKFAC(model, **{**ROUNDED, "lr": 0.1, **settings})
+
+
+def ekfac_adam(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+    return EKFACAdam(model, **{**ROUNDED, "lr": 1e-2, **settings})
+
+
+each = pytest.mark.parametrize("make", [adafisher, sofim, mbf, kfac, ekfac, ekfac_adam])
 
 
 def trained(make: Make, **settings: Any) -> Tensor:
@@ -107,7 +123,8 @@ def test_resumes_bit_for_bit(make: Make) -> None:
     train(model, optimizer, range(2, 4))
     train(other, resumed, range(2, 4))
     assert_same_bits(parameters(other), parameters(model))
-    assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {torch.bfloat16}
+    moment = optimizer.moment  # type: ignore[attr-defined]
+    assert {state[moment].dtype for state in optimizer.state.values()} == {torch.bfloat16}
 
 
 def test_moments_that_are_loaded_stay_finite() -> None:
@@ -153,6 +170,79 @@ def test_parameters_of_equal_values_have_integers_of_their_own() -> None:
     for i, p in enumerate(model):
         assert_same_bits(p.detach(), stochastic_round(exact, seed=5, ordinal=i, step=1))
     assert bool((model[0] != model[1]).any())
+
+
+@pytest.mark.filterwarnings("ignore:.*closed")
+@pytest.mark.parametrize("make", [mbf, kfac, ekfac, ekfac_adam])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_step_is_that_in_float32_rounded_by_the_op(make: Make, memory_format: torch.memory_format) -> None:
+    """Gradients are numbers of bfloat16, so that the first momentum is one: what comes of it is in float32."""
+    model = network().to(memory_format=memory_format)
+    wide = copy.deepcopy(model).float()
+    rounded, exact = make(model, seed=3), make(wide, moment_dtype=None, stochastic_rounding=False)
+    moment, averages = rounded.moment, make is ekfac_adam  # type: ignore[attr-defined]
+    for optimizer in (rounded, exact):
+        optimizer.close()  # type: ignore[attr-defined]
+    pairs = list(zip(model.parameters(), wide.parameters(), strict=True))
+    for step in (1, 2):
+        for i, (p, w) in enumerate(pairs):
+            g = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i)).to(torch.bfloat16)
+            p.grad, w.grad = g, g.float()
+        for optimizer in (rounded, exact):
+            optimizer.step()
+        for i, (p, w) in enumerate(pairs):
+            of: dict[str, int] = {"seed": 3, "ordinal": i, "step": step}
+            kept, expected = rounded.state[p][moment], exact.state[w][moment]
+            assert_same_bits(kept, stochastic_round(expected, half="low", **of))
+            if step == 1 and averages:  # the direction is made of the average as it is kept
+                return
+            if step == 1 or make is mbf:
+                assert_same_bits(p.detach(), stochastic_round(w.detach(), **of))
+            with torch.no_grad():
+                w.copy_(p)
+
+
+class Multiplied(nn.Module):
+    """A layer whose weight lies the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 9, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def test_blocks_of_mbf_do_not_know_the_places_of_elements() -> None:
+    model = Multiplied()
+    wide = copy.deepcopy(model)
+    for optimizer in (rounded := MBF(model, **ROUNDED, seed=3), exact := MBF(wide, lr=1e-3)):
+        optimizer._model(torch.randn(12, 6, generator=torch.Generator().manual_seed(1))).square().mean().backward()
+        optimizer.step()
+    kept, expected = (o.state[o._model.weight]["momentum_buffer"] for o in (rounded, exact))  # type: ignore[index]
+    assert_same_bits(kept, stochastic_round(expected, seed=3, step=1, half="low"))
+    assert_same_bits(model.weight.detach(), wide.weight.detach())
+
+
+@pytest.mark.filterwarnings("ignore:.*closed")
+def test_groups_that_are_stepped_together_round_alike() -> None:
+    model = network()
+    groups = [{"params": model[0].parameters()}, {"params": model[3].parameters(), "stochastic_rounding": False}]
+    optimizer = kfac(model, params=groups)
+    before = parameters(model).clone()
+    with pytest.raises(ValueError, match="stochastic_rounding is True in some groups and False in others"):
+        train(model, optimizer, range(1))
+    assert_same_bits(parameters(model), before)
+    wide = nn.ModuleList([network()[0], nn.Linear(3, 2)])
+    groups = [{"params": wide[0].parameters()}, {"params": wide[1].parameters(), "stochastic_rounding": False}]
+    optimizer = mbf(wide, params=groups, moment_dtype=None)
+    for p in wide.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()  # of the second one nothing is in bfloat16
+    assert [sorted(optimizer.state[p].keys() & {"step", "ordinal"}) for p in wide.parameters()] == [
+        *[["ordinal", "step"]] * 2,
+        *[[]] * 2,
+    ]
 
 
 def test_where_parts_of_a_parameter_lie_in_it() -> None:
@@ -209,11 +299,41 @@ def test_the_norm_over_shards_is_that_of_one_process() -> None:
         assert_within(found, expected.double(), 4 * torch.finfo(torch.float32).eps * expected.abs().max().item())
 
 
+@pytest.mark.filterwarnings("ignore:.*closed")
+@pytest.mark.parametrize("make", [mbf, kfac, ekfac_adam])
+def test_shards_have_the_integers_of_their_places(make: Make) -> None:
+    """Of three processes, of which one has none of the rows of a layer."""
+
+    def steps(model: nn.Module) -> Tensor:
+        optimizer = make(model)
+        optimizer.close()  # type: ignore[attr-defined]
+        for i in range(3):
+            for number, p in enumerate(model.parameters()):
+                g = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * i + number)).to(p.dtype)
+                p.grad = distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
+            optimizer.step()
+        moments = [optimizer.state[p][optimizer.moment] for p in model.parameters()]  # type: ignore[attr-defined]
+        return torch.cat([whole(x.detach()).flatten() for x in (*model.parameters(), *moments)])
+
+    def work(rank: int) -> Tensor:
+        model = linears().to(torch.bfloat16)
+        fully_shard(model, mesh=init_device_mesh("cpu", (3,)))
+        return steps(model)
+
+    expected = steps(linears().to(torch.bfloat16))
+    for found in in_threads(work, 3):
+        # Sums in another order move a number in 2^16 across the integer that decides; other integers move half of all.
+        assert int((found != expected).sum()) <= 1
+
+
 def test_nothing_in_bfloat16_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"stochastic_rounding is True, and nothing is in bfloat16.*torch.float32"):
         AdaFisher(nn.Linear(3, 2), stochastic_rounding=True)
     with pytest.raises(ValueError, match="nothing is in bfloat16"):
         SOFIM(nn.Linear(3, 2).parameters(), stochastic_rounding=True)
+    for kind in (MBF, KFAC, EKFAC, EKFACAdam):
+        with pytest.raises(ValueError, match="nothing is in bfloat16"):
+            kind(nn.Linear(3, 2), stochastic_rounding=True)
     AdaFisher(nn.Linear(3, 2), stochastic_rounding=True, moment_dtype=torch.bfloat16)
 
 

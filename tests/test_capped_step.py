@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fisher_kernels import use_backend
-from fisher_kernels.ops import ACCUMULATOR, capped_step_, direction_sums, heavy_ball_
+from fisher_kernels.ops import ACCUMULATOR, Rounding, capped_step_, direction_sums, heavy_ball_, stochastic_round
 from tests.cases import (
     DTYPES,
     LAYOUTS,
@@ -148,6 +148,55 @@ def test_momentum_rounds_to_nearest_even(implementation: str, dtype: torch.dtype
     assert case.run().tolist() == [int((~exact.isfinite()).sum())]
     assert_same_bits(case.momentum_buffers[0], torch.where(exact.isfinite(), rounded, before))
     assert dtype != torch.float32 or bool((rounded.abs() == largest).any() and (rounded != exact).any())
+
+
+def assert_rounded(case: Step | Any, wide: Step | Any, before: Any, name: str, half: str, kept: Sequence[Any]) -> None:
+    """A list is what the same call made in float32, rounded by the integers of ``places``; but for what is kept."""
+    for i, place in enumerate(places(case)):
+        now, then, exact = (getattr(s, name)[i] for s in (case, before, wide))
+        expected = exact.to(now.dtype)
+        if now.dtype == torch.bfloat16:
+            expected = stochastic_round(exact, seed=3, ordinal=i, step=7 + i, half=half, **place)
+        assert_same_bits(now, torch.where(kept[i], then, expected), f"{name}[{i}] of shape {tuple(now.shape)}")
+        assert_same_bits(surroundings(now), surroundings(then), f"memory around {name}[{i}]")
+
+
+def places(case: Any) -> list[dict[str, Any]]:
+    """Where the elements of each parameter are in a whole one: in turn rows of it, and columns of a matrix."""
+    runs = [p.shape[-1] if p.dim() and p.shape[-1] and i % 2 else None for i, p in enumerate(case.params)]
+    # Indices pass 2^32 on the way.
+    return [
+        {"offset": 1000 * i + 2**32 - 40, "run": run, "pitch": None if run is None else run + 7}
+        for i, run in enumerate(runs)
+    ]
+
+
+def for_rounding(implementation: str) -> list[tuple[int, ...]]:
+    """Of each dtype one whose order in memory need not be row-major."""
+    return [*shapes_for(implementation), *[(4, 3, 2, 3)] * len(DTYPES)]
+
+
+def rounding(case: Any) -> dict[str, Any]:
+    """The arguments that round a call at random."""
+    return {
+        "steps": [scalar(7 + i) for i in range(len(case.params))],
+        "rounding": [Rounding.of(3, i, **place) for i, place in enumerate(places(case))],
+    }
+
+
+@pytest.mark.parametrize("layout", [contiguous, sliced, channels_last])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_momentum_rounds_at_random(implementation: str, decay: float, layout: Callable[[Tensor], Tensor]) -> None:
+    case = momentum(for_rounding(implementation), DTYPES, moments=SHORT_IN_TURN, layout=layout, weight_decay=decay)
+    wide = case.map(lambda x: x.to(ACCUMULATOR[x.dtype], copy=True))
+    for i, p in enumerate(case.params):
+        if p.numel() > 4:
+            case.grads[i][(-1,) * p.dim()] = wide.grads[i][(-1,) * p.dim()] = math.nan
+    before = case.copy()
+    case.options.update(rounding(case))
+    assert_same_bits(case.run(), wide.run())
+    assert_rounded(case, wide, before, "momentum_buffers", "low", [~g.isfinite() for g in case.grads])
+    assert_unchanged(case, before, ("params",))
 
 
 @pytest.mark.parametrize(
@@ -988,3 +1037,18 @@ def test_parameters_that_momentum_does_not_read_are_checked_all_the_same(backend
         with pytest.raises((TypeError, ValueError), match=message):
             heavy_ball_(params, grads, buffers, momentum=0.5)
         assert torch.equal(buffers[0], before)
+
+
+@pytest.mark.parametrize("layout", [contiguous, sliced, channels_last])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_steps_round_at_random(implementation: str, decay: float, layout: Callable[[Tensor], Tensor]) -> None:
+    case = step(for_rounding(implementation), DTYPES, layout=layout, weight_decay=decay)
+    case.options["sums"][0, 1] = math.nan
+    wide = case.map(lambda x: x.to(ACCUMULATOR[x.dtype], copy=True))
+    before = case.copy()
+    case.options.update(rounding(case))
+    _, factors, skipped = case.run()
+    assert_same_results((factors, skipped), wide.run()[1:])
+    kept = [(skipped[i] > 0).expand(p.shape) for i, p in enumerate(case.params)]
+    assert_rounded(case, wide, before, "params", "high", kept)
+    assert bool(factors[0] == 0)

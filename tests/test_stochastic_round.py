@@ -46,6 +46,14 @@ def test_every_place(implementation: str, place: Place, size: int, half: str) ->
     assert_same_bits(actual, definition(x, place, half, **OF))
 
 
+@pytest.mark.parametrize("place", [Place(), Place(offset=1, run=13, pitch=20), Place(offset=2**32 - 11)], ids=str)
+def test_the_number_of_a_step_may_lie_on_the_device(implementation: str, place: Place) -> None:
+    x, count = wide(4097), torch.tensor([float(OF["step"])])
+    actual = stochastic_round(x, **place._asdict(), **{**OF, "step": count})  # type: ignore[arg-type]
+    assert_same_bits(actual, definition(x, place, **OF))
+    assert_same_bits(count, torch.tensor([float(OF["step"])]))
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("shape", [(), (7,), (5, 9), (3, 4, 6, 5), (33, 65), (4, 0, 3)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._language import as_moment, is_finite, narrow
+from ._language import is_finite
 from ._launch import launch
 from ._lists import CHUNK, Layout, Table, address, are_aligned, locate, number, table
+from ._rounding import random_of, rounding_rows, state_of, stored
 from ._steps import by_moment, is_off, of_each, rate_of, scalar, times
 from ._sums import LANES, LEVELS, add_chunks, first_chunks, new_partials, total
 
@@ -24,12 +25,26 @@ _PARAMS = tl.constexpr(128)  # parameters whose coefficients one program compute
 _PARAM_LEVELS = tl.constexpr(7)
 
 
-# The momentum. Its lists, in order:
-_PARAM, _GRAD, _MOMENT = (tl.constexpr(k) for k in range(3))
+# The momentum. Its lists, in order, the last one where something is rounded at random:
+_PARAM, _GRAD, _MOMENT, _STEP = (tl.constexpr(k) for k in range(4))
+_MOMENTUM_WIDTH = tl.constexpr(5)  # of the layout: size, rounding
 
 
 @triton.jit
-def _advance(param, grad, moment, mask, inverse_scale, decay, momentum, taken, DECAYS: tl.constexpr):
+def _state(addresses, count, which: tl.constexpr, i, numbers, RANDOM: tl.constexpr):
+    """What the random integers of a parameter come from in this step."""
+    if RANDOM:
+        state = state_of(numbers, address(addresses, count, which, i, tl.float32), RANDOM)
+    else:
+        state = tl.full((), 0, tl.uint32)
+    return state
+
+
+@triton.jit
+def _advance(
+    param, grad, moment, mask, element, numbers, state, inverse_scale, decay, momentum, taken,
+    DECAYS: tl.constexpr, RANDOM: tl.constexpr,
+):  # fmt: skip
     """Advance the momentum at some addresses; adds how many elements went on to what the lanes have so far."""
     A: tl.constexpr = inverse_scale.dtype
     m = tl.load(moment, mask)
@@ -38,7 +53,8 @@ def _advance(param, grad, moment, mask, inverse_scale, decay, momentum, taken, D
         g += decay * tl.load(param, mask).to(A)
     new = momentum * m.to(A) + g
     counts = is_finite(new)
-    tl.store(moment, tl.where(counts, as_moment(new, m.dtype), m), mask)
+    random = random_of(numbers, state, element, RANDOM)
+    tl.store(moment, tl.where(counts, stored(new, random, m.dtype, True, RANDOM), m), mask)
     if mask is not None:
         counts = counts & mask
     return taken + counts.to(tl.int32)
@@ -48,7 +64,7 @@ def _advance(param, grad, moment, mask, inverse_scale, decay, momentum, taken, D
 def heavy_ball_kernel(
     addresses,  # [lists, count]
     count,
-    layouts,  # [count, 1]: size
+    layouts,  # [count, 5]: size, rounding
     geometry,
     chunks,  # [programs, 2]
     skipped,  # [count]
@@ -62,6 +78,7 @@ def heavy_ball_kernel(
     A: tl.constexpr,
     STRIDED: tl.constexpr,
     DECAYS: tl.constexpr,
+    RANDOM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One chunk of one parameter."""
@@ -75,19 +92,21 @@ def heavy_ball_kernel(
         if not STRIDED:
             param, grad, moment = param + start, grad + start, moment + start
 
+        layout = layouts + i.to(tl.int64) * _MOMENTUM_WIDTH
+        state = _state(addresses, count, _STEP, i, layout + 1, RANDOM)
         inverse_scale = (1 / times(scale, scale_factor)).to(A)
         decay = tl.full((), weight_decay, A)
         mu = tl.full((), momentum, A)
         lanes = tl.arange(0, BLOCK)
-        left = tl.minimum(tl.load(layouts + i.to(tl.int64)) - start, CHUNK).to(tl.int32)
+        left = tl.minimum(tl.load(layout) - start, CHUNK).to(tl.int32)
         taken = tl.full((BLOCK,), 0, tl.int32)
 
         if STRIDED:
             for first in range(0, left, BLOCK):
-                _, at_param, at_grad, at_moment = locate(geometry, i, start + first, lanes)
+                whole, at_param, at_grad, at_moment = locate(geometry, i, start + first, lanes)
                 taken = _advance(
                     param + at_param, grad + at_grad, moment + at_moment, first + lanes < left,
-                    inverse_scale, decay, mu, taken, DECAYS,
+                    whole, layout + 1, state, inverse_scale, decay, mu, taken, DECAYS, RANDOM,
                 )  # fmt: skip
         elif (left == CHUNK) & are_aligned(param, grad, moment):
             # No mask and known alignment: 16 bytes a load.
@@ -96,12 +115,16 @@ def heavy_ball_kernel(
             for first in range(0, CHUNK, BLOCK):
                 at = first + lanes
                 taken = _advance(
-                    wide_param + at, wide_grad + at, wide_moment + at, None, inverse_scale, decay, mu, taken, DECAYS
-                )
+                    wide_param + at, wide_grad + at, wide_moment + at, None, start + at, layout + 1, state,
+                    inverse_scale, decay, mu, taken, DECAYS, RANDOM,
+                )  # fmt: skip
         else:
             for first in range(0, left, BLOCK):
                 at = first + lanes
-                taken = _advance(param + at, grad + at, moment + at, at < left, inverse_scale, decay, mu, taken, DECAYS)
+                taken = _advance(
+                    param + at, grad + at, moment + at, at < left, start + at, layout + 1, state,
+                    inverse_scale, decay, mu, taken, DECAYS, RANDOM,
+                )  # fmt: skip
 
         not_taken = left - tl.sum(taken)
         if not_taken > 0:
@@ -118,14 +141,19 @@ def advance_momentum(s: Any, skipped: Tensor) -> Tensor:
 
     def layout() -> Layout:
         s.check_lists()
-        return by_moment([()] * len(s.params), s.momentum_buffers)
+        return by_moment(rounding_rows(s.rounding, len(s.params)), s.momentum_buffers)
 
     decays = bool(s.weight_decay)
     # Parameters that are not read do not say in what order the others are walked, and no table is of them.
-    lists = s.params if decays else s.grads, s.grads, s.momentum_buffers
+    lists: tuple[list[Tensor], ...] = (s.params if decays else s.grads, s.grads, s.momentum_buffers)
+    key: Any = decays
+    if random := s.rounding is not None:
+        if s.steps is None:
+            s.check_lists()  # refuses it
+        lists, key = (*lists, s.steps), (decays, *s.rounding)
     if not decays and not all(map(_are_alike, s.params, s.grads)):
         s.check_lists()
-    plan = table("heavy_ball_", lists, layout, key=decays, written=(2,))
+    plan = table("heavy_ball_", lists, layout, key=key, written=(2,))
     scale, scale_factor = scalar(s.grad_scale)
     scale = -scale if s.maximize else scale
     for (dtype, wide, strided, chunks), kept in zip(plan.launches, plan.kinds, strict=True):
@@ -133,7 +161,7 @@ def advance_momentum(s: Any, skipped: Tensor) -> Tensor:
             heavy_ball_kernel, len(chunks), skipped.device,
             plan.addresses, plan.count, plan.layout, plan.geometry, chunks, skipped,
             s.momentum, s.weight_decay, scale, scale_factor, s.found_inf, T=dtype, M=kept, A=wide, STRIDED=strided,
-            DECAYS=decays, BLOCK=LANES.value if strided else _BLOCK, fuse=False,
+            DECAYS=decays, RANDOM=random, BLOCK=LANES.value if strided else _BLOCK, fuse=False,
             warps=_WARPS_STRIDED if strided else 4,
         )  # fmt: skip
     return skipped
@@ -277,10 +305,11 @@ def add_up(s: Any, out: Tensor) -> Tensor:
 
 # The step. Its lists, in order, of which the third one is the second again, and the numbers after them:
 _STEPPED, _DIRECTION = (tl.constexpr(k) for k in range(2))
-_RATE_TENSOR, _RATE, _DECAY, _CAP, _FLOOR = (tl.constexpr(k) for k in range(3, 8))
-# The layout: size, first parameter of the layer, how many it has, its number, kind of a learning rate on the device.
-_WIDTH = tl.constexpr(5)
-_SIZE, _FIRST, _MEMBERS, _LAYER, _KIND = (tl.constexpr(k) for k in range(5))
+_RATE_TENSOR, _COUNT, _RATE, _DECAY, _CAP, _FLOOR = (tl.constexpr(k) for k in range(3, 9))
+# The layout: size, first parameter of the layer, how many it has, its number, kind of a learning rate on the device,
+# rounding.
+_WIDTH = tl.constexpr(9)
+_SIZE, _FIRST, _MEMBERS, _LAYER, _KIND, _ROUNDING = (tl.constexpr(k) for k in range(6))
 # Coefficients of the pass, float64 [2, count].
 _ALONG_DIRECTION, _SHRINKAGE = (tl.constexpr(k) for k in range(2))
 
@@ -394,12 +423,13 @@ def solve_kernel(
 
 
 @triton.jit
-def _descend(param, direction, mask, along, shrinkage):
+def _descend(param, direction, mask, element, numbers, state, along, shrinkage, RANDOM: tl.constexpr):
     """Step the parameters at some addresses."""
     w, d = tl.load(param, mask), tl.load(direction, mask)
     wide = w.to(d.dtype)
     change = along * d + tl.where(shrinkage != 0, shrinkage * wide, 0)
-    tl.store(param, narrow(wide - change, w.dtype), mask)
+    random = random_of(numbers, state, element, RANDOM)
+    tl.store(param, stored(wide - change, random, w.dtype, False, RANDOM), mask)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -415,6 +445,7 @@ def descend_kernel(
     T: tl.constexpr,
     A: tl.constexpr,
     STRIDED: tl.constexpr,
+    RANDOM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One chunk of one parameter."""
@@ -429,21 +460,29 @@ def descend_kernel(
 
         along = tl.load(coefficients + _ALONG_DIRECTION * count + i).to(A)
         shrinkage = tl.load(coefficients + _SHRINKAGE * count + i).to(A)
+        layout = layouts + i.to(tl.int64) * _WIDTH
+        numbers = layout + _ROUNDING
+        state = _state(addresses, count, _COUNT, i, numbers, RANDOM)
         lanes = tl.arange(0, BLOCK)
-        left = tl.minimum(tl.load(layouts + i.to(tl.int64) * _WIDTH) - start, CHUNK).to(tl.int32)
+        left = tl.minimum(tl.load(layout) - start, CHUNK).to(tl.int32)
         if STRIDED:
             for first in range(0, left, BLOCK):
-                _, at_param, at_direction, _ = locate(geometry, i, start + first, lanes)
-                _descend(param + at_param, direction + at_direction, first + lanes < left, along, shrinkage)
+                whole, at_param, at_direction, _ = locate(geometry, i, start + first, lanes)
+                _descend(
+                    param + at_param, direction + at_direction, first + lanes < left, whole, numbers, state,
+                    along, shrinkage, RANDOM,
+                )  # fmt: skip
         elif (left == CHUNK) & are_aligned(param, direction, direction):
             wide_param, wide_direction = tl.multiple_of(param, 16), tl.multiple_of(direction, 16)
             for first in range(0, CHUNK, BLOCK):
                 at = first + lanes
-                _descend(wide_param + at, wide_direction + at, None, along, shrinkage)
+                _descend(
+                    wide_param + at, wide_direction + at, None, start + at, numbers, state, along, shrinkage, RANDOM
+                )
         else:
             for first in range(0, left, BLOCK):
                 at = first + lanes
-                _descend(param + at, direction + at, at < left, along, shrinkage)
+                _descend(param + at, direction + at, at < left, start + at, numbers, state, along, shrinkage, RANDOM)
 
 
 def _plan(s: Any, each: bool) -> tuple[Table, tuple[float, Tensor | None]]:
@@ -461,10 +500,15 @@ def _plan(s: Any, each: bool) -> tuple[Table, tuple[float, Tensor | None]]:
         for i, layer in enumerate(s.layers):
             firsts.setdefault(layer, i)
             members[layer] = members.get(layer, 0) + 1
-        return [(firsts[layer], members[layer], layer, kind) for layer, kind in zip(s.layers, kinds, strict=True)]
+        rows = zip(s.layers, kinds, rounding_rows(s.rounding, count), strict=True)
+        return [(firsts[layer], members[layer], layer, kind, *rounding) for layer, kind, rounding in rows]
 
-    lists = s.params, s.directions, s.directions, on_device
-    plan = table("capped_step_", lists, layout, key=tuple(s.layers), numbers=numbers, written=(0,))
+    if s.rounding is not None and s.steps is None:
+        s.check_lists()  # refuses it
+    steps = [None] * count if s.rounding is None else s.steps
+    lists = s.params, s.directions, s.directions, on_device, steps
+    key = tuple(s.layers), None if s.rounding is None else tuple(s.rounding)
+    plan = table("capped_step_", lists, layout, key=key, numbers=numbers, written=(0,))
     return plan, (1.0, None) if each else scalar(s.lr[0])
 
 
@@ -487,6 +531,6 @@ def step(s: Any, scale: Tensor, factors: Tensor, skipped: Tensor) -> None:
         launch(
             descend_kernel, len(chunks), device,
             plan.addresses, plan.count, plan.layout, plan.geometry, chunks, coefficients, skipped, s.found_inf,
-            T=dtype, A=wide, STRIDED=strided, BLOCK=LANES.value if strided else _BLOCK, fuse=False,
-            warps=_WARPS_STRIDED if strided else 4,
+            T=dtype, A=wide, STRIDED=strided, RANDOM=s.rounding is not None,
+            BLOCK=LANES.value if strided else _BLOCK, fuse=False, warps=_WARPS_STRIDED if strided else 4,
         )  # fmt: skip

@@ -38,6 +38,7 @@ def kernel(
     offset_lower: tl.int64,  # its lower 31 bits: the interpreter takes a number of 32 for one of a narrower type
     run: tl.int64,
     pitch: tl.int64,
+    count,  # None, or in the place of the step
     RUNS: tl.constexpr,  # whether there is more than one run
     WIDE: tl.constexpr,  # whether indices differ in their upper halves
     LOW: tl.constexpr,
@@ -46,7 +47,11 @@ def kernel(
     """Round one block."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lanes = tl.arange(0, BLOCK)
-    state = absorb(base.to(tl.uint32), step.to(tl.uint32))
+    if count is None:
+        number = step.to(tl.uint32)
+    else:
+        number = tl.load(count).to(tl.uint32)
+    state = absorb(base.to(tl.uint32), number)
     offset = (offset_upper.to(tl.int64) << 31) + offset_lower
     random = _random(start, lanes, offset, run, pitch, state, RUNS, WIDE)
     if size - start >= BLOCK:
@@ -57,12 +62,12 @@ def kernel(
 
 
 def stochastic_round(
-    x: Tensor, out: Tensor, base: int, step: int, offset: int, run: int, pitch: int, low: bool
+    x: Tensor, out: Tensor, base: int, step: int, offset: int, run: int, pitch: int, low: bool, count: Tensor | None
 ) -> None:
     """Fill ``out``; both are contiguous."""
     size = x.numel()
     last = offset + (max(size, 1) - 1) // run * pitch + min(run, max(size, 1)) - 1  # at least the last index
     launch(
         kernel, triton.cdiv(size, _BLOCK), x.device, x, out, size, base, step, offset >> 31, offset % 2**31, run, pitch,
-        RUNS=run < size, WIDE=offset >> 32 != last >> 32, LOW=low, BLOCK=_BLOCK,
+        count, RUNS=run < size, WIDE=offset >> 32 != last >> 32, LOW=low, BLOCK=_BLOCK,
     )  # fmt: skip

@@ -298,7 +298,8 @@ int64_t step_by_chunks(const AdaFisherStep& step, const AdaFisherParameter& p, i
       for_stretches(p.rounding.index, p.rounding.state, first, count,
                     [&](int64_t i, int64_t length, uint32_t lower, uint32_t key) {
         const auto curvature_at = [&](int64_t k) { return load(curvature + i + k); };
-        update_run<kDecay>(parameter + i, gradient + i, moment + i, length, curvature_at, rates, {lower, key}, doubt);
+        update_run<kDecay>(parameter + i, gradient + i, moment + i, length, curvature_at, rates, {lower, key, length},
+                           doubt);
       });
     } else {
       const auto curvature_at = [&](int64_t i) { return load(curvature + i); };

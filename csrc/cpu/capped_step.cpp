@@ -6,6 +6,7 @@
 #include "integers.h"
 #include "list_chunks.h"
 #include "parallel.h"
+#include "rounding.h"
 #include "scratch.h"
 #include "strided.h"
 #include "vector.h"
@@ -25,9 +26,18 @@ void with_flag(bool flag, const Body& body) {
   flag ? body(std::true_type{}) : body(std::false_type{});
 }
 
+/// Calls body with whether what is stored as a T is rounded at random, as a constant.
+template <class T, class Body>
+void with_random(const StepRounding& rounding, const Body& body) {
+  if constexpr (std::is_base_of_v<bfloat16, T>) {
+    if (rounding.random) return body(std::true_type{});
+  }
+  body(std::false_type{});
+}
+
 /// Advances the momentum of a part of a parameter; returns how many elements stay as they are, as they would not be
 /// finite.
-template <bool kDecays, class T, class M>
+template <bool kDecays, bool kRandom, class T, class M>
 int64_t advance(const HeavyBall& all, const HeavyBallParameter& p, const Part& part) {
   using A = Accumulator<T>;
   using V = Vector<T>;
@@ -42,13 +52,21 @@ int64_t advance(const HeavyBall& all, const HeavyBallParameter& p, const Part& p
     const T* const w = kDecays ? parameters.read(first, count) : nullptr;
     M* const moment = moments.read(first, count);
     Integers<A> left_out = {};
-    for_registers<A>(count, [&](int64_t i, const auto& load, const auto& store) {
+    for_random_registers<A, kRandom>(p.rounding, first, count,
+                                     [&](int64_t i, const RandomRun& random, int64_t k, const auto& load,
+                                         const auto& store) {
       V g = scale * load(gradient + i);
       if constexpr (kDecays) g += decay * load(w + i);
       const V old = load(moment + i), next = momentum * old + g;
       V zero = next - next;  // infinity - infinity is NaN
-      store(moment + i, zero == 0 ? next : old);
-      if (i + kLanes<A> > count) zero = first_lanes<A>(zero, count - i);  // a scale may make NaN of what is not there
+      const V kept = zero == 0 ? next : old;
+      if constexpr (kRandom) {
+        store_rounded<true>(moment + i - k, k, kept, random, store);
+      } else {
+        store(moment + i, kept);
+      }
+      // A scale may make NaN of what is not there.
+      if (k + kLanes<A> > random.count) zero = first_lanes<A>(zero, random.count - k);
       left_out -= zero != 0;
     });
     moments.write(first, count);
@@ -97,7 +115,7 @@ void add_up(const DirectionParameter& p, int64_t i, const Part& part, const List
 }
 
 /// w <- w - (along d + shrinkage w) in a part of a parameter.
-template <bool kDecays, class T>
+template <bool kDecays, bool kRandom, class T>
 void descend(const CappedParameter& p, double along, double shrinkage, const Part& part) {
   using A = Accumulator<T>;
   Chunks<T, kChunk> parameters(p.parameter);
@@ -107,11 +125,17 @@ void descend(const CappedParameter& p, double along, double shrinkage, const Par
     const int64_t count = smaller(kChunk, part.last - first);
     T* const w = parameters.read(first, count);
     const A* const d = directions.read(first, count);
-    for_registers<A>(count, [&](int64_t i, const auto& load, const auto& store) {
+    for_random_registers<A, kRandom>(p.rounding, first, count,
+                                     [&](int64_t i, const RandomRun& random, int64_t k, const auto& load,
+                                         const auto& store) {
       const Vector<T> old = load(w + i);
       Vector<T> change = by_direction * load(d + i);
       if constexpr (kDecays) change += by_weight * old;
-      store(w + i, old - change);
+      if constexpr (kRandom) {
+        store_rounded<false>(w + i - k, k, old - change, random, store);
+      } else {
+        store(w + i, old - change);
+      }
     });
     parameters.write(first, count);
   }
@@ -185,8 +209,10 @@ void heavy_ball_(const HeavyBall& all) {
       using T = std::remove_pointer_t<decltype(type)>;
       using M = std::remove_pointer_t<decltype(moment_type)>;
       with_flag(all.weight_decay != 0, [&](auto decays) {
-        const int64_t skipped = advance<decltype(decays)::value, T, M>(all, p, part);
-        if (skipped > 0) __atomic_fetch_add(all.skipped + i, skipped, __ATOMIC_RELAXED);
+        with_random<M>(p.rounding, [&](auto random) {
+          const int64_t skipped = advance<decltype(decays)::value, decltype(random)::value, T, M>(all, p, part);
+          if (skipped > 0) __atomic_fetch_add(all.skipped + i, skipped, __ATOMIC_RELAXED);
+        });
       });
     });
   });
@@ -241,7 +267,10 @@ void capped_step_(const CappedStep& step) {
     with_type(p.dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       with_flag(p.weight_decay != 0, [&](auto decays) {
-        descend<decltype(decays)::value, T>(p, along.data()[i], p.lr.value * p.weight_decay, part);
+        with_random<T>(p.rounding, [&](auto random) {
+          descend<decltype(decays)::value, decltype(random)::value, T>(p, along.data()[i], p.lr.value * p.weight_decay,
+                                                                       part);
+        });
       });
     });
   });

@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "../common/rounding.h"
+#include "../kernels.h"
 #include "integers.h"
 #include "vector.h"
 
@@ -39,11 +39,30 @@ inline Vector<float> round_stochastically(Vector<float> value, Words random) {
   return bits_as<Vector<float>>(fisher_kernels::round_stochastically(bits_as<Words>(value), random_half<kLow>(random)));
 }
 
-/// Random bits of elements one after another, the first of which has the index `lower`.
+/// Random bits of `count` elements one after another, the first of which has the index `lower`.
 struct RandomRun {
   uint32_t lower;
   uint32_t key;
+  int64_t count;
 };
+
+/// Calls body(i, random, k, load, store) for the registers of a chunk from element `first` on; register i is register k
+/// of those that have the random integers `random`, which are none unless kRandom.
+template <class A, bool kRandom, class Body>
+void for_random_registers(const StepRounding& rounding, int64_t first, int64_t count, const Body& body) {
+  if constexpr (kRandom) {
+    for_stretches(rounding.index, rounding.state, first, count,
+                  [&](int64_t begin, int64_t length, uint32_t lower, uint32_t key) {
+      const RandomRun random{lower, key, length};
+      for_registers<A>(length, [&](int64_t k, const auto& load, const auto& store) {
+        body(begin + k, random, k, load, store);
+      });
+    });
+  } else {
+    const RandomRun none{0, 0, count};
+    for_registers<A>(count, [&](int64_t i, const auto& load, const auto& store) { body(i, none, i, load, store); });
+  }
+}
 
 /// What store_rounded would store, as numbers to go on with.
 template <bool kLow, class T>

@@ -86,7 +86,9 @@ class Stepper {
     const Momentum<kDecay, A> momentum = momentum_;  // a copy, which the stores below cannot change
     SumOfProducts<A> square, product;
     V doubt = {};
-    for_runs(first, count, [&](int64_t i, const RandomRun& random, int64_t k, const auto& load, const auto& store) {
+    for_random_registers<A, kRandom>(rounding_, first, count,
+                                     [&](int64_t i, const RandomRun& random, int64_t k, const auto& load,
+                                         const auto& store) {
       const V g = momentum.gradient(load, gradient + i, w + i), old = load(moment + i);
       const V made = momentum.advance(old, g);
       const V next = kRandom ? as_rounded<true, M>(made, k, random) : as_stored<M>(made);
@@ -132,7 +134,9 @@ class Stepper {
     const T* const gradient = kAlongGradient || kSomeWereSkipped ? gradient_.read(first, count) : nullptr;
     const M* const moment = moment_.read(first, count);
     const Momentum<kDecay, A> momentum = momentum_;
-    for_runs(first, count, [&](int64_t i, const RandomRun& random, int64_t k, const auto& load, const auto& store) {
+    for_random_registers<A, kRandom>(rounding_, first, count,
+                                     [&](int64_t i, const RandomRun& random, int64_t k, const auto& load,
+                                         const auto& store) {
       const V old = load(w + i), m = load(moment + i);
       const auto put = [&](V value) {
         if constexpr (kRandom) {
@@ -154,24 +158,6 @@ class Stepper {
       put(old - change);
     });
     parameter_.write(first, count);
-  }
-
-  /// Calls body(i, random, k, load, store) for the registers of a chunk from element `first` on; register i is register k
-  /// of those that have the random integers `random`.
-  template <class Body>
-  void for_runs(int64_t first, int64_t count, const Body& body) const {
-    if constexpr (kRandom) {
-      for_stretches(rounding_.index, rounding_.state, first, count,
-                    [&](int64_t begin, int64_t length, uint32_t lower, uint32_t key) {
-        const RandomRun random{lower, key};
-        for_registers<A>(length, [&](int64_t k, const auto& load, const auto& store) {
-          body(begin + k, random, k, load, store);
-        });
-      });
-    } else {
-      const RandomRun none{};
-      for_registers<A>(count, [&](int64_t i, const auto& load, const auto& store) { body(i, none, i, load, store); });
-    }
   }
 
   const Momentum<kDecay, A> momentum_;

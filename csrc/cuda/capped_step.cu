@@ -1,4 +1,4 @@
-#include "step.cuh"
+#include "step_rounding.cuh"
 
 // The step along preconditioned momentum in three passes, of 12 bytes a parameter in float32 each: the momentum, the
 // sums that bound the step, and the step. Between the last two one block makes of the sums what is taken off. A momentum
@@ -24,6 +24,30 @@ void queue(const char* name, void (*contiguous)(Table<Entry, Shared>),
   writer.flush();
 }
 
+/// Calls body with the kinds of entries that there are of what is stored as a T, one that rounds at random among them.
+template <class Entry, class T, class Body>
+void for_entries(const Body& body) {
+  body(Type<Entry>());
+  if constexpr (kIsShort<T, T>) body(Type<RandomEntry<Entry>>());
+}
+
+/// Whether a parameter that is wanted has entries of kind E.
+template <class Entry, class E, class T, class Wanted>
+auto round_as(const Wanted& wanted) {
+  return [=](const auto& p) {
+    return wanted(p) && kIsRandomEntry<E, Entry> == (p.rounding.random && kIsShort<T, T>);
+  };
+}
+
+/// An entry of kind E.
+template <class E, class Entry, class Parameter>
+E with_rounding(const Entry& entry, const Parameter& p) {
+  E made;
+  static_cast<Entry&>(made) = entry;
+  if constexpr (kIsRandomEntry<E, Entry>) set_rounding(made, p);
+  return made;
+}
+
 // The momentum.
 
 namespace momentum {
@@ -40,23 +64,25 @@ struct Entry : StepArrays {
 };
 
 /// What is fused is written down: compilers choose otherwise on another path, and layouts are not to show in the bits.
-template <class T, class M>
+template <class T, class M, class Integers>
 struct Advance {
   using A = Accumulator<T>;
 
+  Integers integers;
   A scale;
   A momentum;
   A decay;
   int left_out;
 
-  __device__ explicit Advance(const Shared& shared)
-      : scale(static_cast<A>(factor(shared.scale))),
+  __device__ Advance(const Shared& shared, const Integers& integers_)
+      : integers(integers_),
+        scale(static_cast<A>(factor(shared.scale))),
         momentum(static_cast<A>(shared.momentum)),
         decay(static_cast<A>(shared.weight_decay)),
         left_out(0) {}
 
   template <int N, int kCount>
-  __device__ void take(const Elements<T, T, M>& elements, int stride, int64_t) {
+  __device__ void take(const Elements<T, T, M>& elements, int stride, int64_t at) {
     const bool decays = decay != 0;
     Pack<T, N> g[kCount], w[kCount] = {};
     Pack<M, N> m[kCount];
@@ -68,13 +94,15 @@ struct Advance {
     }
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
+      auto random = integers.from(at + k * stride);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         A gradient = scale * widen(g[k].at[i]);
         if (decays) gradient = fma(decay, widen(w[k].at[i]), gradient);
         const A next = fma(momentum, widen(m[k].at[i]), gradient);
         const bool counts = is_finite(next);
-        if (counts) m[k].at[i] = narrow<M>(next);
+        const uint32_t bits = random.next();
+        if (counts) m[k].at[i] = kIsRandom<Integers> ? narrow_at_random<true, M>(next, bits) : narrow<M>(next);
         left_out += !counts;
       }
       store_pack<N>(elements.moment + k * stride, m[k]);
@@ -89,8 +117,10 @@ __global__ void __launch_bounds__(Traits::kThreads)
   if (is_off(shared.scale)) return;
   const int i = table.tensor_of(blockIdx.x);
   const Entry& entry = table.entries[i];
-  Advance<typename Traits::T, typename Traits::M> advance(shared);
-  walk<Traits>(entry, static_cast<int64_t>(blockIdx.x - table.start[i]) * kChunk, advance);
+  const int64_t first = static_cast<int64_t>(blockIdx.x - table.start[i]) * kChunk;
+  const auto integers = integers_of<momentum::Entry>(entry, first);
+  Advance<typename Traits::T, typename Traits::M, std::remove_const_t<decltype(integers)>> advance(shared, integers);
+  walk<Traits>(entry, first, advance);
   count_skipped(advance.left_out, shared_memory<int[Traits::kWarps]>(), shared.skipped + entry.index);
 }
 
@@ -364,15 +394,16 @@ struct Entry : StepArrays {  // nothing is in the gradient's place, the directio
   int64_t index;
 };
 
-template <class T>
+template <class T, class Integers>
 struct Descend {
   using A = Accumulator<T>;
 
+  Integers integers;
   A along;
   A shrinkage;
 
   template <int N, int kCount>
-  __device__ void take(const Elements<T>& elements, int stride, int64_t) {
+  __device__ void take(const Elements<T>& elements, int stride, int64_t at) {
     Pack<T, N> w[kCount];
     Pack<A, N> d[kCount];
 #pragma unroll
@@ -382,12 +413,14 @@ struct Descend {
     }
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
+      auto random = integers.from(at + k * stride);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         const A old = widen(w[k].at[i]);
         A next = fma(-along, d[k].at[i], old);
         if (shrinkage != 0) next = fma(-shrinkage, old, next);
-        w[k].at[i] = narrow<T>(next);
+        const uint32_t bits = random.next();
+        w[k].at[i] = kIsRandom<Integers> ? narrow_at_random<false, T>(next, bits) : narrow<T>(next);
       }
       store_pack<N>(elements.parameter + k * stride, w[k]);
     }
@@ -402,8 +435,11 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const Entry& entry = table.entries[i];
   const Term& term = table.shared.terms[entry.index];
   if (!term.is_taken) return;
-  Descend<typename Traits::T> descend{static_cast<A>(term.along), static_cast<A>(term.shrinkage)};
-  walk<Traits>(entry, static_cast<int64_t>(blockIdx.x - table.start[i]) * kChunk, descend);
+  const int64_t first = static_cast<int64_t>(blockIdx.x - table.start[i]) * kChunk;
+  const auto integers = integers_of<descending::Entry>(entry, first);
+  Descend<typename Traits::T, std::remove_const_t<decltype(integers)>> descend{
+      integers, static_cast<A>(term.along), static_cast<A>(term.shrinkage)};
+  walk<Traits>(entry, first, descend);
 }
 
 }  // namespace descending
@@ -438,10 +474,15 @@ void heavy_ball_(const HeavyBall& all, const Stream& stream) {
   for (const StepDTypes& dtypes : kStepDTypes) {
     for_types(dtypes.parameter, dtypes.moment, [&](auto type, auto moment_type) {
       using T = typename decltype(type)::type;
-      using Traits = StepTraits<T, 2, T, typename decltype(moment_type)::type>;
-      queue<Entry, Shared>("heavy_ball_", heavy_ball_kernel<Traits, Entry>,
-                           heavy_ball_kernel<Traits, StridedEntry<Entry>>, sizeof(int[Traits::kWarps]), all.parameters,
-                           all.count, geometries, shared, stream, are_of(dtypes), entry_of);
+      using M = typename decltype(moment_type)::type;
+      using Traits = StepTraits<T, 2, T, M>;
+      for_entries<Entry, M>([&](auto entry_type) {
+        using E = typename decltype(entry_type)::type;
+        queue<E, Shared>("heavy_ball_", heavy_ball_kernel<Traits, E>, heavy_ball_kernel<Traits, StridedEntry<E>>,
+                         sizeof(int[Traits::kWarps]), all.parameters, all.count, geometries, shared, stream,
+                         round_as<Entry, E, M>(are_of(dtypes)),
+                         [&](int64_t i) { return with_rounding<E>(entry_of(i), all.parameters[i]); });
+      });
     });
   }
 }
@@ -500,10 +541,15 @@ void capped_step_(const CappedStep& step, const Stream& stream) {
   };
   for (const DType dtype : kDTypes) {
     for_type(dtype, [&](auto type) {
-      using Traits = StepTraits<typename decltype(type)::type, 2>;
-      queue<Entry, Shared>(kName, descend_kernel<Traits, Entry>, descend_kernel<Traits, StridedEntry<Entry>>, 0,
-                           step.parameters, step.count, geometries, shared, stream,
-                           [=](const CappedParameter& p) { return p.dtype == dtype; }, entry_of);
+      using T = typename decltype(type)::type;
+      using Traits = StepTraits<T, 2>;
+      for_entries<Entry, T>([&](auto entry_type) {
+        using E = typename decltype(entry_type)::type;
+        queue<E, Shared>(kName, descend_kernel<Traits, E>, descend_kernel<Traits, StridedEntry<E>>, 0, step.parameters,
+                         step.count, geometries, shared, stream,
+                         round_as<Entry, E, T>([=](const CappedParameter& p) { return p.dtype == dtype; }),
+                         [&](int64_t i) { return with_rounding<E>(entry_of(i), step.parameters[i]); });
+      });
     });
   }
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -15,8 +16,8 @@ namespace fisher_kernels {
 namespace {
 
 void heavy_ball_(py::handle params, py::handle grads, py::handle momentum_buffers, double momentum, double weight_decay,
-                 bool maximize, py::handle grad_scale, py::handle found_inf, py::handle skipped_object,
-                 const Place& place) {
+                 bool maximize, py::handle grad_scale, py::handle found_inf, py::handle steps,
+                 const std::optional<std::vector<int64_t>>& rounding, py::handle skipped_object, const Place& place) {
   const Call call("heavy_ball_", place);
   const List param_list(params, {call, "params"});
   const List grad_list = read_list(grads, param_list, {call, "grads"});
@@ -24,6 +25,7 @@ void heavy_ball_(py::handle params, py::handle grads, py::handle momentum_buffer
   const py::ssize_t count = param_list.size();
   check_range(momentum, momentum >= 0 && momentum < 1, "a number in [0, 1)", {call, "momentum"});
   check_coefficient(weight_decay, {call, "weight_decay"});
+  const StepRoundings roundings(call, rounding, steps, count);
   const GradientScale gradient_scale = read_gradient_scale(grad_scale, found_inf, maximize, call);
   auto* const skipped = read_output<int64_t>(skipped_object, DType::int64, {count}, {call, "skipped"});
 
@@ -38,11 +40,13 @@ void heavy_ball_(py::handle params, py::handle grads, py::handle momentum_buffer
     const TensorView moment = read_moment(param, moment_list[i], {call, "momentum_buffers", i});
     p.gradient = strided(grad);
     p.moment = strided(moment);
+    roundings.set(p, i);
     if (weight_decay != 0) {
       p.parameter = strided(param);
-      walk_as_they_lie({{param, p.parameter}, {grad, p.gradient}, {moment, p.moment}});
+      // Random integers are those of places in row-major order.
+      if (!p.rounding.random) walk_as_they_lie({{param, p.parameter}, {grad, p.gradient}, {moment, p.moment}});
     } else {
-      walk_as_they_lie({{grad, p.gradient}, {moment, p.moment}});
+      if (!p.rounding.random) walk_as_they_lie({{grad, p.gradient}, {moment, p.moment}});
       p.parameter = p.gradient;  // nobody reads it
     }
     p.size = param.numel();
@@ -124,7 +128,8 @@ int64_t check_layers(const Call& call, const std::vector<int64_t>& layers, py::s
 void capped_step_(py::handle params, py::handle directions, py::handle sums_object, const std::vector<int64_t>& layers,
                   py::handle lr, const std::vector<double>& weight_decay, py::handle kl_clip_object,
                   const std::vector<double>& max_relative_step, const std::vector<double>& floor, py::handle found_inf,
-                  py::handle scale_object, py::handle factors_object, py::handle skipped_object, const Place& place) {
+                  py::handle steps, const std::optional<std::vector<int64_t>>& rounding, py::handle scale_object,
+                  py::handle factors_object, py::handle skipped_object, const Place& place) {
   const Call call("capped_step_", place);
   const List param_list(params, {call, "params"});
   const List direction_list = read_list(directions, param_list, {call, "directions"});
@@ -147,6 +152,7 @@ void capped_step_(py::handle params, py::handle directions, py::handle sums_obje
   for (size_t i = 0; i < floor.size(); ++i) {
     check_coefficient(floor[i], {call, "floor", static_cast<py::ssize_t>(i)});
   }
+  const StepRoundings roundings(call, rounding, steps, count);
   Scalar found{0.0};
   if (!found_inf.is_none()) found = read_scalar(found_inf, {call, "found_inf"});
   const auto* const sums = read_output<double>(sums_object, DType::float64, {count, 3}, {call, "sums"});
@@ -166,7 +172,8 @@ void capped_step_(py::handle params, py::handle directions, py::handle sums_obje
         read_like(param, accumulation_dtype(param.dtype), direction_list[i], {call, "directions", i});
     p.parameter = strided(param);
     p.direction = strided(direction);
-    walk_as_they_lie({{param, p.parameter}, {direction, p.direction}});
+    roundings.set(p, i);
+    if (!p.rounding.random) walk_as_they_lie({{param, p.parameter}, {direction, p.direction}});  // see heavy_ball_
     p.size = param.numel();
     p.layer = layers[i];
     p.lr = of_each(rates, i);

@@ -181,6 +181,45 @@ inline float* read_step(py::handle object, const Argument& argument) {
   return static_cast<float*>(step.data);
 }
 
+/// A number of steps taken, which is only read.
+inline const float* read_count(py::handle object, const Argument& argument) {
+  const TensorView step = read_tensor(object, argument);
+  check_dtype(step, DType::float32, argument);
+  if (step.numel() != 1) value_error(argument, "has shape " + step.shape() + ", expected one element");
+  return static_cast<const float*>(step.data);
+}
+
+/// By which random integers parameters are rounded in a step whose number is kept beside each, and only read.
+class StepRoundings {
+ public:
+  StepRoundings(const Call& call, const std::optional<std::vector<int64_t>>& numbers, py::handle steps,
+                py::ssize_t params)
+      : call_(call), roundings_(call, numbers, params) {
+    if (!roundings_.any()) return;
+    if (steps.is_none()) {
+      value_error({call, "steps"}, "is None, expected the number of the step for each parameter beside rounding");
+    }
+    steps_.emplace(steps, Argument{call, "steps"});
+    steps_->check_size(params, {call, "steps"}, "the number of params");
+  }
+
+  /// Fills in what a parameter, number i, has of it.
+  template <class Parameter>
+  void set(Parameter& p, py::ssize_t i) const {
+    p.rounding = roundings_[i];
+    p.step = nullptr;
+    if (!steps_) return;
+    const Argument argument{call_, "steps", i};
+    p.step = read_count((*steps_)[i], argument);
+    if (!call_.place.runs_cuda()) p.rounding.state = absorb(p.rounding.base, static_cast<uint32_t>(*p.step));
+  }
+
+ private:
+  const Call& call_;
+  const Roundings roundings_;
+  std::optional<List> steps_;
+};
+
 /// A learning rate; what lies on a GPU is not waited for.
 inline Scalar read_rate(py::handle object, const Argument& argument) {
   const Scalar rate = read_scalar(object, argument);

@@ -12,6 +12,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from fisher_kernels.ops._step import as_moment, check_count, check_lengths
+
 _MASK = 2**32 - 1
 _START = 0x9E3779B9  # so that a seed of 0 is a seed like all others
 _SIGN, _LARGEST, _INFINITY, _QUIET = -(2**31), 0x7F7FFFFF, 0x7F800000, 0x400000
@@ -125,6 +127,19 @@ def numbers_of_roundings(op: str, rounding: Sequence[Rounding] | None, params: S
     return [x for r, numel in zip(rounding, sizes, strict=True) for x in r.numbers(numel)]
 
 
+def check_steps(
+    op: str, steps: Sequence[Tensor] | None, rounding: Sequence[int] | None, params: Sequence[Tensor]
+) -> None:
+    """What rounds at random knows the number of its step, one float32 element beside each parameter."""
+    if rounding is None:
+        return
+    if steps is None:
+        raise ValueError(f"{op}: steps is None, expected the number of the step for each parameter beside rounding")
+    check_lengths(op, params, {"steps": steps})
+    for i, (t, p) in enumerate(zip(steps, params, strict=True)):
+        check_count(op, i, t, p)
+
+
 class Rounder:
     """Rounds float32 to the dtype of what keeps it, for one parameter in one step."""
 
@@ -139,6 +154,15 @@ class Rounder:
             return x.to(dtype)
         half = self._random & 0xFFFF if low else self._random >> 16
         return round_stochastically(x.resolve_neg().contiguous(), half)
+
+
+def stored(
+    x: Tensor, dtype: torch.dtype, rounding: Sequence[int] | None, steps: Sequence[Tensor] | None, i: int, low: bool
+) -> Tensor:
+    """What parameter i, or by the lower halves its moment, is stored as: to nearest where there is no rounding."""
+    if rounding is None or steps is None:
+        return as_moment(x, dtype) if low else x.to(dtype)
+    return Rounder(x, rounding[4 * i : 4 * i + 4], steps[i].reshape(())).round(x, dtype, low)
 
 
 def random_bits(index: Tensor, base: int, step: int | Tensor) -> Tensor:

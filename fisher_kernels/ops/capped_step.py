@@ -17,8 +17,8 @@ from torch.autograd.graph import increment_version
 
 from fisher_kernels._library import Native
 from fisher_kernels.ops._define import ACCUMULATOR, check_coefficient, check_floating, define, device_of
+from fisher_kernels.ops._rounding import Rounding, check_roundings, check_steps, numbers_of_roundings, stored
 from fisher_kernels.ops._step import (
-    as_moment,
     check_distinct,
     check_lengths,
     check_like,
@@ -58,6 +58,8 @@ class _Momentum(NamedTuple):
     maximize: bool
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    steps: Sequence[Tensor] | None = None
+    rounding: Sequence[int] | None = None
 
     def check_numbers(self) -> None:
         if not 0 <= self.momentum < 1:
@@ -65,6 +67,7 @@ class _Momentum(NamedTuple):
         check_coefficient(_MOMENTUM, "weight_decay", self.weight_decay)
         for name, scalar in (("grad_scale", self.grad_scale), ("found_inf", self.found_inf)):
             check_one_element(_MOMENTUM, name, scalar, device_of(self.params))
+        check_roundings(_MOMENTUM, self.rounding, len(self.params))
 
     def check_lists(self) -> None:
         check_lengths(_MOMENTUM, self.params, {"grads": self.grads, "momentum_buffers": self.momentum_buffers})
@@ -75,6 +78,7 @@ class _Momentum(NamedTuple):
             check_moment(_MOMENTUM, f"momentum_buffers[{i}]", m, i, p)
             check_written(_MOMENTUM, f"momentum_buffers[{i}]", m)
         check_distinct(_MOMENTUM, "momentum_buffers", self.momentum_buffers)
+        check_steps(_MOMENTUM, self.steps, self.rounding, self.params)
 
 
 def _skipped(params: Sequence[Tensor]) -> Tensor:
@@ -104,7 +108,7 @@ def _momentum_reference(s: _Momentum) -> Tensor:
         new = s.momentum * m.to(dtype) + g
         finite = new.isfinite()
         skipped[i] = finite.numel() - finite.sum()
-        m.copy_(torch.where(finite, as_moment(new, m.dtype), m))
+        m.copy_(torch.where(finite, stored(new, m.dtype, s.rounding, s.steps, i, low=True), m))
     return skipped
 
 
@@ -127,7 +131,8 @@ def _momentum_triton(s: _Momentum) -> Tensor:
 
 _heavy_ball = define(
     "heavy_ball_(Tensor[] params, Tensor[] grads, Tensor(a!)[] momentum_buffers, *, float momentum, "
-    "float weight_decay, bool maximize, Tensor? grad_scale=None, Tensor? found_inf=None) -> Tensor",
+    "float weight_decay, bool maximize, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor[]? steps=None, "
+    "int[]? rounding=None) -> Tensor",
     arguments=_Momentum,
     fake=_momentum_fake,
     reference=_momentum_reference,
@@ -146,6 +151,8 @@ def heavy_ball_(
     maximize: bool = False,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    steps: Sequence[Tensor] | None = None,
+    rounding: Sequence[Rounding] | None = None,
 ) -> Tensor:
     r"""Heavy-ball momentum of a list of parameters, in place, in one pass over memory.
 
@@ -163,13 +170,16 @@ def heavy_ball_(
             a weight decay.
         grads: of the shapes and dtypes of params.
         momentum_buffers: m, of the shapes of params, without overlap; float64 for float64 parameters, else float32 or
-            bfloat16. One in bfloat16 is rounded to nearest as it is written: what is made of it later, directions and
-            sums, is made of that. One that is in the list twice, or begins where another does, is refused.
+            bfloat16. One in bfloat16 is rounded as it is written: what is made of it later, directions and sums, is
+            made of that. One that is in the list twice, or begins where another does, is refused.
         momentum: 0 <= momentum < 1.
         weight_decay: the one that enters the gradient (L2), at least 0.
         maximize: ascend rather than descend.
         grad_scale: one element by which gradients are divided, or None.
         found_inf: one element; the whole call does nothing where it is not 0.
+        steps: with ``rounding``, the number of the step, one float32 element for each parameter; only read.
+        rounding: for each parameter, by which random integers its momentum is rounded where it is bfloat16: the lower
+            halves of those of the step; None rounds to nearest.
 
     Returns:
         int64 (len(params),): how many elements of each parameter were skipped, on the device of the parameters.
@@ -182,9 +192,11 @@ def heavy_ball_(
         s = _Momentum(
             list(params), list(grads), list(momentum_buffers),
             momentum=momentum, weight_decay=weight_decay, maximize=maximize, grad_scale=grad_scale, found_inf=found_inf,
+            steps=None if steps is None else list(steps), rounding=numbers_of_roundings(_MOMENTUM, rounding, params),
         )  # fmt: skip
     except TypeError:
-        check_lists(_MOMENTUM, dict(zip(_Momentum._fields, (params, grads, momentum_buffers), strict=False)))
+        given = dict(zip(_Momentum._fields, (params, grads, momentum_buffers), strict=False))
+        check_lists(_MOMENTUM, given if steps is None else {**given, "steps": steps})
         raise
     skipped: Tensor = _heavy_ball(s)
     return skipped
@@ -334,6 +346,8 @@ class _Step(NamedTuple):
     max_relative_step: Sequence[float]
     floor: Sequence[float]
     found_inf: Tensor | None = None
+    steps: Sequence[Tensor] | None = None
+    rounding: Sequence[int] | None = None
 
     @property
     def layer_count(self) -> int:
@@ -359,6 +373,7 @@ class _Step(NamedTuple):
         for name, scalar in (*((f"lr[{i}]", x) for i, x in enumerate(self.lr)), ("found_inf", self.found_inf)):
             check_one_element(_STEP, name, scalar, device)
         check_result(_STEP, "sums", self.sums, torch.float64, (len(self.params), 3), device)
+        check_roundings(_STEP, self.rounding, len(self.params))
         self.check_layers()
 
     def check_layers(self) -> None:
@@ -381,6 +396,7 @@ class _Step(NamedTuple):
             check_like(_STEP, f"directions[{i}]", d, ACCUMULATOR[p.dtype], i, p)
             check_written(_STEP, f"params[{i}]", p)
         check_distinct(_STEP, "params", self.params)
+        check_steps(_STEP, self.steps, self.rounding, self.params)
 
 
 def _results(s: _Step) -> tuple[Tensor, Tensor, Tensor]:
@@ -453,7 +469,7 @@ def _step_reference(s: _Step) -> tuple[Tensor, Tensor, Tensor]:
             step = (rates[i] * scale * factors[layer]).to(d.dtype) * d
             if decays[i]:
                 step = step + (rates[i] * decays[i]).to(d.dtype) * wide
-            w.copy_((wide - step).to(w.dtype))
+            w.copy_(stored(wide - step, w.dtype, s.rounding, s.steps, i, low=False))
     return scale, factors, skipped
 
 
@@ -481,8 +497,8 @@ def _step_triton(s: _Step) -> tuple[Tensor, Tensor, Tensor]:
 
 _capped_step = define(
     "capped_step_(Tensor(a!)[] params, Tensor[] directions, Tensor sums, int[] layers, *, Tensor[] lr, "
-    "float[] weight_decay, float? kl_clip, float[] max_relative_step, float[] floor, Tensor? found_inf=None) "
-    "-> (Tensor, Tensor, Tensor)",
+    "float[] weight_decay, float? kl_clip, float[] max_relative_step, float[] floor, Tensor? found_inf=None, "
+    "Tensor[]? steps=None, int[]? rounding=None) -> (Tensor, Tensor, Tensor)",
     arguments=_Step,
     fake=_step_fake,
     reference=_step_reference,
@@ -512,6 +528,8 @@ def capped_step_(
     max_relative_step: float | Sequence[float | None] | None = None,
     floor: float | Sequence[float] = 1e-3,
     found_inf: Tensor | None = None,
+    steps: Sequence[Tensor] | None = None,
+    rounding: Sequence[Rounding] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""One step of a list of parameters along given directions, in place, in one pass over memory.
 
@@ -551,6 +569,9 @@ def capped_step_(
         floor: the least root mean square that a layer's parameters count as, at least 0; one, or one for each
             parameter, of which the smallest in a layer counts.
         found_inf: one element; the whole call does nothing where it is not 0.
+        steps: with ``rounding``, the number of the step, one float32 element for each parameter; only read.
+        rounding: for each parameter, by which random integers it is rounded where it is bfloat16: the upper halves of
+            those of the step; None rounds to nearest.
 
     Returns:
         scale, float64 without dimensions; the factors, float64 (layers,), below 1 where a layer was capped and 0 where
@@ -569,10 +590,11 @@ def capped_step_(
             list(params), list(directions), sums, list(layers),
             lr=rates_of(_STEP, lr), weight_decay=numbers_of(_STEP, "weight_decay", weight_decay), kl_clip=kl_clip,
             max_relative_step=_caps(max_relative_step), floor=numbers_of(_STEP, "floor", floor), found_inf=found_inf,
+            steps=None if steps is None else list(steps), rounding=numbers_of_roundings(_STEP, rounding, params),
         )  # fmt: skip
     except TypeError:
         given = {"params": params, "directions": directions, "layers": layers}
-        check_lists(_STEP, given)
+        check_lists(_STEP, given if steps is None else {**given, "steps": steps})
         raise
     scale, factors, skipped = _capped_step(s)
     return scale, factors, skipped

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fisher_kernels.ops import direction_sums, mbf_step_
-from fisher_kernels.ops._step import as_moment
 from fisher_kernels.optim.layouts import own_part
+from fisher_kernels.optim.random_rounding import Roundings
 from fisher_kernels.optim.shard_bounds import of_all_shards
 from fisher_kernels.optim.shares import gathered_together, like_parameter, local
 from fisher_kernels.optim.stages import bounded_step
@@ -43,6 +43,7 @@ class Settings(NamedTuple):
     max_relative_step: float | None
     grad_scale: Tensor | None
     found_inf: Tensor | None
+    roundings: Roundings = Roundings()
     pipeline_group: Any = None
 
 
@@ -66,8 +67,8 @@ def step_shards(
     directions, kept, skipped = _directions(params, new, inverses, view, by_rows)
     if s.found_inf is not None:
         kept = [k & ~s.found_inf.to(k.device).bool() for k in kept]
-    for m, n, k in zip(old, new, kept, strict=True):
-        m.copy_(torch.where(k, as_moment(n, m.dtype), m))
+    for i, (m, n, k) in enumerate(zip(old, new, kept, strict=True)):
+        m.copy_(torch.where(k, s.roundings.narrow(i, n, m.dtype, low=True), m))
     along = gradients if s.kl_along == "gradient" else new
     sums = direction_sums(
         [torch.where(w.isfinite(), w, 0.0) for w in weights],
@@ -89,6 +90,7 @@ def step_shards(
         max_relative_step=[s.max_relative_step] * len(params),
         floor=[0.0] * len(params),
         found_inf=s.found_inf,
+        **s.roundings._asdict(),
     )
     return skipped, scale, caps[torch.tensor(layers, dtype=torch.int64, device=caps.device)]
 

@@ -22,7 +22,6 @@ from fisher_kernels.curvature.rounds import Key, key_of
 from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.curvature.statistics import Statistics
 from fisher_kernels.ops import ACCUMULATOR
-from fisher_kernels.ops._step import as_moment
 from fisher_kernels.optim.adam_moments import average, unbiased
 from fisher_kernels.optim.factor_bases import MOMENT_UPDATES, MOMENTS, FactorBases, FactorMoments, Turn, turned
 from fisher_kernels.optim.fisher_blocks import BLOCK_STATE
@@ -110,6 +109,8 @@ class EKFAC(KFAC):
         decoupled: bool = True,
         maximize: bool = False,
         moment_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
         params: ParamsT | None = None,
         grad_scaler: Any = None,
         process_group: dist.ProcessGroup | None = None,
@@ -145,6 +146,8 @@ class EKFAC(KFAC):
             decoupled=decoupled,
             maximize=maximize,
             moment_dtype=moment_dtype,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
             params=params,
             grad_scaler=grad_scaler,
             process_group=process_group,
@@ -283,6 +286,8 @@ class EKFACAdam(KroneckerOptimizer):
         decoupled: bool = True,
         maximize: bool = False,
         moment_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
         params: ParamsT | None = None,
         grad_scaler: Any = None,
         process_group: dist.ProcessGroup | None = None,
@@ -312,6 +317,8 @@ class EKFACAdam(KroneckerOptimizer):
             "decoupled": decoupled,
             "maximize": maximize,
             "moment_dtype": moment_dtype,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
         }
         self._gradients: dict[Parameter, Tensor] = {}  # within a step
         super().__init__(model, params, defaults, grad_scaler, process_group, fallback, rules)
@@ -344,6 +351,7 @@ class EKFACAdam(KroneckerOptimizer):
         self, group: dict[str, Any], params: list[Parameter], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> Tensor:
         skipped = torch.zeros(len(params), dtype=torch.int64, device=params[0].device)
+        rounding = self._rounding(params)
         gradients: dict[Parameter, Tensor] = {}
         known: list[Tensor | float] = []
         for i, (p, moment) in enumerate(zip(params, self._local_moments(params), strict=True)):
@@ -351,12 +359,12 @@ class EKFACAdam(KroneckerOptimizer):
             old = moment.to(ACCUMULATOR[p.dtype])
             new = old.lerp(gradients[p], 1 - group["beta1"])
             if bad is None:
-                moment.copy_(as_moment(new, moment.dtype))
                 known.append(float(new.numel() > 0 or p.numel() == 0))
             else:
-                moment.copy_(as_moment(torch.where(bad, old, new), moment.dtype))
+                new = torch.where(bad, old, new)
                 known.append((~bad).any())
                 skipped[i] = bad.sum()
+            moment.copy_(rounding.narrow(i, new, moment.dtype, low=True))
         for p, some in zip(params, some_anywhere(params, known) if self._is_divided else known, strict=True):
             self.state[p]["exp_avg_updates"].add_(some)
         self._gradients.update(gradients)

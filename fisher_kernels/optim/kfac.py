@@ -84,6 +84,7 @@ class KFAC(KroneckerOptimizer):
 
     State of a weight: ``momentum_buffer``, ``row_factor``, ``column_factor``, (groups, n, n) or (groups, n) if they are
     diagonal, ``row_inverse``, ``column_inverse`` and ``fisher_updates``; what has blocks has the state of :class:`MBF`.
+    With ``stochastic_rounding`` each has ``step`` and ``ordinal``.
     Before there are statistics the inverse is the identity. A factor that is not positive definite with its damping
     keeps the inverse it has, is counted in :meth:`metrics` and warned of once. What Adam trains has
     ``momentum_buffer``, ``exp_avg_sq`` and ``exp_avg_updates``. Large layers on the CPU have room for P_G m P_A,
@@ -128,9 +129,12 @@ class KFAC(KroneckerOptimizer):
         decoupled: decay the weights rather than add the decay to the gradient.
         maximize: ascend.
         moment_dtype: ``torch.bfloat16`` keeps the momentum in 16 bits: 2 bytes a parameter in place of 4. It is read,
-            advanced in float32 and rounded to nearest; directions are made of what is kept, but for those that
+            advanced in float32 and rounded; directions are made of what is kept, but for those that
             ``directions="auto"`` carries on, in float32. Second moments stay float32, and float64 parameters take none
             but None, which is float32 elsewhere.
+        stochastic_rounding: round parameters and momentum in bfloat16 up or down at random, as in :class:`AdaFisher`,
+            rather than to nearest: the same for all groups that have something in bfloat16.
+        seed: of the random integers, 0 to 2^64 - 1.
         params: parameter groups, each with any of these hyperparameters; None takes all parameters of the model. The
             settings of a layer's factors are those of its weight's group. Where the bias is in another group, weight
             and bias are taken for uncorrelated.
@@ -193,6 +197,8 @@ class KFAC(KroneckerOptimizer):
         decoupled: bool = True,
         maximize: bool = False,
         moment_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
         params: ParamsT | None = None,
         grad_scaler: Any = None,
         process_group: dist.ProcessGroup | None = None,
@@ -227,6 +233,8 @@ class KFAC(KroneckerOptimizer):
             "decoupled": decoupled,
             "maximize": maximize,
             "moment_dtype": moment_dtype,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
         }
         self._by_adam: frozenset[Parameter] = frozenset()
         require_group("pipeline_group", pipeline_group)

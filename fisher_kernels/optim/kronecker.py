@@ -32,13 +32,14 @@ from fisher_kernels.curvature.operations import Choice
 from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.curvature.sites import Layer
 from fisher_kernels.ops import ACCUMULATOR, direction_sums, heavy_ball_
-from fisher_kernels.optim.base import Counters, FisherOptimizer, count, require_memory, totals
+from fisher_kernels.optim.base import Counters, count, require_memory, totals
 from fisher_kernels.optim.floors import FLOOR, fan_ins
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
 from fisher_kernels.optim.inverse_sharing import EVERY_RANK
 from fisher_kernels.optim.kronecker_factors import UPDATES, KroneckerFactors, Pair
 from fisher_kernels.optim.layouts import own_part
 from fisher_kernels.optim.measure import Measured
+from fisher_kernels.optim.random_rounding import RandomRounding
 from fisher_kernels.optim.sampled import SampledLabels
 from fisher_kernels.optim.shard_bounds import left_alone, of_all_shards
 from fisher_kernels.optim.shares import (
@@ -88,7 +89,7 @@ class StepPlan:
     layer_of_each: Tensor
 
 
-class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
+class KroneckerOptimizer(Measured, SampledLabels[TermRule], RandomRounding):
     """Base of the optimizers with Kronecker factors; subclasses say what they make of them, and the direction.
 
     Args:
@@ -108,7 +109,7 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
     _clipped = False  # whether this step has moved anything within a trust region
 
     later: ClassVar[Mapping[str, Any]] = {
-        **FisherOptimizer.later,
+        **RandomRounding.later,
         "floor": FLOOR,
         "inverse_sharing": EVERY_RANK,
         "delayed": False,
@@ -254,6 +255,7 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
     # Statistics.
 
     def _prepare(self) -> None:
+        self._prepare_rounding()
         for _, p in self._with_gradients():
             if self.moment not in self.state[p]:
                 self._make_state(p)
@@ -312,6 +314,7 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
         self._context.terms.clear()
 
     def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        self._count_steps(found_inf)
         by_group: dict[int, list[Parameter]] = defaultdict(list)
         for group, p in self._with_gradients():
             by_group[id(group)].append(p)
@@ -342,6 +345,7 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
             maximize=group["maximize"],
             grad_scale=grad_scale,
             found_inf=found_inf,
+            **self._rounding(params)._asdict(),
         )
 
     def _local_moments(self, params: Iterable[Parameter]) -> list[Tensor]:
@@ -398,6 +402,7 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
             max_relative_step=[bound.max_relative_step for bound in bounds],
             floor=floors,
             found_inf=found_inf,
+            **self._rounding(params)._asdict(),
         )
         if self._is_divided:
             skipped = left_alone(params, sums, plan.layers)

@@ -27,7 +27,7 @@ from fisher_kernels.curvature.scattered import flag, flagged
 from fisher_kernels.curvature.sites import Layer
 from fisher_kernels.ops import ACCUMULATOR, mbf_step_
 from fisher_kernels.ops._blocks import unpack
-from fisher_kernels.optim.base import Counters, FisherOptimizer, count, require_memory, totals
+from fisher_kernels.optim.base import Counters, count, require_memory, totals
 from fisher_kernels.optim.block_shards import Settings, step_shards
 from fisher_kernels.optim.fisher_blocks import ASIDE, BLOCK_STATE, STORAGES, FisherBlocks, New, Part, Unit
 from fisher_kernels.optim.floors import FLOOR, fan_ins
@@ -35,6 +35,7 @@ from fisher_kernels.optim.hyperparameters import require_bools, require_choice, 
 from fisher_kernels.optim.inverse_sharing import EVERY_RANK
 from fisher_kernels.optim.measure import Measured
 from fisher_kernels.optim.pending import PENDING
+from fisher_kernels.optim.random_rounding import RandomRounding
 from fisher_kernels.optim.refresh import RAMP, is_due
 from fisher_kernels.optim.renewal import NEXT
 from fisher_kernels.optim.row_shards import row_shards
@@ -55,7 +56,7 @@ def _whole(blocks: Blocks, params: Sequence[Parameter]) -> None:
     """No parameter has blocks that are divided among processes."""
 
 
-class MBF(Measured, SampledLabels[BlockRule]):
+class MBF(Measured, SampledLabels[BlockRule], RandomRounding):
     r"""MBF: heavy-ball momentum preconditioned by a block-diagonal empirical Fisher matrix of many small blocks.
 
     With :math:`g_n` the gradient of sample n in one small group of weights, and λ the weight decay:
@@ -90,10 +91,10 @@ class MBF(Measured, SampledLabels[BlockRule]):
     ==================== ============================================================================================
 
     State of a weight: ``momentum_buffer``, ``fisher_blocks`` (count, n, n), ``inverse_blocks`` (the same, or stored
-    smaller) and ``fisher_updates``. Before there are statistics the inverse is the identity. A block that is not
-    positive definite with its damping keeps the inverse it has, is counted in :meth:`metrics` and warned of once.
-    Where ``fully_shard`` divides parameters, blocks that belong to rows, all but the shared ones of Linear layers, are
-    in the process that has the rows.
+    smaller) and ``fisher_updates``; with ``stochastic_rounding`` also ``step`` and ``ordinal``. Before there are
+    statistics the inverse is the identity. A block that is not positive definite with its damping keeps the inverse it
+    has, is counted in :meth:`metrics` and warned of once. Where ``fully_shard`` divides parameters, blocks that belong
+    to rows, all but the shared ones of Linear layers, are in the process that has the rows.
 
     Args:
         model: its layers are read through hooks; ``close()`` removes them. Inputs of layers are kept until the backward
@@ -141,8 +142,12 @@ class MBF(Measured, SampledLabels[BlockRule]):
             it, also where a pruning mask has set its gradient to 0.
         maximize: ascend.
         moment_dtype: ``torch.bfloat16`` keeps the momentum in 16 bits: 2 bytes a parameter in place of 4. A step reads
-            it, advances it in float32, makes d of that and rounds it to nearest. Float64 parameters take none but None,
-            which is float32 elsewhere.
+            it, advances it in float32, makes d of that and rounds it. Float64 parameters take none but None, which is
+            float32 elsewhere.
+        stochastic_rounding: round parameters and momentum in bfloat16 up or down at random, as in :class:`AdaFisher`,
+            rather than to nearest: the same for all groups that have something in bfloat16. A step makes images in
+            float32 of these and of gradients beside them: up to 12 bytes a parameter while it is taken.
+        seed: of the random integers, 0 to 2^64 - 1.
         params: parameter groups, each with any of these hyperparameters; None takes all parameters of the model. The
             settings of a layer's blocks are those of its weight's group. A bias whose weight is in another group has
             blocks of its own. Those of a convolution's bias take damping, beta2 and inverse_interval from its group.
@@ -172,7 +177,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
     moment = "momentum_buffer"
     statistics_state = (*BLOCK_STATE, *PENDING)
     later: ClassVar[Mapping[str, Any]] = {
-        **FisherOptimizer.later,
+        **RandomRounding.later,
         "capturable": False,
         "mask_zeros": False,
         "refresh": "constant",
@@ -214,6 +219,8 @@ class MBF(Measured, SampledLabels[BlockRule]):
         mask_zeros: bool = False,
         maximize: bool = False,
         moment_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
         params: ParamsT | None = None,
         grad_scaler: Any = None,
         inverse_storage: Literal["full", "packed", "bfloat16"] = "full",
@@ -248,6 +255,8 @@ class MBF(Measured, SampledLabels[BlockRule]):
             "mask_zeros": mask_zeros,
             "maximize": maximize,
             "moment_dtype": moment_dtype,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
             "inverse_storage": inverse_storage,
             "capturable": capturable,
         }
@@ -381,6 +390,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
     # Step.
 
     def _prepare(self) -> None:
+        self._prepare_rounding()
         fresh = False
         for _, p in self._with_gradients():
             if self.moment not in self.state[p]:
@@ -429,6 +439,7 @@ class MBF(Measured, SampledLabels[BlockRule]):
             )
 
     def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        self._count_steps(found_inf)
         together: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for group in self.param_groups:
             if group["params"]:
@@ -469,16 +480,25 @@ class MBF(Measured, SampledLabels[BlockRule]):
             "grad_scale": grad_scale,
             "found_inf": found_inf,
         }
+        roundings = self._rounding(plan.params)
         if plan.is_divided or self._pipeline_group is not None:
-            shared = Settings(**settings, pipeline_group=self._pipeline_group)
+            shared = Settings(**settings, roundings=roundings, pipeline_group=self._pipeline_group)
             skipped, scale, caps = step_shards(params, moments, plan.inverses, plan.view, plan.by_rows, shared)
         else:
             for name in ("lr", "weight_decay"):
                 settings[name] = _one_if_the_same(settings[name])
+            stored = images = [*params, *moments]
+            if roundings.rounding is not None:  # by places in whole parameters, which the kernels know by their blocks
+                images, gradients = [_wide(x) for x in stored], [_wide(g) for g in gradients]
+                params, moments = images[: len(params)], images[len(params) :]
             for i in plan.transposed | plan.stacks:
                 params[i], moments[i] = plan.view(i, params[i]), plan.view(i, moments[i])
                 gradients[i] = plan.view(i, gradients[i].contiguous() if i in plan.stacks else gradients[i])
             skipped, scale, caps = mbf_step_(params, gradients, moments, plan.inverses, **settings)
+            for i, (image, kept) in enumerate(zip(images, stored, strict=True)):
+                if image is not kept:
+                    at, is_moment = i % len(params), i >= len(params)
+                    kept.copy_(roundings.narrow(at, image, kept.dtype, low=is_moment))
         for weight, mask in zeros:
             weight.masked_fill_(mask, 0)
         for group in groups:
@@ -759,6 +779,11 @@ def _agreed(new: Sequence[New]) -> Iterator[New]:
         if part in flags:
             vector = flagged(vector if vector.numel() else vector.new_zeros(1), flags[part])
         yield part, vector, divisor, samples
+
+
+def _wide(x: Tensor) -> Tensor:
+    """What is in bfloat16 in float32; it may be written to where it is not."""
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def _norm(p: Tensor) -> float:

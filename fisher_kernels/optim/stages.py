@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from fisher_kernels.ops import capped_step_
+from fisher_kernels.ops import Rounding, capped_step_
 
 LARGE = 1e300
 """In the place of a product that is not finite: no step is taken with it, and its sum with others is finite."""
@@ -49,6 +49,8 @@ def bounded_step(
     max_relative_step: Sequence[float | None],
     floor: Sequence[float],
     found_inf: Tensor | None,
+    steps: Sequence[Tensor] | None = None,
+    rounding: Sequence[Rounding] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``capped_step_`` with settings of each parameter; the trust region is over the parameters of all stages.
 
@@ -67,6 +69,8 @@ def bounded_step(
             max_relative_step=max_relative_step,
             floor=floor,
             found_inf=found_inf,
+            steps=steps,
+            rounding=rounding,
         )
     others = of_others(group, _product(sums, layers, lr).reshape(1)).nan_to_num(LARGE, LARGE, -LARGE)
     scale, caps, skipped = capped_step_(
@@ -80,6 +84,8 @@ def bounded_step(
         max_relative_step=[*max_relative_step, None],
         floor=[*floor, 0.0],
         found_inf=found_inf,
+        steps=None if steps is None else [*steps, steps[0]],
+        rounding=None if rounding is None else [*rounding, Rounding(0)],
     )
     return scale, caps[:-1], skipped[:-1]
 

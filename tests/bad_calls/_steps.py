@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fisher_kernels.ops import Rounding
 from tests.bad_calls import Call, Faults, argument, entry, shorter, value
 
 
@@ -193,4 +194,36 @@ def bad_scalars(*names: str) -> Faults:
             )
             for name in names
         },
+    }
+
+
+def bad_roundings(count: int) -> Faults:
+    """Random integers, and numbers of steps beside them, for a good call of ``count`` parameters that has neither."""
+
+    def of(steps: Any, rounding: Any) -> Any:
+        def spoil(call: Call) -> None:
+            call["steps"], call["rounding"] = steps, rounding
+
+        return spoil
+
+    good, ones = [Rounding.of(0, i) for i in range(count)], [torch.ones(()) for _ in range(count)]
+    return {
+        "rounding length": (of(ones, good[1:]), ValueError, f"rounding has {count - 1} entries, expected {count}"),
+        "rounding base": (
+            of(ones, [*good[1:], Rounding(2**32)]),
+            ValueError,
+            rf"rounding\[{count - 1}\]\.base is 4294967296",
+        ),
+        "no steps": (of(None, good), ValueError, "steps is None, expected the number of the step for each parameter"),
+        "steps length": (of(ones[1:], good), ValueError, rf"steps has {count - 1} \w+, expected {count}"),
+        "steps shape": (
+            of([*ones[1:], torch.ones(2)], good),
+            ValueError,
+            rf"steps\[{count - 1}\] has shape \(2,\), expected one element",
+        ),
+        "steps dtype": (
+            of([*ones[1:], torch.ones((), dtype=torch.float64)], good),
+            TypeError,
+            rf"steps\[{count - 1}\]" + dtypes("float64", "float32"),
+        ),
     }

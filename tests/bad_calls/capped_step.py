@@ -13,6 +13,7 @@ from tests.bad_calls._steps import (
     bad_arrays,
     bad_lists,
     bad_numbers,
+    bad_roundings,
     bad_scalars,
     dtypes,
     shapes,
@@ -101,6 +102,7 @@ MOMENTUM_FAULTS: Faults = {
     **twice("momentum_buffers"),
     **bad_numbers(momentum=(-0.1, 1.0, 1.5, math.nan), weight_decay=NO_COEFFICIENTS),
     **bad_scalars("grad_scale", "found_inf"),
+    **bad_roundings(2),
 }
 
 SUMS_FAULTS: Faults = {
@@ -165,6 +167,7 @@ STEP_FAULTS: Faults = {
         for number in numbers
     },
     **bad_scalars("found_inf"),
+    **bad_roundings(2),
     "lr shape": (argument("lr", lambda: torch.ones(2)), ValueError, r"lr\[0\] has shape \(2,\), expected one element"),
     "lr dtype": (
         value("lr", [0.1, torch.tensor(1)]),

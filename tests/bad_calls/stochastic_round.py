@@ -45,6 +45,12 @@ FAULTS: Faults = {
         f"{name} no integer": (value(name, 0.5), TypeError, rf"{name} is of type float, expected an integer$")
         for name in ("seed", "ordinal", "step", "offset", "run", "pitch")
     },
+    "step of another dtype": (
+        argument("step", lambda: torch.ones((), dtype=torch.float64)),
+        TypeError,
+        r"step has dtype torch.float64, expected float32, or an integer$",
+    ),
+    "steps": (argument("step", lambda: torch.ones(2)), ValueError, r"step has shape \(2,\), expected one element$"),
     "offset negative": (value("offset", -1), ValueError, r"offset is -1, expected at least 0$"),
     "offset too large": (
         value("offset", 2**63 - 20),

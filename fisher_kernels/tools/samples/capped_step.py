@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fisher_kernels.ops import ACCUMULATOR
+from fisher_kernels.ops import ACCUMULATOR, Rounding
 from fisher_kernels.tools.samples.sample import (
     SUM_DTYPES,
     Device,
@@ -124,6 +124,14 @@ def _other_order(x: Tensor) -> Tensor:
     return x.t().contiguous().t() if x.shape == (9, 14) else in_all_orders(x)
 
 
+def _at_random(made: Callable[[dict[str, Any], Source], Inputs], source: Source) -> Inputs:
+    """With random integers, which nothing takes that is not in bfloat16."""
+    inputs = made({}, source)
+    params = inputs["params"]
+    steps = [torch.full((), 3.0, device=p.device) for p in params]
+    return {**inputs, "steps": steps, "rounding": [Rounding.of(0, i) for i in range(len(params))]}
+
+
 # heavy_ball_
 
 
@@ -229,6 +237,9 @@ def _samples() -> Iterator[Sample]:
     momentum_in_16_bits = partial(_momentum_inputs, {"moments": torch.bfloat16, "weight_decay": 0.1})
     yield Sample("heavy_ball_", "momentum in 16 bits", SUM_DTYPES, momentum_in_16_bits, _momentum_tolerance)
     yield Sample("heavy_ball_", "two dtypes", (torch.float32,), _momentum_of_two_dtypes, _momentum_tolerance)
+    at_random = "random integers, which nothing here takes"
+    inputs = partial(_at_random, _momentum_inputs)
+    yield Sample("heavy_ball_", at_random, (torch.float32,), inputs, _momentum_tolerance)
     skipped = torch.tensor([0, 3, 0, 0, 0, 0, 0, 1])
     for name, options in (
         ("all", {"skipped": skipped}),
@@ -244,6 +255,7 @@ def _samples() -> Iterator[Sample]:
         ("trust region alone", {"max_relative_step": None, "lr": torch.tensor(0.05)}),
     ):
         yield Sample("capped_step_", name, SUM_DTYPES, partial(_step_inputs, options), _step_tolerance)
+    yield Sample("capped_step_", at_random, (torch.float32,), partial(_at_random, _step_inputs), _step_tolerance)
     yield Sample("capped_step_", "two dtypes, all of each", (torch.float32,), _step_of_each, _step_tolerance)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fisher_kernels.tools.samples.sample import Inputs, Sample, Source, Tolerance, last, with_non_finite
+from fisher_kernels.tools.samples.steps import on
 
 _CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "vector": ((5000,), {"seed": 3, "ordinal": 2, "step": 7}),
@@ -20,6 +21,7 @@ _CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "channels last": ((6, 5, 3, 3), {"seed": 2**64 - 1}),
     "every other column": ((9, 40), {}),
     "one number": ((), {}),
+    "the number of the step on the device": ((31, 65), {"step": torch.tensor(5.0)}),
     "empty": ((0,), {}),
 }
 
@@ -33,7 +35,7 @@ def _inputs(name: str, source: Source) -> Inputs:
         x = last(x)
     elif name == "every other column":
         x = x[:, ::2]
-    return {"x": x, **options}
+    return {"x": x, **on(source.device, options)}
 
 
 def _tolerance(inputs: Inputs, expected: list[Tensor], u: float) -> list[Tolerance]:
