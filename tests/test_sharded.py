@@ -793,7 +793,8 @@ def test_readers_accumulate(kind: Any) -> None:
 
 OVER_GLOO: dict[str, tuple[Any, dict[str, Any]]] = {
     "SOFIM": (lambda model, **made: SOFIM(model.parameters(), **made), SOFIMS["momentum"]),
-    **{name: READERS[name] for name in ("AdaFisher", "MBF", "KFAC beside Adam", "EKFACAdam")},
+    **{name: READERS[name] for name in ("AdaFisher", "MBF", "EKFACAdam")},
+    "KFAC": (KFAC, {**READERS["KFAC beside Adam"][1], "inverse_sharing": "one_owner"}),
 }
 
 

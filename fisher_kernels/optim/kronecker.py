@@ -33,6 +33,7 @@ from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.curvature.sites import Layer
 from fisher_kernels.ops import ACCUMULATOR, direction_sums, heavy_ball_
 from fisher_kernels.optim.base import Counters, FisherOptimizer, count, require_memory, totals
+from fisher_kernels.optim.factor_shards import factor_shards
 from fisher_kernels.optim.floors import FLOOR, fan_ins
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
 from fisher_kernels.optim.inverse_sharing import EVERY_RANK
@@ -214,7 +215,9 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
     def _detail(self, role: str, layer: Layer[TermRule]) -> str:
         left_out = self._rules.left_out(layer.operation) if role == "weight" else []
         without = f", without the statistics of its use by {', '.join(left_out)}" if left_out else ""
-        return f"{layer.place(role)}{self._kinds(role, layer.rule)}{without}"
+        divided = self._factors.divided_among(layer.parameters[role])
+        among = f", divided among {divided} processes" if divided else ""
+        return f"{layer.place(role)}{self._kinds(role, layer.rule)}{among}{without}"
 
     def _kinds(self, role: str, rule: TermRule) -> str:
         """What the factors or blocks of a layer are, or what trains it without."""
@@ -231,11 +234,18 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
         self._rules = self._new_rules()  # which know parameters by identity: a copy has others
         self._numbers = {p: number for number, p in enumerate(self._groups)}
         self._plans: dict[tuple[int, ...], StepPlan] = {}
-        self._factors = self.factors_kind(self.statistics.sites, self.state, self._groups, self._overlap)
+        divide = partial(factor_shards, meshes=self._data_meshes(), ranks=self.statistics.processes.ranks)
+        self._factors = self.factors_kind(self.statistics.sites, self.state, self._groups, self._overlap, divide)
+        self.statistics.divisions = self._factors.divisions()
+        self._divided_as = self._sharing()
         self._renewals = (self._factors,)
         self._share_out()
         self._is_divided = any(map(is_distributed, self._groups))
         self._fan_ins = fan_ins(self.statistics.sites, self._groups)
+
+    def _sharing(self) -> list[tuple[Any, ...]]:
+        """The settings that say whether factors are divided."""
+        return [(group["inverse_sharing"], group["delayed"]) for group in self.param_groups]
 
     def _set_aside(self, params: Collection[Parameter]) -> None:
         self._factors.set_aside(params)
@@ -254,6 +264,8 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
     # Statistics.
 
     def _prepare(self) -> None:
+        if self._is_divided and self._divided_as != self._sharing():
+            self._rewatched()
         for _, p in self._with_gradients():
             if self.moment not in self.state[p]:
                 self._make_state(p)
