@@ -496,7 +496,7 @@ def test_inverses_that_one_process_makes_for_all(settings: str, renewing: Any, m
 
     def noting(self: Any, items: Any) -> Any:
         here.numbers.append([item.number for item in items])
-        divided.update(item.number for item in items if getattr(item, "shards", None) is not None)
+        divided.update(item.number for item in items if kind is MBF and item.shards is not None)
         return renew(self, items)
 
     monkeypatch.setattr(renewing, "_renew", noting)
