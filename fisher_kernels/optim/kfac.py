@@ -107,7 +107,8 @@ class KFAC(KroneckerOptimizer):
         ramp: over how many steps they grow, as in :class:`MBF`.
         overlap: invert beside training, as in :class:`MBF`.
         delayed: take the statistics of each refresh in the next one, as in :class:`MBF`.
-        inverse_sharing: who inverts where several processes train the model, as in :class:`MBF`.
+        inverse_sharing: who inverts where several processes train the model, as in :class:`MBF`; with ``"one_owner"``
+            factors are divided by rows where ``fully_shard`` divides the parameters.
         fisher: ``"empirical"``: of the labels of the data; ``"sampled"``: of labels drawn from the model's own output,
             in :meth:`sample`.
         max_factor_size: wider factors are diagonal.
