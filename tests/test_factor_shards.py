@@ -233,6 +233,41 @@ def test_settings_that_change(kind: Any) -> None:
         assert_close(found, expected, torch.float64)
 
 
+class Skipping(nn.Module):
+    """Its layer in the middle may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(32, 7), nn.Linear(7, 7), nn.Linear(7, 3)
+        self.skips = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x.flatten(1)))
+        out: Tensor = self.last(h if self.skips else h + torch.tanh(self.middle(h)))
+        return out
+
+
+def test_statistics_that_were_sent_whole_are_divided_when_they_come() -> None:
+    """Of a layer that the refresh which takes them does not use, so that nothing newer takes their place."""
+
+    def work(rank: int, mesh: str) -> list[Tensor]:
+        with making:
+            torch.manual_seed(0)
+            model: Any = Skipping().double()
+        if MESHES[mesh]:
+            sharded(model, MESHES[mesh])
+        optimizer = KFAC(model, **{**TURNS, "inverse_interval": 2}, **OWNERS, delayed=True)
+        for step in range(10):
+            optimizer.param_groups[0]["delayed"] = step < 5
+            model.skips = step == 6
+            train(model, optimizer, rank, mesh, range(step, step + 1))
+        return whole(model)
+
+    expected = work(0, "1")
+    for found in on("3", lambda rank: work(rank, "3")):
+        assert_close(found, expected, torch.float64)
+
+
 def test_states_go_from_one_setting_to_the_other() -> None:
     """A state of whole factors, as it was once saved, is divided where it is loaded, and the other way round."""
 
