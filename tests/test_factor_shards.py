@@ -141,7 +141,10 @@ def test_steps_are_those_of_one_process(kind: Any, mesh: str, settings: dict[str
 
 @pytest.mark.parametrize("kind", [KFAC, pytest.param(EKFACAdam, marks=pytest.mark.slow)])
 def test_what_a_refresh_and_an_inversion_send(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are scattered in a refresh; in an inversion they go to whom makes it, and what is made goes to all."""
+    """Rows are scattered in a refresh; in an inversion they go to whom makes it, and what is made goes to all.
+
+    In a step rows of a direction become columns in other processes, and rows again.
+    """
     watched(monkeypatch)
     world = 3
 
@@ -168,10 +171,15 @@ def test_what_a_refresh_and_an_inversion_send(kind: Any, monkeypatch: pytest.Mon
             assert [size for name, size in calls if name == "reduce-scatter"] == [scattered]
             (first, *_) = (size for name, size in calls if name == "all-reduce")
             assert first <= 8 * (4 + 3 * 3 + 4 * 2)  # flags of four factors, counts, terms, and what is found of layers
-        assert [name for name, _ in refresh if name in ("all-to-all", "broadcast")] == []
-        assert {name for name, _ in plain} == {"all-gather", "all-reduce"}
+        rows = sum(8 * rows_here(o, world, rank) * (i + 1) for i, o in LINEARS)
+        columns = sum(8 * o * rows_here(i + 1, world, rank) for i, o in LINEARS)
+        every_step = [rows, columns] if kind is KFAC else []
+        for calls in (plain, refresh):
+            assert [size for name, size in calls if name == "all-to-all"] == every_step
+        assert {name for name, _ in plain} == {"all-reduce", "all-to-all" if kind is KFAC else "all-gather"}
+        assert "broadcast" not in {name for name, _ in refresh}
         own = sum(8 * rows_here(n, world, rank) * n for n in sides)
-        assert [size for name, size in turn if name == "all-to-all"] == [own]
+        assert [size for name, size in turn if name == "all-to-all"] == [own, *every_step]
         inverses = sum(size for name, size in turn if name == "broadcast")
         assert inverses == 8 * sum(n * n for n in sides) + 8 * len(LINEARS)  # and how many were bad
         given += own

@@ -539,7 +539,7 @@ FACTOR_NUMBERS = sum((i + 1) ** 2 + o**2 for i, o in LINEARS)
 
 @pytest.mark.parametrize(
     ("kind", "numbers", "gathers", "calls"),
-    [(MBF, BLOCK_NUMBERS, 1, 1), (KFAC, FACTOR_NUMBERS, 1, 3), (EKFACAdam, FACTOR_NUMBERS, 2, 6)],
+    [(MBF, BLOCK_NUMBERS, 1, 1), (KFAC, FACTOR_NUMBERS, 0, 0), (EKFACAdam, FACTOR_NUMBERS, 2, 6)],
 )
 def test_what_a_step_and_a_refresh_send(
     kind: Any, numbers: int, gathers: int, calls: int, monkeypatch: pytest.MonkeyPatch
@@ -579,7 +579,10 @@ def test_what_a_step_and_a_refresh_send(
         # Of eight parameters three sums for the bounds and two counts; of the normalisation's Adam two means.
         sums = sum(size for name, size in other if name == "all-reduce")
         assert sums <= 8 * (3 + 2) * 8 + 2 * 4
-        assert {name for name, _ in other} == {"all-gather", "all-reduce"}
+        exchanged = [size for name, size in other if name == "all-to-all"]  # rows, and what they became: columns
+        assert len(exchanged) == (2 if kind is KFAC else 0)
+        assert sum(exchanged) <= 2 * 4 * sum(-(-o // 2) * (i + 2) for i, o in LINEARS)
+        assert {name for name, _ in other} == {"all-reduce", "all-to-all" if kind is KFAC else "all-gather"}
 
 
 class Attending(nn.Module):

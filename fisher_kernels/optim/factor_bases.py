@@ -14,7 +14,14 @@ from fisher_kernels.curvature.factor_rules import Basis, TermRule
 from fisher_kernels.curvature.sites import Site
 from fisher_kernels.ops import ACCUMULATOR, factor_ema_
 from fisher_kernels.optim.factor_shards import Divide
-from fisher_kernels.optim.kronecker_factors import SIDES, KroneckerFactors, Pair, mean_eigenvalue
+from fisher_kernels.optim.kronecker_factors import (
+    SIDES,
+    KroneckerFactors,
+    Pair,
+    mean_eigenvalue,
+    on_the_left,
+    on_the_right,
+)
 from fisher_kernels.optim.overlap import Overlap
 
 MOMENTS = "second_moment"
@@ -151,6 +158,8 @@ class FactorMoments(FactorBases):
     ``moment_updates``, how many estimates it is of.
     """
 
+    exchanges = True
+
     def __init__(
         self,
         sites: Sequence[Site[TermRule]],
@@ -239,3 +248,19 @@ class FactorMoments(FactorBases):
     def direction_of(self, pair: Pair, image: Tensor) -> Tensor:
         state, damping = self.averages(pair), self.groups[pair.owner]["damping"]
         return self.out_of(pair, image / (state[MOMENTS] + damping))
+
+    def by_rows(self, pair: Pair, rows: Tensor) -> Tensor:
+        columns = self.basis(pair).columns
+        return rows if columns is None or not self._seen[pair.number] else on_the_right(rows, columns)
+
+    def by_columns(self, pair: Pair, columns: Tensor, here: slice) -> Tensor:
+        if not self._seen[pair.number]:
+            return columns
+        state, damping, rows = self.averages(pair), self.groups[pair.owner]["damping"], self.basis(pair).rows
+        columns = columns if rows is None else on_the_left(rows.mT, columns)
+        columns = columns / (state[MOMENTS][0, :, here] + damping)
+        return columns if rows is None else on_the_left(rows, columns)
+
+    def by_rows_again(self, pair: Pair, rows: Tensor) -> Tensor:
+        columns = self.basis(pair).columns
+        return rows if columns is None or not self._seen[pair.number] else on_the_right(rows, columns.mT)

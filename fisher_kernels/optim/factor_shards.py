@@ -49,8 +49,12 @@ class FactorShards:
         size: int = self.mesh.size(self.dimension)
         return size
 
+    def has_rows_of(self, params: Sequence[Any]) -> bool:
+        """Whether it is the rows of parameters that are divided there."""
+        return all(p.placements[self.dimension].is_shard(0) for p in params)
+
     def division(self, n: int) -> Division:
-        """How the rows of a factor are divided."""
+        """How n rows are divided."""
         return Division.over(n, self.mesh, self.dimension)
 
     def zeros(self, n: int, dtype: torch.dtype, device: torch.device) -> Any:

@@ -418,7 +418,9 @@ class KFAC(KroneckerOptimizer):
         yield from super()._layers_to_move([p for p in params if p not in beside])
         yield from joint
 
-    def _directions_of_step(self, vectors: Vectors, stays: Collection[Parameter]) -> Iterator[tuple[Parameter, Tensor]]:
+    def _directions_of_step(
+        self, vectors: Vectors, stays: Mapping[Parameter, Tensor]
+    ) -> Iterator[tuple[Parameter, Tensor]]:
         found = {} if self._images is None else dict(self._images.directions(vectors, stays))
         yield from found.items()
         yield from super()._directions_of_step(vectors.only(lambda p: p not in found), stays)

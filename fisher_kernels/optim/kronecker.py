@@ -33,6 +33,7 @@ from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.curvature.sites import Layer
 from fisher_kernels.ops import ACCUMULATOR, direction_sums, heavy_ball_
 from fisher_kernels.optim.base import Counters, FisherOptimizer, count, require_memory, totals
+from fisher_kernels.optim.exchanged import own_directions
 from fisher_kernels.optim.factor_shards import factor_shards
 from fisher_kernels.optim.floors import FLOOR, fan_ins
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
@@ -456,8 +457,7 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
         """
 
         def of(some: Sequence[Parameter]) -> list[Tensor]:
-            moments = [m.to(ACCUMULATOR[p.dtype]) for p, m in zip(some, self._local_moments(some), strict=True)]
-            found = [m.masked_fill(stays[p], 0.0) if p in stays else m for p, m in zip(some, moments, strict=True)]
+            found = self._own_vectors(some, stays)
             if not self._is_divided:
                 return found
             matrices = {p: m for p, m in zip(some, found, strict=True) if not self._is_elementwise(p)}
@@ -465,6 +465,11 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
             return [matrices.get(p, m) for p, m in zip(some, found, strict=True)]
 
         return Vectors(params, of)
+
+    def _own_vectors(self, params: Sequence[Parameter], stays: Mapping[Parameter, Tensor]) -> list[Tensor]:
+        """What this process has of them."""
+        moments = [m.to(ACCUMULATOR[p.dtype]) for p, m in zip(params, self._local_moments(params), strict=True)]
+        return [m.masked_fill(stays[p], 0.0) if p in stays else m for p, m in zip(params, moments, strict=True)]
 
     def _is_elementwise(self, p: Parameter) -> bool:
         """Whether the direction of each number of a parameter is made of that number alone."""
@@ -482,8 +487,19 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule]):
         for p in left:
             yield [p]
 
-    def _directions_of_step(self, vectors: Vectors, stays: Collection[Parameter]) -> Iterator[tuple[Parameter, Tensor]]:
+    def _directions_of_step(
+        self, vectors: Vectors, stays: Mapping[Parameter, Tensor]
+    ) -> Iterator[tuple[Parameter, Tensor]]:
         """The inverse curvature times the moments, with which a step has just begun: of DTensors the own part."""
+        if self._is_divided and self._factors.exchanges:
+
+            def here(some: Sequence[Parameter]) -> dict[Parameter, Tensor]:
+                there = [p for p in some if p in vectors]
+                return dict(zip(there, self._own_vectors(there, stays), strict=True))
+
+            found = dict(own_directions(self._factors, here))
+            yield from found.items()
+            vectors = vectors.only(lambda p: p not in found)
         for p, direction in self._directions(vectors):
             yield p, direction if self._is_elementwise(p) else own_part(p, direction)
 

@@ -47,7 +47,8 @@ class Pair:
         keys: what hooks know it by: the identity of the weight, and of the operations of its layers.
         coupled: whether weight and bias are stepped together. If not, they are taken for uncorrelated. None before it
             is known.
-        shards: which processes have rows of the factors, where these are divided.
+        placed: which processes have rows of the parameters, where ``fully_shard`` alone divides them.
+        divides: whether they have rows of the factors, too.
     """
 
     number: int
@@ -57,7 +58,13 @@ class Pair:
     biases: tuple[Parameter, ...]
     keys: tuple[int, ...]
     coupled: bool | None = None
-    shards: FactorShards | None = None
+    placed: FactorShards | None = None
+    divides: bool = False
+
+    @property
+    def shards(self) -> FactorShards | None:
+        """Which processes have rows of the factors, where these are divided."""
+        return self.placed if self.divides else None
 
     @property
     def params(self) -> tuple[Parameter, ...]:
@@ -125,6 +132,9 @@ class KroneckerFactors(Renewal[Pair]):
         bad: number of a pair -> how often a factor could not be used, and what there was stayed.
     """
 
+    exchanges: ClassVar[bool] = False
+    """Whether a direction is made of rows, and then of columns."""
+
     state_names: ClassVar[tuple[str, ...]] = ()
     """What subclasses keep for each side, after the side."""
 
@@ -175,8 +185,8 @@ class KroneckerFactors(Renewal[Pair]):
         self.pairs.append(pair)
         group = self.groups[owner]
         # What comes a refresh later is added up whole.
-        if group.get("inverse_sharing") == ONE_OWNER and not group.get("delayed"):
-            pair.shards = self._divide(pair.params)
+        pair.placed = self._divide(pair.params)
+        pair.divides = group.get("inverse_sharing") == ONE_OWNER and not group.get("delayed")
         self._lay_out(pair)
 
     # State.
@@ -396,13 +406,27 @@ class KroneckerFactors(Renewal[Pair]):
 
     def directions(self, pair: Pair, vectors: Vectors) -> Iterator[tuple[Parameter, Tensor]]:
         """F^-1 v for those parameters of a pair that have a vector and take their direction from here."""
-        given = vectors.of_all(self._acting_of(pair))
+        given = vectors.of_all(self.acting_of(pair))
         for bias, matrices in pair.given(given.get):
             for p, d in pair.split(self._apply(pair, matrices), bias):
                 if p in given:
                     yield p, d
 
-    def _acting_of(self, pair: Pair) -> tuple[Parameter, ...]:
+    # Directions of which each process makes its part, as exchanged.py has it.
+
+    def by_rows(self, pair: Pair, rows: Tensor) -> Tensor:
+        """Of rows (r, columns) of a vector what is then multiplied from the left."""
+        raise NotImplementedError
+
+    def by_columns(self, pair: Pair, columns: Tensor, here: slice) -> Tensor:
+        """Of columns (rows, c) of that, those in ``here`` of all, what is then multiplied from the right."""
+        raise NotImplementedError
+
+    def by_rows_again(self, pair: Pair, rows: Tensor) -> Tensor:
+        """Of rows of that those of the direction."""
+        raise NotImplementedError
+
+    def acting_of(self, pair: Pair) -> tuple[Parameter, ...]:
         """The parameters of a pair that take their directions from here."""
         if self._acting_as_of != self.version:
             self._acting = {pair.number: tuple(filter(self.serves, pair.params)) for pair in self.pairs}
@@ -432,6 +456,16 @@ def multiplied(left: Tensor, right: Tensor, matrices: Tensor) -> Tensor:
         return (left[0] @ matrices[0] @ right[0]).unsqueeze(0)
     matrices = left.unsqueeze(2) * matrices if left.dim() == 2 else left @ matrices
     return matrices * right.unsqueeze(1) if right.dim() == 2 else matrices @ right
+
+
+def on_the_left(factor: Tensor, matrix: Tensor) -> Tensor:
+    """A factor of one group, (1, n, n) or (1, n), times a matrix."""
+    return factor[0].unsqueeze(1) * matrix if factor.dim() == 2 else factor[0] @ matrix
+
+
+def on_the_right(matrix: Tensor, factor: Tensor) -> Tensor:
+    """A matrix times a factor of one group."""
+    return matrix * factor if factor.dim() == 2 else matrix @ factor[0]
 
 
 def mean_eigenvalue(factor: Tensor) -> Tensor:
