@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn import functional as F
 
 from fisher_kernels.curvature.scattered import Division
 from fisher_kernels.optim.kronecker_factors import KroneckerFactors, Pair
@@ -32,48 +33,63 @@ class Matrix(NamedTuple):
     rows: Division
     columns: Division
 
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """How many processes have parts, and the rows and columns of the first one; others are filled up with zeros."""
+        return dist.get_world_size(self.rows.group), self.rows.size, self.columns.size
+
 
 def to_columns(matrices: Mapping[Key, Matrix]) -> dict[Key, Matrix]:
     """Given own rows, own columns."""
-    return _exchanged({key: (x, x.columns, x.rows) for key, x in matrices.items()}, 1)
+
+    def cut(x: Matrix) -> Tensor:
+        places, r, c = x.parts
+        wide = F.pad(x.own, (0, places * c - x.own.shape[1], 0, r - len(x.own)))
+        return wide.view(r, places, c).transpose(0, 1).reshape(places, r * c)
+
+    def joined(x: Matrix, pieces: Tensor) -> Tensor:
+        places, r, c = x.parts
+        return pieces.reshape(places * r, c)[: x.rows.rows, : x.columns.own]
+
+    return _exchanged(matrices, cut, joined)
 
 
 def to_rows(matrices: Mapping[Key, Matrix]) -> dict[Key, Matrix]:
     """Given own columns, own rows."""
-    return _exchanged({key: (x, x.rows, x.columns) for key, x in matrices.items()}, 0)
+
+    def cut(x: Matrix) -> Tensor:
+        places, r, c = x.parts
+        return F.pad(x.own, (0, c - x.own.shape[1], 0, places * r - len(x.own))).view(places, r * c)
+
+    def joined(x: Matrix, pieces: Tensor) -> Tensor:
+        places, r, c = x.parts
+        rows = pieces.view(places, r, c).transpose(0, 1).reshape(r, places * c)
+        return rows[: x.rows.own, : x.columns.rows]
+
+    return _exchanged(matrices, cut, joined)
 
 
-def _exchanged(matrices: Mapping[Key, tuple[Matrix, Division, Division]], along: int) -> dict[Key, Matrix]:
-    """Give each process its part along one dimension, as the first division has it, in place of that along the other.
+def _exchanged(
+    matrices: Mapping[Key, Matrix], cut: Callable[[Matrix], Tensor], joined: Callable[[Matrix, Tensor], Tensor]
+) -> dict[Key, Matrix]:
+    """Send each process its piece of what is here: one all-to-all for all that are divided among the same processes.
 
-    One all-to-all for all that are divided among the same processes in one precision.
+    Args:
+        cut: what is here as pieces of one size, a row for each process.
+        joined: what is here then, of the pieces of all.
     """
     together: dict[tuple[Any, ...], list[Key]] = {}
-    for key, (x, division, _) in matrices.items():
-        together.setdefault((division.group, division.device, x.own.dtype, x.own.device), []).append(key)
+    for key, x in matrices.items():
+        together.setdefault((x.rows.group, x.rows.device, x.own.dtype, x.own.device), []).append(key)
     found: dict[Key, Matrix] = {}
     for (group, device, _, home), keys in together.items():
-        rank, places = dist.get_rank(group), range(dist.get_world_size(group))
-        given = [[division.of(to) * before.own for _, division, before in _of(matrices, keys)] for to in places]
-        taken = [[division.own * before.of(at) for _, division, before in _of(matrices, keys)] for at in places]
-        cut = [x.own.split([division.of(to) for to in places], along) for x, division, _ in _of(matrices, keys)]
-        flat = torch.cat([pieces[to].reshape(-1) for to in places for pieces in cut]).to(device)
-        received = flat.new_empty(sum(map(sum, taken)))
-        dist.all_to_all_single(received, flat, list(map(sum, taken)), list(map(sum, given)), group=group)
-        parts = iter(received.to(home).split([n for of_one in taken for n in of_one]))
-        pieces = [[next(parts) for _ in keys] for _ in places]
-        for i, key in enumerate(keys):
-            x, division, before = matrices[key]
-            shapes = [(before.of(at), division.of(rank))[:: 1 if along else -1] for at in places]
-            own = torch.cat([pieces[at][i].view(shapes[at]) for at in places], 1 - along)
-            found[key] = Matrix(own, x.rows, x.columns)
+        pieces = [cut(matrices[key]) for key in keys]
+        flat = torch.cat(pieces, 1).to(device)
+        received = torch.empty_like(flat)
+        dist.all_to_all_single(received, flat, group=group)
+        for key, part in zip(keys, received.to(home).split([x.shape[1] for x in pieces], 1), strict=True):
+            found[key] = matrices[key]._replace(own=joined(matrices[key], part))
     return found
-
-
-def _of(
-    matrices: Mapping[Key, tuple[Matrix, Division, Division]], keys: Sequence[Key]
-) -> Iterator[tuple[Matrix, Division, Division]]:
-    return (matrices[key] for key in keys)
 
 
 Vectors = dict[Parameter, Tensor]
