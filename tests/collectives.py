@@ -54,7 +54,7 @@ class Collectives(TorchDispatchMode):
 
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let calls of ``dist.all_reduce`` be noted, and of all-gathers and reduce-scatters by either of their names."""
+    """Let calls of ``torch.distributed`` be noted, all-gathers and reduce-scatters by either of their names."""
 
     def noting(name: str, function: Any, given: int) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -64,7 +64,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    monkeypatch.setattr(dist, "all_reduce", noting("all-reduce", dist.all_reduce, 0))
+    for what, name, given in (("all-reduce", "all_reduce", 0), ("broadcast", "broadcast", 0)):
+        monkeypatch.setattr(dist, name, noting(what, getattr(dist, name), given))
+    monkeypatch.setattr(dist, "all_to_all_single", noting("all-to-all", dist.all_to_all_single, 1))
     for what, *names in (
         ("all-gather", "all_gather_single", "all_gather_into_tensor"),
         ("reduce-scatter", "reduce_scatter_single", "reduce_scatter_tensor"),
@@ -75,6 +77,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 GROUPS = {"allreduce": ("all-reduce", 0), "allgather": ("all-gather", 1), "reduce_scatter": ("reduce-scatter", 1)}
 GROUPS |= {"broadcast": ("broadcast", 0)}
+GROUPS |= {next(n for n in ("all_to_all_single", "alltoall_base") if hasattr(ProcessLocalGroup, n)): ("all-to-all", 1)}
 """Methods of a group of threads, which all others come to -> what they do, and which argument a process puts in."""
 
 

@@ -163,6 +163,7 @@ CASES = [
     *(case(layers, kind, "3") for kind in KINDS),
     *(case(tokens, kind, "tensor 2x2", kind in (AdaFisher, KFAC)) for kind in KINDS),
     case(layers, KFAC, "3", inverse_sharing="one_owner"),
+    case(layers, EKFAC, "2x2", inverse_sharing="one_owner"),
     case(layers, MBF, "2x2", inverse_sharing="one_owner"),
     case(attending, AdaFisher, "2x2"),
     case(attending, KFAC, "2x2"),

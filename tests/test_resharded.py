@@ -42,6 +42,8 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "MBF": (MBF, {"lr": 1e-3, **SETTINGS}),
     "KFAC": (KFAC, {"lr": 0.1, **SETTINGS}),
     "EKFAC": (EKFAC, {"lr": 0.03, **SETTINGS}),
+    "KFAC, one owner": (KFAC, {"lr": 0.1, "inverse_sharing": "one_owner", **SETTINGS}),
+    "EKFAC, one owner": (EKFAC, {"lr": 0.03, "inverse_sharing": "one_owner", **SETTINGS}),
     "SOFIM": (lambda model, **made: SOFIM(model.parameters(), **made), {"lr": 0.05}),
 }
 
@@ -119,7 +121,7 @@ def go_on(rank: int, name: str, mesh: str, folder: Path) -> list[Tensor]:
     return [shares.whole(p.detach()) for p in model.parameters()]
 
 
-FAST = {("KFAC", "4"), ("AdaFisherW", "2 x 2"), ("MBF", TENSOR)}
+FAST = {("KFAC, one owner", "4"), ("AdaFisherW", "2 x 2"), ("MBF", TENSOR)}
 
 
 @pytest.mark.parametrize(

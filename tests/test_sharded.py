@@ -496,7 +496,7 @@ def test_inverses_that_one_process_makes_for_all(settings: str, renewing: Any, m
 
     def noting(self: Any, items: Any) -> Any:
         here.numbers.append([item.number for item in items])
-        divided.update(item.number for item in items if getattr(item, "shards", None) is not None)
+        divided.update(item.number for item in items if kind is MBF and item.shards is not None)
         return renew(self, items)
 
     monkeypatch.setattr(renewing, "_renew", noting)
@@ -539,7 +539,7 @@ FACTOR_NUMBERS = sum((i + 1) ** 2 + o**2 for i, o in LINEARS)
 
 @pytest.mark.parametrize(
     ("kind", "numbers", "gathers", "calls"),
-    [(MBF, BLOCK_NUMBERS, 1, 1), (KFAC, FACTOR_NUMBERS, 1, 3), (EKFACAdam, FACTOR_NUMBERS, 2, 6)],
+    [(MBF, BLOCK_NUMBERS, 1, 1), (KFAC, FACTOR_NUMBERS, 0, 0), (EKFACAdam, FACTOR_NUMBERS, 2, 6)],
 )
 def test_what_a_step_and_a_refresh_send(
     kind: Any, numbers: int, gathers: int, calls: int, monkeypatch: pytest.MonkeyPatch
@@ -579,7 +579,10 @@ def test_what_a_step_and_a_refresh_send(
         # Of eight parameters three sums for the bounds and two counts; of the normalisation's Adam two means.
         sums = sum(size for name, size in other if name == "all-reduce")
         assert sums <= 8 * (3 + 2) * 8 + 2 * 4
-        assert {name for name, _ in other} == {"all-gather", "all-reduce"}
+        exchanged = [size for name, size in other if name == "all-to-all"]  # rows, and what they became: columns
+        assert len(exchanged) == (2 if kind is KFAC else 0)
+        assert set(exchanged) <= {4 * 2 * sum(-(-o // 2) * -(-(i + 1) // 2) for i, o in LINEARS)}
+        assert {name for name, _ in other} == {"all-reduce", "all-to-all" if kind is KFAC else "all-gather"}
 
 
 class Attending(nn.Module):
@@ -793,7 +796,8 @@ def test_readers_accumulate(kind: Any) -> None:
 
 OVER_GLOO: dict[str, tuple[Any, dict[str, Any]]] = {
     "SOFIM": (lambda model, **made: SOFIM(model.parameters(), **made), SOFIMS["momentum"]),
-    **{name: READERS[name] for name in ("AdaFisher", "MBF", "KFAC beside Adam", "EKFACAdam")},
+    **{name: READERS[name] for name in ("AdaFisher", "MBF", "EKFACAdam")},
+    "KFAC": (KFAC, {**READERS["KFAC beside Adam"][1], "inverse_sharing": "one_owner"}),
 }
 
 

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
 
-from fisher_kernels import SOFIM
+from fisher_kernels import EKFAC, KFAC, SOFIM
 from tests.shards import READERS, SOFIMS, assert_close, making, whole
 from tests.threads import in_threads
 
@@ -27,6 +27,8 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "SOFIM": (lambda model, **made: SOFIM(model.parameters(), **made), SOFIMS["momentum"]),
     **{name: READERS[name] for name in ("AdaFisherW", "MBF", "KFAC", "EKFAC", "EKFACAdam")},
     "MBF, convolution": READERS["MBF"],
+    "KFAC, one owner": (KFAC, {**READERS["KFAC"][1], "inverse_sharing": "one_owner"}),
+    "EKFAC, one owner": (EKFAC, {**READERS["EKFAC"][1], "inverse_sharing": "one_owner"}),
 }
 
 
@@ -148,6 +150,7 @@ FAST = {
     ("MBF", "empty"),
     ("MBF, convolution", "unused"),
     ("AdaFisherW", "unused"),
+    ("EKFAC, one owner", "unused"),
     ("EKFAC", "not finite"),
     ("SOFIM", "empty"),
 }

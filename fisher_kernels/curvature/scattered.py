@@ -37,6 +37,12 @@ class Division:
     copies: tuple[Any, ...]
     device: str
 
+    @classmethod
+    def over(cls, rows: int, mesh: Any, dimension: int) -> Division:
+        """That of so many rows over one dimension of a mesh, of which the others have copies."""
+        groups = [mesh.get_group(d) for d in range(mesh.ndim)]
+        return cls(rows, groups.pop(dimension), tuple(groups), mesh.device_type)
+
     @property
     def size(self) -> int:
         """Rows of the first process; the last ones have fewer, or none."""
@@ -45,8 +51,17 @@ class Division:
     @property
     def own(self) -> int:
         """Rows of this process."""
-        first = dist.get_rank(self.group) * self.size
-        return max(0, min(self.size, self.rows - first))
+        return self.of(dist.get_rank(self.group))
+
+    def of(self, place: int) -> int:
+        """Rows of a process of the group."""
+        return max(0, min(self.size, self.rows - place * self.size))
+
+    @property
+    def here(self) -> slice:
+        """The rows of this process among all."""
+        first = min(dist.get_rank(self.group) * self.size, self.rows)
+        return slice(first, first + self.own)
 
 
 def scatter(sums: Mapping[Key, Tensor], divisions: Mapping[Key, Division]) -> dict[Key, Tensor]:

@@ -13,7 +13,15 @@ from torch.nn import Parameter
 from fisher_kernels.curvature.factor_rules import Basis, TermRule
 from fisher_kernels.curvature.sites import Site
 from fisher_kernels.ops import ACCUMULATOR, factor_ema_
-from fisher_kernels.optim.kronecker_factors import SIDES, KroneckerFactors, Pair, mean_eigenvalue
+from fisher_kernels.optim.factor_shards import Divide
+from fisher_kernels.optim.kronecker_factors import (
+    SIDES,
+    KroneckerFactors,
+    Pair,
+    mean_eigenvalue,
+    on_the_left,
+    on_the_right,
+)
 from fisher_kernels.optim.overlap import Overlap
 
 MOMENTS = "second_moment"
@@ -150,14 +158,18 @@ class FactorMoments(FactorBases):
     ``moment_updates``, how many estimates it is of.
     """
 
+    exchanges = True
+
     def __init__(
         self,
         sites: Sequence[Site[TermRule]],
         state: MutableMapping[Tensor, Any],
         groups: Mapping[Parameter, dict[str, Any]],
         overlap: Overlap,
+        divide: Divide = lambda params: None,
     ) -> None:
-        super().__init__(sites, state, groups, overlap)
+        super().__init__(sites, state, groups, overlap, divide)
+        self._spectra: dict[int, tuple[Tensor, Tensor]] = {}  # eigenvalues on their way from owners to others
         self._seen = {pair.number: self._estimates(pair) for pair in self.pairs}
         for pair in self.pairs:
             pair.rule.context.bases.clear()  # of weights that may be there no more
@@ -191,13 +203,36 @@ class FactorMoments(FactorBases):
     def _put_to_use(self, pair: Pair, made: Sequence[Tensor]) -> None:
         super()._put_to_use(pair, made)
         if not self._seen[pair.number]:
-            state, basis = self.averages(pair), self.basis(pair)
-            rows = eigenvalues(state["row_factor"], basis.rows)
-            columns = eigenvalues(self._column_factor(pair), basis.columns)
+            state = self.averages(pair)
+            if (spectra := self._spectra.pop(pair.number, None)) is None:
+                spectra = self._eigenvalues(pair)
+                if pair.shards is not None:
+                    self._spectra[pair.number] = spectra
+            rows, columns = spectra
             state[MOMENTS].copy_(rows.unsqueeze(2) * columns.unsqueeze(1))
             state[MOMENT_UPDATES].fill_(1)
             self._seen[pair.number] = 1
         self._show_basis(pair)
+
+    def _eigenvalues(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """Those of both factors, in the basis that is in use."""
+        basis = self.basis(pair)
+        rows, columns = self._row_factor(pair), self._column_factor(pair)
+        return eigenvalues(rows, basis.rows), eigenvalues(columns, basis.columns)
+
+    def _to_send(self, pair: Pair) -> list[Tensor]:
+        sent = super()._to_send(pair)
+        if pair.number in self._spectra:
+            return [*sent, *self._spectra.pop(pair.number)]
+        if pair.shards is None or self._seen[pair.number]:
+            return sent
+        return [*sent, *(x.new_zeros(x.shape[:2]) for x in sent)]  # another process has the factors
+
+    def _receive(self, pair: Pair, sent: Sequence[Tensor]) -> None:
+        if pair.shards is not None and not self._seen[pair.number]:
+            *sent, rows, columns = sent
+            self._spectra[pair.number] = rows, columns
+        super()._receive(pair, sent)
 
     def _apply(self, pair: Pair, matrices: Tensor) -> Tensor:
         return super()._apply(pair, matrices) if self._seen[pair.number] else matrices
@@ -213,3 +248,19 @@ class FactorMoments(FactorBases):
     def direction_of(self, pair: Pair, image: Tensor) -> Tensor:
         state, damping = self.averages(pair), self.groups[pair.owner]["damping"]
         return self.out_of(pair, image / (state[MOMENTS] + damping))
+
+    def by_rows(self, pair: Pair, rows: Tensor) -> Tensor:
+        columns = self.basis(pair).columns
+        return rows if columns is None or not self._seen[pair.number] else on_the_right(rows, columns)
+
+    def by_columns(self, pair: Pair, columns: Tensor, here: slice) -> Tensor:
+        if not self._seen[pair.number]:
+            return columns
+        state, damping, rows = self.averages(pair), self.groups[pair.owner]["damping"], self.basis(pair).rows
+        columns = columns if rows is None else on_the_left(rows.mT, columns)
+        columns = columns / (state[MOMENTS][0, :, here] + damping)
+        return columns if rows is None else on_the_left(rows, columns)
+
+    def by_rows_again(self, pair: Pair, rows: Tensor) -> Tensor:
+        columns = self.basis(pair).columns
+        return rows if columns is None or not self._seen[pair.number] else on_the_right(rows, columns.mT)

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from fisher_kernels.ops import block_inverse_
 from fisher_kernels.ops.block_inverse import LARGEST
-from fisher_kernels.optim.kronecker_factors import SIDES, KroneckerFactors, Pair, mean_eigenvalue
+from fisher_kernels.optim.kronecker_factors import (
+    SIDES,
+    KroneckerFactors,
+    Pair,
+    mean_eigenvalue,
+    on_the_left,
+    on_the_right,
+)
 
 MOST_TOGETHER = 2**26
 """How many numbers the factors may have that are inverted together: there are two copies of them meanwhile."""
@@ -30,6 +37,7 @@ class FactorInverses(KroneckerFactors):
     """
 
     state_names = ("inverse",)
+    exchanges = True
 
     def _recipe(self, pair: Pair) -> Callable[..., tuple[Tensor, ...]]:
         return partial(_inverses, self._root(pair))
@@ -50,6 +58,15 @@ class FactorInverses(KroneckerFactors):
 
     def direction_of(self, pair: Pair, image: Tensor) -> Tensor:
         return image
+
+    def by_rows(self, pair: Pair, rows: Tensor) -> Tensor:
+        return on_the_right(rows, self.averages(pair)["column_inverse"])
+
+    def by_columns(self, pair: Pair, columns: Tensor, here: slice) -> Tensor:
+        return on_the_left(self.averages(pair)["row_inverse"], columns)
+
+    def by_rows_again(self, pair: Pair, rows: Tensor) -> Tensor:
+        return rows
 
 
 def _in_runs(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:

@@ -108,7 +108,8 @@ class KFAC(KroneckerOptimizer):
         ramp: over how many steps they grow, as in :class:`MBF`.
         overlap: invert beside training, as in :class:`MBF`.
         delayed: take the statistics of each refresh in the next one, as in :class:`MBF`.
-        inverse_sharing: who inverts where several processes train the model, as in :class:`MBF`.
+        inverse_sharing: who inverts where several processes train the model, as in :class:`MBF`; with ``"one_owner"``
+            factors are divided by rows where ``fully_shard`` divides the parameters.
         fisher: ``"empirical"``: of the labels of the data; ``"sampled"``: of labels drawn from the model's own output,
             in :meth:`sample`.
         max_factor_size: wider factors are diagonal.
@@ -425,7 +426,9 @@ class KFAC(KroneckerOptimizer):
         yield from super()._layers_to_move([p for p in params if p not in beside])
         yield from joint
 
-    def _directions_of_step(self, vectors: Vectors, stays: Collection[Parameter]) -> Iterator[tuple[Parameter, Tensor]]:
+    def _directions_of_step(
+        self, vectors: Vectors, stays: Mapping[Parameter, Tensor]
+    ) -> Iterator[tuple[Parameter, Tensor]]:
         found = {} if self._images is None else dict(self._images.directions(vectors, stays))
         yield from found.items()
         yield from super()._directions_of_step(vectors.only(lambda p: p not in found), stays)

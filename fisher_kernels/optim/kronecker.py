@@ -33,6 +33,8 @@ from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.curvature.sites import Layer
 from fisher_kernels.ops import ACCUMULATOR, direction_sums, heavy_ball_
 from fisher_kernels.optim.base import Counters, count, require_memory, totals
+from fisher_kernels.optim.exchanged import own_directions
+from fisher_kernels.optim.factor_shards import factor_shards
 from fisher_kernels.optim.floors import FLOOR, fan_ins
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice, require_counts, require_numbers
 from fisher_kernels.optim.inverse_sharing import EVERY_RANK
@@ -215,7 +217,9 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule], RandomRounding):
     def _detail(self, role: str, layer: Layer[TermRule]) -> str:
         left_out = self._rules.left_out(layer.operation) if role == "weight" else []
         without = f", without the statistics of its use by {', '.join(left_out)}" if left_out else ""
-        return f"{layer.place(role)}{self._kinds(role, layer.rule)}{without}"
+        divided = self._factors.divided_among(layer.parameters[role])
+        among = f", divided among {divided} processes" if divided else ""
+        return f"{layer.place(role)}{self._kinds(role, layer.rule)}{among}{without}"
 
     def _kinds(self, role: str, rule: TermRule) -> str:
         """What the factors or blocks of a layer are, or what trains it without."""
@@ -232,11 +236,18 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule], RandomRounding):
         self._rules = self._new_rules()  # which know parameters by identity: a copy has others
         self._numbers = {p: number for number, p in enumerate(self._groups)}
         self._plans: dict[tuple[int, ...], StepPlan] = {}
-        self._factors = self.factors_kind(self.statistics.sites, self.state, self._groups, self._overlap)
+        divide = partial(factor_shards, meshes=self._data_meshes(), ranks=self.statistics.processes.ranks)
+        self._factors = self.factors_kind(self.statistics.sites, self.state, self._groups, self._overlap, divide)
+        self.statistics.divisions = self._factors.divisions()
+        self._divided_as = self._sharing()
         self._renewals = (self._factors,)
         self._share_out()
         self._is_divided = any(map(is_distributed, self._groups))
         self._fan_ins = fan_ins(self.statistics.sites, self._groups)
+
+    def _sharing(self) -> list[tuple[Any, ...]]:
+        """The settings that say whether factors are divided."""
+        return [(group["inverse_sharing"], group["delayed"]) for group in self.param_groups]
 
     def _set_aside(self, params: Collection[Parameter]) -> None:
         self._factors.set_aside(params)
@@ -256,6 +267,8 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule], RandomRounding):
 
     def _prepare(self) -> None:
         self._prepare_rounding()
+        if self._is_divided and self._divided_as != self._sharing():
+            self._rewatched()
         for _, p in self._with_gradients():
             if self.moment not in self.state[p]:
                 self._make_state(p)
@@ -449,8 +462,7 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule], RandomRounding):
         """
 
         def of(some: Sequence[Parameter]) -> list[Tensor]:
-            moments = [m.to(ACCUMULATOR[p.dtype]) for p, m in zip(some, self._local_moments(some), strict=True)]
-            found = [m.masked_fill(stays[p], 0.0) if p in stays else m for p, m in zip(some, moments, strict=True)]
+            found = self._own_vectors(some, stays)
             if not self._is_divided:
                 return found
             matrices = {p: m for p, m in zip(some, found, strict=True) if not self._is_elementwise(p)}
@@ -458,6 +470,11 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule], RandomRounding):
             return [matrices.get(p, m) for p, m in zip(some, found, strict=True)]
 
         return Vectors(params, of)
+
+    def _own_vectors(self, params: Sequence[Parameter], stays: Mapping[Parameter, Tensor]) -> list[Tensor]:
+        """What this process has of them."""
+        moments = [m.to(ACCUMULATOR[p.dtype]) for p, m in zip(params, self._local_moments(params), strict=True)]
+        return [m.masked_fill(stays[p], 0.0) if p in stays else m for p, m in zip(params, moments, strict=True)]
 
     def _is_elementwise(self, p: Parameter) -> bool:
         """Whether the direction of each number of a parameter is made of that number alone."""
@@ -475,8 +492,19 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule], RandomRounding):
         for p in left:
             yield [p]
 
-    def _directions_of_step(self, vectors: Vectors, stays: Collection[Parameter]) -> Iterator[tuple[Parameter, Tensor]]:
+    def _directions_of_step(
+        self, vectors: Vectors, stays: Mapping[Parameter, Tensor]
+    ) -> Iterator[tuple[Parameter, Tensor]]:
         """The inverse curvature times the moments, with which a step has just begun: of DTensors the own part."""
+        if self._is_divided and self._factors.exchanges:
+
+            def here(some: Sequence[Parameter]) -> dict[Parameter, Tensor]:
+                there = [p for p in some if p in vectors]
+                return dict(zip(there, self._own_vectors(there, stays), strict=True))
+
+            found = dict(own_directions(self._factors, here))
+            yield from found.items()
+            vectors = vectors.only(lambda p: p not in found)
         for p, direction in self._directions(vectors):
             yield p, direction if self._is_elementwise(p) else own_part(p, direction)
 

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
 from fisher_kernels.curvature.factor_rules import FactorRule, Means, TermRule
+from fisher_kernels.curvature.scattered import Division, flag, flagged
 from fisher_kernels.curvature.sites import Site
 from fisher_kernels.ops import ACCUMULATOR, factor_ema_
 from fisher_kernels.optim.base import count
+from fisher_kernels.optim.factor_shards import Divide, FactorShards, Rows, to_owners
+from fisher_kernels.optim.inverse_sharing import ONE_OWNER
 from fisher_kernels.optim.overlap import Overlap, Task
 from fisher_kernels.optim.renewal import NEXT, Renewal
+from fisher_kernels.optim.shares import local, whole
 from fisher_kernels.optim.vectors import Vectors
 
 SIDES = ("row", "column")
@@ -41,6 +47,8 @@ class Pair:
         keys: what hooks know it by: the identity of the weight, and of the operations of its layers.
         coupled: whether weight and bias are stepped together. If not, they are taken for uncorrelated. None before it
             is known.
+        placed: which processes have rows of the parameters, where ``fully_shard`` alone divides them.
+        divides: whether they have rows of the factors, too.
     """
 
     number: int
@@ -50,10 +58,27 @@ class Pair:
     biases: tuple[Parameter, ...]
     keys: tuple[int, ...]
     coupled: bool | None = None
+    placed: FactorShards | None = None
+    divides: bool = False
+
+    @property
+    def shards(self) -> FactorShards | None:
+        """Which processes have rows of the factors, where these are divided."""
+        return self.placed if self.divides else None
 
     @property
     def params(self) -> tuple[Parameter, ...]:
         return (*(() if self.weight is None else (self.weight,)), *self.biases)
+
+    def division(self, side: int) -> Division | None:
+        """How the rows of a factor are divided; None where all are here.
+
+        Diagonals, factors of several groups and those of fewer rows than processes, all of them small, are whole.
+        """
+        groups, n = self.rule.shape[0], self.rule.shape[1 + side]
+        if self.shards is None or groups > 1 or not self.rule.is_whole(side) or n < self.shards.processes:
+            return None
+        return self.shards.division(n)
 
     def holds(self, p: Parameter) -> bool:
         """Whether it serves a parameter."""
@@ -97,7 +122,8 @@ class KroneckerFactors(Renewal[Pair]):
     """Moving averages of the factors of every layer, and what directions are made of them.
 
     ``state[owner]`` has ``row_factor`` and ``column_factor``, (groups, n, n) or (groups, n) for diagonals, and
-    ``fisher_updates``, how many batches were averaged. Subclasses add what they make of the factors.
+    ``fisher_updates``, how many batches were averaged. Subclasses add what they make of the factors. Factors that are
+    divided lie there as ``factor_shards.py`` says.
 
     Attributes:
         pairs: all of them; their positions are their numbers.
@@ -105,6 +131,9 @@ class KroneckerFactors(Renewal[Pair]):
         known_sites: indices of the sites that have statistics.
         bad: number of a pair -> how often a factor could not be used, and what there was stayed.
     """
+
+    exchanges: ClassVar[bool] = False
+    """Whether a direction is made of rows, and then of columns."""
 
     state_names: ClassVar[tuple[str, ...]] = ()
     """What subclasses keep for each side, after the side."""
@@ -115,8 +144,11 @@ class KroneckerFactors(Renewal[Pair]):
         state: MutableMapping[Tensor, Any],
         groups: Mapping[Parameter, dict[str, Any]],
         overlap: Overlap,
+        divide: Divide = lambda params: None,
     ) -> None:
         super().__init__(state, groups, overlap)
+        self._divide = divide
+        self._assembled: dict[tuple[int, int], Tensor] = {}  # while this process inverts divided factors, all of them
         self.pairs: list[Pair] = []
         self.version = 0
         self._aside: frozenset[Parameter] = frozenset()
@@ -149,10 +181,24 @@ class KroneckerFactors(Renewal[Pair]):
         weight, biases = next(iter(held["weight"]), None), tuple(held["bias"])
         keys = id(site.module._parameters["weight"]), *(id(layer.operation) for layer in site.layers)
         owner = biases[0] if weight is None else weight
-        self._of_site[index] = Pair(len(self.pairs), owner, site.rule, weight, biases, keys)
-        self.pairs.append(self._of_site[index])
+        pair = self._of_site[index] = Pair(len(self.pairs), owner, site.rule, weight, biases, keys)
+        self.pairs.append(pair)
+        group = self.groups[owner]
+        # What comes a refresh later is added up whole.
+        pair.placed = self._divide(pair.params)
+        pair.divides = group.get("inverse_sharing") == ONE_OWNER and not group.get("delayed")
+        self._lay_out(pair)
 
     # State.
+
+    def _lay_out(self, pair: Pair) -> None:
+        """Let the factors of a state that was loaded lie as they are divided here."""
+        state = self.state.get(pair.owner, {})
+        for side, name in enumerate(f"{side}_factor" for side in SIDES):
+            if name in state and pair.shards is not None and pair.division(side) is not None:
+                state[name] = pair.shards.loaded(state[name], pair.rule.shape[1 + side])
+            elif name in state:
+                state[name] = whole(state[name])
 
     def _updates(self, pair: Pair) -> int:
         updates = self.state.get(pair.owner, {}).get(UPDATES)
@@ -169,7 +215,10 @@ class KroneckerFactors(Renewal[Pair]):
             wide, device = ACCUMULATOR[pair.owner.dtype], pair.owner.device
             for side, name in enumerate(SIDES):
                 shape = pair.rule.factor_shape(side)
-                state[f"{name}_factor"] = torch.zeros(shape, dtype=wide, device=device)
+                if pair.shards is not None and pair.division(side) is not None:
+                    state[f"{name}_factor"] = pair.shards.zeros(shape[1], wide, device)
+                else:
+                    state[f"{name}_factor"] = torch.zeros(shape, dtype=wide, device=device)
                 for kept in self.state_names:
                     state[f"{name}_{kept}"] = torch.zeros(shape, dtype=wide, device=device)
                     diagonal = state[f"{name}_{kept}"]
@@ -185,6 +234,35 @@ class KroneckerFactors(Renewal[Pair]):
 
     # Averages.
 
+    def divisions(self) -> dict[tuple[int, int], Division]:
+        """How raw sums are divided, by site and position."""
+        found = {}
+        for index, pair in self._of_site.items():
+            for side in range(len(SIDES)):
+                if (division := pair.division(side)) is not None:
+                    found[index, len(pair.rule.blocks) + side] = division
+        return found
+
+    def divided_among(self, p: Parameter) -> int:
+        """How many processes have different rows of the factors that serve a parameter; 0 where all have all."""
+        for pair in self.pairs:
+            if pair.shards is not None and pair.holds(p) and any(map(pair.division, range(len(SIDES)))):
+                return pair.shards.processes
+        return 0
+
+    def _here(self, pair: Pair, side: int) -> Tensor:
+        """The average that is here, end to end, or a number that stands for it where no row is."""
+        own = local(self.averages(pair)[f"{SIDES[side]}_factor"])
+        return own.view(-1) if own.numel() or pair.division(side) is None else own.new_zeros(1)
+
+    def _own(self, pair: Pair, side: int, new: Tensor) -> Tensor:
+        """That part of a new factor, which has come whole if it was on its way when factors were not divided yet."""
+        division, n = pair.division(side), pair.rule.shape[1 + side]
+        if division is None or new.numel() < n * n:
+            return new
+        own = new.view(n, n)[division.here].flatten()
+        return flagged(own if own.numel() else own.new_zeros(1), flag(new))
+
     def fold(self, new: Sequence[tuple[int, Means]]) -> None:
         """Average new factors in: the k-th with ``decay = min(1 - 1 / k, beta2)``."""
         batches: dict[tuple[Any, ...], list[tuple[int, Pair, Means]]] = defaultdict(list)
@@ -195,8 +273,13 @@ class KroneckerFactors(Renewal[Pair]):
                 state = self.averages(pair)
                 batches[decay, state["row_factor"].dtype, state["row_factor"].device].append((index, pair, means))
         for (decay, dtype, _), batch in batches.items():
-            averages = [self.averages(pair)[f"{side}_factor"].view(-1) for _, pair, _ in batch for side in SIDES]
-            values = [v.to(dtype) for _, _, means in batch for v in (means.rows, means.columns) if v is not None]
+            averages = [self._here(pair, side) for _, pair, _ in batch for side in range(len(SIDES))]
+            values = [
+                self._own(pair, side, v.to(dtype))
+                for _, pair, means in batch
+                for side, v in enumerate((means.rows, means.columns))
+                if v is not None
+            ]
             flags = factor_ema_(averages, values, decay, 1 - decay, joint=2)
             # A GPU is waited for only where there may be no average yet.
             known = flags.tolist() if flags.is_cpu or decay == 0 else None
@@ -256,14 +339,29 @@ class KroneckerFactors(Renewal[Pair]):
 
     def _sources(self, pair: Pair) -> list[Tensor]:
         """Both factors, and what was made of them before."""
-        return [self.averages(pair)["row_factor"], self._column_factor(pair), *self.in_use(pair)]
+        return [self._row_factor(pair), self._column_factor(pair), *self.in_use(pair)]
+
+    @contextmanager
+    def _handed_over(self, pairs: Sequence[Pair], makers: Mapping[int, int]) -> Iterator[None]:
+        ranks = dist.get_process_group_ranks(self.processes.group)
+        rows = {}
+        for pair in pairs:
+            for side, n in enumerate(pair.rule.shape[1:]):
+                if (division := pair.division(side)) is not None:
+                    own = local(self.averages(pair)[f"{SIDES[side]}_factor"]).view(-1, n)
+                    rows[pair.number, side] = Rows(own, division, ranks[makers[pair.number]])
+        self._assembled = {place: x.unsqueeze(0) for place, x in to_owners(rows).items()}
+        try:
+            yield
+        finally:
+            self._assembled = {}
 
     def _cost(self, pair: Pair) -> float:
         groups, rows, columns = pair.rule.shape
         return groups * sum(n**3 if pair.rule.is_whole(side) else n for side, n in enumerate((rows, columns)))
 
     def _task(self, pair: Pair, old: Sequence[Tensor]) -> tuple[Task, Sequence[Tensor]]:
-        rows, columns = self.averages(pair)["row_factor"], self._column_factor(pair)
+        rows, columns = self._row_factor(pair), self._column_factor(pair)
         copies = rows.clone(), columns if columns is not self.averages(pair)["column_factor"] else columns.clone()
         return partial(self._recipe(pair), *copies, *old), (*copies, *old)
 
@@ -278,9 +376,13 @@ class KroneckerFactors(Renewal[Pair]):
         for name, x in zip(self._made_names(pair), made, strict=True):
             self.state[pair.owner][name].copy_(x)
 
+    def _row_factor(self, pair: Pair) -> Tensor:
+        """That of the rows; of one that is divided its owner alone has all."""
+        return self._assembled.get((pair.number, 0), self.averages(pair)["row_factor"])
+
     def _column_factor(self, pair: Pair) -> Tensor:
         """That of the columns, without what weight and bias have in common where they are stepped apart."""
-        factor = self.averages(pair)["column_factor"]
+        factor = self._assembled.get((pair.number, 1), self.averages(pair)["column_factor"])
         if not pair.rule.bias or pair.coupled is not False or factor.dim() == 2:
             return factor
         factor = factor.clone()
@@ -304,13 +406,27 @@ class KroneckerFactors(Renewal[Pair]):
 
     def directions(self, pair: Pair, vectors: Vectors) -> Iterator[tuple[Parameter, Tensor]]:
         """F^-1 v for those parameters of a pair that have a vector and take their direction from here."""
-        given = vectors.of_all(self._acting_of(pair))
+        given = vectors.of_all(self.acting_of(pair))
         for bias, matrices in pair.given(given.get):
             for p, d in pair.split(self._apply(pair, matrices), bias):
                 if p in given:
                     yield p, d
 
-    def _acting_of(self, pair: Pair) -> tuple[Parameter, ...]:
+    # Directions of which each process makes its part, as exchanged.py has it.
+
+    def by_rows(self, pair: Pair, rows: Tensor) -> Tensor:
+        """Of rows (r, columns) of a vector what is then multiplied from the left."""
+        raise NotImplementedError
+
+    def by_columns(self, pair: Pair, columns: Tensor, here: slice) -> Tensor:
+        """Of columns (rows, c) of that, those in ``here`` of all, what is then multiplied from the right."""
+        raise NotImplementedError
+
+    def by_rows_again(self, pair: Pair, rows: Tensor) -> Tensor:
+        """Of rows of that those of the direction."""
+        raise NotImplementedError
+
+    def acting_of(self, pair: Pair) -> tuple[Parameter, ...]:
         """The parameters of a pair that take their directions from here."""
         if self._acting_as_of != self.version:
             self._acting = {pair.number: tuple(filter(self.serves, pair.params)) for pair in self.pairs}
@@ -340,6 +456,16 @@ def multiplied(left: Tensor, right: Tensor, matrices: Tensor) -> Tensor:
         return (left[0] @ matrices[0] @ right[0]).unsqueeze(0)
     matrices = left.unsqueeze(2) * matrices if left.dim() == 2 else left @ matrices
     return matrices * right.unsqueeze(1) if right.dim() == 2 else matrices @ right
+
+
+def on_the_left(factor: Tensor, matrix: Tensor) -> Tensor:
+    """A factor of one group, (1, n, n) or (1, n), times a matrix."""
+    return factor[0].unsqueeze(1) * matrix if factor.dim() == 2 else factor[0] @ matrix
+
+
+def on_the_right(matrix: Tensor, factor: Tensor) -> Tensor:
+    """A matrix times a factor of one group."""
+    return matrix * factor if factor.dim() == 2 else matrix @ factor[0]
 
 
 def mean_eigenvalue(factor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ loads it would have to do the work again.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -90,6 +91,18 @@ class Renewal(Generic[T]):
         """What it takes to make it, beside others."""
         raise NotImplementedError
 
+    def _handed_over(self, items: Sequence[T], makers: Mapping[int, int]) -> AbstractContextManager[None]:
+        """Within it processes have what they make something of, given the number of each item and who makes it."""
+        return nullcontext()
+
+    def _to_send(self, item: T) -> list[Tensor]:
+        """What the one that has made something sends to the others, of the same shapes in all of them."""
+        return [self.state[item.owner][name] for name in self._made_names(item)]
+
+    def _receive(self, item: T, sent: Sequence[Tensor]) -> None:
+        """Put to use what another process has made."""
+        self._put_to_use(item, sent)
+
     def _kept(self, item: T, made: Tensor) -> Tensor:
         """What a task has made, as it lies in the state."""
         return made
@@ -163,15 +176,15 @@ class Renewal(Generic[T]):
         makers = owners([self._cost(item) for item in shared], self.processes.count)
         owner = {item.number: rank for item, rank in zip(shared, makers, strict=True)}
         mine = [item for item in items if owner.get(item.number, self.processes.rank) == self.processes.rank]
-        bad = {item.number: n for item, n in zip(mine, self._renew(mine), strict=True)}
+        with self._handed_over(shared, owner):
+            bad = {item.number: n for item, n in zip(mine, self._renew(mine), strict=True)}
         sent = []
         for item in shared:
-            made = [self.state[item.owner][name] for name in self._made_names(item)]
             none = torch.zeros((), dtype=torch.int64, device=item.owner.device)
-            sent.append((owner[item.number], [*made, bad.get(item.number, none)]))
+            sent.append((owner[item.number], [*self._to_send(item), bad.get(item.number, none)]))
         for item, (*made, number) in zip(shared, send(sent, self.processes), strict=True):
             if item.number not in bad:
-                self._put_to_use(item, made)
+                self._receive(item, made)
             bad[item.number] = number
         yield from (bad[item.number] for item in items)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from fisher_kernels.curvature.block_rules import Blocks
 from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.curvature.scattered import Division
-from fisher_kernels.optim.layouts import divided
+from fisher_kernels.optim.layouts import divided, ranks_of
 from fisher_kernels.optim.shares import whole
 
 
@@ -46,9 +46,8 @@ class RowShards:
     @property
     def division(self) -> Division:
         """How the rows are divided."""
-        groups = [self.mesh.get_group(d) for d in range(self.mesh.ndim)]
-        group = groups.pop(next(d for d, placement in enumerate(self.placements) if not placement.is_replicate()))
-        return Division(self.rows, group, tuple(groups), self.mesh.device_type)
+        dimension = next(d for d, placement in enumerate(self.placements) if not placement.is_replicate())
+        return Division.over(self.rows, self.mesh, dimension)
 
     @property
     def count(self) -> int:
@@ -99,9 +98,8 @@ class RowShards:
                 f"the state has {len(x):,} blocks of a weight, expected {self.rows * self.each:,}: it is that of "
                 "another model"
             )
-        division = self.division
-        first = min(dist.get_rank(division.group) * division.size, self.rows) * self.each
-        return self.placed(x[first : first + self.count].clone())
+        rows = self.division.here
+        return self.placed(x[rows.start * self.each : rows.stop * self.each].clone())
 
     @property
     def _is_equal(self) -> bool:
@@ -113,14 +111,17 @@ class RowShards:
         return self.each > 1 and tuple(x.shape[:2]) == (self.rows, self.each)
 
     def _dtensor(self, own: Tensor, shape: tuple[int, ...]) -> Any:
-        from torch.distributed.tensor import DTensor  # whoever has a mesh has imported it
+        return as_dtensor(own, shape, self.mesh, self.placements)
 
-        strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-        found = DTensor.from_local(
-            own, self.mesh, self.placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides)
-        )
-        # It puts parts on the device of the mesh, also those of parameters that are kept on the CPU beside a GPU.
-        return found if found.device.type == own.device.type else found.to(own.device)
+
+def as_dtensor(own: Tensor, shape: tuple[int, ...], mesh: Any, placements: Sequence[Any]) -> Any:
+    """What this process has of a tensor, as one that lies on a mesh."""
+    from torch.distributed.tensor import DTensor  # whoever has a mesh has imported it
+
+    strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+    found = DTensor.from_local(own, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides))
+    # It puts parts on the device of the mesh, also those of parameters that are kept on the CPU beside a GPU.
+    return found if found.device.type == own.device.type else found.to(own.device)
 
 
 def in_each_row(blocks: Blocks, params: Sequence[Tensor]) -> int | None:
@@ -151,6 +152,6 @@ def row_shards(
     if any(meshes.get(p) != mesh or tuple(p.placements) != placements for p in params):
         return None  # parallelize_module divides some of them too, or not all are divided
     found = divided(first)
-    if len(found) != 1 or not placements[found[0]].is_shard(0) or set(mesh.mesh.flatten().tolist()) != set(ranks):
+    if len(found) != 1 or not placements[found[0]].is_shard(0) or ranks_of(mesh) != set(ranks):
         return None
     return RowShards(mesh, placements, first.shape[0], each)

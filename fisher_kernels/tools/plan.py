@@ -106,7 +106,7 @@ class Plan:
         weights: bytes of its shard and of the gradient, in the precision of the optimizer.
         moments: of state that is divided like the parameters.
         curvature: of state that every process has whole.
-        largest: of a moment and a direction of what one call gathers in a step, if there is any.
+        largest: of a moment and a direction of what one call gathers or exchanges in a step, if there is any.
         passes: what forward and backward of a step send without an optimizer.
         step: what the optimizer sends in a step besides.
         refresh: what it sends more, in forward and backward too, where statistics and inverses are new.
@@ -248,7 +248,8 @@ def _counted(
                 optimizer.close()
     kind = type(optimizer).__name__
     params = [p for p in example.model.parameters() if p.requires_grad]
-    gathered = [call.size * call.processes for call in step if call.kind == "all-gather"]
+    brought = {"all-gather": lambda call: call.size * call.processes, "all-to-all": lambda call: call.size}
+    gathered = [brought[call.kind](call) for call in step if call.kind in brought]
     with torch.no_grad():
         moments, curvature = _state(optimizer.state, getattr(optimizer, "statistics_state", ()))
         weights = sum(2 * local(p).numel() * ACCUMULATOR[p.dtype].itemsize for p in params)
@@ -275,8 +276,9 @@ def _refresh(example: UserModel, optimizer: Any, mode: Counting) -> Counter[Coll
         optimizer.step()
 
     known = {p for layer in optimizer.statistics.layers() for p in layer.parameters.values()}
-    if any(p.requires_grad and p not in known for p in example.model.parameters()):
-        turn()  # functions may apply them, which the first refresh looks for
+    applied = any(p.requires_grad and p not in known for p in example.model.parameters())
+    if applied or (isinstance(optimizer, EKFAC) and optimizer.statistics.divisions):
+        turn()  # the first refresh looks for functions that apply them, and eigenvalues are sent in it alone
         for group in optimizer.param_groups:
             group.update({"iteration": 0, **{name: UNKNOWN for name in KEPT if name in group}})
     optimizer.statistics.refresh = LATER
