@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.curvature.scattered import Division
-from fisher_kernels.optim.layouts import divided
+from fisher_kernels.optim.layouts import divided, ranks_of
 from fisher_kernels.optim.row_shards import as_dtensor
 from fisher_kernels.optim.shares import whole
 
@@ -92,7 +92,7 @@ def factor_shards(params: Sequence[Any], meshes: Mapping[Any, Any], ranks: Colle
     if not is_distributed(first) or any(meshes.get(p) != first.device_mesh for p in params):
         return None  # parallelize_module divides some of them too, or not all are divided
     mesh, dimensions = first.device_mesh, divided(first)
-    if len(dimensions) != 1 or mesh.size(dimensions[0]) == 1 or set(mesh.mesh.flatten().tolist()) != set(ranks):
+    if len(dimensions) != 1 or mesh.size(dimensions[0]) == 1 or ranks_of(mesh) != set(ranks):
         return None
     from torch.distributed.tensor import Replicate, Shard  # whoever has a mesh has imported it
 

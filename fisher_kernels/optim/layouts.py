@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fisher_kernels.curvature.gathered import is_distributed
+
+_ranks: weakref.WeakKeyDictionary[Any, frozenset[int]] = weakref.WeakKeyDictionary()
+
+
+def ranks_of(mesh: Any) -> frozenset[int]:
+    """The processes of a mesh. They are read once, as a plan makes tensors that have no numbers later on."""
+    if mesh not in _ranks:
+        _ranks[mesh] = frozenset(mesh.mesh.flatten().tolist())
+    return _ranks[mesh]
 
 
 def _kind(placement: Any) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 from fisher_kernels.curvature.block_rules import Blocks
 from fisher_kernels.curvature.gathered import is_distributed
 from fisher_kernels.curvature.scattered import Division
-from fisher_kernels.optim.layouts import divided
+from fisher_kernels.optim.layouts import divided, ranks_of
 from fisher_kernels.optim.shares import whole
 
 
@@ -152,6 +152,6 @@ def row_shards(
     if any(meshes.get(p) != mesh or tuple(p.placements) != placements for p in params):
         return None  # parallelize_module divides some of them too, or not all are divided
     found = divided(first)
-    if len(found) != 1 or not placements[found[0]].is_shard(0) or set(mesh.mesh.flatten().tolist()) != set(ranks):
+    if len(found) != 1 or not placements[found[0]].is_shard(0) or ranks_of(mesh) != set(ranks):
         return None
     return RowShards(mesh, placements, first.shape[0], each)

@@ -275,8 +275,9 @@ def _refresh(example: UserModel, optimizer: Any, mode: Counting) -> Counter[Coll
         optimizer.step()
 
     known = {p for layer in optimizer.statistics.layers() for p in layer.parameters.values()}
-    if any(p.requires_grad and p not in known for p in example.model.parameters()):
-        turn()  # functions may apply them, which the first refresh looks for
+    applied = any(p.requires_grad and p not in known for p in example.model.parameters())
+    if applied or (isinstance(optimizer, EKFAC) and optimizer.statistics.divisions):
+        turn()  # the first refresh looks for functions that apply them, and eigenvalues are sent in it alone
         for group in optimizer.param_groups:
             group.update({"iteration": 0, **{name: UNKNOWN for name in KEPT if name in group}})
     optimizer.statistics.refresh = LATER
