@@ -37,7 +37,7 @@ def all_of(x: Any) -> Tensor:
     Modes that count what a forward does, as selective checkpointing has them, do not see it.
     """
     if type(x) in _PLAIN:
-        return x  # type: ignore[no-any-return]
+        return x
     if is_distributed(x):
         with torch.no_grad(), _disable_current_modes():
             x = x.detach().full_tensor()

@@ -287,7 +287,9 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
                 places += [(module._modules, name, child) for name, child in module._modules.items()]
                 places += [(module._parameters, n, p) for n, p in module._parameters.items() if p in self._groups]
         # Column by column: every step looks whether all is as it was.
-        self._homes, self._keys, self._noted = ([place[i] for place in places] for i in range(3))
+        self._homes = [there for there, _, _ in places]
+        self._keys = [name for _, name, _ in places]
+        self._noted = [value for _, _, value in places]
 
     def _is_as_noted(self) -> bool:
         now = list(map(dict.get, self._homes, self._keys))
@@ -641,7 +643,7 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _leave_out_misfits(self, taken: list[tuple[int, Sums]]) -> list[tuple[int, Sums]]:
         """Let layers that were found out take a fallback from now on; returns what was taken of the others."""
-        layers = [la for la in self.statistics.layers() if la.proof.reason is not None or la.proof.deviation is not None]
+        layers = [la for la in self.statistics.layers() if la.proof.reason or la.proof.deviation]
         for layer in layers:
             if layer.proof.deviation is not None:
                 name = layer.name or "model"
