@@ -364,6 +364,20 @@ def test_numbers_of_numpy_are_kept_as_those_of_python(make: Make) -> None:
     assert all(type(group[name]) is int for name in settings)
 
 
+def test_a_setting_that_is_bad_later_is_refused(make: Make) -> None:
+    model, rate = network(), torch.tensor(0.0078125)
+    optimizer = make(model, lr=rate)
+    train(model, optimizer, range(2))
+    rate.neg_()  # the same tensor, with another number in it
+    with pytest.raises(ValueError, match=r"^lr is -0\.0078125"):
+        train(model, optimizer, range(1))
+    optimizer.param_groups[0]["lr"] = 0.01
+    train(model, optimizer, range(2))
+    optimizer.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match=r"^lr is -1\.0"):
+        train(model, optimizer, range(1))
+
+
 def test_a_parameter_that_is_twice_in_a_group_is_refused(make: Make) -> None:
     model = nn.Linear(2, 2)
     with (

@@ -5,6 +5,7 @@
 
 #include "../kernels.h"
 #include "integers.h"
+#include "lanes.h"
 #include "panels.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -21,6 +22,7 @@ namespace {
 constexpr int64_t kChunk = 128;
 constexpr int64_t kWholeRows = 16;  // as many of them fill whole registers
 constexpr int kMostRegisters = 4;  // of a row for which the whole direction is kept in registers
+constexpr int64_t kMostInLanes = 16;  // rows of packed blocks of which each has a lane
 
 // The same where rows share their inverse, which serves all rows of a chunk when it has come into the caches.
 constexpr int64_t kSharedChunk = 2048;
@@ -96,22 +98,30 @@ inline void multiply_by_rows(const S* block, int64_t n, const A* m, A* d) {
   }
 }
 
-/// d = P m for one packed block of at most a register a row. Each entry below the diagonal serves twice.
+/// d = P m for `count` packed blocks, at most one for each lane, that follow one another, and so their rows of m and d.
+/// They are copied first: memory that is read in its order comes sooner than what is picked from all blocks in turn.
 template <class A, class S>
-inline void multiply_packed_in_register(const S* block, int64_t n, const A* m_numbers, A* d) {
-  const auto lane = load_bits<Integers<A>>(kCounting<A>.values);
-  const Vector<A> m = first_lanes<A>(load(m_numbers), n);  // what follows may be infinite
-  Vector<A> sum = {};
-  for (int64_t i = 0; i < n; block += ++i) {
-    const Vector<A> row = first_lanes<A>(load_inverse<A>(block), i + 1);
-    const A across = sum_lanes<A>(row * m);
-    const auto here = lane == static_cast<Integer<A>>(i);
-    sum += here ? Vector<A>{} + across : m_numbers[i] * row;
+inline void multiply_packed_in_lanes(const S* blocks, int64_t count, int64_t n, const A* m, A* d) {
+  constexpr int64_t kMostNumbers = kMostInLanes * (kMostInLanes + 1) / 2;
+  const int64_t size = n * (n + 1) / 2;
+  Vector<A> numbers[kMostNumbers], moment[kMostInLanes], direction[kMostInLanes];
+  A wide[kLanes<A> * (kMostNumbers + 1)];
+  for_registers<A>(count * size, [&](int64_t i, const auto& load, const auto&) { store(wide + i, load(blocks + i)); });
+  load_lanes(wide, count, size, numbers);
+  load_lanes(m, count, n, moment);
+  const Vector<A>* entry = numbers;
+  for (int64_t i = 0; i < n; ++i, ++entry) {
+    Vector<A> sum = {};
+    for (int64_t j = 0; j < i; ++j, ++entry) {  // each entry below the diagonal serves twice
+      sum += *entry * moment[j];
+      direction[j] += *entry * moment[i];
+    }
+    direction[i] = sum + *entry * moment[i];
   }
-  store(d, sum);
+  store_lanes(direction, kAllLanes<A> >> (kLanes<A> - count), n, d);
 }
 
-/// The same for longer rows. `work` has room for three blocks' worth of numbers and a register each.
+/// d = P m for one packed block of longer rows. `work` has room for three rows and a register each.
 template <class A, class S>
 inline void multiply_packed_by_rows(const S* block, int64_t n, const A* m_numbers, A* d, A* work) {
   constexpr int64_t kLength = kLanes<A>;
@@ -142,10 +152,7 @@ inline void multiply_packed_by_rows(const S* block, int64_t n, const A* m_number
 template <class A, class S>
 inline void multiply_block(const S* block, int64_t n, bool packed, const A* m, A* d, A* work) {
   const int64_t registers = ceil_div(n, kLanes<A>);
-  if (packed) {
-    return registers == 1 ? multiply_packed_in_register<A>(block, n, m, d)
-                          : multiply_packed_by_rows<A>(block, n, m, d, work);
-  }
+  if (packed) return multiply_packed_by_rows<A>(block, n, m, d, work);
   switch (registers) {
     case 1: return multiply_in_registers<1, A>(block, n, m, d);
     case 2: return multiply_in_registers<2, A>(block, n, m, d);
@@ -477,6 +484,13 @@ class Stepper {
       return;
     }
     const int64_t numbers = block_numbers(p_);
+    if (p_.packed && p_.columns <= kMostInLanes) {
+      for (int64_t r = 0; r < rows; r += kLanes<A>) {
+        multiply_packed_in_lanes<A>(inverse + (first + r) * numbers, smaller(kLanes<A>, rows - r), p_.columns,
+                                    m + r * p_.columns, d + r * p_.columns);
+      }
+      return;
+    }
     // Rows are read a register past their ends. The last blocks, where nothing may follow, move to where something does.
     const int64_t safe = (p_.rows * numbers - kLanes<A>) / numbers;
     A* const work = buffers_.work();

@@ -10,9 +10,13 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _disable_current_modes
 
+_PLAIN = (Tensor, Parameter)
+
 
 def is_distributed(x: Any) -> bool:
     """Whether a tensor is a DTensor, as ``fully_shard`` and ``parallelize_module`` make parameters."""
+    if type(x) in _PLAIN:
+        return False
     module = sys.modules.get("torch.distributed.tensor")  # which takes its time to import
     return module is not None and isinstance(x, module.DTensor)
 
@@ -32,6 +36,8 @@ def all_of(x: Any) -> Tensor:
 
     Modes that count what a forward does, as selective checkpointing has them, do not see it.
     """
+    if type(x) in _PLAIN:
+        return x
     if is_distributed(x):
         with torch.no_grad(), _disable_current_modes():
             x = x.detach().full_tensor()

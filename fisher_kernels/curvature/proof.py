@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C import _is_any_autocast_enabled
 from torch.nn import functional as F
 
 from fisher_kernels.curvature.gathered import all_of
@@ -189,8 +190,9 @@ def choose(candidates: Sequence[nn.Module], x: Tensor, output: Tensor) -> nn.Mod
 
 
 def _key(module: nn.Module, x: Tensor) -> Key:
-    device = x.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    autocast = None
+    if _is_any_autocast_enabled() and torch.is_autocast_enabled(device := x.device.type):
+        autocast = torch.get_autocast_dtype(device)
     return module.training, x.dim(), x.dtype, autocast
 
 

@@ -76,10 +76,14 @@ class Layer(Generic[R]):
             self.operation, self.candidates = found, ()
         if self.operation is not self.module:
             self.operation.training = self.module.training
-        present = (self.module._parameters.get(self.places.get(role, role)) for role in self.parameters)
-        if not is_distributed(output) and any(map(is_distributed, present)):
+        if self._has_parts() and not is_distributed(output):
             self.proof.object("processes have parts of its parameters, and its output does not say who has what")
         return self.proof.holds(self.module, x, output, refresh, self.operation)
+
+    def _has_parts(self) -> bool:
+        """Whether the module has DTensors now, which are in the place of DTensors alone."""
+        divided = [role for role, p in self.parameters.items() if is_distributed(p)]
+        return any(is_distributed(self.module._parameters.get(self.places.get(role, role))) for role in divided)
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -203,7 +207,10 @@ def find_layers(
 
 def versions_of(tensors: Sequence[Tensor]) -> list[int]:
     """How often each tensor has been written to. A rule that keeps an input needs it unchanged until it is read."""
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # those of inference mode do not count
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def overwritten(layer: Layer[Any], until: str) -> RuntimeError:

@@ -416,8 +416,9 @@ class Statistics(Generic[R]):
             RuntimeError: sums of a refresh before did not arrive.
         """
         # What those bring that were found out before comes from the functions in them.
-        before = {proof for proof in self._proofs() if proof.reason}
-        settle(self._proofs())
+        proofs = self._proofs()
+        before = {proof for proof in proofs if proof.reason}
+        settle(proofs)
         with self._lock:
             pending = ((index, site) for index, site in enumerate(self.sites) if not site.is_empty)
             taken = {index: sums for index, site in pending if (sums := self._settled(site)) is not None}
@@ -428,14 +429,16 @@ class Statistics(Generic[R]):
             for index, sums in taken.items():
                 rescale(sums, self.sites[index].rule, grad_scale)
         self.undecided, self.unused, self.awaits = (), set(), False
-        spoilt = {proof for proof in self._proofs() if proof.reason and not (proof.inner and proof in before)}
+        spoilt = {proof for proof in proofs if proof.reason and not (proof.inner and proof in before)}
         arrived: dict[int, Sums] = {}
         if later is not None and (later or self.rounds):
             arrived = self._exchange(taken, sorted(later), spoilt, lacking)
             taken = {index: sums for index, sums in taken.items() if index not in later}
         if self.processes.count > 1:
             taken, spoilt = self._reduce(taken, later or (), spoilt)
-        kept = {i: sums for i, sums in taken.items() if spoilt.isdisjoint(la.proof for la in self.sites[i].layers)}
+        kept = taken
+        if spoilt:
+            kept = {i: s for i, s in taken.items() if spoilt.isdisjoint(la.proof for la in self.sites[i].layers)}
         self.refresh += bool(taken or arrived)
         # Where a setting has just changed there are both: what is newer is taken.
         return list({**arrived, **kept}.items())
@@ -601,13 +604,12 @@ class Statistics(Generic[R]):
     def note_gathered(self, layer: Layer[R], module: nn.Module) -> None:
         """Remember the whole parameters that a layer has in its forward: the backward accumulates their gradients."""
         for role, p in layer.parameters.items():
-            found = module._parameters.get(layer.places.get(role, role))
-            if found is not p:
+            if is_distributed(p) and (found := module._parameters.get(layer.places.get(role, role))) is not p:
                 self._gathered[p] = found
 
     def present(self, p: Any) -> Any:
         """What the forward had in the place of a parameter, which is in its graph."""
-        return self._gathered.get(p, p)
+        return self._gathered.get(p, p) if self._gathered else p
 
     def expect_rows(self, x: Tensor, output: Tensor) -> Broadcast:
         """Look from now on for what broadcasts the output of a layer."""

@@ -26,6 +26,11 @@ def _check(op: str, shape: torch.Size, dtype: torch.dtype, least: int, most: int
         raise ValueError(f"{op}: x has shape {tuple(shape)}, expected {wanted} dimensions")
 
 
+def _new_sums(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    wide = ACCUMULATOR[x.dtype]
+    return x.new_empty(shape) if wide is x.dtype else x.new_empty(shape, dtype=wide)  # a dtype costs as much again
+
+
 def _contiguous_or_channels_last(x: Tensor) -> Tensor:
     """Return x (N, C, *S) as it is if its memory is in order (N, C, *S) or (N, *S, C), else a contiguous copy."""
     return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
@@ -45,7 +50,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _column_fake(x: Tensor) -> Tensor:
     _check("column_sum_of_squares", x.shape, x.dtype, 1)
-    return x.new_empty((x.shape[-1],), dtype=ACCUMULATOR[x.dtype])
+    return _new_sums(x, (x.shape[-1],))
 
 
 def _column_reference(x: Tensor) -> Tensor:
@@ -110,7 +115,7 @@ def column_sum_of_squares(x: Tensor) -> Tensor:
 
 def _channel_fake(x: Tensor) -> Tensor:
     _check("channel_sum_of_squares", x.shape, x.dtype, 2)
-    return x.new_empty((x.shape[1],), dtype=ACCUMULATOR[x.dtype])
+    return _new_sums(x, (x.shape[1],))
 
 
 def _channel_reference(x: Tensor) -> Tensor:
@@ -170,7 +175,7 @@ def _patch_fake(
 ) -> Tensor:
     _check("patch_sum_of_squares", x.shape, x.dtype, 3, 5)
     windows("patch_sum_of_squares", x.shape, kernel_size, stride, padding, dilation)
-    return x.new_empty((x.shape[1], *kernel_size), dtype=ACCUMULATOR[x.dtype])
+    return _new_sums(x, (x.shape[1], *kernel_size))
 
 
 # A layer asks with the same sizes at every step; the checks would cost more than the kernel on a small input.
@@ -214,7 +219,7 @@ def _patch_native(
     dilation: Sequence[int],
 ) -> Tensor:
     geometry = tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation)
-    out = torch.empty(_patch_shape(x.shape, x.dtype, *geometry), dtype=ACCUMULATOR[x.dtype], device=x.device)
+    out = _new_sums(x, _patch_shape(x.shape, x.dtype, *geometry))
     on.kernels.patch_sum_of_squares(_contiguous_or_channels_last(x), out, *geometry, on.place(x.device))
     return out
 
@@ -225,7 +230,7 @@ def _patch_triton(
     from fisher_kernels.triton_kernels import sum_of_squares
 
     geometry = tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation)
-    out = torch.empty(_patch_shape(x.shape, x.dtype, *geometry), dtype=ACCUMULATOR[x.dtype], device=x.device)
+    out = _new_sums(x, _patch_shape(x.shape, x.dtype, *geometry))
     if x.numel() == 0:
         return out.zero_()
     x = _contiguous_or_channels_last(x)

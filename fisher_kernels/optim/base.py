@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import textwrap
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, ClassVar, Generic, TypeVar, overload
 
 import torch
@@ -97,6 +99,8 @@ class FisherOptimizer(Optimizer):
     _pipeline_group: Any = None
     """The processes with the stages of a pipeline, over which what is bounded over all parameters is summed."""
 
+    _found: Sequence[tuple[dict[str, Any], list[Parameter]]] = ()  # groups, and what each had, when they were looked at
+    _checked: Sequence[tuple[dict[str, Any], list[Any]]] = ()  # groups, and the settings in them that were found to do
     _turn = 0  # of the last step, counted over all optimizers
     _rivals: tuple[weakref.ref[FisherOptimizer], ...] = ()  # those that hold some of the same parameters,
     _rivals_of = -1  # as of this change of anybody's groups
@@ -147,6 +151,7 @@ class FisherOptimizer(Optimizer):
 
     def _find_groups(self) -> None:
         self._groups = {p: group for group in self.param_groups for p in group["params"]}
+        self._found = [(group, list(group["params"])) for group in self.param_groups]
         _living.add(self)
         global _changes
         _changes += 1
@@ -258,8 +263,8 @@ class FisherOptimizer(Optimizer):
         if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
             self._refused()
             return loss
+        self._check_settings()
         for group in self.param_groups:
-            self._check_group(group)
             self._check_not_moved(group)
         with _DisableAutocast():  # its products keep the precision of the state
             self._advance(grad_scale, found_inf)
@@ -267,9 +272,9 @@ class FisherOptimizer(Optimizer):
 
     def _take_up_groups(self) -> None:
         """Go on with groups, or lists of parameters in them, that were put in place of those that were there."""
-        held = self._groups
-        if sum(len(group["params"]) for group in self.param_groups) == len(held) and all(
-            held.get(p) is group for group in self.param_groups for p in group["params"]
+        if len(self.param_groups) == len(self._found) and all(
+            group is before and are_same(group["params"], params)
+            for group, (before, params) in zip(self.param_groups, self._found, strict=True)
         ):
             return
         for group in self.param_groups:
@@ -279,6 +284,21 @@ class FisherOptimizer(Optimizer):
             self._check_group(group)
         self._find_groups()
         self._regrouped()
+
+    def _check_settings(self) -> None:
+        """Check the groups whose settings are not the very objects that were checked last; numbers never change."""
+        now = [(group, [group.get(name) for name in self.defaults]) for group in self.param_groups]
+        if len(now) == len(self._checked) and all(
+            group is before and are_same(settings, known)
+            for (group, settings), (before, known) in zip(now, self._checked, strict=True)
+        ):
+            return
+        for group in self.param_groups:
+            self._check_group(group)
+        # As the check leaves them. A tensor or a list may get other contents: these are looked at in every step.
+        now = [(group, [group.get(name) for name in self.defaults]) for group in self.param_groups]
+        constant = all(_CONSTANT.issuperset(map(type, settings)) for _, settings in now)
+        self._checked = now if constant else []
 
     def _take_turn(self) -> None:
         """Say once if another optimizer has stepped some of the parameters since the last step of this one."""
@@ -468,6 +488,15 @@ _changes = 0  # of the groups of any optimizer
 _turns = itertools.count(1)
 
 
+_CONSTANT = frozenset({float, int, bool, str, NoneType, torch.dtype})
+"""Types of settings whose values do not change."""
+
+
+def are_same(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether two lists hold the very same objects."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
 def require_memory(name: str, x: Tensor | None) -> None:
     """Refuse a tensor whose storage was freed: functions of torch would read from address 0."""
     if x is not None and lacks_memory(x):
@@ -533,10 +562,9 @@ class Plan(Generic[B]):
         """Those of each batch; None unless all of its parameters, and none of those waiting, have a dense one."""
         if any(p.grad is not None for p in self.waiting):
             return None
-        found = [[p.grad for p in batch.params] for batch in self.batches]
-        if any(g is None or g.is_sparse for gradients in found for g in gradients):
-            return None
-        return found  # type: ignore[return-value]
+        found = [[g for p in batch.params if (g := p.grad) is not None and not g.is_sparse] for batch in self.batches]
+        complete = all(len(of) == len(batch.params) for of, batch in zip(found, self.batches, strict=True))
+        return found if complete else None
 
 
 def evaluate_closure(closure: Callable[[], float] | None) -> float | None:

@@ -152,11 +152,13 @@ class DiagonalFactors:
             divisors: list[float] = []
             for index in batch.indices:
                 site = self.sites[index]
-                for vector, divisor in site.rule.means(site.module, sums_of[index]).values():
-                    values.append(vector if vector.dtype == batch.one.dtype else vector.to(batch.one.dtype))
-                    divisors.append(divisor)
+                vectors, counts = site.rule.means(site.module, sums_of[index])
+                values += vectors
                 values.append(batch.one)
+                divisors += counts
                 divisors.append(1.0)
+            if {x.dtype for x in values} != {batch.one.dtype}:
+                values = [x.to(batch.one.dtype) for x in values]
             variant = VARIANTS[batch.variant]
             decay, gain = variant.coefficients(batch.gamma)
             flags = factor_ema_(

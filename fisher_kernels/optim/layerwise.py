@@ -23,7 +23,7 @@ from fisher_kernels.curvature.rounds import Round, Rounds, key_of
 from fisher_kernels.curvature.rules import R, Rule, Sums
 from fisher_kernels.curvature.sites import Layer, Site, find_layers
 from fisher_kernels.curvature.statistics import Statistics, times_attached
-from fisher_kernels.optim.base import Explanation, FisherOptimizer, require_memory
+from fisher_kernels.optim.base import Explanation, FisherOptimizer, are_same, require_memory
 from fisher_kernels.optim.hyperparameters import require_bools, require_choice
 from fisher_kernels.optim.inverse_sharing import ONE_OWNER, SHARINGS
 from fisher_kernels.optim.layouts import data_meshes, group_of, is_known, partners
@@ -281,16 +281,22 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
     def _note_places(self) -> None:
         """Note where the model has its modules and the parameters that are held, and what these are called."""
         self._named = {name: p for name, p in self._model.named_parameters(remove_duplicate=False) if p in self._groups}
-        self._places: list[tuple[dict[str, Any], str, Any]] = []
+        places: list[tuple[dict[str, Any], str, Any]] = []
         for module in self._model.modules():
             if not isinstance(module, torch.jit.ScriptModule):  # whose modules and parameters are no dictionaries
-                self._places += [(module._modules, name, child) for name, child in module._modules.items()]
-                self._places += [(module._parameters, n, p) for n, p in module._parameters.items() if p in self._groups]
+                places += [(module._modules, name, child) for name, child in module._modules.items()]
+                places += [(module._parameters, n, p) for n, p in module._parameters.items() if p in self._groups]
+        # Column by column: every step looks whether all is as it was.
+        self._homes = [there for there, _, _ in places]
+        self._keys = [name for _, name, _ in places]
+        self._noted = [value for _, _, value in places]
 
     def _is_as_noted(self) -> bool:
+        now = list(map(dict.get, self._homes, self._keys))
+        if are_same(now, self._noted):
+            return True
         gone: set[Parameter] = set()
-        for there, name, value in self._places:
-            found = there.get(name)
+        for found, value in zip(now, self._noted, strict=True):
             # What has no gradient may be there for a while, as in a functional call.
             if found is not value and (isinstance(value, nn.Module) or getattr(found, "grad", None) is not None):
                 return False
@@ -637,13 +643,14 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
 
     def _leave_out_misfits(self, taken: list[tuple[int, Sums]]) -> list[tuple[int, Sums]]:
         """Let layers that were found out take a fallback from now on; returns what was taken of the others."""
-        for layer in self.statistics.layers():
+        layers = [la for la in self.statistics.layers() if la.proof.reason or la.proof.deviation]
+        for layer in layers:
             if layer.proof.deviation is not None:
                 name = layer.name or "model"
                 self._warn_once(
                     f"deviation {name}", f"rules= says how to serve {name}, which it is, though {layer.proof.deviation}"
                 )
-        decided = (la for la in self.statistics.layers() if la.proof not in self.statistics.undecided)
+        decided = (layer for layer in layers if layer.proof not in self.statistics.undecided)
         proofs = [(layer, layer.proof) for layer in decided if not layer.proof.inner]
         found = [(layer, proof.reason) for layer, proof in proofs if proof.reason is not None]
         if not found:
@@ -705,12 +712,14 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
             later: sites whose statistics come later.
         """
         sites = self.statistics.sites
+        expected = self.statistics.armed.difference(later, taken, self.statistics.late)
+        self.statistics.late.clear()
+        if not (expected or self.statistics.unused or self._missed or self._unserved):
+            return  # all gave what they were asked for, as in most steps
         again = [layer for i in taken for layer in sites[i].layers if self._unserved.is_unused(layer.module)]
         for layer in again:
             self._unserved.remove(layer, self._groups[layer.owner])
         used = {p for i in taken for layer in sites[i].layers for p in layer.parameters.values()}
-        expected = self.statistics.armed.difference(later, taken, self.statistics.late)
-        self.statistics.late.clear()
         lacking = {i for i in expected if sites[i].rule.needs_uses and self._has_other_gradients(sites[i], used)}
         lacking |= {i for i in self.statistics.unused - taken if sites[i].rule.needs_uses}
         unused = lacking if taken and self.statistics.awake else set()

@@ -30,6 +30,10 @@ class Unserved:
     def __init__(self) -> None:
         self._reasons: dict[nn.Module, str] = {}
 
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._reasons)
+
     def read(self, groups: Iterable[dict[str, Any]], modules: Mapping[str, nn.Module]) -> None:
         """Take over what the parameter groups say of the layers of a model, and of functions on its parameters."""
         named = {name: reason for group in groups for name, reason in group.get(UNSERVED, {}).items()}
