@@ -203,15 +203,13 @@ class Kernel {
     const int64_t copies = run_ * (most_rights_ * right_size_ + most_lefts_ * left_size_);
     const int64_t entries = slots_ * rows_ * run_ * n_ * kStep, totals = most_lefts_ * most_rights_ * totals_size_;
     const int64_t staged = stages_ ? rows_ * geometry_.outputs : 0;
-    const int64_t squares = n_ * n_ * kStep;
-    const int64_t size = ceil_div(copies + entries + totals + squares + staged, kStep) * kStep;
+    const int64_t size = ceil_div(copies + entries + totals + staged, kStep) * kStep;
     const LaneScratch<A> scratch(threads_ * size / kStep);
     parallel_for(threads_, units_, [&](int thread, int64_t begin, int64_t end) {
       Buffers buffers;
       buffers.totals = reinterpret_cast<A*>(scratch.data()) + thread * size;
       buffers.entries = buffers.totals + totals;
-      buffers.squares = buffers.entries + entries;
-      buffers.lefts = buffers.squares + squares;
+      buffers.lefts = buffers.entries + entries;
       buffers.rights = buffers.lefts + run_ * most_lefts_ * left_size_;
       buffers.staged = buffers.rights + run_ * most_rights_ * right_size_;
       for (A* p = buffers.rights; p < buffers.staged; ++p) *p = 0;  // the padding, which no copy overwrites
@@ -224,7 +222,6 @@ class Kernel {
   struct Buffers {
     A* totals;   // [rights, lefts, n (n + 1) / 2, lanes]
     A* entries;  // [right slots of a tile, left slots, samples of a run, n, lanes]
-    A* squares;  // [n, n, lanes]
     A* lefts;
     A* rights;
     A* staged;  // [rows, positions]
@@ -407,29 +404,11 @@ class Kernel {
     const int64_t step = unit.left_block.per_lane * n_ * n_;
     for (int64_t left = 0; left < unit.lefts; ++left) {
       for (int64_t right = 0; right < unit.rights; ++right) {
-        const A* const totals = buffers.totals + (right * most_lefts_ + left) * totals_size_;
-        const int64_t block = unit.left_block(left) + right * unit.right_block, lanes = unit.lanes_of(left, right);
-        A* const out = static_cast<A*>(a_.out) + block * n_ * n_;
-        if (step == n_ * n_) {
-          write_neighbours(totals, lanes, reinterpret_cast<Vector<A>*>(buffers.squares), decay, gain, out);
-        } else {
-          for (int64_t lane = 0; lane < lanes; ++lane) write_block(totals + lane, n_, decay, gain, out + lane * step);
-        }
+        const int64_t block = unit.left_block(left) + right * unit.right_block;
+        write_blocks(buffers.totals + (right * most_lefts_ + left) * totals_size_, unit.lanes_of(left, right), n_, decay,
+                     gain, static_cast<A*>(a_.out) + block * n_ * n_, step);
       }
     }
-  }
-
-  /// write_block for blocks that lie one after the other.
-  void write_neighbours(const A* totals, int64_t lanes, Vector<A>* squares, A decay, A gain, A* out) const {
-    if (decay != 0) load_lanes(out, lanes, n_ * n_, squares);
-    for (int64_t i = 0; i < n_; ++i) {
-      for (int64_t j = 0; j <= i; ++j, totals += kStep) {
-        Vector<A> value = gain * load(totals);
-        if (decay != 0) value += decay * squares[i * n_ + j];
-        squares[i * n_ + j] = squares[j * n_ + i] = value;
-      }
-    }
-    store_lanes(squares, (uint32_t{1} << lanes) - 1, n_ * n_, out);
   }
 
   const ConvMiniBlockGram& a_;

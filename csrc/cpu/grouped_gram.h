@@ -96,10 +96,9 @@ class GroupedGram {
     if (a_.bias) {  // by itself
       store(totals + sums_ - kStep, Vector<A>{} + static_cast<A>(a_.samples * geometry_.outputs));
     }
-    for (int64_t lane = 0; lane < smaller(kStep, a_.groups - unit * kStep); ++lane) {
-      write_block(totals + lane, columns_, static_cast<A>(a_.decay), static_cast<A>(a_.gain),
-                  static_cast<A*>(a_.out) + (unit * kStep + lane) * columns_ * columns_);
-    }
+    write_blocks(totals, smaller(kStep, a_.groups - unit * kStep), columns_, static_cast<A>(a_.decay),
+                 static_cast<A>(a_.gain), static_cast<A*>(a_.out) + unit * kStep * columns_ * columns_,
+                 columns_ * columns_);
   }
 
   const ConvGram& a_;

@@ -26,6 +26,14 @@ inline auto load_pieces(const A* p, int64_t step) {
   using V = typename VectorOf<A, kSize>::Type;
   if constexpr (kPieces == 1) {
     return load_bits<V>(p);
+#if defined(__AVX512F__)
+  } else if constexpr (kPieces == 4) {
+    const auto piece = [=](int i) { return load_bits<__m128>(p + i * step); };
+    __m512 pieces = _mm512_zextps128_ps512(piece(0));
+    pieces = _mm512_insertf32x4(pieces, piece(1), 1);
+    pieces = _mm512_insertf32x4(pieces, piece(2), 2);
+    return bits_as<V>(_mm512_insertf32x4(pieces, piece(3), 3));
+#endif
   } else {
     const auto low = load_pieces<A, kPieces / 2>(p, step);
     const auto high = load_pieces<A, kPieces / 2>(p + kPieces / 2 * step, step);
@@ -70,6 +78,69 @@ inline void transpose_piece(const float* rows, int64_t stride, Vector<float> (&c
   turn(std::false_type{}, columns);
   turn(std::true_type{}, columns + 2);
 }
+
+/// Where transpose_odd takes fewer instructions than transpose_piece.
+constexpr bool kTransposesOdd = kVectorBytes >= 32;
+
+/// b in the lanes whose number has the bit kBit, a in the others.
+template <class A, int kBit>
+inline Vector<A> choose(Vector<A> a, Vector<A> b) {
+#if defined(__AVX512F__)
+  constexpr int kLanesWithBit = kBit == 1 ? 0xaaaa : kBit == 2 ? 0xcccc : kBit == 4 ? 0xf0f0 : 0xff00;
+  if constexpr (sizeof(A) == 4) {
+    return _mm512_mask_blend_ps(kLanesWithBit, a, b);
+  } else {
+    return _mm512_mask_blend_pd(kLanesWithBit & 0xff, a, b);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) {
+    return _mm256_blend_ps(a, b, kBit == 1 ? 0xaa : kBit == 2 ? 0xcc : 0xf0);
+  } else {
+    return _mm256_blend_pd(a, b, kBit == 1 ? 0xa : 0xc);
+  }
+#else
+  const auto lane = load_bits<Integers<A>>(kCounting<A>.values);
+  return (lane & static_cast<Integer<A>>(kBit)) != 0 ? b : a;
+#endif
+}
+
+/// In the lanes whose number has the bit kBit, and then in those with each higher one, column c <- column c - kBit.
+template <class A, int kBit, int kSize>
+inline void move_columns(Vector<A> (&columns)[kSize]) {
+  if constexpr (kBit < kLanes<A>) {
+    Vector<A> moved[kSize];
+#pragma GCC unroll 16
+    for (int c = 0; c < kSize; ++c) moved[c] = choose<A, kBit>(columns[c], columns[(c + kBit * (kSize - 1)) % kSize]);
+#pragma GCC unroll 16
+    for (int c = 0; c < kSize; ++c) columns[c] = moved[c];
+    move_columns<A, 2 * kBit>(columns);
+  }
+}
+
+/// Lane l <- lane kFirst + l * kStride, modulo their number.
+template <class A, int kFirst, int kStride, int... l>
+inline Vector<A> permute(Vector<A> value, std::integer_sequence<int, l...>) {
+  return __builtin_shufflevector(value, value, ((kFirst + l * kStride) % kLanes<A>)...);
+}
+
+template <class A, int kSize, int... c>
+inline void store_columns(const Vector<A> (&columns)[kSize], A* to, std::integer_sequence<int, c...>) {
+  (store(to + c * kLanes<A>, permute<A, c, kSize>(columns[c], std::make_integer_sequence<int, kLanes<A>>{})), ...);
+}
+
+/// columns[c] = entry c of each of kLanes<T> rows of kSize entries, which lie one behind the other. Since kSize is odd,
+/// no two of the numbers of an entry are in the same lane of the registers that they are loaded into. So they get into
+/// one register without leaving their lanes, and each register is then put into order.
+template <class T, int kSize>
+__attribute__((always_inline)) inline void transpose_odd(const T* rows, Accumulator<T>* columns) {
+  using A = Accumulator<T>;
+  static_assert(kSize % 2 == 1);
+  Vector<A> turned[kSize];  // lane l of register c is of column (c + l) % kSize
+#pragma GCC unroll 16
+  for (int i = 0; i < kSize; ++i) turned[i * kLanes<A> % kSize] = load(rows + i * kLanes<A>);
+  move_columns<A, 1>(turned);
+  store_columns<A, kSize>(turned, columns, std::make_integer_sequence<int, kSize>{});
+}
 #else
 template <class A>
 inline void transpose_piece(const A* rows, int64_t stride, Vector<A> (&columns)[kPiece<A>]) {
@@ -77,6 +148,11 @@ inline void transpose_piece(const A* rows, int64_t stride, Vector<A> (&columns)[
     for (int c = 0; c < kPiece<A>; ++c) columns[c][lane] = rows[lane * stride + c];
   }
 }
+
+constexpr bool kTransposesOdd = false;
+
+template <class T, int kSize>
+void transpose_odd(const T* rows, Accumulator<T>* columns);
 #endif
 
 }  // namespace
