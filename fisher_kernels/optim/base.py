@@ -431,6 +431,7 @@ class FisherOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch adds it, and the next state would have to have it
         if "_skipped" in state:  # a copy or an unpickled optimizer; load_state_dict comes here too, with less
             self._find_groups()
             self._restored()
