@@ -1,4 +1,4 @@
-"""Lightning: gradients that are clipped under mixed precision."""
+"""Lightning: gradients that are clipped under mixed precision, and figures of optimizers in its loggers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback
 from torch.optim import Optimizer
 
+from fisher_kernels.integrations.figures import Recorder
 from fisher_kernels.optim.base import FisherOptimizer
 from fisher_kernels.optim.layerwise import LayerwiseOptimizer
 
@@ -41,3 +42,30 @@ class AllowClipping(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         for optimizer in trainer.optimizers:
             allow_clipping(optimizer, trainer.scaler)
+
+
+class FisherMetrics(Callback):
+    """Logs what optimizers measure, as ``self.log`` does it, and writes it to other places.
+
+    Args:
+        places, each: as for :class:`fisher_kernels.integrations.figures.Recorder`.
+        every: so many steps; reading figures waits for the device.
+    """
+
+    def __init__(self, *places: Any, every: int = 50, each: bool = False) -> None:
+        if every < 1:
+            raise ValueError(f"every is {every}, expected at least 1")
+        self.every = every
+        self._recorder = Recorder(*places, each=each)
+        self._last = -1
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step % self.every or step in (0, self._last):
+            return
+        self._last = step
+        for number, optimizer in enumerate(trainer.optimizers):
+            if isinstance(optimizer, FisherOptimizer):
+                figures = self._recorder.record(optimizer, step)
+                names = {name: f"{name}/{number}" if len(trainer.optimizers) > 1 else name for name in figures}
+                self.log_dict({names[name]: value for name, value in figures.items()})

@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainerCallback
 
+from fisher_kernels.integrations.accelerate import take_up_parameters
+from fisher_kernels.integrations.figures import Recorder
 from fisher_kernels.optim.layerwise import LayerwiseOptimizer
 from fisher_kernels.optim.warn import warn
 
@@ -21,9 +23,9 @@ _COUNT = "num_items_in_batch"
 class FisherTrainerMixin:
     """Lets a Trainer take an optimizer that reads layers as it takes any other.
 
-    ``class Mine(FisherTrainerMixin, Yours)``, or :class:`FisherTrainer` where ``Yours`` is ``transformers.Trainer``. The
-    class of the optimizer and its arguments go into ``optimizer_cls_and_kwargs``. It gets the model, and the Trainer's
-    own groups as ``params``: those with the weight decay of ``TrainingArguments``, and those without (biases,
+    ``class Mine(FisherTrainerMixin, Yours)``, or :class:`FisherTrainer` where ``Yours`` is ``transformers.Trainer``.
+    The class of the optimizer and its arguments go into ``optimizer_cls_and_kwargs``. It gets the model, and the
+    Trainer's own groups as ``params``: those with the weight decay of ``TrainingArguments``, and those without (biases,
     normalisations). The scaler of ``fp16=True`` is handed over. Other optimizers, and one that is given as an instance,
     are left to the Trainer. :class:`AccumulationCheck` is added to its callbacks.
 
@@ -60,7 +62,16 @@ class FisherTrainerMixin:
             isinstance(callback, AccumulationCheck) for callback in self.callback_handler.callbacks
         ):
             self.add_callback(AccumulationCheck())
+            self.add_callback(_TakeUp())
         return made
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, where the loss is logged, with the last figures of :class:`FisherMetrics`."""
+        if "loss" in logs:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, FisherMetrics):
+                    logs.update(callback.take())
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
 class FisherTrainer(FisherTrainerMixin, Trainer):
@@ -94,6 +105,39 @@ class AccumulationCheck(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if args.gradient_accumulation_steps > 1 and not args.torch_compile and isinstance(model, nn.Module):
             _watch_first_forward(model, args.gradient_accumulation_steps)
+
+
+class FisherMetrics(TrainerCallback):
+    """Takes what the optimizer measures, which a :class:`FisherTrainerMixin` logs beside the loss.
+
+    Args:
+        places, each: as for :class:`fisher_kernels.integrations.figures.Recorder`, to write to besides.
+        every: so many steps; None takes the Trainer's ``logging_steps``. Reading figures waits for the device.
+    """
+
+    def __init__(self, *places: Any, every: int | None = None, each: bool = False) -> None:
+        if every is not None and every < 1:
+            raise ValueError(f"every is {every}, expected at least 1, or None")
+        self.every = every
+        self._recorder = Recorder(*places, each=each)
+        self._figures: dict[str, float] = {}
+
+    def take(self) -> dict[str, float]:
+        """The figures since they were last taken, if there are any."""
+        figures, self._figures = self._figures, {}
+        return figures
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        step = state.global_step + 1  # which is counted when gradients are gone
+        if step % (self.every or max(int(state.logging_steps), 1)) == 0:
+            self._figures = self._recorder.record(optimizer, step)
+
+
+class _TakeUp(TrainerCallback):
+    """Lets the optimizer find the shards that Accelerate has put in the place of parameters, before the first step."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        take_up_parameters(optimizer)
 
 
 def _watch_first_forward(model: nn.Module, micro_batches: int) -> None:

@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from fisher_kernels import KFAC, MBF, SOFIM, AdaFisher
-from tests.processes import in_two_processes
 
 with warnings.catch_warnings():  # those of imports are not ours
     warnings.simplefilter("ignore")
-    from accelerate import Accelerator
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.utils import DistributedType
+
+from fisher_kernels.integrations.accelerate import prepare
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("default")]
 
@@ -116,3 +119,60 @@ def test_statistics_are_those_of_unscaled_gradients(
             for key, value in state.items():
                 # The scale is a power of two: it is divided out without rounding, but not of every cast in autocast.
                 torch.testing.assert_close(scaled[number][key], value, rtol=1e-5, atol=0)
+
+
+@pytest.fixture
+def sharding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Accelerator]:
+    """One that shards by ``fully_shard``, which it offers on GPUs alone, in a group of one process on the CPU."""
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU"):
+        monkeypatch.setenv(name, {"WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.get(name, "0"))
+    accelerator = Accelerator(cpu=True)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=1, state_dict_type="SHARDED_STATE_DICT"
+    )
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.state._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    yield accelerator
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_shards_in_the_place_of_parameters_are_trained(name: str, sharding: Accelerator, tmp_path: Path) -> None:
+    """From the first step on as parameters that are not divided; from a checkpoint bit for bit."""
+    x, y = samples(torch.float64)
+    batches = list(zip(x.split(4), y.split(4), strict=True))
+
+    def prepared() -> tuple[Any, Any]:
+        model = network().double()
+        model, optimizer = prepare(sharding, model, OPTIMIZERS[name](model))
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+        return model, optimizer
+
+    def train(model: Any, optimizer: Any, clip: Any = sharding.clip_grad_norm_) -> dict[str, Tensor]:
+        for x, y in batches:
+            sharding.backward(F.cross_entropy(model(x), y))
+            clip(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+        return {key: getattr(p, "full_tensor", lambda p=p: p)().clone() for key, p in model.state_dict().items()}
+
+    model, optimizer = prepared()
+    train(model, optimizer)
+    sharding.save_state(str(tmp_path / "state"))
+    expected = train(model, optimizer)
+    alone = network().double()
+    ours = OPTIMIZERS[name](alone)
+    for _ in range(2):
+        plain = train(alone, ours, nn.utils.clip_grad_norm_)
+    for key, value in expected.items():
+        # Two networks' worth of roundings of float64, times what eight steps of curvature make of them.
+        torch.testing.assert_close(value, plain[key], rtol=1e-9, atol=1e-11)
+    sharding.free_memory()
+    model, optimizer = prepared()
+    train(model, optimizer)
+    sharding.load_state(str(tmp_path / "state"))
+    found = train(model, optimizer)
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ with warnings.catch_warnings():  # those of imports are not ours
     from lightning.pytorch import LightningModule, Trainer, seed_everything
     from lightning.pytorch.plugins.precision import MixedPrecision
 
-from fisher_kernels.integrations.lightning import AllowClipping, allow_clipping
+from fisher_kernels.integrations.figures import read
+from fisher_kernels.integrations.lightning import AllowClipping, FisherMetrics, allow_clipping
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("default")]
 
@@ -140,7 +142,7 @@ def test_a_step_that_overflows_changes_nothing(tmp_path: Path) -> None:
     scaling = scaler()
     run = trainer(tmp_path, scaling, max_epochs=1, accumulate_grad_batches=1, callbacks=[AllowClipping()])
     fit(run, model)
-    moved = [any(not torch.equal(a[key], b[key]) for key in a) for a, b in zip(kept, kept[1:], strict=False)]
+    moved = [any(not torch.equal(a[key], b[key]) for key in a) for a, b in itertools.pairwise(kept)]
     assert moved == [True, False, True, True, True, True, True]
     assert scaling.get_scale() == SCALE / 2
     assert all(torch.isfinite(value).all() for state in run.optimizers[0].state.values() for value in state.values())
@@ -176,3 +178,16 @@ def test_fabric_clips_too(tmp_path: Path) -> None:
     assert all((p != before[key]).any() for key, p in model.state_dict().items())
     metrics = optimizer.optimizer.metrics()["weight"]
     assert 0.0 <= metrics["damping_share"] <= 1.0
+
+
+def test_figures_are_logged_and_written(tmp_path: Path) -> None:
+    from lightning.pytorch.loggers import CSVLogger
+
+    logger = CSVLogger(tmp_path, name="log")
+    metrics = FisherMetrics(tmp_path / "run.jsonl", every=2)
+    run = trainer(tmp_path, max_epochs=1, logger=logger, callbacks=[metrics], log_every_n_steps=1)
+    fit(run, small(OPTIMIZERS["AdaFisher"]))
+    found = read(tmp_path / "run.jsonl")
+    assert [*found["fisher/cosine_with_sgd"]] == [2, 4]
+    text = (Path(logger.log_dir) / "metrics.csv").read_text()
+    assert "fisher/damping_share" in text.splitlines()[0]

@@ -20,7 +20,8 @@ with warnings.catch_warnings():  # those of imports are not ours
     from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
     from transformers.trainer_callback import TrainerCallback
 
-from fisher_kernels.integrations.transformers import AccumulationCheck, FisherTrainer, FisherTrainerMixin
+from fisher_kernels.integrations.figures import read
+from fisher_kernels.integrations.transformers import AccumulationCheck, FisherMetrics, FisherTrainer, FisherTrainerMixin
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -240,3 +241,20 @@ def _nothing_left() -> Iterator[None]:
 
     for kind in (AcceleratorState, GradientState, PartialState):
         kind._reset_state()
+
+
+def test_figures_are_logged_and_written(tmp_path: Path) -> None:
+    """Into the Trainer's history, TensorBoard's files and lines of JSON, the same."""
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = trainer(tmp_path, gpt2(), AdaFisherW, {"lr": 1e-2}, logging_steps=2)
+    writer = tensorboard.SummaryWriter(str(tmp_path / "events"))
+    run.add_callback(FisherMetrics(tmp_path / "run.jsonl", writer))
+    run.train()
+    writer.close()
+    found = read(tmp_path / "run.jsonl")
+    name = "fisher/cosine_with_sgd"
+    assert [*found[name]] == [2, 4]
+    assert {entry["step"]: entry[name] for entry in run.state.log_history if name in entry} == found[name]
+    read_back = events.EventAccumulator(str(tmp_path / "events")).Reload()
+    assert {event.step: event.value for event in read_back.Scalars(name)} == pytest.approx(found[name])
