@@ -24,7 +24,7 @@ def prepare(accelerator: Accelerator, *objects: Any, **settings: Any) -> Any:
         What ``prepare`` returns.
     """
     prepared = accelerator.prepare(*objects, **settings)
-    for thing in prepared if isinstance(prepared, tuple) else (prepared,):
+    for thing in prepared if isinstance(prepared, list | tuple) else (prepared,):
         take_up_parameters(thing)
     return prepared
 
