@@ -45,7 +45,7 @@ class AllowClipping(Callback):
 
 
 class FisherMetrics(Callback):
-    """Logs what optimizers measure, as ``self.log`` does it, and writes it to other places.
+    """Logs what optimizers measure, as ``self.log`` of the module does, and writes it to other places.
 
     Args:
         places, each: as for :class:`fisher_kernels.integrations.figures.Recorder`.
@@ -68,4 +68,4 @@ class FisherMetrics(Callback):
             if isinstance(optimizer, FisherOptimizer):
                 figures = self._recorder.record(optimizer, step)
                 names = {name: f"{name}/{number}" if len(trainer.optimizers) > 1 else name for name in figures}
-                self.log_dict({names[name]: value for name, value in figures.items()})
+                pl_module.log_dict({names[name]: value for name, value in figures.items()})
