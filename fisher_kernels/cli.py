@@ -19,11 +19,13 @@ from rich.progress import TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fisher_kernels import __version__, backends, tasks, terminal
+from fisher_kernels.integrations import figures
 from fisher_kernels.runs import Run
 from fisher_kernels.tasks import fashion_images, files
 from fisher_kernels.tasks.files import Destination
 from fisher_kernels.tasks.optimizers import Recipe, hyperparameter
-from fisher_kernels.tasks.task import Task
+from fisher_kernels.tasks.run_picture import run_picture
+from fisher_kernels.tasks.task import MissingExtraError, Task
 from fisher_kernels.tasks.training import Settings
 from fisher_kernels.tools import environment, inspection, plan_models, selftest, served, user_model
 from fisher_kernels.tools import plan as planning
@@ -342,6 +344,28 @@ def _served_table(kinds: Sequence[served.Kind]) -> Table:
         cells = (str(len(kind.names)), f"{kind.parameters:,}", share, escape(why))
         table.add_row(f"[{colour}]{kind.rule}[/{colour}]", escape(kind.layer), *cells)
     return table
+
+
+@app.command()
+def plot(
+    run: Annotated[Path, typer.Argument(metavar="RUN.jsonl", help="Lines that a Recorder or a callback has written.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The picture.", show_default="RUN.png beside it; it is replaced")
+    ] = None,
+) -> None:
+    """Draw what was recorded of a run as a PNG: damping share, effective step, cosine with SGD, skipped blocks."""
+    target = out or run.with_suffix(".png")
+    try:
+        with terminal.refusing("RUN.jsonl"):
+            recorded = figures.read(run)
+            if not recorded:
+                raise ValueError(f"{run} has no lines")
+        target.write_bytes(run_picture(recorded, run.stem))
+    except MissingExtraError as error:
+        terminal.fail(str(error))
+    except OSError as error:
+        terminal.fail(f"{error.filename}: {error.strerror}")
+    _show_line(f"wrote {escape(str(target))}")
 
 
 @app.command()

@@ -1077,6 +1077,16 @@ def test_loading_goes_back_in_time(make: Make, saved_after: int) -> None:
     assert_same_state(ours.state_dict(), state)
 
 
+def test_a_state_is_loaded_by_an_optimizer_that_has_loaded_another(make: Make) -> None:
+    """Torch adds to the defaults of an optimizer when it loads a state."""
+    model, twin = network(), network(seed=1)
+    ours, others = make(model), make(twin)
+    others.load_state_dict(others.state_dict())
+    train(model, ours, range(2))
+    others.load_state_dict(ours.state_dict())
+    assert_same_state(others.state_dict(), ours.state_dict())
+
+
 def test_loading_brings_the_hyperparameters_along(make: Make) -> None:
     """As for every torch optimizer; here they decide what the state means."""
     model = network()

@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("curvature.statistics", "curvature.rows"),
     ("optim",),
     ("",),
+    ("integrations",),
     ("tools", "tools.environment", "tools.samples"),
     ("tools.selftest",),
     ("tools.inspection", "tasks", "terminal"),

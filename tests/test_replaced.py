@@ -58,6 +58,27 @@ def test_parameters_that_a_loaded_state_brings_are_followed(make: Make) -> None:
     assert not any(row.fallback for row in optimizer.explain())
 
 
+def test_groups_with_other_parameters_are_followed_before_a_step(make: Make) -> None:
+    """As Accelerate puts shards there: they are reported, a state is loaded into them, and goes on to the bit."""
+    model = network()
+    optimizer = make(model)
+    train(model, optimizer, range(2))
+    twin = network()
+    loaded = make(twin)
+    for name, p in list(twin.named_parameters()):
+        twin.get_submodule(name[0])._parameters[name[2:]] = nn.Parameter(p.detach().clone())
+    loaded.param_groups[0]["params"] = list(twin.parameters())
+    assert not any(row.fallback for row in loaded.explain())
+    for name, p in list(twin.named_parameters()):
+        twin.get_submodule(name[0])._parameters[name[2:]] = nn.Parameter(p.detach().clone())
+    loaded.param_groups[0]["params"] = list(twin.parameters())
+    loaded.load_state_dict(optimizer.state_dict())
+    twin.load_state_dict(model.state_dict())
+    for net, steps in ((model, optimizer), (twin, loaded)):
+        train(net, steps, range(2, 4))
+    assert_same_parameters(model, twin)
+
+
 def test_a_model_that_is_given_memory_later_is_followed(make: Make) -> None:
     with torch.device("meta"):
         model = network()

@@ -381,6 +381,7 @@ class FisherOptimizer(Optimizer):
         Moments and factors keep their precision: they take the wide dtype of their parameter (float64 for float64,
         otherwise float32) and its device. Moments take the ``moment_dtype`` that their group has now, which stays.
         """
+        self._take_up_groups()
         loaded = state_dict
         moment_dtypes = [group["moment_dtype"] for group in self.param_groups]
 
@@ -451,6 +452,7 @@ class FisherOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch adds it, and the next state would have to have it
         if "_skipped" in state:  # a copy or an unpickled optimizer; load_state_dict comes here too, with less
             self._find_groups()
             self._restored()
@@ -471,6 +473,7 @@ class FisherOptimizer(Optimizer):
         A row names the rule (a layer type, for example, or ``"fallback"``) and what it does for this parameter, the
         group, whether it is frozen, and the bytes of its state so far.
         """
+        self._take_up_groups()
         served = self._served()
         rows = []
         group_index = {id(group): i for i, group in enumerate(self.param_groups)}

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's palette: told apart by colour-blind readers too. Lines also differ in their markers, or have names.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
-_GREY = "#5f6670"
-_DOTS_PER_INCH = 150
+GREY = "#5f6670"
+DOTS_PER_INCH = 150
 
 
 def picture(task: Task, settings: Settings, summaries: Sequence[Summary], partial: str | None = None) -> bytes:
@@ -29,7 +29,7 @@ def picture(task: Task, settings: Settings, summaries: Sequence[Summary], partia
     draw = _by_epoch if settings.budget is None else _by_clock
     # A Figure of its own: no pyplot, so no global state and no display.
     figure = require("matplotlib.figure", "matplotlib", "the picture of the curves").Figure(
-        figsize=(12, 5.4) if settings.budget is None else (10, 5.6), dpi=_DOTS_PER_INCH, layout="constrained"
+        figsize=(12, 5.4) if settings.budget is None else (10, 5.6), dpi=DOTS_PER_INCH, layout="constrained"
     )
     draw(figure, task, settings, summaries, ", partial results" if partial else "")
     file = io.BytesIO()
@@ -73,7 +73,7 @@ def _draw_curve(axes: Axes, x: Sequence[float], curve: Sequence[Spread], summary
         [spread.mean for spread in curve],
         yerr=[spread.deviation for spread in curve],
         label=summary.title + _lost(summary),
-        color=_COLORS[index % len(_COLORS)],
+        color=COLORS[index % len(COLORS)],
         marker=_MARKERS[index % len(_MARKERS)],
         markersize=5,
         elinewidth=1,
@@ -87,8 +87,8 @@ def _draw_curve(axes: Axes, x: Sequence[float], curve: Sequence[Spread], summary
 def _by_clock(figure: Any, task: Task, settings: Settings, summaries: Sequence[Summary], remark: str) -> None:
     axes = figure.subplots()
     budget = settings.length(task)
-    others = iter(_COLORS[index % len(_COLORS)] for index in range(len(summaries)))
-    colors = {s.optimizer: _GREY if s.optimizer == BASELINE else next(others) for s in summaries}
+    others = iter(COLORS[index % len(COLORS)] for index in range(len(summaries)))
+    colors = {s.optimizer: GREY if s.optimizer == BASELINE else next(others) for s in summaries}
     curves = {s.optimizer: _curve(s) for s in summaries}
     for summary in summaries:
         seconds, means, deviations = curves[summary.optimizer]
@@ -117,7 +117,7 @@ def _by_clock(figure: Any, task: Task, settings: Settings, summaries: Sequence[S
         "offset points",
         va="bottom",
         fontsize=10.5,
-        color=_GREY,
+        color=GREY,
         linespacing=1.3,
         annotation_clip=False,
     )
@@ -163,10 +163,10 @@ def _draw_goal(axes: Axes, metric: Metric, goal: Reached, summaries: Sequence[Su
     title = next(summary.title for summary in summaries if summary.optimizer == goal.baseline)
     down = 1 if metric.higher_is_better else -1
     side = "bottom" if metric.higher_is_better else "top"
-    axes.axhline(goal.value, color=_GREY, linewidth=1.1, linestyle=(0, (2, 3)), zorder=2)
+    axes.axhline(goal.value, color=GREY, linewidth=1.1, linestyle=(0, (2, 3)), zorder=2)
     style: dict[str, Any] = {"textcoords": "offset points", "va": side, "fontsize": 10.5, "zorder": 5}
     axes.annotate(
-        f"where {title} ends", (0, goal.value), (5, 4 * down), xycoords=("axes fraction", "data"), color=_GREY, **style
+        f"where {title} ends", (0, goal.value), (5, 4 * down), xycoords=("axes fraction", "data"), color=GREY, **style
     )
     for name, seconds in goal.seconds.items():
         if seconds is not None and name != goal.baseline:
