@@ -32,7 +32,7 @@
 //   loads.
 //
 // Not seen: other data races, the memory model, occupancy, registers, __launch_bounds__, barriers met at different
-// lines, time. A thread that spins until another writes never ends. Not there: tensor cores, cp.async, textures,
+// lines, time. A thread that spins until another writes never ends. Not there: tensor cores, textures,
 // streams (every call is complete when it returns), atomics on floating point, static __shared__ variables.
 
 #ifdef __CUDACC__
@@ -51,6 +51,7 @@
   _Pragma("GCC error \"CUDA on the host has no __shared__ variables: take dynamic memory, on_host::shared_memory()\"")
 
 #include "atomics.h"
+#include "copies.h"
 #include "intrinsics.h"
 #include "launch.h"
 #include "loads.h"
