@@ -84,8 +84,22 @@ def test_a_seeded_fault_is_named_and_nothing_else(run: Run, kernel: str) -> None
 
 
 SELF_TEST = """
+from functools import partial
+import torch
+from fisher_kernels import ops, use_backend
 from fisher_kernels.tools import selftest
+from fisher_kernels.tools.samples import mbf_step
+
 print([result for result in selftest.run("cuda") if not result.passed])
+packed = partial(mbf_step._inputs, (mbf_step.Parameter((513,), (1, 513 * 514 // 2)),), False, {})
+with use_backend("cuda"):  # what small inputs do not reach
+    ops.minmax([torch.randn(30000), torch.randn(9)])
+    ops.mini_block_gram_(torch.zeros(2, 9, 9), torch.randn(600, 2, 9))
+    ops.rank_one_inverse_update_(torch.eye(200).repeat(2, 1, 1), torch.randn(2, 200))
+    x, gradient = torch.randn(40, 3, 8, 8), torch.randn(40, 2, 8, 8)
+    ops.conv_mini_block_gram_(torch.zeros(2, 3, 9, 9), x, gradient, 3, padding=1)
+    sample = next(sample for sample in mbf_step.SAMPLES)
+    sample.call(packed(mbf_step.Source(torch.float32, torch.device("cpu"))))
 """
 
 
