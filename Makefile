@@ -141,6 +141,8 @@ models: build
 inspect:
 	$(MAKE) build $(EVERYTHING) FISHER_KERNELS_WERROR=ON
 	$(PY) -m fisher_kernels inspect $(ARGS)
+	$(MAKE) $(STAMPS)/cuda-on-host.all $(EVERYTHING) FISHER_KERNELS_WERROR=ON
+	$(PY) -m fisher_kernels inspect --traffic
 
 # A broken link, a public name that is not documented and any other warning fail it.
 docs: build

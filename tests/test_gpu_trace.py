@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from fisher_kernels.cli import app
 from fisher_kernels.tools.inspection import traces
 from tests import cuda_builds
 
@@ -55,18 +58,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     library.last_message.restype = ctypes.c_char_p
     report = folder / "trace"
 
+    settings = {"FISHER_KERNELS_HOST_TRACE": str(report), "FISHER_KERNELS_HOST_TRAFFIC": "1"}
+
     def launched(kernel: str, fault: bool) -> traces.Launch:
         report.write_text("")
         out, numbers, counter = (torch.zeros(size, dtype=torch.int32) for size in (256, 256, 1))
         places = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (out, numbers, counter))
-        before = os.environ.get("FISHER_KERNELS_HOST_TRACE")
-        os.environ["FISHER_KERNELS_HOST_TRACE"] = str(report)  # read at the first launch
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in settings.items():
+                patch.setenv(name, value)  # read at the first launch
             assert getattr(library, kernel)(*places, int(fault)) == 0, library.last_message()
-        finally:
-            os.environ.pop("FISHER_KERNELS_HOST_TRACE")
-            if before is not None:
-                os.environ["FISHER_KERNELS_HOST_TRACE"] = before
         (launch,) = traces.read(report)
         return launch
 
@@ -83,6 +84,42 @@ def test_a_seeded_fault_is_named_and_nothing_else(run: Run, kernel: str) -> None
     assert all("faults.cu:" in place for finding in wrong.findings for place in finding.places)
 
 
+def test_sectors_and_wavefronts_are_counted(run: Run) -> None:
+    """Four blocks of two warps: 32 numbers of 4 bytes are four sectors, and at every second place eight."""
+    cost = {fault: traces.costs([run("neighbours", fault)]) for fault in (False, True)}
+    kernel = "faults.neighbours"
+    assert cost[False][kernel, "device reads", ""] == (8, 1024, 32, 32)
+    assert cost[True][kernel, "device reads", ""] == (8, 1024, 64, 32)
+    assert cost[True][kernel, "device writes", ""] == (8, 1024, 32, 32)
+    assert run("neighbours", False).distinct == (8, 32)
+    assert run("neighbours", True).distinct == (16, 32)
+
+
+def test_bank_conflicts_are_counted(run: Run) -> None:
+    """A warp of each of four blocks: one wavefront where every word has a bank, eight where eight share one."""
+    for fault, wavefronts in ((False, 4), (True, 32)):
+        cost = traces.costs([run("pads", fault)])
+        for what in ("shared reads", "shared writes"):
+            assert cost["faults.pads", what, ""] == (4, 512, wavefronts, 4)
+    places = traces.costs([run("pads", True)], by_place=True)
+    assert all(place.startswith("faults.cu:") for _, _, place in places)
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_what_is_found_is_shown(run: Run, monkeypatch: pytest.MonkeyPatch, fault: bool) -> None:
+    launches = [run("barrier", fault), run("neighbours", False)]
+    monkeypatch.setattr(traces, "self_test", lambda: launches)
+    shown = CliRunner().invoke(app, ["inspect", "--traffic", "--kernels", "barrier", "--json"])
+    assert shown.exit_code == fault
+    result = json.loads(shown.stdout)
+    assert result["passed"] != fault
+    assert [finding.split(":")[0] for finding in result["findings"]] == ["faults.barrier"] * (2 * fault)
+    assert {row["kernel"] for row in result["traffic"]} == {"faults.barrier"}
+    table = CliRunner().invoke(app, ["inspect", "--traffic"]).stdout
+    assert "faults.neighbours" in table
+    assert ("in no order with" in " ".join(table.split())) == fault
+
+
 SELF_TEST = """
 from functools import partial
 import torch
@@ -96,10 +133,9 @@ with use_backend("cuda"):  # what small inputs do not reach
     ops.minmax([torch.randn(30000), torch.randn(9)])
     ops.mini_block_gram_(torch.zeros(2, 9, 9), torch.randn(600, 2, 9))
     ops.rank_one_inverse_update_(torch.eye(200).repeat(2, 1, 1), torch.randn(2, 200))
-    x, gradient = torch.randn(40, 3, 8, 8), torch.randn(40, 2, 8, 8)
+    x, gradient = torch.randn(2, 3, 40, 40), torch.randn(2, 2, 40, 40)
     ops.conv_mini_block_gram_(torch.zeros(2, 3, 9, 9), x, gradient, 3, padding=1)
-    sample = next(sample for sample in mbf_step.SAMPLES)
-    sample.call(packed(mbf_step.Source(torch.float32, torch.device("cpu"))))
+    mbf_step.SAMPLES[0].call(packed(mbf_step.Source(torch.float32, torch.device("cpu"))))
 """
 
 

@@ -223,6 +223,23 @@ __global__ void fence_after_writing(Params params) {
   add_in_the_last_block<kFault ? Last::fence_too_early : Last::right>(params);
 }
 
+// What is right and slow.
+
+template <bool kFault>
+__global__ void neighbours(Params params) {
+  *own(params) = params.in[threadIdx.x * (kFault ? 2 : 1)];
+}
+
+/// Eight rows of four words, by columns: beside each other in four banks, or with pads between rows in all.
+template <bool kFault>
+__global__ void pads(Params params) {
+  const int i = threadIdx.x;
+  if (i >= 32) return;
+  memory()[i % 8 * (kFault ? 32 : 36) + i / 8] = i;
+  __syncwarp();
+  *own(params) = memory()[i % 8 * (kFault ? 32 : 36) + i / 8];
+}
+
 }  // namespace
 
 #define KERNEL(name)                                                                            \
@@ -251,5 +268,7 @@ KERNEL(first_fence)
 KERNEL(second_fence)
 KERNEL(fence_of_the_device)
 KERNEL(fence_after_writing)
+KERNEL(neighbours)
+KERNEL(pads)
 
 EXPORTED const char* last_message() { return fisher_kernels::on_host::last_message().c_str(); }

@@ -45,6 +45,7 @@ Tracer& Tracer::here() {
 
 Tracer::Tracer() {
   if (const char* path = std::getenv("FISHER_KERNELS_HOST_TRACE")) path_ = path;
+  counts_ = std::getenv("FISHER_KERNELS_HOST_TRAFFIC") != nullptr;
   Dl_info module;
   if (dladdr(reinterpret_cast<const void*>(&Tracer::here), &module) == 0) return;
   base_ = reinterpret_cast<uintptr_t>(module.dli_fbase);
@@ -57,15 +58,18 @@ void Tracer::begin_launch(const Launch& launch) {
   findings_.clear();
   clocks_.begin_launch();
   shadow_.begin_launch();
+  traffic_.begin_launch();
 }
 
 void Tracer::end_launch() {
+  traffic_.end_block();
   if (!path_.empty()) write();
   launch_ = nullptr;
   one_.unlock();
 }
 
 void Tracer::begin_block(int64_t block) {
+  traffic_.end_block();
   clocks_.begin_block(static_cast<uint32_t>(block));
   shadow_.begin_block();
 }
@@ -84,6 +88,9 @@ void Tracer::access(const void* place, const volatile void* address, size_t byte
   const int thread = active_runner->running_number();
   if (kind == Kind::atomic) clocks_.atomic(thread, at);
   const Access now = clocks_.now(thread, place_of(place), kind == Kind::atomic);
+  if (counts_ && kind != Kind::copy_ends) {
+    traffic_.add(now.place, thread, at, static_cast<int>(bytes), shared, kind != Kind::read);
+  }
   Access other;
   const Wrong wrong = shadow_.access(at, static_cast<int>(bytes), shared, kind, now, other);
   if (wrong == Wrong::nothing) return;
@@ -123,7 +130,14 @@ void Tracer::write() const {
          << finding.first << "\"}";
     separator = ",";
   }
-  file << "]}\n";
+  file << "],\"traffic\":[";
+  separator = "";
+  for (const auto& [place, traffic] : traffic_.by_place()) {
+    file << separator << '[' << place << ',' << traffic.shared << ',' << traffic.write << ',' << traffic.requests << ','
+         << traffic.bytes << ',' << traffic.units << ',' << traffic.least << ']';
+    separator = ",";
+  }
+  file << "],\"distinct\":[" << traffic_.distinct(false) << ',' << traffic_.distinct(true) << "]}\n";
 }
 
 Launching::Launching(const Launch& launch) { Tracer::here().begin_launch(launch); }

@@ -12,6 +12,7 @@
 #include "clocks.h"
 #include "shadow.h"
 #include "trace.h"
+#include "traffic.h"
 
 namespace fisher_kernels::on_host::trace {
 
@@ -50,6 +51,8 @@ class Tracer {
   const Launch* launch_ = nullptr;
   Clocks clocks_;
   Shadow shadow_{clocks_};
+  bool counts_ = false;  // traffic too: FISHER_KERNELS_HOST_TRAFFIC asks for it
+  Traffics traffic_;
   std::map<std::tuple<Wrong, bool, uint32_t, uint32_t>, Finding> findings_;  // what, shared or not, two places
 };
 

@@ -6,13 +6,18 @@ launch to the file that ``FISHER_KERNELS_HOST_TRACE`` names; places in it are th
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import re
+import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 MOST_AT_ONCE = 2000
 """Places that one call of a program is asked for."""
@@ -46,14 +51,42 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """What the requests from one place in the sources cost.
+
+    Lanes of a warp that come to a place for the same time make one request.
+
+    Attributes:
+        memory: ``"shared"`` or ``"device"``.
+        write: whether it writes; an atomic does.
+        bytes: that the lanes asked for.
+        units: sectors of 32 bytes in memory of the device, wavefronts in shared memory.
+        least: how many would hold the distinct bytes of each request.
+    """
+
+    memory: str
+    write: bool
+    place: str
+    requests: int
+    bytes: int
+    units: int
+    least: int
+
+
+@dataclass(frozen=True)
 class Launch:
-    """A launch of a kernel, ``"stem.function"``, with the function's template arguments."""
+    """A launch of a kernel, ``"stem.function"``, with the function's template arguments.
+
+    ``distinct`` is how many sectors of the device's memory it read and how many it wrote, each counted once.
+    """
 
     kernel: str
     arguments: str
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     findings: tuple[Finding, ...]
+    traffic: tuple[Traffic, ...] = ()
+    distinct: tuple[int, int] = (0, 0)
 
 
 def read(path: Path) -> list[Launch]:
@@ -65,6 +98,7 @@ def read(path: Path) -> list[Launch]:
         wanted = {line["kernel"] for line in own}
         # A place is where the traced access returns to.
         wanted |= {place - 1 for line in own for finding in line["findings"] for place in finding["places"]}
+        wanted |= {place - 1 for line in own for place, *_ in line["traffic"]}
         found = _look_up(module, sorted(wanted))
         launches += [_launch(line, found) for line in own]
     return launches
@@ -84,7 +118,12 @@ def _launch(line: dict[str, Any], found: dict[int, list[tuple[str, str]]]) -> La
         for finding in line["findings"]
     ]
     stem = Path(source.partition(":")[0]).stem
-    return Launch(f"{stem}.{kernel}", arguments, tuple(line["grid"]), tuple(line["block"]), tuple(findings))
+    traffic = [
+        Traffic("shared" if shared else "device", bool(write), _place(found[place - 1]), *counts)
+        for place, shared, write, *counts in line["traffic"]
+    ]
+    sizes = tuple(line["grid"]), tuple(line["block"])
+    return Launch(f"{stem}.{kernel}", arguments, *sizes, tuple(findings), tuple(traffic), tuple(line["distinct"]))
 
 
 def _kernel(function: str) -> tuple[str, str]:
@@ -129,3 +168,70 @@ def summary(launches: Iterable[Launch]) -> list[str]:
         f"{kernel}: {what} ({memory} memory), {count} times: {places[0]} and {places[1]}; first: {first}"
         for (kernel, what, memory, places), (count, first) in counts.items()
     ]
+
+
+def why_not() -> str | None:
+    """Why nothing can be traced here, or None."""
+    if importlib.util.find_spec("fisher_kernels._cuda_on_host_traced") is None:
+        return "there is no traced module: FISHER_KERNELS_CUDA_ON_HOST=traced builds it, in a checkout"
+    return None if shutil.which("addr2line") else "addr2line is missing (it comes with binutils)"
+
+
+_SELF_TEST = """
+import sys
+from fisher_kernels.tools import selftest
+sys.exit(any([not result.passed for result in selftest.run("cuda")]))
+"""
+
+
+def self_test() -> list[Launch]:
+    """The launches of the self-test on the traced kernels, with what they cost. It takes a minute.
+
+    Raises:
+        RuntimeError: there is no traced module, or the self-test failed on it.
+    """
+    if reason := why_not():
+        raise RuntimeError(f"the kernels cannot be traced here: {reason}")
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "trace")
+        settings = {
+            "FISHER_KERNELS_CUDA_ON_HOST": "traced",
+            "FISHER_KERNELS_HOST_TRACE": str(report),
+            "FISHER_KERNELS_HOST_TRAFFIC": "1",
+        }
+        command = [sys.executable, "-c", _SELF_TEST]
+        done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"the self-test failed on the traced kernels: {done.stderr[-2000:]}")
+        return read(report)
+
+
+class Cost(NamedTuple):
+    """Traffic of a kernel, or of a place in it: in units a request, and how many times the least."""
+
+    requests: int
+    bytes: int
+    units: int
+    least: int
+
+    @property
+    def each(self) -> float:
+        """Sectors or wavefronts a request."""
+        return self.units / self.requests
+
+    @property
+    def ratio(self) -> float:
+        """How many times as many as the distinct bytes of a request, or its words without conflicts, need."""
+        return self.units / self.least
+
+
+def costs(launches: Iterable[Launch], by_place: bool = False) -> dict[tuple[str, str, str], Cost]:
+    """Kernel, what ("device reads", "shared writes" and so on) and place, or an empty one -> cost."""
+    sums: dict[tuple[str, str, str], Cost] = {}
+    for launch in launches:
+        for t in launch.traffic:
+            what = f"{t.memory} {'writes' if t.write else 'reads'}"
+            key = (launch.kernel, what, t.place if by_place else "")
+            more = (t.requests, t.bytes, t.units, t.least)
+            sums[key] = Cost(*map(sum, zip(sums.get(key, Cost(0, 0, 0, 0)), more, strict=True)))
+    return dict(sorted(sums.items()))
