@@ -113,7 +113,7 @@ def test_what_is_found_is_shown(run: Run, monkeypatch: pytest.MonkeyPatch, fault
     assert shown.exit_code == fault
     result = json.loads(shown.stdout)
     assert result["passed"] != fault
-    assert [finding.split(":")[0] for finding in result["findings"]] == ["faults.barrier"] * (2 * fault)
+    assert {finding.split(":")[0] for finding in result["findings"]} == ({"faults.barrier"} if fault else set())
     assert {row["kernel"] for row in result["traffic"]} == {"faults.barrier"}
     table = CliRunner().invoke(app, ["inspect", "--traffic"]).stdout
     assert "faults.neighbours" in table

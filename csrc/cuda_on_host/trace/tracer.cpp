@@ -109,8 +109,8 @@ std::string Tracer::describe(Wrong wrong, bool shared, uintptr_t address, Kind k
     return "thread " + std::to_string(of.thread) + " of block " + std::to_string(of.block);
   };
   std::string said = thread(now) + " " + verb(kind) + " ";
-  if (shared) said += "byte " + std::to_string(address - reinterpret_cast<uintptr_t>(running.shared)) + " of shared memory";
-  if (!shared) said += "memory of the device";
+  const uintptr_t byte = address - reinterpret_cast<uintptr_t>(running.shared);
+  said += shared ? "byte " + std::to_string(byte) + " of shared memory" : "memory of the device";
   if (wrong == Wrong::unwritten) return said + ", which the block has not written";
   if (wrong == Wrong::under_way) return said + ", where a copy of " + thread(other) + " is under way";
   return said + ", in no order with " + thread(other);

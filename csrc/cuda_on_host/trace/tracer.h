@@ -41,7 +41,8 @@ class Tracer {
   Tracer();
 
   uint32_t place_of(const void* place) const;
-  std::string describe(Wrong wrong, bool shared, uintptr_t address, Kind kind, const Access& now, const Access& other) const;
+  std::string describe(Wrong wrong, bool shared, uintptr_t address, Kind kind, const Access& now,
+                       const Access& other) const;
   void write() const;
 
   std::mutex one_;  // launch at a time

@@ -84,7 +84,8 @@ void Traffics::count(const Part* first, const Part* last) {
   }
   if (!first->shared) {
     for (const Part* part = first; part < last; ++part) {
-      for (uintptr_t s = part->address / kSector; s <= (part->address + part->bytes - 1) / kSector; ++s) units.push_back(s);
+      const uintptr_t end = part->address + part->bytes;
+      for (uintptr_t sector = part->address / kSector; sector * kSector < end; ++sector) units.push_back(sector);
       for (int b = 0; b < part->bytes; ++b) bytes.push_back(part->address + b);
     }
     traffic.units += distinct_of(units);
