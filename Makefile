@@ -96,7 +96,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal
 test: environment.test
 	$(PYTEST) $(ARGS)
 
-test-all: build $(STAMPS)/cuda-on-host.sanitized
+test-all: build $(STAMPS)/cuda-on-host.all
 	$(PYTEST) --all $(ARGS)
 
 # Fewer on what is slow here; a failure is printed as a small call. ARGS="--fuzz 500" draws others than 10,000.
@@ -141,6 +141,8 @@ models: build
 inspect:
 	$(MAKE) build $(EVERYTHING) FISHER_KERNELS_WERROR=ON
 	$(PY) -m fisher_kernels inspect $(ARGS)
+	$(MAKE) $(STAMPS)/cuda-on-host.all $(EVERYTHING) FISHER_KERNELS_WERROR=ON
+	$(PY) -m fisher_kernels inspect --traffic
 
 # A broken link, a public name that is not documented and any other warning fail it.
 docs: build
@@ -218,9 +220,9 @@ $(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/settings.native $(STAMPS)/build-to
 	  sys.exit(not pathlib.Path("fisher_kernels/_native" + sysconfig.get_config_var("EXT_SUFFIX")).exists())' && mv $@.began $@ || :
 
 # The CUDA kernels as they run on the CPU, where there are a toolkit's headers: for the tests, and nothing else. The
-# second module, with sanitizers, is older than any new one of the first.
+# other modules, with sanitizers and traced, are older than any new one of the first.
 $(STAMPS)/cuda-on-host.ON: $(STAMPS)/native
-$(STAMPS)/cuda-on-host.sanitized: $(STAMPS)/cuda-on-host.ON
+$(STAMPS)/cuda-on-host.all: $(STAMPS)/cuda-on-host.ON
 $(STAMPS)/cuda-on-host.%:
 	if [ -e $(STAMPS)/native ]; then FISHER_KERNELS_CUDA_ON_HOST=$* $(PY) setup.py --quiet build_ext --inplace; fi
 	@if ls fisher_kernels/_cuda_on_host.* >/dev/null 2>&1; then touch $@; fi

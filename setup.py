@@ -95,7 +95,9 @@ def copy_modules_for_tests(folder: Path) -> None:
     choice = os.environ.get("FISHER_KERNELS_CUDA_ON_HOST") or "OFF"
     if choice == "OFF":
         return
-    for name, wanted in (("_cuda_on_host", True), ("_cuda_on_host_sanitized", choice == "sanitized")):
+    besides = {"sanitized", "traced"} if choice == "all" else {choice}
+    names = {"_cuda_on_host": True, **{f"_cuda_on_host_{kind}": kind in besides for kind in ("sanitized", "traced")}}
+    for name, wanted in names.items():
         module = ROOT / "fisher_kernels" / f"{name}{SUFFIX}"
         module.unlink(missing_ok=True)
         if wanted and (folder / module.name).exists():

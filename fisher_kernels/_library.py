@@ -41,9 +41,9 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 def _load_cuda_on_host() -> ModuleType | None:
     chosen = os.environ.get("FISHER_KERNELS_CUDA_ON_HOST") or "0"
-    names = {"0": None, "1": "_cuda_on_host", "sanitized": "_cuda_on_host_sanitized"}
+    names = {"0": None, "1": "_cuda_on_host", "sanitized": "_cuda_on_host_sanitized", "traced": "_cuda_on_host_traced"}
     if chosen not in names:
-        raise ValueError(f"FISHER_KERNELS_CUDA_ON_HOST is {chosen!r}, expected '0', '1' or 'sanitized'")
+        raise ValueError(f"FISHER_KERNELS_CUDA_ON_HOST is {chosen!r}, expected '0', '1', 'sanitized' or 'traced'")
     name = names[chosen]
     return None if name is None else _import(name)
 

@@ -29,6 +29,7 @@ from fisher_kernels.tasks.task import MissingExtraError, Task
 from fisher_kernels.tasks.training import Settings
 from fisher_kernels.tools import environment, inspection, plan_models, selftest, served, user_model
 from fisher_kernels.tools import plan as planning
+from fisher_kernels.tools.inspection import traces
 
 app = typer.Typer(
     name="fisher-kernels",
@@ -468,13 +469,21 @@ def inspect(
         list[str] | None,
         typer.Option(help=f"One of: {', '.join(inspection.BACKENDS)}.", show_default="all that can be inspected here"),
     ] = None,
+    traffic: Annotated[
+        bool,
+        typer.Option("--traffic", help="What the CUDA kernels move and whether they race, as they run on the host."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show what the code of every GPU kernel needs, for GPUs that need not be here.
 
     Triton's kernels are compiled for it, those in CUDA are read from the native module. Exits with 1 where a kernel
-    does not compile, keeps registers in memory, or reads a stream in narrow pieces.
+    does not compile, keeps registers in memory, or reads a stream in narrow pieces. With --traffic the self-test runs
+    on the CUDA kernels of a traced build instead, and a race is a failure; with --kernels source lines are shown too.
     """
+    if traffic:
+        _inspect_traffic(kernels, as_json)
+        return
     reasons = {name: part.why_not() for name, part in inspection.BACKENDS.items()}
     chosen = backend or [name for name, reason in reasons.items() if reason is None] or list(reasons)
     with terminal.refusing("--kernels"):
@@ -516,6 +525,53 @@ def inspect(
         raise typer.Exit(terminal.INTERRUPTED)
     if faults or not rows:
         raise typer.Exit(1)
+
+
+def _inspect_traffic(kernels: str, as_json: bool) -> None:
+    with terminal.refusing("--kernels"):
+        try:
+            wanted = re.compile(kernels)
+        except re.error as error:
+            raise ValueError(f"is {kernels!r}, expected a regular expression: {error}") from error
+    try:
+        launches = [launch for launch in traces.self_test() if wanted.search(launch.kernel)]
+    except RuntimeError as error:
+        terminal.fail(str(error))
+    findings = traces.summary(launches)
+    costs = traces.costs(launches, by_place=bool(kernels))
+    if as_json:
+        rows = [
+            {"kernel": kernel, "what": what, "place": place, **cost._asdict()}
+            for (kernel, what, place), cost in costs.items()
+        ]
+        terminal.show_json({"passed": bool(launches) and not findings, "findings": findings, "traffic": rows})
+    else:
+        terminal.show(_traffic_table(costs), width=max(Console().width, 140))
+        for finding in findings:
+            _show_line(f"[red]failed:[/red] {escape(finding)}")
+    if findings or not launches:
+        raise typer.Exit(1)
+
+
+def _traffic_table(costs: Mapping[tuple[str, str, str], traces.Cost]) -> Table:
+    table = Table(
+        caption="of the self-test; units: sectors of 32 bytes in memory of the device, wavefronts in shared memory; "
+        "ratio: to those that would hold the distinct bytes of each request"
+    )
+    by_place = any(place for _, _, place in costs)
+    for name in ("kernel", "what", "place")[: 3 if by_place else 2]:
+        table.add_column(name, no_wrap=name != "place")
+    for name in ("requests", "bytes", "units a request", "ratio"):
+        table.add_column(name, justify="right")
+    for key, cost in costs.items():
+        table.add_row(
+            *key[: 3 if by_place else 2],
+            f"{cost.requests:,}",
+            f"{cost.bytes:,}",
+            f"{cost.each:.2f}",
+            f"{cost.ratio:.2f}",
+        )
+    return table
 
 
 def _inspection_table(rows: Sequence[inspection.Row]) -> Table:

@@ -35,21 +35,39 @@ def missing() -> str:
     return " and ".join([*lacking, *([] if toolkit_include() else ["the headers of a CUDA toolkit"])])
 
 
-def build(output: Path, sources: Iterable[Path], *flags: str) -> Path:
-    """Compile CUDA sources as one, the stand-in as another, and link them: most of each is the toolkit's headers."""
-    parts = {"sources": sources, "stand_in": sorted(STAND_IN.glob("*.cpp"))}
-    for name, paths in parts.items():
-        output.with_name(f"{name}.cpp").write_text("".join(f'#include "{path}"\n' for path in paths))
-    command = [
+def _command(*flags: str) -> list[str]:
+    return [
         *("g++", "-std=c++17", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", *flags),
         *("-DFISHER_KERNELS_CUDA_ON_HOST", "-I", str(STAND_IN), "-I", str(STAND_IN.parent)),
         *("-isystem", str(toolkit_include())),
-        *(str(output.with_name(f"{name}.cpp")) for name in parts),
     ]
-    subprocess.run([*command, "-o", str(output)], check=True)
+
+
+def _joined(output: Path, paths: Iterable[Path]) -> str:
+    output.write_text("".join(f'#include "{path}"\n' for path in paths))
+    return str(output)
+
+
+def build(output: Path, sources: Iterable[Path], *flags: str) -> Path:
+    """Compile CUDA sources as one, the stand-in as another, and link them: most of each is the toolkit's headers."""
+    parts = {"sources": sources, "stand_in": sorted(STAND_IN.glob("*.cpp"))}
+    files = [_joined(output.with_name(f"{name}.cpp"), paths) for name, paths in parts.items()]
+    subprocess.run([*_command(*flags), *files, "-o", str(output)], check=True)
     return output
 
 
 def build_library(output: Path, sources: Iterable[Path], *flags: str) -> Path:
     """The same as a shared library, of which nothing may be missing."""
     return build(output, sources, "-fPIC", "-shared", "-Wl,-z,defs", *flags)
+
+
+def build_traced(output: Path, sources: Iterable[Path]) -> Path:
+    """A shared library whose kernels are traced, the stand-in not: it follows them."""
+    traced = ("-fPIC", "-O1", "-g1", "-DFISHER_KERNELS_HOST_TRACE")
+    kernels, stand_in = output.with_name("sources.o"), output.with_name("stand_in.cpp")
+    joined = _joined(output.with_name("sources.cpp"), sources)
+    subprocess.run([*_command(*traced, "-fsanitize=thread", "-Wno-tsan"), "-c", joined, "-o", str(kernels)], check=True)
+    rest = _joined(stand_in, sorted([*STAND_IN.glob("*.cpp"), *STAND_IN.glob("trace/*.cpp")]))
+    command = [*_command(*traced, "-shared", "-Wl,-z,defs"), rest, str(kernels), "-ldl"]
+    subprocess.run([*command, "-o", str(output)], check=True)
+    return output

@@ -81,7 +81,7 @@ def tools_without(folder: Path, *left_out: str) -> str:
     ("option", "message"),
     [
         ("CPU=avx3", "FISHER_KERNELS_CPU is 'avx3', expected 'native', 'all' or a list of: baseline"),
-        ("CUDA_ON_HOST=1", "FISHER_KERNELS_CUDA_ON_HOST is '1', expected 'OFF', 'ON' or 'sanitized'"),
+        ("CUDA_ON_HOST=1", "FISHER_KERNELS_CUDA_ON_HOST is '1', expected 'OFF', 'ON', 'sanitized', 'traced' or 'all'"),
     ],
 )
 def test_options_are_checked(tmp_path: Path, option: str, message: str) -> None:
@@ -293,7 +293,12 @@ def test_the_kernels_on_the_host_need_headers_alone(tmp_path: Path) -> None:
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "cuda_bf16.h").touch()
     variables = {"CUDA_HOME": str(tmp_path)}
-    for choice, modules in (("OFF", set()), ("ON", {""}), ("sanitized", {"", "_sanitized"})):
+    for choice, modules in (
+        ("OFF", set()),
+        ("ON", {""}),
+        ("sanitized", {"", "_sanitized"}),
+        ("all", {"", "_sanitized", "_traced"}),
+    ):
         found = configure(tmp_path / "build", "CUDA=off", f"CUDA_ON_HOST={choice}", **variables)
         assert found.returncode == 0, found.stderr
         build = (tmp_path / "build" / "build.ninja").read_text()
@@ -316,13 +321,16 @@ copy(Path({str(tmp_path)!r}))
     package = tmp_path / "fisher_kernels"
     package.mkdir()
     (tmp_path / plain).write_text("new")
+    traced = f"_cuda_on_host_traced{suffix}"
     (tmp_path / sanitized).write_text("new")
+    (tmp_path / traced).write_text("new")
     for choice, expected in (
-        ("", {plain: "old", sanitized: "old"}),
+        ("", {plain: "old", sanitized: "old", traced: "old"}),
         ("ON", {plain: "new"}),
         ("sanitized", {plain: "new", sanitized: "new"}),
+        ("all", {plain: "new", sanitized: "new", traced: "new"}),
     ):
-        for name in (plain, sanitized):
+        for name in (plain, sanitized, traced):
             (package / name).write_text("old")
         found = run([sys.executable, "-c", code], FISHER_KERNELS_CUDA_ON_HOST=choice)
         assert found.returncode == 0, found.stderr
@@ -370,8 +378,8 @@ def test_a_compiler_cache_is_used_where_there_is_one(tmp_path: Path, cache: str 
             ("requirements.py dev", "CUDA_ON_HOST", "--all", "_CPU="),
         ),
         ("build", ("requirements.py dev", "--no-deps --editable"), ("CUDA_ON_HOST", "_CPU=")),
-        ("test", ("requirements.py test", "FISHER_KERNELS_CUDA_ON_HOST=ON"), ("=sanitized", "--all")),
-        ("test-all", ("requirements.py dev", "FISHER_KERNELS_CUDA_ON_HOST=sanitized", "pytest", "--all"), ()),
+        ("test", ("requirements.py test", "FISHER_KERNELS_CUDA_ON_HOST=ON"), ("=all", "--all")),
+        ("test-all", ("requirements.py dev", "FISHER_KERNELS_CUDA_ON_HOST=all", "pytest", "--all"), ()),
         ("dist", ("FISHER_KERNELS_CPU=all FISHER_KERNELS_CUDA=on", "FISHER_KERNELS_CUDA_ARCHS=80,90,100"), ()),
         ("inspect", ("FISHER_KERNELS_CPU=all FISHER_KERNELS_CUDA=on", "FISHER_KERNELS_CUDA_ARCHS=80,90,100"), ()),
     ],

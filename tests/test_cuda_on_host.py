@@ -344,6 +344,10 @@ FAULTS = {  # in the order of faults.cu
     ),
     "exception": (LAUNCH_FAILURE, "thread 4 threw an exception: four"),
     "launch": (LAUNCH_FAILURE, "thread 0 launched a kernel"),
+    "asynchronous copy": (
+        LAUNCH_FAILURE,
+        "thread 1 begins an asynchronous copy of 16 bytes between addresses that are no multiples of so many",
+    ),
     "second block": (LAUNCH_FAILURE, "block (0,1,0): thread 1 waits at __syncthreads, thread 0 has ended"),
 }
 

@@ -2,8 +2,6 @@
 
 #include <cuda_runtime.h>
 
-#include <cstring>
-
 // Copies to shared memory that pass by the registers, so that many are under way while a warp computes.
 namespace fisher_kernels::cuda {
 
@@ -12,7 +10,7 @@ template <int kBytes>
 __device__ inline void copy_async(void* to_shared, const void* from) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
 #ifdef FISHER_KERNELS_CUDA_ON_HOST
-  std::memcpy(to_shared, from, kBytes);
+  on_host::begin_copy(to_shared, from, kBytes);
 #else
   const auto to = static_cast<unsigned>(__cvta_generic_to_shared(to_shared));
   if constexpr (kBytes == 16) {  // past the first-level cache
@@ -25,7 +23,9 @@ __device__ inline void copy_async(void* to_shared, const void* from) {
 
 /// Ends a group of this thread's copies.
 __device__ inline void end_copies() {
-#ifndef FISHER_KERNELS_CUDA_ON_HOST
+#ifdef FISHER_KERNELS_CUDA_ON_HOST
+  on_host::end_copies();
+#else
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
@@ -34,7 +34,9 @@ __device__ inline void end_copies() {
 /// their next barrier.
 template <int kGroups>
 __device__ inline void wait_for_copies() {
-#ifndef FISHER_KERNELS_CUDA_ON_HOST
+#ifdef FISHER_KERNELS_CUDA_ON_HOST
+  on_host::wait_for_copies(kGroups);
+#else
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 #endif
 }

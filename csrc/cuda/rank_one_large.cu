@@ -183,6 +183,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   if (!kLook && tile == 0 && threadIdx.x == 0) b.info[block] = status;
   if (kLook ? large.unsure[block] == 0 : status != kUpdated) return;
   const Rows<Traits> rows(tile, b.n);
+  if (!rows.has(0)) return;  // another warp writes the last row
   T* const p = large.block(block);
   const T* const w = large.terms(block);
   const T sign = b.sign(), factor = b.reciprocal();

@@ -57,6 +57,7 @@ fisher_kernels::on_host::Integer<T> atomicCAS(T* address, std::common_type_t<T> 
   return expected;
 }
 
-inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+// By the order a traced build tells the fence of a block from the others.
+inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_ACQ_REL); }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }

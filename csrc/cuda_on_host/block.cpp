@@ -4,6 +4,8 @@
 #include <exception>
 #include <utility>
 
+#include "trace.h"
+
 namespace fisher_kernels::on_host {
 
 __thread Running running;
@@ -39,6 +41,8 @@ void BlockRunner::prepare(const Launch& launch, const Order& order, uint3 block)
   ended_ = at_barrier_ = warp_turn_ = lane_turn_ = 0;
   prepare_order(order, threads);
 
+  if (copies_.size() < static_cast<size_t>(threads)) copies_.resize(threads);
+  for (Copies& copies : copies_) copies.clear();  // those that nobody waited for never arrive
   threads_.resize(threads);
   Thread* thread = threads_.data();
   for (unsigned z = 0; z < size.z; ++z) {
@@ -56,6 +60,7 @@ void BlockRunner::prepare(const Launch& launch, const Order& order, uint3 block)
   shared_memory_.open(launch.shared_bytes);
   const dim3 grid = launch.grid;
   running = {{}, block, {size.x, size.y, size.z}, {grid.x, grid.y, grid.z}, shared_memory_.data()};
+  trace::begin_block((int64_t{block.z} * grid.y + block.y) * grid.x + block.x);
 }
 
 void BlockRunner::prepare_order(const Order& order, int threads) {

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "copies.h"
 #include "fiber.h"
 #include "launch.h"
 #include "order.h"
@@ -32,7 +33,13 @@ class BlockRunner {
   /// Called by the running CUDA thread: see running.h. A kernel launches none.
   uint64_t meet_block(const Arrival& arrival);
   uint64_t meet_warp(const Arrival& arrival);
+  void begin_copy(const Copies::Copy& copy);
+  Copies& copies() { return copies_[running_number()]; }
   [[noreturn]] void refuse_launch();
+
+  /// What a trace asks: the number of the running thread in its block, and whether an address is on its stack.
+  int running_number() const { return number(*current_); }
+  bool is_on_stack(const volatile void* address) const { return current_->fiber->holds(address); }
 
  private:
   enum class State : uint8_t { ready, running, waiting, ended };
@@ -82,6 +89,7 @@ class BlockRunner {
   std::vector<Warp> warps_;
   int ended_ = 0;
   int at_barrier_ = 0;
+  std::vector<Copies> copies_;  // by thread
 
   // Whose turn it is.
   Order order_;

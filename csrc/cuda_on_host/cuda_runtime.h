@@ -19,7 +19,7 @@
 // - Barriers that not all reach: threads that have ended, or wait somewhere else.
 // - Warp operations: a mask without the caller, or with lanes that the block has not, that have ended or that wait
 //   elsewhere; a source lane outside of the mask.
-// - Writes just past the shared memory, stack overflows, exceptions.
+// - Writes just past the shared memory, stack overflows, exceptions, asynchronous copies at odd addresses.
 // - Launches that CUDA would refuse: empty or too large, parameters of more than 32,764 bytes, more shared memory than
 //   the kernel may have (48 KB, until cudaFuncSetAttribute allows more).
 // In one thing it is stricter than CUDA, which lets barriers and masks pass over threads that have ended.
@@ -30,10 +30,13 @@
 //   and results that differ show a missing barrier. A cheap look, not a proof: equal results prove nothing.
 // - With -fsanitize=address, accesses out of bounds, of shared memory too; with -fsanitize=undefined, misaligned vector
 //   loads.
+// - Asynchronous copies that are read too early: they arrive when their thread waits for them, and never before.
 //
-// Not seen: other data races, the memory model, occupancy, registers, __launch_bounds__, barriers met at different
-// lines, time. A thread that spins until another writes never ends. Not there: tensor cores, cp.async, textures,
-// streams (every call is complete when it returns), atomics on floating point, static __shared__ variables.
+// Compiled to be traced (trace/): races of the accesses that were executed, whatever their order.
+//
+// Not seen: occupancy, registers, __launch_bounds__, barriers met at different lines, time; untraced, other data races
+// and the memory model. A thread that spins until another writes never ends. Not there: tensor cores, textures, streams
+// (every call is complete when it returns), atomics on floating point, static __shared__ variables.
 
 #ifdef __CUDACC__
 #error "csrc/cuda_on_host is for host compilers: nvcc must find the toolkit's cuda_runtime.h"
@@ -51,6 +54,7 @@
   _Pragma("GCC error \"CUDA on the host has no __shared__ variables: take dynamic memory, on_host::shared_memory()\"")
 
 #include "atomics.h"
+#include "copies.h"
 #include "intrinsics.h"
 #include "launch.h"
 #include "loads.h"

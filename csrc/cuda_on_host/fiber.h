@@ -40,6 +40,12 @@ class Fiber {
   /// Whether something was written below the end of the stack, as far as a few bytes there can tell.
   bool overflowed() const;
 
+  /// Whether an address is on this stack.
+  bool holds(const volatile void* address) const {
+    const auto* byte = static_cast<const volatile unsigned char*>(address);
+    return byte >= stack_ && byte < stack_ + bytes_;
+  }
+
   /// The first thing a fiber does.
   static void begin();
 

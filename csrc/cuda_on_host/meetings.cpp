@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "block.h"
+#include "trace.h"
 
 namespace fisher_kernels::on_host {
 
@@ -126,6 +127,7 @@ bool BlockRunner::release_block() {
     wake(thread);
   }
   at_barrier_ = 0;
+  trace::meet_block();
   return true;
 }
 
@@ -143,6 +145,7 @@ bool BlockRunner::is_complete(const Warp& warp, uint32_t mask) const {
 void BlockRunner::exchange(Warp& warp, uint32_t mask) {
   uint64_t given[kWarpSize] = {};
   uint32_t ballot = 0;
+  trace::meet_warp(threads_[warp.first + __builtin_ctz(mask)].at.meeting, warp.first, mask);
   for (int lane = 0; lane < warp.size; ++lane) {
     given[lane] = threads_[warp.first + lane].at.value;
     if ((mask & bit(lane)) != 0 && given[lane] != 0) ballot |= bit(lane);

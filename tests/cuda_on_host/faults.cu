@@ -22,6 +22,7 @@ enum class Fault {
   stack,
   exception,
   launch,
+  asynchronous_copy,
   second_block,
 };
 
@@ -81,6 +82,9 @@ __global__ void faulty_kernel(Fault fault) {
       __syncthreads();
       break;
     case Fault::launch: launch(harmless_kernel, dim3(1), dim3(1), 0, nullptr); break;
+    case Fault::asynchronous_copy:
+      fisher_kernels::on_host::begin_copy(shared_memory() + 8 * i, shared_memory() + 64, i == 1 ? 16 : 8);
+      break;
     case Fault::second_block:
       if (blockIdx.y == 1 && i == 0) return;
       __syncthreads();
