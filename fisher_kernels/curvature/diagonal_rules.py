@@ -33,8 +33,8 @@ from fisher_kernels.curvature.rules import (
 from fisher_kernels.ops import ACCUMULATOR, channel_sum_of_squares, column_sum_of_squares, patch_sum_of_squares
 
 Factors = dict[str, Tensor]
-Means = tuple[list[Tensor], list[float]]
-"""A vector and a divisor of each factor, which is their quotient, completed by a 1 if the vector is an entry short."""
+Means = dict[str, tuple[Tensor, float]]
+"""Factor name -> (vector, divisor): the factor is their quotient, completed by a 1 if the vector is an entry short."""
 
 Placement = dict[str, tuple[Tensor | None, Tensor | None]]
 """Parameter name -> (row factor, column factor); None stands for 1."""
@@ -47,14 +47,11 @@ class DiagonalRule(Rule):
     """Its sums are vectors, small beside the gradients, and minmax enlarges their rounding."""
 
     def shapes(self, module: Any) -> dict[str, int]:
-        """Names and lengths of the factors."""
+        """Names and lengths of the factors, in the order of :meth:`means`."""
         raise NotImplementedError
 
     def means(self, module: Any, sums: Sums) -> Means:
-        """Factors from raw sums, in the order of :meth:`shapes`.
-
-        That of the inputs of a layer with a bias has one entry more, the mean of 1^2, which may be left out.
-        """
+        """Factors from raw sums. A layer with a bias has one entry more, the mean of 1^2, which may be left out."""
         raise NotImplementedError
 
     def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:
@@ -101,7 +98,8 @@ class Linear(DiagonalRule):
         return [self._inputs(module), self._outputs(module)]
 
     def means(self, module: Any, sums: Sums) -> Means:
-        return sums.vectors, sums.counts
+        inputs, outputs = zip(sums.vectors, sums.counts, strict=True)
+        return {"input_factor": inputs, "output_factor": outputs}
 
     def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:
         inputs, outputs = factors["input_factor"], factors["output_factor"]
@@ -164,7 +162,8 @@ class Conv(DiagonalRule):
         return [module.in_channels * math.prod(module.kernel_size), module.out_channels]
 
     def means(self, module: Any, sums: Sums) -> Means:
-        return sums.vectors, sums.counts
+        inputs, outputs = zip(sums.vectors, sums.counts, strict=True)
+        return {"input_factor": inputs, "output_factor": outputs}
 
     def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:
         inputs, outputs = factors["input_factor"], factors["output_factor"]
@@ -176,12 +175,13 @@ class ReleaseConv(Conv):
     """The released code divides H by the size of a patch once more, which matters only next to the eps of minmax."""
 
     def means(self, module: Any, sums: Sums) -> Means:
+        means = super().means(module, sums)
         patch = module.in_channels // module.groups * math.prod(module.kernel_size)
-        (inputs, outputs), (count, positions) = sums.vectors, sums.counts
+        inputs, count = means["input_factor"]
         if has_bias(module):  # its entry is divided too
             inputs = torch.cat((inputs / count, inputs.new_ones(1)))
             count = 1
-        return [inputs, outputs], [count * patch, positions]
+        return {**means, "input_factor": (inputs, count * patch)}
 
 
 class ConvTranspose(DiagonalRule):
@@ -217,8 +217,8 @@ class ConvTranspose(DiagonalRule):
         return [module.in_channels, module.out_channels * math.prod(module.kernel_size), module.out_channels]
 
     def means(self, module: Any, sums: Sums) -> Means:
-        wanted = len(self.shapes(module))  # without a bias not its factor, which is the last one
-        return sums.vectors[:wanted], sums.counts[:wanted]
+        # Without a bias its factor, the last one, is not wanted.
+        return dict(zip(self.shapes(module), zip(sums.vectors, sums.counts, strict=True), strict=False))
 
     def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:
         by_offset = factors["output_factor"].view(module.groups, -1)
@@ -252,7 +252,7 @@ class Norm(DiagonalRule):
         return [module.weight.numel()]
 
     def means(self, module: Any, sums: Sums) -> Means:
-        return [sums.vectors[-1].square()], [sums.counts[-1]]
+        return {"output_factor": (sums.vectors[-1].square(), sums.counts[-1])}
 
     def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:
         outputs = factors["output_factor"]
@@ -288,8 +288,7 @@ class ReleaseNorm(Norm):
     def means(self, module: Any, sums: Sums) -> Means:
         u, samples = sums.vectors[0], sums.counts[0]
         inputs = torch.stack((u.square().sum(), u.new_full((), float(u.numel()))))
-        (outputs,), (count,) = super().means(module, sums)
-        return [inputs, outputs], [samples**2, count]
+        return {"input_factor": (inputs, samples**2), **super().means(module, sums)}
 
     def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:
         inputs, outputs = factors["input_factor"], factors["output_factor"]
@@ -335,7 +334,7 @@ class Embedding(DiagonalRule):
         # The number of tokens stays on the device: with padding nobody else knows it. Without any the means are NaN,
         # which the average refuses.
         tokens = counts.sum()
-        return [counts / tokens, outputs / tokens], [1, 1]
+        return {"input_factor": (counts / tokens, 1), "output_factor": (outputs / tokens, 1)}
 
     def place(self, module: Any, factors: Mapping[str, Tensor]) -> Placement:
         return {"weight": (factors["input_factor"], factors["output_factor"])}

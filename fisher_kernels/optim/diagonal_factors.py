@@ -152,10 +152,10 @@ class DiagonalFactors:
             divisors: list[float] = []
             for index in batch.indices:
                 site = self.sites[index]
-                vectors, counts = site.rule.means(site.module, sums_of[index])
-                values += vectors
+                for vector, divisor in site.rule.means(site.module, sums_of[index]).values():
+                    values.append(vector)
+                    divisors.append(divisor)
                 values.append(batch.one)
-                divisors += counts
                 divisors.append(1.0)
             if {x.dtype for x in values} != {batch.one.dtype}:
                 values = [x.to(batch.one.dtype) for x in values]
