@@ -158,7 +158,7 @@ def test_why_cuda_is_refused(
 @pytest.mark.slow
 def test_a_wrong_choice_of_the_host_module_is_an_error() -> None:
     result = run_python("import fisher_kernels", FISHER_KERNELS_CUDA_ON_HOST="yes")
-    assert "FISHER_KERNELS_CUDA_ON_HOST is 'yes', expected '0', '1' or 'sanitized'" in result.stderr
+    assert "FISHER_KERNELS_CUDA_ON_HOST is 'yes', expected '0', '1', 'sanitized' or 'traced'" in result.stderr
 
 
 # On the host: every op of the self-test, again and again.
