@@ -84,8 +84,8 @@ struct StepTraits {
   using G = G_;  // of gradients, or of what is in their place
   using M = M_;  // of moments
   using A = Accumulator<T>;
-  // Elements that a thread moves at once: of the narrowest numbers as many as one load has.
-  static constexpr int kVector = static_cast<int>(kVectorBytes / std::min({sizeof(T), sizeof(G), sizeof(M)}));
+  // Elements that a thread moves at once.
+  static constexpr int kVector = kVectorBytes / (sizeof(M) < sizeof(T) ? sizeof(M) : sizeof(T));
   static constexpr int kThreads = 256;
   static constexpr int kWarps = kThreads / kWarp;
   static constexpr int kTile = kThreads * kVector;  // elements that a block moves at once
