@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 
 from fisher_kernels.curvature.scattered import Division
-from fisher_kernels.optim.kronecker_factors import KroneckerFactors, Pair
+from fisher_kernels.optim.kronecker_factors import KroneckerFactors, Pair, in_runs
 
 Key = TypeVar("Key")
 
@@ -104,7 +104,7 @@ def own_directions(
     Args:
         here: what it has of the vectors of those among parameters that have one.
     """
-    for run in _in_runs([pair for pair in factors.pairs if _has_rows(factors, pair)]):
+    for run in in_runs([p for p in factors.pairs if _has_rows(factors, p)], _numbers, MOST_TOGETHER):
         given = {pair.number: here(factors.acting_of(pair)) for pair in run}
         pairs = {pair.number: pair for pair in run if pair.weight in given[pair.number]}
         rows = {k: _matrix(pair, factors.by_rows(pair, _joined(pair, given[k]))) for k, pair in pairs.items()}
@@ -121,21 +121,11 @@ def _has_rows(factors: KroneckerFactors, pair: Pair) -> bool:
     return pair.rule.shape[0] == 1 and not pair.rule.transposed and pair.placed.has_rows_of(pair.params)
 
 
-def _in_runs(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
-    """Pairs one after another, as many at a time as are exchanged together: the same in all processes."""
-    run: list[Pair] = []
-    size = 0
-    for pair in pairs:
-        assert pair.placed is not None
-        _, n, m = pair.rule.shape
-        numbers = pair.placed.division(n).size * m
-        if run and size + numbers > MOST_TOGETHER:
-            yield run
-            run, size = [], 0
-        run.append(pair)
-        size += numbers
-    if run:
-        yield run
+def _numbers(pair: Pair) -> int:
+    """How many a process puts into a call: the same in all of them, so that all make the same runs."""
+    assert pair.placed is not None
+    _, n, m = pair.rule.shape
+    return pair.placed.division(n).size * m
 
 
 def _matrix(pair: Pair, own: Tensor) -> Matrix:

@@ -17,6 +17,7 @@ from fisher_kernels.optim.kronecker_factors import (
     SIDES,
     KroneckerFactors,
     Pair,
+    in_runs,
     mean_eigenvalue,
     on_the_left,
     on_the_right,
@@ -43,7 +44,7 @@ class FactorInverses(KroneckerFactors):
         return partial(_inverses, self._root(pair))
 
     def _renew(self, pairs: Sequence[Pair]) -> Iterator[Tensor]:
-        for together in _in_runs(pairs):
+        for together in in_runs(pairs, _numbers, MOST_TOGETHER):
             found = _all_inverses([(self._root(pair), *self._sources(pair)) for pair in together])
             for pair, (*made, bad) in zip(together, found, strict=True):
                 self._put_to_use(pair, made)
@@ -69,19 +70,9 @@ class FactorInverses(KroneckerFactors):
         return rows
 
 
-def _in_runs(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
-    """Pairs one after another, as many at a time as are inverted together."""
-    run: list[Pair] = []
-    size = 0
-    for pair in pairs:
-        numbers = sum(math.prod(pair.rule.factor_shape(side)) for side in range(len(SIDES)))
-        if run and size + numbers > MOST_TOGETHER:
-            yield run
-            run, size = [], 0
-        run.append(pair)
-        size += numbers
-    if run:
-        yield run
+def _numbers(pair: Pair) -> int:
+    """How many its factors have."""
+    return sum(math.prod(pair.rule.factor_shape(side)) for side in range(len(SIDES)))
 
 
 Inverses = tuple[Tensor, Tensor, Tensor]

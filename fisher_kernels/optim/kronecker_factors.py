@@ -468,6 +468,20 @@ def on_the_right(matrix: Tensor, factor: Tensor) -> Tensor:
     return matrix * factor if factor.dim() == 2 else matrix @ factor[0]
 
 
+def in_runs(pairs: Sequence[Pair], numbers: Callable[[Pair], int], most: int) -> Iterator[list[Pair]]:
+    """Pairs one after another, as many at a time as have no more numbers together than ``most``; one at least."""
+    run: list[Pair] = []
+    size = 0
+    for pair in pairs:
+        if run and size + numbers(pair) > most:
+            yield run
+            run, size = [], 0
+        run.append(pair)
+        size += numbers(pair)
+    if run:
+        yield run
+
+
 def mean_eigenvalue(factor: Tensor) -> Tensor:
     """Of each matrix of a factor, or of each diagonal: (groups,)."""
     return (factor if factor.dim() == 2 else factor.diagonal(dim1=1, dim2=2)).mean(1)
