@@ -172,8 +172,9 @@ def places(case: Any) -> list[dict[str, Any]]:
 
 
 def for_rounding(implementation: str) -> list[tuple[int, ...]]:
-    """Of each dtype one whose order in memory need not be row-major."""
-    return [*shapes_for(implementation), *[(4, 3, 2, 3)] * len(DTYPES)]
+    """Of each dtype one whose order in memory need not be row-major, and one that takes several blocks of a GPU."""
+    large = () if implementation == "triton" else (2, 8201)
+    return [*shapes_for(implementation), *[(4, 3, 2, 3)] * len(DTYPES), *[large] * len(DTYPES)]
 
 
 def rounding(case: Any) -> dict[str, Any]:
