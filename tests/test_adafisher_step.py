@@ -341,8 +341,16 @@ def test_moments_round_to_nearest_even(implementation: str, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("layout", [contiguous, sliced, channels_last])
 def test_stochastic_rounding(implementation: str, layout: Callable[[Tensor], Tensor]) -> None:
+    check_rounding(parameters_for(implementation), layout)
+
+
+def test_stochastic_rounding_of_parameters_that_several_blocks_of_a_gpu_share(implementation: str) -> None:
+    shape = (2, 1030) if implementation == "triton" else (2, 8201)
+    check_rounding([Parameter(shape)] * len(DTYPES), contiguous)
+
+
+def check_rounding(parameters: Sequence[Parameter], layout: Callable[[Tensor], Tensor]) -> None:
     """What the same step makes in float32, rounded by the integers of the parameter, the step and the place."""
-    parameters = parameters_for(implementation)
     case = step(parameters, DTYPES, moments=SHORT_IN_TURN, layout=layout, weight_decay=0.1)
     wide = case.map(lambda x: x.to(ACCUMULATOR[x.dtype], copy=True))
     rounding, parts = [], []

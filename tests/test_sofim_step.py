@@ -324,12 +324,28 @@ def test_stochastic_rounding(
     direction: str,
     scope: str,
 ) -> None:
+    check_rounding(shapes_for(implementation), moments, layout, direction=direction, scope=scope)
+
+
+@pytest.mark.parametrize("moments", [None, torch.bfloat16], ids=str)
+def test_stochastic_rounding_of_parameters_that_several_blocks_of_a_gpu_share(
+    implementation: str, moments: torch.dtype | None
+) -> None:
+    shape = (2, 1030) if implementation == "triton" else (2, 8201)
+    check_rounding([shape] * 2, moments, contiguous)
+
+
+def check_rounding(
+    shapes: Sequence[tuple[int, ...]],
+    moments: torch.dtype | None,
+    layout: Callable[[Tensor], Tensor],
+    **options: Any,
+) -> None:
     """What the same step makes in float32, rounded by the integers of the parameter, the step and the place.
 
     Parameters are compared where moments are in float32: others are in the norm as they were rounded.
     """
-    options = {"direction": direction, "scope": scope, "weight_decay": 0.1}
-    case = step(shapes_for(implementation), torch.bfloat16, moments=moments, layout=layout, **options)
+    case = step(shapes, torch.bfloat16, moments=moments, layout=layout, weight_decay=0.1, **options)
     wide = case.map(lambda x: x.to(torch.float32, copy=True))
     case.grads[0][0, 0] = wide.grads[0][0, 0] = math.nan
     places = [{"offset": 1000 * i} for i in range(len(case.params))]
