@@ -1,7 +1,8 @@
 """Raw sums of which each process keeps the rows that it has of a weight: a reduce-scatter adds them up.
 
 What is made of the rows is then the business of the process that has them. Whether all of a sum is finite is not: one
-that is not is refused as a whole. So each process tells the others whether its rows are, by one number for each sum.
+that is not is refused as a whole. So each process tells the others whether its rows are, by one number for each sum. Of
+a matrix it may be columns that are divided, which are then sent as if they were rows.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ class Division:
         group: the processes that have the rows of one copy.
         copies: groups of processes that have the same rows.
         device: the type of device on which they send.
+        across: whether what is called a row here is a column of a sum that lies row after row.
     """
 
     rows: int
     group: Any
     copies: tuple[Any, ...]
     device: str
+    across: bool = False
 
     @classmethod
     def over(cls, rows: int, mesh: Any, dimension: int) -> Division:
@@ -71,7 +74,8 @@ def scatter(sums: Mapping[Key, Tensor], divisions: Mapping[Key, Division]) -> di
     all-reduce of the own rows. Rows are filled up with zeros to equal shares.
 
     Returns:
-        The own rows, flat; of a sum of which this process has no row one zero in their place.
+        The own rows, flat, or the own columns, one after another; of a sum of which this process has none one zero in
+        their place.
     """
     together: dict[tuple[Any, ...], list[Key]] = {}
     for key, x in sums.items():
@@ -95,6 +99,7 @@ def scatter(sums: Mapping[Key, Tensor], divisions: Mapping[Key, Division]) -> di
 
 def _shares(x: Tensor, division: Division) -> Tensor:
     """Flat rows as (processes, numbers of each)."""
+    x = x.view(-1, division.rows).t().flatten() if division.across else x
     padded = dist.get_world_size(division.group) * division.size * (x.numel() // division.rows)
     if padded > x.numel():
         x = torch.cat([x, x.new_zeros(padded - x.numel())])

@@ -104,7 +104,7 @@ def own_directions(
     Args:
         here: what it has of the vectors of those among parameters that have one.
     """
-    for run in in_runs([p for p in factors.pairs if _has_rows(factors, p)], _numbers, MOST_TOGETHER):
+    for run in in_runs([pair for pair in factors.pairs if pair.has_rows], _numbers, MOST_TOGETHER):
         given = {pair.number: here(factors.acting_of(pair)) for pair in run}
         pairs = {pair.number: pair for pair in run if pair.weight in given[pair.number]}
         rows = {k: _matrix(pair, factors.by_rows(pair, _joined(pair, given[k]))) for k, pair in pairs.items()}
@@ -114,11 +114,15 @@ def own_directions(
             yield from _split(pairs[k], factors.by_rows_again(pairs[k], x.own), given[k])
 
 
-def _has_rows(factors: KroneckerFactors, pair: Pair) -> bool:
-    """Whether a process has rows of one matrix, with what one bias has beside them."""
-    if not factors.exchanges or pair.placed is None or pair.weight is None or len(pair.biases) > pair.rule.bias:
-        return False
-    return pair.rule.shape[0] == 1 and not pair.rule.transposed and pair.placed.has_rows_of(pair.params)
+def by_way_of_rows(
+    pairs: Sequence[Pair], columns: Callable[[Pair], Tensor], work: Callable[[Pair, Tensor], Tensor]
+) -> Iterator[tuple[Pair, Tensor]]:
+    """What is made of rows (r, columns) of matrices of which a process has columns (rows, c), as columns again."""
+    for run in in_runs(pairs, _numbers, MOST_TOGETHER):
+        rows = to_rows({pair.number: _matrix(pair, columns(pair)) for pair in run})
+        made = {pair.number: x._replace(own=work(pair, x.own)) for pair in run for x in (rows[pair.number],)}
+        found = to_columns(made)
+        yield from ((pair, found[pair.number].own) for pair in run)
 
 
 def _numbers(pair: Pair) -> int:

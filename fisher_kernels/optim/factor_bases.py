@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fisher_kernels.curvature.factor_rules import Basis, TermRule
+from fisher_kernels.curvature.scattered import Division, flag, flagged
 from fisher_kernels.curvature.sites import Site
 from fisher_kernels.ops import ACCUMULATOR, factor_ema_
+from fisher_kernels.optim.exchanged import by_way_of_rows
 from fisher_kernels.optim.factor_shards import Divide
 from fisher_kernels.optim.kronecker_factors import (
     SIDES,
@@ -23,6 +26,7 @@ from fisher_kernels.optim.kronecker_factors import (
     on_the_right,
 )
 from fisher_kernels.optim.overlap import Overlap
+from fisher_kernels.optim.shares import local, whole
 
 MOMENTS = "second_moment"
 """State: second moments in the basis of the factors."""
@@ -53,14 +57,68 @@ class FactorBases(KroneckerFactors):
     (groups, rows, columns). In a new basis a second moment becomes what it would be if its entries were uncorrelated:
 
     .. math:: V' = (Q_G'^T Q_G)^{\circ 2}\, V\, (Q_A'^T Q_A)^{\circ 2\, T}
+
+    Where directions are exchanged, ``second_moment`` is a DTensor of which each process has the columns that it makes
+    of directions.
     """
 
     state_names = ("basis",)
     on_turn: Callable[[Pair, Sequence[Turn]], None] | None = None
     """Told of turns of a basis, for second moments that are in it and not averaged yet."""
 
+    def __init__(
+        self,
+        sites: Sequence[Site[TermRule]],
+        state: MutableMapping[Tensor, Any],
+        groups: Mapping[Parameter, dict[str, Any]],
+        overlap: Overlap,
+        divide: Divide = lambda params: None,
+    ) -> None:
+        super().__init__(sites, state, groups, overlap, divide)
+        self._turning: dict[int, list[Turn]] = {}  # number of a pair -> turns of columns that are divided, to be made
+
+    # State.
+
+    def columns_of(self, pair: Pair) -> Division | None:
+        """How the columns of second moments are divided; None where all are here, as those of fewer than processes."""
+        columns = pair.rule.shape[2]
+        if not self.exchanges or not pair.has_rows or pair.placed is None or columns < pair.placed.processes:
+            return None
+        return pair.placed.division(columns)
+
+    def moments_divided_among(self, p: Parameter) -> int:
+        found = (pair.placed.processes for pair in self.pairs if pair.placed and pair.holds(p) and self.columns_of(pair))
+        return next(found, 0)
+
+    def _lay_out(self, pair: Pair) -> None:
+        super()._lay_out(pair)
+        state = self.state.get(pair.owner, {})
+        if MOMENTS in state and pair.placed is not None and self.columns_of(pair) is not None:
+            state[MOMENTS] = pair.placed.loaded(state[MOMENTS], pair.rule.shape, 2, "second moments")
+        elif MOMENTS in state:
+            state[MOMENTS] = whole(state[MOMENTS])
+
     def _make_more(self, pair: Pair, state: dict[str, Tensor]) -> None:
-        state[MOMENTS] = torch.zeros(pair.rule.shape, dtype=ACCUMULATOR[pair.owner.dtype], device=pair.owner.device)
+        wide, device = ACCUMULATOR[pair.owner.dtype], pair.owner.device
+        if pair.placed is not None and self.columns_of(pair) is not None:
+            state[MOMENTS] = pair.placed.zeros(pair.rule.shape, 2, wide, device)
+        else:
+            state[MOMENTS] = torch.zeros(pair.rule.shape, dtype=wide, device=device)
+
+    def _moments(self, pair: Pair) -> Tensor:
+        """The second moments (groups, rows, c) that are here."""
+        return local(self.averages(pair)[MOMENTS])
+
+    def _all_moments(self, pair: Pair) -> Tensor:
+        """All of them; where they are divided every process has to ask."""
+        return whole(self.averages(pair)[MOMENTS])
+
+    # What is made of factors.
+
+    def renew(self, due: Collection[int], wait: bool = False) -> list[Pair]:
+        kept = super().renew(due, wait)
+        self._turn_columns()
+        return kept
 
     def _recipe(self, pair: Pair) -> Callable[..., tuple[Tensor, ...]]:
         return partial(_bases, bool(pair.rule.bias and pair.coupled is False))
@@ -68,16 +126,36 @@ class FactorBases(KroneckerFactors):
     def _put_to_use(self, pair: Pair, made: Sequence[Tensor]) -> None:
         # Second moments are moved by the squared cosines between new and old vectors. Where a basis was made again of
         # the same factor they stay to the bit, which takes no waiting for a GPU.
-        state = self.averages(pair)
+        # What processes exchange for that must not hang on what each of them finds of its own numbers.
+        state, is_divided = self.averages(pair), self.columns_of(pair) is not None
         turns: list[Turn] = []
         for side, (name, new) in enumerate(zip(self._made_names(pair), made, strict=True)):
             same = (new == state[name]).all()
-            if new.dim() == 3 and not (same.is_cpu and bool(same)):
+            if new.dim() == 3 and ((side and is_divided) or not (same.is_cpu and bool(same))):
                 turns.append((side, (new.mT @ state[name]).square_(), same))
-        state[MOMENTS].copy_(turned(state[MOMENTS], turns))
+        later = [turn for turn in turns if turn[0] and is_divided]
+        if later:
+            self._turning.setdefault(pair.number, []).extend(later)
+        self._moments(pair).copy_(turned(self._moments(pair), turns[: len(turns) - len(later)]))
         if turns and self.on_turn is not None:
             self.on_turn(pair, turns)
         super()._put_to_use(pair, made)
+
+    def _turn_columns(self) -> None:
+        """Turn second moments whose columns are divided to new vectors of columns: each process turns some rows.
+
+        All processes come here in the same order, which they do not where one has made what others get from it.
+        """
+        turning, self._turning = self._turning, {}
+
+        def columns(pair: Pair) -> Tensor:
+            return self._moments(pair)[0]
+
+        def turn(pair: Pair, rows: Tensor) -> Tensor:
+            return turned(rows.unsqueeze(0), turning[pair.number])[0]
+
+        for pair, new in by_way_of_rows([self.pairs[number] for number in sorted(turning)], columns, turn):
+            self._moments(pair)[0].copy_(new)
 
     def basis(self, pair: Pair) -> Basis:
         """The eigenvectors; None for those of a diagonal."""
@@ -193,12 +271,31 @@ class FactorMoments(FactorBases):
         super()._make_more(pair, state)
         state[MOMENT_UPDATES] = torch.zeros((), dtype=ACCUMULATOR[pair.owner.dtype], device=pair.owner.device)
 
+    def divisions(self) -> dict[tuple[int, int], Division]:
+        found = super().divisions()
+        for index, pair in self._of_site.items():
+            division = self.columns_of(pair)
+            if division is not None and not self.groups[pair.owner].get("delayed"):
+                found[index, len(pair.rule.blocks) + len(SIDES)] = replace(division, across=True)
+        return found
+
     def _fold_moments(self, pair: Pair, new: Tensor) -> None:
-        state = self.averages(pair)
+        state, own = self.averages(pair), self._moments(pair)
         decay = min(1 - 1 / (self._seen[pair.number] + 1), self.groups[pair.owner]["beta2"])
-        (refused,) = factor_ema_([state[MOMENTS].view(-1)], [new.reshape(-1)], decay, 1 - decay)
+        average = own.view(-1) if own.numel() else own.new_zeros(1)  # a number stands for it where no column is
+        (refused,) = factor_ema_([average], [self._own_moments(pair, new)], decay, 1 - decay)
         state[MOMENT_UPDATES].add_(1 - refused)
         self._seen[pair.number] += 1
+
+    def _own_moments(self, pair: Pair, new: Tensor) -> Tensor:
+        """The own columns of new second moments, row after row. What comes a refresh later has come whole."""
+        division, (_, rows, columns) = self.columns_of(pair), pair.rule.shape
+        if division is None:
+            return new
+        if new.numel() == rows * columns:
+            own = new.view(rows, columns)[:, division.here].flatten()
+            return flagged(own if own.numel() else own.new_zeros(1), flag(new))
+        return new.view(-1, rows).t().flatten() if division.own else new
 
     def _put_to_use(self, pair: Pair, made: Sequence[Tensor]) -> None:
         super()._put_to_use(pair, made)
@@ -209,7 +306,10 @@ class FactorMoments(FactorBases):
                 if pair.shards is not None:
                     self._spectra[pair.number] = spectra
             rows, columns = spectra
-            state[MOMENTS].copy_(rows.unsqueeze(2) * columns.unsqueeze(1))
+            if (division := self.columns_of(pair)) is not None:
+                columns = columns[:, division.here]
+            self._moments(pair).copy_(rows.unsqueeze(2) * columns.unsqueeze(1))
+            self._turning.pop(pair.number, None)  # they are in the new basis
             state[MOMENT_UPDATES].fill_(1)
             self._seen[pair.number] = 1
         self._show_basis(pair)
@@ -246,8 +346,7 @@ class FactorMoments(FactorBases):
         return self.into(pair, matrices)
 
     def direction_of(self, pair: Pair, image: Tensor) -> Tensor:
-        state, damping = self.averages(pair), self.groups[pair.owner]["damping"]
-        return self.out_of(pair, image / (state[MOMENTS] + damping))
+        return self.out_of(pair, image / (self._all_moments(pair) + self.groups[pair.owner]["damping"]))
 
     def by_rows(self, pair: Pair, rows: Tensor) -> Tensor:
         columns = self.basis(pair).columns
@@ -256,9 +355,10 @@ class FactorMoments(FactorBases):
     def by_columns(self, pair: Pair, columns: Tensor, here: slice) -> Tensor:
         if not self._seen[pair.number]:
             return columns
-        state, damping, rows = self.averages(pair), self.groups[pair.owner]["damping"], self.basis(pair).rows
+        damping, rows, moments = self.groups[pair.owner]["damping"], self.basis(pair).rows, self._moments(pair)[0]
+        moments = moments[:, here] if self.columns_of(pair) is None else moments
         columns = columns if rows is None else on_the_left(rows.mT, columns)
-        columns = columns / (state[MOMENTS][0, :, here] + damping)
+        columns = columns / (moments + damping)
         return columns if rows is None else on_the_left(rows, columns)
 
     def by_rows_again(self, pair: Pair, rows: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ together. A process that owned whole factors instead would have its largest laye
 and a reduce-scatter sends as much to each as to whom has most.
 
 In the state a factor is then a DTensor (1, n, n), of which each process has its rows, so a checkpoint of it is that of
-one process, whatever the number of processes that save and load it.
+one process, whatever the number of processes that save and load it. Second moments in a basis, (1, rows, columns), lie
+there by their columns in the same way.
 """
 
 from __future__ import annotations
@@ -31,17 +32,15 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class FactorShards:
-    """The processes that have rows of the factors of a layer.
+    """The processes that have rows of the factors of a layer, or columns of its second moments.
 
     Attributes:
         mesh: the processes.
-        dimension: of the mesh, along which rows are divided; along the others there are copies.
-        placements: of a factor (1, n, n) on it.
+        dimension: of the mesh, along which they are divided; along the others there are copies.
     """
 
     mesh: Any
     dimension: int
-    placements: tuple[Any, ...]
 
     @property
     def processes(self) -> int:
@@ -57,27 +56,34 @@ class FactorShards:
         """How n rows are divided."""
         return Division.over(n, self.mesh, self.dimension)
 
-    def zeros(self, n: int, dtype: torch.dtype, device: torch.device) -> Any:
-        """A factor (1, n, n) of zeros."""
-        return self._placed(torch.zeros((1, self.division(n).own, n), dtype=dtype, device=device))
+    def zeros(self, shape: tuple[int, ...], along: int, dtype: torch.dtype, device: torch.device) -> Any:
+        """A matrix (1, rows, columns) of zeros, whose rows (1) or columns (2) are divided."""
+        own = list(shape)
+        own[along] = self.division(shape[along]).own
+        return self._placed(torch.zeros(own, dtype=dtype, device=device), shape, along)
 
-    def loaded(self, x: Any, n: int) -> Any:
-        """A factor (1, n, n), wherever it lies, as the state has it; every process has to ask.
+    def loaded(self, x: Any, shape: tuple[int, ...], along: int, what: str = "a factor") -> Any:
+        """Such a matrix, wherever it lies, as the state has it; every process has to ask.
 
         Raises:
             ValueError: it has another shape.
         """
-        if tuple(x.shape) != (1, n, n):
+        if tuple(x.shape) != shape:
             raise ValueError(
-                f"the state has a factor of shape {tuple(x.shape)}, expected {(1, n, n)}: it is that of another model"
+                f"the state has {what} of shape {tuple(x.shape)}, expected {shape}: it is that of another model"
             )
-        if is_distributed(x) and x.device_mesh == self.mesh and tuple(x.placements) == self.placements:
+        if is_distributed(x) and x.device_mesh == self.mesh and tuple(x.placements) == self._placements(along):
             return x
-        return self._placed(whole(x)[:, self.division(n).here].clone())
+        own = self.division(shape[along])
+        return self._placed(whole(x).narrow(along, own.here.start, own.own).clone(), shape, along)
 
-    def _placed(self, own: Tensor) -> Any:
-        n = own.shape[2]
-        return as_dtensor(own, (1, n, n), self.mesh, self.placements)
+    def _placed(self, own: Tensor, shape: tuple[int, ...], along: int) -> Any:
+        return as_dtensor(own, shape, self.mesh, self._placements(along))
+
+    def _placements(self, along: int) -> tuple[Any, ...]:
+        from torch.distributed.tensor import Replicate, Shard  # whoever has a mesh has imported it
+
+        return tuple(Shard(along) if d == self.dimension else Replicate() for d in range(self.mesh.ndim))
 
 
 Divide = Callable[[Sequence[Any]], FactorShards | None]
@@ -98,10 +104,7 @@ def factor_shards(params: Sequence[Any], meshes: Mapping[Any, Any], ranks: Colle
     mesh, dimensions = first.device_mesh, divided(first)
     if len(dimensions) != 1 or mesh.size(dimensions[0]) == 1 or ranks_of(mesh) != set(ranks):
         return None
-    from torch.distributed.tensor import Replicate, Shard  # whoever has a mesh has imported it
-
-    placements = tuple(Shard(1) if d == dimensions[0] else Replicate() for d in range(mesh.ndim))
-    return FactorShards(mesh, dimensions[0], placements)
+    return FactorShards(mesh, dimensions[0])
 
 
 class Rows(NamedTuple):

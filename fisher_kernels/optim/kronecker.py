@@ -219,6 +219,8 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule], RandomRounding):
         without = f", without the statistics of its use by {', '.join(left_out)}" if left_out else ""
         divided = self._factors.divided_among(layer.parameters[role])
         among = f", divided among {divided} processes" if divided else ""
+        if moments := self._factors.moments_divided_among(layer.parameters[role]):
+            among += ", second moments too" if divided else f", second moments divided among {moments} processes"
         return f"{layer.place(role)}{self._kinds(role, layer.rule)}{among}{without}"
 
     def _kinds(self, role: str, rule: TermRule) -> str:

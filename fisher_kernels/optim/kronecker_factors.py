@@ -80,6 +80,13 @@ class Pair:
             return None
         return self.shards.division(n)
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether a process has rows of one matrix, with what one bias has beside them."""
+        if self.placed is None or self.weight is None or len(self.biases) > self.rule.bias:
+            return False
+        return self.rule.shape[0] == 1 and not self.rule.transposed and self.placed.has_rows_of(self.params)
+
     def holds(self, p: Parameter) -> bool:
         """Whether it serves a parameter."""
         return any(p is q for q in self.params)
@@ -196,7 +203,7 @@ class KroneckerFactors(Renewal[Pair]):
         state = self.state.get(pair.owner, {})
         for side, name in enumerate(f"{side}_factor" for side in SIDES):
             if name in state and pair.shards is not None and pair.division(side) is not None:
-                state[name] = pair.shards.loaded(state[name], pair.rule.shape[1 + side])
+                state[name] = pair.shards.loaded(state[name], pair.rule.factor_shape(side), along=1)
             elif name in state:
                 state[name] = whole(state[name])
 
@@ -216,7 +223,7 @@ class KroneckerFactors(Renewal[Pair]):
             for side, name in enumerate(SIDES):
                 shape = pair.rule.factor_shape(side)
                 if pair.shards is not None and pair.division(side) is not None:
-                    state[f"{name}_factor"] = pair.shards.zeros(shape[1], wide, device)
+                    state[f"{name}_factor"] = pair.shards.zeros(shape, 1, wide, device)
                 else:
                     state[f"{name}_factor"] = torch.zeros(shape, dtype=wide, device=device)
                 for kept in self.state_names:
@@ -248,6 +255,10 @@ class KroneckerFactors(Renewal[Pair]):
         for pair in self.pairs:
             if pair.shards is not None and pair.holds(p) and any(map(pair.division, range(len(SIDES)))):
                 return pair.shards.processes
+        return 0
+
+    def moments_divided_among(self, p: Parameter) -> int:
+        """How many have different columns of its second moments in a basis; 0 where all have all, or there are none."""
         return 0
 
     def _here(self, pair: Pair, side: int) -> Tensor:
@@ -287,7 +298,7 @@ class KroneckerFactors(Renewal[Pair]):
                 if known is None or not known[i]:
                     self._mark(index, pair, flags[i])
                     if means.moments is not None:
-                        self._fold_moments(pair, means.moments.to(dtype).view(pair.rule.shape))
+                        self._fold_moments(pair, means.moments.to(dtype))
             if known is None or any(known):
                 count(self.refused, tuple(pair.number for _, pair, _ in batch), flags)
 
@@ -298,7 +309,7 @@ class KroneckerFactors(Renewal[Pair]):
         self._stale.add(pair.number)
 
     def _fold_moments(self, pair: Pair, new: Tensor) -> None:
-        """Average second moments in."""
+        """Average second moments in: all of them, row after row, or the own columns, one after another."""
         raise NotImplementedError
 
     # What is made of them.
