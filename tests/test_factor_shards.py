@@ -134,16 +134,18 @@ def test_steps_are_those_of_one_process(kind: Any, mesh: str, settings: dict[str
         for name, sizes, columns in (("6.weight", (11, 32), 32), ("8.weight", (3, 12), 11)):
             divided = [n for n in sizes if processes <= n <= settings.get("max_factor_size", n)]
             less = 8 * columns * others(sizes[0]) + sum(8 * n * others(n) for n in divided)  # of the moment, and these
+            less += 0 if kind is KFAC else 8 * sizes[0] * others(sizes[1])  # columns of second moments
             assert here[name].state_bytes == alone[name] - less
             assert f", divided among {processes} processes" in here[name].detail
         assert "divided" not in here["2.weight"].detail  # of two groups
 
 
-@pytest.mark.parametrize("kind", [KFAC, pytest.param(EKFACAdam, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [KFAC, EKFAC, pytest.param(EKFACAdam, marks=pytest.mark.slow)])
 def test_what_a_refresh_and_an_inversion_send(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are scattered in a refresh; in an inversion they go to whom makes it, and what is made goes to all.
 
-    In a step rows of a direction become columns in other processes, and rows again.
+    In a step rows of a direction become columns in other processes, and rows again; so do rows of EKFACAdam's gradients.
+    Second moments in a basis lie by columns, which become rows and columns again where it turns.
     """
     watched(monkeypatch)
     world = 3
@@ -165,20 +167,24 @@ def test_what_a_refresh_and_an_inversion_send(kind: Any, monkeypatch: pytest.Mon
 
     sides = [n for inputs, outputs in LINEARS for n in (inputs + 1, outputs)]
     scattered = sum(8 * world * -(-n // world) * n for n in sides)
+    if kind is EKFAC:  # squares of per-sample gradients
+        scattered += sum(8 * world * -(-(i + 1) // world) * o for i, o in LINEARS)
     given = 0  # by all of them
     for rank, (turn, plain, refresh) in enumerate(on("3", work)):
         for calls in (turn, refresh):
             assert [size for name, size in calls if name == "reduce-scatter"] == [scattered]
             (first, *_) = (size for name, size in calls if name == "all-reduce")
-            assert first <= 8 * (4 + 3 * 3 + 4 * 2)  # flags of four factors, counts, terms, and what is found of layers
+            most = 4 + 3 * 3 + 4 * 2  # flags of four factors, counts, terms, and what is found of layers
+            assert first <= 8 * (most + (2 * 2 if kind is EKFAC else 0))
         part = sum(8 * world * -(-o // world) * -(-(i + 1) // world) for i, o in LINEARS)
-        every_step = [part, part] if kind is KFAC else []
+        every_step = [part] * (3 if kind is EKFACAdam else 2)
         for calls in (plain, refresh):
             assert [size for name, size in calls if name == "all-to-all"] == every_step
-        assert {name for name, _ in plain} == {"all-reduce", "all-to-all" if kind is KFAC else "all-gather"}
+        assert {name for name, _ in plain} == {"all-reduce", "all-to-all"}
         assert "broadcast" not in {name for name, _ in refresh}
         own = sum(8 * rows_here(n, world, rank) * n for n in sides)
-        assert [size for name, size in turn if name == "all-to-all"] == [own, *every_step]
+        turned = [] if kind is KFAC else [part, part]
+        assert [size for name, size in turn if name == "all-to-all"] == [own, *turned, *every_step]
         inverses = sum(size for name, size in turn if name == "broadcast")
         assert inverses == 8 * sum(n * n for n in sides) + 8 * len(LINEARS)  # and how many were bad
         given += own

@@ -538,11 +538,11 @@ FACTOR_NUMBERS = sum((i + 1) ** 2 + o**2 for i, o in LINEARS)
 
 
 @pytest.mark.parametrize(
-    ("kind", "numbers", "gathers", "calls"),
-    [(MBF, BLOCK_NUMBERS, 1, 1), (KFAC, FACTOR_NUMBERS, 0, 0), (EKFACAdam, FACTOR_NUMBERS, 2, 6)],
+    ("kind", "numbers", "gathers", "exchanges"),
+    [(MBF, BLOCK_NUMBERS, 1, 0), (KFAC, FACTOR_NUMBERS, 0, 2), (EKFACAdam, FACTOR_NUMBERS, 0, 3)],
 )
 def test_what_a_step_and_a_refresh_send(
-    kind: Any, numbers: int, gathers: int, calls: int, monkeypatch: pytest.MonkeyPatch
+    kind: Any, numbers: int, gathers: int, exchanges: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The statistics once in a refresh, in float32; the shards of what has a matrix, and a few numbers for bounds.
 
@@ -565,6 +565,9 @@ def test_what_a_step_and_a_refresh_send(
 
     shards = [4 * -(-o // 2) * n for i, o in LINEARS for n in (i, 1)]
     scattered = [("reduce-scatter", 4 * 12 * 2 * 2)] if kind is MBF else []
+    # Rows, and what they became: columns.
+    exchanged = ("all-to-all", 4 * 2 * sum(-(-o // 2) * -(-(i + 1) // 2) for i, o in LINEARS))
+    turned = [exchanged] * 2 if kind is EKFACAdam else []  # second moments, in a new basis
     for refresh, other in in_threads(work, 2):
         *first, (name, size) = refresh[: len(scattered) + 1]
         rest = refresh[len(scattered) + 1 :]
@@ -572,17 +575,15 @@ def test_what_a_step_and_a_refresh_send(
         assert name == "all-reduce"
         # Three counts of each of four layers, in three parts, and four flags.
         assert 4 * numbers <= size <= 4 * (numbers + (3 * 3 + 4) * 4)
-        assert rest == other
+        assert rest == [*turned, *other]
         sizes = [size for name, size in other if name == "all-gather"]
-        assert len(sizes) == calls  # for each layer, and in MBF for some million numbers
-        assert sum(sizes) == gathers * sum(shards)
-        # Of eight parameters three sums for the bounds and two counts; of the normalisation's Adam two means.
+        assert sizes == [gathers * sum(shards)] * gathers  # for some million numbers
+        # Of eight parameters three sums for the bounds and two counts; of the normalisation's Adam two means, and those
+        # of second moments in three bases.
         sums = sum(size for name, size in other if name == "all-reduce")
-        assert sums <= 8 * (3 + 2) * 8 + 2 * 4
-        exchanged = [size for name, size in other if name == "all-to-all"]  # rows, and what they became: columns
-        assert len(exchanged) == (2 if kind is KFAC else 0)
-        assert set(exchanged) <= {4 * 2 * sum(-(-o // 2) * -(-(i + 1) // 2) for i, o in LINEARS)}
-        assert {name for name, _ in other} == {"all-reduce", "all-to-all" if kind is KFAC else "all-gather"}
+        assert sums <= 8 * (3 + 2) * 8 + 2 * 4 + 3 * 8
+        assert [call for call in other if call[0] == "all-to-all"] == [exchanged] * exchanges
+        assert {name for name, _ in other} == {"all-reduce", "all-gather" if kind is MBF else "all-to-all"}
 
 
 class Attending(nn.Module):

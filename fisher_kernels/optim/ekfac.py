@@ -5,6 +5,7 @@ Source: George, Laurent, Bouthillier, Ballas and Vincent, arXiv 1806.03884.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -23,16 +24,17 @@ from fisher_kernels.curvature.rules import Sums
 from fisher_kernels.curvature.statistics import Statistics
 from fisher_kernels.ops import ACCUMULATOR
 from fisher_kernels.optim.adam_moments import average, unbiased
+from fisher_kernels.optim.exchanged import own_columns
 from fisher_kernels.optim.factor_bases import MOMENT_UPDATES, MOMENTS, FactorBases, FactorMoments, Turn, turned
 from fisher_kernels.optim.fisher_blocks import BLOCK_STATE
 from fisher_kernels.optim.floors import FLOOR
 from fisher_kernels.optim.inverse_sharing import EVERY_RANK
 from fisher_kernels.optim.kfac import KFAC, OTHERS_LR
 from fisher_kernels.optim.kronecker import RAMP, KroneckerOptimizer, goes_on
-from fisher_kernels.optim.kronecker_factors import UPDATES, Pair, factor_state
+from fisher_kernels.optim.kronecker_factors import UPDATES, Pair, factor_state, on_the_left
 from fisher_kernels.optim.momentum_image import HOLDS, IMAGE
 from fisher_kernels.optim.pending import PENDING
-from fisher_kernels.optim.shares import gathered, gathered_together, local, over_processes, some_anywhere
+from fisher_kernels.optim.shares import gathered_together, local, over_processes, some_anywhere
 from fisher_kernels.optim.vectors import Vectors
 
 TINY = 1e-16
@@ -187,6 +189,8 @@ class AdamBases(FactorBases):
     themselves. ``state[owner]`` has ``moment_updates``, how many gradients they are of.
     """
 
+    _means: dict[int, Tensor]  # number of a pair whose second moments are divided -> the mean of all of them
+
     def _make_more(self, pair: Pair, state: dict[str, Tensor]) -> None:
         super()._make_more(pair, state)
         state[MOMENT_UPDATES] = torch.zeros((), dtype=ACCUMULATOR[pair.owner.dtype], device=pair.owner.device)
@@ -199,15 +203,37 @@ class AdamBases(FactorBases):
 
     def observe(self, pair: Pair, gradients: Mapping[Parameter, Tensor], going_on: float | Tensor) -> None:
         """Average the squares of the gradient of a batch in; not if ``going_on`` is 0."""
-        state, beta2 = self.averages(pair), self.groups[pair.owner]["beta2"]
-        squares = [self.into(pair, matrices).square() for _, matrices in pair.given(gradients.get)]
-        average(state[MOMENTS], torch.stack(squares).sum(0) if len(squares) > 1 else squares[0], beta2, going_on)
-        state[MOMENT_UPDATES].add_(going_on)
+        found = [self.into(pair, matrices).square() for _, matrices in pair.given(gradients.get)]
+        squares, division = torch.stack(found).sum(0) if len(found) > 1 else found[0], self.columns_of(pair)
+        self._take(pair, squares if division is None else squares[:, :, division.here], going_on)
+
+    def observe_columns(self, pair: Pair, columns: Tensor, going_on: float | Tensor) -> None:
+        """The same, given the own columns of a gradient that is in the basis from the right."""
+        rows = self.basis(pair).rows
+        squares = (columns if rows is None else on_the_left(rows.mT, columns)).square()
+        self._take(pair, squares.unsqueeze(0), going_on)
+
+    def _take(self, pair: Pair, squares: Tensor, going_on: float | Tensor) -> None:
+        average(self._moments(pair), squares, self.groups[pair.owner]["beta2"], going_on)
+        self.averages(pair)[MOMENT_UPDATES].add_(going_on)
+
+    def add_up(self, pairs: Sequence[Pair]) -> None:
+        """Find the means of second moments that are divided, which each process needs in the directions of a step."""
+        self._means = {}
+        if pairs:
+            here = torch.stack([self._moments(pair).double().sum() for pair in pairs])
+            sums = over_processes([pair.owner for pair in pairs], here)
+            self._means = {pair.number: x / math.prod(pair.rule.shape) for pair, x in zip(pairs, sums, strict=True)}
+
+    def _divisors(self, pair: Pair, moments: Tensor) -> Tensor:
+        mean = self._means[pair.number] if self.columns_of(pair) is not None else self._moments(pair).mean()
+        return self._root(pair, moments, mean.to(moments.dtype))
+
+    def _root(self, pair: Pair, moments: Tensor, mean: Tensor | None = None) -> Tensor:
+        return _root(moments, self.averages(pair)[MOMENT_UPDATES], self.groups[pair.owner], mean)
 
     def _apply(self, pair: Pair, matrices: Tensor) -> Tensor:
-        state, group = self.averages(pair), self.groups[pair.owner]
-        scale = _root(state[MOMENTS], state[MOMENT_UPDATES], group)
-        return self.out_of(pair, self.into(pair, matrices) / scale)
+        return self.out_of(pair, self.into(pair, matrices) / self._root(pair, self._all_moments(pair)))
 
 
 def _root(moments: Tensor, count: Tensor, group: dict[str, Any], mean: Tensor | None = None) -> Tensor:
@@ -373,12 +399,7 @@ class EKFACAdam(KroneckerOptimizer):
     def _move(self, params: list[Parameter], stays: Mapping[Parameter, Tensor], found_inf: Tensor | None) -> None:
         gradients, self._gradients = self._gradients, {}
         going_on = goes_on(found_inf)
-        for pair in self._factors.pairs:
-            mine = [p for p in pair.params if p in gradients]
-            if mine:
-                whole = gathered_together(mine, [gradients[p] for p in mine])
-                known = _is_any_known(mine, stays)
-                self._factors.observe(pair, dict(zip(mine, whole, strict=True)), going_on * known)
+        self._observe(gradients, stays, going_on)
         for p, g in gradients.items():
             if not self._factors.serves(p):
                 if "exp_avg_sq" not in self.state[p]:  # a layer served it before
@@ -389,26 +410,46 @@ class EKFACAdam(KroneckerOptimizer):
                 average(local(self.state[p]["exp_avg_sq"]), g.square(), self._groups[p]["beta2"], moving)
         super()._move(params, stays, found_inf)
 
+    def _observe(
+        self, gradients: Mapping[Parameter, Tensor], stays: Mapping[Parameter, Tensor], going_on: float | Tensor
+    ) -> None:
+        """Average the squares of gradients in, of layers of which any process knows some number of a gradient."""
+
+        def here(params: Sequence[Parameter]) -> dict[Parameter, Tensor]:
+            return {p: gradients[p] for p in params if p in gradients}
+
+        given = {pair.number: mine for pair in self._factors.pairs if (mine := here(pair.params))}
+        unsure = [p for mine in given.values() for p in mine if p in stays]
+        known = dict(zip(unsure, some_anywhere(unsure, [(~stays[p]).any() for p in unsure]), strict=True))
+
+        def learning(pair: Pair) -> float | Tensor:
+            any_known = [known.get(p) for p in given[pair.number]]
+            sure = [x for x in any_known if x is not None]
+            return going_on * (1.0 if len(sure) < len(any_known) else torch.stack(sure).amax())
+
+        exchanged, others = list[Pair](), list[Pair]()
+        for pair in (pair for pair in self._factors.pairs if pair.number in given):
+            divided = pair.weight in gradients and self._factors.columns_of(pair) is not None
+            (exchanged if divided else others).append(pair)
+        for pair, columns in own_columns(self._factors, exchanged, here):
+            self._factors.observe_columns(pair, columns, learning(pair))
+        for pair in others:
+            mine = given[pair.number]
+            found = gathered_together([*mine], [*mine.values()])
+            self._factors.observe(pair, dict(zip(mine, found, strict=True)), learning(pair))
+        self._factors.add_up(exchanged)
+
     def _is_elementwise(self, p: Parameter) -> bool:
         return not self._factors.serves(p)
 
+    def _own_vectors(self, params: Sequence[Parameter], stays: Mapping[Parameter, Tensor]) -> list[Tensor]:
+        shares = [unbiased(self.state[p]["exp_avg_updates"], self._groups[p]["beta1"]) for p in params]
+        return [v / share.to(v.dtype) for v, share in zip(super()._own_vectors(params, stays), shares, strict=True)]
+
     def _directions(self, vectors: Vectors) -> Iterator[tuple[Parameter, Tensor]]:
-        counts = {p: self.state[p]["exp_avg_updates"] for p in vectors}
-
-        def of(some: Sequence[Parameter]) -> list[Tensor]:
-            found = vectors.of_all(some).items()
-            return [v / unbiased(counts[p], self._groups[p]["beta1"]).to(v.dtype) for p, v in found]
-
-        filled = Vectors(vectors, of)
-        yield from super()._directions(filled)
-        for p in filled:
+        yield from super()._directions(vectors)
+        for p in vectors:
             if not self._factors.serves(p) and "exp_avg_sq" in self.state[p]:
-                here = local(self.state[p]["exp_avg_sq"])
+                here, count = local(self.state[p]["exp_avg_sq"]), self.state[p]["exp_avg_updates"]
                 mean = over_processes([p], here.sum().reshape(1))[0] / p.numel() if is_distributed(p) else None
-                yield p, filled[p] / _root(here, counts[p], self._groups[p], mean)
-
-
-def _is_any_known(params: Sequence[Parameter], stays: Mapping[Parameter, Tensor]) -> float | Tensor:
-    """1, or 0 where the gradients of all of these parameters have no finite element, of which nothing is learnt."""
-    unknown = [gathered(p, stays[p].to(torch.uint8)).all() for p in params if p in stays]
-    return 1.0 if len(unknown) < len(params) else 1 - torch.stack(unknown).all().double()
+                yield p, vectors[p] / _root(here, count, self._groups[p], mean)

@@ -107,11 +107,29 @@ def own_directions(
     for run in in_runs([pair for pair in factors.pairs if pair.has_rows], _numbers, MOST_TOGETHER):
         given = {pair.number: here(factors.acting_of(pair)) for pair in run}
         pairs = {pair.number: pair for pair in run if pair.weight in given[pair.number]}
-        rows = {k: _matrix(pair, factors.by_rows(pair, _joined(pair, given[k]))) for k, pair in pairs.items()}
-        columns = to_columns(rows)
+        columns = _columns(factors, [*pairs.values()], given)
         made = {k: x._replace(own=factors.by_columns(pairs[k], x.own, x.columns.here)) for k, x in columns.items()}
         for k, x in to_rows(made).items():
             yield from _split(pairs[k], factors.by_rows_again(pairs[k], x.own), given[k])
+
+
+def own_columns(
+    factors: KroneckerFactors, pairs: Sequence[Pair], here: Callable[[Sequence[Parameter]], Vectors]
+) -> Iterator[tuple[Pair, Tensor]]:
+    """The own columns (rows, c) of vectors, times what they are multiplied by from the right.
+
+    Args:
+        pairs: of whose rows a process has some.
+        here: what it has of the vectors of those among parameters that have one, as each of these weights has.
+    """
+    for run in _in_runs(pairs):
+        columns = _columns(factors, run, {pair.number: here(pair.params) for pair in run})
+        yield from ((pair, columns[pair.number].own) for pair in run)
+
+
+def _columns(factors: KroneckerFactors, pairs: Sequence[Pair], given: Mapping[int, Vectors]) -> dict[int, Matrix]:
+    rows = ((pair, factors.by_rows(pair, _joined(pair, given[pair.number]))) for pair in pairs)
+    return to_columns({pair.number: _matrix(pair, own) for pair, own in rows})
 
 
 def by_way_of_rows(

@@ -62,6 +62,7 @@ class FactorBases(KroneckerFactors):
     of directions.
     """
 
+    exchanges = True
     state_names = ("basis",)
     on_turn: Callable[[Pair, Sequence[Turn]], None] | None = None
     """Told of turns of a basis, for second moments that are in it and not averaged yet."""
@@ -82,7 +83,7 @@ class FactorBases(KroneckerFactors):
     def columns_of(self, pair: Pair) -> Division | None:
         """How the columns of second moments are divided; None where all are here, as those of fewer than processes."""
         columns = pair.rule.shape[2]
-        if not self.exchanges or not pair.has_rows or pair.placed is None or columns < pair.placed.processes:
+        if not pair.has_rows or pair.placed is None or columns < pair.placed.processes:
             return None
         return pair.placed.division(columns)
 
@@ -175,6 +176,25 @@ class FactorBases(KroneckerFactors):
         matrices = matrices if rows is None else rows @ matrices
         return matrices if columns is None else matrices @ columns.mT
 
+    def by_rows(self, pair: Pair, rows: Tensor) -> Tensor:
+        columns = self.basis(pair).columns
+        return rows if columns is None else on_the_right(rows, columns)
+
+    def by_columns(self, pair: Pair, columns: Tensor, here: slice) -> Tensor:
+        rows, moments = self.basis(pair).rows, self._moments(pair)[0]
+        moments = moments[:, here] if self.columns_of(pair) is None else moments
+        columns = columns if rows is None else on_the_left(rows.mT, columns)
+        columns = columns / self._divisors(pair, moments)
+        return columns if rows is None else on_the_left(rows, columns)
+
+    def by_rows_again(self, pair: Pair, rows: Tensor) -> Tensor:
+        columns = self.basis(pair).columns
+        return rows if columns is None else on_the_right(rows, columns.mT)
+
+    def _divisors(self, pair: Pair, moments: Tensor) -> Tensor:
+        """What a vector is divided by in the basis, where it has these second moments, which are some or all."""
+        raise NotImplementedError
+
 
 def _bases(
     apart: bool, rows: Tensor, columns: Tensor, old_rows: Tensor, old_columns: Tensor
@@ -235,8 +255,6 @@ class FactorMoments(FactorBases):
     V is averaged as the factors are, and begins as the products of their eigenvalues. ``state[owner]`` has
     ``moment_updates``, how many estimates it is of.
     """
-
-    exchanges = True
 
     def __init__(
         self,
@@ -346,21 +364,17 @@ class FactorMoments(FactorBases):
         return self.into(pair, matrices)
 
     def direction_of(self, pair: Pair, image: Tensor) -> Tensor:
-        return self.out_of(pair, image / (self._all_moments(pair) + self.groups[pair.owner]["damping"]))
+        return self.out_of(pair, image / self._divisors(pair, self._all_moments(pair)))
 
     def by_rows(self, pair: Pair, rows: Tensor) -> Tensor:
-        columns = self.basis(pair).columns
-        return rows if columns is None or not self._seen[pair.number] else on_the_right(rows, columns)
+        return super().by_rows(pair, rows) if self._seen[pair.number] else rows
 
     def by_columns(self, pair: Pair, columns: Tensor, here: slice) -> Tensor:
-        if not self._seen[pair.number]:
-            return columns
-        damping, rows, moments = self.groups[pair.owner]["damping"], self.basis(pair).rows, self._moments(pair)[0]
-        moments = moments[:, here] if self.columns_of(pair) is None else moments
-        columns = columns if rows is None else on_the_left(rows.mT, columns)
-        columns = columns / (moments + damping)
-        return columns if rows is None else on_the_left(rows, columns)
+        return super().by_columns(pair, columns, here) if self._seen[pair.number] else columns
 
     def by_rows_again(self, pair: Pair, rows: Tensor) -> Tensor:
-        columns = self.basis(pair).columns
-        return rows if columns is None or not self._seen[pair.number] else on_the_right(rows, columns.mT)
+        return super().by_rows_again(pair, rows) if self._seen[pair.number] else rows
+
+    def _divisors(self, pair: Pair, moments: Tensor) -> Tensor:
+        damping: float = self.groups[pair.owner]["damping"]
+        return moments + damping

@@ -105,7 +105,7 @@ class Plan:
         parameters: how many the model has.
         weights: bytes of its shard and of the gradient, in the precision of the optimizer.
         moments: of state that is divided like the parameters.
-        curvature: of state that every process has whole.
+        curvature: of statistics and what is made of them: whole, or the part of this process.
         largest: of a moment and a direction of what one call gathers or exchanges in a step, if there is any.
         passes: what forward and backward of a step send without an optimizer.
         step: what the optimizer sends in a step besides.
@@ -278,7 +278,9 @@ def _refresh(example: UserModel, optimizer: Any, mode: Counting) -> Counter[Coll
     known = {p for layer in optimizer.statistics.layers() for p in layer.parameters.values()}
     applied = any(p.requires_grad and p not in known for p in example.model.parameters())
     if applied or (isinstance(optimizer, EKFAC) and optimizer.statistics.divisions):
-        turn()  # the first refresh looks for functions that apply them, and eigenvalues are sent in it alone
+        # The first refresh looks for functions that apply them. In it alone eigenvalues are sent, and no second moments
+        # turned.
+        turn()
         for group in optimizer.param_groups:
             group.update({"iteration": 0, **{name: UNKNOWN for name in KEPT if name in group}})
     optimizer.statistics.refresh = LATER
