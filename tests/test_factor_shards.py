@@ -144,7 +144,7 @@ def test_steps_are_those_of_one_process(kind: Any, mesh: str, settings: dict[str
 def test_what_a_refresh_and_an_inversion_send(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are scattered in a refresh; in an inversion they go to whom makes it, and what is made goes to all.
 
-    In a step rows of a direction become columns in other processes, and rows again; so do rows of EKFACAdam's gradients.
+    In a step rows of a direction become columns in other processes, and rows again, and EKFACAdam's gradients columns.
     Second moments in a basis lie by columns, which become rows and columns again where it turns.
     """
     watched(monkeypatch)

@@ -22,7 +22,7 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 
-from fisher_kernels import EKFAC, KFAC, MBF, SOFIM, AdaFisherW
+from fisher_kernels import EKFAC, KFAC, MBF, SOFIM, AdaFisherW, EKFACAdam
 from fisher_kernels.optim import shares
 from tests.shards import assert_close, batch, network, sharded, whole
 from tests.threads import in_threads
@@ -44,6 +44,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "EKFAC": (EKFAC, {"lr": 0.03, **SETTINGS}),
     "KFAC, one owner": (KFAC, {"lr": 0.1, "inverse_sharing": "one_owner", **SETTINGS}),
     "EKFAC, one owner": (EKFAC, {"lr": 0.03, "inverse_sharing": "one_owner", **SETTINGS}),
+    "EKFACAdam": (EKFACAdam, {"lr": 0.01, **SETTINGS}),
     "SOFIM": (lambda model, **made: SOFIM(model.parameters(), **made), {"lr": 0.05}),
 }
 
@@ -121,7 +122,7 @@ def go_on(rank: int, name: str, mesh: str, folder: Path) -> list[Tensor]:
     return [shares.whole(p.detach()) for p in model.parameters()]
 
 
-FAST = {("KFAC, one owner", "4"), ("AdaFisherW", "2 x 2"), ("MBF", TENSOR)}
+FAST = {("KFAC, one owner", "4"), ("EKFAC", "4"), ("AdaFisherW", "2 x 2"), ("MBF", TENSOR)}
 
 
 @pytest.mark.parametrize(

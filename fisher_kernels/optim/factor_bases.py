@@ -88,8 +88,10 @@ class FactorBases(KroneckerFactors):
         return pair.placed.division(columns)
 
     def moments_divided_among(self, p: Parameter) -> int:
-        found = (pair.placed.processes for pair in self.pairs if pair.placed and pair.holds(p) and self.columns_of(pair))
-        return next(found, 0)
+        for pair in self.pairs:
+            if pair.placed is not None and pair.holds(p) and self.columns_of(pair) is not None:
+                return pair.placed.processes
+        return 0
 
     def _lay_out(self, pair: Pair) -> None:
         super()._lay_out(pair)
