@@ -122,7 +122,7 @@ def go_on(rank: int, name: str, mesh: str, folder: Path) -> list[Tensor]:
     return [shares.whole(p.detach()) for p in model.parameters()]
 
 
-FAST = {("KFAC, one owner", "4"), ("EKFAC", "4"), ("AdaFisherW", "2 x 2"), ("MBF", TENSOR)}
+FAST = {("KFAC, one owner", "4"), ("EKFAC", "2 x 2"), ("AdaFisherW", "2 x 2"), ("MBF", TENSOR)}
 
 
 @pytest.mark.parametrize(

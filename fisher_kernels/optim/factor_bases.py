@@ -62,7 +62,6 @@ class FactorBases(KroneckerFactors):
     of directions.
     """
 
-    exchanges = True
     state_names = ("basis",)
     on_turn: Callable[[Pair, Sequence[Turn]], None] | None = None
     """Told of turns of a basis, for second moments that are in it and not averaged yet."""
@@ -128,8 +127,8 @@ class FactorBases(KroneckerFactors):
 
     def _put_to_use(self, pair: Pair, made: Sequence[Tensor]) -> None:
         # Second moments are moved by the squared cosines between new and old vectors. Where a basis was made again of
-        # the same factor they stay to the bit, which takes no waiting for a GPU.
-        # What processes exchange for that must not hang on what each of them finds of its own numbers.
+        # the same factor they stay to the bit, which takes no waiting for a GPU. What processes exchange for that is no
+        # matter of what each of them finds of its own numbers.
         state, is_divided = self.averages(pair), self.columns_of(pair) is not None
         turns: list[Turn] = []
         for side, (name, new) in enumerate(zip(self._made_names(pair), made, strict=True)):

@@ -38,7 +38,6 @@ class FactorInverses(KroneckerFactors):
     """
 
     state_names = ("inverse",)
-    exchanges = True
 
     def _recipe(self, pair: Pair) -> Callable[..., tuple[Tensor, ...]]:
         return partial(_inverses, self._root(pair))

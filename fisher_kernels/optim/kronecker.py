@@ -498,7 +498,7 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule], RandomRounding):
         self, vectors: Vectors, stays: Mapping[Parameter, Tensor]
     ) -> Iterator[tuple[Parameter, Tensor]]:
         """The inverse curvature times the moments, with which a step has just begun: of DTensors the own part."""
-        if self._is_divided and self._factors.exchanges:
+        if self._is_divided:
 
             def here(some: Sequence[Parameter]) -> dict[Parameter, Tensor]:
                 there = [p for p in some if p in vectors]

@@ -139,9 +139,6 @@ class KroneckerFactors(Renewal[Pair]):
         bad: number of a pair -> how often a factor could not be used, and what there was stayed.
     """
 
-    exchanges: ClassVar[bool] = False
-    """Whether a direction is made of rows, and then of columns."""
-
     state_names: ClassVar[tuple[str, ...]] = ()
     """What subclasses keep for each side, after the side."""
 
