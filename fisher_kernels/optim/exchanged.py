@@ -122,7 +122,7 @@ def own_columns(
         pairs: of whose rows a process has some.
         here: what it has of the vectors of those among parameters that have one, as each of these weights has.
     """
-    for run in _in_runs(pairs):
+    for run in in_runs(pairs, _numbers, MOST_TOGETHER):
         columns = _columns(factors, run, {pair.number: here(pair.params) for pair in run})
         yield from ((pair, columns[pair.number].own) for pair in run)
 
