@@ -115,6 +115,40 @@ def test_a_whole_state_is_divided_where_it_is_loaded(kind: Any) -> None:
         assert_close(found, whole(model), torch.float64)
 
 
+@pytest.mark.parametrize("delayed", [False, True])
+def test_what_overflows_in_the_columns_of_one_process_is_refused_by_all(delayed: bool) -> None:
+    """Inputs have one feature each, so eigenvectors are features, and one feature is a column of one process."""
+
+    def work(rank: int, world: int) -> tuple[Tensor, Tensor]:
+        with making:
+            torch.manual_seed(0)
+            model: Any = nn.Sequential(nn.Linear(4, 3, bias=False)).double()
+        model = model if world == 1 else sharded(model, (world,))
+        optimizer = EKFAC(model, refresh="constant", update_interval=1, inverse_interval=100, delayed=delayed)
+        (weight,) = model.parameters()
+        features = torch.eye(4, dtype=torch.float64)[torch.tensor([0, 0, 1, 2, 2, 2, 3, 3, 3, 3])]
+        targets = torch.arange(10) % 3  # those of the first feature differ, so one of them is missed
+        seen = []
+        for scale in (1.0, 1.0, 1e100, 1.0):  # of the second moments of the first feature: to the fourth power
+            x = torch.cat([features[:2] * scale, features[2:]])[rank::world]
+            loss = F.cross_entropy(model(x), targets[rank::world], reduction="sum") * scale * world / 10
+            optimizer.zero_grad()
+            loss.backward()
+            weight.grad.zero_()  # weights stay as they are
+            optimizer.step()
+            moments = optimizer.state[weight]["second_moment"]
+            seen.append(moments.full_tensor() if world > 1 else moments.clone())
+        return torch.stack(seen), optimizer.state[weight]["moment_updates"]
+
+    expected, updates = work(0, 1)
+    assert torch.equal(expected[2], expected[1]) is not delayed
+    assert expected.isfinite().all()
+    assert expected.max() < 1
+    for found, its in in_threads(lambda rank: work(rank, 2), 2):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        assert torch.equal(its, updates)
+
+
 @pytest.mark.parametrize("columns", [4, 5, 6, 9])
 def test_own_columns_of_a_sum(columns: int) -> None:
     def work(rank: int) -> tuple[Tensor, slice]:
