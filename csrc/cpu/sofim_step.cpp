@@ -91,8 +91,8 @@ class Stepper {
                                          const auto& store) {
       const V g = momentum.gradient(load, gradient + i, w + i), old = load(moment + i);
       const V made = momentum.advance(old, g);
-      const V next = kRandom ? as_rounded<true, M>(made, k, random) : as_stored<M>(made);
-      const V zero = next - next;  // infinity - infinity is NaN
+      const V zero = made - made;  // infinity - infinity is NaN
+      const V next = kRandom ? as_rounded<true, M>(made, k, random) : as_stored_if_finite<M>(made);
       doubt += zero;
       store(reinterpret_cast<Rounded<M>*>(moment + i), zero == 0 ? next : old);
       const V counted = zero == 0 ? next : V{};

@@ -177,15 +177,31 @@ struct UpperHalf {
 };
 inline void store(UpperHalf* p, Vector<float> value) { store_upper_halves(p, bits_as<Words>(value)); }
 
-/// What values that are as_stored are stored as.
+/// What values that are as_stored_if_finite are stored as.
 template <class T>
 using Rounded = std::conditional_t<std::is_same_v<T, bfloat16_moment>, UpperHalf, T>;
 
-/// Values as they are when they have been stored.
+/// Those beyond the largest bfloat16 become that. The compiler makes two instructions of what is four as conditions.
+inline Vector<float> within_bfloat16(Vector<float> value) {
+  constexpr float kLargest = 0x1.fep127f;
+#if defined(__AVX512F__)
+  const Vector<float> below = _mm512_maskz_min_ps(0xffff, _mm512_set1_ps(kLargest), value);
+  return _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(-kLargest), below);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(_mm256_set1_ps(-kLargest), _mm256_min_ps(_mm256_set1_ps(kLargest), value));
+#else
+  const Vector<float> above = value > kLargest ? Vector<float>{} + kLargest : value;
+  return above < -kLargest ? Vector<float>{} - kLargest : above;
+#endif
+}
+
+/// Finite values as they are when they have been stored; nothing is promised of others, which would take twice as many
+/// instructions.
 template <class T>
-inline Vector<T> as_stored(Vector<T> value) {
+inline Vector<T> as_stored_if_finite(Vector<T> value) {
   if constexpr (std::is_same_v<T, bfloat16_moment>) {
-    return bits_as<Vector<T>>(round_to_finite_bfloat16<Words>(value) & 0xffff0000u);
+    const Words bits = bits_as<Words>(within_bfloat16(value));
+    return bits_as<Vector<T>>((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
   } else {
     return value;
   }
