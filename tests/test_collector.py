@@ -42,7 +42,7 @@ def of_linear(layer: Any) -> Rule | None:
     return Grams() if isinstance(layer, nn.Linear) else None
 
 
-def network() -> nn.Sequential:
+def network() -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.LayerNorm(3), nn.Linear(3, 2)).double()
 
@@ -51,7 +51,7 @@ def backward(model: nn.Module, x: Tensor, scale: float = 1.0) -> None:
     (model(x).square().mean() * scale).backward()
 
 
-def naive(model: nn.Sequential, batches: Sequence[Tensor]) -> dict[Tensor, list[Tensor]]:
+def naive(model: Any, batches: Sequence[Tensor]) -> dict[Tensor, list[Tensor]]:
     """The sums of both sides of each Linear, from activations whose gradients autograd keeps."""
     found = {}
     for i in (0, 3):
@@ -140,7 +140,7 @@ class Raises(Grams):
 def test_layers_that_are_left_out_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FISHER_KERNELS_RAISE", raising=False)
     torch.manual_seed(0)
-    model = nn.ModuleDict({"masked": Masked(), "doubled": Doubled(4, 2), "raises": nn.Linear(4, 5)})
+    model: Any = nn.ModuleDict({"masked": Masked(), "doubled": Doubled(4, 2), "raises": nn.Linear(4, 5)})
     collector = Collector(model["masked"], of_linear)
     backward(model["masked"], torch.randn(5, 4))
     with pytest.warns(UserWarning, match=r"leave out linear \(functions apply it"):
