@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("curvature.rounds",),
     ("curvature.statistics", "curvature.rows"),
     ("optim",),
+    ("statistics",),
     ("",),
     ("integrations",),
     ("tools", "tools.environment", "tools.samples"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from sphinx.util import logging
 
-MODULES = ("fisher_kernels", "fisher_kernels.ops", "fisher_kernels.optim")
+MODULES = ("fisher_kernels", "fisher_kernels.ops", "fisher_kernels.optim", "fisher_kernels.statistics")
 ENTRY = re.compile(r"^\.\. (?:autoclass|autofunction|automodule|data):: (\S+)$(?:\n   :members: (.*)$)?", re.MULTILINE)
 _LOGGER = logging.getLogger(__name__)
 

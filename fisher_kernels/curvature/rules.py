@@ -23,7 +23,12 @@ R = TypeVar("R", bound="Rule")
 
 @dataclass
 class Sums:
-    """Raw sums and, for each, how many terms went into it."""
+    """Raw sums and, for each, how many terms went into it.
+
+    Attributes:
+        vectors: tensors of one dimension.
+        counts: of each, a number: rows, samples, whatever a mean is to be taken over.
+    """
 
     vectors: list[Tensor]
     counts: list[float]
@@ -55,7 +60,11 @@ class Use(Generic[R]):
 
 
 class Rule:
-    """Base of the rules of all layer types and optimizers."""
+    """Base of the rules of all layer types and optimizers.
+
+    A rule of your own has a ``name``, ``powers``, and the methods :meth:`capture`, :meth:`contribute` and
+    :meth:`sum_lengths`; all else has defaults. ``module`` is the layer as one of torch's own class.
+    """
 
     name: ClassVar[str]
     powers: tuple[int, ...] = (0, 2)
