@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import fisher_kernels.statistics as interface
 from fisher_kernels import ops
 from fisher_kernels.statistics import Collector, Rule, Sums
 from tests.checkout import ROOT
+from tests.threads import in_threads
 
 REFERENCE = (ROOT / "docs" / "api" / "statistics.rst").read_text()
 
@@ -111,6 +113,26 @@ def test_the_scale_of_the_loss_is_divided_out() -> None:
     collector = Collector(model, of_linear, grad_scaler=scaler)
     scaler.scale(model(x).square().mean()).backward()
     assert_sums(collector.take(), naive(model, [x]), 5)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_processes_have_the_sums_of_the_joint_batch() -> None:
+    """Of unlike parts, each with the mean of its own rows as its loss; what one of them drops counts nowhere."""
+    x = torch.randn(9, 4).double()
+    models = [network(), network()]  # made one after another, as all draw from one generator
+
+    def work(rank: int) -> tuple[dict[Any, Sums], dict[Any, Sums]]:
+        collector = Collector(models[rank], of_linear, process_group=dist.group.WORLD)
+        part = x[3 * rank : 3 + 6 * rank]
+        backward(models[rank], part, scale=2 * len(part) / len(x))  # the mean over processes is that of all rows
+        taken = collector.take()
+        backward(models[rank], part)
+        collector.clear()
+        return taken, collector.take()
+
+    for model, (taken, again) in zip(models, in_threads(work, 2), strict=True):
+        assert_sums(taken, naive(model, [x]), 9)
+        assert again == {}
 
 
 class Masked(nn.Module):
