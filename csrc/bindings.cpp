@@ -21,6 +21,7 @@ void bind_rank_one(py::module_& module);
 void bind_sofim_step(py::module_& module);
 void bind_stochastic_round(py::module_& module);
 void bind_sum_of_squares(py::module_& module);
+void bind_tensor_cores(py::module_& module);
 
 }  // namespace fisher_kernels
 
@@ -50,4 +51,5 @@ PYBIND11_MODULE(FISHER_KERNELS_MODULE, module) {
   bind_sofim_step(module);
   bind_stochastic_round(module);
   bind_sum_of_squares(module);
+  bind_tensor_cores(module);
 }

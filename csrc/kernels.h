@@ -602,6 +602,13 @@ struct Toolkit {
   int driver;  // newest CUDA that the driver knows, 0 without a driver
 };
 
+/// How many numbers the wrappers of tensor cores have wrong, on the device: `load_transposed`, and `multiply_add` of
+/// bfloat16 and of float16.
+struct TensorCoreProbe {
+  static constexpr int kProbes = 3;
+  int64_t* wrong;
+};
+
 Toolkit toolkit();
 void column_sum_of_squares(const ColumnSumOfSquares&, const Stream&);
 void channel_sum_of_squares(const ChannelSumOfSquares&, const Stream&);
@@ -625,6 +632,7 @@ void conv_mini_block_gram_(const ConvMiniBlockGram&, const Stream&);
 void weighted_gram_(const WeightedGram&, const Stream&);
 void batch_norm_gradients(const BatchNormGradients&, const Stream&);
 void stochastic_round(const StochasticRound&, const Stream&);
+void probe_tensor_cores(const TensorCoreProbe&, const Stream&);
 }  // namespace cuda
 
 FISHER_KERNELS_DECLARE(baseline)

@@ -35,5 +35,6 @@ FISHER_KERNELS_MISSING(conv_mini_block_gram_, ConvMiniBlockGram)
 FISHER_KERNELS_MISSING(weighted_gram_, WeightedGram)
 FISHER_KERNELS_MISSING(batch_norm_gradients, BatchNormGradients)
 FISHER_KERNELS_MISSING(stochastic_round, StochasticRound)
+FISHER_KERNELS_MISSING(probe_tensor_cores, TensorCoreProbe)
 
 }  // namespace fisher_kernels::cuda

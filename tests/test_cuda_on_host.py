@@ -39,7 +39,7 @@ def load(path: Path) -> ctypes.CDLL:
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    names = ("computations", "conversions", "faults", "intrinsics", "launches", "orders")
+    names = ("computations", "conversions", "faults", "intrinsics", "launches", "orders", "tensor_cores")
     sources = [KERNELS / f"{name}.cu" for name in names]
     path = cuda_builds.build_library(tmp_path_factory.mktemp("cuda_on_host") / "kernels.so", sources, "-O1")
     library = load(path)
@@ -296,6 +296,75 @@ def test_numbers_between_two_patterns_round_as_in_torch(library: ctypes.CDLL, dt
     torch.testing.assert_close(out, x.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
+# Tensor cores.
+
+
+def fragments(matrix: np.ndarray) -> np.ndarray:
+    """Of a 16-bit matrix with k last, the two numbers of each register of each lane: rows by 8, then k by 8."""
+    rows = matrix.shape[0] // 8
+    blocks = matrix.reshape(rows, 8, 2, 4, 2)  # [row block, lane / 4, k block, lane % 4, which]
+    return np.ascontiguousarray(blocks.transpose(1, 3, 2, 0, 4)).reshape(32, 2 * rows, 2)
+
+
+def cut_off(value: Fraction, exponent: int) -> Fraction:
+    """What is left of a number without the bits below 2^exponent, towards 0."""
+    unit = Fraction(2) ** exponent
+    return unit * (abs(value) // unit) * (1 if value > 0 else -1)
+
+
+def exponent_of(value: Fraction) -> int:
+    """The largest power of 2 that is not above the magnitude."""
+    return int(np.frexp(float(abs(value)))[1]) - 1
+
+
+def cut_off_sum(total: float, products: list[Fraction]) -> float:
+    """A sum as tensor cores make it: eight products at a time, and 24 bits from the highest of the largest on."""
+    for first in (0, 8):
+        addends = [Fraction(total), *products[first : first + 8]]
+        last = exponent_of(max(addends, key=abs)) - 23
+        exact = sum((cut_off(addend, last) for addend in addends), Fraction(0))
+        total = float(cut_off(exact, exponent_of(exact) - 23)) if exact else 0.0
+    return total
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_product_of_matrices_is_that_of_tensor_cores(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """Random numbers of very different sizes: which lane has which, and what sums lose."""
+    scale = 2.0 ** torch.randint(-6, 7, (3, 16, 16))
+    a, b = ((torch.randn(rows, 16) * scale[i, :rows]).to(dtype) for i, rows in enumerate((16, 8)))
+    start = torch.randn(16, 8) * scale[2, :, :8]
+    sums = start.reshape(2, 8, 4, 2).permute(1, 2, 0, 3).contiguous()  # [lane / 4, lane % 4, row block, which]
+    left, right = (torch.from_numpy(fragments(matrix.view(torch.int16).numpy())) for matrix in (a, b))
+    check(library, getattr(library, f"multiply_{DTYPES[dtype]}")(pointer(left), pointer(right), pointer(sums)))
+    found = sums.permute(2, 0, 1, 3).reshape(16, 8)
+    expected = torch.empty(16, 8)
+    for row, column in itertools.product(range(16), range(8)):
+        numbers = zip(a[row].tolist(), b[column].tolist(), strict=True)
+        products = [Fraction(x) * Fraction(y) for x, y in numbers]
+        expected[row, column] = cut_off_sum(start[row, column].item(), products)
+    assert torch.equal(found, expected)
+    rounded = (start.double() + a.double() @ b.double().T).float()
+    assert not torch.equal(found, rounded)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_stays_in_its_row(library: ctypes.CDLL, value: float) -> None:
+    a, b = torch.ones(16, 16, dtype=torch.bfloat16), torch.ones(8, 16, dtype=torch.bfloat16)
+    a[3, 5] = value
+    sums = torch.zeros(8, 4, 2, 2)
+    left, right = (torch.from_numpy(fragments(matrix.view(torch.int16).numpy())) for matrix in (a, b))
+    check(library, library.multiply_bfloat16(pointer(left), pointer(right), pointer(sums)))
+    found = sums.permute(2, 0, 1, 3).reshape(16, 8)
+    torch.testing.assert_close(found, a.float() @ b.float().T, rtol=0, atol=0, equal_nan=True)
+
+
+def test_four_matrices_are_transposed(library: ctypes.CDLL) -> None:
+    rows = torch.arange(256, dtype=torch.int16).reshape(4, 8, 8)
+    out = torch.zeros(8, 4, 4, 2, dtype=torch.int16)  # [lane / 4, lane % 4, matrix, which]
+    check(library, library.transpose(pointer(rows), pointer(out)))
+    assert torch.equal(out.permute(2, 1, 3, 0).reshape(4, 8, 8), rows)
+
+
 # Faults.
 
 FAULTS = {  # in the order of faults.cu
@@ -303,6 +372,10 @@ FAULTS = {  # in the order of faults.cu
     "return before shuffle": (
         LAUNCH_FAILURE,
         "thread 0 waits at __shfl_sync with mask 0xffffffff, thread 9 has ended",
+    ),
+    "return before product": (
+        LAUNCH_FAILURE,
+        "thread 0 waits at mma.sync with mask 0xffffffff, thread 9 has ended",
     ),
     "barrier or warp": (
         LAUNCH_FAILURE,

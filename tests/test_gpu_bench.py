@@ -14,7 +14,7 @@ import torch
 
 from bench import tables
 from bench.gpu import __main__ as driver
-from bench.gpu import choose, limits, measure, op_cases, report, sanitize, shapes, step_cases
+from bench.gpu import choose, limits, measure, op_cases, probe, report, sanitize, shapes, step_cases
 from bench.gpu.case import LIMITS, Case, Work
 from bench.gpu.timing import Clock, Times
 from fisher_kernels import backends
@@ -185,6 +185,35 @@ def test_every_step_is_carried_out_whatever_becomes_of_the_others() -> None:
         "good": "done in 0 s",
         "late": "left out: the time was over",
     }
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_after_a_probe_that_fails_kernels_go_without_tensor_cores(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    monkeypatch.setenv("FISHER_KERNELS_TENSOR_CORES", "1")
+    (step,) = (step for step in driver.steps(driver.WHOLE) if step.name == "probe")
+    code = "import os, sys; sys.exit(os.environ['FISHER_KERNELS_TENSOR_CORES'] != '%s')" % ("0" if status else "1")
+    todo = [
+        step._replace(command=(sys.executable, "-c", f"import sys; sys.exit({status})")),
+        driver.Step("later", (sys.executable, "-c", code), 60.0),
+    ]
+    outcomes = driver.run(todo, deadline=10**9, now=lambda: 0.0)
+    assert outcomes["later"] == "done in 0 s"
+    assert step.required
+
+
+def test_the_probe_tells_wrong_numbers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "reasons", lambda: {"cuda": None})
+    for wrong, status in ((0, 0), (3, 1)):
+        monkeypatch.setattr(probe, "wrong_numbers", lambda wrong=wrong: {"products of bfloat16": wrong})
+        assert probe.main() == status
+    monkeypatch.setattr(backends, "reasons", lambda: {"cuda": "no GPU"})
+    assert probe.main() == 0
+    said = capsys.readouterr().out
+    assert said.splitlines() == [
+        "products of bfloat16: as expected",
+        "products of bfloat16: 3 numbers are wrong",
+        "not probed: no GPU",
+    ]
 
 
 def test_without_a_gpu_it_says_so_at_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,10 +126,12 @@ import torch
 from fisher_kernels import ops, use_backend
 from fisher_kernels.tools import selftest
 from fisher_kernels.tools.samples import mbf_step
+from bench.gpu.probe import wrong_numbers
 
 print([result for result in selftest.run("cuda") if not result.passed])
 packed = partial(mbf_step._inputs, (mbf_step.Parameter((513,), (1, 513 * 514 // 2)),), False, {})
 with use_backend("cuda"):  # what small inputs do not reach
+    assert not any(wrong_numbers().values())
     ops.minmax([torch.randn(30000), torch.randn(9)])
     ops.mini_block_gram_(torch.zeros(2, 9, 9), torch.randn(600, 2, 9))
     ops.rank_one_inverse_update_(torch.eye(200).repeat(2, 1, 1), torch.randn(2, 200))

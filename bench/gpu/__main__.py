@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +40,8 @@ class Step(NamedTuple):
     seconds: float
     required: bool = True
     """Whether its failure is one of the whole."""
+    otherwise: Mapping[str, str] = {}
+    """What the environment of later steps says where it fails."""
 
 
 def _has(module: str) -> bool:
@@ -84,8 +86,10 @@ def steps(left: float) -> list[Step]:
         *tests(),
     ]
     build = Step("build", (python, "setup.py", "--quiet", "build_ext", "--inplace"), 0.12 * left, required=False)
+    probe = Step("probe", (python, "-m", "bench.gpu.probe"), 60, otherwise={"FISHER_KERNELS_TENSOR_CORES": "0"})
     return [
         *([build] if _has("setuptools") else []),
+        probe,
         Step("self-test", (python, "-m", "bench.gpu.selftest", "--compile"), 0.22 * left),
         *([Step("tests", testing, 0.33 * left)] if _has("pytest") else []),
         Step("benchmarks", (python, "-m", "bench.gpu.measure", "--seconds={soft}"), 0.5 * left),
@@ -108,8 +112,11 @@ def run(todo: Sequence[Step], deadline: float, now: Callable[[], float] = time.m
             status = subprocess.run(command, cwd=ROOT, timeout=seconds, check=False).returncode
         except subprocess.TimeoutExpired:
             outcomes[step.name] = f"stopped after {seconds:.0f} s"
+            status = 1
         else:
             outcomes[step.name] = f"{'done' if status == 0 else f'failed ({status})'} in {now() - began:.0f} s"
+        if status != 0:
+            os.environ.update(step.otherwise)
     return outcomes
 
 

@@ -34,9 +34,12 @@
 //
 // Compiled to be traced (trace/): races of the accesses that were executed, whatever their order.
 //
+// Tensor cores are functions of a warp (tensor_cores.h): which lane has which number is as on the device, sums are cut
+// off as there.
+//
 // Not seen: occupancy, registers, __launch_bounds__, barriers met at different lines, time; untraced, other data races
-// and the memory model. A thread that spins until another writes never ends. Not there: tensor cores, textures, streams
-// (every call is complete when it returns), atomics on floating point, static __shared__ variables.
+// and the memory model. A thread that spins until another writes never ends. Not there: textures, streams (every call
+// is complete when it returns), atomics on floating point, static __shared__ variables.
 
 #ifdef __CUDACC__
 #error "csrc/cuda_on_host is for host compilers: nvcc must find the toolkit's cuda_runtime.h"
@@ -59,6 +62,7 @@
 #include "launch.h"
 #include "loads.h"
 #include "running.h"
+#include "tensor_cores.h"
 #include "warp.h"
 
 // Forms of the runtime's functions that take a kernel itself.

@@ -24,17 +24,25 @@ const char* word(Meeting meeting) {
     case Meeting::ballot: return "__ballot_sync";
     case Meeting::any: return "__any_sync";
     case Meeting::all: return "__all_sync";
+    case Meeting::multiply_matrices: return "mma.sync";
+    case Meeting::load_matrices: return "ldmatrix";
   }
   return "?";
 }
 
 bool is_of_block(Meeting meeting) { return meeting <= Meeting::syncthreads_or; }
 
+void do_together(WarpWork work, const uint64_t (&given)[kWarpSize]) {
+  void* lanes[kWarpSize];
+  for (int lane = 0; lane < kWarpSize; ++lane) lanes[lane] = reinterpret_cast<void*>(given[lane]);
+  work(lanes);
+}
+
 bool is_shuffle(Meeting meeting) { return meeting >= Meeting::shuffle && meeting <= Meeting::shuffle_xor; }
 
 /// Whether two lanes came for the same.
 bool agree(const Arrival& a, const Arrival& b) {
-  return a.meeting == b.meeting && a.mask == b.mask && a.bytes == b.bytes;
+  return a.meeting == b.meeting && a.mask == b.mask && a.bytes == b.bytes && a.work == b.work;
 }
 
 std::string hexadecimal(uint32_t mask) {
@@ -150,6 +158,7 @@ void BlockRunner::exchange(Warp& warp, uint32_t mask) {
     given[lane] = threads_[warp.first + lane].at.value;
     if ((mask & bit(lane)) != 0 && given[lane] != 0) ballot |= bit(lane);
   }
+  if (const WarpWork work = threads_[warp.first + __builtin_ctz(mask)].at.work) do_together(work, given);
   for (int lane = 0; lane < warp.size; ++lane) {
     if ((mask & bit(lane)) == 0) continue;
     Thread& thread = threads_[warp.first + lane];

@@ -40,7 +40,12 @@ enum class Meeting : uint8_t {
   ballot,
   any,
   all,
+  multiply_matrices,
+  load_matrices,
 };
+
+/// What a whole warp does together, on what each of its lanes has.
+using WarpWork = void (*)(void* const (&lanes)[kWarpSize]);
 
 /// What a thread brings to where it meets others.
 struct Arrival {
@@ -49,7 +54,8 @@ struct Arrival {
   int width;       // of the segments of a shuffle
   uint32_t mask;   // lanes of the warp that meet
   uint32_t lane;   // of a shuffle: source lane, delta or lane mask
-  uint64_t value;  // bits that a shuffle moves, or the predicate of a vote
+  uint64_t value;  // bits that a shuffle moves, the predicate of a vote, or where the lane has its part of the work
+  WarpWork work = nullptr;  // of tensor cores
 };
 
 /// Waits for all threads of the block. Of their predicates: the number that hold (count), whether all or any do.

@@ -10,6 +10,7 @@ namespace {
 enum class Fault {
   return_before_barrier,
   return_before_shuffle,
+  return_before_product,
   barrier_or_warp,
   two_barriers,
   two_shuffles,
@@ -46,6 +47,12 @@ __global__ void faulty_kernel(Fault fault) {
       if (i == 9) return;
       __shfl_sync(kAllLanes, value, 0);
       break;
+    case Fault::return_before_product: {
+      if (i == 9) return;
+      fisher_kernels::on_host::MatrixProduct product{};
+      fisher_kernels::on_host::multiply_bfloat16(product);
+      break;
+    }
     case Fault::barrier_or_warp:
       if (i == 5) __syncthreads();
       __syncwarp();
