@@ -146,6 +146,7 @@ def test_long_sums_are_added_in_runs(implementation: str) -> None:
 
 # CUDA: tiles of 32, 64 and 128 columns, read 16 bytes or a number at a time; runs of 128 rows, shares of one or more.
 
+# On tensor cores slabs of 16 or 32 rows.
 CUDA_SHAPES = ((1, 32), (17, 256), (9, 257), (257, 264), (513, 384), (1025, 8), (1024, 33), (1541, 65))
 
 
@@ -154,27 +155,36 @@ def padded(x: Tensor) -> Tensor:
     return torch.full((len(x), x.shape[1] // 64 * 64 + 64), torch.nan, dtype=x.dtype)[:, : x.shape[1]].copy_(x)
 
 
+@pytest.fixture(params=["0", "1"], ids=["float32 units", "tensor cores"])
+def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FISHER_KERNELS_TENSOR_CORES", request.param)
+
+
+@pytest.mark.usefixtures("units")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", CUDA_SHAPES, ids=str)
 def test_tiles_runs_and_shares(cuda_backend: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     x, weight = integers(shape, dtype), integers((shape[0],), ACCUMULATOR[dtype], 2)
     old = integers((shape[1], shape[1]), ACCUMULATOR[dtype], 1).tril()
-    out = old + torch.full_like(old, torch.nan).triu(1)
-    expected = 0.5 * (old + old.tril(-1).mT).double() + 2 * defined(x, weight)
-    weighted_gram_(out, padded(x), weight, 0.5, 2.0)
-    assert_within(out, expected, 0.0)
+    for weight_or_none in (weight, None):
+        out = old + torch.full_like(old, torch.nan).triu(1)
+        expected = 0.5 * (old + old.tril(-1).mT).double() + 2 * defined(x, weight_or_none)
+        weighted_gram_(out, padded(x), weight_or_none, 0.5, 2.0)
+        assert_within(out, expected, 0.0)
 
 
+@pytest.mark.usefixtures("units")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [24, 64, 264])
 def test_same_bits_however_rows_are_read(cuda_backend: str, columns: int, dtype: torch.dtype) -> None:
-    x, weight = random((290, columns), dtype), weights(290, dtype)
-    expected = lost(columns, dtype)
-    weighted_gram_(expected, x, weight)
-    for layout in (padded, unaligned):
-        out = lost(columns, dtype)
-        weighted_gram_(out, layout(x), weight)
-        assert_same_bits(out, expected, layout.__name__)
+    x = random((290, columns), dtype)
+    for weight in (weights(290, dtype), None):
+        expected = lost(columns, dtype)
+        weighted_gram_(expected, x, weight)
+        for layout in (padded, unaligned):
+            out = lost(columns, dtype)
+            weighted_gram_(out, layout(x), weight)
+            assert_same_bits(out, expected, layout.__name__)
 
 
 # Triton: how rows are cut, and which tiles there are.

@@ -47,7 +47,7 @@ struct Gram {
   int64_t matrix_stride;  // of x
   int64_t columns;
   int64_t share;  // rows, a multiple of the depth of a slab
-  int64_t run;    // rows whose products are added to a sum that starts at 0, likewise
+  int64_t run;    // rows whose products are added to a sum that starts at 0, likewise; not on tensor cores
   int64_t shares;
   int64_t tiles;  // of a matrix
   double decay;
@@ -145,17 +145,21 @@ class SlabReader {
 #pragma unroll
     for (int p = 0; p < kPasses; ++p) {
       Pack<A, N> left, right;
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        right.at[i] = widen(fetched_right_[p].at[i]);
-        left.at[i] = (is_diagonal_ ? right.at[i] : A(widen(fetched_left_[p].at[i]))) * fetched_weight_[p];
-      }
+      widen_both(p, left, right);
       store_pack<N>(&slab.left[row_ + p * kRows][column_], left);
       store_pack<N>(&slab.right[row_ + p * kRows][column_], right);
     }
   }
 
- private:
+ protected:
+  __device__ void widen_both(int p, Pack<A, N>& left, Pack<A, N>& right) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      right.at[i] = widen(fetched_right_[p].at[i]);
+      left.at[i] = (is_diagonal_ ? right.at[i] : A(widen(fetched_left_[p].at[i]))) * fetched_weight_[p];
+    }
+  }
+
   const T* left_;
   const T* right_;
   const A* weight_;
@@ -333,9 +337,9 @@ __device__ void sum_share(const Gram& gram, Reader& reader, GramMemory<Traits>& 
 }
 
 /// Leaves the sums of a share with the others, or averages those of the only one into the result.
-template <class Traits>
-__device__ void finish_share(const Gram& gram, int64_t matrix, const TilePlace& place, GramMemory<Traits>& memory,
-                             const ThreadSums<Traits>& sums) {
+template <class Traits, class Memory, class Sums>
+__device__ void finish_share(const Gram& gram, int64_t matrix, const TilePlace& place, Memory& memory,
+                             const Sums& sums) {
   using A = typename Traits::A;
   constexpr int kTile = Traits::kTile;
   if (gram.partials != nullptr) {
@@ -453,16 +457,17 @@ void share_rows(Gram& gram) {
 template <class Traits>
 using AddManyTraits = AddTraits<typename Traits::A, Traits::kTile, 8, sizeof(typename Traits::A) == 8 ? 4 : 8>;
 
+constexpr int kSmallTile = 32, kMediumTile = 64, kLargeTile = 128;
+constexpr int64_t kMostOfMedium = 256;  // columns: above, less is read for a product and few tiles are half empty
+
 /// Calls body(type) for a tile that suits so many columns, `type` being that of GramTraits<T, tile>.
 template <class T, class Body>
 void for_tile(int64_t columns, const Body& body) {
-  constexpr int kSmall = 32, kMedium = 64, kLarge = 128;
-  constexpr int64_t kMostOfMedium = 256;  // above, less is read for a product and few tiles are half empty
-  if (columns <= kSmall) return body(Type<GramTraits<T, kSmall>>());
+  if (columns <= kSmallTile) return body(Type<GramTraits<T, kSmallTile>>());
   if constexpr (!std::is_same_v<T, double>) {
-    if (columns > kMostOfMedium) return body(Type<GramTraits<T, kLarge>>());
+    if (columns > kMostOfMedium) return body(Type<GramTraits<T, kLargeTile>>());
   }
-  body(Type<GramTraits<T, kMedium>>());
+  body(Type<GramTraits<T, kMediumTile>>());
 }
 
 /// Fills in `tiles` and `partials`, calls first(gram, grid), which launches what sums shares, and adds them as `Add`
