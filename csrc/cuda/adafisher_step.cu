@@ -1,9 +1,11 @@
 #include <type_traits>
 
+#include "async_copy.cuh"
 #include "step_rounding.cuh"
 
-// The AdaFisher update: 20 bytes a parameter in float32, 3 reads and 2 writes, 16 with moments in 16 bits, in one launch
-// for each pair of dtypes and one that counts steps. The factors are small and come from the caches.
+// The AdaFisher update: 20 bytes a parameter in float32, 3 reads and 2 writes, 16 with moments in 16 bits, in a launch
+// for each pair of dtypes, and one that counts the steps of parameters of several chunks. Steps of those of one chunk
+// are counted by its block of threads. The factors are small and come from the caches.
 namespace fisher_kernels::cuda {
 
 namespace {
@@ -22,6 +24,7 @@ struct Shared {
 };
 
 struct Entry : StepArrays {
+  float* counted;             // t of a parameter whose only block counts it, else null
   const void* row_factor;     // or null for 1
   const void* column_factor;  // or null for 1
   int64_t rows;  // of a group
@@ -31,9 +34,10 @@ struct Entry : StepArrays {
   bool column_is_constant;
 };
 
-/// Thread blocks of a multiprocessor that there are registers for: 64 of them a thread, more where integers are drawn.
-template <class Entry_>
-constexpr int kResident = kIsRandomEntry<Entry_, Entry> ? 2 : 4;
+/// Thread blocks of a multiprocessor that there are registers for: 64 of them a thread in float32, more in float64 and
+/// where integers are drawn.
+template <class A, class Entry_>
+constexpr int kResident = kIsRandomEntry<Entry_, Entry> ? 2 : sizeof(A) == 8 ? 3 : 4;
 
 /// F = row * column + damping of any element, for numbers of the element in row-major order.
 template <class A>
@@ -177,12 +181,12 @@ struct Rates {
   A weight_decay;  // coupled form
   A shrinkage;     // decoupled form: lr * weight_decay
 
-  __device__ Rates(const Shared& shared, int32_t index) {
+  __device__ Rates(const Shared& shared, double correction) {
     const double lr = load(shared.lr);
     gradient_scale = static_cast<A>(factor(shared.scale));
     beta = static_cast<A>(shared.beta);
     gain = static_cast<A>(1 - shared.beta);
-    step_size = static_cast<A>(lr / shared.corrections[index]);
+    step_size = static_cast<A>(lr / correction);
     weight_decay = static_cast<A>(shared.decay == WeightDecay::coupled ? shared.weight_decay : 0);
     shrinkage = static_cast<A>(shared.decay == WeightDecay::decoupled ? lr * shared.weight_decay : 0);
   }
@@ -243,44 +247,94 @@ struct Update {
   }
 };
 
+/// What a block of threads shares.
+struct Memory {
+  double correction;
+  int found[8];
+};
+
 /// The step of a chunk with a curvature. Returns how many elements this thread has left as they were.
 template <class Traits, class Entry, class Curvature>
-__device__ int update_chunk(const Entry& entry, int64_t first, const Shared& shared, const Curvature& curvature) {
-  const auto integers = integers_of<cuda::Entry>(entry, first);
+__device__ int update_chunk(const Entry& entry, int64_t first, const Shared& shared, double correction,
+                            const Curvature& curvature) {
+  const auto integers = integers_of<cuda::Entry>(entry, first, entry.counted != nullptr);
   Update<Traits, Curvature, std::remove_const_t<decltype(integers)>> update{
-      curvature, {shared, entry.index}, integers, 0};
+      curvature, {shared, correction}, integers, 0};
   walk<Traits>(entry, first, update);
   return update.found;
 }
 
 template <class Traits, class Entry>
-__device__ int step_chunk(const Entry& entry, int64_t first, const Shared& shared) {
+__device__ int step_chunk(const Entry& entry, int64_t first, const Shared& shared, double correction) {
   using A = typename Traits::A;
   const ChunkOfCurvature<A> chunk(entry, first, shared.damping);
   if (chunk.has_packs(Traits::kVector)) {
-    return update_chunk<Traits>(entry, first, shared, RunsOfCurvature<A, true>(chunk));
+    return update_chunk<Traits>(entry, first, shared, correction, RunsOfCurvature<A, true>(chunk));
   }
-  return update_chunk<Traits>(entry, first, shared, RunsOfCurvature<A, false>(chunk));
+  return update_chunk<Traits>(entry, first, shared, correction, RunsOfCurvature<A, false>(chunk));
 }
 
 template <class Traits, class Entry>
-__device__ int step_chunk(const StridedEntry<Entry>& entry, int64_t first, const Shared& shared) {
-  return update_chunk<Traits>(entry, first, shared, Curvature<typename Traits::A>(entry, shared.damping));
+__device__ int step_chunk(const StridedEntry<Entry>& entry, int64_t first, const Shared& shared, double correction) {
+  return update_chunk<Traits>(entry, first, shared, correction,
+                              Curvature<typename Traits::A>(entry, shared.damping));
+}
+
+/// Asks for a chunk that is a whole parameter, of which 128 bytes come at a time.
+template <class Traits, class Entry>
+__device__ void fetch(const Entry& entry) {
+  const int64_t at = threadIdx.x * 128;
+  static_assert(Traits::kThreads * 128 >= kChunk * sizeof(float));
+  const auto fetch_of = [&](const void* array, int64_t size) {
+    if (at < entry.size * size) fetch_line(static_cast<const char*>(array) + at);
+  };
+  fetch_of(entry.parameter, sizeof(typename Traits::T));
+  fetch_of(entry.gradient, sizeof(typename Traits::G));
+  fetch_of(entry.moment, sizeof(typename Traits::M));
 }
 
 template <class Traits, class Entry>
-__global__ void __launch_bounds__(Traits::kThreads, kResident<Entry>)
+__device__ void fetch(const StridedEntry<Entry>&) {}
+
+/// 1 - beta^t of the step that is taken. Powers take as long as memory does to answer: of a parameter that the block
+/// counts it is asked first.
+template <class Traits, class Entry>
+__device__ double correction_of(const Entry& entry, const Shared& shared, Memory& memory) {
+  if (entry.counted == nullptr) return shared.corrections[entry.index];
+  fetch<Traits>(entry);
+  if (threadIdx.x == 0) memory.correction = advancing::correction(shared.beta, *entry.counted + 1);
+  __syncthreads();
+  return memory.correction;
+}
+
+template <class Traits, class Entry>
+__global__ void __launch_bounds__(Traits::kThreads, kResident<typename Traits::A, Entry>)
     adafisher_step_kernel(const __grid_constant__ Table<Entry, Shared> table) {
+  auto& memory = shared_memory<Memory>();
+  static_assert(Traits::kWarps == sizeof(memory.found) / sizeof(int));
   const Shared& shared = table.shared;
-  if (is_off(shared.scale)) return;
   const int i = table.tensor_of(blockIdx.x);
   const Entry& entry = table.entries[i];
-  const int found = step_chunk<Traits>(entry, static_cast<int64_t>(blockIdx.x - table.start[i]) * kChunk, shared);
-  count_skipped(found, shared_memory<int[Traits::kWarps]>(), shared.skipped + entry.index);
+  int64_t* const skipped = shared.skipped + entry.index;
+  if (is_off(shared.scale)) {
+    if (entry.counted != nullptr && threadIdx.x == 0) *skipped = 0;
+    return;
+  }
+  const int found = step_chunk<Traits>(entry, static_cast<int64_t>(blockIdx.x - table.start[i]) * kChunk, shared,
+                                       correction_of<Traits>(entry, shared, memory));
+  if (entry.counted == nullptr) return count_skipped(found, memory.found, skipped);
+  const int total = block_sum(found, memory.found);
+  if (threadIdx.x != 0) return;
+  *skipped = total;
+  *entry.counted += 1;  // all have read it
 }
+
+/// Whether the only block of a parameter counts its steps.
+bool counts_itself(const AdaFisherParameter& p) { return p.numel() > 0 && p.numel() <= kChunk; }
 
 Entry make_entry(const AdaFisherParameter& p, int64_t index) {
   return {{p.parameter.data, p.gradient.data, p.moment.data, p.numel()},
+          counts_itself(p) ? p.step : nullptr,
           p.row_factor,
           p.column_factor,
           p.rows,
@@ -297,7 +351,7 @@ void step(const AdaFisherStep& arguments, const Geometries<AdaFisherParameter>& 
   using Traits = StepTraits<T, 1, T, M>;
   StepWriter<Entry, Shared> writer(kName, adafisher_step_kernel<Traits, Entry>,
                                    adafisher_step_kernel<Traits, StridedEntry<Entry>>, Traits::kThreads,
-                                   sizeof(int[Traits::kWarps]), stream, shared);
+                                   sizeof(Memory), stream, shared);
   for (int64_t i = 0; i < arguments.count; ++i) {
     const AdaFisherParameter& p = arguments.parameters[i];
     if (p.dtype != dtypes.parameter || p.moment_dtype != dtypes.moment) continue;
@@ -316,9 +370,12 @@ void adafisher_step_(const AdaFisherStep& arguments, const Stream& stream) {
   const Geometries<AdaFisherParameter> geometries(kName, arguments.parameters, arguments.count, false);
   const DeviceGuard guard(stream);
   const Scratch corrections(stream, arguments.count * sizeof(double));
-  advance(
-      kName, arguments.count, [&](int64_t i) { return arguments.parameters[i].step; }, arguments.beta,
-      arguments.gradient_scale, corrections.as<double>(), arguments.skipped, stream);
+  const auto counted_first = [&](int64_t i) {
+    const AdaFisherParameter& p = arguments.parameters[i];
+    return counts_itself(p) ? nullptr : p.step;
+  };
+  advance(kName, arguments.count, counted_first, arguments.beta, arguments.gradient_scale, corrections.as<double>(),
+          arguments.skipped, stream);
   const Shared shared{arguments.gradient_scale, arguments.lr,    arguments.beta,           arguments.damping,
                       arguments.weight_decay,   arguments.decay, corrections.as<double>(), arguments.skipped};
   for (const StepDTypes& dtypes : kStepDTypes) {
