@@ -1,6 +1,7 @@
 # Whether the CUDA kernels are compiled, and for which GPUs: sets `architectures_text`, or `why_no_cuda` where they are not.
 
-set(oldest 80)  # that the kernels are written for
+set(oldest 80)            # that the kernels are written for
+set(oldest_toolkit 12.1)  # whose kernels take 32 KB of parameters: lists of tensors are some
 
 if(NOT FISHER_KERNELS_CUDA MATCHES "^(auto|on|off)$")
   message(FATAL_ERROR "FISHER_KERNELS_CUDA is '${FISHER_KERNELS_CUDA}', expected 'auto', 'on' or 'off'")
@@ -30,6 +31,20 @@ function(find_gpus result why)
     set(${why} "no GPU of compute capability ${oldest} or newer was there at build time, only ${found}" PARENT_SCOPE)
   else()
     set(${why} "there was no NVIDIA GPU at build time${failure}" PARENT_SCOPE)
+  endif()
+endfunction()
+
+# What an nvcc lacks, empty where it lacks nothing or does not say: that it works is seen later.
+function(find_what_nvcc_lacks result)
+  set(nvcc "${CMAKE_CUDA_COMPILER}")
+  if(NOT nvcc)
+    separate_arguments(nvcc NATIVE_COMMAND "$ENV{CUDACXX}")
+  endif()
+  set(${result} "" PARENT_SCOPE)
+  execute_process(COMMAND ${nvcc} --version OUTPUT_VARIABLE text ERROR_QUIET)
+  if(text MATCHES "release ([0-9]+[.][0-9]+)" AND CMAKE_MATCH_1 VERSION_LESS oldest_toolkit)
+    set(${result} "nvcc (${nvcc}) is that of CUDA ${CMAKE_MATCH_1}, expected ${oldest_toolkit} or newer, since when \
+kernels take 32 KB of parameters; CUDACXX or CUDA_HOME names another" PARENT_SCOPE)
   endif()
 endfunction()
 
@@ -70,6 +85,13 @@ if(NOT why_no_cuda)
     find_program(FISHER_KERNELS_NVCC nvcc HINTS ENV CUDA_HOME PATH_SUFFIXES bin NO_CMAKE_SYSTEM_PATH)
     set(CMAKE_CUDA_COMPILER "${FISHER_KERNELS_NVCC}")
   endif()
+  find_what_nvcc_lacks(why_no_cuda)
+  if(why_no_cuda AND FISHER_KERNELS_CUDA STREQUAL on)
+    message(FATAL_ERROR "FISHER_KERNELS_CUDA is 'on', but ${why_no_cuda}")
+  endif()
+endif()
+
+if(NOT why_no_cuda)
   if(are_of_this_machine AND CMAKE_CUDA_COMPILER)
     keep_to_known_architectures(architectures)
   endif()

@@ -168,6 +168,15 @@ def test_large_means(implementation: str, ratio: float, layout: Callable[[Tensor
         check(implementation, layout(x), layout(random(shape, torch.float32, 1)), str(shape))
 
 
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("shape", [(17, 3, 5), (24, 2, 8, 8)], ids=str)
+def test_samples_unlike_the_rest(implementation: str, shape: tuple[int, ...], first: int) -> None:
+    """Some samples may stand for the mean: where they are far from it, what they miss is still within the deviation."""
+    x, grad = torch.randn(shape), torch.randn(shape)
+    x[first::8] += 1e4
+    check(implementation, x, grad)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.slow_interpreted
 def test_sums_of_whole_numbers_are_exact(implementation: str, dtype: torch.dtype) -> None:

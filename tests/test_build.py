@@ -271,6 +271,27 @@ def test_cuda_is_compiled_where_it_is_asked_for(
 
 
 @needs_cmake
+@pytest.mark.parametrize(
+    ("version", "is_old"), [("11.8", True), ("12.0", True), ("12.1", False), ("12.10", False), ("13.0", False)]
+)
+def test_an_nvcc_whose_kernels_take_fewer_parameters_is_not_used(machine: Path, version: str, is_old: bool) -> None:
+    driver(machine, 90)
+    path = str(machine / "tools")
+    nvcc = Path(path, "nvcc")
+    said = f"echo 'Cuda compilation tools, release {version}, V{version}.1'"
+    nvcc.write_text(f"#!/bin/sh\ncase $1 in --list-gpu-arch) echo compute_90;; *) {said};; esac\n")
+    why, architectures = choose_cuda(machine, PATH=path, CUDA_HOME="", CUDACXX="")
+    message = f"nvcc ({nvcc}) is that of CUDA {version}, expected 12.1 or newer"
+    assert (message in why, architectures) == ((True, "") if is_old else (False, "90-real;90-virtual"))
+    # One that CUDACXX names, with a flag.
+    Path(path, "nvcc").rename(machine / "other")
+    why = choose_cuda(machine, PATH=path, CUDA_HOME="", CUDACXX=f"{machine}/other -O1")[0]
+    assert (f"is that of CUDA {version}" in why) == is_old
+    asked = choose_cuda(machine, "CUDA=on", PATH=path, CUDA_HOME="", CUDACXX=f"{machine}/other")[0]
+    assert ("FISHER_KERNELS_CUDA is 'on', but nvcc" in asked) == is_old
+
+
+@needs_cmake
 @pytest.mark.slow
 def test_without_nvcc_a_gpu_is_left_out_and_asking_for_it_is_an_error(tmp_path: Path) -> None:
     driver(tmp_path, 90)

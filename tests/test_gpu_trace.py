@@ -105,6 +105,14 @@ def test_bank_conflicts_are_counted(run: Run) -> None:
     assert all(place.startswith("faults.cu:") for _, _, place in places)
 
 
+def test_copies_are_reads_of_one_memory_and_writes_of_the_other(run: Run) -> None:
+    """Two copies of a number by each thread of four blocks of two warps."""
+    launch = run("wait_for_enough", False)
+    copies = [t for t in launch.traffic if t.write == (t.memory == "shared")]
+    assert {(t.memory, t.requests, t.bytes) for t in copies} == {("device", 16, 2048), ("shared", 16, 2048)}
+    assert [t.units for t in copies if t.memory == "device"] == [64]
+
+
 @pytest.mark.parametrize("fault", [False, True])
 def test_what_is_found_is_shown(run: Run, monkeypatch: pytest.MonkeyPatch, fault: bool) -> None:
     launches = [run("barrier", fault), run("neighbours", False)]
@@ -130,6 +138,7 @@ from bench.gpu.probe import wrong_numbers
 
 print([result for result in selftest.run("cuda") if not result.passed])
 packed = partial(mbf_step._inputs, (mbf_step.Parameter((513,), (1, 513 * 514 // 2)),), False, {})
+of_many = partial(mbf_step._inputs, (mbf_step.Parameter((1025, 257), (1, 1, 257, 257)),), False, {"kl_clip": 1e-3})
 with use_backend("cuda"):  # what small inputs do not reach
     assert not any(wrong_numbers().values())
     ops.minmax([torch.randn(30000), torch.randn(9)])
@@ -137,7 +146,8 @@ with use_backend("cuda"):  # what small inputs do not reach
     ops.rank_one_inverse_update_(torch.eye(200).repeat(2, 1, 1), torch.randn(2, 200))
     x, gradient = torch.randn(2, 3, 40, 40), torch.randn(2, 2, 40, 40)
     ops.conv_mini_block_gram_(torch.zeros(2, 3, 9, 9), x, gradient, 3, padding=1)
-    mbf_step.SAMPLES[0].call(packed(mbf_step.Source(torch.float32, torch.device("cpu"))))
+    for inputs in (packed, of_many):
+        mbf_step.SAMPLES[0].call(inputs(mbf_step.Source(torch.float32, torch.device("cpu"))))
 """
 
 

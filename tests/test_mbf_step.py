@@ -590,6 +590,20 @@ def test_a_sum_of_nothing_is_not_clipped(implementation: str) -> None:
     assert float(case.run()[1]) == 1.0
 
 
+def test_the_clip_of_many_blocks(implementation: str) -> None:
+    """More than one block of threads adds up, where whole numbers add up the same in any order."""
+    size = 40 if implementation == "triton" else 1024 + 3
+    many = Parameter((size, 257), (1, 1, 257, 257)), Parameter((5,), (5, 1, 1))
+    case = step(many, torch.float32, lr=1.0, momentum=0.0, kl_clip=1.0, kl_along="gradient", max_relative_step=1e3)
+    for gradient, inverse in zip(case.grads, case.inverses, strict=True):
+        assert inverse is not None
+        gradient.copy_(torch.arange(gradient.numel()).view_as(gradient) % 5 - 2)
+        inverse.copy_(torch.eye(inverse.shape[-1]))
+    total = sum(float(gradient.square().sum()) for gradient in case.grads)
+    _, scale, *_ = case.run()
+    assert float(scale) == math.sqrt(1 / total)
+
+
 def test_skipped_blocks_do_not_enter_the_clip(implementation: str) -> None:
     case = step(SOME, torch.float32, kl_clip=1e-3)
     for i in (1, 2, 6, 7, 8, 9):

@@ -1,9 +1,11 @@
 #include <type_traits>
 
+#include "async_copy.cuh"
 #include "step_rounding.cuh"
 
-// The AdaFisher update: 20 bytes a parameter in float32, 3 reads and 2 writes, 16 with moments in 16 bits, in one launch
-// for each pair of dtypes and one that counts steps. The factors are small and come from the caches.
+// The AdaFisher update: 20 bytes a parameter in float32, 3 reads and 2 writes, 16 with moments in 16 bits, in a launch
+// for each pair of dtypes, and one that counts the steps of parameters of several chunks. Steps of those of one chunk
+// are counted by its block of threads. The factors are small and come from the caches.
 namespace fisher_kernels::cuda {
 
 namespace {
@@ -22,6 +24,7 @@ struct Shared {
 };
 
 struct Entry : StepArrays {
+  float* counted;             // t of a parameter whose only block counts it, else null
   const void* row_factor;     // or null for 1
   const void* column_factor;  // or null for 1
   int64_t rows;  // of a group
@@ -30,6 +33,11 @@ struct Entry : StepArrays {
   bool row_is_constant;
   bool column_is_constant;
 };
+
+/// Thread blocks of a multiprocessor that there are registers for: 64 of them a thread in float32, more in float64 and
+/// where integers are drawn.
+template <class A, class Entry_>
+constexpr int kResident = kIsRandomEntry<Entry_, Entry> ? 2 : sizeof(A) == 8 ? 3 : 4;
 
 /// F = row * column + damping of any element, for numbers of the element in row-major order.
 template <class A>
@@ -51,86 +59,114 @@ struct Curvature {
         by_column(!entry.column_is_constant),
         damping(static_cast<A>(damping_)) {}
 
-  __device__ A row(int64_t row) const { return row_factor == nullptr ? A(1) : row_factor[by_row ? row : 0]; }
-
-  /// The column factors of the group of a row.
-  __device__ const A* group(int64_t row) const { return column_factor + (by_column ? row / rows * columns : 0); }
-
-  __device__ A at(int64_t row_, int64_t column) const {
-    const A right = column_factor == nullptr ? A(1) : group(row_)[by_column ? column : 0];
-    return fma(row(row_), right, damping);
-  }
-
-  __device__ A at(int64_t index) const { return at(index / columns, index % columns); }
-
   template <int N>
   __device__ Pack<A, N> pack(int64_t index) const {
     static_assert(N == 1);
-    return {{at(index)}};
+    const int64_t row = index / columns, group = row / rows, column = index % columns;
+    const A left = row_factor == nullptr ? A(1) : row_factor[by_row ? row : 0],
+            right = column_factor == nullptr ? A(1) : column_factor[by_column ? group * columns + column : 0];
+    return {{fma(left, right, damping)}};
   }
 };
 
-/// F along a chunk of a parameter: what follows its first element, found without 64-bit divisions.
-template <class Traits>
-struct CurvatureOfChunk {
-  using A = typename Traits::A;
+/// By how much quotients grow along a chunk, from that of one number on: found without divisions of 64 bits.
+struct Quotients {
+  uint32_t reciprocal;  // ceil(2^31 / divisor), or 0 where that is longer than a chunk
+  int32_t edge;         // what lies between the last multiple and the number, or where the next one is
 
-  Curvature<A> curvature;
-  int64_t row;     // of the first element
-  int64_t column;  // likewise
-  uint32_t inverse;
-  bool has_packs;  // no run of elements crosses a row, and column factors can be read 16 bytes at a time
-
-  __device__ CurvatureOfChunk(const Curvature<A>& curvature_, int64_t first)
-      : curvature(curvature_), row(first / curvature_.columns), column(first % curvature_.columns) {
-    // ceil(2^32 / columns): quotients of what is below kChunk + columns come out exact, both being below 2^14.
-    inverse = curvature.columns <= kChunk ? 0xffffffffu / static_cast<uint32_t>(curvature.columns) + 1 : 0;
-    has_packs =
-        curvature.columns % Traits::kVector == 0 && (!curvature.by_column || is_aligned(curvature.column_factor));
-  }
-
-  /// The row of an element, counted from `row`; `offset` becomes its column.
-  __device__ int64_t split(int64_t& offset) const {
-    offset += column;
-    if (curvature.columns == 1) {
-      const int64_t down = offset;
-      offset = 0;
-      return down;
+  __device__ Quotients(int64_t divisor, int64_t rest) {
+    if (divisor <= kChunk) {
+      reciprocal = (0x7fffffffu + static_cast<uint32_t>(divisor)) / static_cast<uint32_t>(divisor);
+      edge = static_cast<int32_t>(rest);
+    } else {
+      reciprocal = 0;
+      edge = static_cast<int32_t>(divisor - rest < kChunk ? divisor - rest : kChunk);
     }
-    if (inverse != 0) {
-      const int64_t down = __umulhi(static_cast<uint32_t>(offset), inverse);
-      offset -= down * curvature.columns;
-      return down;
-    }
-    if (offset < curvature.columns) return 0;
-    offset -= curvature.columns;  // rows are longer than a chunk
-    return 1;
   }
 
-  __device__ A at(int64_t offset) const {
-    const int64_t down = split(offset);
-    return curvature.at(row + down, offset);
+  /// The same as (rest + offset) / divisor for an offset of less than kChunk: both are below 2^14.
+  __device__ int at(int offset) const {
+    if (reciprocal == 0) return offset >= edge;
+    return static_cast<int>(__umulhi(static_cast<uint32_t>(2 * (edge + offset)), reciprocal));
   }
+};
+
+/// F along a chunk of a parameter. Factors are found from those of its first element on, to keep few numbers in mind.
+template <class A>
+class ChunkOfCurvature {
+ public:
+  __device__ ChunkOfCurvature(const Entry& entry, int64_t first, double damping)
+      : ChunkOfCurvature(entry, damping, first / entry.columns, first % entry.columns) {}
+
+  /// Whether no run of elements crosses a row, and column factors can be read 16 bytes at a time.
+  __device__ bool has_packs(int elements) const {
+    return columns_ % elements == 0 && (!by_column_ || is_aligned(right_));
+  }
+
+ protected:
+  __device__ ChunkOfCurvature(const Entry& entry, double damping, int64_t row, int64_t column)
+      : columns_(entry.columns),
+        down_(entry.columns, column),
+        groups_(entry.rows, row % entry.rows),
+        by_row_(!entry.row_is_constant),
+        by_column_(entry.column_factor != nullptr && !entry.column_is_constant),
+        damping_(static_cast<A>(damping)),
+        left_(static_cast<const A*>(entry.row_factor)),
+        right_(static_cast<const A*>(entry.column_factor)) {
+    if (left_ != nullptr && by_row_) left_ += row;
+    if (by_column_) right_ += row / entry.rows * columns_ + column;
+  }
+
+  __device__ A left(int down) const { return left_ == nullptr ? A(1) : left_[by_row_ ? down : 0]; }
+
+  /// Where the column factor of an element is, of a row so far down: its group's are behind those of groups before.
+  __device__ const A* right(int down, int offset) const {
+    return right_ + (offset - (down - groups_.at(down)) * columns_);
+  }
+
+  __device__ A right_of_all() const { return right_ == nullptr ? A(1) : *right_; }
+
+  __device__ A at(int offset) const {
+    const int down = down_.at(offset);
+    return fma(left(down), by_column_ ? *right(down, offset) : right_of_all(), damping_);
+  }
+
+  int64_t columns_;
+  Quotients down_;
+  Quotients groups_;
+  bool by_row_;
+  bool by_column_;
+  A damping_;
+  const A* left_;
+  const A* right_;
+};
+
+/// The same for runs of elements. Which of the two a chunk takes is asked once: a loop that has room for both needs
+/// more registers.
+template <class A, bool kHasPacks>
+struct RunsOfCurvature : ChunkOfCurvature<A> {
+  __device__ explicit RunsOfCurvature(const ChunkOfCurvature<A>& chunk) : ChunkOfCurvature<A>(chunk) {}
 
   template <int N>
-  __device__ Pack<A, N> pack(int64_t offset) const {
+  __device__ Pack<A, N> pack(int64_t offset_) const {
+    const int offset = static_cast<int>(offset_);
     Pack<A, N> pack;
-    if (N == 1 || !has_packs) {
+    if constexpr (N == 1 || !kHasPacks) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) pack.at[i] = at(offset + i);
-      return pack;
-    }
-    const int64_t down = split(offset);
-    const A left = curvature.row(row + down);
-    if (curvature.column_factor != nullptr && curvature.by_column) {
-      pack = load_pack<N>(curvature.group(row + down) + offset);
+      for (int i = 0; i < N; ++i) pack.at[i] = this->at(offset + i);
     } else {
-      const A right = curvature.column_factor == nullptr ? A(1) : *curvature.column_factor;
+      const int down = this->down_.at(offset);
+      const A left = this->left(down);
+      if (this->by_column_) {
+        pack = load_pack<N>(this->right(down, offset));
+      } else {
+        const A right = this->right_of_all();
 #pragma unroll
-      for (int i = 0; i < N; ++i) pack.at[i] = right;
+        for (int i = 0; i < N; ++i) pack.at[i] = right;
+      }
+#pragma unroll
+      for (int i = 0; i < N; ++i) pack.at[i] = fma(left, pack.at[i], this->damping_);
     }
-#pragma unroll
-    for (int i = 0; i < N; ++i) pack.at[i] = fma(left, pack.at[i], curvature.damping);
     return pack;
   }
 };
@@ -145,12 +181,12 @@ struct Rates {
   A weight_decay;  // coupled form
   A shrinkage;     // decoupled form: lr * weight_decay
 
-  __device__ Rates(const Shared& shared, int32_t index) {
+  __device__ Rates(const Shared& shared, double correction) {
     const double lr = load(shared.lr);
     gradient_scale = static_cast<A>(factor(shared.scale));
     beta = static_cast<A>(shared.beta);
     gain = static_cast<A>(1 - shared.beta);
-    step_size = static_cast<A>(lr / shared.corrections[index]);
+    step_size = static_cast<A>(lr / correction);
     weight_decay = static_cast<A>(shared.decay == WeightDecay::coupled ? shared.weight_decay : 0);
     shrinkage = static_cast<A>(shared.decay == WeightDecay::decoupled ? lr * shared.weight_decay : 0);
   }
@@ -211,34 +247,94 @@ struct Update {
   }
 };
 
-template <class Traits>
-__device__ CurvatureOfChunk<Traits> curvature_of(const Entry& entry, int64_t first, double damping) {
-  return {Curvature<typename Traits::A>(entry, damping), first};
+/// What a block of threads shares.
+struct Memory {
+  double correction;
+  int found[8];
+};
+
+/// The step of a chunk with a curvature. Returns how many elements this thread has left as they were.
+template <class Traits, class Entry, class Curvature>
+__device__ int update_chunk(const Entry& entry, int64_t first, const Shared& shared, double correction,
+                            const Curvature& curvature) {
+  const auto integers = integers_of<cuda::Entry>(entry, first, entry.counted != nullptr);
+  Update<Traits, Curvature, std::remove_const_t<decltype(integers)>> update{
+      curvature, {shared, correction}, integers, 0};
+  walk<Traits>(entry, first, update);
+  return update.found;
 }
 
 template <class Traits, class Entry>
-__device__ Curvature<typename Traits::A> curvature_of(const StridedEntry<Entry>& entry, int64_t, double damping) {
-  return {entry, damping};
+__device__ int step_chunk(const Entry& entry, int64_t first, const Shared& shared, double correction) {
+  using A = typename Traits::A;
+  const ChunkOfCurvature<A> chunk(entry, first, shared.damping);
+  if (chunk.has_packs(Traits::kVector)) {
+    return update_chunk<Traits>(entry, first, shared, correction, RunsOfCurvature<A, true>(chunk));
+  }
+  return update_chunk<Traits>(entry, first, shared, correction, RunsOfCurvature<A, false>(chunk));
 }
 
 template <class Traits, class Entry>
-__global__ void __launch_bounds__(Traits::kThreads)
+__device__ int step_chunk(const StridedEntry<Entry>& entry, int64_t first, const Shared& shared, double correction) {
+  return update_chunk<Traits>(entry, first, shared, correction,
+                              Curvature<typename Traits::A>(entry, shared.damping));
+}
+
+/// Asks for a chunk that is a whole parameter, of which 128 bytes come at a time.
+template <class Traits, class Entry>
+__device__ void fetch(const Entry& entry) {
+  const int64_t at = threadIdx.x * 128;
+  static_assert(Traits::kThreads * 128 >= kChunk * sizeof(float));
+  const auto fetch_of = [&](const void* array, int64_t size) {
+    if (at < entry.size * size) fetch_line(static_cast<const char*>(array) + at);
+  };
+  fetch_of(entry.parameter, sizeof(typename Traits::T));
+  fetch_of(entry.gradient, sizeof(typename Traits::G));
+  fetch_of(entry.moment, sizeof(typename Traits::M));
+}
+
+template <class Traits, class Entry>
+__device__ void fetch(const StridedEntry<Entry>&) {}
+
+/// 1 - beta^t of the step that is taken. Powers take as long as memory does to answer: of a parameter that the block
+/// counts it is asked first.
+template <class Traits, class Entry>
+__device__ double correction_of(const Entry& entry, const Shared& shared, Memory& memory) {
+  if (entry.counted == nullptr) return shared.corrections[entry.index];
+  fetch<Traits>(entry);
+  if (threadIdx.x == 0) memory.correction = advancing::correction(shared.beta, *entry.counted + 1);
+  __syncthreads();
+  return memory.correction;
+}
+
+template <class Traits, class Entry>
+__global__ void __launch_bounds__(Traits::kThreads, kResident<typename Traits::A, Entry>)
     adafisher_step_kernel(const __grid_constant__ Table<Entry, Shared> table) {
+  auto& memory = shared_memory<Memory>();
+  static_assert(Traits::kWarps == sizeof(memory.found) / sizeof(int));
   const Shared& shared = table.shared;
-  if (is_off(shared.scale)) return;
   const int i = table.tensor_of(blockIdx.x);
   const Entry& entry = table.entries[i];
-  const int64_t first = static_cast<int64_t>(blockIdx.x - table.start[i]) * kChunk;
-  const auto curvature = curvature_of<Traits>(entry, first, shared.damping);
-  const auto integers = integers_of<cuda::Entry>(entry, first);
-  Update<Traits, std::remove_const_t<decltype(curvature)>, std::remove_const_t<decltype(integers)>> update{
-      curvature, {shared, entry.index}, integers, 0};
-  walk<Traits>(entry, first, update);
-  count_skipped(update.found, shared_memory<int[Traits::kWarps]>(), shared.skipped + entry.index);
+  int64_t* const skipped = shared.skipped + entry.index;
+  if (is_off(shared.scale)) {
+    if (entry.counted != nullptr && threadIdx.x == 0) *skipped = 0;
+    return;
+  }
+  const int found = step_chunk<Traits>(entry, static_cast<int64_t>(blockIdx.x - table.start[i]) * kChunk, shared,
+                                       correction_of<Traits>(entry, shared, memory));
+  if (entry.counted == nullptr) return count_skipped(found, memory.found, skipped);
+  const int total = block_sum(found, memory.found);
+  if (threadIdx.x != 0) return;
+  *skipped = total;
+  *entry.counted += 1;  // all have read it
 }
+
+/// Whether the only block of a parameter counts its steps.
+bool counts_itself(const AdaFisherParameter& p) { return p.numel() > 0 && p.numel() <= kChunk; }
 
 Entry make_entry(const AdaFisherParameter& p, int64_t index) {
   return {{p.parameter.data, p.gradient.data, p.moment.data, p.numel()},
+          counts_itself(p) ? p.step : nullptr,
           p.row_factor,
           p.column_factor,
           p.rows,
@@ -252,11 +348,10 @@ Entry make_entry(const AdaFisherParameter& p, int64_t index) {
 template <class Entry, class T, class M>
 void step(const AdaFisherStep& arguments, const Geometries<AdaFisherParameter>& geometries, const Shared& shared,
           const StepDTypes& dtypes, const Stream& stream) {
-  // In 16 bits no more than two blocks fit on a multiprocessor either way.
-  using Traits = StepTraits<T, sizeof(T) == 2 ? 2 : 1, T, M>;
+  using Traits = StepTraits<T, 1, T, M>;
   StepWriter<Entry, Shared> writer(kName, adafisher_step_kernel<Traits, Entry>,
                                    adafisher_step_kernel<Traits, StridedEntry<Entry>>, Traits::kThreads,
-                                   sizeof(int[Traits::kWarps]), stream, shared);
+                                   sizeof(Memory), stream, shared);
   for (int64_t i = 0; i < arguments.count; ++i) {
     const AdaFisherParameter& p = arguments.parameters[i];
     if (p.dtype != dtypes.parameter || p.moment_dtype != dtypes.moment) continue;
@@ -275,9 +370,12 @@ void adafisher_step_(const AdaFisherStep& arguments, const Stream& stream) {
   const Geometries<AdaFisherParameter> geometries(kName, arguments.parameters, arguments.count, false);
   const DeviceGuard guard(stream);
   const Scratch corrections(stream, arguments.count * sizeof(double));
-  advance(
-      kName, arguments.count, [&](int64_t i) { return arguments.parameters[i].step; }, arguments.beta,
-      arguments.gradient_scale, corrections.as<double>(), arguments.skipped, stream);
+  const auto counted_first = [&](int64_t i) {
+    const AdaFisherParameter& p = arguments.parameters[i];
+    return counts_itself(p) ? nullptr : p.step;
+  };
+  advance(kName, arguments.count, counted_first, arguments.beta, arguments.gradient_scale, corrections.as<double>(),
+          arguments.skipped, stream);
   const Shared shared{arguments.gradient_scale, arguments.lr,    arguments.beta,           arguments.damping,
                       arguments.weight_decay,   arguments.decay, corrections.as<double>(), arguments.skipped};
   for (const StepDTypes& dtypes : kStepDTypes) {

@@ -21,6 +21,13 @@ __device__ inline void copy_async(void* to_shared, const void* from) {
 #endif
 }
 
+/// Asks for what an address holds to be brought into the second-level cache.
+__device__ inline void fetch_line([[maybe_unused]] const void* at) {
+#ifndef FISHER_KERNELS_CUDA_ON_HOST
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+#endif
+}
+
 /// Ends a group of this thread's copies.
 __device__ inline void end_copies() {
 #ifdef FISHER_KERNELS_CUDA_ON_HOST

@@ -7,16 +7,18 @@
 #include "launch.cuh"
 #include "types.cuh"
 
-// Bound by memory: x and grad_output are read once, 16 bytes at a time where they are aligned, and x once more before
-// that for its mean where none is given; 8 bytes are written for each sample's channel, and half of them once more.
+// Bound by memory: x and grad_output are read once, 16 bytes at a time where they are aligned, and an eighth of x once
+// more before that for a pivot where no mean is given; 8 bytes are written for each sample's channel, and half of them
+// once more.
 //
-// That mean, the pivot, need not be exact: with d = x - pivot and rest = mean(d),
-//   mean = pivot + rest,   variance = mean(d^2) - rest^2,   sum of g (x - mean) = sum of g d - rest * sum of g,
-// and rest is as small as rounding, so that nothing cancels (Chan, Golub and LeVeque). Short runs are summed in
-// Accumulator<T>, what belongs to a channel in float64.
+// The pivot is near the mean, and need not be exact: with d = x - pivot and rest = mean(d),
+//   mean = pivot + rest,   variance = mean(d^2) - rest^2,   sum of g (x - mean) = sum of g d - rest * sum of g
+// (Chan, Golub and LeVeque). It is the mean of every eighth sample. Whatever those are, rest^2 is at most 8 times the
+// variance, to which they contribute: no more than three bits cancel, and none of random samples, where rest is as
+// small as their number is large. Short runs are summed in Accumulator<T>, what belongs to a channel in float64.
 //
-// With given statistics there is one launch, and another where positions are split. Without there are five: sums of x,
-// the pivots, all other sums, what they say of a channel, and the scales. Sums are split by shape alone.
+// With given statistics there is one launch, and another where positions are split. Without there are five: sums of
+// some of x, the pivots, all other sums, what they say of a channel, and the scales. Sums are split by shape alone.
 namespace fisher_kernels::cuda {
 
 namespace {
@@ -29,6 +31,7 @@ constexpr int kMostLanes = kWarp;         // that share the positions of a chann
 constexpr int64_t kManyBlocks = 2048;     // of threads, that keep memory busy
 constexpr int64_t kManyThreads = 1 << 17;  // likewise
 constexpr int64_t kMostSamples = 64;      // that a thread works on
+constexpr int64_t kPivotStep = 8;         // of samples: those of the pivot
 constexpr int64_t kFewestNumbers = 16;    // of a channel for which sums of a block of threads are worth what they take
 
 template <class T_>
@@ -42,11 +45,11 @@ struct Traits {
   };
 };
 
-/// A pass over x, and over grad_output but for the mean. A block of threads has some channels of some samples, and a
+/// A pass over x, and over grad_output but for the pivot. A block of threads has some channels of some samples, and a
 /// piece of the positions.
 struct Pass {
   const void* x;
-  const void* grad;      // null for the mean
+  const void* grad;      // null for the pivot
   const void* pivot;     // [channels], or null for 0
   const void* variance;  // [channels], or null if it is not given or scales are finished later
   void* scale;           // [pieces, samples, channels]: sums of g d, or what they become with the variance
@@ -152,7 +155,8 @@ __device__ Sums<typename Traits::A> sum_run(const Pass& pass, const typename Tra
 }
 
 template <class Traits, bool kMean>
-__global__ void __launch_bounds__(kThreads) channels_first_kernel(const __grid_constant__ Pass pass) {
+__global__ void __launch_bounds__(kThreads, kMean ? 10 : sizeof(typename Traits::A) == 8 ? 8 : 9)
+    channels_first_kernel(const __grid_constant__ Pass pass) {
   using A = typename Traits::A;
   const int lane = threadIdx.x % pass.lanes, slot = threadIdx.x / pass.lanes;
   const int sample_lane = slot / pass.channel_lanes;
@@ -514,10 +518,13 @@ void run_fold(const Fold& fold, const Stream& stream) {
          kFoldChannels * kFoldRows, sizeof(double[kFoldChannels * kFoldRows]), stream, fold);
 }
 
-/// The mean of each channel, to rounding.
+/// What is near the mean of each channel: that of some samples.
 template <class T>
-void make_pivots(const BatchNormGradients& a, Accumulator<T>* pivot, const Stream& stream) {
+void make_pivots(const BatchNormGradients& all, Accumulator<T>* pivot, const Stream& stream) {
   using Traits = cuda::Traits<T>;
+  BatchNormGradients a = all;
+  a.samples = divide_up(all.samples, kPivotStep);
+  a.x_sample_stride = all.x_sample_stride * kPivotStep;
   Pass pass = make_pass(a);
   pass.packed = has_packs(a, static_cast<const T*>(a.x), a.x_sample_stride, Traits::N);
   const int64_t blocks = divide(a, Traits::N, pass), rows = rows_of(a, pass);

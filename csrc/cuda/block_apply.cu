@@ -85,8 +85,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
   A* const room = &shared_memory<A>();
   const A *const from = p.blocks + first * n, *const vectors_from = p.vectors + first_block * n;
   const Staged matrix(room, from, p.matrix), vectors(room + p.matrix_room, vectors_from, p.vector);
-  matrix.load(from, here * n, NoLook());
-  vectors.load(vectors_from, blocks * n, NoLook());
+  matrix.begin(from, here * n);
+  vectors.begin(vectors_from, blocks * n);
+  wait_for_all_copies();
   __syncthreads();
 
   const bool packed = matrix.has_vectors() && vectors.has_vectors();

@@ -3,8 +3,9 @@
 
 // Inverses of many small symmetric positive definite blocks, and solutions with them. A CTA moves a run of blocks
 // through shared memory, 16 bytes a thread: 2 n^2 numbers a block for an inverse, n^2 + 2 n for a solution. In between
-// each block stays in registers, of one thread or spread over a few lanes, a warp or a CTA: n^3 multiplications for an
-// inverse, n^3 / 2 for a solution (half and a third of that in one thread, which works on one triangle).
+// each block stays in registers, of one thread or spread over a few lanes, a warp or a CTA: a good n^3 / 2
+// multiplications for an inverse, of which one triangle is worked on, and n^3 / 2 for a solution (a third of that in
+// one thread).
 //
 // The blocks are swept (Gauss-Jordan elimination without pivoting, which positive definite blocks do not need): with
 // c column k, d = c_k and r = c / d, entry a_ij becomes a_ij - c_i r_j, row and column k become r, and -1 / d stands
@@ -25,7 +26,9 @@ constexpr int kSmallest = 4;  // the size class that these are of
 /// and columns are dealt to the grid in turns, as cards are, so that each lane has its share of the block:
 /// - column j to grid column j % kColumns, as number j / kColumns of its `kTurns`;
 /// - row i to grid row (i % kColumns) / kDeal, `kDeal` neighbours at each turn.
-template <class A_, int kSize_, int kGridRows, int kGridColumns>
+///
+/// A multiprocessor has room for so many CTAs that a thread has `kRegisters`, of an inverse or a solution.
+template <class A_, int kSize_, int kGridRows, int kGridColumns, int kRegisters, int kRegistersOfSolution>
 struct Traits {
   using A = A_;
   static constexpr int kSize = kSize_;
@@ -37,6 +40,9 @@ struct Traits {
   static constexpr int kTurns = kSize / kColumns;
   static constexpr int kLanes = kRows * kColumns;    // that share a block
   static constexpr int kBlocks = kThreads / kLanes;  // of a CTA
+
+  template <bool kSolve>
+  static constexpr int kResident = 65536 / (kThreads * (kSolve ? kRegistersOfSolution : kRegisters));
 
   // A column on its way to all lanes: the numbers of each grid column together, at odd multiples of 16 bytes, which
   // lie in banks of their own.
@@ -71,7 +77,7 @@ struct Params {
   size_t rows_room;  // elements
 };
 
-/// What runs through shared memory is looked at for what is not finite; which block that is in is asked only then.
+/// What came to shared memory is looked at for what is not finite; which block that is in is asked only then.
 struct MarkBad {
   int* bad;
   int size;  // elements of a block
@@ -223,7 +229,8 @@ struct Triangle {
 };
 
 /// A lane's part of a block that a grid of lanes shares: rows and columns as `Traits` says. What is behind the last row
-/// and column is 0 and stays so.
+/// and column is 0 and stays so. An inverse is swept where the turn of a row comes no earlier than that of a column: on
+/// the diagonal and below it, a good half. A solution drops columns instead.
 template <class Traits, bool kSolve>
 struct Tile {
   using A = typename Traits::A;
@@ -231,7 +238,7 @@ struct Tile {
   static constexpr int kTurns = Traits::kTurns;
   static constexpr int kPart = Traits::kPart;
 
-  A a[kDeal][kTurns][kTurns];
+  A a[kDeal][kTurns][kTurns];  // of which the compiler keeps what is used
   A x[kDeal][kTurns];  // the right-hand side, the same in all columns of the grid
   A* line;             // of two, in shared memory
   A* of_rows;          // what is of this lane's rows in a line
@@ -269,7 +276,10 @@ struct Tile {
 
   __device__ bool is_inside(int i, int j) const { return i < n && j < n; }
 
-  /// Calls body(entry, i, j, i >= j) for all entries, in the block or behind its end.
+  /// The turns of columns that are kept of rows of a turn.
+  static __device__ constexpr int end_of_columns(int turn) { return kSolve ? kTurns : turn + 1; }
+
+  /// Calls body(entry, i, j, i >= j) for all entries that are kept, in the block or behind its end.
   template <class Body>
   __device__ void for_all(Body body) {
 #pragma unroll
@@ -277,7 +287,7 @@ struct Tile {
 #pragma unroll
       for (int s = 0; s < kTurns; ++s) {
 #pragma unroll
-        for (int t = 0; t < kTurns; ++t) {
+        for (int t = 0; t < end_of_columns(s); ++t) {
           const int i = row(e, s), j = column(t);
           body(a[e][s][t], i, j, s == t ? i >= j : s > t);
         }
@@ -310,6 +320,26 @@ struct Tile {
     return good;
   }
 
+  /// Numbers `first` to `last` of a grid column, 16 bytes at a time where all of those are among them.
+  template <class Value>
+  static __device__ void write(A* to, int first, int last, const Value& value) {
+    constexpr int N = Traits::kVector;
+#pragma unroll
+    for (int v = 0; v < kPart; v += N) {
+      if (v >= first && v + N <= last) {
+        Pack<A, N> pack;
+#pragma unroll
+        for (int i = 0; i < N; ++i) pack.at[i] = value(v + i);
+        store_pack(to + v, pack);
+        continue;
+      }
+#pragma unroll
+      for (int i = v; i < v + N; ++i) {
+        if (i >= first && i < last) to[i] = value(i);
+      }
+    }
+  }
+
   /// Sweeps over the pivot in row (deal, turn) of grid row q. Lines take turns: who writes one has seen all others meet
   /// after they had read it.
   __device__ bool sweep(int turn, int q, int deal) {
@@ -318,16 +348,17 @@ struct Tile {
     const bool has_row = of_rows == line + q * kDeal * Traits::kPitch, has_column = of_columns == of_pivot;
     const int turned = in_turn % 2 * Traits::kLine;
     A* const of_rhs = line + turned + Traits::kColumns * Traits::kPitch;
+    // What is not kept of the column stands in the row.
+    const int kept = kSolve ? 0 : turn;
     if (has_column) {
 #pragma unroll
       for (int e = 0; e < kDeal; ++e) {
-        Pack<A, kPart> part;
-#pragma unroll
-        for (int s = 0; s < kPart; ++s) part.at[s] = s < kTurns ? a[e][s < kTurns ? s : 0][turn] : A(0);
-        store_pack(of_rows + turned + e * Traits::kPitch, part);
+        write(of_rows + turned + e * Traits::kPitch, kept, kPart,
+              [&](int s) { return s < kTurns ? a[e][s < kTurns ? s : 0][turn] : A(0); });
       }
       if (kSolve && has_row) *of_rhs = x[deal][turn];
     }
+    if (has_row) write(of_columns + turned, 0, kept, [&](int t) { return a[deal][turn][t]; });
     meet();
     const A pivot = of_pivot[turned + turn];
     Pack<A, kPart> c[kDeal], r = load_pack<kPart>(of_columns + turned);
@@ -342,7 +373,7 @@ struct Tile {
 #pragma unroll
       for (int e = 0; e < kDeal; ++e) {
 #pragma unroll
-        for (int s = 0; s < kTurns; ++s) a[e][s][turn] = 0;
+        for (int s = turn; s < kTurns; ++s) a[e][s][turn] = 0;
       }
     }
     // A solution needs nothing more of the columns that were swept.
@@ -350,7 +381,7 @@ struct Tile {
     if (has_row) {
       c[deal].at[turn] = -1;
 #pragma unroll
-      for (int t = 0; t < kTurns; ++t) a[deal][turn][t] = 0;
+      for (int t = 0; t < end_of_columns(turn); ++t) a[deal][turn][t] = 0;
       if (kSolve) x[deal][turn] = 0;
     }
 #pragma unroll
@@ -358,7 +389,7 @@ struct Tile {
 #pragma unroll
       for (int s = 0; s < kTurns; ++s) {
 #pragma unroll
-        for (int t = first; t < kTurns; ++t) a[e][s][t] -= c[e].at[s] * r.at[t];
+        for (int t = first; t < end_of_columns(s); ++t) a[e][s][t] -= c[e].at[s] * r.at[t];
       }
     }
     if (kSolve) {
@@ -446,7 +477,11 @@ __device__ bool solve(const typename Traits::A* block, int pitch, typename Trait
 }
 
 template <class Traits, bool kSolve>
-__global__ void __launch_bounds__(Traits::kThreads) kernel(const __grid_constant__ Params<typename Traits::A> p) {
+constexpr int kResident = Traits::template kResident<kSolve>;
+
+template <class Traits, bool kSolve>
+__global__ void __launch_bounds__(Traits::kThreads, kResident<Traits, kSolve>)
+    kernel(const __grid_constant__ Params<typename Traits::A> p) {
   using A = typename Traits::A;
   using Staged = cuda::Staged<A, Traits::kThreads>;
   const int n = p.n, size = n * n, number = threadIdx.x / Traits::kLanes;
@@ -455,12 +490,15 @@ __global__ void __launch_bounds__(Traits::kThreads) kernel(const __grid_constant
 
   auto& fixed = shared_memory<Fixed<Traits>>();
   A* const room = reinterpret_cast<A*>(&fixed + 1);
+  const A *const from = p.blocks + first * size, *const right_from = kSolve ? p.rhs + first * n : nullptr;
+  const Staged blocks(room, from, p.rows), right(room + p.rows_room, right_from, p.right);
+  blocks.begin(from, here * size);
+  if (kSolve) right.begin(right_from, here * n);
   if (threadIdx.x < Traits::kBlocks) fixed.bad[threadIdx.x] = 0;
   __syncthreads();
-  const Staged blocks(room, p.blocks + first * size, p.rows);
-  blocks.load(p.blocks + first * size, here * size, MarkBad{fixed.bad, size});
-  const Staged right(room + p.rows_room, kSolve ? p.rhs + first * n : nullptr, p.right);
-  if (kSolve) right.load(p.rhs + first * n, here * n, MarkBad{fixed.bad, n});
+  wait_for_all_copies();
+  blocks.look_through(from, here * size, MarkBad{fixed.bad, size});
+  if (kSolve) right.look_through(right_from, here * n, MarkBad{fixed.bad, n});
   __syncthreads();
 
   // Those without a block at the end work on what happens to be there: warps stay together.
@@ -492,24 +530,24 @@ __global__ void __launch_bounds__(Traits::kThreads) kernel(const __grid_constant
 /// twice as large, there are fewer classes.
 template <class A, class F>
 void for_class(int64_t n, F&& f) {
-  if (n <= kSmallest) return f(Type<Traits<A, kSmallest, 1, 1>>());
+  if (n <= kSmallest) return f(Type<Traits<A, kSmallest, 1, 1, 64, 64>>());
   if constexpr (std::is_same_v<A, float>) {
-    if (n <= 9) return f(Type<Traits<A, 9, 1, 1>>());
-    if (n <= 12) return f(Type<Traits<A, 12, 2, 2>>());
-    if (n <= 16) return f(Type<Traits<A, 16, 2, 2>>());
-    if (n <= 20) return f(Type<Traits<A, 20, 4, 4>>());
-    if (n <= 28) return f(Type<Traits<A, 28, 4, 4>>());
-    if (n <= 32) return f(Type<Traits<A, 32, 4, 4>>());
-    if (n <= 40) return f(Type<Traits<A, 40, 4, 8>>());
-    if (n <= 48) return f(Type<Traits<A, 48, 4, 8>>());
-    if (n <= 56) return f(Type<Traits<A, 56, 4, 8>>());
-    return f(Type<Traits<A, kLargest, 4, 8>>());
+    if (n <= 9) return f(Type<Traits<A, 9, 1, 1, 64, 72>>());
+    if (n <= 12) return f(Type<Traits<A, 12, 2, 2, 72, 80>>());
+    if (n <= 16) return f(Type<Traits<A, 16, 2, 2, 96, 128>>());
+    if (n <= 20) return f(Type<Traits<A, 20, 4, 4, 64, 64>>());
+    if (n <= 28) return f(Type<Traits<A, 28, 4, 4, 88, 96>>());
+    if (n <= 32) return f(Type<Traits<A, 32, 4, 4, 96, 128>>());
+    if (n <= 40) return f(Type<Traits<A, 40, 4, 8, 104, 120>>());
+    if (n <= 48) return f(Type<Traits<A, 48, 4, 8, 128, 168>>());
+    if (n <= 56) return f(Type<Traits<A, 56, 4, 8, 128, 208>>());
+    return f(Type<Traits<A, kLargest, 4, 8, 128, 208>>());
   } else {
-    if (n <= 9) return f(Type<Traits<A, 9, 1, 1>>());
-    if (n <= 16) return f(Type<Traits<A, 16, 2, 2>>());
-    if (n <= 32) return f(Type<Traits<A, 32, 4, 4>>());
-    if (n <= 48) return f(Type<Traits<A, 48, 8, 8>>());
-    return f(Type<Traits<A, kLargest, 8, 8>>());
+    if (n <= 9) return f(Type<Traits<A, 9, 1, 1, 128, 136>>());
+    if (n <= 16) return f(Type<Traits<A, 16, 2, 2, 168, 208>>());
+    if (n <= 32) return f(Type<Traits<A, 32, 4, 4, 168, 208>>());
+    if (n <= 48) return f(Type<Traits<A, 48, 8, 8, 104, 160>>());
+    return f(Type<Traits<A, kLargest, 8, 8, 168, 208>>());
   }
 }
 

@@ -79,10 +79,46 @@ struct Shared {
   double max_relative_step;  // 0 for none
 };
 
+/// Tiles that a block of threads adds up. Of a parameter that has more, blocks add up pieces of as many first, each in
+/// the place of its first tile: one block alone would take a good part of the time of that parameter's step.
+constexpr int64_t kPiece = 1024;
+
+using Partials = double[3][kWarps];
+
+/// The sum over every so many of a block's tiles, in its first thread. All threads call it.
+__device__ inline Sums add(const Sums* sums, int64_t count, int64_t every, Partials& partials) {
+  Sums own{};
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+    const Sums more = sums[i * every];
+    own.change += more.change;
+    own.square += more.square;
+    own.weight += more.weight;
+  }
+  return {block_sum(own.change, partials[0]), block_sum(own.square, partials[1]), block_sum(own.weight, partials[2])};
+}
+
+/// A parameter of several pieces.
+struct LongEntry {
+  Sums* sums;
+  int64_t tiles;
+};
+
+static __global__ void __launch_bounds__(kThreads)
+    add_pieces(const __grid_constant__ Table<LongEntry, GradientScale> table) {
+  if (is_off(table.shared)) return;
+  const int i = table.tensor_of(blockIdx.x);
+  const LongEntry& entry = table.entries[i];
+  const int64_t first = (blockIdx.x - table.start[i]) * kPiece, left = entry.tiles - first;
+  const Sums sum = add(entry.sums + first, left < kPiece ? left : kPiece, 1, shared_memory<Partials>());
+  if (threadIdx.x == 0) entry.sums[first] = sum;  // all have read theirs
+}
+
 /// A parameter, which is one block's.
 struct Entry {
   const Sums* sums;
-  int64_t tiles;
+  int64_t count;  // of those to be added, which are so far apart
+  int64_t every;
   Coefficients* coefficients;  // null where it has no elements, and a cap all the same
   double* cap;
   int64_t elements;
@@ -96,20 +132,8 @@ struct Entry {
 static __global__ void __launch_bounds__(kThreads) add_tiles(const __grid_constant__ Table<Entry, Shared> table) {
   const Shared& shared = table.shared;
   if (is_off(shared.gradient_scale)) return;
-  auto& partials = shared_memory<double[3][kWarps]>();
   const Entry& entry = table.entries[blockIdx.x];
-  Sums own{};
-#pragma unroll 4
-  for (int64_t i = threadIdx.x; i < entry.tiles; i += kThreads) {
-    const Sums more = entry.sums[i];
-    own.change += more.change;
-    own.square += more.square;
-    own.weight += more.weight;
-  }
-  Total total{};
-  total.change = block_sum(own.change, partials[0]);
-  total.square = block_sum(own.square, partials[1]);
-  total.weight = block_sum(own.weight, partials[2]);
+  Total total{add(entry.sums, entry.count, entry.every, shared_memory<Partials>()), 0, 0};
   if (threadIdx.x != 0) return;
   const double lr = entry.coefficients->in_double.step_size;
   total.change *= lr * lr;
@@ -124,7 +148,7 @@ static __global__ void __launch_bounds__(kThreads) add_tiles(const __grid_consta
 static __global__ void __launch_bounds__(kThreads) shorten(const __grid_constant__ Table<Entry, Shared> table) {
   const Shared& shared = table.shared;
   if (is_off(shared.gradient_scale)) return;
-  auto& partials = shared_memory<double[3][kWarps]>();
+  auto& partials = shared_memory<Partials>();
   const Entry& entry = table.entries[blockIdx.x];
   double cap = 1;
   if (shared.max_relative_step > 0) {
@@ -174,15 +198,23 @@ static __global__ void __launch_bounds__(kClipThreads) find_scale(const __grid_c
 /// From the sums of tiles to how long steps are.
 inline void launch(const MbfStep& step, const Plan& plan, char* memory, const Stream& stream) {
   Total* const totals = plan.totals(memory);
+  TableWriter<Table<LongEntry, GradientScale>> pieces(kName, add_pieces, kThreads, sizeof(Partials), stream,
+                                                      step.gradient_scale);
+  for (const Item& item : plan.items) {
+    const int64_t tiles = tiles_of(item);
+    if (tiles > kPiece) pieces.add({item.entry.sums, tiles}, divide_up(tiles, kPiece));
+  }
+  pieces.flush();
   const Shared shared{step.gradient_scale, totals, plan.count(), step.scale, step.max_relative_step};
   using Writer = TableWriter<Table<Entry, Shared>>;
   const auto for_items = [&](auto* kernel, const auto& add_more) {
-    Writer table(kName, kernel, kThreads, sizeof(double[3][kWarps]), stream, shared);
+    Writer table(kName, kernel, kThreads, sizeof(Partials), stream, shared);
     for (int64_t i = 0; i < plan.count(); ++i) {
       const Item& item = plan.items[i];
       const MbfParameter& p = *item.parameter;
-      table.add({item.entry.sums, tiles_of(item), item.entry.coefficients, p.cap, p.rows * p.columns, p.layer,
-                 p.floor, i, p.biased},
+      const int64_t tiles = tiles_of(item), every = tiles > kPiece ? kPiece : 1;
+      table.add({item.entry.sums, divide_up(tiles, every), every, item.entry.coefficients, p.cap, p.rows * p.columns,
+                 p.layer, p.floor, i, p.biased},
                 1);
     }
     add_more(table);
@@ -196,7 +228,7 @@ inline void launch(const MbfStep& step, const Plan& plan, char* memory, const St
   for_items(shorten, [&](Writer& table) {
     for (int64_t i = 0; i < step.count; ++i) {
       const MbfParameter& p = step.parameters[i];
-      if (p.rows * p.columns == 0) table.add({nullptr, 0, nullptr, p.cap, 0, p.layer, p.floor, 0, p.biased}, 1);
+      if (p.rows * p.columns == 0) table.add({nullptr, 0, 1, nullptr, p.cap, 0, p.layer, p.floor, 0, p.biased}, 1);
     }
   });
 }

@@ -16,6 +16,11 @@ constexpr int kElements = 512;  // of a tile: whole blocks, as many as fit
 constexpr int kNumbers = 5120;  // of an inverse in a tile: those of 56 blocks of 9 x 9
 static_assert(kElements % kThreads == 0);
 
+/// Of a reciprocal of n by which elements of a tile are divided, n being at most kElements there.
+constexpr int kReciprocalBits = 20;
+static_assert(kElements * kElements <= 1 << kReciprocalBits, "quotients come out exact");
+static_assert((int64_t{kElements} << kReciprocalBits) / 2 + kElements < int64_t{1} << 32, "n is 2 at least");
+
 constexpr int kSlabRows = 16;  // of a block that is larger than a tile: as many sums a thread has in registers
 
 /// The coefficients of a step, in the type that it is computed in.
@@ -80,6 +85,13 @@ struct Entry : StepArrays {
   int32_t blocks_in_tile;
   bool packed;
   bool short_moment;  // in bfloat16, and that of the bias as well
+  uint32_t reciprocal;  // of n, as a multiple of 2^-kReciprocalBits, rounded up
+
+  /// The block of an element of a tile of whole blocks: exact, for a multiple of 1 / n is at least 1 / n below the next
+  /// whole number, and the reciprocal too large by less than 2^-kReciprocalBits.
+  __device__ int block_of(int at) const {
+    return static_cast<int>(static_cast<uint32_t>(at) * reciprocal >> kReciprocalBits);
+  }
 
   template <class A>
   __device__ const Rates<A>& rates() const {
@@ -152,6 +164,7 @@ inline JoinedEntry make_entry(const MbfParameter& p) {
   entry.block_stride = p.block_stride;
   entry.n = static_cast<int32_t>(p.size);
   entry.packed = p.packed;
+  entry.reciprocal = static_cast<uint32_t>(divide_up<int64_t>(1 << kReciprocalBits, std::max<int64_t>(p.size, 1)));
   entry.short_moment = p.moment_dtype == DType::bfloat16;
   entry.strided = is_strided(arrays);
   if (entry.strided) entry.geometry = geometry_of(arrays);

@@ -2,6 +2,7 @@
 #include <limits>
 
 #include "mbf_bounds.cuh"
+#include "staging.cuh"
 
 // The mini-block Fisher step. What moves in float32, a parameter under blocks of n x n: gradient 4 bytes, momentum and
 // parameter 8 each, inverse 4 n (half of that packed, or in bfloat16): 20 + 4 n bytes, for 2 n flops. Bandwidth is all
@@ -31,8 +32,6 @@ struct Traits {
   using S = S_;
   using A = Accumulator<T>;
   static constexpr int kVector = kVectorBytes / sizeof(S);  // numbers of an inverse that a thread moves at once
-  static constexpr int kVectors = divide_up(kNumbers / kVector, kThreads);  // of a tile, for each thread
-  static_assert(kNumbers % kVector == 0 && 2 * kVector <= kThreads);
 
   struct Memory {
     alignas(kVectorBytes) S inverse[kNumbers + kVector];  // from where it is aligned as in global memory
@@ -41,6 +40,10 @@ struct Traits {
     double sums[3][kWarps];
   };
 };
+
+/// Of tiles, thread blocks of a multiprocessor that there are registers for.
+template <class T>
+constexpr int kResident = sizeof(T) == 8 ? 3 : 5;
 
 constexpr int kSlabThreads = 128;
 
@@ -98,13 +101,6 @@ __device__ void store_moment(const Entry& entry, void* moment, A value) {
 
 /// Element `column` of row `first + down`.
 template <class T>
-__device__ Element<T> locate(const Entry& entry, int64_t first, int down, int64_t column) {
-  const int64_t at = (first + down) * entry.columns + column;
-  return {static_cast<T*>(entry.parameter) + at, static_cast<const T*>(entry.gradient) + at,
-          locate_moment<Accumulator<T>>(entry, entry.moment, at)};
-}
-
-template <class T>
 __device__ Element<T> locate(const JoinedEntry& entry, int64_t first, int down, int64_t column) {
   const int64_t row = first + down, width = entry.columns - entry.biased;
   const bool is_bias = entry.biased && column == width;
@@ -116,6 +112,28 @@ __device__ Element<T> locate(const JoinedEntry& entry, int64_t first, int down, 
   return {static_cast<T*>(is_bias ? entry.bias_parameter : entry.parameter) + place.at[0],
           static_cast<const T*>(is_bias ? entry.bias_gradient : entry.gradient) + place.at[1],
           locate_moment<Accumulator<T>>(entry, is_bias ? entry.bias_moment : entry.moment, place.at[2])};
+}
+
+/// The block of element `at` of a tile, and its place in it.
+struct Split {
+  int block;
+  int number;
+
+  __device__ Split(const Entry& entry, int at) : block(entry.block_of(at)), number(at - block * entry.n) {}
+};
+
+/// Element `at` of the tile whose first block is row `first`: nothing is divided where rows lie one after another.
+template <class T>
+__device__ Element<T> locate_in_tile(const Entry& entry, int64_t first, int at_) {
+  const int64_t at = first * entry.n + at_;
+  return {static_cast<T*>(entry.parameter) + at, static_cast<const T*>(entry.gradient) + at,
+          locate_moment<Accumulator<T>>(entry, entry.moment, at)};
+}
+
+template <class T>
+__device__ Element<T> locate_in_tile(const JoinedEntry& entry, int64_t first, int at) {
+  const Split split(entry, at);
+  return locate<T>(entry, first, split.block, split.number);
 }
 
 // What is fused is written down: compilers choose otherwise on another path, and layouts are not to show in the bits.
@@ -271,78 +289,38 @@ __global__ void __launch_bounds__(kThreads) step_diagonal(const __grid_constant_
 
 // Blocks in tiles.
 
-/// The inverses of a tile on their way from global to shared memory, 16 bytes at a time whatever their alignment is. A
-/// thread has all its loads in flight before it waits for one.
-template <class Traits>
-class Staging {
- public:
-  using S = typename Traits::S;
-  static constexpr int N = Traits::kVector;
-
-  __device__ Staging(const S* from, int count)
-      : before_(static_cast<int>(reinterpret_cast<uintptr_t>(from) % kVectorBytes / sizeof(S))) {
-    const int head = before_ == 0 ? 0 : N - before_;
-    first_ = head < count ? head : count;
-    vectors_ = (count - first_) / N;
-#pragma unroll
-    for (int i = 0; i < Traits::kVectors; ++i) {
-      const int v = i * kThreads + static_cast<int>(threadIdx.x);
-      if (v < vectors_) packs_[i] = load_pack<N>(from + first_ + v * N);
-    }
-    // What lies before the first vector and after the last.
-    const int t = threadIdx.x;
-    edge_ = t < first_ ? t : t >= N && t < 2 * N && first_ + (vectors_ - 1) * N + t < count
-                                 ? first_ + (vectors_ - 1) * N + t
-                                 : -1;
-    if (edge_ >= 0) at_edge_ = from[edge_];
-  }
-
-  /// Where they are after the next barrier.
-  __device__ const S* store(S* room) const {
-    S* const to = room + before_;
-#pragma unroll
-    for (int i = 0; i < Traits::kVectors; ++i) {
-      const int v = i * kThreads + static_cast<int>(threadIdx.x);
-      if (v < vectors_) store_pack<N>(to + first_ + v * N, packs_[i]);
-    }
-    if (edge_ >= 0) to[edge_] = at_edge_;
-    return to;
-  }
-
- private:
-  int before_;  // elements from a multiple of 16 bytes on
-  int first_;   // of the vectors
-  int vectors_;
-  int edge_;
-  S at_edge_{};
-  Pack<S, N> packs_[Traits::kVectors] = {};
-};
-
 /// Entry `column` of P m. Lanes are columns: P being symmetric, they read a row of it together, as it lies in memory.
-template <class A, class S>
-__device__ A product(const S* block, int n, bool packed, const A* moment, int column) {
-  A d = 0;
-  if (packed) {
-    const S* at = block + column * (column + 1) / 2;
-#pragma unroll 4
-    for (int k = 0; k < n; ++k) {
-      d += static_cast<A>(widen(*at)) * moment[k];
-      at += k < column ? 1 : k + 1;  // along the row of the column, then down
-    }
-    return d;
-  }
+/// Blocks of kernels of 3 x 3 have a size that the compiler knows: of 9 products, half the instructions counted rows.
+template <int kSize = 0, class A, class S>
+__device__ A product(const S* block, int size, const A* moment, int column) {
+  const int n = kSize == 0 ? size : kSize;
   const S* at = block + column;
-#pragma unroll 4
+  A d = 0;
+#pragma unroll(kSize == 0 ? 4 : kSize)
   for (int k = 0; k < n; ++k, at += n) d += static_cast<A>(widen(*at)) * moment[k];
+  return d;
+}
+
+/// The same where the lower triangle is packed.
+template <class A, class S>
+__device__ A product_of_packed(const S* block, int n, const A* moment, int column) {
+  const S* at = block + column * (column + 1) / 2;
+  A d = 0;
+#pragma unroll 4
+  for (int k = 0; k < n; ++k) {
+    d += static_cast<A>(widen(*at)) * moment[k];
+    at += k < column ? 1 : k + 1;  // along the row of the column, then down
+  }
   return d;
 }
 
 /// A tile of whole blocks, an element a lane. The inverse passes through shared memory, where lanes of neighbouring
 /// blocks meet in a bank two to four at a time: 4 to 6 cycles for 128 bytes, which global memory takes 8 or more to
-/// deliver. A block of threads has up to 26 KB of loads in flight before its first barrier, and four and more of them
-/// are on a multiprocessor, so that some load while others multiply.
+/// deliver. A block of threads has up to 26 KB of loads in flight before its first barrier, and five of them are on
+/// a multiprocessor in float32, so that some load while others multiply.
 template <class Traits, class Entry>
-__global__ void __launch_bounds__(kThreads) step_blocks(const __grid_constant__ Table<Entry, Shared> table) {
+__global__ void __launch_bounds__(kThreads, kResident<typename Traits::T>)
+    step_blocks(const __grid_constant__ Table<Entry, Shared> table) {
   using T = typename Traits::T;
   using A = typename Traits::A;
   using S = typename Traits::S;
@@ -355,7 +333,9 @@ __global__ void __launch_bounds__(kThreads) step_blocks(const __grid_constant__ 
   const int blocks = left < entry.blocks_in_tile ? static_cast<int>(left) : entry.blocks_in_tile, count = blocks * n;
   const bool packed = entry.packed, waits = entry.sums != nullptr, caps = table.shared.caps;
 
-  const Staging<Traits> staging(static_cast<const S*>(entry.inverse) + first * numbers, blocks * numbers);
+  const S* const from = static_cast<const S*>(entry.inverse) + first * numbers;
+  S* const inverse = memory.inverse + misalignment(from);
+  begin_to_copy_run<kThreads>(inverse, from, blocks * numbers);
   const Rates<A> rates = entry.template rates<A>();
   Element<T> elements[kPerThread];
   T w[kPerThread] = {}, gradient[kPerThread] = {};
@@ -364,43 +344,52 @@ __global__ void __launch_bounds__(kThreads) step_blocks(const __grid_constant__ 
   for (int k = 0; k < kPerThread; ++k) {
     const int at = k * kThreads + static_cast<int>(threadIdx.x);
     if (at >= count) continue;
-    elements[k] = locate<T>(entry, first, at / n, at % n);
+    elements[k] = locate_in_tile<T>(entry, first, at);
     if (!waits || caps || rates.weight_decay != 0) w[k] = *elements[k].parameter;
     gradient[k] = *elements[k].gradient;
     m[k] = load_moment<A>(entry, elements[k].moment);
   }
-  if (rates.off) return;
+  if (rates.off) {
+    wait_for_all_copies();
+    return;
+  }
 #pragma unroll
   for (int k = 0; k < kPerThread; ++k) {
     g[k] = scaled(gradient[k], w[k], rates);
     m[k] = new_moment(m[k], g[k], rates);
   }
-  const S* const inverse = staging.store(memory.inverse);
 #pragma unroll
   for (int k = 0; k < kPerThread; ++k) {
     const int at = k * kThreads + static_cast<int>(threadIdx.x);
     if (at < count) memory.moment[at] = m[k];
     if (at < blocks) memory.skipped[at] = 0;
   }
+  wait_for_all_copies();
   __syncthreads();
 
   A d[kPerThread] = {};
 #pragma unroll
   for (int k = 0; k < kPerThread; ++k) {
-    const int at = k * kThreads + static_cast<int>(threadIdx.x), block = at / n;
+    const int at = k * kThreads + static_cast<int>(threadIdx.x);
     if (at >= count) continue;
-    d[k] = product(inverse + block * numbers, n, packed, memory.moment + block * n, at % n);
-    if (!is_finite(d[k])) memory.skipped[block] = 1;
+    const Split split(entry, at);
+    const S* const block = inverse + split.block * numbers;
+    const A* const moment = memory.moment + split.block * n;
+    d[k] = packed   ? product_of_packed(block, n, moment, split.number)
+           : n == 9 ? product<9>(block, n, moment, split.number)
+                    : product(block, n, moment, split.number);
+    if (!is_finite(d[k])) memory.skipped[split.block] = 1;
   }
   __syncthreads();
 
   Sums sums{};
 #pragma unroll
   for (int k = 0; k < kPerThread; ++k) {
-    const int at = k * kThreads + static_cast<int>(threadIdx.x), block = at / n;
+    const int at = k * kThreads + static_cast<int>(threadIdx.x);
     if (at >= count) continue;
-    const bool skip = memory.skipped[block] != 0;
-    if (skip && at % n == 0) count_block(entry.skipped);
+    const Split split(entry, at);
+    const bool skip = memory.skipped[split.block] != 0;
+    if (skip && split.number == 0) count_block(entry.skipped);
     if (waits) {
       A* const kept = static_cast<A*>(entry.directions) + first * n;
       kept[at] = skip ? std::numeric_limits<A>::quiet_NaN() : d[k];

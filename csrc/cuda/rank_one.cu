@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "rank_one.cuh"
+#include "staging.cuh"
 
 // Updates of inverses that fit in shared memory. Each is the work of a team: some lanes of a warp, a warp, or several
 // warps. What a team reads of P at a time lies side by side, columns across the lanes, so that v = P u, for a symmetric
@@ -77,38 +78,6 @@ struct Memory {
     return padded(Traits::kTeams * n * n) + Traits::kVector;
   }
 };
-
-/// Elements by which an address lies past a multiple of 16 bytes.
-template <class T>
-__device__ inline int misalignment(const T* pointer) {
-  return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) % kVectorBytes / sizeof(T));
-}
-
-/// By all threads of a block, between addresses that are alike misaligned.
-template <int kThreads, class T>
-__device__ inline void copy(const T* from, T* to, int count) {
-  constexpr int N = kVectorBytes / sizeof(T), kUnroll = 4;
-  const int thread = threadIdx.x;
-  const int head = min((N - misalignment(from)) % N, count);
-  if (thread < head) to[thread] = from[thread];
-  const int packs = (count - head) / N;
-  // As bits: of what holds numbers the compiler makes stores of single ones.
-  const uint4* const packs_from = reinterpret_cast<const uint4*>(from + head);
-  uint4* const packs_to = reinterpret_cast<uint4*>(to + head);
-  int i = thread;
-#pragma unroll 1
-  for (; i + (kUnroll - 1) * kThreads < packs; i += kUnroll * kThreads) {
-    uint4 held[kUnroll];  // all on their way before the first is stored
-#pragma unroll
-    for (int k = 0; k < kUnroll; ++k) held[k] = packs_from[i + k * kThreads];
-#pragma unroll
-    for (int k = 0; k < kUnroll; ++k) packs_to[i + k * kThreads] = held[k];
-  }
-#pragma unroll 1
-  for (; i < packs; i += kThreads) packs_to[i] = packs_from[i];
-  const int at = head + packs * N + thread;
-  if (at < count) to[at] = from[at];
-}
 
 /// One block and the team that updates it.
 template <class Traits>
@@ -259,8 +228,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kResident)
   const bool there = number < present;
   const Updater<Traits> updater(b, memory, tile + number * area,
                                 there ? b.u + (first + number) * b.vectors * b.n : nullptr);
+  begin_to_copy_run<Traits::kThreads>(tile, blocks, present * area);
   updater.load(0);
-  copy<Traits::kThreads>(blocks, tile, present * area);
+  wait_for_all_copies();
   __syncthreads();
 
   const Status status = updater.update();
@@ -270,7 +240,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kResident)
   }
   // A barrier too: all that is stored has been computed.
   if (!__syncthreads_or(there && status != kUpdated)) {
-    copy<Traits::kThreads>(tile, blocks, present * area);
+    store_run<Traits::kThreads>(blocks, tile, present * area);
     return;
   }
 #pragma unroll 1

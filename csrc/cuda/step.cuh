@@ -24,8 +24,8 @@ __device__ inline void count_skipped(int found, int* partials, int64_t* skipped)
     atomicAdd(reinterpret_cast<unsigned long long*>(skipped), static_cast<unsigned long long>(total));
 }
 
-/// Counts one more step of every parameter, t <- t + 1, unless the step is off; corrections[i] gets 1 - beta^t, skipped
-/// zeros. `step_of(i)` is where t of parameter i is, null for none.
+/// Counts one more step of parameters, t <- t + 1, unless the step is off; corrections[i] gets 1 - beta^t, skipped[i]
+/// zero. `step_of(i)` is where t of parameter i is, null where it is counted elsewhere.
 template <class StepOf>
 void advance(const char* name, int64_t count, StepOf step_of, double beta, const GradientScale& scale,
              double* corrections, int64_t* skipped, const Stream& stream);
@@ -37,28 +37,33 @@ struct Shared {
   GradientScale scale;
   double* corrections;
   int64_t* skipped;
-  int64_t first;  // parameter of the table
 };
 
 struct Steps {
-  static constexpr int kCapacity = static_cast<int>((kMostParameters - sizeof(Shared) - 8) / sizeof(float*));
+  static constexpr int kCapacity =
+      static_cast<int>((kMostParameters - sizeof(Shared) - 8) / (sizeof(float*) + sizeof(int32_t)));
   Shared shared;
   float* step[kCapacity];
+  int32_t index[kCapacity];  // among all parameters
   int32_t count;
 };
 static_assert(sizeof(Steps) <= kMostParameters);
 
 constexpr int kThreads = 128;
 
+/// 1 - beta^t.
+__device__ inline double correction(double beta, float t) { return 1 - pow(beta, static_cast<double>(t)); }
+
 static __global__ void __launch_bounds__(kThreads) advance(const __grid_constant__ Steps steps) {
   const int i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= steps.count) return;
   const Shared& shared = steps.shared;
-  shared.skipped[shared.first + i] = 0;
+  const int32_t index = steps.index[i];
+  shared.skipped[index] = 0;
   if (is_off(shared.scale)) return;
   const float t = *steps.step[i] + 1;
   *steps.step[i] = t;
-  shared.corrections[shared.first + i] = 1 - pow(shared.beta, static_cast<double>(t));
+  shared.corrections[index] = correction(shared.beta, t);
 }
 
 }  // namespace advancing
@@ -68,12 +73,20 @@ void advance(const char* name, int64_t count, StepOf step_of, double beta, const
              double* corrections, int64_t* skipped, const Stream& stream) {
   using namespace advancing;
   const std::unique_ptr<Steps> steps(new Steps);
-  for (int64_t first = 0; first < count; first += Steps::kCapacity) {
-    steps->shared = {beta, scale, corrections, skipped, first};
-    steps->count = static_cast<int32_t>(std::min<int64_t>(count - first, Steps::kCapacity));
-    for (int i = 0; i < steps->count; ++i) steps->step[i] = step_of(first + i);
+  steps->shared = {beta, scale, corrections, skipped};
+  steps->count = 0;
+  const auto flush = [&] {
     launch(name, advancing::advance, divide_up(steps->count, kThreads), kThreads, 0, stream, *steps);
+    steps->count = 0;
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    float* const step = step_of(i);
+    if (step == nullptr) continue;
+    if (steps->count == Steps::kCapacity) flush();
+    steps->step[steps->count] = step;
+    steps->index[steps->count++] = static_cast<int32_t>(i);
   }
+  flush();
 }
 
 // The walk along the chunks of parameters, gradients and moments.

@@ -132,8 +132,9 @@ void Tracer::write() const {
   }
   file << "],\"traffic\":[";
   separator = "";
-  for (const auto& [place, traffic] : traffic_.by_place()) {
-    file << separator << '[' << place << ',' << traffic.shared << ',' << traffic.write << ',' << traffic.requests << ','
+  for (const auto& [deed, traffic] : traffic_.by_deed()) {
+    const auto [place, shared, write] = deed;
+    file << separator << '[' << place << ',' << shared << ',' << write << ',' << traffic.requests << ','
          << traffic.bytes << ',' << traffic.units << ',' << traffic.least << ']';
     separator = ",";
   }

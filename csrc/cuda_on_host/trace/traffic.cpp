@@ -24,7 +24,7 @@ size_t distinct_of(std::vector<uintptr_t>& numbers) {
 
 void Traffics::begin_launch() {
   parts_.clear();
-  by_place_.clear();
+  by_deed_.clear();
   for (auto& sectors : sectors_) sectors.clear();
 }
 
@@ -57,9 +57,9 @@ void Traffics::join() {
 
 void Traffics::end_block() {
   join();
-  std::unordered_map<uint64_t, uint32_t> turns;
-  for (Part& part : parts_) part.turn = turns[uint64_t{part.place} << 16 | part.thread]++;
-  const auto request = [](const Part& part) { return std::tuple(part.place, part.thread / kWarpSize, part.turn); };
+  std::unordered_map<uint64_t, uint32_t> turns[2][2];
+  for (Part& part : parts_) part.turn = turns[part.shared][part.write][uint64_t{part.place} << 16 | part.thread]++;
+  const auto request = [](const Part& part) { return std::tuple(part.deed(), part.thread / kWarpSize, part.turn); };
   std::sort(parts_.begin(), parts_.end(), [&](const Part& a, const Part& b) {
     return std::tuple_cat(request(a), std::tuple(a.thread)) < std::tuple_cat(request(b), std::tuple(b.thread));
   });
@@ -72,9 +72,7 @@ void Traffics::end_block() {
 
 /// One request.
 void Traffics::count(const Part* first, const Part* last) {
-  Traffic& traffic = by_place_[first->place];
-  traffic.shared = first->shared;
-  traffic.write = first->write;
+  Traffic& traffic = by_deed_[first->deed()];
   ++traffic.requests;
   std::vector<uintptr_t> units, bytes;
   int widest = 0;

@@ -5,20 +5,23 @@
 
 #include <cstdint>
 #include <map>
+#include <tuple>
 #include <unordered_map>
 #include <unordered_set>
 #include <vector>
 
 namespace fisher_kernels::on_host::trace {
 
-/// Of one place in the code.
+/// A place in the code and what is done there: whether in shared memory, and whether it is written. Asynchronous copies
+/// do two things.
+using Deed = std::tuple<uint32_t, bool, bool>;
+
+/// Of one of these.
 struct Traffic {
   uint64_t requests = 0;
   uint64_t bytes = 0;   // that the lanes asked for
   uint64_t units = 0;   // sectors, or wavefronts
   uint64_t least = 0;   // that hold these bytes: sectors of distinct bytes, or wavefronts without conflicts
-  bool shared = false;
-  bool write = false;
 };
 
 class Traffics {
@@ -30,7 +33,7 @@ class Traffics {
 
   void add(uint32_t place, int thread, uintptr_t address, int bytes, bool shared, bool write);
 
-  const std::map<uint32_t, Traffic>& by_place() const { return by_place_; }
+  const std::map<Deed, Traffic>& by_deed() const { return by_deed_; }
 
   /// Sectors of the device's memory that the launch has read or written, each counted once.
   uint64_t distinct(bool write) const { return sectors_[write].size(); }
@@ -38,19 +41,21 @@ class Traffics {
  private:
   struct Part {  // of a request: what one lane asks for
     uint32_t place;
-    uint32_t turn;  // how often the thread had been there
+    uint32_t turn;  // how often the thread had done it
     uint16_t thread;
     uint16_t bytes;
     uintptr_t address;
     bool shared;
     bool write;
+
+    Deed deed() const { return {place, shared, write}; }
   };
 
   void join();
   void count(const Part* first, const Part* last);
 
   std::vector<Part> parts_;  // of the block
-  std::map<uint32_t, Traffic> by_place_;
+  std::map<Deed, Traffic> by_deed_;
   std::unordered_set<uintptr_t> sectors_[2];
 };
 
