@@ -86,7 +86,7 @@ def find_lr(
     does shows in the loss of the iteration after, so there is one iteration more. The curve ends where the loss leaves
     for good: it is not finite, or the mean of 2w + 1 of them, w = n // 20, is above the level :math:`L_0` at which they
     began by more than they had fallen, and by more than four deviations of the losses there; :math:`L_0` is the mean of
-    the first n // 10, and of five at least.
+    the first n // 10, and of ten at least.
 
     Of every 2w + 1 neighbours the line through their losses over the logarithm of the rate is fitted by least squares;
     the middle of those with the most negative slope is where the loss falls fastest, if any mean of neighbours is below
@@ -164,7 +164,7 @@ def _half(steps: int) -> int:
 
 def _first(steps: int) -> int:
     """How many losses the level is of at which they began."""
-    return max(5, steps // 10)
+    return max(10, steps // 10)
 
 
 class _Rate:
