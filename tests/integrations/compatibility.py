@@ -216,7 +216,7 @@ def page(found: dict[str, dict[str, dict[str, str]]], versions: dict[str, str]) 
         "`works` means that training ends, all parameters are finite and have moved, and the optimizer warned of",
         "nothing; a resumed training ends with the same bits. DDP and FSDP2 are in a group of one process here; what",
         "several add up is compared with one by the tests. How to set each up is in",
-        "[frameworks](guides/frameworks.md). Lightning and Accelerate, which have tests of their own, are not here yet.",
+        "[frameworks](guides/frameworks.md). Lightning and Accelerate have tests of their own and are not here yet.",
     ]
     for framework, of_features in found.items():
         notes: dict[str, int] = {}
