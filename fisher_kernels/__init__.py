@@ -4,7 +4,18 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fisher_kernels import backends, ops
 from fisher_kernels.backends import use_backend
-from fisher_kernels.optim import EKFAC, KFAC, MBF, SOFIM, AdaFisher, AdaFisherW, Costs, EKFACAdam
+from fisher_kernels.optim import (
+    EKFAC,
+    KFAC,
+    MBF,
+    SOFIM,
+    AdaFisher,
+    AdaFisherW,
+    Costs,
+    EKFACAdam,
+    LearningRates,
+    find_lr,
+)
 
 try:
     __version__ = version("fisher_kernels")
@@ -20,8 +31,10 @@ __all__ = [
     "AdaFisherW",
     "Costs",
     "EKFACAdam",
+    "LearningRates",
     "__version__",
     "backends",
+    "find_lr",
     "ops",
     "use_backend",
 ]

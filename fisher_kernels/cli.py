@@ -126,6 +126,9 @@ def train(
     optimizer: Annotated[str | None, typer.Option(help=f"One of: {_OPTIMIZERS}.", show_default=False)] = None,
     variant: Annotated[str | None, typer.Option(help="The same as --optimizer NAME:VARIANT.")] = None,
     lr: Annotated[float | None, typer.Option(min=0, help="Learning rate.", show_default="tuned")] = None,
+    find_lr: Annotated[
+        bool, typer.Option("--find-lr", help="Train with the learning rate that a sweep suggests; instead of --lr.")
+    ] = False,
     weight_decay: Annotated[float | None, typer.Option(min=0, help="Weight decay.", show_default="tuned")] = None,
     update_interval: Annotated[int | None, typer.Option(min=1, help="Steps between refreshes of the factors.")] = None,
     damping: Annotated[float | None, typer.Option(min=0, help="Constant added to the curvature.")] = None,
@@ -187,6 +190,11 @@ def train(
             recipe = tasks.recipe(chosen, name, overrides)
         _require_values(recipe, overrides, says, "--optimizer")
         settings = _settings(chosen, epochs, budget, batch_size, max_steps, schedule)
+        if find_lr:
+            if "lr" in overrides:
+                terminal.refuse("--find-lr", f"goes without {says['lr']}: the learning rate is found or given")
+            overrides["lr"] = _found_lr(chosen, recipe, seed, settings, threads, as_json)
+            recipe = tasks.recipe(chosen, name, overrides)
         stem = recipe.name.replace(":", "-")
         run = _run("train", chosen, [recipe], [seed], settings, threads, out, stem, force)
     records = run.carry_out(as_json)
@@ -732,12 +740,32 @@ def _run(
     stem: str,
     force: bool,
 ) -> Run:
+    _set_up(task, threads)
+    comparison = tasks.Comparison(task, recipes, seeds, settings)
+    return Run(command, comparison, Destination(out or Path("results") / task.name, stem), force)
+
+
+def _set_up(task: Task, threads: int | None) -> None:
     _require_backend()
     threads = threads or task.threads
     if threads is not None:
         torch.set_num_threads(threads)
-    comparison = tasks.Comparison(task, recipes, seeds, settings)
-    return Run(command, comparison, Destination(out or Path("results") / task.name, stem), force)
+
+
+def _found_lr(task: Task, recipe: Recipe, seed: int, settings: Settings, threads: int | None, as_json: bool) -> float:
+    """The learning rate that a sweep suggests, on the model and the batches that training will begin with."""
+    _set_up(task, threads)
+    try:
+        found = tasks.sweep(task, recipe, seed, settings)
+    except tasks.MissingDataError as error:
+        terminal.fail(str(error))
+    if found.suggestion is None:
+        terminal.fail(f"--find-lr: {found.verdict}; give --lr, or leave it out for the tuned one")
+    if as_json:
+        terminal.note(found.verdict)
+    else:
+        terminal.show(str(found), highlight=False)
+    return float(f"{found.suggestion:.2g}")  # the curve says no more than that
 
 
 _BESIDE_RESUME = ("context", "task", "threads", "data", "resume", "as_json")

@@ -287,6 +287,27 @@ def test_train_adafisher(optimizer: str, tmp_path: Path) -> None:
     assert_picture(tmp_path / f"{optimizer}-relative.png")
 
 
+def test_train_finds_a_learning_rate(tmp_path: Path) -> None:
+    """The sweep's model is another one: training begins where it would without."""
+    where = ("--optimizer", "adafisherw", *SHORT, "--force", "--out", str(tmp_path))
+    result = invoke("train", "autoencoder", *where, "--find-lr", "--json")
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)["runs"]
+    rate = found["overrides"]["lr"]
+    assert 3e-4 < rate < 5e-3
+    assert f"try lr={rate:.2g}" in result.stderr
+    (given,) = json.loads(invoke("train", "autoencoder", *where, "--lr", str(rate), "--json").stdout)["runs"]
+    assert given["metric"] == found["metric"]
+
+
+def test_train_says_where_no_learning_rate_is_found(tmp_path: Path) -> None:
+    where = ("--optimizer", "kfac", *SHORT, "--out", str(tmp_path))
+    result = invoke("train", "autoencoder", *where, "--find-lr")
+    assert result.exit_code == 1
+    assert "error: --find-lr: the loss falls fastest at " in result.stderr
+    assert "no suggestion; give --lr" in result.stderr
+
+
 def test_compare_with_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With as many evaluations as the task has in one."""
     monkeypatch.setitem(TASKS, "autoencoder", replace(find_task("autoencoder"), evaluations=8))
@@ -406,6 +427,8 @@ def test_a_diverging_training_is_reported_and_fails(tmp_path: Path) -> None:
             "goes into the name of the optimizer, as adafisher:r",
         ),
         (("compare", "digits", "--budget", "3", "--epochs", "2"), "--budget: goes without --epochs"),
+        (("train", "digits", "--optimizer", "sgd", "--find-lr", "--lr", "0.1"), "--find-lr: goes without --lr"),
+        (("train", "digits", "--optimizer", "sgd", "--find-lr", "-o", "lr=0.1"), "--find-lr: goes without -o lr"),
         (("train", "digits", "--optimizer", "sgd", "--budget", "0"), "--budget: is 0.0, expected seconds above 0"),
         (("inspect", "--kernels", "("), "--kernels: is '(', expected a regular expression"),
         (("prove",), "No such command 'prove'"),

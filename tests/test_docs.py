@@ -79,7 +79,7 @@ def test_python_snippets_run_and_print_what_the_page_says(page: Path, tmp_path: 
         pytest.skip("no Python on this page")
     if any("find_task" in block.text for block in snippets):
         pytest.importorskip("sklearn")
-    for name in ("transformers", "lightning", "accelerate"):
+    for name in ("transformers", "lightning", "accelerate", "peft"):
         if any(f"from {name}" in block.text for block in snippets) and importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} cannot be imported; pip install 'fisher_kernels[integrations]'")
     result = subprocess.run(

@@ -1,8 +1,9 @@
-"""The programs of examples/, as torchrun starts them."""
+"""The programs of examples/: as Python starts them, and those for several processes as torchrun does."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 import signal
@@ -18,11 +19,75 @@ import torch.distributed as dist
 from tests.checkout import ROOT
 from tests.processes import needs_processes
 
-pytestmark = needs_processes
-
 SAYS_WHEN_IT_ENDS = ROOT / "tests" / "ends"
 STEP = re.compile(r"step (\d+): loss")
 STEP_AND_LOSS = re.compile(r"step (\d+): loss (\S+)")
+
+
+NUMBER = r"([\d.]+)"
+
+
+def printed(program: str, *arguments: str) -> str:
+    """What a program prints; its warnings, and those of frameworks, are on standard error."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / program, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def figure(said: str, before: str) -> float:
+    """The number behind some words."""
+    return float(re.findall(re.escape(before) + NUMBER, said)[0])
+
+
+def test_reports_are_read() -> None:
+    said = printed("reading.py")
+    first, second = said.split("after 60 steps")
+    assert "fallback            0" in first.split("\nmix ")[1].split("\n")[0]
+    assert "mix, by function" in second
+    figures, flattened = second.split("the same with damping=10")
+    assert 0 < figure(figures, "mix: damping ") < 90
+    assert figure(flattened, "mix: damping ") > 95
+
+
+@pytest.mark.slow
+def test_16_bits_train_as_32() -> None:
+    found = [float(loss) for loss in re.findall(rf"loss {NUMBER}", printed("mixed_precision.py"))]
+    assert len(found) == 5
+    assert max(found) < 1.1 * min(found)
+
+
+@pytest.mark.slow
+def test_optimizers_are_chosen() -> None:
+    said = printed("choosing.py", "--steps", "200")
+    assert 1e-3 < figure(said, "try lr=") < 2e-2
+    found = {name: figure(line, "test loss ") for line in said.splitlines()[1:] for name in [line.split(",")[0]]}
+    assert found.keys() == {"AdamW", "AdaFisherW", "MBF", "KFAC"}
+    assert min(found["MBF"], found["KFAC"]) < found["AdamW"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "ours"), [("vit", "EKFACAdam"), ("resnet", "MBF")])
+def test_images_are_learnt_from_scratch(model: str, ours: str) -> None:
+    said = printed("vision.py", model, "--epochs", "4")
+    assert figure(said, f"{ours}: ") > 85
+    assert figure(said, f"{ours}: ") > figure(said, "AdamW: ") - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("program", "steps", "ours"), [("trainer.py", 60, "KFAC"), ("lora.py", 40, "EKFACAdam")])
+def test_language_models_are_trained_in_frameworks(program: str, steps: int, ours: str) -> None:
+    for name in ("transformers", "accelerate", "peft"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} cannot be imported; pip install 'fisher_kernels[integrations]'")
+    said = printed(program, "--steps", str(steps))
+    assert figure(said, f"{ours}: evaluation loss ") < figure(said, "\nAdamW: evaluation loss ") + 0.1
+    if program == "lora.py":
+        assert figure(said, f"{ours}: evaluation loss ") < figure(said, "before: evaluation loss ") - 0.5
+        assert "served by a rule: 28 of 28" in said
 
 
 def losses(processes: int, program: str, *arguments: str) -> dict[int, float]:
@@ -40,6 +105,7 @@ def losses(processes: int, program: str, *arguments: str) -> dict[int, float]:
     return {int(step): float(loss) for step, loss in STEP_AND_LOSS.findall(done.stdout)}
 
 
+@needs_processes
 @pytest.mark.parametrize(
     ("processes", "program", "arguments"),
     [
@@ -55,6 +121,7 @@ def test_it_trains(processes: int, program: str, arguments: list[str]) -> None:
     assert found[60] < 0.4  # of log(5) = 1.6 at first
 
 
+@needs_processes
 @pytest.mark.slow
 def test_it_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     """From a checkpoint of two four go on as one goes on from its own."""
@@ -97,6 +164,7 @@ def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.05)
 
 
+@needs_processes
 @pytest.mark.slow
 def test_it_goes_on_alone_when_the_other_machine_is_gone(tmp_path: Path) -> None:
     """Two agents of torchrun with a process each; one of them, and its process, are killed in the middle."""

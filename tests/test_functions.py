@@ -947,3 +947,25 @@ def test_a_bias_that_another_function_adds(optimizer: Any) -> None:
     else:
         assert "layer" in str(said[0].message)
         assert fallbacks(steps) == ["layer.weight", "layer.bias"]
+
+
+class OwnLinear(nn.Module):
+    """A class of the user's whose weight a function applies, as routers of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+@every_reader
+def test_the_home_of_a_weight_is_no_use_of_it(optimizer: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), OwnLinear())
+    steps = optimizer(model)
+    train(model, steps, torch.randn(5, 4))
+    (row,) = [row for row in steps.explain() if row.name == "1.weight"]
+    assert row.rule == "linear"
+    assert "by function" in row.detail
+    assert "OwnLinear" not in row.detail

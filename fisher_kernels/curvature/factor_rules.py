@@ -559,7 +559,8 @@ class FactorRules(WeightUses):
 
     def left_out(self, module: Any) -> list[str]:
         """The classes of the other uses of the weight of a module that have no part in its statistics."""
-        others = (use for use in self.of(module) if _kind(use) != _kind(module))
+        # What a user's class does with its weight is seen as the functions that it calls.
+        others = (use for use in self.of(module) if _kind(module) != _kind(use) < len(_KINDS))
         return list(dict.fromkeys(type(use).__name__ for use in others))
 
 

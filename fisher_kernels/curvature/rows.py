@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -96,6 +96,15 @@ class Rows:
     def clear(self) -> None:
         """Drop what is pending."""
         self._pending = {}
+
+    def keep_pending(self) -> Callable[[Rows], None]:
+        """Keep what is pending; returns what puts it back into others that watch the same matrices."""
+        pending = {number: replace(kept, pieces=[*kept.pieces]) for number, kept in self._pending.items()}
+
+        def put_back(rows: Rows) -> None:
+            rows._pending = pending
+
+        return put_back
 
     def take(self) -> dict[int, list[Piece]]:
         """What is pending, by number; nothing stays so."""

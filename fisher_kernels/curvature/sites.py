@@ -148,6 +148,13 @@ class Site(Generic[R]):
     def clear(self) -> None:
         self.sums, self.uses, self.tasks, self.had_gradient = None, {}, set(), False
 
+    def pending(self) -> tuple[Any, ...]:
+        """What is pending, for :meth:`put_back`; nothing that comes later is written to it."""
+        return self.sums, {task: [*kept] for task, kept in self.uses.items()}, {*self.tasks}, self.had_gradient
+
+    def put_back(self, pending: tuple[Any, ...]) -> None:
+        self.sums, self.uses, self.tasks, self.had_gradient = pending
+
     def begins_anew(self, anchor: Parameter, gathered: bool) -> bool:
         """Whether the gradients of the backward passes that have contributed are gone.
 

@@ -399,6 +399,27 @@ class Statistics(Generic[R]):
                 self.late.discard(index)
                 site.sums, site.uses, site.tasks, site.by_function = old.sums, old.uses, old.tasks, old.by_function
 
+    def keep_pending(self) -> Callable[[Statistics[R]], None]:
+        """Keep what is pending, and which refresh it is of.
+
+        Returns:
+            What puts it back into an engine of the same layers.
+        """
+        refresh, found, obstacles, parts = self.refresh, list(self.found), dict(self.obstacles), set(self.parts)
+        with self._lock:
+            pending = {key_of(site): site.pending() for site in self.sites if not site.is_empty}
+            of_found = [site.pending() for site in found]
+
+        def put_back(engine: Statistics[R]) -> None:
+            engine.refresh, engine.found, engine.obstacles, engine.parts = refresh, found, obstacles, parts
+            for site, kept in zip(found, of_found, strict=True):
+                site.put_back(kept)
+            for site in engine.sites:
+                if (mine := pending.get(key_of(site))) is not None:
+                    site.put_back(mine)
+
+        return put_back
+
     def take(
         self, grad_scale: Tensor | None = None, later: Collection[int] | None = None, lacking: Collection[int] = ()
     ) -> list[tuple[int, Sums]]:

@@ -6,7 +6,7 @@ import math
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
@@ -92,6 +92,15 @@ class Terms:
             return found[self._stages[key]]
         sums = list(found.values()) or [torch.zeros(1, dtype=torch.float32, device="cpu")]
         return torch.stack([terms.to(sums[0]) for terms in sums]).amax(0)
+
+    def keep_pending(self) -> Callable[[], None]:
+        """Keep those of the backward passes that there were; returns what puts them back."""
+        pending, stages = {given: {**passed} for given, passed in self._pending.items()}, {**self._stages}
+
+        def put_back() -> None:
+            self._pending, self._stages = pending, stages
+
+        return put_back
 
     def clear(self) -> None:
         """Forget the terms of the backward passes that there were."""

@@ -5,8 +5,9 @@ Source: AdaFisher, arXiv 2405.16397 (ICLR 2025), Eq. 3, Eq. 4 and Algorithm 1; t
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -286,6 +287,15 @@ class AdaFisher(LayerwiseOptimizer[DiagonalRule]):
         return _Plan((served, constant), waiting, self._key(group))
 
     # Reports.
+
+    def _keep_beside(self) -> Callable[[], None]:
+        others, refused = super()._keep_beside(), copy.deepcopy(self._factors.refused)
+
+        def put_back() -> None:
+            others()
+            self._factors.refused = refused
+
+        return put_back
 
     @torch.no_grad()
     def metrics(self) -> dict[str, dict[str, float]]:

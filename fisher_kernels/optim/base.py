@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import operator
@@ -146,6 +147,19 @@ class FisherOptimizer(Optimizer):
     def _served(self) -> Callable[[Parameter], tuple[str, str]]:
         """What says the rule that serves a parameter, and how."""
         raise NotImplementedError
+
+    def _keep_beside(self) -> Callable[[], None]:
+        """Keep what is not in the state: what reports count, and what has been collected since the last step.
+
+        Returns:
+            What puts it back, when the state that there was is in place again.
+        """
+        skipped = copy.deepcopy(self._skipped)
+
+        def put_back() -> None:
+            self._skipped = skipped
+
+        return put_back
 
     # Groups.
 
@@ -445,6 +459,12 @@ class FisherOptimizer(Optimizer):
                     f"the state of parameter {name!r} is that of another model: its {self.moment} has shape "
                     f"{tuple(moment.shape)}, expected {tuple(p.shape)}, the parameter's"
                 )
+
+    def _put_in_place(self) -> None:
+        """Go on with state and groups that were written to, as with a state that was loaded."""
+        self._find_groups()
+        self._checked = []
+        self._reloaded()
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("_skipped", "_warned")

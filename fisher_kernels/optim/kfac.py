@@ -6,7 +6,7 @@ Sources: Martens and Grosse, arXiv 1503.05671; convolutions: Grosse and Martens,
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -369,6 +369,17 @@ class KFAC(KroneckerOptimizer):
                 yield part, squares, 1.0, 1.0
 
     # Step.
+
+    def _keep_beside(self) -> Callable[[], None]:
+        others = super()._keep_beside()
+        rows = None if self._images is None else self._images.rows.keep_pending()
+
+        def put_back() -> None:
+            others()
+            if self._images is not None and rows is not None:
+                rows(self._images.rows)
+
+        return put_back
 
     def _serving(self) -> tuple[int, ...]:
         return (*super()._serving(), self._blocks.version)

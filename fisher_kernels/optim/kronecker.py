@@ -517,12 +517,15 @@ class KroneckerOptimizer(Measured, SampledLabels[TermRule], RandomRounding):
 
     # Reports.
 
-    def _figures(self) -> Callable[[], None]:
-        counters = copy.deepcopy((self._skipped, self._capped, self._steps))
+    def _keep_beside(self) -> Callable[[], None]:
+        others, terms = super()._keep_beside(), self._context.terms.keep_pending()
+        counters = copy.deepcopy((self._capped, self._steps))
         limits, renewals = dict(self._limits), [(renewal.bad, renewal.refused) for renewal in self._renewals]
 
         def put_back() -> None:
-            self._skipped, self._capped, self._steps = counters
+            others()
+            terms()
+            self._capped, self._steps = counters
             self._limits = limits
             for renewal, (bad, refused) in zip(self._renewals, renewals, strict=True):  # others, of the state loaded
                 renewal.bad, renewal.refused = bad, refused

@@ -575,6 +575,15 @@ class LayerwiseOptimizer(FisherOptimizer, Generic[R]):
         """The groups, by identity, that this step makes inverses of."""
         return {id(group) for group in self.param_groups if inverts(group, self._refreshes(group))}
 
+    def _keep_beside(self) -> Callable[[], None]:
+        others, pending = super()._keep_beside(), self.statistics.keep_pending()
+
+        def put_back() -> None:
+            others()
+            pending(self.statistics)  # which may be another engine
+
+        return put_back
+
     def _join(self) -> None:
         """Wait for all work beside training, and keep what it made in the state."""
         for renewal in self._renewals:

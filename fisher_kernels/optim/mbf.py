@@ -632,13 +632,14 @@ class MBF(Measured, SampledLabels[BlockRule], RandomRounding):
 
     # Reports.
 
-    def _figures(self) -> Callable[[], None]:
-        counters = copy.deepcopy((self._skipped, self._capped, self._bounded))
+    def _keep_beside(self) -> Callable[[], None]:
+        others, counters = super()._keep_beside(), copy.deepcopy((self._capped, self._bounded))
         scales = [self._scales.get(id(group)) for group in self.param_groups]
         bad, refused = self._blocks.bad, self._blocks.refused
 
         def put_back() -> None:
-            self._skipped, self._capped, self._bounded = counters
+            others()
+            self._capped, self._bounded = counters
             # By place: groups are other ones where a state was loaded, and the blocks as well.
             pairs = zip(self.param_groups, scales, strict=True)
             self._scales = {id(group): scale for group, scale in pairs if scale is not None}

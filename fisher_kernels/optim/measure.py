@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+
+from fisher_kernels.optim.restored import restored
 
 NOT_NOW = 1 << 40
 """An interval that no step meets."""
@@ -59,15 +59,12 @@ class Measured(Optimizer):
 
     _model: nn.Module
 
-    def _figures(self) -> Callable[[], None]:
-        """Keep what ``metrics()`` counts; returns what puts it back."""
-        raise NotImplementedError
-
     def measure(self, step_fn: Callable[[], object], overhead: float = 0.25, repeats: int = 5) -> Costs:
         """Time statistics, inverses and an iteration without them, and propose intervals.
 
-        Parameters, gradients, buffers, the state, the settings and torch's random state are as before afterwards. What
-        ``step_fn`` changes besides, a learning rate schedule for one, is not.
+        Parameters, gradients, buffers, the state, the settings, what has been collected since the last step and torch's
+        random numbers are as before afterwards. What ``step_fn`` changes besides, a learning rate schedule for one, is
+        not.
 
         Args:
             step_fn: one iteration of training: ``zero_grad()``, forward, backward, ``step()``.
@@ -88,19 +85,15 @@ class Measured(Optimizer):
             raise ValueError(f"repeats is {repeats}, expected at least 1")
         intervals = {"plain": (NOT_NOW, NOT_NOW), "statistics": (1, NOT_NOW), "both": (1, 1)}
         found: dict[str, list[float]] = {name: [] for name in intervals}
-        put_back = self._figures()
-        try:
-            with _restored(self, self._model):
-                _follow(self, 1, 1)
-                for _ in range(WARM_UP):
-                    step_fn()
-                # In turn, so that what else the machine does meets all alike.
-                for _ in range(repeats):
-                    for name, (update, inverse) in intervals.items():
-                        _follow(self, update, inverse)
-                        found[name].append(_seconds(step_fn, self._model))
-        finally:
-            put_back()
+        with restored(self, self._model):
+            _follow(self, 1, 1)
+            for _ in range(WARM_UP):
+                step_fn()
+            # In turn, so that what else the machine does meets all alike.
+            for _ in range(repeats):
+                for name, (update, inverse) in intervals.items():
+                    _follow(self, update, inverse)
+                    found[name].append(_seconds(step_fn, self._model))
         plain, with_statistics, with_both = (statistics.median(found[name]) for name in intervals)
         return Costs(plain, max(with_statistics - plain, 0.0), max(with_both - with_statistics, 0.0), float(overhead))
 
@@ -124,21 +117,3 @@ def _seconds(step_fn: Callable[[], object], model: nn.Module) -> float:
 def _wait(model: nn.Module) -> None:
     for device in {p.device for p in model.parameters() if p.is_cuda}:
         torch.cuda.synchronize(device)
-
-
-@contextmanager
-def _restored(optimizer: Optimizer, model: nn.Module) -> Iterator[None]:
-    """Puts parameters, gradients, buffers, state, settings and random numbers back where they were."""
-    tensors = [*model.parameters(), *model.buffers(), *(p for g in optimizer.param_groups for p in g["params"])]
-    values = [(x, x.detach().clone(), None if x.grad is None else x.grad.clone()) for x in dict.fromkeys(tensors)]
-    state = copy.deepcopy(optimizer.state_dict())
-    devices = {x.device.index for x in tensors if x.is_cuda}
-    try:
-        with torch.random.fork_rng(devices=[index for index in devices if index is not None]):
-            yield
-    finally:
-        with torch.no_grad():
-            for x, value, gradient in values:
-                x.copy_(value)
-                x.grad = gradient
-        optimizer.load_state_dict(state)

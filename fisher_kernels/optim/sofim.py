@@ -282,6 +282,18 @@ class SOFIM(FisherOptimizer):
 
     # Reports.
 
+    def _keep_beside(self) -> Callable[[], None]:
+        others, plan = super()._keep_beside(), self._plan
+        squares = [batch.squares for batch in plan.batches] if plan is not None else []
+
+        def put_back() -> None:
+            others()
+            self._plan = plan  # of the states that are in place again
+            for batch, of_last_step in zip(plan.batches if plan is not None else (), squares, strict=True):
+                batch.squares = of_last_step
+
+        return put_back
+
     def _served(self) -> Callable[[Parameter], tuple[str, str]]:
         def rank_one(p: Parameter) -> tuple[str, str]:
             group = self._groups[p]

@@ -22,7 +22,7 @@ from fisher_kernels.tasks import (
 from fisher_kernels.tasks.comparison import Comparison, at_equal_time, compare, presentable, summarize
 from fisher_kernels.tasks.optimizers import CONTESTANTS, OPTIMIZERS, recipe
 from fisher_kernels.tasks.task import LARGEST_SEED, MissingDataError, MissingExtraError, Task
-from fisher_kernels.tasks.training import Interrupted, Settings
+from fisher_kernels.tasks.training import Interrupted, Settings, sweep
 
 __all__ = [
     "CONTESTANTS",
@@ -41,6 +41,7 @@ __all__ = [
     "presentable",
     "recipe",
     "summarize",
+    "sweep",
 ]
 
 TASKS: Mapping[str, Task] = {

@@ -27,6 +27,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import LambdaLR
 
+from fisher_kernels.optim import LearningRates, find_lr
 from fisher_kernels.tasks.optimizers import Recipe
 from fisher_kernels.tasks.task import EVALUATIONS, Batch, Hyperparameters, Task
 
@@ -306,6 +307,16 @@ class Training:
         close = getattr(self.optimizer, "close", None)
         if close is not None:
             close()
+
+
+def sweep(task: Task, recipe: Recipe, seed: int, settings: Settings) -> LearningRates:
+    """What :func:`fisher_kernels.find_lr` finds on the model and the batches that a run begins with."""
+    training = Training(task, recipe, seed, settings)
+    batches = training._batches()
+    try:
+        return find_lr(lambda: training.iterate(next(batches)), training.optimizer, training.model)
+    finally:
+        training.close()
 
 
 def _hyperparameters(optimizer: torch.optim.Optimizer) -> Hyperparameters:

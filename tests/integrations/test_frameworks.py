@@ -15,6 +15,7 @@ FRAMEWORKS = {
     "transformers": ("transformers", "accelerate"),
     "lightning": ("lightning",),
     "accelerate": ("accelerate",),
+    "processes": ("transformers", "accelerate"),
 }
 """The file with_NAME.py -> the packages that it needs."""
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from fisher_kernels import KFAC, MBF, SOFIM, AdaFisher
+from fisher_kernels import KFAC, MBF, SOFIM, AdaFisher, find_lr
 
 with warnings.catch_warnings():  # those of imports are not ours
     warnings.simplefilter("ignore")
     from lightning.pytorch import LightningModule, Trainer, seed_everything
     from lightning.pytorch.plugins.precision import MixedPrecision
+    from lightning.pytorch.tuner import Tuner
 
 from fisher_kernels.integrations.figures import read
 from fisher_kernels.integrations.lightning import AllowClipping, FisherMetrics, allow_clipping
@@ -125,6 +126,72 @@ def test_statistics_are_those_of_unscaled_gradients(name: str, clip: float | Non
     for number, state in found[0].items():
         for key, value in state.items():
             torch.testing.assert_close(found[1][number][key], value, rtol=2e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_search_for_the_rate_leaves_no_trace(name: str, tmp_path: Path) -> None:
+    """Lightning's own, and ours within a module that steps by itself; a training behind them is the same to the bit."""
+
+    class Tuned(Small):
+        lr = 0.5
+
+        def configure_optimizers(self) -> Any:
+            return type(kept := self.make(self.network))(*_arguments(kept, self.network), lr=self.lr)
+
+    def module() -> Tuned:
+        torch.manual_seed(0)
+        return Tuned(OPTIMIZERS[name], 0.0)
+
+    quiet: dict[str, Any] = {"accumulate_grad_batches": 1, "gradient_clip_val": None}
+    searched, plain = module(), module()
+    before = copy.deepcopy(searched.state_dict())
+    run = trainer(tmp_path, **quiet)
+    found = Tuner(run).lr_find(searched, data(), num_training=15, min_lr=1e-6, update_attr=False)
+    assert found is not None
+    assert len(found.results["lr"]) >= 10  # one stops early
+    assert all(torch.equal(p, before[key]) for key, p in searched.state_dict().items())
+    for model in (searched, plain):
+        model.lr = 1e-2
+        fit(trainer(tmp_path, **quiet) if model is plain else run, model)
+    for (key, a), b in zip(searched.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+
+
+def _arguments(optimizer: Any, network: nn.Module) -> tuple[Any, ...]:
+    """What another one of the same class is made of; the first one is closed."""
+    if isinstance(optimizer, SOFIM):
+        return (network.parameters(),)
+    optimizer.close()
+    return (network,)
+
+
+@pytest.mark.parametrize("name", ["KFAC", "SOFIM"])
+def test_find_lr_goes_through_what_lightning_wraps_around_optimizers(name: str, tmp_path: Path) -> None:
+    class Searching(Small):
+        def on_train_batch_start(self, batch: Any, index: int) -> None:
+            batches = iter(list(data()) * 4)  # which draws a random number
+            if index == 3 and self.searches:
+                wrapped = self.optimizers()
+
+                def step() -> Tensor:
+                    x, y = next(batches)
+                    wrapped.optimizer.zero_grad()
+                    loss = F.cross_entropy(self.network(x), y)
+                    loss.backward()
+                    wrapped.optimizer.step()
+                    return loss
+
+                self.found = find_lr(step, wrapped, self, end=1e-2, steps=20)
+
+    torch.manual_seed(0)
+    models = [Searching(OPTIMIZERS[name], 0.3) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        model.searches = model is models[0]
+        fit(trainer(tmp_path, accumulate_grad_batches=1), model)
+    assert len(models[0].found.rates) == 20
+    for (key, a), b in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
 
 
 def test_a_step_that_overflows_changes_nothing(tmp_path: Path) -> None:

@@ -17,7 +17,16 @@ from fisher_kernels.curvature.hooks import ModelHook
 
 with warnings.catch_warnings():  # those of imports are not ours
     warnings.simplefilter("ignore")
-    from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+    from transformers import (
+        BertConfig,
+        BertForMaskedLM,
+        GPT2Config,
+        GPT2LMHeadModel,
+        MixtralConfig,
+        MixtralForCausalLM,
+        Trainer,
+        TrainingArguments,
+    )
     from transformers.trainer_callback import TrainerCallback
 
 from fisher_kernels.integrations.figures import read
@@ -126,6 +135,46 @@ def test_adapters_alone_are_trained(tmp_path: Path) -> None:
     second.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     for (key, a), b in zip(whole.model.state_dict().items(), second.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), key
+
+
+def mixtral(experts: str) -> MixtralForCausalLM:
+    """Four experts, whose weights lie in two stacks."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=TOKENS, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=8, bos_token_id=0,
+        eos_token_id=0, experts_implementation=experts,
+    )  # fmt: skip
+    return MixtralForCausalLM(config)
+
+
+EXPERTS = {f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+def test_stacked_experts_are_served(experts: str, name: str, tmp_path: Path) -> None:
+    """As docs/models.md has it, by all but the norms and the embedding of K-FAC; in one as in the other."""
+    kind, settings = OPTIMIZERS[name]
+    run = trainer(tmp_path, mixtral(experts), kind, dict(settings))
+    run.train()
+    rows = {row.name: row for row in run.optimizer.optimizer.explain()}
+    assert not any(row.fallback for row in rows.values())
+    for expert in EXPERTS:
+        assert rows[expert].rule == "linear"
+        assert "by function" in rows[expert].detail
+    assert rows["model.layers.0.mlp.gate.weight"].rule == "linear"
+    assert "MixtralTopKRouter" not in rows["model.layers.0.mlp.gate.weight"].detail
+
+
+def test_experts_that_are_gathered_by_token_are_named(tmp_path: Path) -> None:
+    """One matrix for each token is another operation, which has no rule."""
+    run = trainer(tmp_path, mixtral("batched_mm"), AdaFisherW, {"lr": 1e-2})
+    with pytest.warns(UserWarning, match=r"71% of the trained parameters have no layer rule .*gate_up_proj"):
+        run.train()
+    rows = run.optimizer.optimizer.explain()
+    assert {row.name for row in rows if row.fallback} == EXPERTS
+    assert all("of which __getitem__ has no rule" in row.detail for row in rows if row.fallback)
 
 
 def test_groups_are_those_of_the_trainer(tmp_path: Path) -> None:
