@@ -1,0 +1,200 @@
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "integers.h"
+#include "lanes.h"
+#include "panels.h"
+#include "vector.h"
+
+// Products of inverse blocks, whole or packed, with what belongs to each: d = P m.
+namespace fisher_kernels::FISHER_KERNELS_CAPABILITY {
+namespace {
+
+constexpr int kMostRegisters = 4;  // of a row for which the whole direction is kept in registers
+constexpr int64_t kMostInLanes = 16;  // rows of packed blocks of which each has a lane
+
+// Numbers of an inverse as lanes to compute in.
+template <class A, class S>
+inline Vector<A> load_inverse(const S* p) {
+  return load(p);
+}
+
+/// d = P m for one block of at most kRegisters registers a row. Reads a register past the end of the block and writes
+/// as much past that of d.
+template <int kRegisters, class A, class S>
+inline void multiply_in_registers(const S* block, int64_t n, const A* m, A* d) {
+  Vector<A> sum[kRegisters] = {};
+  for (int64_t j = 0; j < n; ++j) {
+    for (int v = 0; v < kRegisters; ++v) sum[v] += m[j] * load_inverse<A>(block + j * n + v * kLanes<A>);
+  }
+  for (int v = 0; v < kRegisters; ++v) store(d + v * kLanes<A>, sum[v]);
+}
+
+/// The same for longer rows, one product of vectors after another.
+template <class A, class S>
+inline void multiply_by_rows(const S* block, int64_t n, const A* m, A* d) {
+  constexpr int64_t kLength = kLanes<A>;
+  const int64_t whole = n / kLength * kLength;
+  // The end of a row is read as its last register, of which what was there before counts as zero.
+  A last[kLength] = {};
+  for (int64_t c = whole; c < n; ++c) last[c - n + kLength] = m[c];
+  for (int64_t i = 0; i < n; ++i) {
+    const S* const row = block + i * n;
+    Vector<A> sum[4] = {};
+    int64_t c = 0;
+    for (; c + 4 * kLength <= n; c += 4 * kLength) {
+      for (int v = 0; v < 4; ++v) sum[v] += load(m + c + v * kLength) * load_inverse<A>(row + c + v * kLength);
+    }
+    for (; c < whole; c += kLength) sum[0] += load(m + c) * load_inverse<A>(row + c);
+    if (whole < n) sum[1] += load(last) * load_inverse<A>(row + n - kLength);
+    d[i] = sum_lanes<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  }
+}
+
+/// d = P m for `count` packed blocks, at most one for each lane, that follow one another, and so their rows of m and d.
+/// They are copied first: memory that is read in its order comes sooner than what is picked from all blocks in turn.
+template <class A, class S>
+inline void multiply_packed_in_lanes(const S* blocks, int64_t count, int64_t n, const A* m, A* d) {
+  constexpr int64_t kMostNumbers = kMostInLanes * (kMostInLanes + 1) / 2;
+  const int64_t size = n * (n + 1) / 2;
+  Vector<A> numbers[kMostNumbers], moment[kMostInLanes], direction[kMostInLanes];
+  A wide[kLanes<A> * (kMostNumbers + 1)];
+  for_registers<A>(count * size, [&](int64_t i, const auto& load, const auto&) { store(wide + i, load(blocks + i)); });
+  load_lanes(wide, count, size, numbers);
+  load_lanes(m, count, n, moment);
+  const Vector<A>* entry = numbers;
+  for (int64_t i = 0; i < n; ++i, ++entry) {
+    Vector<A> sum = {};
+    for (int64_t j = 0; j < i; ++j, ++entry) {  // each entry below the diagonal serves twice
+      sum += *entry * moment[j];
+      direction[j] += *entry * moment[i];
+    }
+    direction[i] = sum + *entry * moment[i];
+  }
+  store_lanes(direction, kAllLanes<A> >> (kLanes<A> - count), n, d);
+}
+
+/// d = P m for one packed block of longer rows. `work` has room for three rows and a register each.
+template <class A, class S>
+inline void multiply_packed_by_rows(const S* block, int64_t n, const A* m_numbers, A* d, A* work) {
+  constexpr int64_t kLength = kLanes<A>;
+  const int64_t padded = n + kLength;
+  A* const m = work;
+  A* const down = work + padded;
+  A* const across = work + 2 * padded;
+  for (int64_t i = 0; i < padded; ++i) {
+    m[i] = i < n ? m_numbers[i] : A(0);
+    down[i] = across[i] = 0;
+  }
+  for (int64_t i = 0; i < n; block += ++i) {
+    Vector<A> sum = {};
+    int64_t c = 0;
+    for (; c + kLength <= i; c += kLength) {
+      const Vector<A> row = load_inverse<A>(block + c);
+      sum += row * load(m + c);
+      store(down + c, load(down + c) + m[i] * row);
+    }
+    const Vector<A> row = first_lanes<A>(load_inverse<A>(block + c), i - c);
+    sum += row * load(m + c);
+    store(down + c, load(down + c) + m[i] * row);
+    across[i] = sum_lanes<A>(sum) + m[i] * static_cast<A>(widen(block[i]));
+  }
+  for (int64_t i = 0; i < n; ++i) d[i] = down[i] + across[i];
+}
+
+template <class A, class S>
+inline void multiply_block(const S* block, int64_t n, bool packed, const A* m, A* d, A* work) {
+  const int64_t registers = ceil_div(n, kLanes<A>);
+  if (packed) return multiply_packed_by_rows<A>(block, n, m, d, work);
+  switch (registers) {
+    case 1: return multiply_in_registers<1, A>(block, n, m, d);
+    case 2: return multiply_in_registers<2, A>(block, n, m, d);
+    case 3: return multiply_in_registers<3, A>(block, n, m, d);
+    case kMostRegisters: return multiply_in_registers<kMostRegisters, A>(block, n, m, d);
+    default: return multiply_by_rows<A>(block, n, m, d);
+  }
+}
+
+/// d = m P for kRows rows, `stride` numbers from one another, in kRegisters registers of columns of P, which has rows
+/// of n numbers: `count` of them, and as many numbers of a row of m and, from these columns on, of d, are there. A
+/// register of P that reaches past the end of a row is read in part where kWhole says so.
+template <int kRows, int kRegisters, bool kWhole, class A, class S>
+inline void multiply_rows(const S* block, int64_t n, int64_t column, const A* m, int64_t stride, int64_t count, A* d) {
+  constexpr int64_t kLength = kLanes<A>;
+  Vector<A> sums[kRows][kRegisters] = {};
+  const S* row = block + column;
+  for (int64_t k = 0; k < count; ++k, row += n) {
+    Vector<A> entries[kRegisters];
+    for (int v = 0; v < kRegisters; ++v) {
+      entries[v] = kWhole ? Vector<A>(load(row + v * kLength)) : Vector<A>(load(row + v * kLength, n - column));
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const A factor = m[i * stride + k];
+      for (int v = 0; v < kRegisters; ++v) sums[i][v] += factor * entries[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    for (int v = 0; v < kRegisters; ++v) {
+      const int64_t at = column + v * kLength, left = count - at;
+      if (left >= kLength) {
+        store(d + i * stride + at, sums[i][v]);
+      } else if (left > 0) {
+        store(d + i * stride + at, sums[i][v], left);
+      }
+    }
+  }
+}
+
+/// d = m P for rows that share a block. The columns of P that are being read stay in the nearest cache.
+template <class A, class S>
+inline void multiply_shared(const S* block, int64_t n, const A* m, int64_t rows, int64_t stride, int64_t count, A* d) {
+  const auto all_rows = [&](auto registers, auto whole, int64_t column) {
+    constexpr int kRegisters = decltype(registers)::value;
+    constexpr bool kWhole = decltype(whole)::value;
+    int64_t r = 0;
+    for (; r + kTileRows <= rows; r += kTileRows) {
+      multiply_rows<kTileRows, kRegisters, kWhole>(block, n, column, m + r * stride, stride, count, d + r * stride);
+    }
+    for (; r < rows; ++r) {
+      multiply_rows<1, kRegisters, kWhole>(block, n, column, m + r * stride, stride, count, d + r * stride);
+    }
+  };
+  using std::integral_constant;
+  int64_t column = 0;
+  for (; column + kWidth<A> <= n && column < count; column += kWidth<A>) {
+    all_rows(integral_constant<int, 2>{}, integral_constant<bool, true>{}, column);
+  }
+  for (; column < smaller(n, count); column += kLanes<A>) {
+    if (column + kLanes<A> <= n) {
+      all_rows(integral_constant<int, 1>{}, integral_constant<bool, true>{}, column);
+    } else {
+      all_rows(integral_constant<int, 1>{}, integral_constant<bool, false>{}, column);
+    }
+  }
+}
+
+/// Calls body(n, packed), with constants for what is common.
+template <class Body>
+inline void with_size(int64_t n, bool packed, const Body& body) {
+  using std::integral_constant;
+  const auto with = [&](auto size) {
+    packed ? body(size, integral_constant<bool, true>{}) : body(size, integral_constant<bool, false>{});
+  };
+  switch (n) {
+    case 2: return with(integral_constant<int64_t, 2>{});
+    case 3: return with(integral_constant<int64_t, 3>{});
+    case 4: return with(integral_constant<int64_t, 4>{});
+    case 5: return with(integral_constant<int64_t, 5>{});
+    case 7: return with(integral_constant<int64_t, 7>{});
+    case 9: return with(integral_constant<int64_t, 9>{});
+    default: return with(n);
+  }
+}
+
+}  // namespace
+}  // namespace fisher_kernels::FISHER_KERNELS_CAPABILITY
