@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fisher_kernels import backends, use_backend
+from fisher_kernels._library import native_module
 from fisher_kernels.ops import ACCUMULATOR, mbf_step
 from fisher_kernels.ops._blocks import pack
 from fisher_kernels.ops._step import rates_of
@@ -34,6 +35,10 @@ from tests.comparison import assert_same_bits, assert_within, surroundings, unit
 from tests.interpreted import interpreted
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
+
+_NATIVE = native_module()
+CPU = [] if _NATIVE is None else [f"cpu-{name}" for name in _NATIVE.capabilities()]
+"""The native kernels, once for every instruction set of this processor."""
 
 # Every kind of inverse, with and without a bias, for tests whose subject is another.
 SOME = (
@@ -556,6 +561,21 @@ def test_packed_and_whole_blocks_agree(implementation: str) -> None:
     stored = unit_roundoff(torch.bfloat16) * size.view(shape)
     assert_within(short.params[0], whole.params[0].double(), stored + rounding, "bfloat16")
     assert bool((short.params[0] != whole.params[0]).any())
+
+
+@pytest.mark.parametrize("implementation", CPU, indirect=True)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_packed_blocks_are_multiplied_in_the_order_of_whole_ones(implementation: str, dtype: torch.dtype) -> None:
+    """On the CPU the bits are the same, in whichever way it takes the entries from where they are packed."""
+    sizes, kinds = (2, 3, 4, 5, 6, 7, 8, 9, 10, 16), ((1, None), (37, None), (37, torch.bfloat16))
+    for n, (rows, storage) in itertools.product(sizes, kinds):
+        small = step([packed((rows, n), rows, n)], dtype, storage=storage, inverse_layout=unaligned)
+        whole = small.copy()
+        assert small.inverses[0] is not None
+        whole.inverses[0] = unpack(small.inverses[0])
+        for case in (whole, small):
+            case.run()
+        assert_same_bits(small.params[0], whole.params[0], f"{rows} blocks of {n} rows in {storage}")
 
 
 # The clip.

@@ -77,6 +77,63 @@ inline void multiply_packed_in_lanes(const S* blocks, int64_t count, int64_t n, 
   store_lanes(direction, kAllLanes<A> >> (kLanes<A> - count), n, d);
 }
 
+// A packed triangle that fits in three registers is spread out to whole rows there, as they are needed.
+#if defined(__AVX512F__)
+template <class A>
+constexpr int64_t kMostSpread = sizeof(A) == 4 ? 9 : 0;  // rows of such a triangle
+
+/// Where row j of P has its entries: at low[j] of the first two registers, or, in lanes of the mask, at high[j] of the
+/// third.
+template <int64_t n>
+struct RowsOfTriangle {
+  alignas(64) int32_t low[n][16] = {};
+  alignas(64) int32_t high[n][16] = {};
+  uint16_t in_high[n] = {};
+
+  constexpr RowsOfTriangle() {
+    for (int64_t j = 0; j < n; ++j) {
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t place = i < j ? j * (j + 1) / 2 + i : i * (i + 1) / 2 + j;
+        if (place < 32) {
+          low[j][i] = static_cast<int32_t>(place);
+        } else {
+          high[j][i] = static_cast<int32_t>(place - 32);
+          in_high[j] = static_cast<uint16_t>(in_high[j] | 1 << i);
+        }
+      }
+    }
+  }
+};
+
+/// d = P m for one packed block, in the order that a whole one is multiplied in. Reads a register past the end of the
+/// block and writes as much past that of d.
+template <int64_t n, class S>
+inline void multiply_packed_in_registers(const S* block, const float* m, float* d) {
+  constexpr int64_t kNumbers = n * (n + 1) / 2;
+  static constexpr RowsOfTriangle<n> kRows{};
+  const Vector<float> first = load(block);
+  const Vector<float> second = kNumbers > 16 ? load(block + 16) : first;
+  Vector<float> third = first;
+  if constexpr (kNumbers > 32) third = load(block + 32);
+  Vector<float> sum = {};
+#pragma GCC unroll 9
+  for (int64_t j = 0; j < n; ++j) {
+    __m512 row = _mm512_permutex2var_ps(first, load_bits<__m512i>(kRows.low[j]), second);
+    if constexpr (kNumbers > 32) {
+      row = _mm512_mask_permutexvar_ps(row, kRows.in_high[j], load_bits<__m512i>(kRows.high[j]), third);
+    }
+    sum += m[j] * Vector<float>(row);
+  }
+  store(d, sum);
+}
+#else
+template <class A>
+constexpr int64_t kMostSpread = 0;
+
+template <int64_t n, class S, class A>
+void multiply_packed_in_registers(const S* block, const A* m, A* d);
+#endif
+
 /// d = P m for one packed block of longer rows. `work` has room for three rows and a register each.
 template <class A, class S>
 inline void multiply_packed_by_rows(const S* block, int64_t n, const A* m_numbers, A* d, A* work) {
@@ -105,9 +162,21 @@ inline void multiply_packed_by_rows(const S* block, int64_t n, const A* m_number
   for (int64_t i = 0; i < n; ++i) d[i] = down[i] + across[i];
 }
 
-template <class A, class S>
-inline void multiply_block(const S* block, int64_t n, bool packed, const A* m, A* d, A* work) {
-  const int64_t registers = ceil_div(n, kLanes<A>);
+/// Whether packed blocks of this size are spread out, one after another, and not multiplied in lanes. Only sizes that
+/// with_size has constants for can be.
+template <class A>
+constexpr bool is_spread(int64_t n) {
+  return n <= kMostSpread<A> && n != 6 && n != 8;
+}
+
+template <class A, class S, class Size>
+inline void multiply_block(const S* block, Size size, bool packed, const A* m, A* d, A* work) {
+  const int64_t n = size, registers = ceil_div(n, kLanes<A>);
+  if constexpr (!std::is_same_v<Size, int64_t>) {
+    if constexpr (is_spread<A>(Size::value)) {
+      if (packed) return multiply_packed_in_registers<Size::value>(block, m, d);
+    }
+  }
   if (packed) return multiply_packed_by_rows<A>(block, n, m, d, work);
   switch (registers) {
     case 1: return multiply_in_registers<1, A>(block, n, m, d);

@@ -302,7 +302,7 @@ class Stepper {
       return;
     }
     const int64_t numbers = block_numbers(p_);
-    if (p_.packed && p_.columns <= kMostInLanes) {
+    if (p_.packed && p_.columns <= kMostInLanes && !is_spread<A>(p_.columns)) {
       for (int64_t r = 0; r < rows; r += kLanes<A>) {
         multiply_packed_in_lanes<A>(inverse + (first + r) * numbers, smaller(kLanes<A>, rows - r), p_.columns,
                                     m + r * p_.columns, d + r * p_.columns);
