@@ -7,6 +7,7 @@
 #include "integers.h"
 #include "lanes.h"
 #include "panels.h"
+#include "transpose.h"
 #include "vector.h"
 
 // Products of inverse blocks, whole or packed, with what belongs to each: d = P m.
@@ -22,13 +23,13 @@ inline Vector<A> load_inverse(const S* p) {
   return load(p);
 }
 
-/// d = P m for one block of at most kRegisters registers a row. Reads a register past the end of the block and writes
-/// as much past that of d.
-template <int kRegisters, class A, class S>
-inline void multiply_in_registers(const S* block, int64_t n, const A* m, A* d) {
+/// d = P m for one block of at most kRegisters registers a row; the numbers of m lie `step` apart. Reads a register
+/// past the end of the block and writes as much past that of d.
+template <int kRegisters, class A, class S, class Step>
+inline void multiply_in_registers(const S* block, int64_t n, const A* m, Step step, A* d) {
   Vector<A> sum[kRegisters] = {};
   for (int64_t j = 0; j < n; ++j) {
-    for (int v = 0; v < kRegisters; ++v) sum[v] += m[j] * load_inverse<A>(block + j * n + v * kLanes<A>);
+    for (int v = 0; v < kRegisters; ++v) sum[v] += m[j * step] * load_inverse<A>(block + j * n + v * kLanes<A>);
   }
   for (int v = 0; v < kRegisters; ++v) store(d + v * kLanes<A>, sum[v]);
 }
@@ -54,17 +55,17 @@ inline void multiply_by_rows(const S* block, int64_t n, const A* m, A* d) {
   }
 }
 
-/// d = P m for `count` packed blocks, at most one for each lane, that follow one another, and so their rows of m and d.
-/// They are copied first: memory that is read in its order comes sooner than what is picked from all blocks in turn.
+/// d = P m for `count` packed blocks, at most one for each lane, that follow one another; m and d have lanes too. They
+/// are copied first: memory that is read in its order comes sooner than what is picked from all blocks in turn.
 template <class A, class S>
-inline void multiply_packed_in_lanes(const S* blocks, int64_t count, int64_t n, const A* m, A* d) {
+inline void multiply_packed_in_lanes(const S* blocks, int64_t count, int64_t n, const Vector<A>* moment,
+                                     Vector<A>* direction) {
   constexpr int64_t kMostNumbers = kMostInLanes * (kMostInLanes + 1) / 2;
   const int64_t size = n * (n + 1) / 2;
-  Vector<A> numbers[kMostNumbers], moment[kMostInLanes], direction[kMostInLanes];
+  Vector<A> numbers[kMostNumbers];
   A wide[kLanes<A> * (kMostNumbers + 1)];
   for_registers<A>(count * size, [&](int64_t i, const auto& load, const auto&) { store(wide + i, load(blocks + i)); });
   load_lanes(wide, count, size, numbers);
-  load_lanes(m, count, n, moment);
   const Vector<A>* entry = numbers;
   for (int64_t i = 0; i < n; ++i, ++entry) {
     Vector<A> sum = {};
@@ -74,6 +75,14 @@ inline void multiply_packed_in_lanes(const S* blocks, int64_t count, int64_t n, 
     }
     direction[i] = sum + *entry * moment[i];
   }
+}
+
+/// The same of rows of m and d, which follow one another.
+template <class A, class S>
+inline void multiply_packed_in_lanes(const S* blocks, int64_t count, int64_t n, const A* m, A* d) {
+  Vector<A> moment[kMostInLanes], direction[kMostInLanes];
+  load_lanes(m, count, n, moment);
+  multiply_packed_in_lanes<A>(blocks, count, n, moment, direction);
   store_lanes(direction, kAllLanes<A> >> (kLanes<A> - count), n, d);
 }
 
@@ -107,8 +116,8 @@ struct RowsOfTriangle {
 
 /// d = P m for one packed block, in the order that a whole one is multiplied in. Reads a register past the end of the
 /// block and writes as much past that of d.
-template <int64_t n, class S>
-inline void multiply_packed_in_registers(const S* block, const float* m, float* d) {
+template <int64_t n, class S, class Step>
+inline void multiply_packed_in_registers(const S* block, const float* m, Step step, float* d) {
   constexpr int64_t kNumbers = n * (n + 1) / 2;
   static constexpr RowsOfTriangle<n> kRows{};
   const Vector<float> first = load(block);
@@ -122,7 +131,7 @@ inline void multiply_packed_in_registers(const S* block, const float* m, float* 
     if constexpr (kNumbers > 32) {
       row = _mm512_mask_permutexvar_ps(row, kRows.in_high[j], load_bits<__m512i>(kRows.high[j]), third);
     }
-    sum += m[j] * Vector<float>(row);
+    sum += m[j * step] * Vector<float>(row);
   }
   store(d, sum);
 }
@@ -130,8 +139,8 @@ inline void multiply_packed_in_registers(const S* block, const float* m, float* 
 template <class A>
 constexpr int64_t kMostSpread = 0;
 
-template <int64_t n, class S, class A>
-void multiply_packed_in_registers(const S* block, const A* m, A* d);
+template <int64_t n, class S, class A, class Step>
+void multiply_packed_in_registers(const S* block, const A* m, Step step, A* d);
 #endif
 
 /// d = P m for one packed block of longer rows. `work` has room for three rows and a register each.
@@ -171,18 +180,19 @@ constexpr bool is_spread(int64_t n) {
 
 template <class A, class S, class Size>
 inline void multiply_block(const S* block, Size size, bool packed, const A* m, A* d, A* work) {
+  constexpr std::integral_constant<int64_t, 1> kStep{};
   const int64_t n = size, registers = ceil_div(n, kLanes<A>);
   if constexpr (!std::is_same_v<Size, int64_t>) {
     if constexpr (is_spread<A>(Size::value)) {
-      if (packed) return multiply_packed_in_registers<Size::value>(block, m, d);
+      if (packed) return multiply_packed_in_registers<Size::value>(block, m, kStep, d);
     }
   }
   if (packed) return multiply_packed_by_rows<A>(block, n, m, d, work);
   switch (registers) {
-    case 1: return multiply_in_registers<1, A>(block, n, m, d);
-    case 2: return multiply_in_registers<2, A>(block, n, m, d);
-    case 3: return multiply_in_registers<3, A>(block, n, m, d);
-    case kMostRegisters: return multiply_in_registers<kMostRegisters, A>(block, n, m, d);
+    case 1: return multiply_in_registers<1, A>(block, n, m, kStep, d);
+    case 2: return multiply_in_registers<2, A>(block, n, m, kStep, d);
+    case 3: return multiply_in_registers<3, A>(block, n, m, kStep, d);
+    case kMostRegisters: return multiply_in_registers<kMostRegisters, A>(block, n, m, kStep, d);
     default: return multiply_by_rows<A>(block, n, m, d);
   }
 }
@@ -263,6 +273,88 @@ inline void with_size(int64_t n, bool packed, const Body& body) {
     case 9: return with(integral_constant<int64_t, 9>{});
     default: return with(n);
   }
+}
+
+/// Memory that is asked for while blocks are multiplied: so many bytes for each of them, from three places on.
+struct Ahead {
+  const char* places[3];
+  int64_t bytes[3];
+
+  void fetch(int64_t first, int64_t count) const {
+    constexpr int64_t kLine = 64;
+    for (int k = 0; k < 3; ++k) {
+      const char* const end = places[k] + (first + count) * bytes[k];
+      for (const char* p = places[k] + first * bytes[k]; p < end; p += kLine) __builtin_prefetch(p);
+    }
+  }
+};
+
+/// Whether multiply_side_by_side is for blocks of this size: smaller ones cannot be transposed in pieces.
+template <class A>
+constexpr bool goes_side_by_side(int64_t n, bool packed) {
+  return n >= kPiece<A> && n <= (packed ? kMostInLanes : kMostRegisters * kLanes<A>);
+}
+
+/// d = P m for `count` blocks, a multiple of kLanes, whose numbers in m and d lie side by side: number k of block i at
+/// k * count + i. Blocks from `safe` on are copied first, to where a register past their end may be read. One function
+/// for all types of parameters.
+template <class A, class S>
+__attribute__((noinline)) void multiply_side_by_side(const S* blocks, int64_t count, int64_t safe, int64_t size,
+                                                     bool packed, const Ahead& ahead, const A* m, A* d, S* copy) {
+  using std::integral_constant;
+  constexpr int64_t kPitch = kMostRegisters * kLanes<A>;
+  constexpr integral_constant<int64_t, kLanes<A>> kStep{};
+  const int64_t numbers = packed ? size * (size + 1) / 2 : size * size;
+  Vector<A> moment[kPitch > kMostInLanes ? kPitch : kMostInLanes];
+  Vector<A> direction[kPitch > kMostInLanes ? kPitch : kMostInLanes];
+  const auto for_tiles = [&](const auto& multiply) {
+    for (int64_t t = 0; t < count; t += kLanes<A>) {
+      ahead.fetch(t, kLanes<A>);
+      for (int64_t k = 0; k < size; ++k) moment[k] = load(m + k * count + t);
+      multiply(t);
+      for (int64_t k = 0; k < size; ++k) store(d + k * count + t, direction[k]);
+    }
+  };
+  const auto one_by_one = [&](auto n, const auto& multiply_one) {
+    for_tiles([&](int64_t t) {
+      A numbers_of_m[kLanes<A> * kPitch], rows[kLanes<A> * kPitch];
+      for (int64_t k = 0; k < n; ++k) store(numbers_of_m + k * kStep, moment[k]);
+      for (int64_t r = 0; r < kLanes<A>; ++r) {
+        const S* block = blocks + (t + r) * numbers;
+        if (t + r >= safe) {
+          std::memcpy(copy, block, numbers * sizeof(S));
+          block = copy;
+        }
+        multiply_one(block, n, numbers_of_m + r, rows + r * kPitch);
+      }
+      for (int64_t k = 0; k < n; k += kPiece<A>) {
+        load_piece(rows, kLanes<A>, kPitch, smaller(k, n - kPiece<A>), direction);
+      }
+    });
+  };
+  constexpr integral_constant<int64_t, 9> kNine{};
+  if constexpr (is_spread<A>(9)) {
+    if (packed && size == 9) {
+      return one_by_one(kNine, [=](const S* block, auto n, const A* from, A* to) {
+        multiply_packed_in_registers<decltype(n)::value>(block, from, kStep, to);
+      });
+    }
+  }
+  if (packed) {
+    return for_tiles([&](int64_t t) {
+      multiply_packed_in_lanes<A>(blocks + t * numbers, kLanes<A>, size, moment, direction);
+    });
+  }
+  const auto whole = [&](auto registers, auto n) {
+    one_by_one(n, [=](const S* block, auto rows, const A* from, A* to) {
+      multiply_in_registers<decltype(registers)::value, A>(block, rows, from, kStep, to);
+    });
+  };
+  constexpr int kOfNine = static_cast<int>(ceil_div(9, kLanes<A>));
+  if constexpr (kOfNine <= kMostRegisters) {
+    if (size == 9) return whole(integral_constant<int, kOfNine>{}, kNine);
+  }
+  with_constant<kMostRegisters>(ceil_div(size, kLanes<A>), [&](auto registers) { whole(registers, size); });
 }
 
 }  // namespace
