@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fisher_kernels import backends, use_backend
+from fisher_kernels._library import native_module
 from fisher_kernels.ops import ACCUMULATOR, mbf_step
 from fisher_kernels.ops._blocks import pack
 from fisher_kernels.ops._step import rates_of
@@ -34,6 +35,10 @@ from tests.comparison import assert_same_bits, assert_within, surroundings, unit
 from tests.interpreted import interpreted
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
+
+_NATIVE = native_module()
+CPU = [] if _NATIVE is None else [f"cpu-{name}" for name in _NATIVE.capabilities()]
+"""The native kernels, once for every instruction set of this processor."""
 
 # Every kind of inverse, with and without a bias, for tests whose subject is another.
 SOME = (
@@ -556,6 +561,69 @@ def test_packed_and_whole_blocks_agree(implementation: str) -> None:
     stored = unit_roundoff(torch.bfloat16) * size.view(shape)
     assert_within(short.params[0], whole.params[0].double(), stored + rounding, "bfloat16")
     assert bool((short.params[0] != whole.params[0]).any())
+
+
+@pytest.mark.parametrize("implementation", CPU, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_packed_blocks_are_multiplied_in_the_order_of_whole_ones(implementation: str, dtype: torch.dtype) -> None:
+    """On the CPU the bits are the same, in whichever way it takes the entries from where they are packed."""
+    sizes, kinds = (2, 3, 4, 5, 6, 7, 8, 9, 10, 16), ((1, None), (37, None), (37, torch.bfloat16))
+    for n, (rows, storage) in itertools.product(sizes, kinds):
+        small = step([packed((rows, n), rows, n)], dtype, storage=storage, inverse_layout=unaligned)
+        whole = small.copy()
+        assert small.inverses[0] is not None
+        whole.inverses[0] = unpack(small.inverses[0])
+        for case in (whole, small):
+            case.run()
+        assert_same_bits(small.params[0], whole.params[0], f"{rows} blocks of {n} rows in {storage}")
+
+
+# Kernels of 16 channels and of multiples: those of one output are worked on where they lie side by side. The last shape
+# has too few of them, and is gathered.
+SIDE_BY_SIDE = (
+    Parameter((3, 16, 3, 3), (48, 9, 9)),
+    packed((2, 48, 3, 3), 96, 9),
+    Parameter((2, 32, 2, 2), (64, 4, 4)),
+    packed((1, 32, 2, 4), 32, 8),
+    packed((2, 16, 4, 4), 32, 16),
+    Parameter((2, 16, 5, 5), (32, 25, 25)),
+    Parameter((2, 16, 2, 2, 2), (32, 8, 8)),
+    Parameter((2, 17, 3, 3), (34, 9, 9)),
+)
+
+
+@pytest.mark.parametrize("implementation", CPU, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_in_channels_last_order(implementation: str, dtype: torch.dtype) -> None:
+    """The definition, and the bits of row-major order, in every way that the sums of a step are asked for."""
+    for options in ({"weight_decay": 0.1}, OPTIONS[2], OPTIONS[8], OPTIONS[10]):
+        for storage in (None, torch.bfloat16):
+            kinds: dict[str, Any] = {"moments": SHORT_IN_TURN, "storage": storage}
+            case = step(SIDE_BY_SIDE, dtype, layout=channels_last, inverse_layout=unaligned, **kinds, **options)
+            plain = case.copy()
+            plain.params, plain.grads, plain.momentum_buffers = ([contiguous(x) for x in xs] for xs in case.lists()[:3])
+            found, expected = case.run_with_caps(), plain.run_with_caps()
+            for what, x, y in zip(("skipped", "scale", "caps"), found, expected, strict=True):
+                assert_same_bits(x, y, what)
+            assert_unchanged(case, plain, around=False)
+        check(step(SIDE_BY_SIDE, dtype, layout=channels_last, **options))
+
+
+@pytest.mark.parametrize("implementation", CPU, indirect=True)
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_kernels_in_channels_last_order_are_skipped_one_by_one(implementation: str, clip: float | None) -> None:
+    case = step([Parameter((3, 32, 3, 3), (96, 9, 9))], torch.float32, layout=channels_last, kl_clip=clip)
+    case.grads[0][1, 5, 0, 2] = math.nan
+    case.momentum_buffers[0][2, 31, 2, 2] = math.inf
+    before, plain = case.copy(), case.copy()
+    plain.params, plain.grads, plain.momentum_buffers = ([contiguous(x) for x in xs] for xs in case.lists()[:3])
+    skipped, scale = case.run()
+    assert_same_bits(scale, plain.run()[1])
+    assert skipped.tolist() == [2]
+    assert_unchanged(case, plain, around=False)
+    for o, i in ((1, 5), (2, 31)):
+        assert_same_bits(case.params[0][o, i], before.params[0][o, i])
+        assert_same_bits(case.momentum_buffers[0][o, i], before.momentum_buffers[0][o, i])
 
 
 # The clip.

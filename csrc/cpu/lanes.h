@@ -147,6 +147,17 @@ template <class A>
 inline void store_lanes(const Vector<A>* lanes, uint32_t chosen, int64_t size, A* x) {
   constexpr int64_t kWidth = kLanes<A>;
   if (size < kWidth) {
+    if constexpr (kStoresParts) {
+      Vector<A> square[kWidth];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kWidth; ++i) square[i] = lanes[smaller(i, size - 1)];  // those past the end go nowhere
+      transpose<A>(square);
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kWidth; ++r) {
+        if (chosen >> r & 1) store(x + r * size, square[r], size);
+      }
+      return;
+    }
     for (int64_t i = 0; i < size; ++i) {
       for (int64_t r = 0; r < kWidth; ++r) {
         if (chosen >> r & 1) x[r * size + i] = lanes[i][r];

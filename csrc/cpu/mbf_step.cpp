@@ -4,9 +4,9 @@
 #include <type_traits>
 
 #include "../kernels.h"
+#include "block_products.h"
 #include "integers.h"
 #include "lanes.h"
-#include "panels.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "strided.h"
@@ -21,8 +21,6 @@ namespace {
 // parameters are made of one partial sum for each chunk.
 constexpr int64_t kChunk = 128;
 constexpr int64_t kWholeRows = 16;  // as many of them fill whole registers
-constexpr int kMostRegisters = 4;  // of a row for which the whole direction is kept in registers
-constexpr int64_t kMostInLanes = 16;  // rows of packed blocks of which each has a lane
 
 // The same where rows share their inverse, which serves all rows of a chunk when it has come into the caches.
 constexpr int64_t kSharedChunk = 2048;
@@ -37,6 +35,25 @@ int64_t chunk_count(const MbfParameter& p) { return ceil_div(p.rows, chunk_rows(
 int64_t numel(const MbfParameter& p) { return p.rows * p.columns; }
 int64_t block_numbers(const MbfParameter& p) {
   return p.packed ? p.columns * (p.columns + 1) / 2 : p.columns * p.columns;
+}
+
+// Elements of rows that lie side by side, as kernels of convolutions do in channels-last order: such a panel is worked
+// on at once, where it lies, and stays in the nearer caches.
+constexpr int64_t kMostInPanel = 32768;
+
+/// How many rows lie side by side, in whole chunks and alike in all arrays; 0 where they do not, or are not multiplied
+/// so.
+int64_t panel_rows(const MbfParameter& p) {
+  const MbfArrays& arrays = p.weight;
+  const bool multiplied = p.dtype == DType::float64 ? goes_side_by_side<double>(p.columns, p.packed)
+                                                    : goes_side_by_side<float>(p.columns, p.packed);
+  const bool turned = p.inverse != nullptr && !p.shared && !p.biased && !arrays.parameter.contiguous && multiplied &&
+                      chunk_rows(p) % kWholeRows == 0;
+  if (!turned) return 0;
+  const int64_t rows = Walk(arrays.parameter).side_by_side(p.columns);
+  const bool alike = Walk(arrays.gradient).side_by_side(p.columns) == rows &&
+                     Walk(arrays.moment).side_by_side(p.columns) == rows;
+  return alike && rows % chunk_rows(p) == 0 && rows * p.columns <= kMostInPanel ? rows : 0;
 }
 
 /// What the bounds of a step are about, of some of its elements.
@@ -58,186 +75,6 @@ int64_t chunk_cost(const MbfParameter& p) {
   if (p.shared) return chunk_rows(p) * p.columns * (5 + p.size / 16);  // as many products take as long as a word
   const int64_t inverse = p.inverse != nullptr ? block_numbers(p) : p.columns;
   return chunk_rows(p) * (inverse + 5 * p.columns);
-}
-
-// Numbers of an inverse as lanes to compute in.
-template <class A, class S>
-inline Vector<A> load_inverse(const S* p) {
-  return load(p);
-}
-
-/// d = P m for one block of at most kRegisters registers a row. Reads a register past the end of the block and writes
-/// as much past that of d.
-template <int kRegisters, class A, class S>
-inline void multiply_in_registers(const S* block, int64_t n, const A* m, A* d) {
-  Vector<A> sum[kRegisters] = {};
-  for (int64_t j = 0; j < n; ++j) {
-    for (int v = 0; v < kRegisters; ++v) sum[v] += m[j] * load_inverse<A>(block + j * n + v * kLanes<A>);
-  }
-  for (int v = 0; v < kRegisters; ++v) store(d + v * kLanes<A>, sum[v]);
-}
-
-/// The same for longer rows, one product of vectors after another.
-template <class A, class S>
-inline void multiply_by_rows(const S* block, int64_t n, const A* m, A* d) {
-  constexpr int64_t kLength = kLanes<A>;
-  const int64_t whole = n / kLength * kLength;
-  // The end of a row is read as its last register, of which what was there before counts as zero.
-  A last[kLength] = {};
-  for (int64_t c = whole; c < n; ++c) last[c - n + kLength] = m[c];
-  for (int64_t i = 0; i < n; ++i) {
-    const S* const row = block + i * n;
-    Vector<A> sum[4] = {};
-    int64_t c = 0;
-    for (; c + 4 * kLength <= n; c += 4 * kLength) {
-      for (int v = 0; v < 4; ++v) sum[v] += load(m + c + v * kLength) * load_inverse<A>(row + c + v * kLength);
-    }
-    for (; c < whole; c += kLength) sum[0] += load(m + c) * load_inverse<A>(row + c);
-    if (whole < n) sum[1] += load(last) * load_inverse<A>(row + n - kLength);
-    d[i] = sum_lanes<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  }
-}
-
-/// d = P m for `count` packed blocks, at most one for each lane, that follow one another, and so their rows of m and d.
-/// They are copied first: memory that is read in its order comes sooner than what is picked from all blocks in turn.
-template <class A, class S>
-inline void multiply_packed_in_lanes(const S* blocks, int64_t count, int64_t n, const A* m, A* d) {
-  constexpr int64_t kMostNumbers = kMostInLanes * (kMostInLanes + 1) / 2;
-  const int64_t size = n * (n + 1) / 2;
-  Vector<A> numbers[kMostNumbers], moment[kMostInLanes], direction[kMostInLanes];
-  A wide[kLanes<A> * (kMostNumbers + 1)];
-  for_registers<A>(count * size, [&](int64_t i, const auto& load, const auto&) { store(wide + i, load(blocks + i)); });
-  load_lanes(wide, count, size, numbers);
-  load_lanes(m, count, n, moment);
-  const Vector<A>* entry = numbers;
-  for (int64_t i = 0; i < n; ++i, ++entry) {
-    Vector<A> sum = {};
-    for (int64_t j = 0; j < i; ++j, ++entry) {  // each entry below the diagonal serves twice
-      sum += *entry * moment[j];
-      direction[j] += *entry * moment[i];
-    }
-    direction[i] = sum + *entry * moment[i];
-  }
-  store_lanes(direction, kAllLanes<A> >> (kLanes<A> - count), n, d);
-}
-
-/// d = P m for one packed block of longer rows. `work` has room for three rows and a register each.
-template <class A, class S>
-inline void multiply_packed_by_rows(const S* block, int64_t n, const A* m_numbers, A* d, A* work) {
-  constexpr int64_t kLength = kLanes<A>;
-  const int64_t padded = n + kLength;
-  A* const m = work;
-  A* const down = work + padded;
-  A* const across = work + 2 * padded;
-  for (int64_t i = 0; i < padded; ++i) {
-    m[i] = i < n ? m_numbers[i] : A(0);
-    down[i] = across[i] = 0;
-  }
-  for (int64_t i = 0; i < n; block += ++i) {
-    Vector<A> sum = {};
-    int64_t c = 0;
-    for (; c + kLength <= i; c += kLength) {
-      const Vector<A> row = load_inverse<A>(block + c);
-      sum += row * load(m + c);
-      store(down + c, load(down + c) + m[i] * row);
-    }
-    const Vector<A> row = first_lanes<A>(load_inverse<A>(block + c), i - c);
-    sum += row * load(m + c);
-    store(down + c, load(down + c) + m[i] * row);
-    across[i] = sum_lanes<A>(sum) + m[i] * static_cast<A>(widen(block[i]));
-  }
-  for (int64_t i = 0; i < n; ++i) d[i] = down[i] + across[i];
-}
-
-template <class A, class S>
-inline void multiply_block(const S* block, int64_t n, bool packed, const A* m, A* d, A* work) {
-  const int64_t registers = ceil_div(n, kLanes<A>);
-  if (packed) return multiply_packed_by_rows<A>(block, n, m, d, work);
-  switch (registers) {
-    case 1: return multiply_in_registers<1, A>(block, n, m, d);
-    case 2: return multiply_in_registers<2, A>(block, n, m, d);
-    case 3: return multiply_in_registers<3, A>(block, n, m, d);
-    case kMostRegisters: return multiply_in_registers<kMostRegisters, A>(block, n, m, d);
-    default: return multiply_by_rows<A>(block, n, m, d);
-  }
-}
-
-/// d = m P for kRows rows, `stride` numbers from one another, in kRegisters registers of columns of P, which has rows
-/// of n numbers: `count` of them, and as many numbers of a row of m and, from these columns on, of d, are there. A
-/// register of P that reaches past the end of a row is read in part where kWhole says so.
-template <int kRows, int kRegisters, bool kWhole, class A, class S>
-inline void multiply_rows(const S* block, int64_t n, int64_t column, const A* m, int64_t stride, int64_t count, A* d) {
-  constexpr int64_t kLength = kLanes<A>;
-  Vector<A> sums[kRows][kRegisters] = {};
-  const S* row = block + column;
-  for (int64_t k = 0; k < count; ++k, row += n) {
-    Vector<A> entries[kRegisters];
-    for (int v = 0; v < kRegisters; ++v) {
-      entries[v] = kWhole ? Vector<A>(load(row + v * kLength)) : Vector<A>(load(row + v * kLength, n - column));
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      const A factor = m[i * stride + k];
-      for (int v = 0; v < kRegisters; ++v) sums[i][v] += factor * entries[v];
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-    for (int v = 0; v < kRegisters; ++v) {
-      const int64_t at = column + v * kLength, left = count - at;
-      if (left >= kLength) {
-        store(d + i * stride + at, sums[i][v]);
-      } else if (left > 0) {
-        store(d + i * stride + at, sums[i][v], left);
-      }
-    }
-  }
-}
-
-/// d = m P for rows that share a block. The columns of P that are being read stay in the nearest cache.
-template <class A, class S>
-inline void multiply_shared(const S* block, int64_t n, const A* m, int64_t rows, int64_t stride, int64_t count, A* d) {
-  const auto all_rows = [&](auto registers, auto whole, int64_t column) {
-    constexpr int kRegisters = decltype(registers)::value;
-    constexpr bool kWhole = decltype(whole)::value;
-    int64_t r = 0;
-    for (; r + kTileRows <= rows; r += kTileRows) {
-      multiply_rows<kTileRows, kRegisters, kWhole>(block, n, column, m + r * stride, stride, count, d + r * stride);
-    }
-    for (; r < rows; ++r) {
-      multiply_rows<1, kRegisters, kWhole>(block, n, column, m + r * stride, stride, count, d + r * stride);
-    }
-  };
-  using std::integral_constant;
-  int64_t column = 0;
-  for (; column + kWidth<A> <= n && column < count; column += kWidth<A>) {
-    all_rows(integral_constant<int, 2>{}, integral_constant<bool, true>{}, column);
-  }
-  for (; column < smaller(n, count); column += kLanes<A>) {
-    if (column + kLanes<A> <= n) {
-      all_rows(integral_constant<int, 1>{}, integral_constant<bool, true>{}, column);
-    } else {
-      all_rows(integral_constant<int, 1>{}, integral_constant<bool, false>{}, column);
-    }
-  }
-}
-
-/// Calls body(n, packed), with constants for what is common.
-template <class Body>
-inline void with_size(int64_t n, bool packed, const Body& body) {
-  using std::integral_constant;
-  const auto with = [&](auto size) {
-    packed ? body(size, integral_constant<bool, true>{}) : body(size, integral_constant<bool, false>{});
-  };
-  switch (n) {
-    case 2: return with(integral_constant<int64_t, 2>{});
-    case 3: return with(integral_constant<int64_t, 3>{});
-    case 4: return with(integral_constant<int64_t, 4>{});
-    case 5: return with(integral_constant<int64_t, 5>{});
-    case 7: return with(integral_constant<int64_t, 7>{});
-    case 9: return with(integral_constant<int64_t, 9>{});
-    default: return with(n);
-  }
 }
 
 /// Memory of one thread for a chunk.
@@ -274,12 +111,13 @@ class Buffers {
 template <class T>
 class Rows {
  public:
-  Rows(const StridedArray& weight, const StridedArray& bias, const MbfParameter& p, T* buffer)
+  /// Rows of a panel, which are read together, are in place in the order of memory.
+  Rows(const StridedArray& weight, const StridedArray& bias, const MbfParameter& p, bool in_panels, T* buffer)
       : weight_(weight),
         bias_(bias),
         columns_(p.columns),
         width_(p.columns - p.biased),
-        in_place_(weight.contiguous && !p.biased),
+        in_place_((weight.contiguous || in_panels) && !p.biased),
         dense_(weight.contiguous),
         biased_(p.biased),
         data_(static_cast<T*>(weight.data)),
@@ -355,12 +193,19 @@ class Rows {
 template <class A>
 class Moments {
  public:
-  Moments(const MbfParameter& p, const Buffers<A>& buffers)
+  Moments(const MbfParameter& p, bool in_panels, const Buffers<A>& buffers)
       : is_short_(std::is_same_v<A, float> && p.moment_dtype == DType::bfloat16),
         columns_(p.columns),
         widened_(buffers.old_moment()),
-        wide_(p.weight.moment, p.bias.moment, p, buffers.old_moment()),
-        short_(p.weight.moment, p.bias.moment, p, buffers.short_moment()) {}
+        wide_(p.weight.moment, p.bias.moment, p, in_panels, buffers.old_moment()),
+        short_(p.weight.moment, p.bias.moment, p, in_panels, buffers.short_moment()) {}
+
+  /// Where rows from there on lie, if they are read in place, and how many bytes a row has.
+  const char* place(int64_t first) const {
+    return is_short_ ? reinterpret_cast<const char*>(short_.place(first))
+                     : reinterpret_cast<const char*>(wide_.place(first));
+  }
+  int64_t row_bytes() const { return columns_ * static_cast<int64_t>(is_short_ ? sizeof(bfloat16_moment) : sizeof(A)); }
 
   const A* read(int64_t first, int64_t count) const {
     if constexpr (std::is_same_v<A, float>) {
@@ -403,17 +248,21 @@ class Stepper {
  public:
   using A = Accumulator<T>;
 
-  Stepper(const MbfStep& step, const MbfParameter& p, const Buffers<A>& buffers)
+  Stepper(const MbfStep& step, const MbfParameter& p, int64_t panel, const Buffers<A>& buffers)
       : step_(step),
         p_(p),
+        panel_(panel),
         buffers_(buffers),
-        parameter_(p.weight.parameter, p.bias.parameter, p, buffers.template parameter<T>()),
-        gradient_(p.weight.gradient, p.bias.gradient, p, buffers.template gradient<T>()),
-        moment_(p, buffers) {}
+        parameter_(p.weight.parameter, p.bias.parameter, p, panel > 0, buffers.template parameter<T>()),
+        gradient_(p.weight.gradient, p.bias.gradient, p, panel > 0, buffers.template gradient<T>()),
+        moment_(p, panel > 0, buffers) {}
 
-  /// Writes the momentum of a chunk of rows. Without `directions` it takes the step too; else those are stored, NaN for
-  /// what is skipped, and it returns the sums of the chunk.
-  Sums advance(int64_t first, int64_t rows, A* directions) {
+  /// Rows that are worked on at a time: a chunk, or a panel of them.
+  int64_t rows_at_once() const { return panel_ > 0 ? panel_ : chunk_rows(p_); }
+
+  /// Writes the momentum of so many rows. Without `directions` it takes the step too; else those are stored, NaN for
+  /// what is skipped, and the sums of each chunk.
+  void advance(int64_t first, int64_t rows, A* directions, Sums* sums) {
     const int64_t count = rows * p_.columns;
     A* const moment = buffers_.moment();
     A* const d = buffers_.direction();
@@ -425,13 +274,16 @@ class Stepper {
     if (directions == nullptr) {
       moment_.write(first, rows, moment);
       update(w, d, count, p_.lr.value);
-      parameter_.write(first, rows, w);
-      return {};
+      return parameter_.write(first, rows, w);
     }
-    const Sums sums = add_up(w, count);
+    const A* const other = step_.along_gradient ? buffers_.scaled_gradient() : moment;
+    if (panel_ > 0) {
+      add_up_panel(w, d, other, sums);
+    } else {
+      *sums = add_up(w, d, other, count);
+    }
     moment_.write(first, rows, moment);
     std::memcpy(directions, d, count * sizeof(A));
-    return sums;
   }
 
   /// Takes the step of a chunk of rows along stored directions.
@@ -484,17 +336,21 @@ class Stepper {
       return;
     }
     const int64_t numbers = block_numbers(p_);
-    if (p_.packed && p_.columns <= kMostInLanes) {
+    // Rows are read a register past their ends. The last blocks, where nothing may follow, move to where something does.
+    const int64_t safe = (p_.rows * numbers - kLanes<A>) / numbers;
+    A* const work = buffers_.work();
+    S* const copy = reinterpret_cast<S*>(work + 3 * (p_.columns + kLanes<A>));
+    if (panel_ > 0) {
+      return multiply_side_by_side<A>(inverse + first * numbers, rows, safe - first, p_.columns, p_.packed,
+                                      ahead(first, rows), m, d, copy);
+    }
+    if (p_.packed && p_.columns <= kMostInLanes && !is_spread<A>(p_.columns)) {
       for (int64_t r = 0; r < rows; r += kLanes<A>) {
         multiply_packed_in_lanes<A>(inverse + (first + r) * numbers, smaller(kLanes<A>, rows - r), p_.columns,
                                     m + r * p_.columns, d + r * p_.columns);
       }
       return;
     }
-    // Rows are read a register past their ends. The last blocks, where nothing may follow, move to where something does.
-    const int64_t safe = (p_.rows * numbers - kLanes<A>) / numbers;
-    A* const work = buffers_.work();
-    S* const copy = reinterpret_cast<S*>(work + 3 * (p_.columns + kLanes<A>));
     with_size(p_.columns, p_.packed, [&](auto n, auto packed) {
       for (int64_t r = 0; r < rows; ++r) {
         const S* block = inverse + (first + r) * numbers;
@@ -505,6 +361,14 @@ class Stepper {
         multiply_block<A>(block, n, packed, m + r * n, d + r * n, work);
       }
     });
+  }
+
+  /// What comes after the momentum and the gradient of a panel, and its parameter, which is used last.
+  Ahead ahead(int64_t first, int64_t rows) const {
+    const int64_t row_bytes = p_.columns * static_cast<int64_t>(sizeof(T));
+    return {{moment_.place(first + rows), reinterpret_cast<const char*>(gradient_.place(first + rows)),
+             reinterpret_cast<const char*>(parameter_.place(first))},
+            {moment_.row_bytes(), row_bytes, row_bytes}};
   }
 
   void copy_directions(int64_t first, int64_t rows) {
@@ -525,15 +389,18 @@ class Stepper {
   }
 
   /// Counts the blocks of a chunk whose direction is not finite; that becomes NaN, and their momentum what it was.
-  void skip_blocks(int64_t rows, const A* old) {
+  __attribute__((noinline)) void skip_blocks(int64_t rows, const A* old) {
     A* const moment = buffers_.moment();
     A* const d = buffers_.direction();
+    const int64_t row = panel_ > 0 ? 1 : p_.columns, step = panel_ > 0 ? panel_ : 1;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < p_.columns; c += p_.size) {
-        const int64_t begin = r * p_.columns + c, end = begin + smaller(p_.size, p_.columns - c);
-        if (is_finite(d + begin, end - begin)) continue;
+        const int64_t begin = r * row + c * step, end = begin + smaller(p_.size, p_.columns - c) * step;
+        A taint = 0;
+        for (int64_t i = begin; i < end; i += step) taint += d[i] * A(0);
+        if (taint == 0) continue;
         ++skipped_;
-        for (int64_t i = begin; i < end; ++i) {
+        for (int64_t i = begin; i < end; i += step) {
           d[i] = std::numeric_limits<A>::quiet_NaN();
           moment[i] = old[i];
         }
@@ -541,10 +408,30 @@ class Stepper {
     }
   }
 
+  /// The sums of each chunk of a panel, which is brought in the order of rows before: sums are made in that order.
+  __attribute__((noinline)) void add_up_panel(const T* w, const A* d, const A* other, Sums* sums) const {
+    const int64_t rows = chunk_rows(p_);
+    A* const weights = buffers_.template parameter<A>();
+    A* const directions = buffers_.template gradient<A>();
+    A* const others = buffers_.old_moment();
+    for (int64_t r = 0; r < panel_; r += rows, ++sums) {
+      const auto order = [&](const auto* panel, A* out) {
+        for (int64_t t = 0; t < rows; t += kLanes<A>) {
+          Vector<A> lanes[kMostRegisters * kLanes<A>];
+          for (int64_t k = 0; k < p_.columns; ++k) lanes[k] = load(panel + k * panel_ + r + t);
+          store_lanes(lanes, kAllLanes<A>, p_.columns, out + t * p_.columns);
+        }
+      };
+      order(w, weights);
+      order(d, directions);
+      order(other, others);
+      *sums = add_up(weights, directions, others, rows * p_.columns);
+    }
+  }
+
   /// Directions that are NaN are in no sum, and weights that are not finite neither.
-  Sums add_up(const T* w, int64_t count) const {
-    const A* const d = buffers_.direction();
-    const A* const other = step_.along_gradient ? buffers_.scaled_gradient() : buffers_.moment();
+  template <class W>
+  Sums add_up(const W* w, const A* d, const A* other, int64_t count) const {
     const Vector<A> zero = {};
     const double square_of_rate = p_.lr.value * p_.lr.value;
     Sums sums;
@@ -583,6 +470,7 @@ class Stepper {
 
   const MbfStep& step_;
   const MbfParameter& p_;
+  const int64_t panel_;  // rows that lie side by side
   const Buffers<A>& buffers_;
   const Rows<T> parameter_;
   const Rows<T> gradient_;
@@ -596,15 +484,16 @@ void with_stepper(const MbfStep& step, const MbfParameter& p, const Body& body) 
   with_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t block = p.inverse != nullptr && !p.shared ? block_numbers(p) : 0;
-    const Buffers<Accumulator<T>> buffers(chunk_rows(p) * p.columns, block, p.columns);
+    const int64_t panel = panel_rows(p);
+    const Buffers<Accumulator<T>> buffers(larger(chunk_rows(p), panel) * p.columns, block, p.columns);
     const auto with = [&](auto stepper) {
       body(stepper);
       if (stepper.skipped() > 0) __atomic_fetch_add(p.skipped, stepper.skipped(), __ATOMIC_RELAXED);
     };
     switch (p.decay) {
-      case WeightDecay::none: return with(Stepper<WeightDecay::none, T>(step, p, buffers));
-      case WeightDecay::coupled: return with(Stepper<WeightDecay::coupled, T>(step, p, buffers));
-      case WeightDecay::decoupled: return with(Stepper<WeightDecay::decoupled, T>(step, p, buffers));
+      case WeightDecay::none: return with(Stepper<WeightDecay::none, T>(step, p, panel, buffers));
+      case WeightDecay::coupled: return with(Stepper<WeightDecay::coupled, T>(step, p, panel, buffers));
+      case WeightDecay::decoupled: return with(Stepper<WeightDecay::decoupled, T>(step, p, panel, buffers));
     }
   });
 }
@@ -617,7 +506,7 @@ struct Start {
 };
 
 /// Calls body(parameter, start, first chunk, last chunk) on several threads, which share the chunks of all parameters
-/// evenly.
+/// evenly, those of a panel together.
 template <class Body>
 void for_chunks(const MbfStep& step, const Body& body) {
   int64_t total = 0;
@@ -629,13 +518,23 @@ void for_chunks(const MbfStep& step, const Body& body) {
     for (int64_t i = 0; i < step.count && start.cost < end; ++i) {
       const MbfParameter& p = step.parameters[i];
       if (numel(p) == 0) continue;
-      const int64_t chunks = chunk_count(p), cost = chunk_cost(p);
-      const int64_t first = begin > start.cost ? smaller(chunks, ceil_div(begin - start.cost, cost)) : 0;
-      const int64_t last = smaller(chunks, ceil_div(end - start.cost, cost));
+      const int64_t chunks = chunk_count(p), cost = chunk_cost(p), panel = larger(1, panel_rows(p) / chunk_rows(p));
+      const auto cut = [&](int64_t at) { return smaller(chunks, ceil_div(at - start.cost, cost * panel) * panel); };
+      const int64_t first = begin > start.cost ? cut(begin) : 0, last = cut(end);
       if (first < last) body(p, start, first, last);
       start = {start.cost + chunks * cost, start.chunk + chunks, start.element + numel(p)};
     }
   });
+}
+
+/// Calls body(first row, rows) for what is worked on at a time in chunks of a parameter.
+template <class Stepper, class Body>
+__attribute__((always_inline)) inline void for_rows(const Stepper& stepper, const MbfParameter& p, int64_t begin,
+                                                    int64_t end, const Body& body) {
+  const int64_t at_once = stepper.rows_at_once(), last = smaller(p.rows, end * chunk_rows(p));
+  for (int64_t first = begin * chunk_rows(p); first < last; first += at_once) {
+    body(first, smaller(at_once, last - first));
+  }
 }
 
 /// What the steps of layers are shortened by, from the sums of each, the number of its elements and its floor.
@@ -698,11 +597,10 @@ void mbf_step_(const MbfStep& step) {
     with_stepper(step, p, [&](auto& stepper) {
       using A = typename std::remove_reference_t<decltype(stepper)>::A;
       A* const stored = reinterpret_cast<A*>(directions.data() + start.element);
-      for (int64_t chunk = begin; chunk < end; ++chunk) {
-        const int64_t first = chunk * chunk_rows(p), rows = smaller(chunk_rows(p), p.rows - first);
-        const Sums of_chunk = stepper.advance(first, rows, waits ? stored + first * p.columns : nullptr);
-        if (waits) sums.data()[start.chunk + chunk] = of_chunk;
-      }
+      for_rows(stepper, p, begin, end, [&](int64_t first, int64_t rows) {
+        Sums* const of_chunks = sums.data() + start.chunk + first / chunk_rows(p);
+        stepper.advance(first, rows, waits ? stored + first * p.columns : nullptr, of_chunks);
+      });
     });
   });
   if (!waits) return;
@@ -712,10 +610,9 @@ void mbf_step_(const MbfStep& step) {
     with_stepper(step, p, [&](auto& stepper) {
       using A = typename std::remove_reference_t<decltype(stepper)>::A;
       const A* const stored = reinterpret_cast<const A*>(directions.data() + start.element);
-      for (int64_t chunk = begin; chunk < end; ++chunk) {
-        const int64_t first = chunk * chunk_rows(p), rows = smaller(chunk_rows(p), p.rows - first);
+      for_rows(stepper, p, begin, end, [&](int64_t first, int64_t rows) {
         stepper.descend(first, rows, stored + first * p.columns, rate);
-      }
+      });
     });
   });
 }

@@ -53,6 +53,17 @@ class Walk {
     }
   }
 
+  /// How many arrays of `size` elements lie side by side, if that is what fills the memory: elements k of so many
+  /// arrays that follow one another, then elements k + 1 of the same. Else 0.
+  int64_t side_by_side(int64_t size) const {
+    const int inner = dims_ - 1, outer = dims_ - 2;
+    if (outer < 0 || outer > 1) return 0;
+    const int64_t count = sizes_[outer];
+    const bool filled = strides_[outer] == 1 && sizes_[inner] == size && strides_[inner] == count &&
+                        (outer == 0 || strides_[0] == count * size);
+    return filled ? count : 0;
+  }
+
  private:
   static constexpr int kMaxDims = 64;  // as many as torch has
 

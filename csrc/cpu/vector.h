@@ -260,7 +260,9 @@ inline void store(T* p, Vector<T> value, int64_t count) {
   std::memcpy(p, padded, count * sizeof(T));
 }
 
-// One instruction where processors have one for it; a copy of a length that only the run tells is a call.
+/// One instruction where processors have one for it; a copy of a length that only the run tells is a call.
+constexpr bool kStoresParts = kVectorBytes >= 32;
+
 #if defined(__AVX512F__)
 inline Vector<float> load(const float* p, int64_t count) { return _mm512_maskz_loadu_ps((1u << count) - 1, p); }
 inline Vector<double> load(const double* p, int64_t count) { return _mm512_maskz_loadu_pd((1u << count) - 1, p); }
