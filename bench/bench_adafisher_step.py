@@ -7,6 +7,7 @@ can differ by a sixth in speed for as long as the process lives.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from bench.baselines import adamw, parameters
 from bench.interleaved import Case, RunCase
 from bench.limits import stream_short, stream_update
 from fisher_kernels import AdaFisher
-from fisher_kernels.ops import adafisher_step_
+from fisher_kernels.ops import Rounding, adafisher_step_
 
 OPTIONS: dict[str, Any] = {
     "lr": 1e-3,
@@ -44,8 +45,13 @@ class Inputs:
         self.columns = [c.square() for c in make(size)]
         self.numel = count * size * size
 
-    def step(self) -> None:
-        adafisher_step_(self.params, self.grads, self.exp_avgs, self.steps, self.rows, self.columns, **OPTIONS)
+    def step(self, rounding: Sequence[Rounding] | None = None) -> None:
+        tensors = self.params, self.grads, self.exp_avgs, self.steps, self.rows, self.columns
+        adafisher_step_(*tensors, **OPTIONS, rounding=rounding)
+
+    def step_at_random(self) -> None:
+        """What has 16 bits is rounded by random integers."""
+        self.step([Rounding.of(0, i) for i in range(len(self.params))])
 
     def eager_step(self) -> None:
         """The same in eager PyTorch with the Kronecker product formed at every step."""
@@ -133,6 +139,24 @@ def test_step_with_moments_in_16_bits(run_case: RunCase) -> None:
             bytes_moved=16 * ours.numel,
             limit=ours.short_limit,
             at_limit=0.9,
+        )
+    )
+
+
+@pytest.mark.parametrize("what", ["moments in 16 bits", "parameters in bfloat16"])
+def test_step_that_rounds_at_random(run_case: RunCase, what: str) -> None:
+    """Beside rounding to nearest, of moments in 16 bits or of parameters."""
+    whole = Inputs(25, 1024)
+    ours = whole.with_short_moments() if what == "moments in 16 bits" else whole.in_bfloat16()
+    run_case(
+        Case(
+            op="adafisher_step_",
+            shape=f"25 x 1024 x 1024, {what}, at random",
+            dtype=ours.params[0].dtype,
+            ours=ours.step_at_random,
+            baselines={"to nearest": ours.step},
+            gates={"to nearest": 1 / 1.1},
+            bytes_moved=(16 if what == "moments in 16 bits" else 14) * ours.numel,
         )
     )
 

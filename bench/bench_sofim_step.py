@@ -17,7 +17,7 @@ from bench.baselines import adamw, parameters
 from bench.interleaved import Case, Run, RunCase
 from bench.limits import stream_add, stream_read
 from fisher_kernels import SOFIM
-from fisher_kernels.ops import sofim_step_
+from fisher_kernels.ops import Rounding, sofim_step_
 
 OPTIONS: dict[str, Any] = {"beta": 0.9, "rho": 0.5}
 PROMISED = {"AdamW(fused).step": 1.10, "eager, foreach": 2.0, "eager, fewest passes": 1.15}
@@ -158,6 +158,23 @@ def test_step_with_moments_in_16_bits(run_case: RunCase) -> None:
             bytes_moved=18 * ours.numel,
             limit=ours.short_limit,
             at_limit=0.9,
+        )
+    )
+
+
+def test_step_that_rounds_at_random(run_case: RunCase) -> None:
+    """Beside rounding to nearest, of moments in 16 bits."""
+    ours = Inputs(25, 1024).with_short_moments()
+    rounding = [Rounding.of(0, i) for i in range(len(ours.params))]
+    run_case(
+        Case(
+            op="sofim_step_",
+            shape="25 x 1024 x 1024, moments in 16 bits, at random",
+            dtype=torch.float32,
+            ours=lambda: ours.step(rounding=rounding),
+            baselines={"to nearest": ours.step},
+            gates={"to nearest": 1 / 1.1},
+            bytes_moved=18 * ours.numel,
         )
     )
 

@@ -51,16 +51,21 @@ constexpr Bits random_half(Bits random) {
   return random >> 16;
 }
 
-/// A float32 rounded to the bfloat16 towards or away from zero, away with a probability that is the fraction of the
-/// distance: in the upper half of the result, whose lower half is to be ignored. `half` has 16 random bits. What is
-/// finite stays finite, the rest what it is. Numbers are taken as integers, so subnormal ones are like all others.
+/// A finite float32 rounded to the bfloat16 towards or away from zero, away with a probability that is the fraction of
+/// the distance: in the upper half of the result, whose lower half is to be ignored. `half` has 16 random bits. What is
+/// finite stays finite. Numbers are taken as integers, so subnormal ones are like all others.
+template <class Bits>
+constexpr Bits round_finite_stochastically(Bits value, Bits half) {
+  const Bits largest = (value & 0u) + 0x7f7fffffu, sum = (value & 0x7fffffffu) + half;
+  return (value & 0x80000000u) | (sum < largest ? sum : largest);
+}
+
+/// The same of any value; what is not finite stays what it is.
 template <class Bits>
 constexpr Bits round_stochastically(Bits value, Bits half) {
-  const Bits sign = value & 0x80000000u, magnitude = value & 0x7fffffffu;
-  const Bits largest = (value & 0u) + 0x7f7fffffu, sum = magnitude + half;
-  const Bits finite = sum < largest ? sum : largest;
-  const Bits special = magnitude > 0x7f800000u ? magnitude | 0x400000u : magnitude;
-  return sign | (magnitude < 0x7f800000u ? finite : special);
+  const Bits magnitude = value & 0x7fffffffu;
+  const Bits special = magnitude > 0x7f800000u ? value | 0x400000u : value;
+  return magnitude < 0x7f800000u ? round_finite_stochastically(value, half) : special;
 }
 
 /// Random bits for elements one after another.

@@ -64,42 +64,28 @@ int64_t count_non_finite(const T* gradient, int64_t count, Accumulator<T> gradie
   return found;
 }
 
-/// Updates `count` consecutive elements; curvature(i) is F from element i on, a whole register of it. `doubt` becomes
-/// NaN in some lane if any of them was left as it was.
-template <WeightDecay kDecay, class T, class M, class Curvature>
+/// Updates `count` consecutive elements; curvature(i) is F from element i on, a whole register of it. What is bfloat16
+/// is rounded by the random integers of `random` if kRandom. `doubt` becomes NaN in some lane if any element was left as
+/// it was.
+template <WeightDecay kDecay, bool kRandom, class T, class M, class Curvature>
 inline void update_run(T* __restrict parameter, const T* __restrict gradient, M* __restrict moment, int64_t count,
-                       const Curvature& curvature, const Rates<Accumulator<T>>& rates, Vector<T>& doubt) {
-  using V = Vector<T>;
-  int64_t i = 0;
-  for (; i + kLanes<T> <= count; i += kLanes<T>) {
+                       const Curvature& curvature, const Rates<Accumulator<T>>& rates, const RandomRun& random,
+                       Vector<T>& doubt) {
+  for_registers<Accumulator<T>>(count, [&](int64_t i, const auto& load, const auto& store) {
     if constexpr (sizeof(T) != sizeof(M)) {
       __builtin_prefetch(parameter + i + kPrefetch, 1);
       __builtin_prefetch(gradient + i + kPrefetch, 0);
       __builtin_prefetch(moment + i + 2 * kPrefetch, 1);
     }
-    V w = load(parameter + i), m = load(moment + i);
-    doubt += update<kDecay>(w, load(gradient + i), m, curvature(i), rates);
-    store(parameter + i, w);
-    store(moment + i, m);
-  }
-  if (i < count) {
-    const int64_t rest = count - i;
-    V w = load(parameter + i, rest), m = load(moment + i, rest);
-    doubt += update<kDecay>(w, load(gradient + i, rest), m, curvature(i), rates);
-    store(parameter + i, w, rest);
-    store(moment + i, m, rest);
-  }
-}
-
-/// The same, with what is bfloat16 rounded at random.
-template <WeightDecay kDecay, class T, class M, class Curvature>
-inline void update_run(T* parameter, const T* gradient, M* moment, int64_t count, const Curvature& curvature,
-                       const Rates<Accumulator<T>>& rates, const RandomRun& random, Vector<T>& doubt) {
-  for_registers<Accumulator<T>>(count, [&](int64_t i, const auto& load, const auto& store) {
     Vector<T> w = load(parameter + i), m = load(moment + i);
     doubt += update<kDecay>(w, load(gradient + i), m, curvature(i), rates);
-    store_rounded<false>(parameter, i, w, random, store);
-    store_rounded<true>(moment, i, m, random, store);
+    if constexpr (kRandom) {
+      store_rounded<false>(parameter, i, w, random, store);
+      store_rounded<true>(moment, i, m, random, store);
+    } else {
+      store(parameter + i, w);
+      store(moment + i, m);
+    }
   });
 }
 
@@ -246,8 +232,21 @@ class CurvatureCursor {
   const A* column_factor_end_;
 };
 
+/// Calls body(first, count, random) for elements begin to end, as many at a time as have one key if kRandom.
+template <bool kRandom, class Body>
+void for_random_runs(const StepRounding& rounding, int64_t begin, int64_t end, const Body& body) {
+  if constexpr (kRandom) {
+    for_stretches(rounding.index, rounding.state, begin, end - begin,
+                  [&](int64_t i, int64_t count, uint32_t lower, uint32_t key) {
+      body(begin + i, count, RandomRun{lower, key, count});
+    });
+  } else {
+    body(begin, end - begin, RandomRun{0, 0, end - begin});
+  }
+}
+
 /// Steps elements begin to end of a parameter whose tensors lie in row-major order.
-template <WeightDecay kDecay, class T, class M>
+template <WeightDecay kDecay, bool kRandom, class T, class M>
 int64_t step_contiguous(const AdaFisherStep& step, const AdaFisherParameter& p, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   T* const parameter = static_cast<T*>(p.parameter.data);
@@ -256,28 +255,34 @@ int64_t step_contiguous(const AdaFisherStep& step, const AdaFisherParameter& p, 
   const Rates<A> rates(step, p);
   CurvatureCursor<A> cursor(p, step.damping, begin);
   Vector<T> doubt = {};
-  const auto update_at = [&](int64_t first, int64_t count, const auto& curvature) {
-    update_run<kDecay>(parameter + first, gradient + first, moment + first, count, curvature, rates, doubt);
+  const auto update_at = [&](int64_t first, int64_t count, const auto& curvature, const RandomRun& random) {
+    update_run<kDecay, kRandom>(parameter + first, gradient + first, moment + first, count, curvature, rates, random,
+                                doubt);
   };
-  if (cursor.has_whole_runs()) {
+  if (cursor.has_whole_runs() && (!kRandom || has_whole_stretches<A>(p.rounding.index))) {
     const A damping = static_cast<A>(step.damping);
-    for (int64_t first = begin; first < end;) {
-      const CurvatureRun<A> run = cursor.next_run(end - first);
-      update_at(first, run.count, [&](int64_t i) { return run.scale * load(run.factor + i) + damping; });
-      first += run.count;
-    }
+    for_random_runs<kRandom>(p.rounding, begin, end, [&](int64_t start, int64_t count, const RandomRun& random) {
+      for (int64_t i = 0; i < count;) {
+        const CurvatureRun<A> run = cursor.next_run(count - i);
+        const auto curvature = [&](int64_t k) { return run.scale * load(run.factor + k) + damping; };
+        update_at(start + i, run.count, curvature, random.from(i));
+        i += run.count;
+      }
+    });
   } else {
     alignas(kVectorBytes) A buffer[kChunk + kLanes<T>];
-    for (int64_t first = begin; first < end; first += kChunk) {
-      const int64_t count = smaller(kChunk, end - first);
-      cursor.fill(count, buffer);
-      update_at(first, count, [&](int64_t i) { return load(buffer + i); });
-    }
+    for_random_runs<kRandom>(p.rounding, begin, end, [&](int64_t start, int64_t count, const RandomRun& random) {
+      for (int64_t i = 0; i < count; i += kChunk) {
+        const int64_t some = smaller(kChunk, count - i);
+        cursor.fill(some, buffer);
+        update_at(start + i, some, [&](int64_t k) { return load(buffer + k); }, random.from(i));
+      }
+    });
   }
   return sum_lanes<A>(doubt) == 0 ? 0 : count_non_finite(gradient + begin, end - begin, rates.gradient_scale);
 }
 
-/// The same for tensors of any strides, by way of buffers, and with random integers.
+/// The same for tensors of any strides, by way of buffers.
 template <WeightDecay kDecay, bool kRandom, class T, class M>
 int64_t step_by_chunks(const AdaFisherStep& step, const AdaFisherParameter& p, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
@@ -294,17 +299,12 @@ int64_t step_by_chunks(const AdaFisherStep& step, const AdaFisherParameter& p, i
     Vector<T> doubt = {};
     T* const parameter = parameters.read(first, count);
     M* const moment = moments.read(first, count);
-    if constexpr (kRandom) {
-      for_stretches(p.rounding.index, p.rounding.state, first, count,
-                    [&](int64_t i, int64_t length, uint32_t lower, uint32_t key) {
-        const auto curvature_at = [&](int64_t k) { return load(curvature + i + k); };
-        update_run<kDecay>(parameter + i, gradient + i, moment + i, length, curvature_at, rates, {lower, key, length},
-                           doubt);
-      });
-    } else {
-      const auto curvature_at = [&](int64_t i) { return load(curvature + i); };
-      update_run<kDecay>(parameter, gradient, moment, count, curvature_at, rates, doubt);
-    }
+    for_random_runs<kRandom>(p.rounding, first, first + count,
+                             [&](int64_t start, int64_t length, const RandomRun& random) {
+      const int64_t i = start - first;
+      const auto curvature_at = [&](int64_t k) { return load(curvature + i + k); };
+      update_run<kDecay, kRandom>(parameter + i, gradient + i, moment + i, length, curvature_at, rates, random, doubt);
+    });
     parameters.write(first, count);
     moments.write(first, count);
     if (sum_lanes<A>(doubt) != 0) skipped += count_non_finite(gradient, count, rates.gradient_scale);
@@ -312,14 +312,19 @@ int64_t step_by_chunks(const AdaFisherStep& step, const AdaFisherParameter& p, i
   return skipped;
 }
 
+template <WeightDecay kDecay, bool kRandom, class T, class M>
+int64_t step_range(const AdaFisherStep& step, const AdaFisherParameter& p, int64_t begin, int64_t end) {
+  const bool contiguous = p.parameter.contiguous && p.gradient.contiguous && p.moment.contiguous;
+  return contiguous ? step_contiguous<kDecay, kRandom, T, M>(step, p, begin, end)
+                    : step_by_chunks<kDecay, kRandom, T, M>(step, p, begin, end);
+}
+
 template <WeightDecay kDecay, class T, class M>
 int64_t step_range(const AdaFisherStep& step, const AdaFisherParameter& p, int64_t begin, int64_t end) {
   if constexpr (std::is_base_of_v<bfloat16, T> || std::is_base_of_v<bfloat16, M>) {
-    if (p.rounding.random) return step_by_chunks<kDecay, true, T, M>(step, p, begin, end);
+    if (p.rounding.random) return step_range<kDecay, true, T, M>(step, p, begin, end);
   }
-  const bool contiguous = p.parameter.contiguous && p.gradient.contiguous && p.moment.contiguous;
-  return contiguous ? step_contiguous<kDecay, T, M>(step, p, begin, end)
-                    : step_by_chunks<kDecay, false, T, M>(step, p, begin, end);
+  return step_range<kDecay, false, T, M>(step, p, begin, end);
 }
 
 int64_t step_range(const AdaFisherStep& step, const AdaFisherParameter& p, int64_t begin, int64_t end) {

@@ -44,7 +44,16 @@ struct RandomRun {
   uint32_t lower;
   uint32_t key;
   int64_t count;
+
+  /// Those from element i on.
+  RandomRun from(int64_t i) const { return {lower + static_cast<uint32_t>(i), key, count - i}; }
 };
+
+/// Whether each stretch that begins at a whole register is one of whole registers.
+template <class A>
+bool has_whole_stretches(const RoundingIndex& at) {
+  return at.offset % kLanes<A> == 0 && at.run % kLanes<A> == 0 && at.pitch % kLanes<A> == 0;
+}
 
 /// Calls body(i, random, k, load, store) for the registers of a chunk from element `first` on; register i is register k
 /// of those that have the random integers `random`, which are none unless kRandom.
@@ -64,12 +73,13 @@ void for_random_registers(const StepRounding& rounding, int64_t first, int64_t c
   }
 }
 
-/// What store_rounded would store, as numbers to go on with.
+/// What store_rounded would store of values that are finite, as numbers to go on with; nothing is promised of others.
 template <bool kLow, class T>
-inline Vector<T> as_rounded(Vector<T> value, int64_t i, const RandomRun& random) {
+inline Vector<T> as_rounded_if_finite(Vector<T> value, int64_t i, const RandomRun& random) {
   if constexpr (std::is_base_of_v<bfloat16, T>) {
     const Words words = random_words(random.lower + static_cast<uint32_t>(i), random.key);
-    return bits_as<Vector<T>>(bits_as<Words>(round_stochastically<kLow>(value, words)) & 0xffff0000u);
+    const Words bits = round_finite_stochastically(bits_as<Words>(value), random_half<kLow>(words));
+    return bits_as<Vector<T>>(bits & 0xffff0000u);
   } else {
     return value;
   }

@@ -92,7 +92,7 @@ class Stepper {
       const V g = momentum.gradient(load, gradient + i, w + i), old = load(moment + i);
       const V made = momentum.advance(old, g);
       const V zero = made - made;  // infinity - infinity is NaN
-      const V next = kRandom ? as_rounded<true, M>(made, k, random) : as_stored_if_finite<M>(made);
+      const V next = kRandom ? as_rounded_if_finite<true, M>(made, k, random) : as_stored_if_finite<M>(made);
       doubt += zero;
       store(reinterpret_cast<Rounded<M>*>(moment + i), zero == 0 ? next : old);
       const V counted = zero == 0 ? next : V{};
