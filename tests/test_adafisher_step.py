@@ -349,16 +349,26 @@ def test_stochastic_rounding_of_parameters_that_several_blocks_of_a_gpu_share(im
     check_rounding([Parameter(shape)] * len(DTYPES), contiguous)
 
 
-def check_rounding(parameters: Sequence[Parameter], layout: Callable[[Tensor], Tensor]) -> None:
-    """What the same step makes in float32, rounded by the integers of the parameter, the step and the place."""
+def test_stochastic_rounding_of_rows_of_whole_registers(implementation: str) -> None:
+    """Which the CPU takes as they are. Indices that need more than 32 bits begin within a row."""
+    check_rounding([Parameter((3, 128)), Parameter((2, 5, 96))] * len(DTYPES), contiguous, whole=True)
+
+
+def check_rounding(parameters: Sequence[Parameter], layout: Callable[[Tensor], Tensor], whole: bool = False) -> None:
+    """What the same step makes in float32, rounded by the integers of the parameter, the step and the place.
+
+    Args:
+        whole: whether places are at whole registers.
+    """
     case = step(parameters, DTYPES, moments=SHORT_IN_TURN, layout=layout, weight_decay=0.1)
     wide = case.map(lambda x: x.to(ACCUMULATOR[x.dtype], copy=True))
     rounding, parts = [], []
     for i, p in enumerate(case.params):
         if p.numel() > 4:
             case.grads[i][(-1,) * p.dim()] = wide.grads[i][(-1,) * p.dim()] = math.nan
-        run = p.shape[-1] if p.dim() and i % 2 else None  # columns of a matrix with 7 more, or rows
-        parts.append({"offset": 1000 * i + 2**32 - 40, "run": run, "pitch": None if run is None else run + 7})
+        run = p.shape[-1] if p.dim() and i % 2 else None  # columns of a matrix with more, or rows
+        offset, gap = (1024 * i + 2**32 - 64, 64) if whole else (1000 * i + 2**32 - 40, 7)
+        parts.append({"offset": offset, "run": run, "pitch": None if run is None else run + gap})
         rounding.append(Rounding.of(3, i, **parts[-1]))
     before = case.copy()
     case.options["rounding"] = rounding
