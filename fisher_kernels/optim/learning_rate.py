@@ -28,7 +28,9 @@ DEVIATIONS = 4.0
 
 @dataclass(frozen=True)
 class LearningRates:
-    """The curve of a sweep, and what it suggests; prints as a table.
+    r"""The curve of a sweep, and what it suggests; prints as a table.
+
+    .. math:: \text{suggestion} = \min\left(\sqrt{\text{steepest} \cdot \text{diverged} / 3},\; \text{diverged} / 3\right)
 
     Attributes:
         rates: that were tried, of the group with the largest one; the others have theirs in proportion.
@@ -82,11 +84,14 @@ def find_lr(
 ) -> LearningRates:
     r"""Train with a learning rate that grows from step to step, see where the loss falls, and put everything back.
 
-    Iteration k = 0, 1, ... of n takes its step with the rate ``start * (end / start) ** (k / (n - 1))``. What that rate
-    does shows in the loss of the iteration after, so there is one iteration more. The curve ends where the loss leaves
-    for good: it is not finite, or the mean of 2w + 1 of them, w = n // 20, is above the level :math:`L_0` at which they
-    began by more than they had fallen, and by more than four deviations of the losses there; :math:`L_0` is the mean of
-    the first n // 10, and of ten at least.
+    Iteration k = 0, 1, ... of n takes its step with the rate
+
+    .. math:: \eta_k = \text{start} \, (\text{end} / \text{start})^{k / (n - 1)}
+
+    What that rate does shows in the loss of the iteration after, so there is one iteration more. The curve ends where
+    the loss leaves for good: it is not finite, or the mean of 2w + 1 of them, w = n // 20, is above the level
+    :math:`L_0` at which they began by more than they had fallen, and by more than four deviations of the losses there;
+    :math:`L_0` is the mean of the first n // 10, and of ten at least.
 
     Of every 2w + 1 neighbours the line through their losses over the logarithm of the rate is fitted by least squares;
     the middle of those with the most negative slope is where the loss falls fastest, if any mean of neighbours is below
