@@ -30,7 +30,7 @@ DEVIATIONS = 4.0
 class LearningRates:
     r"""The curve of a sweep, and what it suggests; prints as a table.
 
-    .. math:: \text{suggestion} = \min\left(\sqrt{\text{steepest} \cdot \text{diverged} / 3},\; \text{diverged} / 3\right)
+    .. math:: \text{suggestion} = \min\left(\sqrt{\text{steepest} \cdot \text{diverged} / 3}, \text{diverged} / 3\right)
 
     Attributes:
         rates: that were tried, of the group with the largest one; the others have theirs in proportion.
