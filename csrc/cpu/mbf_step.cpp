@@ -44,6 +44,7 @@ constexpr int64_t kMostInPanel = 32768;
 /// How many rows lie side by side, in whole chunks and alike in all arrays; 0 where they do not, or are not multiplied
 /// so.
 int64_t panel_rows(const MbfParameter& p) {
+  if (kVectorBytes < 64) return 0;  // tried with AVX-512 alone; wrong with registers of two numbers
   const MbfArrays& arrays = p.weight;
   const bool multiplied = p.dtype == DType::float64 ? goes_side_by_side<double>(p.columns, p.packed)
                                                     : goes_side_by_side<float>(p.columns, p.packed);
