@@ -289,6 +289,11 @@ struct Ahead {
   }
 };
 
+/// Rows of the largest blocks that multiply_side_by_side is for: packed ones are multiplied in lanes, and whole ones in
+/// registers, of which few hold less than that where registers are short.
+template <class A>
+constexpr int64_t kMostSideBySide = larger(kMostInLanes, kMostRegisters * kLanes<A>);
+
 /// Whether multiply_side_by_side is for blocks of this size: smaller ones cannot be transposed in pieces.
 template <class A>
 constexpr bool goes_side_by_side(int64_t n, bool packed) {
@@ -305,8 +310,8 @@ __attribute__((noinline)) void multiply_side_by_side(const S* blocks, int64_t co
   constexpr int64_t kPitch = kMostRegisters * kLanes<A>;
   constexpr integral_constant<int64_t, kLanes<A>> kStep{};
   const int64_t numbers = packed ? size * (size + 1) / 2 : size * size;
-  Vector<A> moment[kPitch > kMostInLanes ? kPitch : kMostInLanes];
-  Vector<A> direction[kPitch > kMostInLanes ? kPitch : kMostInLanes];
+  Vector<A> moment[kMostSideBySide<A>];
+  Vector<A> direction[kMostSideBySide<A>];
   const auto for_tiles = [&](const auto& multiply) {
     for (int64_t t = 0; t < count; t += kLanes<A>) {
       ahead.fetch(t, kLanes<A>);

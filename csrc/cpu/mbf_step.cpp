@@ -44,7 +44,6 @@ constexpr int64_t kMostInPanel = 32768;
 /// How many rows lie side by side, in whole chunks and alike in all arrays; 0 where they do not, or are not multiplied
 /// so.
 int64_t panel_rows(const MbfParameter& p) {
-  if (kVectorBytes < 64) return 0;  // tried with AVX-512 alone; wrong with registers of two numbers
   const MbfArrays& arrays = p.weight;
   const bool multiplied = p.dtype == DType::float64 ? goes_side_by_side<double>(p.columns, p.packed)
                                                     : goes_side_by_side<float>(p.columns, p.packed);
@@ -418,7 +417,7 @@ class Stepper {
     for (int64_t r = 0; r < panel_; r += rows, ++sums) {
       const auto order = [&](const auto* panel, A* out) {
         for (int64_t t = 0; t < rows; t += kLanes<A>) {
-          Vector<A> lanes[kMostRegisters * kLanes<A>];
+          Vector<A> lanes[kMostSideBySide<A>];
           for (int64_t k = 0; k < p_.columns; ++k) lanes[k] = load(panel + k * panel_ + r + t);
           store_lanes(lanes, kAllLanes<A>, p_.columns, out + t * p_.columns);
         }
